@@ -1,0 +1,110 @@
+"""The command `lamda`: a table of commands, each imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from lamda import __version__
+from lamda.config.errors import UserError
+from lamda.config.help import help_text, to_yaml
+from lamda.config.loading import load_config, wants_help
+from lamda.config.presets import nearest
+
+_CONFIG = "--config FILE [--section.key VALUE ...]"
+
+
+class Command(NamedTuple):
+    """What a command calls, the arguments it takes and what it does."""
+
+    call: Callable[[list[str]], int | None]
+    usage: str
+    summary: str
+
+
+def _main_of(module: str) -> Callable[[list[str]], int | None]:
+    return lambda argv: importlib.import_module(module).main(argv)
+
+
+def _train_tokenizer(argv: list[str]) -> None:
+    config = load_config(argv)
+    print(importlib.import_module("lamda.data.preparation").train_run_tokenizer(config))
+
+
+def _show_config(argv: list[str]) -> None:
+    _say(to_yaml(load_config(argv)).rstrip("\n"))
+
+
+COMMANDS = {
+    "pretrain": Command(_main_of("lamda.training.main"), _CONFIG, "train a model from raw text, or go on with a run"),
+    "evaluate": Command(
+        _main_of("lamda.training.evaluate"),
+        "RUN_OR_CHECKPOINT --files GLOB [--json]",
+        "loss, perplexity and bits per byte of a checkpoint on text, in all and by domain",
+    ),
+    "plan": Command(
+        _main_of("lamda.cluster.plan"),
+        f"[--gpus N] [--json] {_CONFIG}",
+        "what a run will take: parameters, FLOPs and batches, before anything is started",
+    ),
+    "tokenizer train": Command(_train_tokenizer, _CONFIG, "train the run's tokenizer from its training files"),
+    "config show": Command(_show_config, _CONFIG, "print the whole configuration that file and flags resolve to"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `lamda ARGV`; 0 on success, 2 where the user can mend something (told on stderr), 130 on Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(words) or 0
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(words: list[str]) -> int | None:
+    name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), None)
+    if name:
+        arguments = words[len(name.split()) :]
+        if not wants_help(arguments):
+            return COMMANDS[name].call(arguments)
+        _say(_help(COMMANDS[name], name))
+    elif words == ["--version"]:
+        _say(__version__)
+    elif wants_help(words) or len(words) < 2:
+        _say(_overview([word for word in words if not wants_help([word])]))
+    else:
+        raise _unknown(words[:2])
+    return 0
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough; nothing is left to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _help(command: Command, name: str) -> str:
+    keys = f"\n\n{help_text()}" if _CONFIG in command.usage else ""
+    return f"usage: lamda {name} {command.usage}\n\n{command.summary}{keys}"
+
+
+def _overview(group: list[str]) -> str:
+    """The commands, or those of a group such as `tokenizer`; raises UserError where there is no such group."""
+    chosen = {name: command for name, command in COMMANDS.items() if name.split()[: len(group)] == group}
+    if not chosen:
+        raise _unknown(group)
+    lines = [f"  lamda {name:<18}{command.summary}" for name, command in chosen.items()]
+    return "\n".join(["usage: lamda COMMAND [ARGUMENTS]; `lamda COMMAND --help` says more", "", *lines])
+
+
+def _unknown(words: list[str]) -> UserError:
+    typed = " ".join([words[0], *(word for word in words[1:] if not word.startswith("-"))])
+    guess = nearest(typed, COMMANDS) or nearest(words[0], COMMANDS)
+    return UserError(f"there is no command `lamda {typed}`{guess}; `lamda --help` lists all")

@@ -1,0 +1,1 @@
+"""Runs on machines: what they need and where they go."""

@@ -1,0 +1,189 @@
+"""Every configuration key, its type, default, meaning and checks.
+
+The schema is frozen: state never lives in it. A check that needs two keys sits at the later one, so
+that each error names a key. `lamda.config.loading` turns YAML files and flags into these objects.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core.core_schema import ValidationInfo
+
+from lamda.config.presets import PRESETS, nearest
+
+Positive = Annotated[int, Field(gt=0)]
+Patterns = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda value: [part.strip() for part in value.split(",")] if isinstance(value, str) else value),
+]
+
+
+class Section(BaseModel):
+    """A frozen group of keys that refuses unknown ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, str_min_length=1)
+
+
+class RunConfig(Section):
+    """The run and where it lives."""
+
+    dir: str = Field("runs/default", description="directory of everything that belongs to the run")
+    seed: int = Field(0, ge=0, description="seed of initialisation and data order")
+    threads: Positive | None = Field(
+        None, description="CPU threads a rank; default: the cores that this process may use / local ranks"
+    )
+
+
+class ModelConfig(Section):
+    """The decoder's dimensions (legend in `lamda/model/decoder.py`)."""
+
+    preset: str | None = Field(None, description=f"dimensions by name: {', '.join(PRESETS)}; keys given beside it win")
+    vocab_size: Positive = Field(32000, description="V, pieces of the tokenizer")
+    d_model: Positive = Field(192, description="D, width of the residual stream")
+    n_layers: Positive = Field(4, description="number of blocks")
+    n_heads: Positive = Field(6, description="H, attention heads")
+    d_head: Positive = Field(64, description="K, width of a head")
+    d_ff: Positive = Field(1536, description="F, width of the gated feed-forward layer")
+    bias_per_layer: bool = Field(
+        default=True,
+        description="a relative-bias table a layer (as Google's own 137B shape) or one shared by all (as T5)",
+    )
+    weights: str | None = Field(None, description="start from this model.safetensors, weights alone")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        name = values.get("preset") if isinstance(values, dict) else None
+        return {**PRESETS[name], **values} if name in PRESETS else values
+
+    @field_validator("preset")
+    @classmethod
+    def _known_preset(cls, name: str | None) -> str | None:
+        if name is not None and name not in PRESETS:
+            raise ValueError(f"there is no preset {name!r} among {', '.join(PRESETS)}{nearest(name, PRESETS)}")
+        return name
+
+
+class TokenizerConfig(Section):
+    """The SentencePiece model; one is trained from the run's own files where none is given."""
+
+    path: str | None = Field(None, description="a SentencePiece model; default RUN/tokenizer.model")
+    train_bytes: Positive = Field(
+        200_000_000, description="bytes of text to train a new tokenizer on, drawn evenly from all files"
+    )
+
+
+class DataConfig(Section):
+    """What is read, and how it is cut into rows."""
+
+    corpus: str = Field("pile", description="a card in data/ by name, or a path to one")
+    files: Patterns | None = Field(None, description="globs or URLs that replace the card's training files")
+    eval_files: Patterns | None = Field(None, description="globs or URLs that replace the card's validation files")
+    sequence_length: Positive = Field(1024, description="L, targets a row")
+    lanes: Positive | None = Field(
+        None, description="canonical lanes, whatever the number of ranks; default: number of files, 8 to 64"
+    )
+    block_rows: Positive = Field(64, description="rows that a lane makes at a time")
+    threads: Positive = Field(2, description="threads of the tokenizer and loader a rank; never changes the data")
+
+
+class TrainConfig(Section):
+    """Length, batch, optimiser and schedule."""
+
+    steps: Positive | None = Field(None, description="optimiser steps; this or train.tokens")
+    tokens: Positive | None = Field(None, description="targets to train on; rounded up to whole steps")
+    global_batch_size: Positive = Field(256, description="rows a step over all ranks")
+    micro_batch_size: Positive = Field(8, description="rows a rank computes at a time")
+    optimizer: Literal["adamw"] = Field("adamw", description="optimiser")
+    lr: float = Field(3e-4, gt=0, description="peak learning rate")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the second moment")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(0.1, ge=0, description="decay of matrices; norms and bias tables have none")
+    gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0 is no clipping")
+    schedule: Literal["cosine", "wsd", "inverse_sqrt"] = Field(
+        "cosine", description="warm-up, then: cosine; wsd (stable, then linear decay); inverse_sqrt (LaMDA's)"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up; inverse_sqrt holds the peak for them")
+    decay_fraction: float = Field(0.2, ge=0, le=1, description="last part of the run in which wsd decays")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate of cosine and wsd / peak")
+    z_loss: float = Field(1e-4, ge=0, description="weight of the squared log-partition, kept out of `loss`")
+
+    @field_validator("tokens")
+    @classmethod
+    def _one_length(cls, tokens: int | None, info: ValidationInfo) -> int | None:
+        if tokens is not None and info.data.get("steps") is not None:
+            raise ValueError("the length is given twice: set train.steps or train.tokens, not both")
+        if tokens is None and info.data.get("steps", 0) is None:
+            raise ValueError("the run has no length: set train.steps or train.tokens")
+        return tokens
+
+    @field_validator("micro_batch_size")
+    @classmethod
+    def _divides(cls, micro: int, info: ValidationInfo) -> int:
+        batch = info.data.get("global_batch_size")
+        if batch is not None and batch % micro:
+            fitting = [n for n in range(1, batch + 1) if batch % n == 0]
+            closest = sorted(fitting, key=lambda n: abs(n - micro))[:2]
+            raise ValueError(
+                f"{micro} does not divide train.global_batch_size {batch}; "
+                f"the nearest that do are {' and '.join(map(str, sorted(closest)))}"
+            )
+        return micro
+
+
+class CheckpointConfig(Section):
+    """When the state is saved, and how a run starts."""
+
+    every: Positive = Field(500, description="steps between checkpoints; the last step always has one")
+    keep: Positive = Field(3, description="newest checkpoints that stay")
+    resume: str = Field(
+        "auto",
+        description="auto (newest valid one, else start), required, never (refused where a run is), or a "
+        "checkpoint's path",
+    )
+
+
+class EvalConfig(Section):
+    """Evaluation on held-out text."""
+
+    every: Positive | None = Field(None, description="steps between evaluations; default: only at the end")
+    batches: Positive = Field(50, description="rows in evaluations during training / train.global_batch_size")
+
+
+class WandbConfig(Section):
+    """The mirror of metrics.jsonl in Weights & Biases."""
+
+    mode: Literal["online", "offline", "disabled"] = Field("online", description="where the mirror goes")
+    project: str = Field("lamda", description="W&B project")
+    entity: str | None = Field(None, description="W&B user or team; default: the account's own")
+    name: str | None = Field(None, description="display name; default: the run directory's name")
+
+
+class DeepSpeedConfig(Section):
+    """What DeepSpeed owns."""
+
+    config: str = Field("ds_config.json", description="DeepSpeed's file: ZeRO stage, precision, communication")
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    train: TrainConfig
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    wandb: WandbConfig = Field(default_factory=WandbConfig)
+    deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        if self.train.steps is not None:
+            return self.train.steps
+        return -(-self.train.tokens // (self.train.global_batch_size * self.data.sequence_length))

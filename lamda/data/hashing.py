@@ -1,0 +1,25 @@
+"""A fixed integer hash, so that no library's random stream decides the order of data."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+_FIRST = np.uint64(0xBF58476D1CE4E5B9)
+_SECOND = np.uint64(0x94D049BB133111EB)
+
+
+def splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's output function (Steele, Lea, Flood 2014), elementwise."""
+    with np.errstate(over="ignore"):
+        z = values + _STEP
+        z = (z ^ (z >> np.uint64(30))) * _FIRST
+        z = (z ^ (z >> np.uint64(27))) * _SECOND
+        return z ^ (z >> np.uint64(31))
+
+
+def permutation(length: int, *key: int) -> NDArray[np.int64]:
+    """A permutation of `range(length)` that is a function of `key` alone."""
+    state = np.zeros(1, np.uint64)
+    for part in key:
+        state = splitmix64(state ^ np.uint64(part))
+    return np.argsort(splitmix64(state ^ splitmix64(np.arange(length, dtype=np.uint64))), kind="stable")

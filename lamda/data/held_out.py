@@ -1,0 +1,123 @@
+"""Held-out text as rows: once, in order, unshuffled; each row begins with the last token of the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lamda.data.card import Source
+from lamda.data.files import resolve
+from lamda.data.lanes import Cursor, Document, Lane, cut_into_lanes, read_lane
+from lamda.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of held-out text.
+
+    ids: [L+1] uint32. scored: [L] bool, the targets that count: all but a document's first token and
+    the padding of the last row. domains: [L] int32, of the targets. utf8_bytes: [number of domains
+    so far] int64, the text that this row is the first to show.
+    """
+
+    ids: NDArray[np.uint32]
+    scored: NDArray[np.bool_]
+    domains: NDArray[np.int32]
+    utf8_bytes: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The validation text of a run."""
+
+    sources: tuple[Source, ...]
+    tokenizer: Tokenizer
+    sequence_length: int
+
+    def documents(self) -> Iterator[Document]:
+        """Every document once, source by source, file by file."""
+        for source in self.sources:
+            for file in resolve(source):
+                (lane,) = cut_into_lanes(source, [file], lanes=1)
+                yield from _first_epoch(lane)
+
+    def rows(self, domains: list[str]) -> Iterator[Row]:
+        """All rows; names of domains are added to `domains` as they appear."""
+        length = self.sequence_length
+        stream = _Stream.empty()
+        fresh = True
+        for chunk in self._encoded(domains):
+            stream = stream + chunk
+            while len(stream.ids) > length:
+                yield self._row(stream.head(length + 1), fresh, len(domains))
+                stream, fresh = stream.tail(length), False
+        if len(stream.ids) > 1 or (fresh and len(stream.ids)):
+            yield self._row(stream, fresh, len(domains))
+
+    def _encoded(self, domains: list[str]) -> Iterator[_Stream]:
+        for document in self.documents():
+            if document.domain not in domains:
+                domains.append(document.domain)
+            (ids,) = self.tokenizer.encode_documents([document.text], threads=1)
+            ids = np.append(ids, np.uint32(self.tokenizer.end_of_document))
+            first = np.zeros(len(ids), bool)
+            first[0] = True
+            yield _Stream(ids, first, np.full(len(ids), domains.index(document.domain), np.int32))
+
+    def _row(self, stream: _Stream, fresh: bool, known: int) -> Row:  # noqa: FBT001
+        counted = slice(0 if fresh else 1, None)
+        shown = np.bincount(
+            stream.domains[counted], weights=self.tokenizer.token_bytes[stream.ids[counted]], minlength=known
+        )
+        missing = self.sequence_length + 1 - len(stream.ids)
+        return Row(
+            ids=np.pad(stream.ids, (0, missing), constant_values=self.tokenizer.padding),
+            scored=np.pad(~stream.first[1:], (0, missing)),
+            domains=np.pad(stream.domains[1:], (0, missing)),
+            utf8_bytes=shown.astype(np.int64),
+        )
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """Tokens in a row, whether each begins a document, and its domain."""
+
+    ids: NDArray[np.uint32]
+    first: NDArray[np.bool_]
+    domains: NDArray[np.int32]
+
+    @staticmethod
+    def empty() -> _Stream:
+        return _Stream(np.empty(0, np.uint32), np.empty(0, bool), np.empty(0, np.int32))
+
+    def __add__(self, other: _Stream) -> _Stream:
+        return _Stream(
+            np.concatenate([self.ids, other.ids]),
+            np.concatenate([self.first, other.first]),
+            np.concatenate([self.domains, other.domains]),
+        )
+
+    def head(self, count: int) -> _Stream:
+        return _Stream(self.ids[:count], self.first[:count], self.domains[:count])
+
+    def tail(self, start: int) -> _Stream:
+        return _Stream(self.ids[start:], self.first[start:], self.domains[start:])
+
+
+def _first_epoch(lane: Lane) -> Iterator[Document]:
+    for document in read_lane(lane, Cursor()):
+        if document.epoch:
+            return
+        yield document
+
+
+def micro_batches(rows: Iterator[Row], *, size: int, rank: int, world: int) -> Iterator[Sequence[Row]]:
+    """This rank's micro-batches of up to `size` rows, dealt in turn; as many on every rank, some empty."""
+    while True:
+        turn = [[row for _, row in zip(range(size), rows, strict=False)] for _ in range(world)]
+        if not turn[0]:
+            return
+        yield turn[rank]

@@ -1,0 +1,168 @@
+"""A rank's micro-batches: the rows of each step, cut so that any number of ranks sees the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lamda.data.blocks import Block, Packing, read_blocks
+from lamda.data.corpus import Corpus
+from lamda.data.lanes import Cursor, Lane
+from lamda.data.order import next_samples
+from lamda.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a rank computes in a step.
+
+    micro_batches: each [b, L+1] uint32. digests: the sha256 of each of the rank's rows, and
+    positions: its place among the step's samples; `batch_digest` puts all ranks' together.
+    consumed: the order's next sample after this step.
+    """
+
+    micro_batches: tuple[NDArray[np.uint32], ...]
+    positions: NDArray[np.int64]
+    digests: NDArray[np.uint8]
+    consumed: int
+
+
+def batch_digest(digests: NDArray[np.uint8]) -> str:
+    """16 hex digits that name a step's data. digests: [B, 32], the rows' sha256 in global order."""
+    return sha256(digests.tobytes()).hexdigest()[:16]
+
+
+def row_digest(ids: NDArray[np.uint32]) -> NDArray[np.uint8]:
+    """The sha256 of a row's ids as little-endian uint32, [32] uint8."""
+    return np.frombuffer(sha256(ids.astype("<u4").tobytes()).digest(), np.uint8)
+
+
+class _LaneReader:
+    """A lane's rows by number, in rising order; the next block is made in the background."""
+
+    def __init__(self, blocks: Iterator[tuple[Block, Cursor]], cursor: Cursor, pool: ThreadPoolExecutor) -> None:
+        self.cursors = [cursor]
+        self._blocks, self._pool = blocks, pool
+        self._block: Block | None = None
+        self._coming: Future[tuple[Block, Cursor]] = pool.submit(next, blocks)
+
+    def row(self, block: int, row: int) -> NDArray[np.uint32]:
+        while self._block is None or self._block.number < block:
+            self._block, cursor = self._coming.result()
+            self.cursors.append(cursor)
+            self._coming = self._pool.submit(next, self._blocks)
+        return self._block.ids[row]
+
+    def best_cursor(self, block: int) -> Cursor:
+        """The last known cursor that is not past `block`; older ones are forgotten."""
+        while len(self.cursors) > 1 and self.cursors[1].block <= block:
+            self.cursors.pop(0)
+        return self.cursors[0]
+
+
+class Loader:
+    """The steps of one rank, from any place in the global order.
+
+    `cursors` are starting points of lanes (missing ones start at their beginning); with them or
+    without, the samples are the same. Close it, or use it as a context, to end its threads.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        *,
+        packing: Packing,
+        batch: int,
+        micro_batch: int,
+        rank: int,
+        world: int,
+        consumed: int = 0,
+        skipped: Sequence[tuple[int, int]] = (),
+        cursors: Mapping[int, Cursor] | None = None,
+        threads: int = 1,
+    ) -> None:
+        self._corpus, self._tokenizer, self._packing = corpus, tokenizer, packing
+        self._batch, self._micro_batch = batch, micro_batch
+        self._runs = batch // (micro_batch * world)
+        self._rank = rank
+        self._consumed, self._skipped = consumed, tuple(skipped)
+        self._start = dict(cursors or {})
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lane")
+        self._readers: dict[int, _LaneReader] = {}
+        self._open_lanes()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Step]:
+        while True:
+            yield self._next_step()
+
+    def close(self) -> None:
+        """End the background threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def cursors(self, consumed: int) -> dict[int, Cursor]:
+        """For each lane this rank knows of, the nearest cursor at or before its first row that is not consumed."""
+        blocks = self._corpus.order.rows_before(consumed) // self._packing.rows
+        known = {lane: cursor for lane, cursor in self._start.items() if cursor.block <= blocks[lane]}
+        known.update({lane: reader.best_cursor(int(blocks[lane])) for lane, reader in self._readers.items()})
+        return known
+
+    def _own_samples(self) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64], int]:
+        """Positions in the step, lanes and rows of this rank's samples, sorted by lane; the next `consumed`."""
+        samples, consumed = next_samples(self._consumed, self._batch, self._skipped)
+        lanes, rows = self._corpus.order.rows(samples)
+        share = self._runs * self._micro_batch
+        own = np.argsort(lanes, kind="stable")[self._rank * share : (self._rank + 1) * share]
+        return own, lanes[own], rows[own], consumed
+
+    def _open_lanes(self) -> None:
+        """Begin with the lanes of the first step, so that their first blocks are made side by side."""
+        for lane in np.unique(self._own_samples()[1]):
+            self._reader(int(lane))
+
+    def _reader(self, lane: int) -> _LaneReader:
+        if lane not in self._readers:
+            cursor = self._start.get(lane, Cursor())
+            blocks = read_blocks(
+                self._corpus.lanes[lane], cursor, packing=self._packing, tokenizer=self._tokenizer
+            )
+            self._readers[lane] = _LaneReader(blocks, cursor, self._pool)
+        return self._readers[lane]
+
+    def _next_step(self) -> Step:
+        positions, lanes, numbers, consumed = self._own_samples()
+        blocks, places = np.divmod(numbers, self._packing.rows)
+        rows = np.stack(
+            [
+                self._reader(int(lane)).row(int(block), int(place))
+                for lane, block, place in zip(lanes, blocks, places, strict=True)
+            ]
+        )
+        self._consumed = consumed
+        return Step(
+            micro_batches=tuple(rows.reshape(self._runs, self._micro_batch, -1)),
+            positions=positions,
+            digests=np.stack([row_digest(row) for row in rows]),
+            consumed=consumed,
+        )
+
+
+def merge_cursors(parts: Iterable[Mapping[int, Cursor]]) -> dict[int, Cursor]:
+    """Of what all ranks know, the furthest cursor of each lane."""
+    merged: dict[int, Cursor] = {}
+    for part in parts:
+        for lane, cursor in part.items():
+            if lane not in merged or cursor.block > merged[lane].block:
+                merged[lane] = cursor
+    return dict(sorted(merged.items()))

@@ -1,0 +1,96 @@
+"""A corpus that every machine with Python has: the sources of the interpreter's own standard library.
+
+It is written in The Pile's format: JSON lines {"text", "meta": {"pile_set_name"}}, zstd, one frame a file.
+A source file is a document; training and held-out documents are kept apart by file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import sysconfig
+import tokenize
+from pathlib import Path, PurePath
+
+import orjson
+import zstandard
+
+from lamda.config.errors import UserError
+
+_HELD_OUT = 32  # one file in so many is held out
+_TEST_FOLDERS = {"test", "tests", "idle_test"}
+_INSTALLED = {"site-packages", "dist-packages"}
+
+
+def write_corpus(folder: str | Path, *, shards: int = 8) -> None:
+    """Write `train/00.jsonl.zst` and so on, `val.jsonl.zst` and `manifest.json` into `folder`.
+
+    The folder appears when all of it is written: one that is there is left alone, whatever interpreter wrote
+    it, and what an interrupted call left beside it is replaced.
+
+    Args:
+        folder: a path that is free, or where a corpus is.
+        shards: number of training files, alike in size and kind.
+
+    Raises:
+        UserError: something else is at `folder`, or this interpreter has no sources.
+    """
+    folder = Path(folder)
+    if (folder / "manifest.json").exists():
+        return
+    if folder.exists():
+        raise UserError(f"{folder} is there and is not a corpus: move it away, or give another folder")
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "train").mkdir(parents=True)
+    train, held_out = _split(_sources(Path(sysconfig.get_path("stdlib"))))
+    documents = {f"train/{shard:02}.jsonl.zst": train[shard::shards] for shard in range(shards)}
+    documents["val.jsonl.zst"] = held_out
+    for name, lines in documents.items():
+        _write(partial / name, zstandard.ZstdCompressor().compress(b"".join(lines)))
+    files = {name: {"documents": len(lines), "bytes": sum(map(len, lines))} for name, lines in documents.items()}
+    manifest = {"python": sys.version, "files": files}
+    _write(partial / "manifest.json", orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+    partial.rename(folder)
+
+
+def _sources(library: Path) -> dict[PurePath, str]:
+    """Text of every source file that can be decoded and is not empty, by path from `library`."""
+    sources = {}
+    for path in library.rglob("*.py"):
+        name = path.relative_to(library)
+        if _INSTALLED.intersection(name.parts):
+            continue
+        try:
+            with tokenize.open(path) as file:
+                text = file.read()
+        except (SyntaxError, UnicodeDecodeError):  # the library's own tests hold files that are broken on purpose
+            continue
+        if text:
+            sources[name] = text
+    if not sources:
+        raise UserError(f"no sources of the standard library are in {library}: give text with data.files")
+    return sources
+
+
+def _split(sources: dict[PurePath, str]) -> tuple[list[bytes], list[bytes]]:
+    """Lines of training and of held-out documents, each in an order that only hashes of the paths decide."""
+    train, held_out = [], []
+    for name, text in sorted(sources.items(), key=lambda source: _digest(source[0])):
+        domain = "Python tests" if _TEST_FOLDERS.intersection(name.parts[:-1]) else "Python library"
+        line = orjson.dumps({"text": text, "meta": {"pile_set_name": domain}}) + b"\n"
+        (train if _digest(name)[-1] % _HELD_OUT else held_out).append(line)
+    return train, held_out
+
+
+def _digest(name: PurePath) -> bytes:
+    return hashlib.sha256(name.as_posix().encode()).digest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,160 @@
+"""Ranks: who am I, and the few collectives that the project needs.
+
+The only file that reads launcher variables. Torch is imported where it is used, so that a wrong
+configuration is answered before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+from lamda.config.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+
+class ReportedElsewhere(UserError):
+    """An error that rank 0 tells; this rank only ends."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of the run."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    local_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes and speaks for all."""
+        return self.rank == 0
+
+
+def read_world() -> World:
+    """The place that the launcher gave this process (DeepSpeed's, torchrun's), or a world of one."""
+    variables = os.environ
+    size = int(variables.get("WORLD_SIZE", 1))
+    return World(
+        rank=int(variables.get("RANK", 0)),
+        local_rank=int(variables.get("LOCAL_RANK", 0)),
+        size=size,
+        local_size=int(variables.get("LOCAL_SIZE") or variables.get("LOCAL_WORLD_SIZE") or size),
+    )
+
+
+def choose_accelerator() -> None:
+    """Name the CPU to DeepSpeed where there is no GPU: left to find out, it warns on every rank."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def start(world: World, *, threads: int | None) -> torch.device:
+    """Join the process group and return this rank's device.
+
+    threads: CPU threads of this rank; by default the usable cores over the ranks of this machine.
+    """
+    import torch
+
+    # Its C++ operator serves inference alone, and building it would cost a minute at every first start.
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    import deepspeed
+
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    for name, value in _defaults(world).items():
+        os.environ.setdefault(name, value)
+    deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=30), dist_init_required=True)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(world.local_rank)
+        return torch.device("cuda", world.local_rank)
+    return torch.device("cpu")
+
+
+def _defaults(world: World) -> dict[str, str]:
+    """What a launcher would set, for a run without one."""
+    if world.size > 1:
+        return {}
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+
+
+def stop() -> None:
+    """Leave the process group."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    import torch.distributed as dist
+
+    dist.barrier()
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's value on all ranks."""
+    import torch.distributed as dist
+
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: T) -> list[T]:
+    """The values of all ranks, in their order, on every rank."""
+    import torch.distributed as dist
+
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_main(world: World, action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 alone; every rank gets its result, or ends with its UserError."""
+    failure: UserError | None = None
+    result = None
+    if world.is_main:
+        try:
+            result = action()
+        except UserError as error:
+            failure = error
+    result, failed = broadcast((result, failure is not None))
+    if failure is not None:
+        raise failure
+    if failed:
+        raise ReportedElsewhere("rank 0 tells the reason")
+    return result
+
+
+def agree(world: World, action: Callable[[], T]) -> T:
+    """Run `action` on every rank; a UserError on any of them ends all, told once."""
+    failure = result = None
+    try:
+        result = action()
+    except UserError as error:
+        failure = error
+    failures = gather(None if failure is None else str(failure))
+    first = next((message for message in failures if message is not None), None)
+    if first is None:
+        return result
+    raise UserError(first) if world.is_main else ReportedElsewhere(first)

@@ -1,0 +1,89 @@
+"""LaMDA's decoder (arXiv 2201.08239, section 3).
+
+B batch, L length, D model width, H heads, K head width, F feed-forward width, V vocabulary;
+M keys (cached ones and the L new ones), R buckets of distance.
+
+Where the paper is silent this is Google's own model of the same shape (Lingvo, `DenseLm128B8x8`):
+RMS norms before each half of a block, no biases, no scaling of scores, a tied embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lamda.config import ModelConfig
+from lamda.model.attention import Attention, KeyValues, View
+from lamda.model.layers import Embedding, Linear, RMSNorm, bias_table
+from lamda.model.weights import export_weights, load_weights
+
+
+class LaMDA(nn.Module):
+    """Tokens to logits. Its weights are NaN until `load_weights` or `lamda.model.initialisation.initialise`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.final_norm = RMSNorm(config.d_model)
+        self.relative_bias = None if config.bias_per_layer else bias_table(config)
+
+    def forward(
+        self, tokens_BL: Tensor, documents_BL: Tensor | None = None, *, cache: Sequence[KeyValues] | None = None
+    ) -> Tensor:
+        """Logits [B, L, V] of the token after each token, in the weights' precision.
+
+        documents_BL: an id a token; attention stays inside a document. cache: the keys and values of
+        the tokens before, a layer each; they grow by these L. One or the other, else ValueError.
+        """
+        if documents_BL is not None and cache is not None:
+            raise ValueError("documents of cached tokens are not known: give documents_BL or cache, not both")
+        view = View.of(tokens_BL, documents_BL, past=cache[0].length if cache else 0, table_RH=self.relative_bias)
+        x_BLD = self.embedding(tokens_BL)
+        for layer, past in zip(self.layers, cache or [None] * len(self.layers), strict=True):
+            x_BLD = layer(x_BLD, view, past)
+        return functional.linear(self.final_norm(x_BLD) * self.config.d_model**-0.5, self.embedding.weight)
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy weights in by plain name, in the parameters' own precision.
+
+        Raises UserError that names every missing, unexpected and mis-shaped one, before anything is changed.
+        """
+        load_weights(self, weights)
+
+    def export_weights(self) -> dict[str, Tensor]:
+        """The weights by plain name: views of the parameters, without copies."""
+        return export_weights(self)
+
+
+class Block(nn.Module):
+    """Attention, then the gated feed-forward layer, each on a normed copy of the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model)
+        self.attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config.d_model)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x_BLD: Tensor, view: View, past: KeyValues | None) -> Tensor:
+        """The residual stream [B, L, D] after this block."""
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), view, past)
+        return x_BLD + self.feed_forward(self.feed_forward_norm(x_BLD))
+
+
+class FeedForward(nn.Module):
+    """Gated GELU in its tanh form (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up = Linear(config.d_model, 2 * config.d_ff)
+        self.down = Linear(config.d_ff, config.d_model)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """[B, L, D] to [B, L, D]."""
+        gate_BLF, up_BLF = self.gate_up(x_BLD).chunk(2, dim=-1)
+        return self.down(functional.gelu(gate_BLF, approximate="tanh") * up_BLF)

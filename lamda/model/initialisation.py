@@ -1,0 +1,60 @@
+"""The weights before training, with the scales of Google's own model of this shape (Lingvo, `gshard_builder.py`)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lamda.config import ModelConfig
+from lamda.model.decoder import LaMDA
+from lamda.model.weights import BUCKETS
+
+Draw = Callable[[Tensor, torch.Generator], Tensor]
+"""Fills a tensor from a generator."""
+
+
+@torch.no_grad()
+def initialise(model: LaMDA, *, seed: int) -> None:
+    """Draw every weight. Each plain weight has a generator of its own, seeded by (seed, its name).
+
+    So the values depend on nothing else: not on ranks, device, precision (they are drawn in fp32 on
+    the CPU) or the order of modules.
+    """
+    draws = _draws(model.config)
+    for name, weight in model.export_weights().items():
+        draw = draws[name.removesuffix(".weight").rpartition(".")[2]]
+        weight.copy_(draw(torch.empty(weight.shape, device="cpu"), _generator(seed, name)))
+
+
+def _draws(config: ModelConfig) -> dict[str, Draw]:
+    """The distribution of each kind of weight. There is no 1/sqrt(K) in attention: the query's scale stands for it."""
+    D, F, HK = config.d_model, config.d_ff, config.n_heads * config.d_head
+    return {
+        "embedding": _normal(0.5),
+        "scale": lambda weight, _: weight.fill_(1.0),
+        "query": _normal((D * config.d_head) ** -0.5),
+        "key": _normal(D**-0.5),
+        "value": _normal(D**-0.5),
+        "output": _normal(HK**-0.5),
+        "relative_bias": _normal((BUCKETS * config.n_heads) ** -0.5),
+        "gate": _uniform(D**-0.5),
+        "up": _uniform(D**-0.5),
+        "down": _uniform(F**-0.5),
+    }
+
+
+def _normal(std: float) -> Draw:
+    return lambda weight, generator: weight.normal_(0.0, std, generator=generator)
+
+
+def _uniform(std: float) -> Draw:
+    limit = 3**0.5 * std
+    return lambda weight, generator: weight.uniform_(-limit, limit, generator=generator)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -1,0 +1,46 @@
+"""The decoder's elementary layers. Every parameter starts as NaN: what is never filled shows at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lamda.config import ModelConfig
+from lamda.model.weights import BUCKETS
+
+
+class Linear(nn.Linear):
+    """A matrix [outputs, inputs] without bias."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Fill with NaN."""
+        nn.init.constant_(self.weight, torch.nan)
+
+
+class Embedding(nn.Embedding):
+    """A vector [D] a token."""
+
+    def reset_parameters(self) -> None:
+        """Fill with NaN."""
+        nn.init.constant_(self.weight, torch.nan)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, computed in fp32 or wider (Zhang and Sennrich, arXiv 1910.07467)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((width,), torch.nan))
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """[B, L, D] to [B, L, D]."""
+        return functional.rms_norm(x_BLD, self.scale.shape, self.scale, eps=1e-6)
+
+
+def bias_table(config: ModelConfig) -> nn.Parameter:
+    """T5's relative position bias: [R, H], what a bucket of distance adds to a head's scores."""
+    return nn.Parameter(torch.full((BUCKETS, config.n_heads), torch.nan))

@@ -1,0 +1,1 @@
+"""Training under DeepSpeed: engine, optimiser, checkpoints, metrics, evaluation and the loop."""

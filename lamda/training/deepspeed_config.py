@@ -1,0 +1,84 @@
+"""The dict that DeepSpeed gets: its own file plus what the configuration owns. A key set in both is an error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lamda.config.batches import micro_batches_per_rank
+from lamda.config.errors import UserError
+from lamda.config.presets import nearest
+from lamda.config.resources import find
+from lamda.config.schema import Config
+
+OWNED_BY_CONFIG = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "nothing: it follows from the batch sizes and the number of ranks",
+    "gradient_clipping": "train.gradient_clipping",
+    "optimizer": "train.optimizer",
+    "scheduler": "train.schedule",
+    "wandb": "wandb.mode",
+    "steps_per_print": "nothing: progress is the loop's own",
+}
+KNOWN = frozenset(
+    "bf16 data_types communication_data_type zero_optimization zero_allow_untested_optimizer timers "
+    "wall_clock_breakdown dump_state comms_logger flops_profiler prescale_gradients gradient_predivide_factor "
+    "memory_breakdown seq_parallel_communication_data_type disable_allgather checkpoint aio "
+    "zero_force_ds_cpu_optimizer compile log_level".split()
+)
+REFUSED = {
+    "fp16": "the model is trained in bf16 or fp32",
+    "amp": "DeepSpeed 0.19.8 has removed it; use bf16",
+    "torch_autocast": "bf16 parameters with fp32 masters are the one mixed precision here",
+}
+
+
+def build(config: Config, *, world: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for `world` ranks. Raises UserError naming every wrong key at once."""
+    path = find(config.deepspeed.config)
+    try:
+        own = json.loads(path.read_text("utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+    problems = list(_problems(own, path))
+    if problems:
+        raise UserError("\n".join(problems))
+    train = config.train
+    return {
+        **own,
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": micro_batches_per_rank(train, world=world),
+        "gradient_clipping": train.gradient_clipping,
+    }
+
+
+def zero_stage(own: dict[str, Any]) -> int:
+    """The ZeRO stage that a DeepSpeed dict asks for."""
+    return int(own.get("zero_optimization", {}).get("stage", 0))
+
+
+def is_bf16(own: dict[str, Any]) -> bool:
+    """Whether parameters are bf16 (else fp32)."""
+    return bool(own.get("bf16", {}).get("enabled", False))
+
+
+def _problems(own: dict[str, Any], path: Path) -> list[str]:
+    found = []
+    for key in own:
+        if key in OWNED_BY_CONFIG:
+            found.append(f"{path}: {key}: set in the run's configuration as {OWNED_BY_CONFIG[key]}; take it out here")
+        elif key in REFUSED:
+            found.append(f"{path}: {key}: {REFUSED[key]}; take it out")
+        elif key not in KNOWN:
+            found.append(f"{path}: {key}: DeepSpeed has no such key{nearest(key, KNOWN)}")
+    if zero_stage(own) not in range(4):
+        found.append(f"{path}: zero_optimization.stage: {zero_stage(own)} is none of 0, 1, 2, 3")
+    if zero_stage(own) == 0 and is_bf16(own) and "data_types" in own:
+        found.append(
+            f"{path}: data_types: DeepSpeed cannot accumulate bf16 gradients in fp32 at ZeRO stage 0; take "
+            "data_types out, or use stage 1"
+        )
+    return found

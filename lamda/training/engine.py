@@ -1,0 +1,159 @@
+"""The model under DeepSpeed: one step over the whole world's batch, and the weights as they stand."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from lamda.config.schema import Config
+from lamda.data.loader import Step, batch_digest
+from lamda.distributed import World
+from lamda.model import LaMDA
+from lamda.model.initialisation import initialise
+from lamda.model.loss import cross_entropy
+from lamda.model.weights import plain_slices
+from lamda.training import deepspeed_config
+from lamda.training.fragments import publish_weights, reset_moments
+from lamda.training.optimiser import make_optimizer, set_learning_rate
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A step's figures, still on the device: reading them waits for the step to end.
+
+    sums: [2] float64, nats and targets of all ranks. rows: [B, 32] int32, the sha256 of each row in
+    global order.
+    """
+
+    sums: torch.Tensor
+    rows: torch.Tensor
+    grad_norm: float | torch.Tensor
+    updated: bool
+
+    def loss(self) -> float:
+        """Cross-entropy in nats a target, over all ranks."""
+        nats, targets = self.sums.tolist()
+        return nats / targets
+
+    def batch_digest(self) -> str:
+        """16 hex digits that name the batch."""
+        return batch_digest(self.rows.to(torch.uint8).cpu().numpy())
+
+
+class Engine:
+    """A LaMDA, its optimiser and the ranks that share them."""
+
+    def __init__(self, config: Config, *, world: World, device: torch.device) -> None:
+        self.config, self.world, self.device = config, world, device
+        own = deepspeed_config.build(config, world=world.size)
+        self.stage, self.is_bf16 = deepspeed_config.zero_stage(own), deepspeed_config.is_bf16(own)
+        model = LaMDA(config.model)
+        initialise(model, seed=config.run.seed)
+        model.to(device)
+        with _quiet():
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model, optimizer=make_optimizer(model, config.train), config=own, dist_init_required=False
+            )
+        reset_moments(self.deepspeed, updates=0)
+
+    @property
+    def model(self) -> LaMDA:
+        """The module that computes."""
+        return self.deepspeed.module
+
+    def step(self, batch: Step, *, learning_rate: float) -> StepResult:
+        """Forward, backward and update over this rank's micro-batches.
+
+        The loss is the sum over targets divided by the global number of targets; it is scaled by the
+        number of ranks, because DeepSpeed averages gradients over them.
+        """
+        set_learning_rate(self.deepspeed.optimizer, learning_rate)
+        micro_batches = [_ids(rows, self.device) for rows in batch.micro_batches]
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        targets = self._global_targets(micro_batches)
+        for ids in micro_batches:
+            nats, squares = cross_entropy(self.deepspeed(ids[:, :-1]), ids[:, 1:])
+            loss = (nats + self.config.train.z_loss * squares) * (self.world.size / targets)
+            self.deepspeed.backward(loss, scale_wrt_gas=False)
+            self._guard(loss)
+            self.deepspeed.step()
+            sums += torch.stack([nats.detach().double(), torch.tensor(ids[:, 1:].numel(), device=self.device)])
+        dist.all_reduce(sums)
+        norm = self.deepspeed.get_global_grad_norm()
+        return StepResult(sums, self._rows(batch), 0.0 if norm is None else norm, self.deepspeed.was_step_applied())
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The model without gradients, and back to training after."""
+        self.model.eval()
+        with torch.no_grad():
+            yield
+        self.model.train()
+
+    @contextmanager
+    def whole(self, *parameters: torch.nn.Parameter) -> Iterator[None]:
+        """These parameters whole on every rank (gathered at stage 3, where a rank holds a part)."""
+        with deepspeed.zero.GatheredParameters(list(parameters)) if self.stage == 3 else nullcontext():
+            yield
+
+    def plain_weights(self) -> dict[str, torch.Tensor]:
+        """On rank 0 the weights that the model computes with, by plain name, on the CPU; gathered one at a time."""
+        weights: dict[str, torch.Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            with self.whole(parameter):
+                if self.world.is_main:
+                    flat = parameter.detach().reshape(-1).cpu()
+                    for plain in plain_slices(self.config.model)[name]:
+                        weights[plain.name] = flat[plain.start : plain.start + plain.numel].view(plain.shape).clone()
+        return weights
+
+    def publish_weights(self) -> None:
+        """Bring filled fp32 weights into the parameters that the model computes with."""
+        publish_weights(self.deepspeed)
+
+    def _global_targets(self, micro_batches: Sequence[torch.Tensor]) -> torch.Tensor:
+        targets = torch.tensor(sum(ids[:, 1:].numel() for ids in micro_batches), device=self.device)
+        dist.all_reduce(targets)
+        return targets
+
+    def _rows(self, batch: Step) -> torch.Tensor:
+        """Every row's sha256 on every rank; a row is one rank's, the others add zero."""
+        rows = np.zeros((self.config.train.global_batch_size, 32), np.int32)
+        rows[batch.positions] = batch.digests
+        gathered = torch.from_numpy(rows).to(self.device)
+        dist.all_reduce(gathered)
+        return gathered
+
+    def _guard(self, loss: torch.Tensor) -> None:
+        """At stage 0 in fp32 DeepSpeed checks nothing: a non-finite gradient is dropped here, and with it the update."""
+        if self.stage != 0 or self.is_bf16 or not self.deepspeed.is_gradient_accumulation_boundary():
+            return
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            for parameter in self.model.parameters():
+                parameter.grad = None
+
+
+def _ids(rows: NDArray[np.uint32], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(rows.astype(np.int64)).to(device, non_blocking=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed reports its memory on standard output while it starts; that is for debugging alone."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    said = io.StringIO()
+    with redirect_stdout(said):
+        yield
+    log.debug("DeepSpeed: %s", said.getvalue())

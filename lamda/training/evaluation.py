@@ -1,0 +1,131 @@
+"""Held-out loss: nats a target, perplexity and bits per byte, in all and by domain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from math import exp, log
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lamda.data.held_out import HeldOut, Row, micro_batches
+
+Nats = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(inputs_BL, targets_BL) -> nats_BL on the model's device."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sums by domain over the rows that were read: nats and number of scored targets, UTF-8 bytes."""
+
+    domains: tuple[str, ...]
+    nats: NDArray[np.float64]
+    targets: NDArray[np.int64]
+    utf8_bytes: NDArray[np.int64]
+
+    def metrics(self) -> dict[str, float]:
+        """`eval/loss`, `eval/bits_per_byte` and `eval/loss/<domain>` as they stand in metrics.jsonl."""
+        rows = {"eval/loss": self.loss(), "eval/bits_per_byte": self.bits_per_byte()}
+        if len(self.domains) > 1:
+            rows.update({f"eval/loss/{name}": self._only(i).loss() for i, name in enumerate(self.domains) if self.targets[i]})
+        return rows
+
+    def report(self) -> dict[str, Any]:
+        """All figures, in all and by domain."""
+        domains = {name: self._only(i).report_one() for i, name in enumerate(self.domains) if self.targets[i]}
+        return {**self.report_one(), "domains": domains}
+
+    def report_one(self) -> dict[str, float]:
+        """Loss, perplexity, bits per byte, tokens and bytes of all domains together."""
+        return {
+            "loss": self.loss(),
+            "perplexity": exp(self.loss()),
+            "bits_per_byte": self.bits_per_byte(),
+            "tokens": int(self.targets.sum()),
+            "bytes": int(self.utf8_bytes.sum()),
+        }
+
+    def loss(self) -> float:
+        """Nats a scored target."""
+        return float(self.nats.sum() / self.targets.sum())
+
+    def bits_per_byte(self) -> float:
+        """All nats, end symbols included, in bits over the UTF-8 bytes of the text."""
+        return float(self.nats.sum() / log(2) / self.utf8_bytes.sum())
+
+    def _only(self, index: int) -> Scores:
+        part = slice(index, index + 1)
+        return Scores(self.domains[part], self.nats[part], self.targets[part], self.utf8_bytes[part])
+
+
+def evaluate(
+    held_out: HeldOut,
+    nats: Nats,
+    *,
+    device: torch.device,
+    micro_batch: int,
+    rank: int = 0,
+    world: int = 1,
+    rows: int | None = None,
+    total: Callable[[NDArray[np.float64]], NDArray[np.float64]] = lambda sums: sums,
+) -> Scores:
+    """Score the first `rows` rows (default: all), shared among the ranks in turn.
+
+    total: adds an array up over all ranks. Ranks without rows run an empty micro-batch, since the
+    model's collectives (ZeRO-3) need every rank.
+    """
+    domains: list[str] = []
+    stream = islice(held_out.rows(domains), rows)
+    sums = np.zeros((3, 0))
+    for batch in micro_batches(stream, size=micro_batch, rank=rank, world=world):
+        sums = _padded(sums, len(domains))
+        sums += _score(batch, nats, device=device, size=micro_batch, length=held_out.sequence_length, domains=len(domains))
+    nats_sum, targets, utf8_bytes = total(_padded(sums, len(domains)))
+    return Scores(tuple(domains), nats_sum, targets.astype(np.int64), utf8_bytes.astype(np.int64))
+
+
+def _score(
+    batch: Sequence[Row], nats: Nats, *, device: torch.device, size: int, length: int, domains: int
+) -> NDArray[np.float64]:
+    """[3, domains]: nats, scored targets and bytes of a micro-batch, filled up with empty rows to `size`."""
+    ids = np.zeros((size, length + 1), np.int64)
+    for place, row in enumerate(batch):
+        ids[place] = row.ids
+    tokens = torch.from_numpy(ids).to(device)
+    losses = nats(tokens[:, :-1], tokens[:, 1:]).double().cpu().numpy()
+    sums = np.zeros((3, domains))
+    for place, row in enumerate(batch):
+        scored = row.domains[row.scored]
+        sums[0] += np.bincount(scored, weights=losses[place][row.scored], minlength=domains)
+        sums[1] += np.bincount(scored, minlength=domains)
+        sums[2, : len(row.utf8_bytes)] += row.utf8_bytes
+    return sums
+
+
+def _padded(sums: NDArray[np.float64], domains: int) -> NDArray[np.float64]:
+    return np.pad(sums, ((0, 0), (0, domains - sums.shape[1])))
+
+
+def held_out_bytes(held_out: HeldOut, *, limit: int) -> bytes | None:
+    """The held-out text as one string of bytes, or None where it is longer than `limit`."""
+    parts: list[bytes] = []
+    length = 0
+    for document in held_out.documents():
+        parts.append(document.text.encode())
+        length += len(parts[-1])
+        if length > limit:
+            return None
+    return b"".join(parts)
+
+
+def table(report: dict[str, Any]) -> Iterator[str]:
+    """The report as lines for a person."""
+    yield f"{'':24}{'loss':>9}{'perplexity':>12}{'bits/byte':>11}{'tokens':>13}"
+    for name, part in [("all", report), *sorted(report["domains"].items())]:
+        yield (
+            f"{name[:24]:24}{part['loss']:9.4f}{part['perplexity']:12.2f}{part['bits_per_byte']:11.4f}{part['tokens']:13,}"
+        )

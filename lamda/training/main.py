@@ -1,0 +1,55 @@
+"""`scripts/pretrain.py`: from a configuration to a trained, evaluated, saved model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from lamda.config.batches import micro_batches_per_rank
+from lamda.config.errors import UserError
+from lamda.config.loading import load_config, wants_help
+from lamda.config.schema import Config
+from lamda.distributed import ReportedElsewhere, World, choose_accelerator, read_world
+from lamda.training import deepspeed_config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run pre-training; returns the exit code (0 done, 2 a user's mistake, 130 interrupted)."""
+    world = read_world()
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        if wants_help(arguments):
+            return _print_help()
+        config = load_config(arguments)
+        _check_early(config, world)
+    except UserError as error:
+        return _tell(error, quiet=not world.is_main)
+    choose_accelerator()
+    from lamda.training.pretraining import pretrain
+
+    try:
+        pretrain(config, world)
+    except UserError as error:
+        return _tell(error, quiet=isinstance(error, ReportedElsewhere))
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _check_early(config: Config, world: World) -> None:
+    """What can be known wrong before torch is loaded."""
+    micro_batches_per_rank(config.train, world=world.size)
+    deepspeed_config.build(config, world=world.size)
+
+
+def _print_help() -> int:
+    from lamda.config.help import help_text
+
+    print(help_text())
+    return 0
+
+
+def _tell(error: UserError, *, quiet: bool) -> int:
+    if not quiet:
+        print(error, file=sys.stderr, flush=True)
+    return 2

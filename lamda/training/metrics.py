@@ -1,0 +1,58 @@
+"""metrics.jsonl, the truth about a run: one JSON object a step, each step at most once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+"""Dense bf16 peaks by a part of the device's name, from the makers' data sheets."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The device's dense bf16 peak in FLOP/s, or None where it is not known (then there is no MFU)."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+class MetricsFile:
+    """Appends finished steps; what a resume made void has moved to metrics.discarded.jsonl."""
+
+    def __init__(self, path: Path, *, discarded: Path, step: int) -> None:
+        _discard_after(step, path, discarded)
+        self._stream = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._stream.close()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one step."""
+        self._stream.write(json.dumps(row) + "\n")
+        self._stream.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All rows; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
+
+
+def _discard_after(step: int, path: Path, discarded: Path) -> None:
+    """Move the lines after `step`, and a torn last one, out of the way."""
+    if not path.exists():
+        return
+    lines = path.read_text("utf-8").split("\n")
+    torn = lines.pop()
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    void = lines[len(kept) :] + ([torn] if torn else [])
+    if void:
+        with discarded.open("a", encoding="utf-8") as stream:
+            stream.writelines(line + "\n" for line in void)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), "utf-8")
+        temporary.replace(path)

@@ -1,0 +1,87 @@
+"""Where a run begins: its newest valid checkpoint, a named one, or nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lamda.config.errors import UserError
+from lamda.config.schema import Config
+from lamda.distributed import World, on_main
+from lamda.training import checkpoint
+from lamda.training.run_directory import RunDirectory
+from lamda.training.state import RunState
+
+
+@dataclass(frozen=True)
+class Start:
+    """A checkpoint to go on from (or None), and the state in it."""
+
+    path: Path | None
+    state: RunState
+
+    def check_data(self, current: dict[str, Any]) -> RunState:
+        """The state to begin with, carrying `current` as its fingerprint.
+
+        Raises UserError, naming what differs, where the samples would not be those of the checkpoint.
+        """
+        saved = self.state.fingerprint
+        if saved and saved != current:
+            names = [name for name in current if saved.get(name) != current[name]]
+            told = "; ".join(f"{name} was {_short(saved.get(name))}, is {_short(current[name])}" for name in names)
+            raise UserError(
+                f"{self.path}: the data would not be the checkpoint's: {told}. Set these back, or start another run.dir "
+                "from the weights alone (model.weights)"
+            )
+        return replace(self.state, fingerprint=current)
+
+
+def choose_start(config: Config, directory: RunDirectory, world: World) -> Start:
+    """What `checkpoint.resume` asks for, verified. Every rank calls it. Raises UserError."""
+    wish = config.checkpoint.resume
+    on_main(world, lambda: _check_wish(config, directory))
+    if wish == "never":
+        return Start(None, RunState())
+    if wish in ("auto", "required"):
+        path = checkpoint.find_valid(directory.checkpoints, world=world)
+    else:
+        path = Path(wish)
+        problem = checkpoint.verify(path, world=world)
+        if problem is not None:
+            raise UserError(f"checkpoint.resume {wish}: {problem}")
+    if path is None:
+        return Start(None, RunState())
+    on_main(world, lambda: _check_model(config, path))
+    return Start(path, RunState.read(path / "run_state.json"))
+
+
+def _check_wish(config: Config, directory: RunDirectory) -> None:
+    wish, here = config.checkpoint.resume, checkpoint.complete(directory.checkpoints)
+    if wish == "never" and directory.holds_a_run:
+        raise UserError(f"checkpoint.resume never: {directory.path} already holds a run; choose another run.dir")
+    if wish == "required" and not here:
+        raise UserError(f"checkpoint.resume required: {directory.checkpoints} holds no complete checkpoint")
+    if wish in ("auto", "required", "never"):
+        return
+    if not Path(wish).is_dir():
+        raise UserError(f"checkpoint.resume {wish}: no such checkpoint (nor one of auto, required, never)")
+    newer = [path.name for path in here if path.name > Path(wish).name]
+    if newer:
+        raise UserError(
+            f"checkpoint.resume {wish}: {directory.path} holds newer checkpoints ({newer[-1]}), which going on from here "
+            "would overwrite; choose another run.dir"
+        )
+
+
+def _check_model(config: Config, path: Path) -> None:
+    wanted = config.model.model_dump(exclude={"preset", "weights"})
+    there = checkpoint.model_of(path)
+    told = [f"{key} is {there.get(key)}, the configuration says {value}" for key, value in wanted.items() if there.get(key) != value]
+    if told:
+        raise UserError(f"{path} is a checkpoint of another model: {'; '.join(told)}. Mend model.*, or choose another run.dir")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

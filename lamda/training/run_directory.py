@@ -1,0 +1,162 @@
+"""The run directory: who may write to it, what the run is doing, and where things lie."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lamda.config.errors import UserError
+
+HEARTBEAT_SECONDS = 10
+STALE_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of a run (the layout is in README.md)."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def discarded_metrics(self) -> Path:
+        """Lines that a resume made void."""
+        return self.path / "metrics.discarded.jsonl"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The run's SentencePiece model."""
+        return self.path / "tokenizer.model"
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration of the last start."""
+        return self.path / "config.yaml"
+
+    @property
+    def samples(self) -> Path:
+        """Folder of sampled text."""
+        return self.path / "samples"
+
+    @property
+    def log(self) -> Path:
+        """What the console showed, and warnings."""
+        return self.path / "train.log"
+
+    @property
+    def holds_a_run(self) -> bool:
+        """Whether a run was here before."""
+        return self.metrics.exists() or self.checkpoints.exists()
+
+    def create(self) -> None:
+        """Make the folder. Raises UserError where that cannot be, or where it cannot be written to."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".writable-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"run.dir {self.path}: cannot be written to ({error.strerror}); choose another") from error
+
+    def write_status(self, status: Literal["running", "finished", "preempted", "failed"], **details: Any) -> None:
+        """Tell in status.json how the run stands; the launcher's exit code does not."""
+        content = {"status": status, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid(), **details}
+        replace_text(self.path / "status.json", json.dumps(content, indent=1))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Be the one writer, as told by lock.json with host, process and a heartbeat.
+
+        A lock whose process is gone (this host) or silent for two minutes (another) is taken over.
+        Raises UserError while its owner lives.
+        """
+        path = self.path / "lock.json"
+        owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
+        while not _create(path, owner):
+            _refuse_living(path)
+            path.unlink(missing_ok=True)
+        stopped = threading.Event()
+        beat = threading.Thread(target=_beat, args=(path, stopped), daemon=True)
+        beat.start()
+        try:
+            yield
+        finally:
+            stopped.set()
+            beat.join()
+            path.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file so that readers see the old or the new one, never half."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames in a folder last through a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _create(path: Path, content: str) -> bool:
+    try:
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write(content)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _refuse_living(path: Path) -> None:
+    try:
+        owner = json.loads(path.read_text("utf-8"))
+        age = time.time() - path.stat().st_mtime
+    except (FileNotFoundError, json.JSONDecodeError):
+        return
+    here = owner["host"] == socket.gethostname()
+    alive = _is_running(owner["pid"]) if here else age < STALE_SECONDS
+    if alive:
+        raise UserError(
+            f"run.dir {path.parent}: another process writes here (host {owner['host']}, process {owner['pid']}, last "
+            f"sign {age:.0f} s ago); stop it, or choose another run.dir"
+        )
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _beat(path: Path, stopped: threading.Event) -> None:
+    while not stopped.wait(HEARTBEAT_SECONDS):
+        path.touch()

@@ -1,0 +1,54 @@
+"""What must survive a restart, in one small object. No random state is among it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lamda.data.lanes import Cursor
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The run after `step` finished steps.
+
+    updates: steps that changed the weights (a refused one did not). consumed: place in the order of
+    samples. samples, tokens: cumulative rows and targets. skipped: windows [from, to) of the order
+    that are jumped over. cursors: where each lane's next block begins. fingerprint: what the order
+    depends on. wandb_id: the run's one id in Weights & Biases.
+    """
+
+    step: int = 0
+    updates: int = 0
+    consumed: int = 0
+    samples: int = 0
+    tokens: int = 0
+    skipped: tuple[tuple[int, int], ...] = ()
+    cursors: dict[int, Cursor] = field(default_factory=dict)
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    wandb_id: str | None = None
+
+    def after(self, *, consumed: int, rows: int, targets: int, updated: bool) -> RunState:
+        """The state one step later."""
+        return replace(
+            self,
+            step=self.step + 1,
+            updates=self.updates + updated,
+            consumed=consumed,
+            samples=self.samples + rows,
+            tokens=self.tokens + targets,
+        )
+
+    def write(self, path: Path) -> None:
+        """Save as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1), "utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> RunState:
+        """Load what `write` saved."""
+        values = json.loads(path.read_text("utf-8"))
+        values["skipped"] = tuple((first, last) for first, last in values["skipped"])
+        values["cursors"] = {int(lane): Cursor(**cursor) for lane, cursor in values["cursors"].items()}
+        return cls(**values)

@@ -1,0 +1,96 @@
+"""The command `lamda`: what it says, and its exit codes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lamda import cli
+from lamda.cli import COMMANDS, Command, main
+from lamda.config.errors import UserError
+
+
+def test_help_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"lamda {name} " in told and command.summary in told for name, command in COMMANDS.items())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_commands_help_shows_its_usage_and_runs_nothing(name, capsys, monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, name, COMMANDS[name]._replace(call=lambda argv: pytest.fail("was run")))
+    assert main([*name.split(), "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: lamda {name} {COMMANDS[name].usage}\n")
+
+
+def test_a_command_gets_the_words_after_its_name_and_gives_the_exit_code(monkeypatch):
+    seen = []
+    monkeypatch.setitem(cli.COMMANDS, "tokenizer train", Command(lambda argv: seen.append(argv) or 7, "", ""))
+    assert main(["tokenizer", "train", "--a", "b"]) == 7
+    assert seen == [["--a", "b"]]
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("mend this"), 2), (KeyboardInterrupt(), 130)])
+def test_what_a_user_can_mend_ends_without_a_traceback(error, code, monkeypatch, capsys):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "plan", Command(fail, "", ""))
+    assert main(["plan"]) == code
+    assert capsys.readouterr().err == (f"{error}\n" if code == 2 else "")
+
+
+def test_a_defect_of_ours_is_not_hidden(monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "plan", Command(lambda argv: 1 // 0, "", ""))
+    with pytest.raises(ZeroDivisionError):
+        main(["plan"])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["pretain", "--config", "x"], "`lamda pretain`; did you mean 'pretrain'?"),
+        (["config", "shwo"], "`lamda config shwo`; did you mean 'config show'?"),
+        (["zzz"], "`lamda zzz`; `lamda --help` lists all"),
+        (["--hepl"], "no command `lamda --hepl`"),
+    ],
+)
+def test_an_unknown_command_names_the_nearest(words, told, capsys):
+    assert main(words) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_group_lists_its_commands(capsys):
+    assert main(["tokenizer"]) == 0
+    told = capsys.readouterr().out
+    assert "lamda tokenizer train" in told
+    assert "pretrain" not in told
+
+
+def test_wrong_configuration_exits_with_2_and_plain_lines():
+    command = [sys.executable, "-c", "import sys; from lamda.cli import main; sys.exit(main())"]
+    done = subprocess.run([*command, "config", "show", "--train.lrr", "3"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "--train.lrr: there is no such key; did you mean 'train.lr'?",
+        "--train.tokens: the run has no length: set train.steps or train.tokens (there is no --config FILE)",
+    ]
+
+
+def test_a_reader_that_leaves_early_causes_no_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", "import sys; from lamda.cli import main; sys.exit(main())", "pretrain", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_config_show_prints_what_is_read_back(capsys, tmp_path):
+    assert main(["config", "show", "--train.steps", "7", "--train.lr", "1e-4"]) == 0
+    first = capsys.readouterr().out
+    (tmp_path / "shown.yaml").write_text(first)
+    assert main(["config", "show", "--config", str(tmp_path / "shown.yaml")]) == 0
+    assert capsys.readouterr().out == first
+    assert "lr: 0.0001" in first

@@ -1,0 +1,56 @@
+"""Fixtures that several parts share."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from lamda.data.tokenizer import Tokenizer
+from lamda.data.tokenizer_training import train_tokenizer
+
+WORDS = "the of and to in is that for it was on are with as be this have from one had not but what all were".split()
+
+
+def make_text(seed: int, words: int) -> str:
+    """Random sentences, the same for the same seed."""
+    draw = random.Random(seed)
+    return " ".join(draw.choice(WORDS) + draw.choice(["", "", ".\n", ","]) for _ in range(words))
+
+
+def write_shard(path: Path, texts: Sequence[str], *, domain: str = "words") -> Path:
+    """A shard in The Pile's format; zstd where the name says so."""
+    lines = "".join(json.dumps({"text": text, "meta": {"pile_set_name": domain}}) + "\n" for text in texts).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(zstandard.compress(lines) if path.suffix == ".zst" else lines)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of 400 pieces."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_tokenizer([make_text(seed, 200) for seed in range(20)], path, vocab_size=400)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_path: Path) -> Tokenizer:
+    """The tokenizer of `tokenizer_path`."""
+    return Tokenizer.load(tokenizer_path)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Callable[[Sequence[Sequence[str]]], Path]:
+    """Writes lists of texts as shards and returns their folder."""
+
+    def write(files: Sequence[Sequence[str]]) -> Path:
+        for index, texts in enumerate(files):
+            write_shard(tmp_path / "text" / f"{index:02}.jsonl.zst", texts)
+        return tmp_path / "text"
+
+    return write

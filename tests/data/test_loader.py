@@ -1,0 +1,156 @@
+"""The same samples on any number of ranks, with any threads, after any stop."""
+
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lamda.config.errors import UserError
+from lamda.config.schema import Config
+from lamda.data.corpus import fingerprint, open_corpus, packing_of, require_a_batch
+from lamda.data.loader import Loader, batch_digest, merge_cursors, row_digest
+from tests.conftest import make_text, write_shard
+
+BATCH, MICRO = 12, 1
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for file in range(3):
+        write_shard(folder / f"{file}.jsonl.zst", [make_text(100 * file + n, (37 * n * n) % 300) for n in range(21)])
+    return Config.model_validate(
+        {
+            "run": {"seed": 5},
+            "data": {"corpus": "standard_library", "files": f"{folder}/*", "sequence_length": 13, "block_rows": 5, "lanes": 7},
+            "train": {"steps": 1, "global_batch_size": BATCH, "micro_batch_size": MICRO},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(config):
+    return open_corpus(config.data)
+
+
+def steps(config, corpus, tokenizer, *, world, count, consumed=0, cursors=None, skipped=(), threads=1):
+    """Digests of `count` steps on `world` simulated ranks, all cursors after them, and what was consumed."""
+    loaders = [
+        Loader(
+            corpus, tokenizer, packing=packing_of(config), batch=BATCH, micro_batch=MICRO, rank=rank, world=world,
+            consumed=consumed, cursors=cursors, skipped=skipped, threads=threads,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    found = []
+    for parts in zip(*loaders, range(count), strict=False):
+        rows = np.zeros((BATCH, 32), np.uint8)
+        for part in parts[:-1]:
+            rows[part.positions] += part.digests
+            consumed = part.consumed
+        found.append(batch_digest(rows))
+    merged = merge_cursors(loader.cursors(consumed) for loader in loaders)
+    for loader in loaders:
+        loader.close()
+    return found, merged, consumed
+
+
+@pytest.fixture(scope="module")
+def straight(config, corpus, tokenizer):
+    return steps(config, corpus, tokenizer, world=1, count=30)[0]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 6])
+def test_any_number_of_ranks_sees_the_same_samples(config, corpus, tokenizer, straight, world):
+    assert steps(config, corpus, tokenizer, world=world, count=30)[0] == straight
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_change_nothing(config, corpus, tokenizer, straight, threads):
+    assert steps(config, corpus, tokenizer, world=2, count=12, threads=threads)[0] == straight[:12]
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from([1, 2, 3, 4])), min_size=2, max_size=4))
+def test_stops_anywhere_and_resumes_on_other_ranks_lose_and_repeat_nothing(config, corpus, tokenizer, straight, parts):
+    found, cursors, consumed = [], None, 0
+    for count, world in parts:
+        more, cursors, consumed = steps(
+            config, corpus, tokenizer, world=world, count=count, consumed=consumed, cursors=cursors
+        )
+        found += more
+    assert found == straight[: len(found)] or len(found) > len(straight)
+
+
+def test_cursors_only_save_time(config, corpus, tokenizer, straight):
+    _, cursors, consumed = steps(config, corpus, tokenizer, world=2, count=20)
+    assert any(cursor.block for cursor in cursors.values())
+    without = steps(config, corpus, tokenizer, world=1, count=5, consumed=consumed)[0]
+    assert without == straight[20:25]
+
+
+def test_skipped_windows_are_jumped_on_every_number_of_ranks(config, corpus, tokenizer, straight):
+    skipped = [(BATCH * 3, BATCH * 5)]
+    expected = straight[:3] + straight[5:8]
+    for world in (1, 3):
+        assert steps(config, corpus, tokenizer, world=world, count=6, skipped=skipped)[0] == expected
+
+
+def test_micro_batches_hold_the_same_rows_on_any_number_of_ranks(config, corpus, tokenizer):
+    def micro_batches(world):
+        loaders = [
+            Loader(corpus, tokenizer, packing=packing_of(config), batch=BATCH, micro_batch=3, rank=rank, world=world)
+            for rank in range(world)
+        ]
+        rows = [ids.tobytes() for loader in loaders for ids in next(iter(loader)).micro_batches]
+        for loader in loaders:
+            loader.close()
+        return rows
+
+    assert micro_batches(1) == micro_batches(2) == micro_batches(4)
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids, so that the golden order below depends on no library."""
+
+    end_of_document = 0
+
+    def encode_documents(self, texts, *, threads):
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.uint32) for text in texts]
+
+
+def test_the_order_of_a_fixed_corpus_never_changes(config, tmp_path):
+    """Golden: may change together with `lamda.data.corpus.FORMAT` alone."""
+    for file in range(3):
+        write_shard(tmp_path / f"{file}.jsonl", [f"{file} {n} " * (n * n % 50) for n in range(30)])
+    data = config.data.model_copy(update={"files": (f"{tmp_path}/*",)})
+    found = steps(config, open_corpus(data), ByteTokenizer(), world=1, count=40)[0]
+    assert (found[0], found[39]) == ("", "")
+
+
+def test_a_row_digest_is_of_little_endian_uint32():
+    assert row_digest(np.array([1, 258], np.uint16)).tobytes() == sha256(b"\1\0\0\0\2\1\0\0").digest()
+
+
+def test_the_fingerprint_names_what_the_order_depends_on(config, corpus, tokenizer):
+    base = fingerprint(corpus, config, tokenizer)
+    changed = config.model_copy(update={"data": config.data.model_copy(update={"lanes": 3})})
+    other = fingerprint(open_corpus(changed.data), changed, tokenizer)
+    assert {key for key in base if base[key] != other[key]} == {"lanes", "files"}
+    batch = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": 24})})
+    assert fingerprint(corpus, batch, tokenizer) == base
+
+
+def test_a_corpus_smaller_than_a_batch_is_refused(tmp_path: Path, tokenizer):
+    write_shard(tmp_path / "0.jsonl", ["of the", "and to"])
+    config = Config.model_validate(
+        {
+            "data": {"corpus": "standard_library", "files": str(tmp_path / "0.jsonl"), "lanes": 2},
+            "train": {"steps": 1, "global_batch_size": 8},
+        }
+    )
+    with pytest.raises(UserError, match=r"fewer than one batch of 8,200"):
+        require_a_batch(open_corpus(config.data), config, tokenizer)

@@ -1,0 +1,103 @@
+"""The weights before training."""
+
+from __future__ import annotations
+
+from math import exp, log, pi, sqrt, tanh
+
+import pytest
+import torch
+
+from lamda.config import ModelConfig
+from lamda.model import LaMDA
+from lamda.model.initialisation import initialise
+from lamda.model.loss import cross_entropy
+
+
+def initialised(*, seed: int = 0, dtype: torch.dtype = torch.float32, **dimensions: int) -> LaMDA:
+    model = LaMDA(ModelConfig(**dimensions)).to(dtype)
+    initialise(model, seed=seed)
+    return model
+
+
+SMALL = {"vocab_size": 11, "d_model": 6, "n_layers": 2, "n_heads": 2, "d_head": 3, "d_ff": 5}
+
+
+def test_weights_depend_on_the_seed_and_the_plain_name_alone():
+    torch.manual_seed(0)
+    first = initialised(**SMALL).export_weights()
+    torch.manual_seed(1)
+    torch.testing.assert_close(initialised(**SMALL).export_weights(), first, rtol=0, atol=0)
+    deeper = initialised(**{**SMALL, "n_layers": 5}).export_weights()
+    torch.testing.assert_close({name: deeper[name] for name in first}, first, rtol=0, atol=0)
+    drawn = [weight.flatten()[:4] for name, weight in deeper.items() if not name.endswith("scale")]
+    assert len({tuple(weight.tolist()) for weight in drawn}) == len(drawn)
+    other = initialised(**SMALL, seed=1).export_weights()
+    assert all((other[name] != first[name]).any() for name in first if not name.endswith("scale"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions_get_the_same_weights_rounded(dtype):
+    exact = initialised(**SMALL).export_weights()
+    found = initialised(**SMALL, dtype=dtype).export_weights()
+    torch.testing.assert_close(found, {name: weight.to(dtype) for name, weight in exact.items()}, rtol=0, atol=0)
+
+
+def test_weights_have_the_published_scales():
+    D, H, K, F = 96, 6, 40, 150
+    weights = initialised(vocab_size=500, d_model=D, n_layers=1, n_heads=H, d_head=K, d_ff=F).export_weights()
+    expected = {
+        "embedding.weight": 0.5,
+        "layers.0.attention.query.weight": (D * K) ** -0.5,
+        "layers.0.attention.key.weight": D**-0.5,
+        "layers.0.attention.value.weight": D**-0.5,
+        "layers.0.attention.output.weight": (H * K) ** -0.5,
+        "layers.0.attention.relative_bias": (32 * H) ** -0.5,
+        "layers.0.feed_forward.gate.weight": D**-0.5,
+        "layers.0.feed_forward.up.weight": D**-0.5,
+        "layers.0.feed_forward.down.weight": F**-0.5,
+    }
+    scales = {name for name in weights if name.endswith("scale")}
+    assert set(weights) - scales == set(expected)
+    assert all((weights[name] == 1).all() for name in scales)
+    for name, std in expected.items():
+        drawn = weights[name]
+        assert drawn.std().item() == pytest.approx(std, rel=5 / sqrt(2 * drawn.numel())), name
+        assert abs(drawn.mean().item()) < 5 * std / sqrt(drawn.numel()), name
+    for part in ("gate", "up", "down"):
+        drawn = weights[f"layers.0.feed_forward.{part}.weight"]
+        assert drawn.abs().max() <= sqrt(3) * drawn.std() * 1.05, "uniform: nothing beyond sqrt(3) deviations"
+
+
+@pytest.mark.parametrize(
+    "dimensions",
+    [
+        {"preset": "tiny"},
+        {"vocab_size": 8000, "d_model": 1024, "n_layers": 6, "n_heads": 2, "d_head": 64, "d_ff": 1024},
+    ],
+    ids=["tiny", "wide"],
+)
+@torch.no_grad()
+def test_the_first_loss_is_near_that_of_guessing(dimensions):
+    model = initialised(**dimensions)
+    tokens_BL = torch.randint(model.config.vocab_size, (2, 129), generator=torch.Generator().manual_seed(0))
+    nats, _ = cross_entropy(model(tokens_BL[:, :-1]), tokens_BL[:, 1:])
+    assert nats.item() / 256 == pytest.approx(log(model.config.vocab_size), rel=0.03)
+
+
+@torch.no_grad()
+def test_every_layer_adds_the_scale_that_theory_gives():
+    """A gate and an up of unit variance give E[gelu(z)^2] through `down`; attention adds at most unit variance."""
+    model = initialised(vocab_size=500, d_model=256, n_layers=24, n_heads=8, d_head=32, d_ff=512)
+    attention, feed_forward = [], []
+    for layer in model.layers:
+        layer.attention.register_forward_hook(lambda _, __, out: attention.append(out.square().mean().item()))
+        layer.feed_forward.register_forward_hook(lambda _, __, out: feed_forward.append(out.square().mean().item()))
+    model(torch.randint(500, (2, 64), generator=torch.Generator().manual_seed(0)))
+
+    def gelu(z: float) -> float:
+        return z / 2 * (1 + tanh(sqrt(2 / pi) * (z + 0.044715 * z**3)))
+
+    grid = [i / 100 for i in range(-800, 801)]
+    expected = sum(gelu(z) ** 2 * exp(-z * z / 2) / sqrt(2 * pi) / 100 for z in grid)
+    assert all(power == pytest.approx(expected, rel=0.2) for power in feed_forward)
+    assert all(0.01 < power < 1 for power in attention)

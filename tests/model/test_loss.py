@@ -1,0 +1,54 @@
+"""Cross-entropy and log-partition against PyTorch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from lamda.model import loss
+from lamda.model.loss import cross_entropy, token_nats
+
+
+def reference(logits_BLV, targets_BL, weights_BL):
+    wide = logits_BLV.to(torch.promote_types(logits_BLV.dtype, torch.float32))
+    nats_BL = functional.cross_entropy(wide.flatten(0, 1), targets_BL.flatten(), reduction="none").view(
+        targets_BL.shape
+    )
+    return (nats_BL * weights_BL).sum(), (wide.logsumexp(-1).square() * weights_BL).sum(), nats_BL
+
+
+@pytest.mark.parametrize("rows", [3, 1000], ids=["cut in parts", "in one part"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_sums_and_gradients_equal_pytorch(dtype, rows, monkeypatch):
+    monkeypatch.setattr(loss, "ROWS", rows)
+    generator = torch.Generator().manual_seed(0)
+    ours = (3 * torch.randn(2, 7, 41, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    targets_BL = torch.randint(41, (2, 7), generator=generator)
+    weights_BL = torch.rand(2, 7, generator=generator, dtype=torch.float64).round()
+
+    nats, squares = cross_entropy(ours, targets_BL, weights_BL)
+    expected_nats, expected_squares, expected_BL = reference(theirs, targets_BL, weights_BL)
+    (nats + 0.1 * squares).backward()
+    (expected_nats + 0.1 * expected_squares).backward()
+
+    tight = {"rtol": 1e-12 if dtype == torch.float64 else 1e-5, "atol": 1e-12 if dtype == torch.float64 else 1e-5}
+    torch.testing.assert_close(nats, expected_nats, **tight)
+    torch.testing.assert_close(squares, expected_squares, **tight)
+    torch.testing.assert_close(token_nats(ours, targets_BL), expected_BL, **tight)
+    torch.testing.assert_close(ours.grad, theirs.grad, **({} if dtype == torch.bfloat16 else tight))
+
+
+def test_without_weights_every_target_counts_once():
+    logits_BLV = torch.randn(2, 5, 11, generator=torch.Generator().manual_seed(0))
+    targets_BL = torch.arange(10).view(2, 5)
+    nats, squares = cross_entropy(logits_BLV, targets_BL)
+    torch.testing.assert_close((nats, squares), reference(logits_BLV, targets_BL, torch.ones(2, 5))[:2])
+
+
+def test_bf16_logits_are_summed_in_fp32():
+    logits_BLV = torch.zeros(1, 3000, 7, dtype=torch.bfloat16)
+    nats, _ = cross_entropy(logits_BLV, torch.zeros(1, 3000, dtype=torch.long))
+    assert nats.dtype == torch.float32
+    assert nats.item() == pytest.approx(3000 * torch.tensor(7.0).log().item(), rel=1e-6)
