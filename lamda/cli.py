@@ -42,7 +42,7 @@ COMMANDS = {
     "pretrain": Command(_main_of("lamda.training.main"), _CONFIG, "train a model from raw text, or go on with a run"),
     "evaluate": Command(
         _main_of("lamda.training.evaluate"),
-        "RUN_OR_CHECKPOINT --files GLOB [--json]",
+        "RUN_OR_CHECKPOINT [--files GLOB] [--json]",
         "loss, perplexity and bits per byte of a checkpoint on text, in all and by domain",
     ),
     "plan": Command(

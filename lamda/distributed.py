@@ -64,10 +64,9 @@ def start(world: World, *, threads: int | None) -> torch.device:
 
     threads: CPU threads of this rank; by default the usable cores over the ranks of this machine.
     """
-    import torch
-
     # Its C++ operator serves inference alone, and building it would cost a minute at every first start.
     import deepspeed.ops
+    import torch
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     import deepspeed

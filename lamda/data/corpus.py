@@ -35,8 +35,7 @@ class Corpus:
         for lane, size in zip(self.lanes, sizes, strict=True):
             totals[lane.source.name] = totals.get(lane.source.name, 0.0) + size
         return tuple(
-            lane.source.weight * size / totals[lane.source.name]
-            for lane, size in zip(self.lanes, sizes, strict=True)
+            lane.source.weight * size / totals[lane.source.name] for lane, size in zip(self.lanes, sizes, strict=True)
         )
 
     @cached_property
@@ -68,9 +67,7 @@ def open_corpus(config: DataConfig) -> Corpus:
 
 def packing_of(config: Config) -> Packing:
     """How this run cuts a lane's tokens into rows."""
-    return Packing(
-        rows=config.data.block_rows, row_length=config.data.sequence_length + 1, seed=config.run.seed
-    )
+    return Packing(rows=config.data.block_rows, row_length=config.data.sequence_length + 1, seed=config.run.seed)
 
 
 def fingerprint(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:

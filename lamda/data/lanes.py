@@ -81,7 +81,9 @@ def cut_into_lanes(source: Source, files: list[File], *, lanes: int | None, firs
     whole = any(file.url.endswith(".txt") for file in files)
     count = lanes or min(MOST, max(1 if whole else FEWEST, len(files)))
     if whole and count > len(files):
-        raise UserError(f"data.lanes {count}: {len(files)} .txt files (a document each) fill {len(files)} lanes at most")
+        raise UserError(
+            f"data.lanes {count}: {len(files)} .txt files (a document each) fill {len(files)} lanes at most"
+        )
     cut = []
     for lane in range(count):
         shares = tuple(Share(file) for file in files[lane::count])

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lamda.data.blocks import Block, Packing, read_blocks
 from lamda.data.corpus import Corpus
-from lamda.data.lanes import Cursor, Lane
+from lamda.data.lanes import Cursor
 from lamda.data.order import next_samples
 from lamda.data.tokenizer import Tokenizer
 
@@ -134,9 +134,7 @@ class Loader:
     def _reader(self, lane: int) -> _LaneReader:
         if lane not in self._readers:
             cursor = self._start.get(lane, Cursor())
-            blocks = read_blocks(
-                self._corpus.lanes[lane], cursor, packing=self._packing, tokenizer=self._tokenizer
-            )
+            blocks = read_blocks(self._corpus.lanes[lane], cursor, packing=self._packing, tokenizer=self._tokenizer)
             self._readers[lane] = _LaneReader(blocks, cursor, self._pool)
         return self._readers[lane]
 

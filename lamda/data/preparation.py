@@ -29,9 +29,7 @@ def ensure_tokenizer(config: Config, *, target: Path, corpus: Corpus) -> Tokeniz
             shutil.copyfile(config.tokenizer.path, target)
         return given
     if not target.exists():
-        train_tokenizer(
-            _sample(corpus, limit=config.tokenizer.train_bytes), target, vocab_size=config.model.vocab_size
-        )
+        train_tokenizer(_sample(corpus, limit=config.tokenizer.train_bytes), target, vocab_size=config.model.vocab_size)
     return _checked(Tokenizer.load(target), config, target)
 
 

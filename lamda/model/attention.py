@@ -5,8 +5,6 @@
 Dimensions: legend in `lamda/model/decoder.py`.
 """
 
-# ruff: noqa: N815 (capital suffixes in fields too)
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,4 +1,9 @@
-"""The weights before training, with the scales of Google's own model of this shape (Lingvo, `gshard_builder.py`)."""
+"""The weights before training, with the scales of Google's own model of this shape (Lingvo, `gshard_builder.py`).
+
+One differs: the embedding's deviation is 0.5 instead of 1. The embedding is tied, so that a token's
+own logit starts at about sqrt(D) std^2 / rms(final hidden). With 1 that reaches ln V in wide models
+(a first loss of 19 at D = 2560, where guessing costs 10.4); with 0.5 every preset starts near ln V.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,8 @@ from torch import Tensor
 from lamda.config import ModelConfig
 from lamda.model.decoder import LaMDA
 from lamda.model.weights import BUCKETS
+
+EMBEDDING_STD = 0.5
 
 Draw = Callable[[Tensor, torch.Generator], Tensor]
 """Fills a tensor from a generator."""
@@ -33,7 +40,7 @@ def _draws(config: ModelConfig) -> dict[str, Draw]:
     """The distribution of each kind of weight. There is no 1/sqrt(K) in attention: the query's scale stands for it."""
     D, F, HK = config.d_model, config.d_ff, config.n_heads * config.d_head
     return {
-        "embedding": _normal(0.5),
+        "embedding": _normal(EMBEDDING_STD),
         "scale": lambda weight, _: weight.fill_(1.0),
         "query": _normal((D * config.d_head) ** -0.5),
         "key": _normal(D**-0.5),

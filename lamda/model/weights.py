@@ -64,10 +64,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def export_weights(model: nn.Module) -> dict[str, Tensor]:
     """See `LaMDA.export_weights`."""
+    slices = plain_slices(model.config)
     return {
         plain.name: parameter.detach().view(-1)[plain.start : plain.start + plain.numel].view(plain.shape)
         for packed, parameter in model.named_parameters()
-        for plain in plain_slices(model.config)[packed]
+        for plain in slices[packed]
     }
 
 

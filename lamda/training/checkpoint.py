@@ -1,16 +1,11 @@
-"""Checkpoints: complete or not there. State by parameter name, in safetensors; nothing is unpickled.
+"""Saving and loading a run: state by parameter name, in safetensors, for any ranks and ZeRO stage.
 
-A checkpoint is written under a temporary name, every file is synced and hashed into manifest.json,
-all ranks agree, the folder is renamed, and LATEST is replaced. Any number of ranks and any ZeRO
-stage can load it.
+Each rank writes the optimiser fragments that it owns, without communication; loading reads the
+slices that a rank needs. `lamda.training.manifest` makes a checkpoint complete or not there.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,22 +15,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lamda.config.errors import UserError
-from lamda.distributed import World, agree, barrier, gather, on_main
+from lamda.distributed import agree, barrier, gather, on_main
 from lamda.model.weights import PlainSlice, plain_slices
 from lamda.training.engine import Engine
 from lamda.training.fragments import MOMENTS, Fragment, fragments, reset_moments
-from lamda.training.run_directory import replace_text, sync_folder
+from lamda.training.manifest import commit, make_fresh, sync_and_describe
 from lamda.training.state import RunState
 
-log = logging.getLogger(__name__)
-
 KINDS = ("weight", *MOMENTS)
-MANIFEST = "manifest.json"
 
 
-def save(
-    folder: Path, *, engine: Engine, state: RunState, keep: int, config_yaml: str, tokenizer: Path
-) -> Path:
+def save(folder: Path, *, engine: Engine, state: RunState, keep: int, config_yaml: str, tokenizer: Path) -> Path:
     """Save step `state.step` under `folder`, then prune to the `keep` newest. Returns its path.
 
     Every rank calls it. Raises UserError on all ranks where any of them could not write.
@@ -43,7 +33,7 @@ def save(
     world = engine.world
     final = folder / f"step-{state.step:08d}"
     temporary = folder / f".{final.name}.tmp"
-    on_main(world, lambda: _fresh(temporary))
+    on_main(world, lambda: make_fresh(temporary))
     weights = engine.plain_weights()
     files = agree(world, lambda: _write_own(temporary, engine, state, weights, config_yaml, tokenizer))
     manifest = {
@@ -53,7 +43,7 @@ def save(
         "model": engine.config.model.model_dump(exclude={"preset", "weights"}),
         "files": {name: entry for part in gather(files) for name, entry in part.items()},
     }
-    on_main(world, lambda: _commit(temporary, final, manifest, keep))
+    on_main(world, lambda: commit(temporary, final, manifest, keep=keep))
     return final
 
 
@@ -84,76 +74,6 @@ def load_weights_alone(path: Path, *, engine: Engine) -> None:
     engine.publish_weights()
 
 
-def find_valid(folder: Path, *, world: World) -> Path | None:
-    """The newest checkpoint that passes its manifest; damaged ones are set aside as `.damaged`.
-
-    Raises UserError where there are checkpoints and none is valid: a run never silently starts anew.
-    """
-    names = on_main(world, lambda: [path.name for path in complete(folder)])
-    for name in reversed(names):
-        path = folder / name
-        problem = verify(path, world=world)
-        if problem is None:
-            return path
-        on_main(world, lambda path=path, problem=problem: _set_aside(path, problem))
-    if names:
-        raise UserError(f"{folder}: every checkpoint is damaged (see train.log); start again in another run.dir")
-    return None
-
-
-def complete(folder: Path) -> list[Path]:
-    """Committed checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir() and not path.suffix)
-
-
-def verify(path: Path, *, world: World) -> str | None:
-    """What is wrong with a checkpoint, or None. The ranks share the work of hashing."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
-        entries = sorted(manifest["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        found = f"{MANIFEST} cannot be read ({error})"
-    else:
-        mine = (problem for name, entry in entries[world.rank :: world.size] if (problem := _check(path, name, entry)))
-        found = next(mine, None)
-    return next((problem for problem in gather(found) if problem is not None), None)
-
-
-def model_of(path: Path) -> dict[str, int | bool]:
-    """The model's dimensions that a checkpoint was made with."""
-    return json.loads((path / MANIFEST).read_text("utf-8"))["model"]
-
-
-def _check(path: Path, name: str, entry: dict[str, str | int]) -> str | None:
-    file = path / name
-    if Path(name).name != name:
-        return f"{MANIFEST} names {name!r}, which is not a plain file name"
-    if not file.is_file():
-        return f"{name} is missing"
-    if file.stat().st_size != entry["size"]:
-        return f"{name} has {file.stat().st_size} bytes instead of {entry['size']}"
-    if _sha256(file) != entry["sha256"]:
-        return f"{name} has changed since it was written (sha256)"
-    return None
-
-
-def _set_aside(path: Path, problem: str) -> None:
-    target = path.with_name(path.name + ".damaged")
-    count = 1
-    while target.exists():
-        target, count = path.with_name(f"{path.name}.{count}.damaged"), count + 1
-    path.rename(target)
-    log.warning("checkpoint %s is damaged: %s; it is now %s, the one before it is taken", path, problem, target.name)
-
-
-def _fresh(temporary: Path) -> None:
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{temporary}: cannot be made ({error.strerror})") from error
-
-
 def _write_own(
     folder: Path,
     engine: Engine,
@@ -171,10 +91,10 @@ def _write_own(
             state.write(folder / "run_state.json")
             (folder / "config.yaml").write_text(config_yaml, "utf-8")
             shutil.copyfile(tokenizer, folder / "tokenizer.model")
-            written += [folder / name for name in ("model.safetensors", "run_state.json", "config.yaml", "tokenizer.model")]
-        for file in written:
-            _sync(file)
-        return {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in written}
+            written += [
+                folder / name for name in ("model.safetensors", "run_state.json", "config.yaml", "tokenizer.model")
+            ]
+        return {file.name: sync_and_describe(file) for file in written}
     except OSError as error:
         raise UserError(f"checkpoint {folder}: rank {world.rank} cannot write ({error.strerror})") from error
 
@@ -202,7 +122,10 @@ def _by_plain_name(
         first = max(fragment.start, plain.start)
         last = min(fragment.start + fragment.numel, plain.start + plain.numel)
         if first < last:
-            views = {kind: tensor[first - fragment.start : last - fragment.start] for kind, tensor in fragment.tensors.items()}
+            views = {
+                kind: tensor[first - fragment.start : last - fragment.start]
+                for kind, tensor in fragment.tensors.items()
+            }
             yield plain, first - plain.start, views
 
 
@@ -230,24 +153,3 @@ class _SavedState:
                 missing -= high - low
         if missing:
             raise UserError(f"{self._path}: {missing} elements of {kind} of {name} are not in the checkpoint")
-
-
-def _commit(temporary: Path, final: Path, manifest: dict[str, object], keep: int) -> None:
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
-    _sync(temporary / MANIFEST)
-    sync_folder(temporary)
-    temporary.rename(final)
-    sync_folder(final.parent)
-    replace_text(final.parent / "LATEST", final.name)
-    for old in complete(final.parent)[:-keep]:
-        shutil.rmtree(old)
-
-
-def _sync(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -31,7 +31,9 @@ class Scores:
         """`eval/loss`, `eval/bits_per_byte` and `eval/loss/<domain>` as they stand in metrics.jsonl."""
         rows = {"eval/loss": self.loss(), "eval/bits_per_byte": self.bits_per_byte()}
         if len(self.domains) > 1:
-            rows.update({f"eval/loss/{name}": self._only(i).loss() for i, name in enumerate(self.domains) if self.targets[i]})
+            rows.update(
+                {f"eval/loss/{name}": self._only(i).loss() for i, name in enumerate(self.domains) if self.targets[i]}
+            )
         return rows
 
     def report(self) -> dict[str, Any]:
@@ -83,7 +85,9 @@ def evaluate(
     sums = np.zeros((3, 0))
     for batch in micro_batches(stream, size=micro_batch, rank=rank, world=world):
         sums = _padded(sums, len(domains))
-        sums += _score(batch, nats, device=device, size=micro_batch, length=held_out.sequence_length, domains=len(domains))
+        sums += _score(
+            batch, nats, device=device, size=micro_batch, length=held_out.sequence_length, domains=len(domains)
+        )
     nats_sum, targets, utf8_bytes = total(_padded(sums, len(domains)))
     return Scores(tuple(domains), nats_sum, targets.astype(np.int64), utf8_bytes.astype(np.int64))
 

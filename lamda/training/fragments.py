@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+
 from deepspeed import DeepSpeedEngine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -112,9 +113,7 @@ def _flattened(engine: DeepSpeedEngine, named: list[tuple[str, torch.nn.Paramete
         if mapping is not None:
             whole = flat[mapping.param_group_index]
             place = mapping.hp_fragment_address
-            tensors = _views(
-                whole, engine.basic_optimizer.state[whole], start=place.start, numel=place.numel
-            )
+            tensors = _views(whole, engine.basic_optimizer.state[whole], start=place.start, numel=place.numel)
             yield Fragment(name, mapping.lp_fragment_address.start, tensors)
 
 

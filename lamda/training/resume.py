@@ -9,7 +9,7 @@ from typing import Any
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.distributed import World, on_main
-from lamda.training import checkpoint
+from lamda.training import manifest
 from lamda.training.run_directory import RunDirectory
 from lamda.training.state import RunState
 
@@ -44,10 +44,10 @@ def choose_start(config: Config, directory: RunDirectory, world: World) -> Start
     if wish == "never":
         return Start(None, RunState())
     if wish in ("auto", "required"):
-        path = checkpoint.find_valid(directory.checkpoints, world=world)
+        path = manifest.find_valid(directory.checkpoints, world=world)
     else:
         path = Path(wish)
-        problem = checkpoint.verify(path, world=world)
+        problem = manifest.verify(path, world=world)
         if problem is not None:
             raise UserError(f"checkpoint.resume {wish}: {problem}")
     if path is None:
@@ -57,7 +57,7 @@ def choose_start(config: Config, directory: RunDirectory, world: World) -> Start
 
 
 def _check_wish(config: Config, directory: RunDirectory) -> None:
-    wish, here = config.checkpoint.resume, checkpoint.complete(directory.checkpoints)
+    wish, here = config.checkpoint.resume, manifest.complete(directory.checkpoints)
     if wish == "never" and directory.holds_a_run:
         raise UserError(f"checkpoint.resume never: {directory.path} already holds a run; choose another run.dir")
     if wish == "required" and not here:
@@ -76,10 +76,16 @@ def _check_wish(config: Config, directory: RunDirectory) -> None:
 
 def _check_model(config: Config, path: Path) -> None:
     wanted = config.model.model_dump(exclude={"preset", "weights"})
-    there = checkpoint.model_of(path)
-    told = [f"{key} is {there.get(key)}, the configuration says {value}" for key, value in wanted.items() if there.get(key) != value]
+    there = manifest.model_of(path)
+    told = [
+        f"{key} is {there.get(key)}, the configuration says {value}"
+        for key, value in wanted.items()
+        if there.get(key) != value
+    ]
     if told:
-        raise UserError(f"{path} is a checkpoint of another model: {'; '.join(told)}. Mend model.*, or choose another run.dir")
+        raise UserError(
+            f"{path} is a checkpoint of another model: {'; '.join(told)}. Mend model.*, or choose another run.dir"
+        )
 
 
 def _short(value: Any) -> str:

@@ -53,7 +53,9 @@ def _init(config: Config, *, folder: Path, run_id: str | None) -> Any:
 
     mode = config.wandb.mode
     if mode == "online" and not _has_key():
-        log.warning("no W&B key (WANDB_API_KEY or `wandb login`): rows are kept in %s for `wandb sync`", folder / "wandb")
+        log.warning(
+            "no W&B key (WANDB_API_KEY or `wandb login`): rows are kept in %s for `wandb sync`", folder / "wandb"
+        )
         mode = "offline"
     run = wandb.init(
         project=config.wandb.project,

@@ -1,6 +1,6 @@
 """Every token of every document, once an epoch, in blocks that their cursor alone can make."""
 
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,9 @@ def unpermuted(block, rows):
     rows=st.sampled_from([1, 3, 5]),
     length=st.sampled_from([7, 31]),
 )
-def test_a_lane_gives_every_token_of_its_documents_once_an_epoch(tmp_path_factory, tokenizer, files, lanes, rows, length):
+def test_a_lane_gives_every_token_of_its_documents_once_an_epoch(
+    tmp_path_factory, tokenizer, files, lanes, rows, length
+):
     texts = [[make_text(31 * f + n, words) for n, words in enumerate(file)] for f, file in enumerate(files)]
     packing = Packing(rows=rows, row_length=length, seed=3)
     for lane in lanes_of(tmp_path_factory.mktemp("lane"), texts, lanes=lanes):
@@ -63,7 +65,7 @@ def test_a_lane_gives_every_token_of_its_documents_once_an_epoch(tmp_path_factor
         made = list(islice(read_blocks(lane, Cursor(), packing=packing, tokenizer=tokenizer), count))
         stream = np.concatenate([unpermuted(block, rows) for block, _ in made])
         assert np.array_equal(stream, np.resize(expected, len(stream)))
-        for (_, cursor), (block, after) in zip(made, made[1:], strict=False):
+        for (_, cursor), (block, after) in pairwise(made):
             again, again_after = next(read_blocks(lane, cursor, packing=packing, tokenizer=tokenizer))
             assert np.array_equal(again.ids, block.ids)
             assert np.array_equal(again.runs, block.runs)

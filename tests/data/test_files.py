@@ -79,7 +79,11 @@ def test_files_are_resolved_in_one_order_with_their_sizes(tmp_path):
     for name in ("b.jsonl", "a.jsonl", "c.jsonl"):
         (tmp_path / name).write_bytes(b"1234")
     source = Source(name="s", licence="none", files=(f"{tmp_path}/b*", f"{tmp_path}/*.jsonl"))
-    assert [(Path(file.url).name, file.size) for file in resolve(source)] == [("a.jsonl", 4), ("b.jsonl", 4), ("c.jsonl", 4)]
+    assert [(Path(file.url).name, file.size) for file in resolve(source)] == [
+        ("a.jsonl", 4),
+        ("b.jsonl", 4),
+        ("c.jsonl", 4),
+    ]
 
 
 def test_missing_and_unreadable_files_are_named(tmp_path):

@@ -1,5 +1,7 @@
 """Held-out text is read once, in order; every token but a document's first is scored once."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -31,7 +33,7 @@ def test_every_token_but_a_documents_first_is_scored_once_in_order(held_out, tok
 
 def test_rows_overlap_by_one_token_and_the_last_is_padded(held_out, tokenizer):
     rows = list(held_out.rows([]))
-    for row, following in zip(rows, rows[1:], strict=False):
+    for row, following in itertools.pairwise(rows):
         assert row.ids[-1] == following.ids[0]
     assert all(len(row.ids) == 18 for row in rows)
     assert rows[-1].ids[-1] == tokenizer.padding

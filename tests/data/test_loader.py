@@ -25,7 +25,13 @@ def config(tmp_path_factory):
     return Config.model_validate(
         {
             "run": {"seed": 5},
-            "data": {"corpus": "standard_library", "files": f"{folder}/*", "sequence_length": 13, "block_rows": 5, "lanes": 7},
+            "data": {
+                "corpus": "standard_library",
+                "files": f"{folder}/*",
+                "sequence_length": 13,
+                "block_rows": 5,
+                "lanes": 7,
+            },
             "train": {"steps": 1, "global_batch_size": BATCH, "micro_batch_size": MICRO},
         }
     )

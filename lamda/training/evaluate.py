@@ -1,0 +1,49 @@
+"""`lamda evaluate`: a saved model's loss, perplexity and bits per byte on text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lamda.config.errors import UserError
+from lamda.config.loading import load_config
+from lamda.data.card import load_card
+from lamda.data.held_out import HeldOut
+from lamda.data.tokenizer import Tokenizer
+from lamda.inference.loading import find_checkpoint, load_model
+from lamda.model.loss import token_nats
+from lamda.training.evaluation import evaluate, table
+
+
+def main(argv: list[str]) -> int:
+    """`RUN_OR_CHECKPOINT [--files GLOB] [--json]`; without --files the run's own validation text."""
+    parser = argparse.ArgumentParser(prog="lamda evaluate", allow_abbrev=False)
+    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", type=Path)
+    parser.add_argument("--files", metavar="GLOB", help="text in place of the run's validation files")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    options = parser.parse_args(argv)
+    report = evaluate_checkpoint(find_checkpoint(options.path), files=options.files)
+    print(json.dumps(report, indent=1) if options.json else "\n".join(table(report)))
+    return 0
+
+
+def evaluate_checkpoint(path: Path, *, files: str | None) -> dict[str, Any]:
+    """The report of `Scores.report` for a checkpoint, with its path. Raises UserError where there is no text."""
+    config = load_config(["--config", str(path / "config.yaml"), *(["--data.eval_files", files] if files else [])])
+    sources = load_card(config.data).validation
+    if not sources:
+        raise UserError(f"card {config.data.corpus!r} has no validation text; give --files")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(path, config.model).to(device)
+
+    def nats(inputs_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
+        return token_nats(model(inputs_BL), targets_BL)
+
+    held_out = HeldOut(sources, Tokenizer.load(path / "tokenizer.model"), config.data.sequence_length)
+    with torch.no_grad():
+        scores = evaluate(held_out, nats, device=device, micro_batch=config.train.micro_batch_size)
+    return {"checkpoint": str(path), **scores.report()}

@@ -1,0 +1,117 @@
+"""A checkpoint is complete or it is not there.
+
+It is written under a temporary name; every file is synced and hashed into manifest.json; the folder
+is renamed, and LATEST is replaced. Loading verifies; a damaged checkpoint is set aside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from lamda.config.errors import UserError
+from lamda.distributed import World, gather, on_main
+from lamda.training.run_directory import replace_text, sync_folder
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
+
+def make_fresh(temporary: Path) -> None:
+    """An empty folder at `temporary`; what a crash left there goes."""
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{temporary}: cannot be made ({error.strerror})") from error
+
+
+def commit(temporary: Path, final: Path, manifest: dict[str, object], *, keep: int) -> None:
+    """Turn the written files into the newest checkpoint, then prune to the `keep` newest."""
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
+    sync_and_describe(temporary / MANIFEST)
+    sync_folder(temporary)
+    temporary.rename(final)
+    sync_folder(final.parent)
+    replace_text(final.parent / "LATEST", final.name)
+    for old in complete(final.parent)[:-keep]:
+        shutil.rmtree(old)
+
+
+def sync_and_describe(file: Path) -> dict[str, str | int]:
+    """Bring a file to the disk; its entry in the manifest: size and sha256."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+    return {"size": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def find_valid(folder: Path, *, world: World) -> Path | None:
+    """The newest checkpoint that passes its manifest; damaged ones are set aside as `.damaged`.
+
+    Raises UserError where there are checkpoints and none is valid: a run never silently starts anew.
+    """
+    names = on_main(world, lambda: [path.name for path in complete(folder)])
+    for name in reversed(names):
+        path = folder / name
+        problem = verify(path, world=world)
+        if problem is None:
+            return path
+        on_main(world, lambda path=path, problem=problem: _set_aside(path, problem))
+    if names:
+        raise UserError(f"{folder}: every checkpoint is damaged (see train.log); start again in another run.dir")
+    return None
+
+
+def complete(folder: Path) -> list[Path]:
+    """Committed checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir() and not path.suffix)
+
+
+def verify(path: Path, *, world: World) -> str | None:
+    """What is wrong with a checkpoint, or None. The ranks share the work of hashing."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+        entries = sorted(manifest["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        found = f"{MANIFEST} cannot be read ({error})"
+    else:
+        mine = (problem for name, entry in entries[world.rank :: world.size] if (problem := _check(path, name, entry)))
+        found = next(mine, None)
+    return next((problem for problem in gather(found) if problem is not None), None)
+
+
+def model_of(path: Path) -> dict[str, int | bool]:
+    """The model's dimensions that a checkpoint was made with."""
+    return json.loads((path / MANIFEST).read_text("utf-8"))["model"]
+
+
+def _check(path: Path, name: str, entry: dict[str, str | int]) -> str | None:
+    file = path / name
+    if Path(name).name != name:
+        return f"{MANIFEST} names {name!r}, which is not a plain file name"
+    if not file.is_file():
+        return f"{name} is missing"
+    if file.stat().st_size != entry["size"]:
+        return f"{name} has {file.stat().st_size} bytes instead of {entry['size']}"
+    if _sha256(file) != entry["sha256"]:
+        return f"{name} has changed since it was written (sha256)"
+    return None
+
+
+def _set_aside(path: Path, problem: str) -> None:
+    target = path.with_name(path.name + ".damaged")
+    count = 1
+    while target.exists():
+        target, count = path.with_name(f"{path.name}.{count}.damaged"), count + 1
+    path.rename(target)
+    log.warning("checkpoint %s is damaged: %s; it is now %s, the one before it is taken", path, problem, target.name)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
