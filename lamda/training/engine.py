@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
+import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -58,6 +60,10 @@ class Engine:
         self.config, self.world, self.device = config, world, device
         own = deepspeed_config.build(config, world=world.size)
         self.stage, self.is_bf16 = deepspeed_config.zero_stage(own), deepspeed_config.is_bf16(own)
+        # Without ZeRO and in fp32 DeepSpeed neither tells the gradient's norm nor refuses one that is not finite.
+        self._is_unguarded = self.stage == 0 and not self.is_bf16
+        if self._is_unguarded:
+            own["gradient_clipping"] = 0.0
         model = LaMDA(config.model)
         initialise(model, seed=config.run.seed)
         model.to(device)
@@ -86,12 +92,14 @@ class Engine:
             nats, squares = cross_entropy(self.deepspeed(ids[:, :-1]), ids[:, 1:])
             loss = (nats + self.config.train.z_loss * squares) * (self.world.size / targets)
             self.deepspeed.backward(loss, scale_wrt_gas=False)
-            self._guard(loss)
+            own_norm = self._clip_and_refuse() if self._is_unguarded else None
             self.deepspeed.step()
             sums += torch.stack([nats.detach().double(), torch.tensor(ids[:, 1:].numel(), device=self.device)])
         dist.all_reduce(sums)
+        if own_norm is not None:
+            return StepResult(sums, self._rows(batch), own_norm, updated=bool(torch.isfinite(own_norm)))
         norm = self.deepspeed.get_global_grad_norm()
-        return StepResult(sums, self._rows(batch), 0.0 if norm is None else norm, self.deepspeed.was_step_applied())
+        return StepResult(sums, self._rows(batch), norm, updated=self.deepspeed.was_step_applied())
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -135,14 +143,15 @@ class Engine:
         dist.all_reduce(gathered)
         return gathered
 
-    def _guard(self, loss: torch.Tensor) -> None:
-        """At stage 0 in fp32 DeepSpeed checks nothing: a non-finite gradient is dropped here, and with it the update."""
-        if self.stage != 0 or self.is_bf16 or not self.deepspeed.is_gradient_accumulation_boundary():
-            return
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
-            for parameter in self.model.parameters():
-                parameter.grad = None
+    def _clip_and_refuse(self) -> torch.Tensor | None:
+        """Clip the step's gradient, or drop it where it is not finite; its norm, or None before the last micro-batch."""
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            return None
+        limit = self.config.train.gradient_clipping or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        if not torch.isfinite(norm):
+            self.model.zero_grad(set_to_none=True)
+        return norm
 
 
 def _ids(rows: NDArray[np.uint32], device: torch.device) -> torch.Tensor:
@@ -151,8 +160,9 @@ def _ids(rows: NDArray[np.uint32], device: torch.device) -> torch.Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed reports its memory on standard output while it starts; that is for debugging alone."""
+    """DeepSpeed tells its memory on standard output while it starts; that and its calls of older PyTorch names are not the user's to mend."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     said = io.StringIO()
     with redirect_stdout(said):
         yield

@@ -1,0 +1,106 @@
+"""Runs a list of short trainings on this rank; `test_engine.py` starts it and compares.
+
+A job: {"name", "stage", "bf16", "from": step, "steps": to step, "load": folder or null, "save": folder
+or null, "poison": step or null}. Results go to OUT/<name>.safetensors (plain weights and losses) from rank 0.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from lamda import distributed
+from lamda.config.schema import Config
+from lamda.data.lanes import Cursor
+from lamda.data.loader import Step
+from lamda.training import checkpoint
+from lamda.training.engine import Engine
+from lamda.training.state import RunState
+
+BATCH, MICRO, LENGTH, VOCABULARY = 8, 2, 12, 61
+MODEL = {"vocab_size": VOCABULARY, "d_model": 24, "n_layers": 2, "n_heads": 3, "d_head": 8, "d_ff": 40}
+
+
+def tokens(step: int) -> np.ndarray:
+    """The rows [B, L+1] of a step."""
+    return np.random.default_rng(step).integers(0, VOCABULARY, (BATCH, LENGTH + 1)).astype(np.uint32)
+
+
+def config(job: dict, folder: Path) -> Config:
+    """The configuration of a job, with a DeepSpeed file of its own."""
+    own = {"communication_data_type": "fp32", "zero_optimization": {"stage": job["stage"]}}
+    if job["bf16"]:
+        own["bf16"] = {"enabled": True}
+        if job["stage"]:
+            own["data_types"] = {"grad_accum_dtype": "fp32"}
+    path = folder / f"ds-{job['stage']}-{job['bf16']}.json"
+    path.write_text(json.dumps(own))
+    return Config.model_validate(
+        {
+            "run": {"seed": 3},
+            "model": MODEL,
+            "data": {"sequence_length": LENGTH},
+            "train": {"steps": 9, "global_batch_size": BATCH, "micro_batch_size": MICRO, "gradient_clipping": 0.05},
+            "deepspeed": {"config": str(path)},
+        }
+    )
+
+
+def batch(step: int, world: distributed.World) -> Step:
+    """This rank's part of a step."""
+    share = BATCH // world.size
+    own = np.arange(world.rank * share, (world.rank + 1) * share)
+    rows = tokens(step)[own]
+    return Step(tuple(rows.reshape(-1, MICRO, LENGTH + 1)), own, np.zeros((share, 32), np.uint8), BATCH * step)
+
+
+def run(job: dict, world: distributed.World, device: torch.device, out: Path) -> None:
+    """Train from one step to another and save what `test_engine.py` looks at."""
+    engine = Engine(config(job, out), world=world, device=device)
+    state = RunState()
+    if job.get("load"):
+        state = checkpoint.load(out / job["load"] / f"step-{job['from']:08d}", engine=engine)
+    losses, norms = [], []
+    for step in range(state.step + 1, job["steps"] + 1):
+        poisoned = job.get("poison") == step and world.rank == world.size - 1
+        hook = engine.model.register_forward_hook(lambda *parts: parts[-1] * torch.nan) if poisoned else None
+        result = engine.step(batch(step, world), learning_rate=1e-2 * step)
+        if hook is not None:
+            hook.remove()
+        losses.append(result.loss())
+        norms.append(float(result.grad_norm))
+        state = state.after(consumed=step, rows=BATCH, targets=BATCH * LENGTH, updated=result.updated)
+    if job.get("save"):
+        model = out / "tokenizer.model"
+        model.touch()
+        distributed.barrier()
+        lanes = {"cursors": {0: Cursor(block=1)}}
+        checkpoint.save(
+            out / job["save"],
+            engine=engine,
+            state=RunState(**{**vars(state), **lanes}),
+            keep=3,
+            config_yaml="",
+            tokenizer=model,
+        )
+    weights = engine.plain_weights()
+    if world.is_main:
+        extra = {"losses": torch.tensor(losses, dtype=torch.float64), "norms": torch.tensor(norms, dtype=torch.float64)}
+        save_file({**weights, **extra, "updates": torch.tensor(state.updates)}, out / f"{job['name']}.safetensors")
+
+
+def main() -> None:
+    """`engine_worker.py JOBS.json OUT`."""
+    jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    world = distributed.read_world()
+    device = distributed.start(world, threads=1)
+    for job in jobs:
+        run(job, world, device, out)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
