@@ -57,7 +57,8 @@ def plain_slices(config: ModelConfig) -> dict[str, list[PlainSlice]]:
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """See `LaMDA.load_weights`."""
     own = export_weights(model)
-    _check({name: tuple(tensor.shape) for name, tensor in own.items()}, weights)
+    wanted, found = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (own, weights))
+    check_shapes(wanted, found)
     for name, tensor in own.items():
         tensor.copy_(weights[name])
 
@@ -85,13 +86,14 @@ def _packed(layer: str, parts: Sequence[str], shape: tuple[int, ...]) -> dict[st
     }
 
 
-def _check(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]) -> None:
-    missing = [name for name in shapes if name not in weights]
-    unexpected = [name for name in weights if name not in shapes]
+def check_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise UserError that names every weight that is missing, unexpected or of another shape."""
+    missing = [name for name in wanted if name not in found]
+    unexpected = [name for name in found if name not in wanted]
     misshapen = [
-        f"{name} is {list(weights[name].shape)}, not {list(shape)}"
-        for name, shape in shapes.items()
-        if name in weights and tuple(weights[name].shape) != shape
+        f"{name} is {list(found[name])}, not {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
     if any(problems.values()):

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 from lamda.distributed import agree, barrier, gather, on_main
-from lamda.model.weights import PlainSlice, plain_slices
+from lamda.model.weights import PlainSlice, check_shapes, plain_slices
 from lamda.training.engine import Engine
 from lamda.training.fragments import MOMENTS, Fragment, fragments, reset_moments
 from lamda.training.manifest import commit, make_fresh, sync_and_describe
@@ -61,6 +62,16 @@ def load(path: Path, *, engine: Engine) -> RunState:
     engine.publish_weights()
     barrier()
     return state
+
+
+def check_weights(path: Path, model: ModelConfig) -> None:
+    """Raise UserError where `path` is no safetensors file with this model's weights."""
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"model.weights {path}: cannot be read ({error})") from error
+    check_shapes({plain.name: plain.shape for part in plain_slices(model).values() for plain in part}, found)
 
 
 def load_weights_alone(path: Path, *, engine: Engine) -> None:

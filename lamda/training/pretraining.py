@@ -15,9 +15,10 @@ from lamda import distributed
 from lamda.config.errors import UserError
 from lamda.config.help import to_yaml
 from lamda.config.schema import Config
-from lamda.data.card import load_card
+from lamda.data.card import Source, load_card
 from lamda.data.compression import compressed_bits_per_byte
 from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of, require_a_batch
+from lamda.data.files import resolve
 from lamda.data.held_out import HeldOut
 from lamda.data.loader import Loader
 from lamda.data.preparation import ensure_tokenizer
@@ -71,6 +72,10 @@ def _open_text(config: Config, directory: RunDirectory, world: World) -> tuple[C
 
     def prepare() -> None:
         corpus = open_corpus(config.data)
+        for source in _validation(config):
+            resolve(source)
+        if config.model.weights is not None:
+            checkpoint.check_weights(Path(config.model.weights), config.model)
         tokenizer = ensure_tokenizer(config, target=directory.tokenizer, corpus=corpus)
         require_a_batch(corpus, config, tokenizer)
 
@@ -163,13 +168,18 @@ def _loader(config: Config, world: World, corpus: Corpus, tokenizer: Tokenizer, 
     )
 
 
-def _held_out(config: Config, tokenizer: Tokenizer) -> HeldOut | None:
+def _validation(config: Config) -> tuple[Source, ...]:
     sources = load_card(config.data).validation
     if not sources and config.eval.every is not None:
         raise UserError(
             f"eval.every is {config.eval.every}, but card {config.data.corpus!r} has no validation text; set "
             "data.eval_files, or take eval.every out"
         )
+    return sources
+
+
+def _held_out(config: Config, tokenizer: Tokenizer) -> HeldOut | None:
+    sources = _validation(config)
     return HeldOut(sources, tokenizer, config.data.sequence_length) if sources else None
 
 

@@ -1,0 +1,108 @@
+"""Whole runs through DeepSpeed's launcher, as a user types them."""
+
+import json
+
+import pytest
+
+from lamda.training.metrics import read_metrics
+from tests.conftest import make_text, write_shard
+from tests.launch import run_deepspeed, run_ranks
+
+SETTINGS = """
+model: {vocab_size: 400, d_model: 32, n_layers: 2, n_heads: 2, d_head: 16, d_ff: 64}
+data: {sequence_length: 32, block_rows: 4}
+train: {steps: 12, global_batch_size: 8, micro_batch_size: 2, lr: 1e-2, warmup_steps: 3}
+checkpoint: {every: 4, keep: 9}
+eval: {every: 6, batches: 20}
+wandb: {mode: disabled}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with text of two domains and a configuration; `arguments(run, ...)` of a run in it."""
+    folder = tmp_path_factory.mktemp("end-to-end")
+    for file, domain in enumerate(["speech", "letters", "speech"]):
+        texts = [make_text(50 * file + n, 40 + 29 * n) for n in range(24)]
+        write_shard(folder / "train" / f"{file}.jsonl.zst", texts, domain=domain)
+    write_shard(folder / "val-0.jsonl", [make_text(900 + n, 60) for n in range(4)], domain="speech")
+    write_shard(folder / "val-1.jsonl", [make_text(950 + n, 60) for n in range(4)], domain="letters")
+    (folder / "run.yaml").write_text(
+        f"{SETTINGS}".replace(
+            "data: {", f"data: {{corpus: standard_library, files: '{folder}/train/*', eval_files: '{folder}/val-*', "
+        )
+    )
+    return folder
+
+
+def arguments(place, run, *more):
+    return ["scripts/pretrain.py", "--config", str(place / "run.yaml"), "--run.dir", str(place / run), *more]
+
+
+def rows(place, run):
+    return read_metrics(place / run / "metrics.jsonl")
+
+
+def column(place, run, name):
+    return [row[name] for row in rows(place, run)]
+
+
+@pytest.fixture(scope="module")
+def straight(place):
+    """An unbroken run on two ranks, through the launcher."""
+    done = run_deepspeed(arguments(place, "straight"), ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_a_run_trains_evaluates_saves_and_shows_a_sample(place, straight):
+    run = place / "straight"
+    found = rows(place, "straight")
+    assert [row["step"] for row in found] == list(range(1, 13))
+    assert found[-1]["loss"] < found[0]["loss"] - 0.5
+    assert found[-1]["tokens"] == 12 * 8 * 32
+    assert found[-1]["samples"] == 12 * 8
+    assert {"eval/loss", "eval/bits_per_byte", "eval/loss/speech", "eval/loss/letters"} <= found[5].keys()
+    assert json.loads((run / "status.json").read_text())["status"] == "finished"
+    assert (run / "checkpoints" / "LATEST").read_text() == "step-00000012"
+    names = {path.name for path in (run / "checkpoints" / "step-00000012").iterdir()}
+    assert names == {
+        "manifest.json", "run_state.json", "model.safetensors", "config.yaml", "tokenizer.model",
+        "optimizer-00000-of-00002.safetensors", "optimizer-00001-of-00002.safetensors",
+    }  # fmt: skip
+    assert (run / "samples" / "step-00000012.txt").read_text("utf-8")
+    assert not (run / "lock.json").exists()
+    for shown in ("step 1/12", "ETA", "bits/byte", "xz -9", "to go on, run the same command"):
+        assert shown in straight.stdout
+
+
+def test_stopping_resuming_and_other_ranks_change_no_bit(place, straight):
+    """Two ranks to step 8 of 12, then one; its metrics beyond the checkpoint of step 8 are made void first."""
+    first = run_deepspeed(arguments(place, "broken", "--checkpoint.every", "8"), ranks=2)
+    assert first.returncode == 0, first.stderr[-3000:]
+    last = place / "broken" / "checkpoints" / "step-00000012" / "model.safetensors"
+    with last.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x55")
+    (resumed,) = run_ranks(arguments(place, "broken"), world=1)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "step-00000012 is damaged" in resumed.stderr
+    assert "going on from" in resumed.stdout
+    assert "step-00000008" in resumed.stdout
+    assert (place / "broken" / "checkpoints" / "step-00000012.damaged").is_dir()
+    for name in ("batch_digest", "loss", "eval/loss"):
+        expected = [row[name] for row in rows(place, "straight") if name in row]
+        assert [row[name] for row in rows(place, "broken") if name in row] == expected, name
+    weights = [(place / run / "checkpoints/step-00000012/model.safetensors").read_bytes() for run in ("straight", "broken")]
+    assert weights[0] == weights[1]
+    void = read_metrics(place / "broken" / "metrics.discarded.jsonl")
+    assert [row["step"] for row in void] == [9, 10, 11, 12]
+
+
+def test_a_finished_run_says_so_and_changes_nothing(place, straight):
+    before = {path: path.stat().st_mtime_ns for path in (place / "straight").rglob("*") if path.is_file()}
+    (again,) = run_ranks(arguments(place, "straight"), world=1)
+    assert again.returncode == 0
+    assert "finished, 12 steps" in again.stdout
+    after = {path: path.stat().st_mtime_ns for path in (place / "straight").rglob("*") if path.is_file()}
+    assert {path for path in after if before.get(path) != after[path]} <= {place / "straight" / "train.log"}
