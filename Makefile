@@ -1,0 +1,33 @@
+# make pretrain   install, then train the tiny LaMDA on this machine's own text (10 minutes on two cores)
+# make test       install, then run the whole test suite
+# make lint       ruff and the layers contract
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/tiny.yaml
+
+.PHONY: pretrain test lint clean
+
+pretrain: $(VENV)/.installed
+	$(BIN)/deepspeed --num_gpus 1 scripts/pretrain.py --config $(CONFIG)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache build *.egg-info
