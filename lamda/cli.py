@@ -50,6 +50,11 @@ COMMANDS = {
         f"[--gpus N] [--json] {_CONFIG}",
         "what a run will take: parameters, FLOPs and batches, before anything is started",
     ),
+    "where": Command(
+        _main_of("lamda.runs.where"),
+        "RUN --step S [--row R] [--json]",
+        "the documents that a training row came from, and its text",
+    ),
     "tokenizer train": Command(_train_tokenizer, _CONFIG, "train the run's tokenizer from its training files"),
     "config show": Command(_show_config, _CONFIG, "print the whole configuration that file and flags resolve to"),
 }

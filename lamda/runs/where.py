@@ -1,0 +1,115 @@
+"""`lamda where`: which documents a training row came from, and its text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lamda.config.errors import UserError
+from lamda.config.loading import load_config
+from lamda.data.blocks import Block, read_blocks
+from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of
+from lamda.data.lanes import Cursor
+from lamda.data.order import next_samples
+from lamda.data.tokenizer import Tokenizer
+from lamda.training.manifest import complete
+from lamda.training.metrics import read_metrics
+from lamda.training.run_directory import RunDirectory
+from lamda.training.state import RunState
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a row: tokens `first` to `last` of the document at a file's line (counted from 1)."""
+
+    file: str
+    line: int
+    epoch: int
+    domain: str
+    first: int
+    last: int
+    text: str
+
+
+def main(argv: list[str]) -> int:
+    """`RUN --step S [--row R] [--json]`; raises UserError."""
+    parser = argparse.ArgumentParser(prog="lamda where", allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--step", type=int, required=True, help="a finished step, the first is 1")
+    parser.add_argument("--row", type=int, help="one row of the step, the first is 0; default: all")
+    parser.add_argument("--json", action="store_true", help="a JSON object a row")
+    options = parser.parse_args(argv)
+    for row, pieces in where(RunDirectory(options.run), step=options.step, row=options.row):
+        if options.json:
+            print(json.dumps({"step": options.step, "row": row, "pieces": [vars(piece) for piece in pieces]}))
+        else:
+            print(f"step {options.step}, row {row}")
+            for piece in pieces:
+                place = f"{piece.file}, line {piece.line}, tokens {piece.first} to {piece.last}"
+                print(f"--- {place} ({piece.domain}, epoch {piece.epoch})\n{piece.text}")
+    return 0
+
+
+def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tuple[int, list[Piece]]]:
+    """The rows of a step (or one of them), each with the pieces that it is made of.
+
+    Raises UserError for a step that the run does not have, or text that is not the run's any more.
+    """
+    if not directory.config.is_file():
+        raise UserError(f"{directory.path}: no run is here (no config.yaml)")
+    config = load_config(["--config", str(directory.config)])
+    states = [RunState.read(path / "run_state.json") for path in complete(directory.checkpoints)]
+    corpus, tokenizer = open_corpus(config.data), Tokenizer.load(directory.tokenizer)
+    if states and states[-1].fingerprint != fingerprint(corpus, config, tokenizer):
+        raise UserError(f"{directory.path}: the text or its settings are not those of the run any more")
+    samples = _samples_of(directory, step, states[-1].skipped if states else ())
+    if row is not None and not 0 <= row < len(samples):
+        raise UserError(f"--row {row}: step {step} has rows 0 to {len(samples) - 1}")
+    chosen = range(len(samples)) if row is None else [row]
+    lanes, numbers = corpus.order.rows(samples)
+    packing = packing_of(config)
+    for place in chosen:
+        lane = int(lanes[place])
+        block_number, block_row = divmod(int(numbers[place]), packing.rows)
+        start = max((s.cursors[lane] for s in states if lane in s.cursors and s.cursors[lane].block <= block_number),
+                    key=lambda cursor: cursor.block, default=Cursor())  # fmt: skip
+        blocks = read_blocks(corpus.lanes[lane], start, packing=packing, tokenizer=tokenizer)
+        block = next(block for block, _ in blocks if block.number == block_number)
+        yield place, _pieces(block, block_row, corpus, lane, tokenizer)
+
+
+def _samples_of(directory: RunDirectory, step: int, skipped: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The samples of a step, in global order."""
+    rows = {row["step"]: row["samples"] for row in read_metrics(directory.metrics)}
+    if step not in rows:
+        raise UserError(
+            f"--step {step}: {directory.metrics} has steps {min(rows, default=0)} to {max(rows, default=0)}"
+        )
+    before = rows.get(step - 1, 0)
+    consumed = next_samples(0, before, skipped)[1] if before else 0
+    return next_samples(consumed, rows[step] - before, skipped)[0]
+
+
+def _pieces(block: Block, row: int, corpus: Corpus, lane: int, tokenizer: Tokenizer) -> list[Piece]:
+    pieces = []
+    for run in block.runs[block.runs["row"] == row]:
+        document = block.documents[run["document"]]
+        ids = block.ids[row, run["start"] : run["start"] + run["length"]]
+        pieces.append(
+            Piece(
+                file=corpus.lanes[lane].shares[document.file].file.url,
+                line=document.line + 1,
+                epoch=document.epoch,
+                domain=document.domain,
+                first=int(run["token"]),
+                last=int(run["token"] + run["length"] - 1),
+                text=tokenizer.decode(ids),
+            )
+        )
+    return pieces
