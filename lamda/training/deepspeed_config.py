@@ -39,6 +39,8 @@ def build(config: Config, *, world: int) -> dict[str, Any]:
         own = json.loads(path.read_text("utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+    if not isinstance(own, dict):
+        raise UserError(f"{path}: holds no JSON object; DeepSpeed's file is one")
     problems = list(_problems(own, path))
     if problems:
         raise UserError("\n".join(problems))
@@ -70,10 +72,14 @@ def _problems(own: dict[str, Any], path: Path) -> list[str]:
         elif key in REFUSED:
             found.append(f"{path}: {key}: {REFUSED[key]}; take it out")
         elif key not in KNOWN:
-            found.append(f"{path}: {key}: DeepSpeed has no such key{nearest(key, KNOWN)}")
-    if zero_stage(own) not in range(4):
-        found.append(f"{path}: zero_optimization.stage: {zero_stage(own)} is none of 0, 1, 2, 3")
-    if zero_stage(own) == 0 and is_bf16(own) and "data_types" in own:
+            found.append(f"{path}: {key}: no key of DeepSpeed's that has an effect here{nearest(key, KNOWN)}")
+    flat = [key for key in ("zero_optimization", "bf16") if not isinstance(own.get(key, {}), dict)]
+    if flat:
+        return [*found, *(f"{path}: {key}: holds no JSON object" for key in flat)]
+    stage = own.get("zero_optimization", {}).get("stage", 0)
+    if stage not in range(4):
+        found.append(f"{path}: zero_optimization.stage: {stage} is none of 0, 1, 2, 3")
+    elif zero_stage(own) == 0 and is_bf16(own) and "data_types" in own:
         found.append(
             f"{path}: data_types: DeepSpeed cannot accumulate bf16 gradients in fp32 at ZeRO stage 0; take "
             "data_types out, or use stage 1"

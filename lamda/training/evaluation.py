@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from math import exp, log
+from math import log
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ class Scores:
         """Loss, perplexity, bits per byte, tokens and bytes of all domains together."""
         return {
             "loss": self.loss(),
-            "perplexity": exp(self.loss()),
+            "perplexity": float(np.exp(self.loss())),
             "bits_per_byte": self.bits_per_byte(),
             "tokens": int(self.targets.sum()),
             "bytes": int(self.utf8_bytes.sum()),

@@ -1,7 +1,8 @@
 """A checkpoint is complete or it is not there.
 
-It is written under a temporary name; every file is synced and hashed into manifest.json; the folder
-is renamed, and LATEST is replaced. Loading verifies; a damaged checkpoint is set aside.
+It is written under a temporary name; every file is synced and hashed into manifest.json, which ends
+with its own hash; the folder is renamed, and LATEST is replaced. Loading verifies; a damaged
+checkpoint is set aside.
 """
 
 from __future__ import annotations
@@ -32,15 +33,18 @@ def make_fresh(temporary: Path) -> None:
 
 
 def commit(temporary: Path, final: Path, manifest: dict[str, object], *, keep: int) -> None:
-    """Turn the written files into the newest checkpoint, then prune to the `keep` newest."""
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
-    sync_and_describe(temporary / MANIFEST)
-    sync_folder(temporary)
-    temporary.rename(final)
-    sync_folder(final.parent)
-    replace_text(final.parent / "LATEST", final.name)
-    for old in complete(final.parent)[:-keep]:
-        shutil.rmtree(old)
+    """Turn the written files into the newest checkpoint, then prune to the `keep` newest. Raises UserError."""
+    try:
+        (temporary / MANIFEST).write_text(_sealed(manifest), "utf-8")
+        sync_and_describe(temporary / MANIFEST)
+        sync_folder(temporary)
+        temporary.rename(final)
+        sync_folder(final.parent)
+        replace_text(final.parent / "LATEST", final.name)
+        for old in complete(final.parent)[:-keep]:
+            shutil.rmtree(old)
+    except OSError as error:
+        raise UserError(f"checkpoint {final}: cannot be completed ({error})") from error
 
 
 def sync_and_describe(file: Path) -> dict[str, str | int]:
@@ -53,13 +57,16 @@ def sync_and_describe(file: Path) -> dict[str, str | int]:
 def find_valid(folder: Path, *, world: World) -> Path | None:
     """The newest checkpoint that passes its manifest; damaged ones are set aside as `.damaged`.
 
-    Raises UserError where there are checkpoints and none is valid: a run never silently starts anew.
+    LATEST then names the one that was found. Raises UserError where there are checkpoints and none is
+    valid: a run never silently starts anew.
     """
     names = on_main(world, lambda: [path.name for path in complete(folder)])
     for name in reversed(names):
         path = folder / name
         problem = verify(path, world=world)
         if problem is None:
+            if name != names[-1]:
+                on_main(world, lambda path=path: replace_text(folder / "LATEST", path.name))
             return path
         on_main(world, lambda path=path, problem=problem: _set_aside(path, problem))
     if names:
@@ -75,19 +82,27 @@ def complete(folder: Path) -> list[Path]:
 def verify(path: Path, *, world: World) -> str | None:
     """What is wrong with a checkpoint, or None. The ranks share the work of hashing."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+        text = (path / MANIFEST).read_text("utf-8")
+        manifest = json.loads(text)
+        del manifest["sha256"]
         entries = sorted(manifest["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         found = f"{MANIFEST} cannot be read ({error})"
     else:
         mine = (problem for name, entry in entries[world.rank :: world.size] if (problem := _check(path, name, entry)))
-        found = next(mine, None)
+        found = next(mine, None) if text == _sealed(manifest) else f"{MANIFEST} has changed since it was written"
     return next((problem for problem in gather(found) if problem is not None), None)
 
 
 def model_of(path: Path) -> dict[str, int | bool]:
     """The model's dimensions that a checkpoint was made with."""
     return json.loads((path / MANIFEST).read_text("utf-8"))["model"]
+
+
+def _sealed(manifest: dict[str, object]) -> str:
+    """The manifest's text, its own hash last."""
+    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest}, indent=1)
 
 
 def _check(path: Path, name: str, entry: dict[str, str | int]) -> str | None:
@@ -98,9 +113,11 @@ def _check(path: Path, name: str, entry: dict[str, str | int]) -> str | None:
         return f"{name} is missing"
     if file.stat().st_size != entry["size"]:
         return f"{name} has {file.stat().st_size} bytes instead of {entry['size']}"
-    if _sha256(file) != entry["sha256"]:
-        return f"{name} has changed since it was written (sha256)"
-    return None
+    try:
+        changed = _sha256(file) != entry["sha256"]
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    return f"{name} has changed since it was written (sha256)" if changed else None
 
 
 def _set_aside(path: Path, problem: str) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from lamda.training.run_directory import replace_text
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 """Dense bf16 peaks by a part of the device's name, from the makers' data sheets."""
@@ -32,8 +35,11 @@ class MetricsFile:
         self._stream.close()
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one step."""
-        self._stream.write(json.dumps(row) + "\n")
+        """Append one step; NaN and infinities, which JSON has not, become null."""
+        finite = {
+            key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()
+        }
+        self._stream.write(json.dumps(finite, allow_nan=False) + "\n")
         self._stream.flush()
 
 
@@ -55,6 +61,4 @@ def _discard_after(step: int, path: Path, discarded: Path) -> None:
     if void:
         with discarded.open("a", encoding="utf-8") as stream:
             stream.writelines(line + "\n" for line in void)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), "utf-8")
-        temporary.replace(path)
+        replace_text(path, "".join(line + "\n" for line in kept))

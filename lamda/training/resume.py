@@ -28,8 +28,8 @@ class Start:
         """
         saved = self.state.fingerprint
         if saved and saved != current:
-            names = [name for name in current if saved.get(name) != current[name]]
-            told = "; ".join(f"{name} was {_short(saved.get(name))}, is {_short(current[name])}" for name in names)
+            names = [name for name in {**current, **saved} if saved.get(name) != current.get(name)]
+            told = "; ".join(f"{name} was {_short(saved.get(name))}, is {_short(current.get(name))}" for name in names)
             raise UserError(
                 f"{self.path}: the data would not be the checkpoint's: {told}. Set these back, or start another run.dir "
                 "from the weights alone (model.weights)"

@@ -82,7 +82,10 @@ def _has_key() -> bool:
 def _git_commit() -> str | None:
     """The commit of the code that runs, where it runs from a checkout."""
     here = Path(__file__).parent
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
     return found.stdout.strip() or None
 
 

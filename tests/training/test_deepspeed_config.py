@@ -1,0 +1,113 @@
+"""DeepSpeed's file and the configuration each own their keys; every wrong one is told at once."""
+
+import json
+
+import pytest
+
+from lamda.config import Config
+from lamda.config.errors import UserError
+from lamda.config.loading import load_config
+from lamda.training.deepspeed_config import OWNED_BY_CONFIG, REFUSED, build, is_bf16, zero_stage
+
+TRAIN = {"steps": 10, "global_batch_size": 48, "micro_batch_size": 4, "gradient_clipping": 0.5}
+SHIPPED = ["ds_config.json", "deepspeed/fp32.json"]
+
+
+@pytest.fixture
+def build_from(tmp_path):
+    """Builds from a file that holds `own`, which is text or becomes JSON."""
+
+    def build_from(own, *, world=1):
+        path = tmp_path / "ds.json"
+        path.write_text(own if isinstance(own, str) else json.dumps(own))
+        return build(Config(train=TRAIN, deepspeed={"config": str(path)}), world=world)
+
+    return build_from
+
+
+def problems(build_from, own):
+    with pytest.raises(UserError) as caught:
+        build_from(own)
+    lines = str(caught.value).splitlines()
+    return [line.partition("ds.json")[2].lstrip(": ") for line in lines]
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 12), (3, 4), (12, 1)])
+def test_the_file_is_joined_with_what_the_configuration_owns(build_from, world, accumulation):
+    own = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
+    assert build_from(own, world=world) == {
+        **own,
+        "train_batch_size": 48,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.5,
+    }
+
+
+@pytest.mark.parametrize("key", OWNED_BY_CONFIG)
+def test_a_key_that_the_configuration_owns_is_refused_with_its_name_there(build_from, key):
+    (problem,) = problems(build_from, {key: 1})
+    assert problem.startswith(f"{key}: set in the run's configuration as {OWNED_BY_CONFIG[key]}")
+
+
+def test_keys_of_the_configuration_that_are_named_exist(build_from):
+    flat = {f"{name}.{key}" for name, section in Config(train=TRAIN) for key in type(section).model_fields}
+    named = {name for name in OWNED_BY_CONFIG.values() if not name.startswith("nothing")}
+    assert named <= flat
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_other_precisions_are_refused_with_the_reason(build_from, key):
+    assert problems(build_from, {key: {"enabled": True}}) == [f"{key}: {REFUSED[key]}; take it out"]
+
+
+def test_a_typo_names_the_nearest_key(build_from):
+    (problem,) = problems(build_from, {"zero_optimisation": {"stage": 1}})
+    assert problem.startswith("zero_optimisation: ")
+    assert problem.endswith("did you mean 'zero_optimization'?")
+
+
+@pytest.mark.parametrize("stage", [4, -1, 1.5, "auto", None, "1"])
+def test_a_stage_that_is_none_is_told(build_from, stage):
+    (problem,) = problems(build_from, {"zero_optimization": {"stage": stage}})
+    assert problem == f"zero_optimization.stage: {stage} is none of 0, 1, 2, 3"
+
+
+@pytest.mark.parametrize("zero", [{}, {"zero_optimization": {"stage": 0}}])
+def test_stage_0_cannot_accumulate_bf16_in_fp32(build_from, zero):
+    own = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, **zero}
+    (problem,) = problems(build_from, own)
+    assert problem.startswith("data_types: ")
+    assert "take data_types out, or use stage 1" in problem
+    assert build_from({"bf16": {"enabled": True}, **zero})
+    assert build_from({**own, "zero_optimization": {"stage": 1}})
+
+
+def test_all_problems_are_told_at_once(build_from):
+    found = problems(build_from, {"fp16": {}, "optimizer": {}, "bf61": {}, "zero_optimization": {"stage": 7}})
+    assert [line.partition(":")[0] for line in found] == ["fp16", "optimizer", "bf61", "zero_optimization.stage"]
+
+
+@pytest.mark.parametrize("key", ["zero_optimization", "bf16"])
+def test_a_section_that_is_no_object_is_told(build_from, key):
+    assert problems(build_from, {"amp": {}, key: True})[1] == f"{key}: holds no JSON object"
+
+
+def test_a_file_that_is_not_json_is_told_with_its_line(build_from):
+    (problem,) = problems(build_from, '{\n "bf16": {"enabled": true},\n}')
+    assert problem.startswith("3: not JSON")
+    assert problems(build_from, "[1]") == ["holds no JSON object; DeepSpeed's file is one"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_deepspeed_accepts_the_shipped_files_for_2b(name):
+    config = load_config(["--config", "configs/lamda_2b.yaml", "--deepspeed.config", name])
+    built = build(config, world=1)
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    theirs = DeepSpeedConfig(built)
+    assert theirs.zero_optimization_stage == zero_stage(built) == 1
+    assert theirs.bfloat16_config.enabled == is_bf16(built) == (name == "ds_config.json")
+    assert theirs.train_batch_size == 256
+    assert theirs.gradient_accumulation_steps == 32
+    assert theirs.gradient_clipping == config.train.gradient_clipping

@@ -1,0 +1,206 @@
+"""A checkpoint is complete or it is not there: every damage is found, and the one before is taken."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lamda.config.errors import UserError
+from lamda.distributed import World
+from lamda.training.manifest import (
+    MANIFEST,
+    commit,
+    complete,
+    find_valid,
+    make_fresh,
+    model_of,
+    sync_and_describe,
+    verify,
+)
+
+MODEL = {"d_model": 24, "bias_per_layer": True}
+CONTENT = {"model.safetensors": bytes(range(256)) * 3, "run_state.json": b'{"step": 1}', "empty": b""}
+
+
+def name_of(step):
+    return f"step-{step:08d}"
+
+
+def save(folder, step, *, keep=10, files=CONTENT):
+    temporary = folder / f".{name_of(step)}.tmp"
+    make_fresh(temporary)
+    for name, content in files.items():
+        (temporary / name).write_bytes(content)
+    entries = {name: sync_and_describe(temporary / name) for name in files}
+    commit(temporary, folder / name_of(step), {"step": step, "model": MODEL, "files": entries}, keep=keep)
+    return folder / name_of(step)
+
+
+def flip(file: Path, position: int, mask: int = 1):
+    content = bytearray(file.read_bytes())
+    content[position] ^= mask
+    file.write_bytes(content)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_committed_checkpoint_is_valid_and_named_by_latest(tmp_path, world):
+    path = save(tmp_path, 20)
+    assert verify(path, world=world) is None
+    assert find_valid(tmp_path, world=world) == path
+    assert model_of(path) == MODEL
+    assert names(tmp_path) == ["LATEST", name_of(20)]
+    assert (tmp_path / "LATEST").read_text() == name_of(20)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("checkpoints"), 1)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_changed_byte_anywhere_is_found(saved, world, data):
+    file = saved / data.draw(st.sampled_from(["model.safetensors", "run_state.json", MANIFEST]))
+    position = data.draw(st.integers(0, file.stat().st_size - 1))
+    mask = data.draw(st.integers(1, 255))
+    flip(file, position, mask)
+    try:
+        assert verify(saved, world=world) is not None
+    finally:
+        flip(file, position, mask)
+    assert verify(saved, world=world) is None
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_cut_file_is_found(saved, world, data):
+    file = saved / data.draw(st.sampled_from(["model.safetensors", "run_state.json", MANIFEST]))
+    whole = file.read_bytes()
+    file.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
+    try:
+        assert verify(saved, world=world) is not None
+    finally:
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", [*CONTENT, MANIFEST])
+def test_a_missing_file_is_named(tmp_path, world, name):
+    path = save(tmp_path, 1)
+    (path / name).unlink()
+    assert name in verify(path, world=world)
+
+
+def test_a_longer_file_is_named(tmp_path, world):
+    path = save(tmp_path, 1)
+    (path / "empty").write_bytes(b"x")
+    assert verify(path, world=world) == "empty has 1 bytes instead of 0"
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "deep/inside", ".."])
+def test_a_name_that_leaves_the_folder_is_refused(tmp_path, world, name):
+    (tmp_path / "outside").write_bytes(b"x")
+    entry = sync_and_describe(tmp_path / "outside")
+    make_fresh(tmp_path / ".step-00000001.tmp")
+    commit(tmp_path / ".step-00000001.tmp", tmp_path / name_of(1), {"model": MODEL, "files": {name: entry}}, keep=1)
+    assert name in verify(tmp_path / name_of(1), world=world)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", "null", "{}", '{"files": {}}', '{"files": 3, "sha256": ""}'])
+def test_a_manifest_of_another_shape_is_damage(tmp_path, world, content):
+    path = save(tmp_path, 1)
+    (path / MANIFEST).write_text(content)
+    assert MANIFEST in verify(path, world=world)
+
+
+def test_every_rank_hashes_its_share_of_the_files(tmp_path, world):
+    path = save(tmp_path, 1)
+    found = []
+    for name in ("model.safetensors", "run_state.json"):
+        flip(path / name, 5)
+        found.append([verify(path, world=World(rank=rank, size=3)) is not None for rank in range(3)])
+        flip(path / name, 5)
+    assert sorted(map(sum, found)) == [1, 1]
+    assert found[0] != found[1]
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(tmp_path, world, caplog):
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    flip(tmp_path / name_of(30) / "model.safetensors", 700)
+    (tmp_path / name_of(20) / "run_state.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert find_valid(tmp_path, world=world) == tmp_path / name_of(10)
+    assert names(tmp_path) == ["LATEST", name_of(10), f"{name_of(20)}.damaged", f"{name_of(30)}.damaged"]
+    assert [record.args[0].name for record in caplog.records] == [name_of(30), name_of(20)]
+    assert "model.safetensors has changed" in caplog.messages[0]
+    assert f"it is now {name_of(30)}.damaged, the one before it is taken" in caplog.messages[0]
+    assert "run_state.json is missing" in caplog.messages[1]
+    assert (tmp_path / "LATEST").read_text() == name_of(10)
+
+
+def test_a_step_may_be_damaged_again_and_again(tmp_path, world):
+    save(tmp_path, 10)
+    for _ in range(3):
+        flip(save(tmp_path, 20) / MANIFEST, 0)
+        assert find_valid(tmp_path, world=world) == tmp_path / name_of(10)
+    assert len([name for name in names(tmp_path) if name.endswith(".damaged")]) == 3
+    assert [path.name for path in complete(tmp_path)] == [name_of(10)]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(tmp_path, world):
+    for step in (10, 20):
+        shutil.copy(save(tmp_path, step) / "run_state.json", tmp_path / name_of(step) / "empty")
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        find_valid(tmp_path, world=world)
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_no_checkpoint_is_none(tmp_path, world, made):
+    folder = tmp_path / "checkpoints"
+    if made:
+        folder.mkdir()
+    assert find_valid(folder, world=world) is None
+
+
+def test_the_newest_are_kept(tmp_path, world):
+    for step in (2, 4, 10, 100, 1000):
+        save(tmp_path, step, keep=2)
+    assert [path.name for path in complete(tmp_path)] == [name_of(100), name_of(1000)]
+    assert (tmp_path / "LATEST").read_text() == name_of(1000)
+    assert find_valid(tmp_path, world=world).name == name_of(1000)
+
+
+def test_what_a_crash_left_is_no_checkpoint_and_in_nobodys_way(tmp_path, world):
+    save(tmp_path, 10)
+    left = tmp_path / f".{name_of(20)}.tmp"
+    shutil.copytree(tmp_path / name_of(10), left)
+    (left / "from-a-rank-that-is-gone").write_bytes(b"x")
+    assert find_valid(tmp_path, world=world).name == name_of(10)
+    path = save(tmp_path, 20)
+    assert find_valid(tmp_path, world=world) == path
+    assert names(path) == sorted([*CONTENT, MANIFEST])
+    assert names(tmp_path) == ["LATEST", name_of(10), name_of(20)]
+
+
+def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be made"):
+        make_fresh(tmp_path / "file" / "checkpoint")
+    make_fresh(tmp_path / "new")
+    save(tmp_path, 1)
+    with pytest.raises(UserError, match="cannot be completed"):
+        commit(tmp_path / "new", tmp_path / name_of(1), {"files": {}}, keep=1)
+
+
+def test_the_manifest_is_json_that_lists_every_file_with_its_size(tmp_path):
+    manifest = json.loads((save(tmp_path, 1) / MANIFEST).read_text())
+    assert {name: entry["size"] for name, entry in manifest["files"].items()} == {
+        name: len(content) for name, content in CONTENT.items()
+    }

@@ -1,0 +1,78 @@
+"""metrics.jsonl holds each step once, as lines that any JSON parser reads."""
+
+import json
+
+import pytest
+
+from lamda.training.metrics import MetricsFile, peak_flops, read_metrics
+
+
+def fail_on_constant(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return tmp_path / "metrics.jsonl", tmp_path / "metrics.discarded.jsonl"
+
+
+def write(paths, steps, *, after):
+    with MetricsFile(paths[0], discarded=paths[1], step=after) as file:
+        for step in steps:
+            file.write({"step": step, "loss": 1 / step, "after": after})
+
+
+def test_a_row_is_on_the_disk_once_it_is_written(paths):
+    with MetricsFile(paths[0], discarded=paths[1], step=0) as file:
+        file.write({"step": 1, "loss": 2.5})
+        assert read_metrics(paths[0]) == [{"step": 1, "loss": 2.5}]
+
+
+def test_a_resume_goes_on_after_its_step_and_moves_the_void_lines(paths):
+    write(paths, range(1, 8), after=0)
+    before = paths[0].read_bytes().splitlines(keepends=True)
+    write(paths, range(5, 10), after=4)
+    after = paths[0].read_bytes().splitlines(keepends=True)
+    assert after[:4] == before[:4]
+    assert [json.loads(line)["step"] for line in after] == list(range(1, 10))
+    assert paths[1].read_bytes().splitlines(keepends=True) == before[4:]
+
+
+def test_lines_of_every_resume_are_kept(paths):
+    for start in (0, 2, 1):
+        write(paths, range(start + 1, 4), after=start)
+    assert [row["step"] for row in read_metrics(paths[0])] == [1, 2, 3]
+    assert [(row["step"], row["after"]) for row in read_metrics(paths[1])] == [(3, 0), (2, 0), (3, 2)]
+
+
+def test_a_resume_at_the_last_line_changes_nothing(paths):
+    write(paths, range(1, 4), after=0)
+    before = paths[0].read_bytes()
+    write(paths, [], after=3)
+    assert paths[0].read_bytes() == before
+    assert not paths[1].exists()
+
+
+def test_a_torn_last_line_is_moved_even_where_its_step_is_not_void(paths):
+    write(paths, range(1, 4), after=0)
+    whole = paths[0].read_bytes()
+    paths[0].write_bytes(whole + b'{"step": 4, "lo')
+    assert [row["step"] for row in read_metrics(paths[0])] == [1, 2, 3]
+    write(paths, [4], after=3)
+    assert paths[0].read_bytes().startswith(whole)
+    assert [row["step"] for row in read_metrics(paths[0])] == [1, 2, 3, 4]
+    assert paths[1].read_bytes() == b'{"step": 4, "lo\n'
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf")])
+def test_a_loss_that_is_not_finite_is_null_to_any_json_parser(paths, loss):
+    with MetricsFile(paths[0], discarded=paths[1], step=0) as file:
+        file.write({"step": 1, "loss": loss, "lr": 0.5, "mfu": None, "batch_digest": "nan"})
+    row = json.loads(paths[0].read_text(), parse_constant=fail_on_constant)
+    assert row == {"step": 1, "loss": None, "lr": 0.5, "mfu": None, "batch_digest": "nan"}
+
+
+def test_the_peak_is_that_of_the_device_or_unknown():
+    assert peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("AMD EPYC") is None

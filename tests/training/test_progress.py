@@ -1,0 +1,61 @@
+"""Without a terminal a run shows its first and last step, and others at intervals."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from lamda.training import progress
+from lamda.training.progress import TrainingProgress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that a test sets; no terminal, whatever the environment says."""
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def run(clock, *, done, steps, seconds, visible=True):
+    with TrainingProgress(done=done, steps=steps, visible=visible) as shown:
+        for step in range(done + 1, steps + 1):
+            clock.now += seconds
+            shown.show({"step": step, "loss": 2.5, "lr": 1e-3, "tokens_per_second": 1234.0, "mfu": None})
+
+
+def steps_of(lines):
+    return [int(re.match(r"step (\d+)/", line)[1]) for line in lines]
+
+
+def test_first_and_last_and_one_in_ten_seconds_are_shown(clock, capsys):
+    run(clock, done=0, steps=9, seconds=4)
+    assert steps_of(capsys.readouterr().out.splitlines()) == [1, 4, 7, 9]
+
+
+def test_fast_steps_show_the_first_and_the_last(clock, capsys):
+    run(clock, done=0, steps=200, seconds=0.01)
+    assert steps_of(capsys.readouterr().out.splitlines()) == [1, 200]
+
+
+def test_a_line_has_the_figures_and_the_time_that_is_left(clock, capsys):
+    run(clock, done=0, steps=100, seconds=60)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "step 1/100  loss 2.5000  lr 1.00e-03  1,234 tokens/s  ETA 1:39:00"
+    assert lines[49].endswith("ETA 0:50:00")
+    assert lines[-1].endswith("ETA 0:00:00")
+
+
+def test_a_resumed_run_shows_its_own_first_step_and_its_own_speed(clock, capsys):
+    run(clock, done=90, steps=100, seconds=3)
+    lines = capsys.readouterr().out.splitlines()
+    assert steps_of(lines) == [91, 95, 99, 100]
+    assert lines[0].endswith("ETA 0:00:27")
+
+
+def test_other_ranks_are_silent(clock, capsys):
+    run(clock, done=0, steps=3, seconds=60, visible=False)
+    TrainingProgress(done=0, steps=3, visible=False).say("saved")
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,137 @@
+"""Where a run begins follows from checkpoint.resume and what is there; what does not fit is refused by name."""
+
+import pytest
+
+from lamda.config import Config
+from lamda.config.errors import UserError
+from lamda.training.manifest import commit, make_fresh, sync_and_describe
+from lamda.training.resume import Start, choose_start
+from lamda.training.run_directory import RunDirectory
+from lamda.training.state import RunState
+
+MODEL = {"vocab_size": 97, "d_model": 24, "n_layers": 3, "n_heads": 3, "d_head": 8, "d_ff": 40}
+
+
+@pytest.fixture
+def directory(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.create()
+    return directory
+
+
+def config(resume, **model):
+    return Config(model={**MODEL, **model}, train={"steps": 10}, checkpoint={"resume": str(resume)})
+
+
+def save(directory, step):
+    final = directory.checkpoints / f"step-{step:08d}"
+    temporary = directory.checkpoints / f".{final.name}.tmp"
+    make_fresh(temporary)
+    RunState(step=step).write(temporary / "run_state.json")
+    files = {"run_state.json": sync_and_describe(temporary / "run_state.json")}
+    dimensions = config("auto").model.model_dump(exclude={"preset", "weights"})
+    commit(temporary, final, {"model": dimensions, "files": files}, keep=9)
+    return final
+
+
+def damage(path):
+    (path / "run_state.json").write_bytes(b"{}")
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_new_directory_starts_from_nothing(directory, world, resume):
+    assert choose_start(config(resume), directory, world) == Start(None, RunState())
+
+
+@pytest.mark.parametrize("resume", ["auto", "required"])
+def test_the_newest_valid_checkpoint_is_taken(directory, world, resume):
+    older, newer = save(directory, 2), save(directory, 4)
+    assert choose_start(config(resume), directory, world) == Start(newer, RunState(step=4))
+    damage(newer)
+    assert choose_start(config(resume), directory, world) == Start(older, RunState(step=2))
+
+
+def test_required_refuses_a_directory_without_checkpoint(directory, world):
+    with pytest.raises(UserError, match=r"checkpoint\.resume required: .* holds no complete checkpoint"):
+        choose_start(config("required"), directory, world)
+
+
+@pytest.mark.parametrize("resume", ["auto", "required"])
+def test_damaged_checkpoints_alone_never_start_a_run_anew(directory, world, resume):
+    damage(save(directory, 2))
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        choose_start(config(resume), directory, world)
+
+
+@pytest.mark.parametrize("trace", ["metrics", "checkpoint"])
+def test_never_refuses_a_directory_that_holds_a_run(directory, world, trace):
+    if trace == "metrics":
+        directory.metrics.touch()
+    else:
+        save(directory, 2)
+    with pytest.raises(UserError, match=r"checkpoint\.resume never: .* already holds a run; choose another run\.dir"):
+        choose_start(config("never"), directory, world)
+
+
+def test_a_path_is_taken_from_another_run(directory, world, tmp_path):
+    path = save(RunDirectory(tmp_path / "other"), 6)
+    assert choose_start(config(path), directory, world) == Start(path, RunState(step=6))
+
+
+def test_a_path_that_is_not_there_is_told_with_the_words_that_are(directory, world, tmp_path):
+    with pytest.raises(UserError, match=r"no such checkpoint \(nor one of auto, required, never\)"):
+        choose_start(config(tmp_path / "nowhere"), directory, world)
+
+
+def test_a_damaged_path_is_refused_and_left_in_place(directory, world, tmp_path):
+    path = save(RunDirectory(tmp_path / "other"), 6)
+    damage(path)
+    with pytest.raises(UserError, match=r"checkpoint\.resume .*run_state\.json has 2 bytes"):
+        choose_start(config(path), directory, world)
+    assert path.is_dir()
+
+
+def test_going_back_behind_newer_checkpoints_is_refused(directory, world):
+    older = save(directory, 2)
+    save(directory, 4)
+    with pytest.raises(UserError, match=r"holds newer checkpoints \(step-00000004\).*choose another run\.dir"):
+        choose_start(config(older), directory, world)
+
+
+@pytest.mark.parametrize("resume", ["auto", "path"])
+def test_a_checkpoint_of_another_model_is_refused_by_what_differs(directory, world, resume):
+    path = save(directory, 2)
+    wanted = config(path if resume == "path" else resume, d_ff=48, bias_per_layer=False)
+    with pytest.raises(UserError) as caught:
+        choose_start(wanted, directory, world)
+    assert "d_ff is 40, the configuration says 48; bias_per_layer is True, the configuration says False" in str(
+        caught.value
+    )
+    assert "d_model" not in str(caught.value)
+
+
+SAVED = {"seed": 0, "lanes": 8, "tokenizer": "a" * 64, "files": [["x", 1]]}
+
+
+def start(fingerprint):
+    return Start(None, RunState(step=3, fingerprint=fingerprint))
+
+
+def test_the_same_data_goes_on(directory):
+    assert start(SAVED).check_data(dict(SAVED)) == start(SAVED).state
+    assert start({}).check_data(SAVED) == start(SAVED).state
+
+
+@pytest.mark.parametrize(
+    ("current", "told"),
+    [
+        ({**SAVED, "seed": 1, "lanes": 9}, "seed was 0, is 1; lanes was 8, is 9. Set"),
+        ({**SAVED, "packing": "concat"}, "packing was None, is concat. Set"),
+        ({key: value for key, value in SAVED.items() if key != "lanes"}, "lanes was 8, is None. Set"),
+        ({**SAVED, "tokenizer": "b" * 64}, f"tokenizer was {'a' * 57}..., is {'b' * 57}.... Set"),
+    ],
+)
+def test_other_data_is_refused_by_what_differs(current, told):
+    with pytest.raises(UserError) as caught:
+        start(SAVED).check_data(current)
+    assert f"the data would not be the checkpoint's: {told}" in str(caught.value)

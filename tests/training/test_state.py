@@ -1,0 +1,42 @@
+"""What must survive a restart survives it."""
+
+import json
+
+from lamda.data.lanes import Cursor
+from lamda.training.state import RunState
+
+STATE = RunState(
+    step=7,
+    updates=6,
+    consumed=2**40 + 1,
+    samples=224,
+    tokens=57344,
+    skipped=((10, 20), (32, 48)),
+    cursors={0: Cursor(block=3, epoch=1, file=2, line=40, byte=2**33, token=5), 11: Cursor()},
+    fingerprint={"files": [["a", 1, None]], "weights": [0.1, 1 / 3], "seed": 0},
+    wandb_id="0badcafe",
+)
+
+
+def test_a_state_comes_back_from_its_file_as_it_was(tmp_path):
+    STATE.write(tmp_path / "state.json")
+    back = RunState.read(tmp_path / "state.json")
+    assert back == STATE
+    assert isinstance(back.cursors[11], Cursor)
+    assert isinstance(json.loads((tmp_path / "state.json").read_text()), dict)
+
+
+def test_a_new_state_comes_back_too(tmp_path):
+    RunState().write(tmp_path / "state.json")
+    assert RunState.read(tmp_path / "state.json") == RunState()
+
+
+def test_a_refused_step_counts_and_consumes_but_is_no_update():
+    done = STATE.after(consumed=2**40 + 33, rows=32, targets=8192, updated=True)
+    refused = STATE.after(consumed=2**40 + 33, rows=32, targets=8192, updated=False)
+    assert (done.step, done.consumed, done.samples, done.tokens) == (8, 2**40 + 33, 256, 65536)
+    assert (done.updates, refused.updates) == (7, 6)
+    assert refused.step == 8
+    assert (done.cursors, done.skipped, done.fingerprint, done.wandb_id) == (
+        STATE.cursors, STATE.skipped, STATE.fingerprint, "0badcafe",
+    )  # fmt: skip
