@@ -13,7 +13,33 @@ import zstandard
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.tokenizer_training import train_tokenizer
 
-WORDS = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "was", "on", "are", "with", "as", "be", "this", "have", "from", "one", "had", "not", "but", "what", "all", "were"]
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "is",
+    "that",
+    "for",
+    "it",
+    "was",
+    "on",
+    "are",
+    "with",
+    "as",
+    "be",
+    "this",
+    "have",
+    "from",
+    "one",
+    "had",
+    "not",
+    "but",
+    "what",
+    "all",
+    "were",
+]
 
 
 def make_text(seed: int, words: int) -> str:

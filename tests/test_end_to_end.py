@@ -93,7 +93,9 @@ def test_stopping_resuming_and_other_ranks_change_no_bit(place, straight):
     for name in ("batch_digest", "loss", "eval/loss"):
         expected = [row[name] for row in rows(place, "straight") if name in row]
         assert [row[name] for row in rows(place, "broken") if name in row] == expected, name
-    weights = [(place / run / "checkpoints/step-00000012/model.safetensors").read_bytes() for run in ("straight", "broken")]
+    weights = [
+        (place / run / "checkpoints/step-00000012/model.safetensors").read_bytes() for run in ("straight", "broken")
+    ]
     assert weights[0] == weights[1]
     void = read_metrics(place / "broken" / "metrics.discarded.jsonl")
     assert [row["step"] for row in void] == [9, 10, 11, 12]

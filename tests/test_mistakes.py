@@ -21,7 +21,11 @@ def flags(changes):
 
 
 def snapshot(run):
-    return {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "train.log"}
+    return {
+        path.relative_to(run): path.read_bytes()
+        for path in run.rglob("*")
+        if path.is_file() and path.name != "train.log"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,11 @@ def answers(tmp_path_factory, tokenizer_path):
     fresh = iter(range(99))
 
     def case(**changes):
-        chosen = {**good, "run.dir": folder / f"fresh-{next(fresh)}", **{k.replace("__", "."): v for k, v in changes.items()}}
+        chosen = {
+            **good,
+            "run.dir": folder / f"fresh-{next(fresh)}",
+            **{k.replace("__", "."): v for k, v in changes.items()},
+        }
         return flags(chosen)
 
     cases = {
@@ -53,10 +61,14 @@ def answers(tmp_path_factory, tokenizer_path):
         "never": flags({**good, "checkpoint.resume": "never"}),
         "required": case(checkpoint__resume="required"),
         "no such checkpoint": case(checkpoint__resume=folder / "nowhere"),
-        "no validation text": case(data__corpus=card_without_validation(folder, text), data__eval_files="null", eval__every=1),
+        "no validation text": case(
+            data__corpus=card_without_validation(folder, text), data__eval_files="null", eval__every=1
+        ),
         "bad validation": case(data__eval_files=folder / "nothing.jsonl"),
         "missing weights": case(model__weights=folder / "nothing.safetensors"),
-        "other weights": case(model__weights=folder / "run/checkpoints/step-00000002/model.safetensors", model__d_ff=32),
+        "other weights": case(
+            model__weights=folder / "run/checkpoints/step-00000002/model.safetensors", model__d_ff=32
+        ),
     }
     (folder / "cases.json").write_text(json.dumps(cases))
     (rank,) = run_ranks([WORKER, str(folder / "cases.json"), str(folder / "results.json")], world=1)
@@ -68,7 +80,9 @@ def answers(tmp_path_factory, tokenizer_path):
 
 def card_without_validation(folder, text):
     path = folder / "card.yaml"
-    path.write_text(f"name: c\ndescription: d\nsources: [{{name: s, licence: none, files: '{text}', domain: meta.pile_set_name}}]\n")
+    path.write_text(
+        f"name: c\ndescription: d\nsources: [{{name: s, licence: none, files: '{text}', domain: meta.pile_set_name}}]\n"
+    )
     return path
 
 

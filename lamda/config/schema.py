@@ -86,6 +86,15 @@ class DataConfig(Section):
         None, description="canonical lanes, whatever the number of ranks; default: number of files, 8 to 64"
     )
     block_rows: Positive = Field(64, description="rows that a lane makes at a time")
+    packing: Literal["concat", "best_fit"] = Field(
+        "concat", description="how a block's documents fill its rows: in order, or so that few are cut"
+    )
+    document_mask: bool = Field(
+        default=False, description="attention and loss stay inside a document (packed rows hold many)"
+    )
+    max_bad_fraction: float = Field(
+        0.001, ge=0, le=1, description="share of a lane's lines that may hold no document; judged from 10,000 lines on"
+    )
     threads: Positive = Field(2, description="threads of the tokenizer and loader a rank; never changes the data")
 
 
@@ -101,6 +110,11 @@ class TrainConfig(Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    embedding_lr_scale: float = Field(
+        10.0,
+        gt=0,
+        description="the embedding's rate / lr: its weights are an order of magnitude larger than a matrix's",
+    )
     weight_decay: float = Field(0.1, ge=0, description="decay of matrices; norms and bias tables have none")
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0 is no clipping")
     schedule: Literal["cosine", "wsd", "inverse_sqrt"] = Field(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lamda.data.hashing import permutation
 from lamda.data.lanes import Cursor, Document, Lane
+from lamda.data.packing import Method, arrange
+from lamda.data.quarantine import BadLine
 from lamda.data.tokenizer import Tokenizer
 
 ENCODE_CHARACTERS = 1 << 17
@@ -24,12 +27,21 @@ class Block:
     """R rows of sequence_length + 1 tokens, and where every token came from.
 
     ids: [R, L+1] uint32. runs: [n] RUN, by row and start; `document` indexes `documents`.
+    quarantined: the bad lines just before each document that begins in this block. loss_mask: [R, L+1],
+    where not every token counts as a target (fine-tuning).
     """
 
     number: int
     ids: NDArray[np.uint32]
     runs: NDArray[np.void]
     documents: tuple[Document, ...]
+    quarantined: tuple[BadLine, ...] = ()
+    loss_mask: NDArray[np.bool_] | None = None
+
+    @cached_property
+    def document_of(self) -> NDArray[np.int32]:
+        """The document of every token, [R, L+1], as an index into `documents`."""
+        return np.repeat(self.runs["document"], self.runs["length"]).reshape(self.ids.shape)
 
 
 @dataclass(frozen=True)
@@ -37,11 +49,13 @@ class Packing:
     """How a lane's tokens become rows.
 
     rows: R, rows a block. row_length: tokens a row (targets + 1). seed: of the permutation of rows.
+    method: the arrangement of a block's tokens in its rows (`lamda.data.packing`).
     """
 
     rows: int
     row_length: int
     seed: int
+    method: Method = "concat"
 
 
 def read_blocks(
@@ -52,7 +66,12 @@ def read_blocks(
     number, filled = cursor.block, 0
     pieces: list[NDArray[np.uint32]] = []
     runs: list[tuple[Document, int, int]] = []
+    lines, bad = cursor.lines, cursor.bad
+    quarantined: list[BadLine] = []
     for document, tokens, first in _tokens(lane, cursor, tokenizer, characters=min(ENCODE_CHARACTERS, 4 * size)):
+        lines, bad = lines + len(document.bad), bad + len(document.bad)
+        quarantined += document.bad
+        document = document._replace(bad=())
         while first < len(tokens):
             taken = min(len(tokens) - first, size - filled)
             pieces.append(tokens[first : first + taken])
@@ -60,9 +79,11 @@ def read_blocks(
             first, filled = first + taken, filled + taken
             if filled == size:
                 number += 1
-                after = Cursor(number, document.epoch, document.file, document.line, document.byte, first)
-                yield _pack(number - 1, lane.index, np.concatenate(pieces), runs, packing), after
-                pieces, runs, filled = [], [], 0
+                after = Cursor(number, document.epoch, document.file, document.line, document.byte, first, lines, bad)
+                block = _pack(number - 1, lane.index, np.concatenate(pieces), runs, packing)
+                yield replace(block, quarantined=tuple(quarantined)), after
+                pieces, runs, filled, quarantined = [], [], 0, []
+        lines += 1
 
 
 def _tokens(
@@ -91,21 +112,18 @@ def _batches(lane: Lane, cursor: Cursor, *, characters: int) -> Iterator[list[Do
 def _pack(
     number: int, lane: int, stream: NDArray[np.uint32], runs: list[tuple[Document, int, int]], packing: Packing
 ) -> Block:
-    """Rows in the stream's order (`concat`), cut wherever a row ends, then permuted."""
+    """Rows as the packing arranges the runs, then permuted."""
+    documents, tokens, lengths = zip(*runs, strict=True)
+    begins = np.cumsum(lengths) - lengths
+    pieces = arrange(packing.method, np.array(lengths), rows=packing.rows, row_length=packing.row_length)
     order = permutation(packing.rows, packing.seed, lane, number)
-    place = np.argsort(order)
-    documents: dict[tuple[int, int, int], int] = {}
-    table: list[Document] = []
-    cut: list[tuple[int, int, int, int, int]] = []
-    position = 0
-    for document, token, length in runs:
-        index = documents.setdefault((document.epoch, document.file, document.line), len(documents))
-        if index == len(table):
-            table.append(document)
-        while length:
-            row, start = divmod(position, packing.row_length)
-            taken = min(length, packing.row_length - start)
-            cut.append((place[row], start, taken, index, token))
-            position, token, length = position + taken, token + taken, length - taken
-    ids = stream.reshape(packing.rows, packing.row_length)[order]
-    return Block(number, ids, np.sort(np.array(cut, RUN), order=("row", "start")), tuple(table))
+    # A piece's tokens lie together in the stream too: by how far each has moved.
+    moved = begins[pieces["stretch"]] + pieces["offset"] - pieces["row"] * packing.row_length - pieces["start"]
+    taken = np.arange(len(stream)) + np.repeat(moved, pieces["length"])
+    table = np.empty(len(pieces), RUN)
+    table["row"] = np.argsort(order)[pieces["row"]]
+    table["start"], table["length"] = pieces["start"], pieces["length"]
+    table["document"] = pieces["stretch"]
+    table["token"] = np.array(tokens)[pieces["stretch"]] + pieces["offset"]
+    ids = stream[taken].reshape(packing.rows, packing.row_length)[order]
+    return Block(number, ids, np.sort(table, order=("row", "start")), documents)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from lamda.config.errors import UserError
@@ -13,8 +14,11 @@ from lamda.data.blocks import Packing
 from lamda.data.card import Card, load_card
 from lamda.data.files import resolve
 from lamda.data.lanes import Cursor, Document, Lane, cut_into_lanes, read_lane
-from lamda.data.order import Order, make_order
+from lamda.data.order import Order, Table, make_table
 from lamda.data.tokenizer import Tokenizer
+
+SCANNED = 1000
+"""Documents that are looked at for names of domains where the card has none."""
 
 FORMAT = 1
 """Raised with every change that gives other samples from the same text."""
@@ -28,20 +32,24 @@ class Corpus:
     lanes: tuple[Lane, ...]
 
     @cached_property
-    def weights(self) -> tuple[float, ...]:
-        """A lane's share of all samples: its source's weight times its share of the source's bytes."""
-        sizes = [sum(share.bytes for share in lane.shares) for lane in self.lanes]
-        totals: dict[str, float] = {}
-        for lane, size in zip(self.lanes, sizes, strict=True):
-            totals[lane.source.name] = totals.get(lane.source.name, 0.0) + size
-        return tuple(
-            lane.source.weight * size / totals[lane.source.name] for lane, size in zip(self.lanes, sizes, strict=True)
-        )
-
-    @cached_property
     def order(self) -> Order:
-        """The table of slots over all lanes."""
-        return make_order(self.weights)
+        """The tables of slots over all lanes, one for each set of weights."""
+        stages = self.card.stages
+        return Order(tuple(self._table(weights) for _, weights in stages), tuple(start for start, _ in stages))
+
+    def _table(self, weights: Mapping[str, float]) -> Table:
+        sizes: dict[str, list[float]] = {}
+        for lane in self.lanes:
+            sizes.setdefault(lane.source.name, []).append(sum(share.bytes for share in lane.shares))
+        return make_table([(weights[name], lanes) for name, lanes in sizes.items()])
+
+    def domains(self) -> list[str]:
+        """The names whose training loss is told apart: the card's, or those among the first documents; 63 at most."""
+        if all(source.domain is None for source in self.card.sources):
+            return [source.name for source in self.card.sources]
+        if self.card.domains:
+            return list(self.card.domains)
+        return sorted({document.domain for document in islice(self.documents_once(), SCANNED)})[:63]
 
     def documents_once(self) -> Iterator[Document]:
         """The documents of every lane's first epoch, one from each lane in turn."""
@@ -61,13 +69,21 @@ def open_corpus(config: DataConfig) -> Corpus:
     card = load_card(config)
     lanes: list[Lane] = []
     for source in card.sources:
-        lanes += cut_into_lanes(source, resolve(source), lanes=config.lanes, first=len(lanes))
+        files = resolve(source)
+        lanes += cut_into_lanes(
+            source, files, lanes=config.lanes, first=len(lanes), max_bad_fraction=config.max_bad_fraction
+        )
     return Corpus(card, tuple(lanes))
 
 
 def packing_of(config: Config) -> Packing:
     """How this run cuts a lane's tokens into rows."""
-    return Packing(rows=config.data.block_rows, row_length=config.data.sequence_length + 1, seed=config.run.seed)
+    return Packing(
+        rows=config.data.block_rows,
+        row_length=config.data.sequence_length + 1,
+        seed=config.run.seed,
+        method=config.data.packing,
+    )
 
 
 def fingerprint(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -76,9 +92,9 @@ def fingerprint(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> dict[st
         "format": FORMAT,
         "files": [[list(share.file.identity) for share in lane.shares] for lane in corpus.lanes],
         "text": [[source.text, source.domain] for source in corpus.card.sources],
-        "weights": [source.weight for source in corpus.card.sources],
+        "weights": [[start, weights] for start, weights in corpus.card.stages],
         "tokenizer": tokenizer.sha256,
-        "packing": "concat",
+        "packing": config.data.packing,
         "sequence_length": config.data.sequence_length,
         "block_rows": config.data.block_rows,
         "lanes": len(corpus.lanes),

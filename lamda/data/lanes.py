@@ -11,13 +11,18 @@ from datasets import IterableDataset, load_dataset
 
 from lamda.config.errors import UserError
 from lamda.data.card import Source
-from lamda.data.files import DataError, File, read_all, read_lines
+from lamda.data.files import LONGEST_LINE, DataError, File, read_all, read_lines
+from lamda.data.quarantine import BadLine, Tally, bad_line
 
 FEWEST, MOST = 8, 64
+UNKNOWN_DOMAIN = "unknown"
 
 
 class Document(NamedTuple):
-    """A text and its place: epoch of the lane, file of the lane, line, decompressed offset of the line."""
+    """A text and its place: epoch of the lane, file of the lane, line, decompressed offset of the line.
+
+    `bad` are the bad lines between the lane's document before it and this one.
+    """
 
     text: str
     domain: str
@@ -25,6 +30,7 @@ class Document(NamedTuple):
     file: int
     line: int
     byte: int
+    bad: tuple[BadLine, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,8 @@ class Cursor:
     """The place of a lane's next token, and the number of the block that begins there.
 
     `token` counts tokens of the document at (`epoch`, `file`, `line`); `byte` is the decompressed
-    offset of that line, so that a seekable file is sought.
+    offset of that line, so that a seekable file is sought. `lines` and `bad` count the lane's lines
+    before that one, over all epochs: those that are not blank, and those of them that hold no document.
     """
 
     block: int = 0
@@ -41,6 +48,8 @@ class Cursor:
     line: int = 0
     byte: int = 0
     token: int = 0
+    lines: int = 0
+    bad: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,18 +68,21 @@ class Share:
 
 @dataclass(frozen=True)
 class Lane:
-    """A deterministic, endless stream of documents."""
+    """A deterministic, endless stream of documents, of whose lines `max_bad_fraction` may be bad."""
 
     index: int
     source: Source
     shares: tuple[Share, ...]
+    max_bad_fraction: float
 
     def documents(self, start: Cursor) -> IterableDataset:
         """Documents from the one that holds the cursor, for ever; rows as `Document._asdict()`."""
         return IterableDataset.from_generator(_rows, gen_kwargs={"lane": self, "start": start})
 
 
-def cut_into_lanes(source: Source, files: list[File], *, lanes: int | None, first: int = 0) -> list[Lane]:
+def cut_into_lanes(
+    source: Source, files: list[File], *, lanes: int | None, first: int = 0, max_bad_fraction: float = 0.001
+) -> list[Lane]:
     """Lanes `first`, `first + 1`, ... of a source: every n-th file, or residues of the lines of one.
 
     By default as many as files, at least 8 and at most 64; a `.txt` file is one document and cannot
@@ -92,7 +104,7 @@ def cut_into_lanes(source: Source, files: list[File], *, lanes: int | None, firs
             shares = (Share(files[owner], lane // len(files), len(range(owner, count, len(files)))),)
         elif count > len(files):
             shares = (Share(files[lane], 0, len(range(lane, count, len(files)))),)
-        cut.append(Lane(first + lane, source, shares))
+        cut.append(Lane(first + lane, source, shares, max_bad_fraction))
     return cut
 
 
@@ -102,24 +114,34 @@ def _rows(lane: Lane, start: Cursor) -> Iterator[dict[str, Any]]:
 
 
 def read_lane(lane: Lane, start: Cursor) -> Iterator[Document]:
-    """As `Lane.documents`, as plain tuples. Raises DataError for an empty lane or an unreadable record."""
+    """As `Lane.documents`, as plain tuples. Raises DataError for an empty lane or one with too many bad lines."""
     epoch, file, line, byte = start.epoch, start.file, start.line, start.byte
+    tally = Tally(lane.index, lane.max_bad_fraction, start.lines, start.bad)
     from_the_top = (file, line) == (0, 0)
+    bad: list[BadLine] = []
     while True:
         found = False
         for position in range(file, len(lane.shares)):
             share = lane.shares[position]
-            for text, domain, number, offset in _read_share(share, lane.source, line=line, byte=byte):
+            for number, offset, entry in _read_share(share, lane.source, line=line, byte=byte):
+                if isinstance(entry, _Unfit):
+                    bad.append(bad_line(epoch, share.file.url, number, entry.reason, entry.data))
+                    tally.quarantine(bad[-1])
+                    continue
                 found = True
-                yield Document(text, domain, epoch, position, number, offset)
+                tally.good()
+                yield Document(*entry, epoch, position, number, offset, tuple(bad))
+                bad.clear()
             line = byte = 0
         if from_the_top and not found:
-            raise DataError(_empty(lane))
+            raise DataError(_empty(lane, tally))
         epoch, file, from_the_top = epoch + 1, 0, True
 
 
-def _empty(lane: Lane) -> str:
+def _empty(lane: Lane, tally: Tally) -> str:
     share = lane.shares[0]
+    if tally.bad:
+        return f"lane {lane.index} is empty: all its {tally.bad} lines are bad. {tally.examples()}"
     if share.modulus > 1:
         return (
             f"{share.file.url}: lane {lane.index} is empty: the file has too few documents to be cut into "
@@ -128,42 +150,56 @@ def _empty(lane: Lane) -> str:
     return f"{share.file.url}: holds no document (lane {lane.index})"
 
 
-def _read_share(share: Share, source: Source, *, line: int, byte: int) -> Iterator[tuple[str, str, int, int]]:
+class _Fit(NamedTuple):
+    text: str
+    domain: str
+
+
+class _Unfit(NamedTuple):
+    reason: str
+    data: bytes
+
+
+def _read_share(share: Share, source: Source, *, line: int, byte: int) -> Iterator[tuple[int, int, _Fit | _Unfit]]:
+    """Line, decompressed offset and what is there, from a line on; blank lines are nothing."""
     file = share.file
     if file.url.endswith(".txt"):
         if line == 0:
-            yield _decoded(read_all(file), f"{file.url}"), source.name, 0, 0
-        return
-    records = _parquet(share, line) if file.url.endswith(".parquet") else _json_lines(share, line=line, byte=byte)
-    for record, number, offset in records:
-        where = f"{file.url}, line {number + 1}"
-        text = _field(record, source.text, where)
-        domain = source.name if source.domain is None else _field(record, source.domain, where)
-        yield text, domain, number, offset
+            yield 0, 0, _Fit(_decoded(read_all(file), file.url), source.name)
+    elif file.url.endswith(".parquet"):
+        rows = load_dataset("parquet", data_files=file.url, split="train", streaming=True)
+        for number, record in enumerate(rows.skip(line), start=line):
+            if number % share.modulus == share.residue:
+                yield number, 0, _of_record(record, source, None)
+    else:
+        for number, offset, data in read_lines(file, number=line, byte=byte):
+            if number % share.modulus == share.residue and data and not data.isspace():
+                yield number, offset, _of_json(data, source)
 
 
-def _json_lines(share: Share, *, line: int, byte: int) -> Iterator[tuple[Any, int, int]]:
-    for number, offset, data in read_lines(share.file, number=line, byte=byte):
-        if number % share.modulus == share.residue and not data.isspace() and data:
-            try:
-                yield orjson.loads(data), number, offset
-            except orjson.JSONDecodeError as error:
-                raise DataError(f"{share.file.url}, line {number + 1}: not JSON ({error})") from error
+def _of_json(data: bytes, source: Source) -> _Fit | _Unfit:
+    if len(data) > LONGEST_LINE:
+        return _Unfit(f"longer than {LONGEST_LINE >> 20} MiB", data)
+    try:
+        record = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        return _Unfit(f"not JSON ({error})", data)
+    return _of_record(record, source, data)
 
 
-def _parquet(share: Share, line: int) -> Iterator[tuple[Any, int, int]]:
-    rows = load_dataset("parquet", data_files=share.file.url, split="train", streaming=True)
-    for number, record in enumerate(rows.skip(line), start=line):
-        if number % share.modulus == share.residue:
-            yield record, number, 0
+def _of_record(record: Any, source: Source, data: bytes | None) -> _Fit | _Unfit:
+    text = _at(record, source.text)
+    if not isinstance(text, str):
+        reason = f"no text at {source.text!r} (found {type(text).__name__})"
+        return _Unfit(reason, repr(record).encode() if data is None else data)
+    domain = source.name if source.domain is None else _at(record, source.domain)
+    return _Fit(text, domain if isinstance(domain, str) else UNKNOWN_DOMAIN)
 
 
-def _field(record: Any, path: str, where: str) -> str:
+def _at(record: Any, path: str) -> Any:
     value = record
     for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None
-    if not isinstance(value, str):
-        raise DataError(f"{where}: no text at {path!r} (found {type(value).__name__})")
     return value
 
 

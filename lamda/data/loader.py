@@ -14,19 +14,35 @@ from lamda.data.blocks import Block, Packing, read_blocks
 from lamda.data.corpus import Corpus
 from lamda.data.lanes import Cursor
 from lamda.data.order import next_samples
+from lamda.data.quarantine import KEPT, BadLine, Quarantined, first_of
 from lamda.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows that a rank computes at a time.
+
+    ids: [b, L+1] uint32. scored: [b, L] bool, the targets that count. domains: [b, L] int16, each
+    target's domain. documents: [b, L+1] int32, an id a token, where attention is to stay inside a
+    document.
+    """
+
+    ids: NDArray[np.uint32]
+    scored: NDArray[np.bool_]
+    domains: NDArray[np.int16]
+    documents: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True)
 class Step:
     """What a rank computes in a step.
 
-    micro_batches: each [b, L+1] uint32. digests: the sha256 of each of the rank's rows, and
-    positions: its place among the step's samples; `batch_digest` puts all ranks' together.
-    consumed: the order's next sample after this step.
+    digests: the sha256 of each of the rank's rows, and positions: its place among the step's
+    samples; `batch_digest` puts all ranks' together. consumed: the order's next sample after this
+    step.
     """
 
-    micro_batches: tuple[NDArray[np.uint32], ...]
+    micro_batches: tuple[MicroBatch, ...]
     positions: NDArray[np.int64]
     digests: NDArray[np.uint8]
     consumed: int
@@ -45,18 +61,35 @@ def row_digest(ids: NDArray[np.uint32]) -> NDArray[np.uint8]:
 class _LaneReader:
     """A lane's rows by number, in rising order; the next block is made in the background."""
 
-    def __init__(self, blocks: Iterator[tuple[Block, Cursor]], cursor: Cursor, pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        blocks: Iterator[tuple[Block, Cursor]],
+        cursor: Cursor,
+        pool: ThreadPoolExecutor,
+        domains: Mapping[str, int],
+    ) -> None:
+        self._domains = domains
         self.cursors = [cursor]
+        self.quarantined: list[tuple[int, BadLine]] = []
         self._blocks, self._pool = blocks, pool
         self._block: Block | None = None
         self._coming: Future[tuple[Block, Cursor]] = pool.submit(next, blocks)
 
-    def row(self, block: int, row: int) -> NDArray[np.uint32]:
+    def block(self, block: int) -> tuple[Block, NDArray[np.int16]]:
+        """A block and the domain of each of its tokens, [R, L+1]."""
         while self._block is None or self._block.number < block:
             self._block, cursor = self._coming.result()
+            self._domain_of = self._domains_of(self._block)
             self.cursors.append(cursor)
+            if len(self.quarantined) < KEPT:
+                self.quarantined += [(self._block.number, bad) for bad in self._block.quarantined]
             self._coming = self._pool.submit(next, self._blocks)
-        return self._block.ids[row]
+        return self._block, self._domain_of
+
+    def _domains_of(self, block: Block) -> NDArray[np.int16]:
+        other = len(self._domains)
+        numbers = np.array([self._domains.get(document.domain, other) for document in block.documents], np.int16)
+        return numbers[block.document_of]
 
     def best_cursor(self, block: int) -> Cursor:
         """The last known cursor that is not past `block`; older ones are forgotten."""
@@ -69,7 +102,9 @@ class Loader:
     """The steps of one rank, from any place in the global order.
 
     `cursors` are starting points of lanes (missing ones start at their beginning); with them or
-    without, the samples are the same. Close it, or use it as a context, to end its threads.
+    without, the samples are the same. domains: their names in the order of their numbers; every
+    other name counts as one more. document_mask: targets in another document than the token before do
+    not count, and documents are handed on. Close it, or use it as a context, to end its threads.
     """
 
     def __init__(
@@ -86,6 +121,8 @@ class Loader:
         skipped: Sequence[tuple[int, int]] = (),
         cursors: Mapping[int, Cursor] | None = None,
         threads: int = 1,
+        domains: Sequence[str] = (),
+        document_mask: bool = False,
     ) -> None:
         self._corpus, self._tokenizer, self._packing = corpus, tokenizer, packing
         self._batch, self._micro_batch = batch, micro_batch
@@ -94,6 +131,8 @@ class Loader:
         self._consumed, self._skipped = consumed, tuple(skipped)
         self._start = dict(cursors or {})
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lane")
+        self._domains = {name: index for index, name in enumerate(domains)}
+        self._document_mask = document_mask
         self._readers: dict[int, _LaneReader] = {}
         self._open_lanes()
 
@@ -118,6 +157,12 @@ class Loader:
         known.update({lane: reader.best_cursor(int(blocks[lane])) for lane, reader in self._readers.items()})
         return known
 
+    def quarantined(self) -> list[Quarantined]:
+        """The first bad lines, by lane and block, of all blocks that this rank took rows from or passed by."""
+        return first_of(
+            Quarantined(lane, block, bad) for lane, reader in self._readers.items() for block, bad in reader.quarantined
+        )
+
     def _own_samples(self) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64], int]:
         """Positions in the step, lanes and rows of this rank's samples, sorted by lane; the next `consumed`."""
         samples, consumed = next_samples(self._consumed, self._batch, self._skipped)
@@ -135,25 +180,43 @@ class Loader:
         if lane not in self._readers:
             cursor = self._start.get(lane, Cursor())
             blocks = read_blocks(self._corpus.lanes[lane], cursor, packing=self._packing, tokenizer=self._tokenizer)
-            self._readers[lane] = _LaneReader(blocks, cursor, self._pool)
+            self._readers[lane] = _LaneReader(blocks, cursor, self._pool, self._domains)
         return self._readers[lane]
 
     def _next_step(self) -> Step:
         positions, lanes, numbers, consumed = self._own_samples()
         blocks, places = np.divmod(numbers, self._packing.rows)
-        rows = np.stack(
-            [
-                self._reader(int(lane)).row(int(block), int(place))
-                for lane, block, place in zip(lanes, blocks, places, strict=True)
-            ]
-        )
+        rows = [
+            self._row(*self._reader(int(lane)).block(int(block)), int(place))
+            for lane, block, place in zip(lanes, blocks, places, strict=True)
+        ]
         self._consumed = consumed
+        starts = range(0, len(rows), self._micro_batch)
         return Step(
-            micro_batches=tuple(rows.reshape(self._runs, self._micro_batch, -1)),
+            micro_batches=tuple(_stacked(rows[start : start + self._micro_batch]) for start in starts),
             positions=positions,
-            digests=np.stack([row_digest(row) for row in rows]),
+            digests=np.stack([row_digest(row.ids) for row in rows]),
             consumed=consumed,
         )
+
+    def _row(self, block: Block, domain_of: NDArray[np.int16], place: int) -> MicroBatch:
+        """One row, without the dimension of the batch."""
+        documents = block.document_of[place]
+        scored = np.ones(len(documents) - 1, bool) if block.loss_mask is None else block.loss_mask[place, 1:]
+        if self._document_mask:
+            scored = scored & (documents[1:] == documents[:-1])
+        return MicroBatch(
+            ids=block.ids[place],
+            scored=scored,
+            domains=domain_of[place, 1:],
+            documents=documents if self._document_mask else None,
+        )
+
+
+def _stacked(rows: Sequence[MicroBatch]) -> MicroBatch:
+    documents = None if rows[0].documents is None else np.stack([row.documents for row in rows])
+    ids, scored, domains = (np.stack([getattr(row, name) for row in rows]) for name in ("ids", "scored", "domains"))
+    return MicroBatch(ids, scored, domains, documents)
 
 
 def merge_cursors(parts: Iterable[Mapping[int, Cursor]]) -> dict[int, Cursor]:

@@ -16,7 +16,7 @@ def cross_entropy(logits_BLV: Tensor, targets_BL: Tensor, weights_BL: Tensor | N
     weights_BL: factor of each target, 0 where it has no loss. z-loss is a small factor times the
     second sum: it keeps the softmax's normaliser near 1 (Lingvo: 1e-4).
     """
-    nats_BL, partition_BL = _nats_and_partition(logits_BLV, targets_BL)
+    nats_BL, partition_BL = token_losses(logits_BLV, targets_BL)
     squares_BL = partition_BL.square()
     if weights_BL is not None:
         nats_BL, squares_BL = nats_BL * weights_BL, squares_BL * weights_BL
@@ -25,10 +25,11 @@ def cross_entropy(logits_BLV: Tensor, targets_BL: Tensor, weights_BL: Tensor | N
 
 def token_nats(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
     """Cross-entropy of each target in nats, [B, L]."""
-    return _nats_and_partition(logits_BLV, targets_BL)[0]
+    return token_losses(logits_BLV, targets_BL)[0]
 
 
-def _nats_and_partition(logits_BLV: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
+def token_losses(logits_BLV: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each target in nats and the logsumexp of its logits, [B, L] each."""
     nats_N, partition_N = _CrossEntropy.apply(logits_BLV.flatten(0, 1), targets_BL.flatten())
     return nats_N.view(targets_BL.shape), partition_N.view(targets_BL.shape)
 

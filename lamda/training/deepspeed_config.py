@@ -23,7 +23,28 @@ OWNED_BY_CONFIG = {
     "steps_per_print": "nothing: progress is the loop's own",
 }
 KNOWN = frozenset(
-    ["bf16", "data_types", "communication_data_type", "zero_optimization", "zero_allow_untested_optimizer", "timers", "wall_clock_breakdown", "dump_state", "comms_logger", "flops_profiler", "prescale_gradients", "gradient_predivide_factor", "memory_breakdown", "seq_parallel_communication_data_type", "disable_allgather", "checkpoint", "aio", "zero_force_ds_cpu_optimizer", "compile", "log_level"]
+    [
+        "bf16",
+        "data_types",
+        "communication_data_type",
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+        "timers",
+        "wall_clock_breakdown",
+        "dump_state",
+        "comms_logger",
+        "flops_profiler",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "memory_breakdown",
+        "seq_parallel_communication_data_type",
+        "disable_allgather",
+        "checkpoint",
+        "aio",
+        "zero_force_ds_cpu_optimizer",
+        "compile",
+        "log_level",
+    ]
 )
 REFUSED = {
     "fp16": "the model is trained in bf16 or fp32",

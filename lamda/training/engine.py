@@ -6,7 +6,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 
@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 import deepspeed
 from lamda.config.schema import Config
-from lamda.data.loader import Step, batch_digest
+from lamda.data.loader import MicroBatch, Step, batch_digest
 from lamda.distributed import World
 from lamda.model import LaMDA
 from lamda.model.initialisation import initialise
-from lamda.model.loss import cross_entropy
+from lamda.model.loss import token_losses
 from lamda.model.weights import plain_slices
 from lamda.training import deepspeed_config
 from lamda.training.fragments import publish_weights, reset_moments
@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 class StepResult:
     """A step's figures, still on the device: reading them waits for the step to end.
 
-    sums: [2] float64, nats and targets of all ranks. rows: [B, 32] int32, the sha256 of each row in
-    global order.
+    sums: [2, domains] float64, nats and targets of all ranks by domain. rows: [B, 32] int32, the sha256
+    of each row in global order.
     """
 
     sums: torch.Tensor
@@ -45,8 +45,12 @@ class StepResult:
 
     def loss(self) -> float:
         """Cross-entropy in nats a target, over all ranks."""
-        nats, targets = self.sums.tolist()
+        nats, targets = self.sums.sum(dim=1).tolist()
         return nats / targets
+
+    def by_domain(self) -> list[tuple[float, int]]:
+        """(loss, targets) of each domain; the loss of none is NaN."""
+        return [(nats / targets if targets else math.nan, int(targets)) for nats, targets in self.sums.T.tolist()]
 
     def batch_digest(self) -> str:
         """16 hex digits that name the batch."""
@@ -56,8 +60,8 @@ class StepResult:
 class Engine:
     """A LaMDA, its optimiser and the ranks that share them."""
 
-    def __init__(self, config: Config, *, world: World, device: torch.device) -> None:
-        self.config, self.world, self.device = config, world, device
+    def __init__(self, config: Config, *, world: World, device: torch.device, domains: int = 1) -> None:
+        self.config, self.world, self.device, self.domains = config, world, device, domains
         own = deepspeed_config.build(config, world=world.size)
         self.stage, self.is_bf16 = deepspeed_config.zero_stage(own), deepspeed_config.is_bf16(own)
         # Without ZeRO and in fp32 DeepSpeed neither tells the gradient's norm nor refuses one that is not finite.
@@ -85,16 +89,18 @@ class Engine:
         number of ranks, because DeepSpeed averages gradients over them.
         """
         set_learning_rate(self.deepspeed.optimizer, learning_rate)
-        micro_batches = [_ids(rows, self.device) for rows in batch.micro_batches]
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        targets = self._global_targets(micro_batches)
-        for ids in micro_batches:
-            nats, squares = cross_entropy(self.deepspeed(ids[:, :-1]), ids[:, 1:])
-            loss = (nats + self.config.train.z_loss * squares) * (self.world.size / targets)
+        parts = [_Part.of(micro_batch, self.device) for micro_batch in batch.micro_batches]
+        targets = sum(part.scored_BL.sum() for part in parts)
+        dist.all_reduce(targets)
+        sums = torch.zeros(2, self.domains, dtype=torch.float64, device=self.device)
+        for part in parts:
+            nats_BL, partition_BL = token_losses(self.deepspeed(part.inputs_BL, part.documents_BL), part.targets_BL)
+            losses_BL = nats_BL + self.config.train.z_loss * partition_BL.square()
+            loss = (losses_BL * part.scored_BL).sum() * (self.world.size / targets)
             self.deepspeed.backward(loss, scale_wrt_gas=False)
             own_norm = self._clip_and_refuse() if self._is_unguarded else None
             self.deepspeed.step()
-            sums += torch.stack([nats.detach().double(), torch.tensor(ids[:, 1:].numel(), device=self.device)])
+            sums += part.sums(nats_BL.detach(), domains=self.domains)
         dist.all_reduce(sums)
         if own_norm is not None:
             return StepResult(sums, self._rows(batch), own_norm, updated=bool(torch.isfinite(own_norm)))
@@ -130,11 +136,6 @@ class Engine:
         """Bring filled fp32 weights into the parameters that the model computes with."""
         publish_weights(self.deepspeed)
 
-    def _global_targets(self, micro_batches: Sequence[torch.Tensor]) -> torch.Tensor:
-        targets = torch.tensor(sum(ids[:, 1:].numel() for ids in micro_batches), device=self.device)
-        dist.all_reduce(targets)
-        return targets
-
     def _rows(self, batch: Step) -> torch.Tensor:
         """Every row's sha256 on every rank; a row is one rank's, the others add zero."""
         rows = np.zeros((self.config.train.global_batch_size, 32), np.int32)
@@ -154,8 +155,38 @@ class Engine:
         return norm
 
 
-def _ids(rows: NDArray[np.uint32], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(rows.astype(np.int64)).to(device, non_blocking=True)
+@dataclass(frozen=True)
+class _Part:
+    """A micro-batch on the device.
+
+    inputs, targets: [b, L] int64. documents: [b, L], where attention stays inside a document. scored: [b, L] fp32, 1
+    where the target counts. domains: [b, L] int64, of the targets.
+    """
+
+    inputs_BL: torch.Tensor
+    targets_BL: torch.Tensor
+    documents_BL: torch.Tensor | None
+    scored_BL: torch.Tensor
+    domains_BL: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: MicroBatch, device: torch.device) -> _Part:
+        def moved(array: NDArray[np.generic], dtype: type[np.generic]) -> torch.Tensor:
+            return torch.from_numpy(array.astype(dtype)).to(device, non_blocking=True)
+
+        ids = moved(rows.ids, np.int64)
+        documents = None if rows.documents is None else moved(rows.documents[:, :-1], np.int64)
+        scored, domains = moved(rows.scored, np.float32), moved(rows.domains, np.int64)
+        return cls(ids[:, :-1], ids[:, 1:], documents, scored, domains)
+
+    def sums(self, nats_BL: torch.Tensor, *, domains: int) -> torch.Tensor:
+        """[2, domains] float64: nats and targets by domain, the same on any number of ranks.
+
+        A product adds up in one order on every device; float64 holds the sums of the fp32 products exactly.
+        """
+        kinds = torch.arange(domains, device=nats_BL.device)
+        of_domain_dN = (self.domains_BL.flatten() == kinds[:, None]).float() * self.scored_BL.flatten()
+        return torch.stack([of_domain_dN @ nats_BL.float().flatten(), of_domain_dN.sum(dim=1)]).double()
 
 
 @contextmanager

@@ -27,6 +27,9 @@ from lamda.training.run_directory import RunDirectory
 from lamda.training.schedule import learning_rate
 from lamda.training.state import RunState
 
+OTHER = "other"
+"""Stands for all domains whose names were not known at the start."""
+
 Report = Callable[[dict[str, Any]], None]
 """Takes a finished step's row of metrics."""
 
@@ -41,6 +44,7 @@ class Run:
     engine: Engine
     loader: Loader
     held_out: HeldOut | None
+    domains: tuple[str, ...]
     state: RunState
 
     def train(self, report: Report, *, notice: Callable[[str], None]) -> None:
@@ -99,7 +103,7 @@ class Run:
         self.state = self.state.after(
             consumed=batch.consumed, rows=rows, targets=rows * config.data.sequence_length, updated=result.updated
         )
-        return _Pending(self.config, self.world, self.state, result, rate, waited, time.monotonic() - began)
+        return _Pending(self, self.state, result, rate, waited, time.monotonic() - began)
 
     def _evaluation_is_due(self) -> bool:
         every, step = self.config.eval.every, self.state.step
@@ -121,8 +125,7 @@ class Run:
 class _Pending:
     """A step that may still be computed; `row` waits for it."""
 
-    config: Config
-    world: World
+    run: Run
     state: RunState
     result: StepResult
     rate: float
@@ -132,9 +135,9 @@ class _Pending:
 
     def row(self) -> dict[str, Any]:
         """This step's line in metrics.jsonl."""
-        config, device = self.config, self.result.sums.device
+        config, device = self.run.config, self.result.sums.device
         tokens_per_second = config.train.global_batch_size * config.data.sequence_length / self.seconds
-        flops = tokens_per_second * flops_per_token(config.model, config.data.sequence_length) / self.world.size
+        flops = tokens_per_second * flops_per_token(config.model, config.data.sequence_length) / self.run.world.size
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         return {
             "step": self.state.step,
@@ -150,8 +153,18 @@ class _Pending:
             "data_wait_seconds": self.waited,
             "skipped_steps": self.state.step - self.state.updates,
             "batch_digest": self.result.batch_digest(),
+            **self._domains(),
             **(self.more or {}),
         }
+
+    def _domains(self) -> dict[str, float]:
+        """`loss/<domain>` and `tokens/<domain>` of this step, where there is more than one domain."""
+        names = [*self.run.domains, OTHER]
+        parts = {name: part for name, part in zip(names, self.result.by_domain(), strict=True) if part[1]}
+        if len(self.run.domains) < 2:
+            return {}
+        losses = {f"loss/{name}": loss for name, (loss, _) in parts.items()}
+        return losses | {f"tokens/{name}": targets for name, (_, targets) in parts.items()}
 
 
 def _timed(loader: Loader, *, steps: int) -> Iterator[tuple[Step, float, float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +57,29 @@ def pretrain(config: Config, world: World) -> None:
             if world.is_main:
                 print(f"{directory.path}: finished, {start.state.step} steps; raise train.steps to go on")
             return
-        corpus, tokenizer = _open_text(config, directory, world)
-        state = start.check_data(fingerprint(corpus, config, tokenizer))
+        text = _open_text(config, directory, world)
+        state = start.check_data(fingerprint(text.corpus, config, text.tokenizer))
         try:
-            _run(config, world, directory, device, start.path, state, corpus, tokenizer)
+            _run(config, world, directory, device, start.path, state, text)
         except BaseException as error:
             if world.is_main:
                 directory.write_status("failed", reason=f"{type(error).__name__}: {error}")
             raise
 
 
-def _open_text(config: Config, directory: RunDirectory, world: World) -> tuple[Corpus, Tokenizer]:
+@dataclass(frozen=True)
+class _Text:
+    """What the run reads: its lanes, its tokenizer, and the domains whose loss is told apart."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    domains: tuple[str, ...]
+
+
+def _open_text(config: Config, directory: RunDirectory, world: World) -> _Text:
     """The corpus and the tokenizer; rank 0 goes first and makes what is missing."""
 
-    def prepare() -> None:
+    def prepare() -> list[str]:
         corpus = open_corpus(config.data)
         for source in _validation(config):
             resolve(source)
@@ -78,9 +87,13 @@ def _open_text(config: Config, directory: RunDirectory, world: World) -> tuple[C
             checkpoint.check_weights(Path(config.model.weights), config.model)
         tokenizer = ensure_tokenizer(config, target=directory.tokenizer, corpus=corpus)
         require_a_batch(corpus, config, tokenizer)
+        return corpus.domains()
 
-    distributed.on_main(world, prepare)
-    return distributed.agree(world, lambda: (open_corpus(config.data), Tokenizer.load(directory.tokenizer)))
+    domains = distributed.on_main(world, prepare)
+    corpus, tokenizer = distributed.agree(
+        world, lambda: (open_corpus(config.data), Tokenizer.load(directory.tokenizer))
+    )
+    return _Text(corpus, tokenizer, tuple(domains))
 
 
 def _run(
@@ -90,10 +103,9 @@ def _run(
     device: torch.device,
     checkpoint_path: Path | None,
     state: RunState,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
+    text: _Text,
 ) -> None:
-    engine = Engine(config, world=world, device=device)
+    engine = Engine(config, world=world, device=device, domains=len(text.domains) + 1)
     if checkpoint_path is not None:
         checkpoint.load(checkpoint_path, engine=engine)
     elif config.model.weights is not None:
@@ -102,7 +114,7 @@ def _run(
         (directory.path / "config.yaml").write_text(to_yaml(config), "utf-8")
         directory.write_status("running", step=state.step, steps=config.steps)
     with ExitStack() as stack:
-        loader = stack.enter_context(_loader(config, world, corpus, tokenizer, state))
+        loader = stack.enter_context(_loader(config, world, text, state))
         progress = stack.enter_context(TrainingProgress(done=state.step, steps=config.steps, visible=world.is_main))
         if checkpoint_path is not None:
             progress.say(f"going on from {checkpoint_path}")
@@ -113,11 +125,12 @@ def _run(
             directory=directory,
             engine=engine,
             loader=loader,
-            held_out=_held_out(config, tokenizer),
+            held_out=_held_out(config, text.tokenizer),
+            domains=text.domains,
             state=replace(state, wandb_id=report.wandb_id),
         )
         run.train(report, notice=progress.say)
-        _finish(run, tokenizer, progress)
+        _finish(run, text.tokenizer, progress)
         if world.is_main:
             directory.write_status("finished", step=run.state.step, steps=config.steps)
 
@@ -152,10 +165,10 @@ class _Reporter:
             self._progress.show(row)
 
 
-def _loader(config: Config, world: World, corpus: Corpus, tokenizer: Tokenizer, state: RunState) -> Loader:
+def _loader(config: Config, world: World, text: _Text, state: RunState) -> Loader:
     return Loader(
-        corpus,
-        tokenizer,
+        text.corpus,
+        text.tokenizer,
         packing=packing_of(config),
         batch=config.train.global_batch_size,
         micro_batch=config.train.micro_batch_size,
@@ -165,6 +178,8 @@ def _loader(config: Config, world: World, corpus: Corpus, tokenizer: Tokenizer, 
         skipped=state.skipped,
         cursors=state.cursors,
         threads=config.data.threads,
+        domains=text.domains,
+        document_mask=config.data.document_mask,
     )
 
 

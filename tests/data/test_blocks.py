@@ -44,12 +44,13 @@ def unpermuted(block, rows):
     lanes=st.sampled_from([1, 2, 3]),
     rows=st.sampled_from([1, 3, 5]),
     length=st.sampled_from([7, 31]),
+    method=st.sampled_from(["concat", "best_fit"]),
 )
 def test_a_lane_gives_every_token_of_its_documents_once_an_epoch(
-    tmp_path_factory, tokenizer, files, lanes, rows, length
+    tmp_path_factory, tokenizer, files, lanes, rows, length, method
 ):
     texts = [[make_text(31 * f + n, words) for n, words in enumerate(file)] for f, file in enumerate(files)]
-    packing = Packing(rows=rows, row_length=length, seed=3)
+    packing = Packing(rows=rows, row_length=length, seed=3, method=method)
     for lane in lanes_of(tmp_path_factory.mktemp("lane"), texts, lanes=lanes):
         expected = np.array(
             [
@@ -72,15 +73,30 @@ def test_a_lane_gives_every_token_of_its_documents_once_an_epoch(
             assert again_after == after
 
 
-def test_runs_and_documents_tell_where_every_token_came_from(tmp_path, tokenizer):
-    texts = [[make_text(n, 40) for n in range(12)]]
+@pytest.mark.parametrize("method", ["concat", "best_fit"])
+def test_runs_and_documents_tell_where_every_token_came_from(tmp_path, tokenizer, method):
+    texts = [[make_text(n, n * n % 40) for n in range(12)]]
     (lane,) = lanes_of(tmp_path, texts, lanes=1)
-    block, _ = next(read_blocks(lane, Cursor(), packing=Packing(rows=5, row_length=29, seed=1), tokenizer=tokenizer))
+    packing = Packing(rows=5, row_length=29, seed=1, method=method)
+    block, _ = next(read_blocks(lane, Cursor(), packing=packing, tokenizer=tokenizer))
     for run in block.runs:
         document = block.documents[run["document"]]
         whole = [*tokenizer.encode(texts[0][document.line]), tokenizer.end_of_document]
         shown = block.ids[run["row"], run["start"] : run["start"] + run["length"]]
         assert shown.tolist() == whole[run["token"] : run["token"] + run["length"]]
+
+
+def test_best_fit_arranges_the_tokens_of_concats_blocks_with_fewer_cuts(tmp_path, tokenizer):
+    (lane,) = lanes_of(tmp_path, [[make_text(n, 7 * n * n % 60) for n in range(60)]], lanes=1)
+    made = []
+    for method in ("concat", "best_fit"):
+        packing = Packing(rows=16, row_length=61, seed=1, method=method)
+        made.append(list(islice(read_blocks(lane, Cursor(), packing=packing, tokenizer=tokenizer), 4)))
+    for (concat, after), (best_fit, same_after) in zip(*made, strict=True):
+        assert same_after == after
+        assert best_fit.documents == concat.documents
+        assert np.array_equal(unpermuted(best_fit, 16), unpermuted(concat, 16))
+        assert len(best_fit.runs) < len(concat.runs)
 
 
 def test_rows_are_permuted_differently_in_each_block(tmp_path, tokenizer):
@@ -132,18 +148,6 @@ def test_parquet_is_streamed_and_resumed(tmp_path, tokenizer):
     assert tokenizer.decode(stream).startswith("".join(texts[1::2])[:100])
     again, _ = next(read_blocks(lanes[1], made[1][1], packing=packing, tokenizer=tokenizer))
     assert np.array_equal(again.ids, made[2][0].ids)
-
-
-@pytest.mark.parametrize(
-    ("line", "what"),
-    [(b"{not json}", "not JSON"), (b'{"txt": 1}', "no text at 'text'"), (b'{"text": 5, "meta": {}}', "found int")],
-)
-def test_a_bad_record_is_named_with_file_and_line(tmp_path, tokenizer, line, what):
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(b'{"text": "a", "meta": {"pile_set_name": "d"}}\n' + line + b"\n")
-    (lane,) = cut_into_lanes(source(), [File(str(path), path.stat().st_size)], lanes=1)
-    with pytest.raises(UserError, match=rf"bad\.jsonl, line 2: .*{what}"):
-        next(read_blocks(lane, Cursor(), packing=Packing(rows=1, row_length=99, seed=0), tokenizer=tokenizer))
 
 
 def test_an_empty_lane_is_an_error_that_says_what_to_do(tmp_path, tokenizer):

@@ -65,7 +65,7 @@ def test_damaged_compressed_data_is_an_error_that_names_the_file(tmp_path):
     content = bytearray(Path(file.url).read_bytes())
     content[0] ^= 0xFF
     Path(file.url).write_bytes(content)
-    with pytest.raises(DataError, match="file.jsonl.zst"):
+    with pytest.raises(DataError, match=r"file\.jsonl\.zst"):
         list(read_lines(file))
 
 

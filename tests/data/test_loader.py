@@ -111,7 +111,7 @@ def test_micro_batches_hold_the_same_rows_on_any_number_of_ranks(config, corpus,
             Loader(corpus, tokenizer, packing=packing_of(config), batch=BATCH, micro_batch=3, rank=rank, world=world)
             for rank in range(world)
         ]
-        rows = [ids.tobytes() for loader in loaders for ids in next(iter(loader)).micro_batches]
+        rows = [part.ids.tobytes() for loader in loaders for part in next(iter(loader)).micro_batches]
         for loader in loaders:
             loader.close()
         return rows

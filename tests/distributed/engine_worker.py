@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from lamda import distributed
 from lamda.config.schema import Config
 from lamda.data.lanes import Cursor
-from lamda.data.loader import Step
+from lamda.data.loader import MicroBatch, Step
 from lamda.training import checkpoint
 from lamda.training.engine import Engine
 from lamda.training.state import RunState
@@ -29,14 +29,14 @@ def tokens(step: int) -> np.ndarray:
     return np.random.default_rng(step).integers(0, VOCABULARY, (BATCH, LENGTH + 1)).astype(np.uint32)
 
 
-def config(job: dict, folder: Path) -> Config:
+def config(job: dict, folder: Path, rank: int) -> Config:
     """The configuration of a job, with a DeepSpeed file of its own."""
     own = {"communication_data_type": "fp32", "zero_optimization": {"stage": job["stage"]}}
     if job["bf16"]:
         own["bf16"] = {"enabled": True}
         if job["stage"]:
             own["data_types"] = {"grad_accum_dtype": "fp32"}
-    path = folder / f"ds-{job['stage']}-{job['bf16']}.json"
+    path = folder / f"ds-{job['stage']}-{job['bf16']}-{rank}.json"
     path.write_text(json.dumps(own))
     return Config.model_validate(
         {
@@ -54,12 +54,14 @@ def batch(step: int, world: distributed.World) -> Step:
     share = BATCH // world.size
     own = np.arange(world.rank * share, (world.rank + 1) * share)
     rows = tokens(step)[own]
-    return Step(tuple(rows.reshape(-1, MICRO, LENGTH + 1)), own, np.zeros((share, 32), np.uint8), BATCH * step)
+    every = np.ones((MICRO, LENGTH), bool)
+    parts = [MicroBatch(ids, every, np.zeros((MICRO, LENGTH), np.int16)) for ids in rows.reshape(-1, MICRO, LENGTH + 1)]
+    return Step(tuple(parts), own, np.zeros((share, 32), np.uint8), BATCH * step)
 
 
 def run(job: dict, world: distributed.World, device: torch.device, out: Path) -> None:
     """Train from one step to another and save what `test_engine.py` looks at."""
-    engine = Engine(config(job, out), world=world, device=device)
+    engine = Engine(config(job, out, world.rank), world=world, device=device)
     state = RunState()
     if job.get("load"):
         state = checkpoint.load(out / job["load"] / f"step-{job['from']:08d}", engine=engine)

@@ -1,0 +1,81 @@
+"""Lines that hold no document: counted, kept for a look, and an end to the run where they are too many."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from lamda.data.errors import DataError
+
+log = logging.getLogger(__name__)
+
+JUDGED_FROM = 10_000
+"""Lines of a lane from which on its share of bad ones is judged."""
+
+KEPT = 100
+"""Bad lines that a run keeps."""
+
+
+class BadLine(NamedTuple):
+    """A line that gives no document; `line` counts from 0, `beginning` is its first 200 characters."""
+
+    epoch: int
+    file: str
+    line: int
+    reason: str
+    beginning: str
+
+
+class Quarantined(NamedTuple):
+    """A bad line, and the lane and block that it was met in."""
+
+    lane: int
+    block: int
+    bad: BadLine
+
+
+def bad_line(epoch: int, file: str, line: int, reason: str, data: bytes) -> BadLine:
+    """The record of a bad line from its bytes, which need not be text."""
+    return BadLine(epoch, file, line, reason, data[:800].decode("utf-8", "backslashreplace")[:200])
+
+
+def first_of(found: Iterable[Quarantined]) -> list[Quarantined]:
+    """The first KEPT by lane, block and place; what several ranks or runs found is counted once."""
+    return sorted(set(found))[:KEPT]
+
+
+@dataclass
+class Tally:
+    """A lane's lines so far, and the bad ones among them; raises DataError for more than `limit` of them."""
+
+    lane: int
+    limit: float
+    lines: int = 0
+    bad: int = 0
+    first: list[BadLine] = field(default_factory=list)
+
+    def good(self) -> None:
+        """Count a line that holds a document."""
+        self.lines += 1
+        self._judge()
+
+    def quarantine(self, line: BadLine) -> None:
+        """Count a bad line."""
+        self.lines, self.bad = self.lines + 1, self.bad + 1
+        if len(self.first) < 3:
+            self.first.append(line)
+            log.warning("lane %d: %s, line %d quarantined: %s", self.lane, line.file, line.line + 1, line.reason)
+        self._judge()
+
+    def examples(self) -> str:
+        """The first bad lines that were met, for a message."""
+        return "; ".join(f"{line.file}, line {line.line + 1}: {line.reason}" for line in self.first)
+
+    def _judge(self) -> None:
+        if self.lines >= JUDGED_FROM and self.bad > self.limit * self.lines:
+            raise DataError(
+                f"lane {self.lane}: {self.bad:,} of {self.lines:,} lines hold no document, more than "
+                f"data.max_bad_fraction {self.limit:g}: mend the text, or raise it. {self.examples()}"
+            )

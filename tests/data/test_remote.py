@@ -1,0 +1,283 @@
+"""A server that fails on purpose loses no byte, and one that cannot give the file is an error."""
+
+import contextlib
+import hashlib
+import random
+import socket
+import struct
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lamda.config.errors import UserError
+from lamda.data import remote
+from lamda.data.card import Checksum, Source
+from lamda.data.errors import DataError
+from lamda.data.files import File, read_all, read_lines, resolve
+from lamda.data.remote import Patience, RemoteFile
+
+CONTENT = random.Random(1).randbytes(300_000)
+QUICK = Patience(attempts=4, first_wait=0.0, longest_wait=0.0, timeout=0.3)
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `content`; the fault of request n is `faults[n]`, a kind and a number; later ones are sound."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.reset()
+
+    def reset(self, content=CONTENT, faults=(), *, ranges=True, tags=()):
+        self.content, self.faults, self.ranges, self.tags = content, list(faults), ranges, list(tags)
+        self.requests: list[tuple[str, dict[str, str]]] = []
+
+    @property
+    def address(self):
+        return f"http://127.0.0.1:{self.server_port}/shard"
+
+    def file(self, patience=QUICK, **fields):
+        return RemoteFile("shard", self.address, patience=patience, **fields)
+
+    @property
+    def starts(self):
+        """The first byte that each request asked for."""
+        return [int(headers.get("Range", "bytes=0-")[6:-1]) for _, headers in self.requests]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        server, number = self.server, len(self.server.requests)
+        server.requests.append((self.path, dict(self.headers)))
+        kind, amount = server.faults[number] if number < len(server.faults) else ("none", 0)
+        if kind == "status":
+            return self.answer(amount, {"Content-Length": "0", "Retry-After": "0"})
+        if kind == "redirect":
+            return self.answer(302, {"Content-Length": "0", "Location": f"http://localhost:{server.server_port}/cdn"})
+        ranges = server.ranges and kind != "unmeasured" and "Range" in self.headers
+        start = int(self.headers["Range"][6:-1]) if ranges else None
+        body = server.content[start or 0 :]
+        headers = {"Content-Length": str(len(body))}
+        if start is not None:
+            shift = amount if kind == "other range" else 0
+            headers["Content-Range"] = f"bytes {start + shift}-{len(server.content) - 1}/{len(server.content)}"
+        if number < len(server.tags):
+            headers["ETag"] = server.tags[number]
+        if kind == "unmeasured":
+            headers = {"Connection": "close"}
+        self.answer(200 if start is None else 206, headers)
+        cut = len(body) if kind in ("none", "other range") else min(amount, len(body))
+        try:
+            self.wfile.write(body[:cut])
+            self.wfile.flush()
+            if kind == "slow":
+                time.sleep(0.05)
+                self.wfile.write(body[cut:])
+            if kind == "stall":
+                time.sleep(0.5)
+        except OSError:
+            pass  # the client has seen enough
+        if kind == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if kind not in ("none", "slow", "other range"):
+            self.close_connection = True
+            self.connection.close() if kind == "reset" else None
+        return None
+
+    def answer(self, status, headers):
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+
+    def finish(self):
+        with contextlib.suppress(OSError, ValueError):
+            super().finish()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def _server():
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def server(_server):
+    _server.reset()
+    return _server
+
+
+FAULT = st.one_of(
+    st.tuples(st.sampled_from(["reset", "short", "unmeasured", "slow"]), st.integers(0, len(CONTENT))),
+    st.tuples(st.just("status"), st.sampled_from([408, 429, 500, 502, 503, 504])),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(faults=st.lists(FAULT, max_size=12), start=st.integers(0, len(CONTENT)), ranges=st.booleans())
+def test_no_byte_is_lost_or_repeated_whatever_fails(server, faults, start, ranges):
+    server.reset(faults=faults, ranges=ranges)
+    patient = Patience(attempts=14, first_wait=0.0, timeout=5.0)
+    assert b"".join(server.file(patient).read(size=len(CONTENT), start=start)) == CONTENT[start:]
+
+
+def test_each_request_goes_on_at_the_very_byte_and_retries_are_told(server, caplog):
+    faults = [("reset", 1000), ("short", 70_001), ("status", 429), ("status", 503)]
+    server.reset(faults=faults)
+    assert b"".join(server.file().read(size=len(CONTENT))) == CONTENT
+    starts = server.starts
+    assert len(starts) == 5
+    assert starts[0] == 0
+    assert starts[1] <= 1000  # a reset may throw away what was on its way
+    assert starts[2:] == [starts[1] + 70_001] * 3
+    assert len(caplog.records) == 4
+    assert "shard" in caplog.text
+
+
+def test_a_stalled_connection_is_opened_again(server):
+    server.reset(faults=[("stall", 5000)])
+    assert b"".join(server.file().read(size=len(CONTENT))) == CONTENT
+    assert server.starts == [0, 5000]
+
+
+def test_progress_starts_the_count_of_attempts_again(server):
+    server.reset(faults=[("short", 10)] * 50)
+    assert b"".join(server.file().read(size=len(CONTENT))) == CONTENT
+    assert server.starts == [10 * n for n in range(51)]
+
+
+def test_a_server_without_progress_is_left_with_the_file_and_the_last_cause(server):
+    server.reset(faults=[("short", 500)] + [("status", 500)] * 2 + [("status", 503)] * 9)
+    with pytest.raises(DataError, match=r"shard: no byte from 500 on in 4 attempts.*503"):
+        list(server.file().read(size=len(CONTENT)))
+    assert len(server.requests) == 4
+    with pytest.raises(DataError, match="refused"):
+        list(RemoteFile("gone", "http://127.0.0.1:9/x", patience=QUICK).read(size=1))
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410, 416])
+def test_a_permanent_error_is_told_at_once(server, status):
+    server.reset(faults=[("short", 10), ("status", status)])
+    with pytest.raises(DataError, match=f"shard.*{status}"):
+        list(server.file().read(size=len(CONTENT)))
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"content": CONTENT[:-1]}, "299999 bytes on the server now, but had 300000"),
+        ({"content": CONTENT[:-1], "ranges": False}, "299999 bytes on the server now"),
+        ({"content": CONTENT + b"x", "faults": [("unmeasured", 1 << 30)]}, "more than the file's 300000"),
+        ({"faults": [("short", 9)], "tags": ['"a"', '"b"']}, r'changed.*ETag "a", now "b"'),
+        ({"faults": [("other range", 3)]}, "asked for bytes from 0"),
+    ],
+)
+def test_another_file_than_the_one_begun_is_an_error(server, setting, message):
+    server.reset(**setting)
+    with pytest.raises(DataError, match=message):
+        list(server.file().read(size=len(CONTENT)))
+
+
+def test_waits_double_within_bounds_and_heed_the_server(server, monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr(remote, "sleep", waits.append)
+    server.reset(faults=[("status", 500)] * 8)
+    patience = Patience(attempts=9, first_wait=1.0, longest_wait=16.0)
+    assert b"".join(server.file(patience).read(size=len(CONTENT))) == CONTENT
+    for wait, longest in zip(waits, [1, 2, 4, 8, 16, 16, 16, 16], strict=True):
+        assert longest / 2 <= wait <= longest
+    monkeypatch.setattr(remote, "_demanded", lambda error: {429: 40.0, 503: 9999.0}[error.code])
+    server.reset(faults=[("status", 429), ("status", 503)])
+    waits.clear()
+    list(server.file(patience).read(size=len(CONTENT)))
+    assert waits == [40.0, patience.longest_demand]
+
+
+def test_retry_after_is_read_as_seconds_or_as_a_date():
+    def demanded(value):
+        return remote._demanded(remote.HTTPError("", 429, "", {"Retry-After": value}, None))
+
+    assert demanded("17") == 17
+    assert demanded("soon") == demanded("") == 0
+    later = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 100))
+    assert 90 < demanded(later) <= 100
+
+
+def test_a_token_is_not_sent_to_the_host_that_a_redirect_names(server):
+    server.reset(faults=[("redirect", 0)])
+    file = server.file(headers={"authorization": "Bearer secret"})
+    assert b"".join(file.read(size=len(CONTENT), start=7)) == CONTENT[7:]
+    (first, before), (second, after) = server.requests
+    assert (first, second) == ("/shard", "/cdn")
+    assert "Bearer secret" in before.values()
+    assert "Bearer secret" not in after.values()
+    assert after["Range"] == "bytes=7-"
+
+
+def test_compressed_lines_come_through_a_failing_server(server, monkeypatch):
+    monkeypatch.setattr(remote, "sleep", lambda seconds: None)
+    lines = [CONTENT[n * 1000 : (n + 1) * 1000].hex().encode() for n in range(300)]
+    stored = zstandard.compress(b"\n".join(lines))
+    address = f"{server.address}.jsonl.zst"
+    server.reset(stored, faults=[("status", 503), ("none", 0), ("reset", 30_000), ("status", 500), ("short", 77_777)])
+    (file,) = resolve(Source(name="s", licence="none", files=(address,)))
+    assert file == File(address, len(stored))
+    assert [line.data for line in read_lines(file)] == lines
+    assert len(server.requests) >= 5
+
+
+def test_a_card_states_sizes_and_hashes(tmp_path):
+    content = b'{"text": "a"}\n' * 9
+    paths = [tmp_path / folder / "0.jsonl" for folder in ("train", "other")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_bytes(content)
+    right = Checksum(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    wrong = Checksum(size=len(content), sha256=hashlib.sha256(b"").hexdigest())
+
+    def files(checksums):
+        return resolve(Source(name="s", licence="none", files=(f"{tmp_path}/*/*",), checksums=checksums))
+
+    other, train = files({"train/0.jsonl": right, "other/0.jsonl": wrong})
+    assert read_all(train) == content
+    assert train.identity == ("0.jsonl", len(content), right.sha256)
+    with pytest.raises(DataError, match=r"other/0\.jsonl: its sha256 is"):
+        read_all(other)
+    assert len(list(read_lines(other, number=1, byte=14))) == 8  # not from its beginning
+    with pytest.raises(DataError, match=r"train/0\.jsonl: has 126 bytes, but the card says 125"):
+        files({"train/0.jsonl": Checksum(size=125)})
+    for name, count in (("0.jsonl", 2), ("1.jsonl", 0)):
+        with pytest.raises(UserError, match=f"'{name}', which is {count} of its files"):
+            files({name: right})
+
+
+def test_a_hub_file_is_read_from_the_hub_with_the_users_token(server, monkeypatch):
+    import huggingface_hub
+    import huggingface_hub.utils
+
+    monkeypatch.setattr(huggingface_hub.HfFileSystem, "url", lambda self, path: f"{server.address}?{path}")
+    monkeypatch.setattr(huggingface_hub.utils, "build_hf_headers", lambda: {"authorization": "Bearer secret"})
+    server.reset(faults=[("short", 1234)])
+    file = File("hf://datasets/a/b@0/c.txt", len(CONTENT))
+    monkeypatch.setattr(remote, "sleep", lambda seconds: None)
+    assert read_all(file) == CONTENT
+    assert server.starts == [0, 1234]
+    assert all(headers["Authorization"] == "Bearer secret" for _, headers in server.requests)
