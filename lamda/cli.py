@@ -31,7 +31,7 @@ def _main_of(module: str) -> Callable[[list[str]], int | None]:
 
 def _train_tokenizer(argv: list[str]) -> None:
     config = load_config(argv)
-    print(importlib.import_module("lamda.data.preparation").train_run_tokenizer(config))
+    print(importlib.import_module("lamda.data.run_tokenizer").train_run_tokenizer(config))
 
 
 def _show_config(argv: list[str]) -> None:
@@ -49,6 +49,9 @@ COMMANDS = {
         _main_of("lamda.cluster.plan"),
         f"[--gpus N] [--json] {_CONFIG}",
         "what a run will take: parameters, FLOPs and batches, before anything is started",
+    ),
+    "prepare": Command(
+        _main_of("lamda.data.prepare"), _CONFIG, "make the run's blocks ahead into data.blocks, with all cores"
     ),
     "where": Command(
         _main_of("lamda.runs.where"),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class ReportedElsewhere(UserError):
+class ReportedElsewhereError(UserError):
     """An error that rank 0 tells; this rank only ends."""
 
 
@@ -141,7 +141,7 @@ def on_main(world: World, action: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     if failed:
-        raise ReportedElsewhere("rank 0 tells the reason")
+        raise ReportedElsewhereError("rank 0 tells the reason")
     return result
 
 
@@ -156,4 +156,4 @@ def agree(world: World, action: Callable[[], T]) -> T:
     first = next((message for message in failures if message is not None), None)
     if first is None:
         return result
-    raise UserError(first) if world.is_main else ReportedElsewhere(first)
+    raise UserError(first) if world.is_main else ReportedElsewhereError(first)

@@ -89,6 +89,9 @@ class DataConfig(Section):
     packing: Literal["concat", "best_fit"] = Field(
         "concat", description="how a block's documents fill its rows: in order, or so that few are cut"
     )
+    blocks: str | None = Field(
+        None, description="folder of ready blocks: those there are mapped, those made are kept (`lamda prepare`)"
+    )
     document_mask: bool = Field(
         default=False, description="attention and loss stay inside a document (packed rows hold many)"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -60,7 +60,7 @@ class Packing:
 
 def read_blocks(
     lane: Lane, cursor: Cursor, *, packing: Packing, tokenizer: Tokenizer
-) -> Iterator[tuple[Block, Cursor]]:
+) -> Generator[tuple[Block, Cursor]]:
     """The lane's blocks from `cursor.block` on, for ever, each with the cursor of the next."""
     size = packing.rows * packing.row_length
     number, filled = cursor.block, 0

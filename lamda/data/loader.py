@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -10,6 +10,7 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import NDArray
 
+from lamda.data.block_files import BlockFolder
 from lamda.data.blocks import Block, Packing, read_blocks
 from lamda.data.corpus import Corpus
 from lamda.data.lanes import Cursor
@@ -63,7 +64,7 @@ class _LaneReader:
 
     def __init__(
         self,
-        blocks: Iterator[tuple[Block, Cursor]],
+        blocks: Generator[tuple[Block, Cursor]],
         cursor: Cursor,
         pool: ThreadPoolExecutor,
         domains: Mapping[str, int],
@@ -91,6 +92,10 @@ class _LaneReader:
         numbers = np.array([self._domains.get(document.domain, other) for document in block.documents], np.int16)
         return numbers[block.document_of]
 
+    def close(self) -> None:
+        """Let go of files; ready blocks that were made are kept."""
+        self._blocks.close()
+
     def best_cursor(self, block: int) -> Cursor:
         """The last known cursor that is not past `block`; older ones are forgotten."""
         while len(self.cursors) > 1 and self.cursors[1].block <= block:
@@ -104,7 +109,8 @@ class Loader:
     `cursors` are starting points of lanes (missing ones start at their beginning); with them or
     without, the samples are the same. domains: their names in the order of their numbers; every
     other name counts as one more. document_mask: targets in another document than the token before do
-    not count, and documents are handed on. Close it, or use it as a context, to end its threads.
+    not count, and documents are handed on. ready: where blocks are kept. Close it, or use it as a
+    context, to end its threads.
     """
 
     def __init__(
@@ -123,6 +129,7 @@ class Loader:
         threads: int = 1,
         domains: Sequence[str] = (),
         document_mask: bool = False,
+        ready: BlockFolder | None = None,
     ) -> None:
         self._corpus, self._tokenizer, self._packing = corpus, tokenizer, packing
         self._batch, self._micro_batch = batch, micro_batch
@@ -132,7 +139,7 @@ class Loader:
         self._start = dict(cursors or {})
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lane")
         self._domains = {name: index for index, name in enumerate(domains)}
-        self._document_mask = document_mask
+        self._document_mask, self._ready = document_mask, ready
         self._readers: dict[int, _LaneReader] = {}
         self._open_lanes()
 
@@ -149,6 +156,8 @@ class Loader:
     def close(self) -> None:
         """End the background threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        for reader in self._readers.values():
+            reader.close()
 
     def cursors(self, consumed: int) -> dict[int, Cursor]:
         """For each lane this rank knows of, the nearest cursor at or before its first row that is not consumed."""
@@ -179,7 +188,8 @@ class Loader:
     def _reader(self, lane: int) -> _LaneReader:
         if lane not in self._readers:
             cursor = self._start.get(lane, Cursor())
-            blocks = read_blocks(self._corpus.lanes[lane], cursor, packing=self._packing, tokenizer=self._tokenizer)
+            make = read_blocks if self._ready is None else self._ready.blocks
+            blocks = make(self._corpus.lanes[lane], cursor, packing=self._packing, tokenizer=self._tokenizer)
             self._readers[lane] = _LaneReader(blocks, cursor, self._pool, self._domains)
         return self._readers[lane]
 

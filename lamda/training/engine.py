@@ -145,7 +145,7 @@ class Engine:
         return gathered
 
     def _clip_and_refuse(self) -> torch.Tensor | None:
-        """Clip the step's gradient, or drop it where it is not finite; its norm, or None before the last micro-batch."""
+        """Clip the step's gradient, or drop it where it is not finite; its norm, at the last micro-batch."""
         if not self.deepspeed.is_gradient_accumulation_boundary():
             return None
         limit = self.config.train.gradient_clipping or math.inf
@@ -159,8 +159,8 @@ class Engine:
 class _Part:
     """A micro-batch on the device.
 
-    inputs, targets: [b, L] int64. documents: [b, L], where attention stays inside a document. scored: [b, L] fp32, 1
-    where the target counts. domains: [b, L] int64, of the targets.
+    inputs, targets: [b, L] int64. documents: [b, L], where attention stays inside a document. scored:
+    [b, L] fp32, 1 where the target counts. domains: [b, L] int64, of the targets.
     """
 
     inputs_BL: torch.Tensor
@@ -191,7 +191,7 @@ class _Part:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed tells its memory on standard output while it starts; that and its calls of older PyTorch names are not the user's to mend."""
+    """DeepSpeed tells its memory as it starts, and calls PyTorch by older names: not the user's to mend."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     said = io.StringIO()

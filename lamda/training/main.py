@@ -9,7 +9,7 @@ from lamda.config.batches import micro_batches_per_rank
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config, wants_help
 from lamda.config.schema import Config
-from lamda.distributed import ReportedElsewhere, World, choose_accelerator, read_world
+from lamda.distributed import ReportedElsewhereError, World, choose_accelerator, read_world
 from lamda.training import deepspeed_config
 
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         pretrain(config, world)
     except UserError as error:
-        return _tell(error, quiet=isinstance(error, ReportedElsewhere))
+        return _tell(error, quiet=isinstance(error, ReportedElsewhereError))
     except KeyboardInterrupt:
         return 130
     return 0

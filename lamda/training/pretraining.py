@@ -15,13 +15,14 @@ from lamda import distributed
 from lamda.config.errors import UserError
 from lamda.config.help import to_yaml
 from lamda.config.schema import Config
+from lamda.data.block_files import BlockFolder
 from lamda.data.card import Source, load_card
 from lamda.data.compression import compressed_bits_per_byte
 from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of, require_a_batch
 from lamda.data.files import resolve
 from lamda.data.held_out import HeldOut
 from lamda.data.loader import Loader
-from lamda.data.preparation import ensure_tokenizer
+from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
 from lamda.distributed import World
 from lamda.inference.generation import generate
@@ -180,6 +181,7 @@ def _loader(config: Config, world: World, text: _Text, state: RunState) -> Loade
         threads=config.data.threads,
         domains=text.domains,
         document_mask=config.data.document_mask,
+        ready=BlockFolder.of(config.data.blocks, state.fingerprint) if config.data.blocks else None,
     )
 
 

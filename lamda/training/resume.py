@@ -31,8 +31,8 @@ class Start:
             names = [name for name in {**current, **saved} if saved.get(name) != current.get(name)]
             told = "; ".join(f"{name} was {_short(saved.get(name))}, is {_short(current.get(name))}" for name in names)
             raise UserError(
-                f"{self.path}: the data would not be the checkpoint's: {told}. Set these back, or start another run.dir "
-                "from the weights alone (model.weights)"
+                f"{self.path}: the data would not be the checkpoint's: {told}. Set these back, or start another "
+                "run.dir from the weights alone (model.weights)"
             )
         return replace(self.state, fingerprint=current)
 
@@ -69,8 +69,8 @@ def _check_wish(config: Config, directory: RunDirectory) -> None:
     newer = [path.name for path in here if path.name > Path(wish).name]
     if newer:
         raise UserError(
-            f"checkpoint.resume {wish}: {directory.path} holds newer checkpoints ({newer[-1]}), which going on from here "
-            "would overwrite; choose another run.dir"
+            f"checkpoint.resume {wish}: {directory.path} holds newer checkpoints ({newer[-1]}), which going on from "
+            "here would overwrite; choose another run.dir"
         )
 
 

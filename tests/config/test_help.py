@@ -40,7 +40,7 @@ def test_help_lists_every_key_with_type_default_and_meaning():
     lines = help_text().splitlines()
     for key, field in KEYS.items():
         (line,) = [line for line in lines if line.split()[:1] == [f"--{key}"]]
-        default = {"None": "-", "True": "true"}.get(str(field.default), str(field.default))
+        default = {"None": "-", "True": "true", "False": "false"}.get(str(field.default), str(field.default))
         assert line.split()[1:3] == [kind(field), default]
         assert field.description.split()[0] in line
 

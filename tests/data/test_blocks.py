@@ -38,7 +38,7 @@ def unpermuted(block, rows):
     return np.concatenate([ids for _, ids in sorted(stretches, key=lambda stretch: stretch[0])])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     files=st.lists(LENGTHS, min_size=1, max_size=3),
     lanes=st.sampled_from([1, 2, 3]),

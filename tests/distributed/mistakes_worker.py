@@ -1,4 +1,4 @@
-"""Calls `pretrain` with each list of arguments in ARGUMENTS.json; writes (exit code, stdout, stderr) to RESULTS.json."""
+"""Calls `pretrain` with each list of arguments in ARGUMENTS.json; writes (code, stdout, stderr) to RESULTS.json."""
 
 import contextlib
 import io

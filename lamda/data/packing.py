@@ -1,0 +1,155 @@
+"""Packing: the stretches of a block arranged into rows that are all full."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+PIECE = np.dtype([("row", "<i8"), ("start", "<i8"), ("length", "<i8"), ("stretch", "<i8"), ("offset", "<i8")])
+"""A part of a row, from `start` on: tokens `offset`, `offset + 1`, ... of a stretch."""
+
+Method = Literal["concat", "best_fit"]
+
+
+def arrange(method: Method, lengths: NDArray[np.int64], *, rows: int, row_length: int) -> NDArray[np.void]:
+    """The pieces of a block's stretches, by row and start, under a packing method; a pure function.
+
+    A stretch is a run of consecutive tokens of one document. Every row is filled, every token of every
+    stretch used once, and of two pieces of a stretch the one in the earlier row holds the earlier tokens.
+
+    Args:
+        method: `concat` or `best_fit`, as the functions of these names.
+        lengths: [n] tokens of each stretch, at least one, in the stream's order.
+        rows: R, rows of the block.
+        row_length: tokens a row.
+
+    Returns:
+        [pieces] PIECE.
+
+    Raises:
+        ValueError: a stretch is empty, or the stretches do not have the rows' tokens.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    if (lengths < 1).any() or lengths.sum() != rows * row_length:
+        raise ValueError(f"stretches of {lengths.sum()} tokens, none empty, cannot fill {rows} rows of {row_length}")
+    return {"concat": concat, "best_fit": best_fit}[method](lengths, rows=rows, row_length=row_length)
+
+
+def concat(lengths: NDArray[np.int64], *, rows: int, row_length: int) -> NDArray[np.void]:
+    """The stretches in the stream's order, cut wherever a row ends. As `arrange`."""
+    ends = np.cumsum(lengths)
+    begins = ends - lengths
+    places = np.union1d(begins, np.arange(rows) * row_length)
+    pieces = np.empty(len(places), PIECE)
+    pieces["row"], pieces["start"] = np.divmod(places, row_length)
+    pieces["length"] = np.diff(places, append=rows * row_length)
+    pieces["stretch"] = np.searchsorted(ends, places, side="right")
+    pieces["offset"] = places - begins[pieces["stretch"]]
+    return pieces
+
+
+def best_fit(lengths: NDArray[np.int64], *, rows: int, row_length: int) -> NDArray[np.void]:
+    """Few stretches cut, after "Fewer Truncations Improve Language Modeling" (Ding et al. 2024). As `arrange`.
+
+    A stretch longer than a row is first cut into whole rows and a remainder, as in the paper. Its best-fit
+    decreasing then leaves gaps to be padded; as rows here are full, the only fit that cuts nothing is the
+    exact one, so that a row is the longest stretch still to place and others that fill it to the last token.
+    Stretches that are in no such row are laid end to end over the rows that remain. A block for which all
+    this cuts no less than `concat` stays in the stream's order.
+    """
+    whole, rest = np.divmod(lengths, row_length)
+    long = np.repeat(np.arange(len(lengths)), whole).tolist()
+    exact, left = _exact_rows(rest.tolist(), row_length)
+    full = [[stretch] for stretch in long] + exact
+    row = np.repeat(np.arange(len(full)), [len(stretches) for stretches in full])
+    stretch = np.array([stretch for stretches in full for stretch in stretches], np.int64)
+    remaining = np.array(left, np.int64)
+    tail = concat(rest[remaining], rows=rows - len(full), row_length=row_length)
+    fitted = _pieces(
+        row=np.concatenate([row, len(full) + tail["row"]]),
+        stretch=np.concatenate([stretch, remaining[tail["stretch"]]]),
+        length=np.concatenate([np.where(row < len(long), row_length, rest[stretch]), tail["length"]]),
+        row_length=row_length,
+    )
+    return min(concat(lengths, rows=rows, row_length=row_length), fitted, key=len)
+
+
+def cuts(pieces: NDArray[np.void]) -> int:
+    """How many times stretches are cut: the pieces that do not begin their stretch."""
+    return int(np.count_nonzero(pieces["offset"]))
+
+
+def unavoidable_cuts(lengths: NDArray[np.int64], *, row_length: int) -> int:
+    """The cuts of stretches longer than a row, which no arrangement can do without."""
+    return int(((np.asarray(lengths) - 1) // row_length).sum())
+
+
+def _pieces(
+    *, row: NDArray[np.int64], stretch: NDArray[np.int64], length: NDArray[np.int64], row_length: int
+) -> NDArray[np.void]:
+    """Pieces of which only the row is settled: the stream's order within a row and within a stretch."""
+    order = np.lexsort((stretch, row))
+    pieces = np.empty(len(order), PIECE)
+    pieces["row"], pieces["stretch"], pieces["length"] = row[order], stretch[order], length[order]
+    pieces["start"] = np.cumsum(pieces["length"]) - pieces["length"] - pieces["row"] * row_length
+    by_stretch = np.argsort(pieces["stretch"], kind="stable")
+    before = np.cumsum(pieces["length"][by_stretch]) - pieces["length"][by_stretch]
+    _, first, count = np.unique(pieces["stretch"][by_stretch], return_index=True, return_counts=True)
+    pieces["offset"][by_stretch] = before - np.repeat(before[first], count)
+    return pieces
+
+
+def _exact_rows(lengths: list[int], row_length: int) -> tuple[list[list[int]], list[int]]:
+    """Rows of whole stretches, each row exactly full, and the stretches that are in none, in the stream's order.
+
+    Lengths are shorter than a row; stretches of length 0 are in neither. Equal ones go by index.
+    """
+    stock: dict[int, list[int]] = defaultdict(list)
+    for stretch in reversed(range(len(lengths))):
+        if lengths[stretch]:
+            stock[lengths[stretch]].append(stretch)
+    rows, left = [], []
+    while stock:
+        longest = max(stock)
+        others = _lengths_that_sum_to(row_length - longest, stock, without=longest)
+        if others is None:
+            # Later rows have fewer stretches to choose from: none of this length will ever be in one.
+            left += stock.pop(longest)
+            continue
+        rows.append([stock[length].pop() for length in (longest, *others)])
+        for length in {longest, *others}:
+            if not stock[length]:
+                del stock[length]
+    return rows, sorted(left)
+
+
+def _lengths_that_sum_to(total: int, stock: dict[int, list[int]], *, without: int) -> list[int] | None:
+    """Lengths in stock, one of `without` kept back, that have this sum; None where there are none.
+
+    Subset sum by dynamic programming; bit s of `reached` says that a sum s can be had. Longest first, so
+    that the shortest used is as long as can be: short stretches fit nearly anywhere and serve later rows.
+    """
+    reached, steps = 1, []
+    for length in sorted((length for length in stock if length <= total), reverse=True):
+        for _ in range(min(len(stock[length]) - (length == without), total // length)):
+            if reached >> (total - length) & 1:
+                return [length, *_trace(total - length, steps)]
+            wider = reached | (reached << length) & ((2 << total) - 1)
+            if wider == reached:
+                break
+            steps.append((length, reached))
+            reached = wider
+    return None
+
+
+def _trace(total: int, steps: list[tuple[int, int]]) -> list[int]:
+    """The lengths of a sum, from each step's length and the sums that could be had before it."""
+    lengths = []
+    for length, before in reversed(steps):
+        if not before >> total & 1:
+            lengths.append(length)
+            total -= length
+    return lengths
