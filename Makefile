@@ -1,5 +1,6 @@
 # make pretrain   install, then train the tiny LaMDA on this machine's own text (10 minutes on two cores)
 # make test       install, then run the whole test suite
+# make test-long longer suites: runs killed at random on real text (needs LAMDA_TEST_DATA)
 # make lint       ruff and the layers contract
 
 PYTHON ?= python3
@@ -7,13 +8,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/tiny.yaml
 
-.PHONY: pretrain test lint clean
+.PHONY: pretrain test test-long lint clean
 
 pretrain: $(VENV)/.installed
 	$(BIN)/deepspeed --num_gpus 1 scripts/pretrain.py --config $(CONFIG)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+test-long: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/long
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,9 +1,20 @@
 """Whole runs through DeepSpeed's launcher, as a user types them."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
+import zstandard
 
+from lamda.config.loading import load_config
+from lamda.data.block_files import BlockFolder
+from lamda.data.corpus import fingerprint, open_corpus, packing_of
+from lamda.data.loader import Loader, batch_digest, row_digest
+from lamda.data.prepare import main as prepare_command
+from lamda.data.tokenizer import Tokenizer
+from lamda.runs.where import main as where_command
+from lamda.training.evaluate import main as evaluate_command
 from lamda.training.metrics import read_metrics
 from tests.conftest import make_text, write_shard
 from tests.launch import run_deepspeed, run_ranks
@@ -63,6 +74,13 @@ def test_a_run_trains_evaluates_saves_and_shows_a_sample(place, straight):
     assert found[-1]["tokens"] == 12 * 8 * 32
     assert found[-1]["samples"] == 12 * 8
     assert {"eval/loss", "eval/bits_per_byte", "eval/loss/speech", "eval/loss/letters"} <= found[5].keys()
+    assert {"eval/loss", "eval/bits_per_byte"} <= found[-1].keys()
+    for row in found:
+        parts = [
+            (row[f"loss/{name}"], row[f"tokens/{name}"]) for name in ("speech", "letters") if f"loss/{name}" in row
+        ]
+        assert sum(targets for _, targets in parts) == 8 * 32
+        assert sum(loss * targets for loss, targets in parts) / (8 * 32) == pytest.approx(row["loss"], rel=1e-6)
     assert json.loads((run / "status.json").read_text())["status"] == "finished"
     assert (run / "checkpoints" / "LATEST").read_text() == "step-00000012"
     names = {path.name for path in (run / "checkpoints" / "step-00000012").iterdir()}
@@ -99,6 +117,53 @@ def test_stopping_resuming_and_other_ranks_change_no_bit(place, straight):
     assert weights[0] == weights[1]
     void = read_metrics(place / "broken" / "metrics.discarded.jsonl")
     assert [row["step"] for row in void] == [9, 10, 11, 12]
+
+
+def test_evaluate_agrees_with_the_runs_last_evaluation(place, straight, capsys):
+    assert evaluate_command([str(place / "straight"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    last = rows(place, "straight")[-1]
+    assert report["loss"] == pytest.approx(last["eval/loss"], abs=2e-3)
+    assert report["bits_per_byte"] == pytest.approx(last["eval/bits_per_byte"], abs=2e-3)
+    assert report["domains"]["speech"]["loss"] == pytest.approx(last["eval/loss/speech"], abs=2e-3)
+    everything = b"".join(path.read_bytes() for path in sorted(place.glob("val-*.jsonl")))
+    texts = [json.loads(line)["text"] for line in everything.splitlines()]
+    assert report["bytes"] == sum(len(text.encode()) for text in texts)
+
+
+def test_where_tells_the_text_of_a_row(place, straight, capsys):
+    assert where_command([str(place / "straight"), "--step", "7", "--json"]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [each["row"] for each in told] == list(range(8))
+    tokenizer = Tokenizer.load(place / "straight" / "tokenizer.model")
+    digests = []
+    for each in told:
+        ids = []
+        for piece in each["pieces"]:
+            lines = (
+                zstandard.ZstdDecompressor().decompressobj().decompress(Path(piece["file"]).read_bytes()).splitlines()
+            )
+            document = [*tokenizer.encode(json.loads(lines[piece["line"] - 1])["text"]), tokenizer.end_of_document]
+            ids += document[piece["first"] : piece["last"] + 1]
+        digests.append(row_digest(np.array(ids, np.uint32)))
+    assert batch_digest(np.stack(digests)) == rows(place, "straight")[6]["batch_digest"]
+
+
+def test_prepared_blocks_give_the_same_samples(place, straight, capsys):
+    flags = ["--config", str(place / "run.yaml"), "--data.blocks", str(place / "blocks")]
+    flags += ["--tokenizer.path", str(place / "straight" / "tokenizer.model")]
+    assert prepare_command([*flags, "--run.dir", str(place / "prepared")]) == 0
+    assert "bytes/token" in capsys.readouterr().out
+    config = load_config(flags)
+    corpus, tokenizer = open_corpus(config.data), Tokenizer.load(config.tokenizer.path)
+    ready = BlockFolder.of(config.data.blocks, fingerprint(corpus, config, tokenizer))
+    assert all(ready.ready_until(lane.index, 0) for lane in corpus.lanes)
+    loader = Loader(corpus, tokenizer, packing=packing_of(config), batch=8, micro_batch=8, rank=0, world=1, ready=ready)
+    with loader:
+        found = [
+            batch_digest(step.digests[np.argsort(step.positions)]) for _, step in zip(range(12), loader, strict=False)
+        ]
+    assert found == column(place, "straight", "batch_digest")
 
 
 def test_a_finished_run_says_so_and_changes_nothing(place, straight):

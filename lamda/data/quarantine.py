@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from lamda.data.errors import DataError
@@ -44,6 +46,25 @@ def bad_line(epoch: int, file: str, line: int, reason: str, data: bytes) -> BadL
 def first_of(found: Iterable[Quarantined]) -> list[Quarantined]:
     """The first KEPT by lane, block and place; what several ranks or runs found is counted once."""
     return sorted(set(found))[:KEPT]
+
+
+def write_first(path: Path, found: Iterable[Quarantined]) -> None:
+    """Keep the first of what `path` holds already and what was found, a JSON object a line."""
+    known = [_from_json(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    kept = first_of([*known, *found])
+    if kept != known:
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(_to_json(each) + "\n" for each in kept), "utf-8")
+        temporary.replace(path)
+
+
+def _to_json(each: Quarantined) -> str:
+    return json.dumps({"lane": each.lane, "block": each.block, **each.bad._asdict()})
+
+
+def _from_json(line: str) -> Quarantined:
+    values = json.loads(line)
+    return Quarantined(values.pop("lane"), values.pop("block"), BadLine(**values))
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from lamda.config.help import to_yaml
 from lamda.config.schema import Config
 from lamda.data.held_out import HeldOut
 from lamda.data.loader import Loader, Step, merge_cursors
+from lamda.data.quarantine import write_first
 from lamda.distributed import World, gather
 from lamda.model.counts import flops_per_token
 from lamda.model.loss import token_nats
@@ -47,25 +49,30 @@ class Run:
     domains: tuple[str, ...]
     state: RunState
 
-    def train(self, report: Report, *, notice: Callable[[str], None]) -> None:
-        """Go on to the last step. `report` gets each step's metrics once the next one is under way."""
+    def train(self, report: Report, *, notice: Callable[[str], None]) -> Scores | None:
+        """Go on to the last step. `report` gets each step's metrics once the next one is under way.
+
+        Returns the last evaluation, of all held-out text, where there is any.
+        """
         pending: _Pending | None = None
+        scores: Scores | None = None
         for batch, waited, began in _timed(self.loader, steps=self.config.steps - self.state.step):
             current = self._step(batch, waited=waited, began=began)
             if pending is not None:
                 report(pending.row())
             pending = current
             if self._evaluation_is_due():
-                pending.more = self.evaluate(rows=self._rows_while_training()).metrics()
+                scores = self.evaluate()
+                pending.more = scores.metrics()
             if self._checkpoint_is_due():
                 report(pending.row())
                 pending = None
                 notice(f"saved {self.save()}")
-        if pending is not None:
-            report(pending.row())
+        return scores
 
-    def evaluate(self, *, rows: int | None = None) -> Scores:
-        """Score the first `rows` rows of the held-out text (default: all of it)."""
+    def evaluate(self) -> Scores:
+        """Score the held-out text: all of it at the last step, the first `eval.batches` batches before."""
+        rows = None if self._is_last else self.config.eval.batches * self.config.train.global_batch_size
 
         def nats(inputs_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
             return token_nats(self.engine.deepspeed(inputs_BL), targets_BL)
@@ -85,6 +92,9 @@ class Run:
     def save(self) -> str:
         """Write a checkpoint of this step and return its path."""
         cursors = merge_cursors(gather(self.loader.cursors(self.state.consumed)))
+        quarantined = gather(self.loader.quarantined())
+        if self.world.is_main:
+            write_first(self.directory.quarantine, chain.from_iterable(quarantined))
         path = checkpoint.save(
             self.directory.checkpoints,
             engine=self.engine,
@@ -105,15 +115,16 @@ class Run:
         )
         return _Pending(self, self.state, result, rate, waited, time.monotonic() - began)
 
+    @property
+    def _is_last(self) -> bool:
+        return self.state.step == self.config.steps
+
     def _evaluation_is_due(self) -> bool:
-        every, step = self.config.eval.every, self.state.step
-        return every is not None and step % every == 0 and step < self.config.steps
+        every = self.config.eval.every
+        return self.held_out is not None and (self._is_last or (every is not None and self.state.step % every == 0))
 
     def _checkpoint_is_due(self) -> bool:
-        return self.state.step % self.config.checkpoint.every == 0 or self.state.step == self.config.steps
-
-    def _rows_while_training(self) -> int:
-        return self.config.eval.batches * self.config.train.global_batch_size
+        return self._is_last or self.state.step % self.config.checkpoint.every == 0
 
     def _total(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
         tensor = torch.from_numpy(sums).to(self.engine.device)

@@ -28,7 +28,7 @@ from lamda.distributed import World
 from lamda.inference.generation import generate
 from lamda.training import checkpoint
 from lamda.training.engine import Engine
-from lamda.training.evaluation import held_out_bytes, table
+from lamda.training.evaluation import Scores, held_out_bytes, table
 from lamda.training.loop import Run
 from lamda.training.metrics import MetricsFile
 from lamda.training.progress import TrainingProgress
@@ -130,8 +130,8 @@ def _run(
             domains=text.domains,
             state=replace(state, wandb_id=report.wandb_id),
         )
-        run.train(report, notice=progress.say)
-        _finish(run, text.tokenizer, progress)
+        scores = run.train(report, notice=progress.say)
+        _finish(run, scores, text.tokenizer, progress)
         if world.is_main:
             directory.write_status("finished", step=run.state.step, steps=config.steps)
 
@@ -200,10 +200,9 @@ def _held_out(config: Config, tokenizer: Tokenizer) -> HeldOut | None:
     return HeldOut(sources, tokenizer, config.data.sequence_length) if sources else None
 
 
-def _finish(run: Run, tokenizer: Tokenizer, progress: TrainingProgress) -> None:
-    """The last evaluation over all held-out text, a sample, and where everything is."""
-    if run.held_out is not None:
-        scores = run.evaluate()
+def _finish(run: Run, scores: Scores | None, tokenizer: Tokenizer, progress: TrainingProgress) -> None:
+    """Show the last evaluation, a sample, and where everything is."""
+    if scores is not None:
         for line in table(scores.report()):
             progress.say(line)
         if run.world.is_main and (text := held_out_bytes(run.held_out, limit=COMPARED_BYTES)):

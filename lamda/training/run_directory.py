@@ -51,6 +51,11 @@ class RunDirectory:
         return self.path / "config.yaml"
 
     @property
+    def quarantine(self) -> Path:
+        """The first lines that hold no document."""
+        return self.path / "quarantine.jsonl"
+
+    @property
     def samples(self) -> Path:
         """Folder of sampled text."""
         return self.path / "samples"

@@ -18,6 +18,9 @@ class WandbMirror:
     """One W&B run for the whole life of a run; whatever fails is said once, and the run goes on."""
 
     def __init__(self, config: Config, *, folder: Path, run_id: str | None, step: int) -> None:
+        remembered = folder / "wandb" / "run-id"
+        if run_id is None and remembered.exists():
+            run_id = remembered.read_text("utf-8")
         self.run_id = run_id
         self._run: Any = None
         if config.wandb.mode == "disabled":
@@ -25,6 +28,8 @@ class WandbMirror:
         try:
             self._run = _init(config, folder=folder, run_id=run_id)
             self.run_id = self._run.id
+            remembered.parent.mkdir(exist_ok=True)
+            remembered.write_text(self.run_id, "utf-8")
         except Exception as error:
             log.warning("W&B is not used: %s; metrics.jsonl has everything", _first_line(error))
         self._done = step

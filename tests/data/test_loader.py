@@ -1,5 +1,6 @@
 """The same samples on any number of ranks, with any threads, after any stop."""
 
+import dataclasses
 from hashlib import sha256
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
+from lamda.data.blocks import read_blocks
 from lamda.data.corpus import fingerprint, open_corpus, packing_of, require_a_batch
 from lamda.data.loader import Loader, batch_digest, merge_cursors, row_digest
 from tests.conftest import make_text, write_shard
@@ -117,6 +119,48 @@ def test_micro_batches_hold_the_same_rows_on_any_number_of_ranks(config, corpus,
         return rows
 
     assert micro_batches(1) == micro_batches(2) == micro_batches(4)
+
+
+def test_a_document_mask_scores_no_target_in_another_document(config, corpus, tokenizer):
+    packing = packing_of(config)
+
+    def first(**more):
+        with Loader(corpus, tokenizer, packing=packing, batch=BATCH, micro_batch=3, rank=0, world=1, **more) as loader:
+            return next(iter(loader)).micro_batches
+
+    for masked, plain in zip(first(document_mask=True), first(), strict=True):
+        assert np.array_equal(masked.ids, plain.ids)
+        assert plain.documents is None
+        assert plain.scored.all()
+        ends = masked.ids[:, :-1] == tokenizer.end_of_document
+        assert np.array_equal(masked.documents[:, 1:] != masked.documents[:, :-1], ends)
+        assert np.array_equal(masked.scored, ~ends)
+    assert any(not part.scored.all() for part in first(document_mask=True))
+
+
+def test_targets_carry_their_domain_and_unknown_ones_count_as_one(tmp_path, config, tokenizer):
+    for number, domain in enumerate(["b", "a", "new"]):
+        write_shard(tmp_path / f"{number}.jsonl", [make_text(n, 30) for n in range(9)], domain=domain)
+    corpus = open_corpus(config.data.model_copy(update={"files": (f"{tmp_path}/*",), "lanes": 3}))
+    assert corpus.domains() == ["a", "b", "new"]
+    packing = packing_of(config)
+    with Loader(
+        corpus, tokenizer, packing=packing, batch=BATCH, micro_batch=4, rank=0, world=1, domains=["a", "b"]
+    ) as loader:
+        parts = next(iter(loader)).micro_batches
+    for part, domain in zip(parts, [1, 0, 2], strict=True):  # rows come sorted by lane
+        assert (part.domains == domain).all()
+
+
+def test_a_blocks_loss_mask_reaches_the_micro_batch(config, corpus, tokenizer, monkeypatch):
+    def masked(*arguments, **more):
+        for block, cursor in read_blocks(*arguments, **more):
+            yield dataclasses.replace(block, loss_mask=block.ids % 3 == 0), cursor
+
+    monkeypatch.setattr("lamda.data.loader.read_blocks", masked)
+    with Loader(corpus, tokenizer, packing=packing_of(config), batch=BATCH, micro_batch=3, rank=0, world=1) as loader:
+        for part in next(iter(loader)).micro_batches:
+            assert np.array_equal(part.scored, part.ids[:, 1:] % 3 == 0)
 
 
 class ByteTokenizer:

@@ -1,0 +1,82 @@
+"""A run on real text, killed again and again on changing numbers of ranks, sees the samples of an unbroken one.
+
+`make test-long` runs it (some four minutes); it needs LAMDA_TEST_DATA.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lamda.training.metrics import read_metrics
+from tests.launch import ENVIRONMENT, ROOT, free_port
+
+STEPS, KILLS = 60, 5
+DATA = os.environ.get("LAMDA_TEST_DATA")
+FLAGS = {
+    "model.vocab_size": 2000, "model.d_model": 64, "model.n_layers": 2, "model.n_heads": 2, "model.d_head": 32,
+    "model.d_ff": 128, "tokenizer.train_bytes": 2_000_000, "data.corpus": "standard_library",
+    "data.sequence_length": 128,
+    "data.block_rows": 16, "train.steps": STEPS, "train.global_batch_size": 16, "train.micro_batch_size": 4,
+    "checkpoint.every": 4, "wandb.mode": "disabled", "data.files": f"{DATA}/pile-sample/train/*.jsonl.zst",
+    "data.eval_files": f"{DATA}/pile-sample/val.jsonl.zst",
+}  # fmt: skip
+
+
+def start(run: Path, *, ranks: int) -> subprocess.Popen:
+    """`deepspeed --num_gpus RANKS scripts/pretrain.py ...` in a process group of its own."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    flags = [part for key, value in {**FLAGS, "run.dir": run}.items() for part in (f"--{key}", str(value))]
+    command = [
+        str(launcher),
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        "scripts/pretrain.py",
+        *flags,
+    ]
+    environment = {**os.environ, **ENVIRONMENT, "PATH": f"{launcher.parent}:{os.environ['PATH']}"}
+    with (run.parent / f"{run.name}.log").open("ab") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def finished_steps(run: Path) -> int:
+    rows = read_metrics(run / "metrics.jsonl")
+    return rows[-1]["step"] if rows else 0
+
+
+@pytest.mark.skipif(DATA is None, reason="LAMDA_TEST_DATA is not set")
+def test_five_kills_on_one_and_two_ranks_change_no_sample(tmp_path):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert start(straight, ranks=1).wait(timeout=300) == 0
+    draw = random.Random(17)
+    for kill in range(KILLS):
+        process = start(broken, ranks=1 + kill % 2)
+        goal = min(STEPS - 5, finished_steps(broken) + draw.randint(3, 14))
+        while finished_steps(broken) < goal and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(draw.random() / 3)
+        assert process.poll() is None, (tmp_path / "broken.log").read_text()[-3000:]
+        kill_everything_of(process, broken)
+    assert start(broken, ranks=2).wait(timeout=300) == 0, (tmp_path / "broken.log").read_text()[-3000:]
+    columns = [[row["batch_digest"] for row in read_metrics(run / "metrics.jsonl")] for run in (straight, broken)]
+    assert len(columns[0]) == STEPS
+    assert columns[0] == columns[1]
+
+
+def kill_everything_of(process: subprocess.Popen, run: Path) -> None:
+    """SIGKILL to the launcher's group and to every rank, which the launcher put into groups of their own."""
+    os.killpg(process.pid, signal.SIGKILL)
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(run).encode() in (entry / "cmdline").read_bytes() and int(entry.name) != os.getpid():
+                os.kill(int(entry.name), signal.SIGKILL)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    process.wait()
