@@ -12,8 +12,10 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -72,7 +74,8 @@ def measure(folder: Path, *, files: str | None, model: Path | None, tokens: int,
     """Rates on each text, and memory over many documents. `folder` takes what is written on the way."""
     if model is None:
         model = folder / "tokenizer.model"
-        train_tokenizer(library_documents(folder / "library"), model, vocab_size=VOCABULARY)
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:  # its memory is not the data path's
+            process.submit(_train_tokenizer, folder / "library", model).result()
     tokenizer = Tokenizer.load(model)
     memory = resident_memory(folder, tokenizer, documents=documents)
     if files is None:
@@ -85,6 +88,10 @@ def measure(folder: Path, *, files: str | None, model: Path | None, tokens: int,
         text = write_text(folder / name, kind, tokenizer, tokens=tokens)
         measured[name] = rates(text, model, run_config(text.shards), rounds=ROUNDS)
     return {"texts": measured, "memory": memory}
+
+
+def _train_tokenizer(library: Path, model: Path) -> None:
+    train_tokenizer(library_documents(library), model, vocab_size=VOCABULARY)
 
 
 @contextmanager

@@ -95,21 +95,33 @@ def usual_micro_batches(
         yield np.stack(batch["row"])
 
 
-def time_whole_path(config: Config, tokenizer: Tokenizer, *, tokens: int) -> Timing:
-    """Seconds of about `tokens` tokens of the endless path: lanes are a block ahead at both ends of the stretch."""
-    first_blocks = len(config.data.files) * config.data.block_rows // config.train.micro_batch_size
+class _Counting(Tokenizer):
+    """Counts the tokens that it gives, and an end symbol a document."""
+
+    tokens = 0
+
+    def encode_documents(self, texts: Sequence[str], *, threads: int) -> list[NDArray[np.uint32]]:
+        encoded = super().encode_documents(texts, threads=threads)
+        self.tokens += sum(len(ids) + 1 for ids in encoded)
+        return encoded
+
+
+def time_whole_path(config: Config, model: Path, *, tokens: int) -> Timing:
+    """Seconds from the first file opened to the last thread ended, with about `tokens` tokens taken on the way.
+
+    What counts is all that was encoded: lanes work ahead of the last micro-batch, and a book is encoded at once.
+    """
+    tokenizer = _Counting.load(model)
     began = perf_counter()
     with closing(micro_batches(config, tokenizer)) as batches:
         size = next(batches).size
         first = perf_counter() - began
-        _consume(islice(batches, first_blocks))
-        began = perf_counter()
-        found = _consume(islice(batches, -(-tokens // size)))
-        return Timing(perf_counter() - began, found, first)
+        _consume(islice(batches, tokens // size))
+    return Timing(perf_counter() - began, tokenizer.tokens, first)
 
 
 def time_usual_way(config: Config, processor: SentencePieceProcessor, *, end: int) -> Timing:
-    """Seconds of all micro-batches from the opened data set on."""
+    """Seconds of all micro-batches from the opened data set on; those to the first one are from before it is opened."""
     began = perf_counter()
     dataset = usual_dataset(config)
     opened = perf_counter()
@@ -141,7 +153,7 @@ def stages(text: Text, model: Path, config: Config) -> dict[str, Callable[[], Ti
     }
     return {
         **{name: partial(_time_part, part, text.tokens) for name, part in parts.items()},
-        WHOLE: partial(time_whole_path, config, tokenizer, tokens=text.tokens),
+        WHOLE: partial(time_whole_path, config, model, tokens=text.tokens),
         USUAL: partial(time_usual_way, config, processor, end=tokenizer.end_of_document),
     }
 

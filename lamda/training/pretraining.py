@@ -224,7 +224,8 @@ def _sample(run: Run, tokenizer: Tokenizer) -> str:
     """A continuation of the first held-out words, or of an empty document."""
     prompt = ""
     if run.held_out is not None:
-        prompt = next(iter(run.held_out.documents())).text[:200]
+        beginning = next(iter(run.held_out.documents())).text[:200]
+        prompt = "".join(beginning.splitlines(keepends=True)[:-1]) or beginning
     ids = [tokenizer.end_of_document, *tokenizer.encode(prompt)]
     engine = run.engine
     with engine.evaluating(), engine.whole(*engine.model.parameters()):
