@@ -152,7 +152,14 @@ def test_a_resume_continues_the_run_and_sends_no_row_twice(tmp_path, server):
 
 
 def test_two_runs_have_two_ids(tmp_path, server):
-    assert mirror(tmp_path).run_id != mirror(tmp_path).run_id
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    assert mirror(first).run_id != mirror(second).run_id
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_keeps_its_id(tmp_path, server):
+    assert mirror(tmp_path).run_id == mirror(tmp_path).run_id
 
 
 def test_the_configuration_goes_along(tmp_path, server, monkeypatch):
