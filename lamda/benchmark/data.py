@@ -66,6 +66,8 @@ def main(argv: list[str]) -> int:
         report = environment(["data", *argv], PACKAGES) | measured
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    elif not options.json.exists():
+        raise UserError(f"{options.json} is not there: measure first, without --markdown")
     print(markdown(json.loads(options.json.read_text("utf-8"))))
     return 0
 
@@ -79,10 +81,10 @@ def measure(folder: Path, *, files: str | None, model: Path | None, tokens: int,
     tokenizer = Tokenizer.load(model)
     memory = resident_memory(folder, tokenizer, documents=documents)
     if files is None:
-        library = library_documents(folder / "library")
+        library = list(library_documents(folder / "library"))
         kinds = {"short documents": short_documents(library), "books": books(library)}
     else:
-        kinds = {"files": iter(read_documents(files))}
+        kinds = {"files": read_documents(files)}
     measured = {}
     for name, kind in kinds.items():
         text = write_text(folder / name, kind, tokenizer, tokens=tokens)
@@ -114,6 +116,9 @@ def _bind(cores: set[int]) -> None:
 
 def rates(text: Text, model: Path, config: Config, *, rounds: int) -> dict[str, Any]:
     """All stages in turn, `rounds` times after one that does not count: medians, and ratios round by round."""
+    needed = config.train.micro_batch_size * (config.data.sequence_length + 1)
+    if text.tokens < needed:
+        raise UserError(f"the text has {text.tokens:,} tokens, fewer than a micro-batch of {needed:,}: give more of it")
     timed = stages(text, model, config)
     gc.collect()
     gc.freeze()  # the text is held for the measurement alone: searching it for garbage is no part of any stage

@@ -44,16 +44,16 @@ class Text:
         return sum(len(document.encode()) for shard in self.documents for document in shard)
 
 
-def library_documents(folder: Path) -> list[str]:
+def library_documents(folder: Path) -> Iterator[str]:
     """The source files of Python's standard library, in an order that mixes them."""
     write_corpus(folder, shards=1)
     return read_documents(f"{folder}/train/*")
 
 
-def read_documents(files: str) -> list[str]:
-    """The documents of files."""
-    config = Config.model_validate({"data": {"files": files}, "train": {"steps": 1}})
-    return [document.text for document in open_corpus(config.data).documents_once()]
+def read_documents(files: str) -> Iterator[str]:
+    """The documents of files, one file after the other."""
+    config = Config.model_validate({"data": {"files": files, "lanes": 1}, "train": {"steps": 1}})
+    return (document.text for document in open_corpus(config.data).documents_once())
 
 
 def short_documents(texts: Iterable[str]) -> Iterator[str]:
