@@ -12,11 +12,14 @@ Control symbols are of SentencePiece's CONTROL type: no text encodes to them, ev
 
 The encoding is a function of the text alone. A text is cut after newlines into pieces of about 20 kB, which
 encode several times faster than a whole book; newlines never merge with anything, so the cut changes no id.
+Where no learnt piece reaches over the beginning of a word (ours never do), text is cut there as well, and each
+word that comes often is encoded once: again without changing an id.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -44,6 +47,11 @@ SPACE_PIECE = "\u2581"
 _SPACE_PIECE_UTF8 = SPACE_PIECE.encode()
 _PIECE_BYTES = 20_000
 
+_WORD = re.compile(r" *[^ \n\t\r]+| +|[\n\t\r]")
+"""Spaces and what follows them; BPE never merges over the end of a match where no piece does."""
+_KEPT = 1 << 23
+"""Characters of words whose ids are remembered."""
+
 
 class Tokenizer:
     """A trained vocabulary.
@@ -69,6 +77,8 @@ class Tokenizer:
         self.token_bytes = np.array([len(utf8) for utf8 in self._utf8], np.int64)
         first_byte = RESERVED_PIECES.index(BYTE_PIECES[0])
         self._space_piece_ids = np.array([first_byte + byte for byte in _SPACE_PIECE_UTF8], np.int32)
+        self._words: dict[str, bytes] | None = None if self._has_piece_over_words() else {}
+        self._kept = 0
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -106,6 +116,8 @@ class Tokenizer:
         Raises:
             UnicodeEncodeError: a text has a lone surrogate, which UTF-8 cannot express.
         """
+        if self._words is not None and not any(SPACE_PIECE in text for text in texts):
+            return self._encode_words(texts, threads=threads)
         stretches = [text.encode().split(_SPACE_PIECE_UTF8) for text in texts]
         pieces = [[list(_cut(stretch)) for stretch in document] for document in stretches]
         batch = [piece for document in pieces for stretch in document for piece in stretch]
@@ -123,6 +135,22 @@ class Tokenizer:
         become U+FFFD.
         """
         return b"".join(self._utf8[id] for id in ids).decode(errors="replace")
+
+    def _encode_words(self, texts: Sequence[str], *, threads: int) -> list[np.ndarray]:
+        """As `encode_documents`, for texts without U+2581: only words that are not remembered are encoded."""
+        if self._kept > _KEPT:
+            self._words, self._kept = {}, 0
+        known = self._words
+        documents = [_WORD.findall(text) for text in texts]
+        new = [word for word in set().union(*documents) if word not in known]
+        encoded = self._processor.encode([word.encode() for word in new], return_type="numpy", num_threads=threads)
+        known.update((word, ids.tobytes()) for word, ids in zip(new, encoded, strict=True))
+        self._kept += sum(map(len, new))
+        return [np.frombuffer(b"".join(map(known.__getitem__, words)), np.uint32) for words in documents]
+
+    def _has_piece_over_words(self) -> bool:
+        """Whether a learnt piece has a space after something else, so that words cannot be encoded alone."""
+        return any(SPACE_PIECE in piece.lstrip(SPACE_PIECE) for piece in self._pieces())
 
     def _join(self, document: list[list[bytes]], encoded: Iterator[np.ndarray]) -> np.ndarray:
         """Ids of a document from those of its pieces, with the bytes of U+2581 between its stretches."""

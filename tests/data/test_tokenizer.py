@@ -233,3 +233,41 @@ def test_missing_and_foreign_models_are_refused(tmp_path):
     train(sentence_iterator=iter(TEXTS[0].splitlines()), model_prefix=str(tmp_path / "foreign"), vocab_size=400)
     with pytest.raises(UserError, match="id 0 should be '<end_of_document>'"):
         Tokenizer.load(tmp_path / "foreign.model")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.text(st.sampled_from("ab Z09é字.,_\n\t\r▁") | st.characters(exclude_categories=["Cs"]), max_size=60)
+        | st.sampled_from(sorted(HARD.values())),
+        max_size=6,
+    )
+)
+def test_remembered_words_change_no_id(model_path, tokenizer, texts):
+    direct = Tokenizer.load(model_path)
+    direct._words = None
+    expected = direct.encode_documents(texts, threads=1)
+    for _ in range(2):
+        found = tokenizer.encode_documents(texts, threads=1)
+        assert [ids.tolist() for ids in found] == [ids.tolist() for ids in expected]
+
+
+def test_words_are_forgotten_before_they_fill_the_memory(model_path, monkeypatch):
+    monkeypatch.setattr("lamda.data.tokenizer._KEPT", 300)
+    tokenizer = Tokenizer.load(model_path)
+    for number in range(40):
+        text = f"word{number} and some more{number}"
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert sum(map(len, tokenizer._words)) <= 300 + len(text)
+
+
+def test_a_vocabulary_with_pieces_over_words_is_encoded_as_a_whole(tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["of the world of the world"] * 50), model_writer=model, model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True, split_by_whitespace=False, add_dummy_prefix=False, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    tokenizer = Tokenizer(model.getvalue())
+    assert any("▁" in piece.lstrip("▁") for piece in tokenizer._pieces())
+    assert tokenizer._words is None
