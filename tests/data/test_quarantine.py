@@ -18,7 +18,7 @@ from lamda.data.corpus import open_corpus, packing_of
 from lamda.data.files import DataError, File, read_lines
 from lamda.data.lanes import Cursor, cut_into_lanes, read_lane
 from lamda.data.loader import Loader, merge_cursors
-from lamda.data.quarantine import Quarantined, first_of
+from lamda.data.quarantine import BadLine, Quarantined, first_of, write_first
 from tests.conftest import make_text
 
 SOURCE = Source(name="s", licence="none", files=("x",), domain="meta.pile_set_name")
@@ -224,3 +224,16 @@ def test_only_the_first_hundred_are_kept():
     kept = first_of([*reversed(found), *found])
     assert kept == found[:100]
     assert bad.beginning == "x" * 200
+
+
+def test_the_file_holds_the_first_ones_once_whatever_the_order_of_finding(tmp_path):
+    found = [Quarantined(n % 3, n // 9, BadLine(0, "f", n, "not JSON", "{x")) for n in range(150)]
+    straight, restarted = tmp_path / "straight.jsonl", tmp_path / "restarted.jsonl"
+    write_first(straight, found)
+    for part in (found[90:], found[:100], found[40:60]):
+        write_first(restarted, part)
+    assert restarted.read_bytes() == straight.read_bytes()
+    rows = [json.loads(line) for line in straight.read_text().splitlines()]
+    assert len(rows) == 100
+    assert rows == sorted(rows, key=lambda row: (row["lane"], row["block"], row["line"]))
+    assert not list(tmp_path.glob(".*"))
