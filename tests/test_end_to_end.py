@@ -153,7 +153,9 @@ def test_prepared_blocks_give_the_same_samples(place, straight, capsys):
     flags = ["--config", str(place / "run.yaml"), "--data.blocks", str(place / "blocks")]
     flags += ["--tokenizer.path", str(place / "straight" / "tokenizer.model")]
     assert prepare_command([*flags, "--run.dir", str(place / "prepared")]) == 0
-    assert "bytes/token" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "bytes/token" in told
+    assert "cuts: pieces that go on" in told
     config = load_config(flags)
     corpus, tokenizer = open_corpus(config.data), Tokenizer.load(config.tokenizer.path)
     ready = BlockFolder.of(config.data.blocks, fingerprint(corpus, config, tokenizer))

@@ -36,6 +36,7 @@ class Summary:
     tokens: Counter[str] = field(default_factory=Counter)
     utf8_bytes: Counter[str] = field(default_factory=Counter)
     bad_lines: int = 0
+    cuts: int = 0
     blocks: int = 0
 
     def add(self, block: Block, token_bytes: np.ndarray) -> None:
@@ -48,6 +49,7 @@ class Summary:
             self.tokens[domain] += int(run["length"])
             self.utf8_bytes[domain] += int(bytes_of[run["row"], part].sum())
         self.bad_lines += len(block.quarantined)
+        self.cuts += int((block.runs["token"] > 0).sum())
         self.blocks += 1
 
     def merge(self, other: Summary) -> None:
@@ -56,6 +58,7 @@ class Summary:
         self.tokens += other.tokens
         self.utf8_bytes += other.utf8_bytes
         self.bad_lines += other.bad_lines
+        self.cuts += other.cuts
         self.blocks += other.blocks
 
     def table(self) -> Iterator[str]:
@@ -66,6 +69,7 @@ class Summary:
             documents = sum(self.documents.values()) if domain == "all" else self.documents[domain]
             size = sum(self.utf8_bytes.values()) if domain == "all" else self.utf8_bytes[domain]
             yield f"{domain[:28]:28}{documents:12,}{tokens:16,}{size / max(1, tokens):13.3f}{tokens / every:9.2%}"
+        yield f"{self.cuts:,} cuts: pieces that go on with a document begun elsewhere"
         if self.bad_lines:
             yield f"{self.bad_lines:,} lines hold no document"
 
