@@ -113,8 +113,3 @@ def write_shard(path: Path, documents: Iterable[str]) -> Path:
         for document in documents:
             frame.write(orjson.dumps({"text": document, "meta": {"pile_set_name": "benchmark"}}) + b"\n")
     return path
-
-
-def json_lines(documents: Sequence[Sequence[str]]) -> list[bytes]:
-    """The lines of all shards, without newlines."""
-    return [orjson.dumps({"text": document}) for shard in documents for document in shard]

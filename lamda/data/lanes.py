@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import orjson
@@ -208,8 +208,3 @@ def _decoded(data: bytes, where: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 ({error})") from error
-
-
-def cursor_to_json(cursor: Cursor) -> dict[str, int]:
-    """A cursor as plain numbers."""
-    return asdict(cursor)
