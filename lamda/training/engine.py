@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 
+import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-import deepspeed
 from lamda.config.schema import Config
 from lamda.data.loader import MicroBatch, Step, batch_digest
 from lamda.distributed import World
