@@ -1,6 +1,8 @@
 # make pretrain   install, then train the tiny LaMDA on this machine's own text (10 minutes on two cores)
 # make test       install, then run the whole test suite
 # make test-long longer suites: runs killed at random on real text (needs LAMDA_TEST_DATA)
+# make faults  two ranks through everything that may befall a run, each once (some 10 minutes)
+# make faults-full  the same in the numbers of docs/reliability.md (some 40 minutes)
 # make lint       ruff and the layers contract
 
 PYTHON ?= python3
@@ -8,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/tiny.yaml
 
-.PHONY: pretrain test test-long lint clean
+.PHONY: pretrain test test-long faults faults-full lint clean
 
 pretrain: $(VENV)/.installed
 	$(BIN)/deepspeed --num_gpus 1 scripts/pretrain.py --config $(CONFIG)
@@ -18,6 +20,12 @@ test: $(VENV)/.installed-dev
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/long
+
+faults: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/faults
+
+faults-full: $(VENV)/.installed-dev
+	LAMDA_FAULTS=full $(BIN)/python -m pytest tests/faults tests/long
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -58,6 +58,11 @@ COMMANDS = {
         "RUN --step S [--row R] [--json]",
         "the documents that a training row came from, and its text",
     ),
+    "supervise": Command(
+        _main_of("lamda.cluster.supervise"),
+        "[--run DIR] -- COMMAND ...",
+        "run a command that trains, and start it again from its last checkpoint when it fails",
+    ),
     "tokenizer train": Command(_train_tokenizer, _CONFIG, "train the run's tokenizer from its training files"),
     "config show": Command(_show_config, _CONFIG, "print the whole configuration that file and flags resolve to"),
 }

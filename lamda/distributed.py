@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lamda.config.errors import UserError
@@ -26,12 +27,17 @@ class ReportedElsewhereError(UserError):
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of the run."""
+    """This process among all of the run.
+
+    launched: whether a launcher started it. ends_at: the scheduler's time limit, in seconds of the epoch.
+    """
 
     rank: int = 0
     local_rank: int = 0
     size: int = 1
     local_size: int = 1
+    launched: bool = False
+    ends_at: float | None = None
 
     @property
     def is_main(self) -> bool:
@@ -48,7 +54,51 @@ def read_world() -> World:
         local_rank=int(variables.get("LOCAL_RANK", 0)),
         size=size,
         local_size=int(variables.get("LOCAL_SIZE") or variables.get("LOCAL_WORLD_SIZE") or size),
+        launched="LOCAL_RANK" in variables,
+        ends_at=float(end) if (end := variables.get("SLURM_JOB_END_TIME")) else None,
     )
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """The processes that started this one: (child, parent) as they were then.
+
+    The parent, and for DeepSpeed the command that the user typed, which started the parent. A run
+    without a launcher belongs to nobody: it may outlive its shell.
+    """
+
+    links: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, world: World) -> Launcher:
+        """The launcher of this process as it is now."""
+        if not world.launched:
+            return cls()
+        parent = os.getppid()
+        links = [(os.getpid(), parent)]
+        if b"deepspeed.launcher.launch" in _command_line(parent):
+            links.append((parent, _parent_of(parent)))
+        return cls(tuple(links))
+
+    def is_gone(self) -> bool:
+        """Whether any of them has ended since (its child then belongs to another process)."""
+        return any(_parent_of(child) != parent for child, parent in self.links)
+
+
+def _parent_of(pid: int) -> int:
+    """The parent's process id, 0 where the process is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text("utf-8")
+    except OSError:
+        return os.getppid() if pid == os.getpid() else 0
+    return int(text.rpartition(")")[2].split()[1])
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def choose_accelerator() -> None:

@@ -1,5 +1,9 @@
-"""The one exception that means: the user can mend this."""
+"""Errors that are told without a traceback."""
 
 
 class UserError(Exception):
-    """A user's mistake, told as what, where and what to do; entry points print it and exit with 2."""
+    """Something that the user can mend: what is wrong, where, and what to do (exit code 2)."""
+
+
+class RunError(Exception):
+    """A run that cannot go on, through no mistake of the user's: what happened, and what is safe (exit code 1)."""

@@ -34,6 +34,15 @@ class RunConfig(Section):
     threads: Positive | None = Field(
         None, description="CPU threads a rank; default: the cores that this process may use / local ranks"
     )
+    hang_seconds: float = Field(
+        600, gt=0, description="a rank that shows no progress for so long ends the run, with its stacks in RUN/hang"
+    )
+    stop_before_end: float = Field(
+        180, ge=0, description="seconds before the scheduler's time limit at which the run saves and leaves"
+    )
+    compare_every: Positive | None = Field(
+        200, description="steps between comparisons of the ranks' weights, which must be the same to the last bit"
+    )
 
 
 class ModelConfig(Section):
@@ -51,6 +60,11 @@ class ModelConfig(Section):
         description="a relative-bias table a layer (as Google's own 137B shape) or one shared by all (as T5)",
     )
     weights: str | None = Field(None, description="start from this model.safetensors, weights alone")
+
+    @property
+    def dimensions(self) -> dict[str, int | bool]:
+        """What weights must agree with: every key but those that say where weights come from."""
+        return self.model_dump(exclude={"preset", "weights"})
 
     @model_validator(mode="before")
     @classmethod
@@ -127,6 +141,14 @@ class TrainConfig(Section):
     decay_fraction: float = Field(0.2, ge=0, le=1, description="last part of the run in which wsd decays")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate of cosine and wsd / peak")
     z_loss: float = Field(1e-4, ge=0, description="weight of the squared log-partition, kept out of `loss`")
+    max_bad_steps: Positive = Field(
+        10, description="refused steps in a row (loss or gradient not finite) before the run goes back"
+    )
+    spike_threshold: float | None = Field(
+        None, gt=0, description="robust z-score of a loss that makes the run go back; default: never for a finite loss"
+    )
+    spike_window: int = Field(128, ge=8, description="finite losses before it that a loss is judged by")
+    rollbacks: int = Field(3, ge=0, description="how often the run may go back and jump over the samples in between")
 
     @field_validator("tokens")
     @classmethod
@@ -156,6 +178,7 @@ class CheckpointConfig(Section):
 
     every: Positive = Field(500, description="steps between checkpoints; the last step always has one")
     keep: Positive = Field(3, description="newest checkpoints that stay")
+    keep_every: Positive | None = Field(None, description="checkpoints of steps that this divides stay for good")
     resume: str = Field(
         "auto",
         description="auto (newest valid one, else start), required, never (refused where a run is), or a "
@@ -177,6 +200,9 @@ class WandbConfig(Section):
     project: str = Field("lamda", description="W&B project")
     entity: str | None = Field(None, description="W&B user or team; default: the account's own")
     name: str | None = Field(None, description="display name; default: the run directory's name")
+    checkpoints: Literal["none", "reference", "upload"] = Field(
+        "none", description="checkpoints as artifacts: not at all, by their address, or with their files"
+    )
 
 
 class DeepSpeedConfig(Section):

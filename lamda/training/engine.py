@@ -6,7 +6,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 
@@ -35,13 +35,14 @@ class StepResult:
     """A step's figures, still on the device: reading them waits for the step to end.
 
     sums: [2, domains] float64, nats and targets of all ranks by domain. rows: [B, 32] int32, the sha256
-    of each row in global order.
+    of each row in global order. signals: float64, the sums of the ranks' own numbers.
     """
 
     sums: torch.Tensor
     rows: torch.Tensor
     grad_norm: float | torch.Tensor
     updated: bool
+    signals: torch.Tensor
 
     def loss(self) -> float:
         """Cross-entropy in nats a target, over all ranks."""
@@ -82,11 +83,19 @@ class Engine:
         """The module that computes."""
         return self.deepspeed.module
 
-    def step(self, batch: Step, *, learning_rate: float) -> StepResult:
+    def step(
+        self,
+        batch: Step,
+        *,
+        learning_rate: float,
+        signals: tuple[int, ...] = (),
+        at: Callable[[str, torch.Tensor | None], None] = lambda point, tensor: None,
+    ) -> StepResult:
         """Forward, backward and update over this rank's micro-batches.
 
         The loss is the sum over targets divided by the global number of targets; it is scaled by the
-        number of ranks, because DeepSpeed averages gradients over them.
+        number of ranks, because DeepSpeed averages gradients over them. signals: numbers of this rank
+        whose sums over the ranks come with the result. at: told of each moment of the step.
         """
         set_learning_rate(self.deepspeed.optimizer, learning_rate)
         parts = [_Part.of(micro_batch, self.device) for micro_batch in batch.micro_batches]
@@ -94,18 +103,24 @@ class Engine:
         dist.all_reduce(targets)
         sums = torch.zeros(2, self.domains, dtype=torch.float64, device=self.device)
         for part in parts:
+            at("forward", None)
             nats_BL, partition_BL = token_losses(self.deepspeed(part.inputs_BL, part.documents_BL), part.targets_BL)
             losses_BL = nats_BL + self.config.train.z_loss * partition_BL.square()
             loss = (losses_BL * part.scored_BL).sum() * (self.world.size / targets)
-            self.deepspeed.backward(loss, scale_wrt_gas=False)
+            at("loss", loss)
+            self.deepspeed.backward(_or_nan(loss), scale_wrt_gas=False)
+            at("backward", None)
             own_norm = self._clip_and_refuse() if self._is_unguarded else None
             self.deepspeed.step()
             sums += part.sums(nats_BL.detach(), domains=self.domains)
-        dist.all_reduce(sums)
+        at("update", next(self.model.parameters()))
+        summed = torch.cat([sums.flatten(), torch.tensor(signals, dtype=sums.dtype, device=self.device)])
+        dist.all_reduce(summed)
+        sums, told = summed[: sums.numel()].view_as(sums), summed[sums.numel() :]
         if own_norm is not None:
-            return StepResult(sums, self._rows(batch), own_norm, updated=bool(torch.isfinite(own_norm)))
+            return StepResult(sums, self._rows(batch), own_norm, bool(torch.isfinite(own_norm)), told)
         norm = self.deepspeed.get_global_grad_norm()
-        return StepResult(sums, self._rows(batch), norm, updated=self.deepspeed.was_step_applied())
+        return StepResult(sums, self._rows(batch), norm, self.deepspeed.was_step_applied(), told)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -121,16 +136,17 @@ class Engine:
         with deepspeed.zero.GatheredParameters(list(parameters)) if self.stage == 3 else nullcontext():
             yield
 
-    def plain_weights(self) -> dict[str, torch.Tensor]:
-        """On rank 0 the weights that the model computes with, by plain name, on the CPU; gathered one at a time."""
-        weights: dict[str, torch.Tensor] = {}
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """On rank 0 the weights that the model computes with, by plain name; gathered one at a time at stage 3.
+
+        A view is valid until the next one is asked for. Every rank goes through the whole iteration.
+        """
         for name, parameter in self.model.named_parameters():
             with self.whole(parameter):
                 if self.world.is_main:
-                    flat = parameter.detach().reshape(-1).cpu()
+                    flat = parameter.detach().reshape(-1)
                     for plain in plain_slices(self.config.model)[name]:
-                        weights[plain.name] = flat[plain.start : plain.start + plain.numel].view(plain.shape).clone()
-        return weights
+                        yield plain.name, flat[plain.start : plain.start + plain.numel].view(plain.shape)
 
     def publish_weights(self) -> None:
         """Bring filled fp32 weights into the parameters that the model computes with."""
@@ -153,6 +169,11 @@ class Engine:
         if not torch.isfinite(norm):
             self.model.zero_grad(set_to_none=True)
         return norm
+
+
+def _or_nan(loss: torch.Tensor) -> torch.Tensor:
+    """The loss, with a gradient of NaN where it is not finite: so the step is refused on all ranks."""
+    return loss * torch.where(torch.isfinite(loss), 1.0, math.nan)
 
 
 @dataclass(frozen=True)

@@ -1,80 +1,83 @@
-"""The training loop: fetch, step, log, evaluate, save."""
+"""The training loop: fetch, step, log, evaluate, save; and go back, or leave, where that is called for."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from lamda.config.help import to_yaml
+from lamda.config.errors import RunError
 from lamda.config.schema import Config
 from lamda.data.held_out import HeldOut
 from lamda.data.loader import Loader, Step, merge_cursors
 from lamda.data.quarantine import write_first
-from lamda.distributed import World, gather
-from lamda.model.counts import flops_per_token
+from lamda.distributed import World, broadcast, gather, on_main
 from lamda.model.loss import token_nats
-from lamda.training import checkpoint
-from lamda.training.engine import Engine, StepResult
+from lamda.training import checkpoint, faults, manifest
+from lamda.training.comparison import odd_ranks
+from lamda.training.engine import Engine
 from lamda.training.evaluation import Scores, evaluate
-from lamda.training.metrics import peak_flops
+from lamda.training.health import Health, Trouble
+from lamda.training.metrics import read_metrics
+from lamda.training.report import SilentReport
+from lamda.training.row import FinishedStep
 from lamda.training.run_directory import RunDirectory
+from lamda.training.saving import Saved, Saver
 from lamda.training.schedule import learning_rate
 from lamda.training.state import RunState
-
-OTHER = "other"
-"""Stands for all domains whose names were not known at the start."""
-
-Report = Callable[[dict[str, Any]], None]
-"""Takes a finished step's row of metrics."""
+from lamda.training.stopping import StopRequests
+from lamda.training.watchdog import Watchdog
 
 
 @dataclass
 class Run:
-    """A run in progress: its parts, and the state that the next checkpoint saves."""
+    """A run in progress: its parts, and the state that the next checkpoint saves.
+
+    stopped: why the run left before its end. scores: the last evaluation.
+    """
 
     config: Config
     world: World
     directory: RunDirectory
     engine: Engine
-    loader: Loader
+    open_loader: Callable[[RunState], Loader]
     held_out: HeldOut | None
     domains: tuple[str, ...]
+    saver: Saver
+    requests: StopRequests
+    watchdog: Watchdog
+    report: SilentReport
     state: RunState
+    scores: Scores | None = None
+    stopped: str | None = None
+    _health: Health = field(init=False)
+    _stop_is_agreed: bool = False
+    _stalled: float = 0.0
 
-    def train(self, report: Report, *, notice: Callable[[str], None]) -> Scores | None:
-        """Go on to the last step. `report` gets each step's metrics once the next one is under way.
+    def train(self) -> None:
+        """Go on to the last step, or to where the run was asked to stop; either way a checkpoint holds it all.
 
-        Returns the last evaluation, of all held-out text, where there is any.
+        Raises RunError where that cannot be.
         """
-        pending: _Pending | None = None
-        scores: Scores | None = None
-        for batch, waited, began in _timed(self.loader, steps=self.config.steps - self.state.step):
-            current = self._step(batch, waited=waited, began=began)
-            if pending is not None:
-                report(pending.row())
-            pending = current
-            if self._evaluation_is_due():
-                scores = self.evaluate()
-                pending.more = scores.metrics()
-            if self._checkpoint_is_due():
-                report(pending.row())
-                pending = None
-                notice(f"saved {self.save()}")
-        return scores
+        self._health = self._history()
+        while not self._is_last and self.stopped is None:
+            with self.open_loader(self.state) as loader:
+                trouble = self._go_on(loader)
+            if trouble is not None:
+                self._go_back(trouble)
 
     def evaluate(self) -> Scores:
         """Score the held-out text: all of it at the last step, the first `eval.batches` batches before."""
         rows = None if self._is_last else self.config.eval.batches * self.config.train.global_batch_size
 
         def nats(inputs_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
+            self._at("evaluate")
             return token_nats(self.engine.deepspeed(inputs_BL), targets_BL)
 
         with self.engine.evaluating():
@@ -89,40 +92,148 @@ class Run:
                 total=self._total,
             )
 
-    def save(self) -> str:
-        """Write a checkpoint of this step and return its path."""
-        cursors = merge_cursors(gather(self.loader.cursors(self.state.consumed)))
-        quarantined = gather(self.loader.quarantined())
-        if self.world.is_main:
-            write_first(self.directory.quarantine, chain.from_iterable(quarantined))
-        path = checkpoint.save(
-            self.directory.checkpoints,
-            engine=self.engine,
-            state=replace(self.state, cursors=cursors),
-            keep=self.config.checkpoint.keep,
-            config_yaml=to_yaml(self.config),
-            tokenizer=self.directory.tokenizer,
-        )
-        return str(path)
+    def _go_on(self, loader: Loader) -> Trouble | None:
+        """Train until the end, a stop, or trouble. A step's figures are read while the next one is computed."""
+        pending: FinishedStep | None = None
+        for batch, waited, began in self._batches(loader):
+            current = self._step(batch, waited=waited, began=began)
+            if pending is not None and (trouble := self._close(pending)):
+                return trouble
+            pending = current
+            self._compare()
+            if self._evaluation_is_due:
+                self.scores = self.evaluate()
+                pending.more = self.scores.metrics()
+            if self._checkpoint_is_due or self._stop_is_agreed:
+                if trouble := self._close(pending):
+                    return trouble
+                pending = None
+                self._save(loader, wait=self._is_last or self._stop_is_agreed)
+            if self._stop_is_agreed and not self._is_last:
+                self.stopped = next(filter(None, gather(self.requests.reason())), "asked to stop")
+                return None
+        return None
 
-    def _step(self, batch: Step, *, waited: float, began: float) -> _Pending:
+    def _step(self, batch: Step, *, waited: float, began: float) -> FinishedStep:
         config = self.config
         rate = learning_rate(self.state.step + 1, train=config.train, steps=config.steps)
-        result = self.engine.step(batch, learning_rate=rate)
+        signals = (int(self.requests.reason() is not None), self.saver.settled)
+        result = self.engine.step(batch, learning_rate=rate, signals=signals, at=self._at)
         rows = config.train.global_batch_size
         self.state = self.state.after(
             consumed=batch.consumed, rows=rows, targets=rows * config.data.sequence_length, updated=result.updated
         )
-        return _Pending(self, self.state, result, rate, waited, time.monotonic() - began)
+        stalled, self._stalled = self._stalled, 0.0
+        return FinishedStep(
+            self.state, result, rate=rate, waited=waited, stalled=stalled, seconds=time.monotonic() - began
+        )
+
+    def _close(self, finished: FinishedStep) -> Trouble | None:
+        """Read a step's figures, tell them, and do what the ranks have agreed on with them."""
+        row = finished.row(self.config, self.domains, device=self.engine.device, ranks=self.world.size)
+        self.report.row(row)
+        self._at("report", step=finished.state.step)
+        stops, settled = finished.signals()
+        self._stop_is_agreed |= stops > 0
+        self._tell(self.saver.advance(settled))
+        trouble = self._health.judge(row["loss"], refused=not finished.result.updated)
+        if trouble is None or (obstacle := self._obstacle()) is None:
+            return trouble
+        if trouble.is_fatal:
+            raise RunError(f"step {row['step']}: {trouble.text}, and the run cannot go back: {obstacle}")
+        self.report.warn("loss spike", f"step {row['step']}: {trouble.text}; the run goes on, for {obstacle}")
+        return None
+
+    def _save(self, loader: Loader, *, wait: bool) -> None:
+        """Save this step in the background, or now. Raises RunError where a save that is waited for fails."""
+        began = time.monotonic()
+        cursors = merge_cursors(gather(loader.cursors(self.state.consumed)))
+        quarantined = gather(loader.quarantined())
+        if self.world.is_main:
+            write_first(self.directory.quarantine, chain.from_iterable(quarantined))
+        self._tell(self.saver.finish())
+        ended = self.saver.begin(replace(self.state, cursors=cursors)) or (self.saver.finish() if wait else None)
+        self._stalled += time.monotonic() - began
+        self._tell(ended)
+        if wait and ended.problem is not None:
+            raise RunError(f"the last checkpoint could not be written: {ended.problem}. {_ADVICE}")
+
+    def _go_back(self, trouble: Trouble) -> None:
+        """Return to the last checkpoint; the samples from there to here are never used again."""
+        path = manifest.find_valid(self.directory.checkpoints, world=self.world)
+        there, here = RunState.read(path / "run_state.json"), self.state
+        window = (there.consumed, here.consumed)
+        on_main(self.world, lambda: self.directory.note_skipped(window, step=here.step, reason=trouble.text))
+        checkpoint.load(path, engine=self.engine)
+        self.state = replace(
+            there, skipped=(*here.skipped, window), rollbacks=here.rollbacks + 1, wandb_id=here.wandb_id
+        )
+        self.report.rewind(there.step)
+        self.report.warn(
+            "went back",
+            f"step {here.step}: {trouble.text}; back to {path.name}, without samples {window[0]} to {window[1] - 1} "
+            f"(time {self.state.rollbacks} of {self.config.train.rollbacks})",
+        )
+        self._health = self._history()
+
+    def _obstacle(self) -> str | None:
+        """Why the run cannot go back, if it cannot."""
+        if self.state.rollbacks >= self.config.train.rollbacks:
+            return f"train.rollbacks is {self.config.train.rollbacks}"
+        self._tell(self.saver.finish())
+        there = on_main(self.world, lambda: bool(manifest.complete(self.directory.checkpoints)))
+        return None if there else "there is no checkpoint yet"
+
+    def _history(self) -> Health:
+        """The run's health by the rows so far, the same on every rank."""
+        rows = read_metrics(self.directory.metrics) if self.world.is_main else []
+        return Health(self.config.train, broadcast([(row["loss"], row["skipped_steps"]) for row in rows]))
+
+    def _compare(self) -> None:
+        every = self.config.run.compare_every
+        if every is not None and self.state.step % every == 0 and (odd := odd_ranks(self.engine)):
+            raise RunError(
+                f"step {self.state.step}: the weights of rank {', '.join(map(str, odd))} of {self.world.size} are not "
+                f"what the optimiser computed: memory or a device is faulty. {_ADVICE}"
+            )
+
+    def _tell(self, saved: Saved | None) -> None:
+        if saved is None:
+            return
+        if saved.problem is None:
+            self.report.saved(saved.path)
+        else:
+            self.report.warn(
+                "checkpoint failed",
+                f"checkpoint of step {saved.step}: {saved.problem}; training goes on, the last complete one is safe, "
+                "and the next save tries again",
+            )
+
+    def _at(self, point: str, tensor: torch.Tensor | None = None, *, step: int | None = None) -> None:
+        """Every moment of a step passes here: the watchdog sees progress, a test puts its faults."""
+        step = step or self.state.step + 1
+        self.watchdog.mark(point, step=step)
+        faults.reach(point, rank=self.world.rank, step=step, tensor=tensor)
+
+    def _batches(self, loader: Loader) -> Iterator[tuple[Step, float, float]]:
+        """Batches with the seconds that they were waited for, and when the waiting began."""
+        batches = iter(loader)
+        while not self._is_last:
+            self._at("fetch")
+            began = time.monotonic()
+            batch = next(batches)
+            yield batch, time.monotonic() - began, began
 
     @property
     def _is_last(self) -> bool:
-        return self.state.step == self.config.steps
+        return self.state.step >= self.config.steps
 
+    @property
     def _evaluation_is_due(self) -> bool:
         every = self.config.eval.every
         return self.held_out is not None and (self._is_last or (every is not None and self.state.step % every == 0))
 
+    @property
     def _checkpoint_is_due(self) -> bool:
         return self._is_last or self.state.step % self.config.checkpoint.every == 0
 
@@ -132,56 +243,4 @@ class Run:
         return tensor.cpu().numpy()
 
 
-@dataclass
-class _Pending:
-    """A step that may still be computed; `row` waits for it."""
-
-    run: Run
-    state: RunState
-    result: StepResult
-    rate: float
-    waited: float
-    seconds: float
-    more: dict[str, float] | None = None
-
-    def row(self) -> dict[str, Any]:
-        """This step's line in metrics.jsonl."""
-        config, device = self.run.config, self.result.sums.device
-        tokens_per_second = config.train.global_batch_size * config.data.sequence_length / self.seconds
-        flops = tokens_per_second * flops_per_token(config.model, config.data.sequence_length) / self.run.world.size
-        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        return {
-            "step": self.state.step,
-            "loss": self.result.loss(),
-            "lr": self.rate,
-            "grad_norm": float(self.result.grad_norm),
-            "tokens": self.state.tokens,
-            "samples": self.state.samples,
-            "tokens_per_second": tokens_per_second,
-            "model_flops_per_second": flops,
-            "mfu": flops / peak if peak else None,
-            "step_seconds": self.seconds,
-            "data_wait_seconds": self.waited,
-            "skipped_steps": self.state.step - self.state.updates,
-            "batch_digest": self.result.batch_digest(),
-            **self._domains(),
-            **(self.more or {}),
-        }
-
-    def _domains(self) -> dict[str, float]:
-        """`loss/<domain>` and `tokens/<domain>` of this step, where there is more than one domain."""
-        names = [*self.run.domains, OTHER]
-        parts = {name: part for name, part in zip(names, self.result.by_domain(), strict=True) if part[1]}
-        if len(self.run.domains) < 2:
-            return {}
-        losses = {f"loss/{name}": loss for name, (loss, _) in parts.items()}
-        return losses | {f"tokens/{name}": targets for name, (_, targets) in parts.items()}
-
-
-def _timed(loader: Loader, *, steps: int) -> Iterator[tuple[Step, float, float]]:
-    """Batches with the seconds that they were waited for, and when the waiting began."""
-    batches = iter(loader)
-    for _ in range(steps):
-        began = time.monotonic()
-        batch = next(batches)
-        yield batch, time.monotonic() - began, began
+_ADVICE = "The checkpoints before it are complete; the same command goes on from the newest"

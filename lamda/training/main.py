@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from lamda.config.batches import micro_batches_per_rank
-from lamda.config.errors import UserError
+from lamda.config.errors import RunError, UserError
 from lamda.config.loading import load_config, wants_help
 from lamda.config.schema import Config
 from lamda.distributed import ReportedElsewhereError, World, choose_accelerator, read_world
@@ -14,7 +14,11 @@ from lamda.training import deepspeed_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run pre-training; returns the exit code (0 done, 2 a user's mistake, 130 interrupted)."""
+    """Run pre-training; returns the exit code.
+
+    0 finished, 75 stopped when asked to, everything saved (`RUN/status.json` says the same), 1 failed, 2 a
+    user's mistake, 76 hung (`lamda.training.watchdog`), 130 interrupted at once.
+    """
     world = read_world()
     arguments = sys.argv[1:] if argv is None else argv
     try:
@@ -28,12 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lamda.training.pretraining import pretrain
 
     try:
-        pretrain(config, world)
+        return pretrain(config, world)
     except UserError as error:
         return _tell(error, quiet=isinstance(error, ReportedElsewhereError))
+    except RunError as error:
+        _tell(error, quiet=not world.is_main)
+        return 1
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def _check_early(config: Config, world: World) -> None:
@@ -49,7 +55,11 @@ def _print_help() -> int:
     return 0
 
 
-def _tell(error: UserError, *, quiet: bool) -> int:
+def _tell(error: Exception, *, quiet: bool) -> int:
     if not quiet:
         print(error, file=sys.stderr, flush=True)
     return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,7 +12,9 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lamda.config.errors import UserError
 from lamda.distributed import World, gather, on_main
@@ -24,27 +26,57 @@ MANIFEST = "manifest.json"
 
 
 def make_fresh(temporary: Path) -> None:
-    """An empty folder at `temporary`; what a crash left there goes."""
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{temporary}: cannot be made ({error.strerror})") from error
+    """An empty folder at `temporary`; what a crash left there goes. Raises OSError."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
 
 
-def commit(temporary: Path, final: Path, manifest: dict[str, object], *, keep: int) -> None:
-    """Turn the written files into the newest checkpoint, then prune to the `keep` newest. Raises UserError."""
-    try:
-        (temporary / MANIFEST).write_text(_sealed(manifest), "utf-8")
-        sync_and_describe(temporary / MANIFEST)
-        sync_folder(temporary)
-        temporary.rename(final)
-        sync_folder(final.parent)
-        replace_text(final.parent / "LATEST", final.name)
-        for old in complete(final.parent)[:-keep]:
-            shutil.rmtree(old)
-    except OSError as error:
-        raise UserError(f"checkpoint {final}: cannot be completed ({error})") from error
+def commit(
+    temporary: Path,
+    final: Path,
+    manifest: dict[str, object],
+    *,
+    keep: int,
+    keep_every: int | None = None,
+    at: Callable[[str], None] = lambda point: None,
+) -> None:
+    """Turn the written files into the newest checkpoint, then prune.
+
+    The `keep` newest stay, and those of steps that `keep_every` divides. at: told of each moment in
+    between. Raises OSError.
+    """
+    (temporary / MANIFEST).write_text(_sealed(manifest), "utf-8")
+    sync_and_describe(temporary / MANIFEST)
+    sync_folder(temporary)
+    at("commit.manifest")
+    temporary.rename(final)
+    sync_folder(final.parent)
+    at("commit.renamed")
+    replace_text(final.parent / "LATEST", final.name)
+    at("commit.latest")
+    for old in complete(final.parent)[:-keep]:
+        if keep_every is None or step_of(old) % keep_every:
+            remove(old)
+    at("commit.pruned")
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint; one that is half deleted no longer has a checkpoint's name."""
+    doomed = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a crash left of checkpoints that were being written or deleted."""
+    for leftover in folder.glob(".step-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("step-"))
 
 
 def sync_and_describe(file: Path) -> dict[str, str | int]:
@@ -81,22 +113,27 @@ def complete(folder: Path) -> list[Path]:
 
 def verify(path: Path, *, world: World) -> str | None:
     """What is wrong with a checkpoint, or None. The ranks share the work of hashing."""
+    found = problem_of(path, part=world.rank, parts=world.size)
+    return next((problem for problem in gather(found) if problem is not None), None)
+
+
+def problem_of(path: Path, *, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint, or None, by the `part`-th of every `parts` of its files."""
     try:
         text = (path / MANIFEST).read_text("utf-8")
         manifest = json.loads(text)
         del manifest["sha256"]
         entries = sorted(manifest["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        found = f"{MANIFEST} cannot be read ({error})"
-    else:
-        mine = (problem for name, entry in entries[world.rank :: world.size] if (problem := _check(path, name, entry)))
-        found = next(mine, None) if text == _sealed(manifest) else f"{MANIFEST} has changed since it was written"
-    return next((problem for problem in gather(found) if problem is not None), None)
+        return f"{MANIFEST} cannot be read ({error})"
+    if text != _sealed(manifest):
+        return f"{MANIFEST} has changed since it was written"
+    return next((problem for name, entry in entries[part::parts] if (problem := _check(path, name, entry))), None)
 
 
-def model_of(path: Path) -> dict[str, int | bool]:
-    """The model's dimensions that a checkpoint was made with."""
-    return json.loads((path / MANIFEST).read_text("utf-8"))["model"]
+def read(path: Path) -> dict[str, Any]:
+    """The manifest of a verified checkpoint."""
+    return json.loads((path / MANIFEST).read_text("utf-8"))
 
 
 def _sealed(manifest: dict[str, object]) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from lamda.training.run_directory import replace_text
+
+log = logging.getLogger(__name__)
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 """Dense bf16 peaks by a part of the device's name, from the makers' data sheets."""
@@ -20,11 +23,16 @@ def peak_flops(device_name: str) -> float | None:
 
 
 class MetricsFile:
-    """Appends finished steps; what a resume made void has moved to metrics.discarded.jsonl."""
+    """Appends finished steps; what a resume made void has moved to metrics.discarded.jsonl.
+
+    A row that the disk does not take is kept and written before the next one.
+    """
 
     def __init__(self, path: Path, *, discarded: Path, step: int) -> None:
+        self._path, self._discarded = path, discarded
+        self._waiting = b""
         _discard_after(step, path, discarded)
-        self._stream = path.open("a", encoding="utf-8")
+        self._stream = path.open("ab", buffering=0)
 
     def __enter__(self) -> MetricsFile:
         return self
@@ -32,6 +40,7 @@ class MetricsFile:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._flush()
         self._stream.close()
 
     def write(self, row: dict[str, Any]) -> None:
@@ -39,8 +48,23 @@ class MetricsFile:
         finite = {
             key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()
         }
-        self._stream.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._stream.flush()
+        self._waiting += json.dumps(finite, allow_nan=False).encode() + b"\n"
+        self._flush()
+
+    def rewind(self, step: int) -> None:
+        """Make the rows after `step` void."""
+        self._flush()
+        self._stream.close()
+        self._waiting = b""
+        _discard_after(step, self._path, self._discarded)
+        self._stream = self._path.open("ab", buffering=0)
+
+    def _flush(self) -> None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._stream.write(self._waiting) :]
+        except OSError as error:
+            log.warning("%s: a row waits for the disk (%s)", self._path, error.strerror)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

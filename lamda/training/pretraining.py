@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,25 +26,32 @@ from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
 from lamda.distributed import World
 from lamda.inference.generation import generate
-from lamda.training import checkpoint
+from lamda.training import checkpoint, manifest
 from lamda.training.engine import Engine
-from lamda.training.evaluation import Scores, held_out_bytes, table
+from lamda.training.evaluation import held_out_bytes, table
 from lamda.training.loop import Run
-from lamda.training.metrics import MetricsFile
 from lamda.training.progress import TrainingProgress
+from lamda.training.report import MainReport, SilentReport
 from lamda.training.resume import choose_start
 from lamda.training.run_directory import RunDirectory
+from lamda.training.saving import Saver
 from lamda.training.state import RunState
-from lamda.training.wandb_mirror import WandbMirror
+from lamda.training.stopping import STOP_EXIT, StopRequests
+from lamda.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
+STOP_PATIENCE = 20.0
+"""Seconds without progress after a signal: then another rank is dead, and a launcher kills after 30."""
 COMPARED_BYTES = 32_000_000
 """Held-out text up to this size is also compressed, to set the bits per byte beside something known."""
 
 
-def pretrain(config: Config, world: World) -> None:
-    """Train `config` to its end, from wherever the run directory stands. Raises UserError."""
+def pretrain(config: Config, world: World) -> int:
+    """Train `config` to its end, or until asked to stop, from wherever the run directory stands.
+
+    Returns the exit code: 0 finished, 75 stopped with everything saved. Raises UserError and RunError.
+    """
     directory = RunDirectory(Path(config.run.dir))
     device = distributed.start(world, threads=config.run.threads)
     with ExitStack() as stack:
@@ -53,19 +60,27 @@ def pretrain(config: Config, world: World) -> None:
         if world.is_main:
             _log_to(directory.log)
         distributed.on_main(world, lambda: stack.enter_context(directory.lock()) and None)
+        distributed.on_main(world, lambda: manifest.sweep(directory.checkpoints))
         start = choose_start(config, directory, world)
         if start.state.step >= config.steps:
             if world.is_main:
                 print(f"{directory.path}: finished, {start.state.step} steps; raise train.steps to go on")
-            return
+            return 0
         text = _open_text(config, directory, world)
         state = start.check_data(fingerprint(text.corpus, config, text.tokenizer))
+        began = time.time()
         try:
-            _run(config, world, directory, device, start.path, state, text)
+            return _run(config, world, directory, device, start.path, state, text)
         except BaseException as error:
-            if world.is_main:
-                directory.write_status("failed", reason=f"{type(error).__name__}: {error}")
+            _tell_failure(directory, f"rank {world.rank}: {type(error).__name__}: {error}", since=began)
             raise
+
+
+def _tell_failure(directory: RunDirectory, reason: str, *, since: float) -> None:
+    """Write why the run failed; any rank may. The first failure stays: the others follow from it."""
+    told = directory.read_status()
+    if told.get("status") != "failed" or told["time"] < since:
+        directory.write_status("failed", reason=reason)
 
 
 @dataclass(frozen=True)
@@ -105,65 +120,75 @@ def _run(
     checkpoint_path: Path | None,
     state: RunState,
     text: _Text,
-) -> None:
+) -> int:
     engine = Engine(config, world=world, device=device, domains=len(text.domains) + 1)
     if checkpoint_path is not None:
         checkpoint.load(checkpoint_path, engine=engine)
     elif config.model.weights is not None:
         checkpoint.load_weights_alone(Path(config.model.weights), engine=engine)
     if world.is_main:
-        (directory.path / "config.yaml").write_text(to_yaml(config), "utf-8")
+        directory.config.write_text(to_yaml(config), "utf-8")
         directory.write_status("running", step=state.step, steps=config.steps)
+    began = time.time()
     with ExitStack() as stack:
-        loader = stack.enter_context(_loader(config, world, text, state))
         progress = stack.enter_context(TrainingProgress(done=state.step, steps=config.steps, visible=world.is_main))
         if checkpoint_path is not None:
             progress.say(f"going on from {checkpoint_path}")
-        report = _Reporter(config, world, directory, state, progress, stack)
+        report = SilentReport()
+        if world.is_main:
+            report = stack.enter_context(MainReport(config, directory, state, progress))
+        watchdog = stack.enter_context(
+            Watchdog(
+                directory.heartbeats,
+                world=world,
+                seconds=config.run.hang_seconds,
+                tell=lambda verdict: _tell_hang(directory, verdict, since=began),
+            )
+        )
+        requests = stack.enter_context(
+            StopRequests(
+                directory.stop,
+                world=world,
+                margin=config.run.stop_before_end,
+                hurry=lambda: watchdog.hurry(STOP_PATIENCE),
+            )
+        )
         run = Run(
             config=config,
             world=world,
             directory=directory,
             engine=engine,
-            loader=loader,
+            open_loader=lambda state: _loader(config, world, text, state),
             held_out=_held_out(config, text.tokenizer),
             domains=text.domains,
+            saver=Saver(directory.checkpoints, engine=engine, tokenizer=directory.tokenizer),
+            requests=requests,
+            watchdog=watchdog,
+            report=report,
             state=replace(state, wandb_id=report.wandb_id),
         )
-        scores = run.train(report, notice=progress.say)
-        _finish(run, scores, text.tokenizer, progress)
-        if world.is_main:
-            directory.write_status("finished", step=run.state.step, steps=config.steps)
+        run.train()
+        return _leave(run, text.tokenizer, progress)
 
 
-class _Reporter:
-    """Sends a finished step's row to the file, the mirror and the eye; on rank 0 alone."""
+def _leave(run: Run, tokenizer: Tokenizer, progress: TrainingProgress) -> int:
+    """Show what came out, tell how the run ended, and return its exit code."""
+    stopped, steps = run.stopped, {"step": run.state.step, "steps": run.config.steps}
+    if stopped is None:
+        _finish(run, tokenizer, progress)
+    else:
+        progress.say(f"stopped after step {run.state.step}, all of it saved: {stopped}; the same command goes on")
+    run.requests.obeyed()
+    if run.world.is_main and stopped is None:
+        run.directory.write_status("finished", **steps)
+    elif run.world.is_main:
+        run.directory.write_status("preempted", **steps, reason=stopped)
+    return 0 if stopped is None else STOP_EXIT
 
-    def __init__(
-        self,
-        config: Config,
-        world: World,
-        directory: RunDirectory,
-        state: RunState,
-        progress: TrainingProgress,
-        stack: ExitStack,
-    ) -> None:
-        self._progress = progress
-        self._file = self._mirror = None
-        self.wandb_id = state.wandb_id
-        if world.is_main:
-            self._file = stack.enter_context(
-                MetricsFile(directory.metrics, discarded=directory.discarded_metrics, step=state.step)
-            )
-            self._mirror = WandbMirror(config, folder=directory.path, run_id=state.wandb_id, step=state.step)
-            self.wandb_id = self._mirror.run_id
-            stack.callback(self._mirror.finish)
 
-    def __call__(self, row: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(row)
-            self._mirror.log(row)
-            self._progress.show(row)
+def _tell_hang(directory: RunDirectory, verdict: str, *, since: float) -> None:
+    log.error("the run hangs and ends: %s; stacks are in %s", verdict, directory.path / "hang")
+    _tell_failure(directory, verdict, since=since)
 
 
 def _loader(config: Config, world: World, text: _Text, state: RunState) -> Loader:
@@ -200,10 +225,10 @@ def _held_out(config: Config, tokenizer: Tokenizer) -> HeldOut | None:
     return HeldOut(sources, tokenizer, config.data.sequence_length) if sources else None
 
 
-def _finish(run: Run, scores: Scores | None, tokenizer: Tokenizer, progress: TrainingProgress) -> None:
+def _finish(run: Run, tokenizer: Tokenizer, progress: TrainingProgress) -> None:
     """Show the last evaluation, a sample, and where everything is."""
-    if scores is not None:
-        for line in table(scores.report()):
+    if run.scores is not None:
+        for line in table(run.scores.report()):
             progress.say(line)
         if run.world.is_main and (text := held_out_bytes(run.held_out, limit=COMPARED_BYTES)):
             others = ", ".join(f"{name} {bits:.4f}" for name, bits in compressed_bits_per_byte(text).items())
@@ -244,7 +269,9 @@ def _log_to(path: Path) -> None:
     """Warnings go to the console and to train.log."""
     formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     root = logging.getLogger("lamda")
-    for handler in (logging.FileHandler(path, encoding="utf-8"), logging.StreamHandler(sys.stderr)):
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.handleError = lambda record: None  # a disk that takes no more: the console has said it
+    for handler in (file, logging.StreamHandler(sys.stderr)):
         handler.setFormatter(formatter)
         root.addHandler(handler)
     root.setLevel(logging.INFO)

@@ -53,7 +53,7 @@ def choose_start(config: Config, directory: RunDirectory, world: World) -> Start
     if path is None:
         return Start(None, RunState())
     on_main(world, lambda: _check_model(config, path))
-    return Start(path, RunState.read(path / "run_state.json"))
+    return Start(path, _with_noted_windows(RunState.read(path / "run_state.json"), directory))
 
 
 def _check_wish(config: Config, directory: RunDirectory) -> None:
@@ -75,8 +75,8 @@ def _check_wish(config: Config, directory: RunDirectory) -> None:
 
 
 def _check_model(config: Config, path: Path) -> None:
-    wanted = config.model.model_dump(exclude={"preset", "weights"})
-    there = manifest.model_of(path)
+    wanted = config.model.dimensions
+    there = manifest.read(path)["model"]
     told = [
         f"{key} is {there.get(key)}, the configuration says {value}"
         for key, value in wanted.items()
@@ -86,6 +86,13 @@ def _check_model(config: Config, path: Path) -> None:
         raise UserError(
             f"{path} is a checkpoint of another model: {'; '.join(told)}. Mend model.*, or choose another run.dir"
         )
+
+
+def _with_noted_windows(state: RunState, directory: RunDirectory) -> RunState:
+    """The state, jumping over what the run went back from after this checkpoint was written."""
+    noted = directory.skipped()
+    skipped = (*state.skipped, *(window for window in noted if window not in state.skipped))
+    return replace(state, skipped=skipped, rollbacks=max(state.rollbacks, len(noted)))
 
 
 def _short(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -14,6 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lamda.config.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Status = Literal["running", "finished", "preempted", "failed"]
 
 HEARTBEAT_SECONDS = 10
 STALE_SECONDS = 120
@@ -66,6 +71,16 @@ class RunDirectory:
         return self.path / "train.log"
 
     @property
+    def stop(self) -> Path:
+        """Asks the run to save and leave."""
+        return self.path / "STOP"
+
+    @property
+    def heartbeats(self) -> Path:
+        """Folder of the ranks' signs of life."""
+        return self.path / "heartbeats"
+
+    @property
     def holds_a_run(self) -> bool:
         """Whether a run was here before."""
         return self.metrics.exists() or self.checkpoints.exists()
@@ -80,10 +95,39 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"run.dir {self.path}: cannot be written to ({error.strerror}); choose another") from error
 
-    def write_status(self, status: Literal["running", "finished", "preempted", "failed"], **details: Any) -> None:
-        """Tell in status.json how the run stands; the launcher's exit code does not."""
+    def write_status(self, status: Status, **details: Any) -> None:
+        """Tell in status.json how the run stands; the launcher's exit code does not.
+
+        A disk that takes no more is told in the log, and does not end the run.
+        """
         content = {"status": status, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid(), **details}
-        replace_text(self.path / "status.json", json.dumps(content, indent=1))
+        try:
+            replace_text(self.path / "status.json", json.dumps(content, indent=1))
+        except OSError as error:
+            log.warning("status.json cannot say that the run is %s (%s)", status, error.strerror)
+
+    def read_status(self) -> dict[str, Any]:
+        """What status.json says; nothing where it is not there."""
+        try:
+            return json.loads((self.path / "status.json").read_text("utf-8"))
+        except FileNotFoundError:
+            return {}
+
+    def note_skipped(self, window: tuple[int, int], *, step: int, reason: str) -> None:
+        """Keep a window of the order that the run jumps over from now on, before any checkpoint tells of it."""
+        noted = {"from": window[0], "to": window[1], "step": step, "reason": reason}
+        replace_text(self._skipped, json.dumps([*self._notes(), noted], indent=1))
+
+    def skipped(self) -> tuple[tuple[int, int], ...]:
+        """Every window that was noted here."""
+        return tuple((noted["from"], noted["to"]) for noted in self._notes())
+
+    @property
+    def _skipped(self) -> Path:
+        return self.path / "skipped.json"
+
+    def _notes(self) -> list[dict[str, Any]]:
+        return json.loads(self._skipped.read_text("utf-8")) if self._skipped.exists() else []
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -15,9 +15,9 @@ class RunState:
     """The run after `step` finished steps.
 
     updates: steps that changed the weights (a refused one did not). consumed: place in the order of
-    samples. samples, tokens: cumulative rows and targets. skipped: windows [from, to) of the order
-    that are jumped over. cursors: where each lane's next block begins. fingerprint: what the order
-    depends on. wandb_id: the run's one id in Weights & Biases.
+    samples. samples, tokens: cumulative rows and targets. skipped: windows [from, to) of the order that
+    are jumped over. rollbacks: how often the run went back. cursors: where each lane's next block
+    begins. fingerprint: what the order depends on. wandb_id: the run's one id in Weights & Biases.
     """
 
     step: int = 0
@@ -26,6 +26,7 @@ class RunState:
     samples: int = 0
     tokens: int = 0
     skipped: tuple[tuple[int, int], ...] = ()
+    rollbacks: int = 0
     cursors: dict[int, Cursor] = field(default_factory=dict)
     fingerprint: dict[str, Any] = field(default_factory=dict)
     wandb_id: str | None = None

@@ -1,87 +1,262 @@
-"""Weights & Biases as a mirror of metrics.jsonl: never the truth, never in the way."""
+"""Weights & Biases as a mirror of metrics.jsonl: never the truth, never in the way.
+
+One thread makes every call of the library; training only puts things into its queue. A start finds the
+last step that W&B has, replays what it lacks from metrics.jsonl, and skips what it has: so a run that is
+killed and resumed, online or offline, has each step once under one id. What a rollback made void cannot
+be taken back there: those steps keep the values of the first time.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import queue
 import secrets
+import shutil
+import signal
 import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from lamda.config.schema import Config
+from lamda.training.metrics import read_metrics
+from lamda.training.run_directory import RunDirectory, replace_text
+from lamda.training.wandb_artifacts import log_checkpoint
 
 log = logging.getLogger(__name__)
 
+INIT_SECONDS = 30
+"""How long a start waits for W&B before it goes offline."""
+UPLOAD_SECONDS = 40
+"""How long the end waits for what is still to be sent."""
+END_SECONDS = 46
+"""When the end gives up, whatever the library does."""
+
 
 class WandbMirror:
-    """One W&B run for the whole life of a run; whatever fails is said once, and the run goes on."""
+    """One W&B run for the whole life of a run; whatever fails is said once, and the run goes on.
+
+    run_id: the run's id, kept in RUN/wandb/run-id too; None where W&B is disabled and was never used.
+    """
 
     def __init__(self, config: Config, *, folder: Path, run_id: str | None, step: int) -> None:
+        """Return at once. step: that of the state, after which no row of metrics.jsonl is left."""
+        self._config, self._folder, self._step = config, folder, step
+        self._queue: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
+        self._seen = 0
+        self._has_stopped = False
+        self._thread: threading.Thread | None = None
         remembered = folder / "wandb" / "run-id"
         if run_id is None and remembered.exists():
             run_id = remembered.read_text("utf-8")
-        self.run_id = run_id
-        self._run: Any = None
         if config.wandb.mode == "disabled":
+            self.run_id = run_id
             return
+        self.run_id = run_id or secrets.token_hex(4)
         try:
-            self._run = _init(config, folder=folder, run_id=run_id)
-            self.run_id = self._run.id
             remembered.parent.mkdir(exist_ok=True)
-            remembered.write_text(self.run_id, "utf-8")
-        except Exception as error:
-            log.warning("W&B is not used: %s; metrics.jsonl has everything", _first_line(error))
-        self._done = step
+            replace_text(remembered, self.run_id)
+        except OSError as error:
+            log.warning("W&B: %s cannot be written (%s)", remembered, error.strerror)
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
 
     def log(self, row: dict[str, Any]) -> None:
-        """Mirror a row; rows that W&B has seen before a restart are not sent twice."""
-        if self._run is None or row["step"] <= self._done:
-            return
-        try:
-            self._run.log({key: value for key, value in row.items() if value is not None}, step=row["step"])
-        except Exception as error:
-            log.warning("W&B stopped: %s; metrics.jsonl goes on", _first_line(error))
-            self._run = None
+        """Mirror a finished step; costs the caller microseconds."""
+        row = dict(row)
+        self._put(lambda run: self._send(run, row))
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell the run's owner of something to look at."""
+        self._put(lambda run: _attempt(f"the alert {title!r}", lambda: run.alert(title[:63], text, level="WARN")))
+
+    def checkpoint(self, path: Path, *, best: bool) -> None:
+        """Make a complete checkpoint known as an artifact, in the way that `wandb.checkpoints` says."""
+        way = self._config.wandb.checkpoints
+        if way != "none":
+            self._put(lambda run: _attempt(f"checkpoint {path}", lambda: log_checkpoint(run, path, way=way, best=best)))
 
     def finish(self) -> None:
-        """End the mirror; what could not be sent stays in RUN/wandb for `wandb sync`."""
-        if self._run is not None:
+        """Wait until everything is sent, for 50 s at most; what W&B did not get is sent at the next start."""
+        if self._thread is None:
+            return
+        self._queue.put(None)
+        self._thread.join(END_SECONDS)
+        if self._thread.is_alive():
+            self._say_stopped(f"it does not end within {END_SECONDS} s")
+            _kill_service()
+            self._thread.join(2)
+
+    def _put(self, action: Callable[[Any], None]) -> None:
+        if self._thread is not None and self._thread.is_alive():
+            self._queue.put(action)
+
+    def _work(self) -> None:
+        """The thread: start, replay, then whatever the queue holds, until its end."""
+        try:
+            run = self._start()
+            if self._seen < self._step:
+                for row in read_metrics(RunDirectory(self._folder).metrics):
+                    if row["step"] <= self._step:
+                        self._send(run, row)
+            for action in iter(self._queue.get, None):
+                action(run)
+            run.finish()
+        except Exception as error:
+            self._say_stopped(_reason(error))
+        with suppress(Exception):
+            # Nothing of the library shall wait when the interpreter exits.
+            import wandb
+
+            wandb.teardown()
+
+    def _say_stopped(self, reason: str) -> None:
+        if not self._has_stopped:
+            self._has_stopped = True
+            log.warning("W&B stopped (%s): metrics.jsonl has every row, the next start sends the rest", reason)
+
+    def _send(self, run: Any, row: dict[str, Any]) -> None:
+        if row["step"] > self._seen:
+            run.log({key: value for key, value in row.items() if _is_shown(value)}, step=row["step"], commit=True)
+            self._seen = row["step"]
+
+    def _start(self) -> Any:
+        """The W&B run, online if possible; `_seen` becomes the last step that W&B has."""
+        logs = self._logs()
+        if self._config.wandb.mode == "online":
             try:
-                self._run.finish()
+                run = self._start_online()
             except Exception as error:
-                log.warning("W&B did not finish: %s", _first_line(error))
+                self._go_offline(_reason(error), logs)
+            else:
+                self._seen = max(0, run.starting_step - 1) if run.resumed else 0
+                for old in logs:
+                    # This start sends what they hold; `wandb sync` would send it twice.
+                    old.with_suffix(".wandb.synced").touch()
+                return run
+        self._seen = next((step for old in logs if (step := _last_step(old))), 0)
+        return self._init("offline")
 
+    def _start_online(self) -> Any:
+        import wandb
+        from wandb.sdk.lib import wbauth
 
-def _init(config: Config, *, folder: Path, run_id: str | None) -> Any:
-    import wandb
+        settings = wandb.setup(wandb.Settings(silent=True)).settings
+        if wbauth.authenticate_session(host=settings.base_url, source="lamda", prompt=False) is None:
+            raise wandb.errors.AuthenticationError("no W&B key: set WANDB_API_KEY, or run `wandb login`")
+        return self._init("online")
 
-    mode = config.wandb.mode
-    if mode == "online" and not _has_key():
+    def _go_offline(self, reason: str, logs: list[Path]) -> None:
+        """Say so, and clear away what the failed start left: it would hold the id, and look like a run."""
+        import wandb
+
+        wandb.teardown()
+        for empty in set(self._logs()) - set(logs):
+            shutil.rmtree(empty.parent, ignore_errors=True)
+        kept = self._folder / "wandb"
+        # `wandb sync` continues a run only from where the server is: after rows that were sent online, and
+        # perhaps not all received, it would number the rest anew.
+        pure = all(old.parent.name.startswith("offline-") for old in logs)
+        by_hand = f", or `wandb sync {kept}`" if pure else ""
         log.warning(
-            "no W&B key (WANDB_API_KEY or `wandb login`): rows are kept in %s for `wandb sync`", folder / "wandb"
+            "W&B is offline (%s): rows are kept in %s; the next start that reaches W&B sends them%s",
+            reason,
+            kept,
+            by_hand,
         )
-        mode = "offline"
-    run = wandb.init(
-        project=config.wandb.project,
-        entity=config.wandb.entity,
-        name=config.wandb.name or folder.name,
-        id=run_id or secrets.token_hex(4),
-        resume="allow" if mode == "online" else None,
-        dir=folder,
-        mode=mode,
-        config={**config.model_dump(mode="json"), "git_commit": _git_commit()},
-        settings=wandb.Settings(console="off", silent=True, init_timeout=30, finish_timeout=60),
-    )
-    run.define_metric("tokens")
-    run.define_metric("*", step_metric="tokens")
-    return run
+
+    def _init(self, mode: str) -> Any:
+        import wandb
+
+        ours = self._config.wandb
+        run = wandb.init(
+            project=ours.project,
+            entity=ours.entity,
+            name=ours.name or self._folder.resolve().name,
+            id=self.run_id,
+            resume="allow",
+            dir=self._folder,
+            mode=mode,
+            config={**self._config.model_dump(mode="json"), "git_commit": _git_commit()},
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                init_timeout=INIT_SECONDS,
+                finish_timeout=UPLOAD_SECONDS,
+                finish_timeout_raises=True,
+                x_transaction_log_flush_interval=1,
+                # Command line, SLURM_* variables and the repository's address can hold secrets.
+                x_disable_meta=True,
+                disable_git=True,
+                disable_code=True,
+                # "Stop run" in the browser; the library's own way is a SIGINT in the middle of a step.
+                stop_fn=RunDirectory(self._folder).stop.touch,
+            ),
+        )
+        run.define_metric("tokens")
+        run.define_metric("*", step_metric="tokens")
+        return run
+
+    def _logs(self) -> list[Path]:
+        """The library's transaction logs of this id, one a start, the newest first."""
+        found = self._folder.glob(f"wandb/*run-*/run-{self.run_id}.wandb")
+        return sorted(found, key=lambda file: file.stat().st_mtime_ns, reverse=True)
 
 
-def _has_key() -> bool:
-    import wandb
+def _last_step(transactions: Path) -> int:
+    """The last step in a transaction log that counts; 0 where there is none.
 
-    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    An offline log that a kill cut in the middle of a record counts as not there and is set aside:
+    `wandb sync` would stop at it, and send its rows again every time.
+    """
+    try:
+        step, damage = _inspect(transactions)
+    except (OSError, ValueError, KeyError) as error:
+        step, damage = 0, _reason(error)
+    if damage and transactions.parent.name.startswith("offline-"):
+        transactions.rename(transactions.with_suffix(".wandb.damaged"))
+        log.warning("%s is set aside (%s); its rows are written again", transactions, damage)
+        return 0
+    return step
+
+
+def _inspect(transactions: Path) -> tuple[int, str]:
+    """The last step in a transaction log, and what is wrong with the log."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(transactions)]
+    last = ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as reader:
+        for line in reader.stdout:
+            if '"type":"history"' in line:
+                last = line
+        said = reader.stderr.read().strip()
+    return json.loads(last)["history"]["step"]["num"] if last else 0, said if reader.returncode or "incomplete" in said else ""
+
+
+def _attempt(what: str, action: Callable[[], object]) -> None:
+    """Do what may fail alone, without the rows after it."""
+    try:
+        action()
+    except Exception as error:
+        log.warning("W&B has not got %s (%s)", what, _reason(error))
+
+
+def _is_shown(value: object) -> bool:
+    return value is not None and not (isinstance(value, float) and not isfinite(value))
+
+
+def _kill_service() -> None:
+    """End the library's own process, for which it would wait without a limit."""
+    for children in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):
+            for child in children.read_text("utf-8").split():
+                if Path(f"/proc/{child}/comm").read_text("utf-8").strip() == "wandb-core":
+                    os.kill(int(child), signal.SIGKILL)
 
 
 def _git_commit() -> str | None:
@@ -94,5 +269,6 @@ def _git_commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """The error's first line, and its kind."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

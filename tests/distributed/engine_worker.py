@@ -18,6 +18,7 @@ from lamda.data.lanes import Cursor
 from lamda.data.loader import MicroBatch, Step
 from lamda.training import checkpoint
 from lamda.training.engine import Engine
+from lamda.training.saving import Saver
 from lamda.training.state import RunState
 
 BATCH, MICRO, LENGTH, VOCABULARY = 8, 2, 12, 61
@@ -80,15 +81,10 @@ def run(job: dict, world: distributed.World, device: torch.device, out: Path) ->
         model.touch()
         distributed.barrier()
         lanes = {"cursors": {0: Cursor(block=1)}}
-        checkpoint.save(
-            out / job["save"],
-            engine=engine,
-            state=RunState(**{**vars(state), **lanes}),
-            keep=3,
-            config_yaml="",
-            tokenizer=model,
-        )
-    weights = engine.plain_weights()
+        saver = Saver(out / job["save"], engine=engine, tokenizer=model)
+        ended = saver.begin(RunState(**{**vars(state), **lanes})) or saver.finish()
+        assert ended.problem is None, ended.problem
+    weights = {name: weight.clone() for name, weight in engine.weights()}
     if world.is_main:
         extra = {"losses": torch.tensor(losses, dtype=torch.float64), "norms": torch.tensor(norms, dtype=torch.float64)}
         save_file({**weights, **extra, "updates": torch.tensor(state.updates)}, out / f"{job['name']}.safetensors")

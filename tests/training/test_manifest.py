@@ -17,7 +17,8 @@ from lamda.training.manifest import (
     complete,
     find_valid,
     make_fresh,
-    model_of,
+    read,
+    sweep,
     sync_and_describe,
     verify,
 )
@@ -54,7 +55,7 @@ def test_a_committed_checkpoint_is_valid_and_named_by_latest(tmp_path, world):
     path = save(tmp_path, 20)
     assert verify(path, world=world) is None
     assert find_valid(tmp_path, world=world) == path
-    assert model_of(path) == MODEL
+    assert read(path)["model"] == MODEL
     assert names(tmp_path) == ["LATEST", name_of(20)]
     assert (tmp_path / "LATEST").read_text() == name_of(20)
 
@@ -189,14 +190,30 @@ def test_what_a_crash_left_is_no_checkpoint_and_in_nobodys_way(tmp_path, world):
     assert names(tmp_path) == ["LATEST", name_of(10), name_of(20)]
 
 
-def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="cannot be made"):
-        make_fresh(tmp_path / "file" / "checkpoint")
+def test_a_checkpoint_never_takes_the_place_of_another(tmp_path):
+    first = save(tmp_path, 1)
+    before = (first / MANIFEST).read_bytes()
     make_fresh(tmp_path / "new")
-    save(tmp_path, 1)
-    with pytest.raises(UserError, match="cannot be completed"):
-        commit(tmp_path / "new", tmp_path / name_of(1), {"files": {}}, keep=1)
+    with pytest.raises(OSError, match="not empty"):
+        commit(tmp_path / "new", first, {"files": {}}, keep=1)
+    assert (first / MANIFEST).read_bytes() == before
+
+
+def test_every_kth_checkpoint_stays_for_good(tmp_path):
+    for step in range(1, 13):
+        temporary = tmp_path / f".{name_of(step)}.tmp"
+        make_fresh(temporary)
+        commit(temporary, tmp_path / name_of(step), {"files": {}}, keep=2, keep_every=4)
+    assert [path.name for path in complete(tmp_path)] == [name_of(step) for step in (4, 8, 11, 12)]
+
+
+def test_what_a_crash_left_is_swept_and_complete_checkpoints_stay(tmp_path):
+    kept = save(tmp_path, 3)
+    for leftover in (f".{name_of(4)}.tmp", f".{name_of(1)}.tmp"):
+        (tmp_path / leftover).mkdir()
+        (tmp_path / leftover / "model.safetensors").write_bytes(b"half")
+    sweep(tmp_path)
+    assert names(tmp_path) == ["LATEST", kept.name]
 
 
 def test_the_manifest_is_json_that_lists_every_file_with_its_size(tmp_path):

@@ -29,7 +29,7 @@ def save(directory, step):
     make_fresh(temporary)
     RunState(step=step).write(temporary / "run_state.json")
     files = {"run_state.json": sync_and_describe(temporary / "run_state.json")}
-    dimensions = config("auto").model.model_dump(exclude={"preset", "weights"})
+    dimensions = config("auto").model.dimensions
     commit(temporary, final, {"model": dimensions, "files": files}, keep=9)
     return final
 

@@ -1,27 +1,39 @@
-"""W&B mirrors metrics.jsonl under one id, and nothing that befalls it reaches the run."""
+"""W&B mirrors metrics.jsonl under one id, each step once, and nothing that befalls it reaches the run.
+
+The library is the real one; the server (tests/wandb_server.py) is on loopback.
+"""
 
 import builtins
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import wandb
 
-from lamda.config import Config
+from lamda.training import wandb_mirror
+from lamda.training.metrics import read_metrics
 from lamda.training.wandb_mirror import WandbMirror
+from tests.wandb_run import Run, environment, kill_and_resume, row
+from tests.wandb_server import WandbServer
+
+KEY, TOKEN, JWT = "canary0key0" * 4, "hf_canarytoken", "canaryjwt"
+"""Secrets of the environment, which must not appear anywhere."""
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch, tmp_path):
-    """No key, no settings of this machine, and nobody to ask."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_RESUME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+def alone(monkeypatch, tmp_path_factory):
+    """No key, no settings of this machine, nobody to ask, and no server."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment(tmp_path_factory.mktemp("home")).items():
+        monkeypatch.setenv(name, value)
 
     def ask(*prompt):
         raise AssertionError("a run must not ask")
@@ -33,43 +45,21 @@ def alone(monkeypatch, tmp_path):
     wandb.teardown()
 
 
-class FakeRun:
-    """What the mirror uses of a W&B run, kept for a look."""
-
-    def __init__(self, **asked):
-        self.asked, self.id, self.rows, self.finished = asked, asked["id"], [], False
-        self.fail = None
-
-    def define_metric(self, *names, **more):
-        pass
-
-    def log(self, row, step):
-        if self.fail:
-            raise self.fail
-        self.rows.append((step, row))
-
-    def finish(self):
-        if self.fail:
-            raise self.fail
-        self.finished = True
-
-
 @pytest.fixture
 def server(monkeypatch):
-    """W&B with a key, and a fake run for every start."""
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    runs = []
-    monkeypatch.setattr(wandb, "init", lambda **asked: runs.append(FakeRun(**asked)) or runs[-1])
-    return runs
+    """W&B, and a key for it."""
+    with WandbServer() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        yield server
 
 
-def mirror(folder, *, mode="online", run_id=None, step=0):
-    config = Config(train={"steps": 9}, wandb={"mode": mode, "project": "p", "name": "n"})
-    return WandbMirror(config, folder=folder, run_id=run_id, step=step)
-
-
-def row(step):
-    return {"step": step, "loss": 1 / step, "tokens": 100 * step, "mfu": None}
+@contextmanager
+def limit(name):
+    """A limit of the mirror's is one second instead of half a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wandb_mirror, name, 1)
+        yield
 
 
 def said(caplog):
@@ -77,126 +67,332 @@ def said(caplog):
     return [record.getMessage() for record in caplog.records if record.name.startswith("lamda")]
 
 
-def stored(folder):
-    """(id, step, loss) of every row in the offline directories, in the order of the starts."""
-    command = str(Path(sys.executable).with_name("wandb"))
-    found = []
-    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime):
-        shown = subprocess.run(
-            [command, "leet", "inspect", "--json", str(file)], capture_output=True, text=True, check=True
-        )
-        records = [json.loads(line) for line in shown.stdout.splitlines()]
-        (run_id,) = {record["run"]["run_id"] for record in records if record["type"] == "run"}
-        items = [record["history"]["item"] for record in records if record["type"] == "history"]
-        found += [(run_id, item["step"], item["loss"], item["tokens"]) for item in items]
+def logs(folder):
+    """The transaction logs, one a start, in their order."""
+    return sorted(folder.glob("wandb/*run-[0-9]*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+
+
+def records(folder):
+    """Everything in the transaction logs, read back with the library's own command."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json"]
+    readers = [subprocess.Popen([*command, str(file)], stdout=subprocess.PIPE, text=True) for file in logs(folder)]
+    found = [json.loads(line) for reader in readers for line in reader.communicate()[0].splitlines()]
+    assert all(reader.returncode == 0 for reader in readers)
     return found
 
 
-def test_offline_rows_of_two_starts_are_kept_under_one_id(tmp_path, caplog):
-    first = mirror(tmp_path, mode="offline")
-    for step in (1, 2):
-        first.log(row(step))
-    first.finish()
-    time.sleep(1)  # W&B names the folders of a run by the second
-    second = mirror(tmp_path, mode="offline", run_id=first.run_id, step=2)
-    assert second.run_id == first.run_id
-    second.log(row(3))
-    second.finish()
-    assert stored(tmp_path) == [(first.run_id, 1, 1.0, 100), (first.run_id, 2, 0.5, 200), (first.run_id, 3, 1 / 3, 300)]
+def stored(folder):
+    """(id, step, loss) of every row in the logs, in the order of the starts."""
+    found, run_id = [], None
+    for record in records(folder):
+        if record["type"] == "run":
+            run_id = record["run"]["run_id"]
+        if record["type"] == "history":
+            item = record["history"]["item"]
+            found.append((run_id, item["_step"], item["loss"]))
+    return found
+
+
+def rows(run, last):
+    """What `stored` is for a whole run."""
+    return [(run.mirror.run_id, step, 1 / step) for step in range(1, last + 1)]
+
+
+def sync(folder):
+    """`wandb sync RUN/wandb`, as the message says."""
+    command = [sys.executable, "-m", "wandb", "sync", str(folder / "wandb")]
+    return subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL).stderr
+
+
+def wait_for(condition):
+    end = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_two_starts_are_one_run_with_each_step_once(tmp_path, server, caplog):
+    with Run(tmp_path) as first:
+        first.train(3)
+    with Run(tmp_path, step=2, run_id=first.mirror.run_id) as second:
+        second.train(5)
+    (run,) = server.runs.values()
+    assert run.name == first.mirror.run_id == second.mirror.run_id
+    assert run.steps == [1, 2, 3, 4, 5]
+    shown = {key: value for key, value in run.history[3].items() if not key.startswith("_")}
+    assert shown == {"step": 4, "loss": 0.25, "tokens": 400}, "neither null nor NaN"
+    assert (run.project, run.exit_code) == ("p", 0)
+    config = json.loads(run.config)
+    assert (config["train"]["value"]["steps"], len(config["git_commit"]["value"])) == (9, 40)
     assert said(caplog) == []
 
 
-def test_online_without_a_key_goes_offline_and_says_so_once(tmp_path, caplog):
-    run = mirror(tmp_path, mode="online")
-    run.log(row(1))
-    run.log(row(2))
-    run.finish()
-    assert [step for _, step, _, _ in stored(tmp_path)] == [1, 2]
+def test_rows_that_w_and_b_lacks_are_replayed_from_the_file(tmp_path, server):
+    with Run(tmp_path, mode="disabled") as unseen:
+        unseen.train(4)
+    with Run(tmp_path, step=4) as run:
+        run.train(5)
+    assert server.runs[run.mirror.run_id].steps == [1, 2, 3, 4, 5]
+
+
+def test_steps_that_a_rollback_repeats_are_sent_once(tmp_path, server):
+    with Run(tmp_path) as run:
+        run.train(4)
+        run.file.rewind(2)
+        run.step = 2
+        run.train(5)
+    assert server.runs[run.mirror.run_id].steps == [1, 2, 3, 4, 5]
+
+
+def test_offline_starts_within_a_second_hold_each_step_once_and_can_be_synced(tmp_path, server, caplog):
+    for step, until in ((0, 3), (2, 5)):
+        with Run(tmp_path, mode="offline", step=step) as run:
+            run.train(until)
+            run.mirror.checkpoint(tmp_path / "there is none, and none is asked for", best=False)
+    assert stored(tmp_path) == rows(run, 5)
+    assert server.received == []
+    sync(tmp_path)
+    assert server.runs[run.mirror.run_id].steps == [1, 2, 3, 4, 5]
+    assert said(caplog) == []
+
+
+@pytest.mark.parametrize("damage", ["cut short", "rubbish"])
+def test_a_log_that_is_not_whole_is_set_aside_and_its_rows_are_written_again(tmp_path, server, damage, caplog):
+    with Run(tmp_path, mode="offline") as first:
+        first.train(50)
+    (file,) = logs(tmp_path)
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2] if damage == "cut short" else b"rubbish")
+    with Run(tmp_path, mode="offline", step=50) as second:
+        second.train(51)
+    (message,) = said(caplog)
+    assert message.startswith(f"{file} is set aside (")
+    assert stored(tmp_path) == rows(second, 51)
+    sync(tmp_path)
+    assert server.runs[second.mirror.run_id].steps == list(range(1, 52))
+
+
+def test_an_outage_at_the_start_goes_offline_and_the_next_start_sends_all(tmp_path, server, caplog):
+    server.down()
+    with limit("INIT_SECONDS"), Run(tmp_path) as first:
+        first.train(3)
+    assert stored(tmp_path) == rows(first, 3)
+    (message,) = said(caplog)
+    assert message.startswith("W&B is offline (CommError: ")
+    assert message.endswith(f"the next start that reaches W&B sends them, or `wandb sync {tmp_path / 'wandb'}`")
+    server.up()
+    with Run(tmp_path, step=3) as second:
+        second.train(4)
+    assert second.mirror.run_id == first.mirror.run_id
+    assert server.runs[first.mirror.run_id].steps == [1, 2, 3, 4]
+    assert "No runs to sync" in sync(tmp_path), "what the second start sent is not sent again by hand"
+
+
+def test_an_outage_in_the_middle_loses_no_row(tmp_path, server, caplog):
+    with Run(tmp_path) as run:
+        run.train(5)
+        wait_for(lambda: server.rows(run.mirror.run_id) == 5)
+        server.fail()
+        run.train(10)
+        wait_for(lambda: server.refused)
+        server.up()
+        run.train(15)
+    assert server.runs[run.mirror.run_id].steps == list(range(1, 16))
+    assert said(caplog) == []
+
+
+def test_an_outage_to_the_end_and_at_the_next_start_ends_in_time_and_loses_no_row(tmp_path, server, caplog):
+    with limit("UPLOAD_SECONDS"), Run(tmp_path) as first:
+        first.train(5)
+        wait_for(lambda: server.rows(first.mirror.run_id) == 5)
+        server.down()
+        first.train(10)
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 8
+    with limit("INIT_SECONDS"), Run(tmp_path, step=10) as second:
+        second.train(12)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 13))
+    assert stored(tmp_path) == rows(first, 12)
+    messages = said(caplog)
+    assert [message.split("Error")[0] for message in messages] == ["W&B stopped (Timeout", "W&B is offline (Comm"]
+    assert messages[0].endswith("the next start sends the rest")
+    assert messages[1].endswith("the next start that reaches W&B sends them"), "`wandb sync` would leave a gap"
+    server.up()
+    with Run(tmp_path, step=12):
+        pass
+    assert server.runs[first.mirror.run_id].steps == list(range(1, 13))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGSTOP])
+def test_the_librarys_process_may_die_or_hang(tmp_path, server, number, caplog):
+    with limit("END_SECONDS"), Run(tmp_path) as run:
+        run.train(3)
+        wait_for(lambda: server.rows(run.mirror.run_id) == 3)
+        os.kill(service(), number)
+        run.train(6)
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 8
     assert len(said(caplog)) == 1
-    assert said(caplog)[0].startswith("no W&B key")
-    assert str(tmp_path / "wandb") in said(caplog)[0]
+    with Run(tmp_path, step=6):
+        pass
+    assert server.runs[run.mirror.run_id].steps == [1, 2, 3, 4, 5, 6]
+
+
+def service():
+    """The process id of the library's own process."""
+    command = ["pgrep", "--newest", "--parent", str(os.getpid()), "--exact", "wandb-core"]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def test_the_caller_never_touches_the_library_and_never_waits(tmp_path, server, monkeypatch):
+    threads, free = set(), threading.Event()
+    real = wandb.init
+
+    def slow(**asked):
+        threads.add(threading.current_thread().name)
+        free.wait(10)
+        return real(**asked)
+
+    monkeypatch.setattr(wandb, "init", slow)
+    with Run(tmp_path) as run:
+        waited = []
+        for step in range(1, 1001):
+            before = time.perf_counter()
+            run.mirror.log(row(step))
+            waited.append(time.perf_counter() - before)
+        run.mirror.alert("title", "text")
+        assert sorted(waited)[990] < 0.001, "the rest are the machine's own hiccups"
+        free.set()
+    assert threads == {"wandb"}
+    assert server.rows(run.mirror.run_id) == 1000
+    assert [(alert["title"], alert["severity"]) for alert in server.alerts] == [("title", "WARN")]
+
+
+def test_a_row_is_taken_as_it_is(tmp_path, server):
+    with Run(tmp_path) as run:
+        changing = row(1)
+        run.mirror.log(changing)
+        changing.update(loss=7.0)
+    assert server.runs[run.mirror.run_id].history[0]["loss"] == 1.0
+
+
+def test_no_key_goes_offline_asks_nobody_and_says_so_once(tmp_path, caplog, capfd):
+    with Run(tmp_path) as run:
+        run.train(2)
+    assert "".join(capfd.readouterr()) == "", "the library itself says nothing"
+    assert stored(tmp_path) == rows(run, 2)
+    (message,) = said(caplog)
+    assert "no W&B key: set WANDB_API_KEY, or run `wandb login`" in message
+    assert f"`wandb sync {tmp_path / 'wandb'}`" in message
+
+
+def test_a_key_of_wandb_login_is_found(tmp_path, server, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY")
+    netrc = Path(os.environ["NETRC"])
+    netrc.write_text(f"machine {server.url.removeprefix('http://')}\n  login user\n  password {KEY}\n")
+    netrc.chmod(0o600)
+    with Run(tmp_path) as run:
+        run.train(1)
+    assert server.runs[run.mirror.run_id].steps == [1]
 
 
 def test_disabled_touches_nothing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    run = mirror(tmp_path, mode="disabled", run_id="0badcafe")
-    run.log(row(1))
-    run.finish()
-    assert run.run_id == "0badcafe"
+    threads = threading.active_count()
+    with Run(tmp_path, mode="disabled", run_id="0badcafe") as run:
+        assert threading.active_count() == threads
+        run.train(1)
+        run.mirror.alert("title", "text")
+    assert run.mirror.run_id == "0badcafe"
     assert not (tmp_path / "wandb").exists()
 
 
 def test_a_missing_library_is_said_once_and_the_id_is_kept(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    run = mirror(tmp_path, run_id="0badcafe")
-    run.log(row(1))
-    run.finish()
-    assert run.run_id == "0badcafe"
-    assert len(said(caplog)) == 1
-    assert said(caplog)[0].startswith("W&B is not used: ModuleNotFoundError")
+    with Run(tmp_path, run_id="0badcafe") as run:
+        run.train(2)
+    assert run.mirror.run_id == "0badcafe"
+    (message,) = said(caplog)
+    assert message.startswith("W&B stopped (ModuleNotFoundError")
 
 
-def test_a_resume_continues_the_run_and_sends_no_row_twice(tmp_path, server):
-    first = mirror(tmp_path)
-    for step in (1, 2, 3):
-        first.log(row(step))
-    first.finish()
-    second = mirror(tmp_path, run_id=first.run_id, step=3)
-    for step in (2, 3, 4, 5):
-        second.log(row(step))
-    second.finish()
-    assert [run.id for run in server] == [first.run_id] * 2
-    assert all((run.asked["mode"], run.asked["resume"], run.finished) == ("online", "allow", True) for run in server)
-    assert [step for run in server for step, _ in run.rows] == [1, 2, 3, 4, 5]
-    assert server[1].rows[0][1] == {"step": 4, "loss": 0.25, "tokens": 400}
-
-
-def test_two_runs_have_two_ids(tmp_path, server):
+def test_the_id_is_known_at_once_and_remembered(tmp_path, monkeypatch):
+    monkeypatch.setattr(WandbMirror, "_work", lambda self: None)
     first, second = tmp_path / "first", tmp_path / "second"
-    first.mkdir()
-    second.mkdir()
-    assert mirror(first).run_id != mirror(second).run_id
+    for folder in (first, second):
+        folder.mkdir()
+    ids = [Run(folder).mirror.run_id for folder in (first, first, second)]
+    assert ids[0] == ids[1] != ids[2]
+    assert (first / "wandb" / "run-id").read_text() == ids[0]
+    assert Run(first, run_id="0badcafe").mirror.run_id == "0badcafe"
 
 
-def test_a_run_that_stopped_before_its_first_checkpoint_keeps_its_id(tmp_path, server):
-    assert mirror(tmp_path).run_id == mirror(tmp_path).run_id
+def test_a_folder_that_cannot_be_written_does_not_reach_the_run(tmp_path, caplog):
+    (tmp_path / "wandb").write_text("a file in the way")
+    with Run(tmp_path, mode="offline") as run:
+        run.train(2)
+    assert len(run.mirror.run_id) == 8
+    assert "cannot be written" in said(caplog)[0]
 
 
-def test_the_configuration_goes_along(tmp_path, server, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    mirror(tmp_path)
-    asked = server[0].asked
-    assert (asked["project"], asked["name"], asked["dir"]) == ("p", "n", tmp_path)
-    assert asked["config"]["train"]["steps"] == 9
-    assert asked["config"]["git_commit"] is None, "without git the mirror goes on"
+def checkpoint(folder, step):
+    path = folder / "checkpoints" / f"step-{step:08d}"
+    path.mkdir(parents=True)
+    (path / "model.safetensors").write_bytes(b"weights" * step)
+    files = {"model.safetensors": {"size": 7 * step, "sha256": "0" * 64}}
+    (path / "manifest.json").write_text(json.dumps({"step": step, "files": files}))
+    return path
 
 
-def test_a_mirror_that_fails_stops_says_so_once_and_never_raises(tmp_path, server, caplog):
-    run = mirror(tmp_path)
-    run.log(row(1))
-    server[0].fail = RuntimeError("no network\nand a long story")
-    for step in (2, 3, 4):
-        run.log(row(step))
-    run.finish()
-    assert said(caplog) == ["W&B stopped: RuntimeError: no network; metrics.jsonl goes on"]
-    assert run.run_id == server[0].id
+@pytest.mark.parametrize("way", ["reference", "upload"])
+def test_checkpoints_become_artifacts_with_aliases(tmp_path, way, caplog):
+    paths = [checkpoint(tmp_path, step) for step in (200, 400)]
+    with Run(tmp_path, mode="offline", checkpoints=way) as run:
+        run.mirror.checkpoint(paths[0], best=False)
+        run.mirror.checkpoint(tmp_path / "pruned", best=False)
+        run.mirror.checkpoint(paths[1], best=True)
+        run.mirror.alert("loss spike", "went back to step 200")
+        run.train(1)
+    (message,) = said(caplog)
+    assert "pruned" in message
+    content = records(tmp_path)
+    assert any(record["type"] == "history" for record in content), "a checkpoint that is gone stops no row"
+    (alert,) = [record["alert"] for record in content if record["type"] == "alert"]
+    assert (alert["title"], alert["text"], alert["level"]) == ("loss spike", "went back to step 200", "WARN")
+    first, second = [record["artifact"] for record in content if record["type"] == "artifact"]
+    assert {(each["name"], each["type"]) for each in (first, second)} == {(f"{run.mirror.run_id}-checkpoint", "model")}
+    assert set(first["aliases"]) == {"latest", "step-00000200"}
+    assert set(second["aliases"]) == {"latest", "step-00000400", "best"}
+    metadata = json.loads(second["metadata"])
+    assert (metadata["step"], metadata["files"]["model.safetensors"]["sha256"]) == (400, "0" * 64)
+    entries = second["manifest"]["contents"]
+    addresses = {entry["ref"] for entry in entries if entry.get("ref")}
+    files = {Path(entry["local_path"]) for entry in entries if entry.get("local_path")}
+    both = {paths[1] / "model.safetensors", paths[1] / "manifest.json"}
+    if way == "reference":
+        assert (addresses, files) == ({path.as_uri() for path in both}, {paths[1] / "manifest.json"})
+    else:
+        assert (addresses, files) == (set(), both)
 
 
-def test_a_failing_end_never_raises(tmp_path, server, caplog):
-    run = mirror(tmp_path)
-    server[0].fail = TimeoutError()
-    run.finish()
-    assert said(caplog) == ["W&B did not finish: TimeoutError: "]
+def test_no_secret_reaches_w_and_b_or_the_run_folder(tmp_path, server, monkeypatch):
+    for name, value in {"HF_TOKEN": TOKEN, "SLURM_JOB_ID": "7", "SLURM_JWT": JWT}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--secret", TOKEN])
+    for mode, until in (("online", 3), ("offline", 4)):
+        with Run(tmp_path, mode=mode, step=until - 1) as run:
+            run.train(until)
+    kept = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
+    assert any(b"main: starting server" in content for content in kept), "the library's own logs are among them"
+    assert any(b"UpsertBucket" in request for request in server.received)
+    for secret in (KEY, TOKEN, JWT):
+        assert not [content for content in (*kept, *server.received) if secret.encode() in content]
 
 
-def test_a_failing_start_keeps_the_id_and_never_raises(tmp_path, server, monkeypatch, caplog):
-    def refuse(**asked):
-        raise wandb.errors.CommError("wrong key")
+def test_three_kills_online_leave_one_run_with_each_step_once(tmp_path, server):
+    def arrived():
+        return sum(map(server.rows, server.runs))
 
-    monkeypatch.setattr(wandb, "init", refuse)
-    run = mirror(tmp_path, run_id="0badcafe")
-    run.log(row(1))
-    run.finish()
-    assert run.run_id == "0badcafe"
-    assert len(said(caplog)) == 1
-    assert "wrong key" in said(caplog)[0]
+    last = kill_and_resume(tmp_path, mode="online", kills=3, arrived=arrived)
+    (run,) = server.runs.values()
+    assert run.steps == list(range(1, last + 1))

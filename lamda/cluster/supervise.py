@@ -1,0 +1,231 @@
+"""`lamda supervise`: start a run, and start it again whenever it fails.
+
+What became of the run is told by its status.json, not by the launcher's exit code, which is 0 where
+DeepSpeed's launcher was killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lamda.cluster.launch import POLL_SECONDS, Launch
+from lamda.config.errors import UserError
+from lamda.config.loading import KEYS, load_config
+from lamda.training.run_directory import STALE_SECONDS, RunDirectory
+from lamda.training.stopping import SIGNALS, STOP_EXIT
+
+MISTAKE_EXIT = 2
+RESTARTS = 3
+"""Restarts in a row that may come to nothing: to no newer checkpoint."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+ORPHAN_SECONDS = 30.0
+"""How long ranks whose launcher has died may take to save and leave, as they do by themselves."""
+
+
+def main(argv: list[str]) -> int:
+    """`[--run DIR] -- COMMAND ...`; 0 finished, 75 stopped and can go on, 1 given up, 2 a user's mistake.
+
+    Raises UserError.
+    """
+    run, command = _parse(argv)
+    with _noted(SIGNALS) as signals:
+        return Supervisor(command, RunDirectory(run), signals).supervise()
+
+
+class Supervisor:
+    """Runs `command` until the run in `directory` is finished, stopped, or beyond help.
+
+    signals: those that came for this process; whoever notes them appends. pause: seconds before the first
+    restart, twice as many before each further one. patience: seconds that ranks without a launcher have.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        directory: RunDirectory,
+        signals: Sequence[int],
+        *,
+        pause: float = FIRST_PAUSE,
+        patience: float = ORPHAN_SECONDS,
+    ) -> None:
+        self._command, self._directory, self._signals = command, directory, signals
+        self._pause, self._patience = pause, patience
+        self._passed_on = 0
+
+    def supervise(self) -> int:
+        """Start, and restart; returns the exit code."""
+        restarts = fruitless = 0
+        saved = _saved_step(self._directory)
+        while True:
+            before = _status(self._directory)
+            code = self._run()
+            status = _status(self._directory)
+            news = status if status != before else {}
+            if (verdict := self._verdict(code, status, news)) is not None:
+                return verdict
+            now, reason = _saved_step(self._directory), _reason(code, news)
+            if now > saved:
+                saved, fruitless = now, 0
+            if fruitless == RESTARTS:
+                _say(self._farewell(saved, reason), to=sys.stderr)
+                return 1
+            restarts, fruitless = restarts + 1, fruitless + 1
+            pause = min(LONGEST_PAUSE, self._pause * 2 ** (restarts - 1))
+            place = f"from step {now}" if now else "from the beginning"
+            _say(f"restart {restarts} {place} in {pause:g} s: {reason}")
+            self._rest(pause)
+            if self._signals:
+                _say(f"{_name(self._signals[0])}: not started again")
+                return STOP_EXIT
+
+    def _run(self) -> int:
+        """The command once, until nothing of it is left; its exit code."""
+        launch = Launch(self._command, run=self._directory.path)
+        _say(f"{self._directory.path}: {shlex.join(self._command)}")
+        try:
+            while launch.poll() is None:
+                self._pass_on(launch)
+                time.sleep(POLL_SECONDS)
+            deadline = time.monotonic() + self._patience
+            while launch.living() and (self._signals or time.monotonic() < deadline):
+                self._pass_on(launch)
+                time.sleep(POLL_SECONDS)
+        finally:
+            launch.kill()
+            if self._signals:  # a stop that the run did not live to obey must not stop the next one
+                self._directory.stop.unlink(missing_ok=True)
+        return launch.poll()
+
+    def _pass_on(self, launch: Launch) -> None:
+        """Ask the run to stop once for each signal; a second Ctrl-C ends it."""
+        for number in self._signals[self._passed_on :]:
+            self._passed_on += 1
+            if number == signal.SIGINT and self._signals[: self._passed_on].count(number) > 1:
+                _say("Ctrl-C again: the run is killed")
+                launch.kill()
+                return
+            _say(f"{_name(number)}: the run is asked to save and to leave; Ctrl-C twice kills it")
+            with suppress(OSError):  # there is no run yet, or no disk: the signal is left
+                self._directory.stop.touch()
+            launch.ask(number)
+
+    def _verdict(self, code: int, status: dict[str, Any], news: dict[str, Any]) -> int | None:
+        """The exit code to leave with, or None where the run should be started again.
+
+        news: the status if this start of the run wrote it. A finished run that was started again writes none.
+        """
+        if (news or (status if code == 0 else {})).get("status") == "finished":
+            _say(f"finished, {status.get('step')} steps")
+            return 0
+        if code == MISTAKE_EXIT:
+            return MISTAKE_EXIT
+        # Saved, but with a launcher that was killed or says 0: nobody asked, the ranks had lost their launcher.
+        preempted = code == STOP_EXIT or (news.get("status") == "preempted" and code > 0)
+        if not self._signals and not preempted:
+            return None
+        saved = _saved_step(self._directory)
+        _say(f"stopped ({_reason(code, news)}); the newest checkpoint is of step {saved}, the same command goes on")
+        return STOP_EXIT
+
+    def _rest(self, seconds: float) -> None:
+        """Wait, also for a rank 0 on another machine, whose lock would refuse the next start."""
+        deadline = time.monotonic() + seconds
+        if host := _writer_elsewhere(self._directory):
+            _say(f"waiting for rank 0 on {host} to end")
+        while not self._signals and (time.monotonic() < deadline or _writer_elsewhere(self._directory)):
+            time.sleep(POLL_SECONDS)
+
+    def _farewell(self, step: int, reason: str) -> str:
+        path = self._directory.path
+        return (
+            f"given up: {RESTARTS} restarts in a row brought no checkpoint newer than step {step}. The last failure: "
+            f"{reason}. See {self._directory.log}, and {path / 'hang'} for stacks where the run hung"
+        )
+
+
+def _parse(argv: list[str]) -> tuple[Path, list[str]]:
+    """The run directory and the command."""
+    parser = argparse.ArgumentParser(
+        prog="lamda supervise", allow_abbrev=False, usage="%(prog)s [--run DIR] -- COMMAND"
+    )
+    parser.add_argument("--run", type=Path, metavar="DIR")
+    own = argv.index("--") if "--" in argv else len(argv)
+    options, command = parser.parse_args(argv[:own]), argv[own + 1 :]
+    if not command:
+        raise UserError("lamda supervise: there is no command; write it behind --, lamda supervise -- COMMAND ...")
+    return options.run or _run_of(command), command
+
+
+def _run_of(command: list[str]) -> Path:
+    """`run.dir` of a command that ends with the run's own flags, whatever launcher stands before them."""
+    own = {"--config", *(f"--{key}" for key in KEYS)}
+    first = next((place for place, word in enumerate(command) if word.partition("=")[0] in own), None)
+    if first is None:
+        raise UserError(
+            "lamda supervise: the command has no --config, so that its run directory is not known; write lamda "
+            "supervise --run DIR -- COMMAND ..."
+        )
+    return Path(load_config(command[first:]).run.dir)
+
+
+@contextmanager
+def _noted(numbers: Sequence[int]) -> Iterator[list[int]]:
+    """Signals, noted as they come instead of what they would do."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _status(directory: RunDirectory) -> dict[str, Any]:
+    """status.json, empty where there is none that can be read."""
+    with suppress(OSError, ValueError):
+        return directory.read_status()
+    return {}
+
+
+def _saved_step(directory: RunDirectory) -> int:
+    """The newest complete checkpoint's step, 0 where there is none."""
+    with suppress(OSError, ValueError):
+        return int((directory.checkpoints / "LATEST").read_text("utf-8").strip().removeprefix("step-"))
+    return 0
+
+
+def _reason(code: int, news: dict[str, Any]) -> str:
+    """Why the run ended, in one line."""
+    how = f"signal {_name(-code)}" if code < 0 else f"exit code {code}"
+    if "reason" in news:
+        return f"{' '.join(str(news['reason']).split())} ({how})"
+    return f"it ended without a word, {how}" if news else f"the command ended before the run began, {how}"
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else str(number)
+
+
+def _writer_elsewhere(directory: RunDirectory) -> str | None:
+    """The other machine whose rank 0 writes to the run directory, if one does."""
+    lock = directory.path / "lock.json"
+    try:
+        host, age = json.loads(lock.read_text("utf-8"))["host"], time.time() - lock.stat().st_mtime
+    except (OSError, ValueError):
+        return None
+    return host if host != socket.gethostname() and age < STALE_SECONDS else None
+
+
+def _say(text: str, *, to: Any = None) -> None:
+    with suppress(OSError):  # whoever read this may have gone; the run must not end for it
+        print(f"supervise: {text}", file=to or sys.stdout, flush=True)

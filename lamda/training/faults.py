@@ -1,0 +1,139 @@
+"""Faults on purpose, to prove that a run survives them. Inert unless LAMDA_ALLOW_FAULTS is 1.
+
+    LAMDA_FAULT="point:kind:rank:step"      several, separated by commas; `*` is every rank or step
+
+A point is a moment that the code reaches (`POINTS`), a kind is what befalls the run there (`KINDS`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import socket
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from lamda.config.errors import UserError
+from lamda.config.presets import nearest
+
+if TYPE_CHECKING:
+    import torch
+
+STEP_POINTS = ("fetch", "forward", "loss", "backward", "update", "report")
+"""Moments of a step, reached on every rank."""
+SAVE_POINTS = ("save.begin", "save.copied", "save.written", "save.synced", "save.settled", "save.done")
+"""Moments of a save, reached on every rank."""
+COMMIT_POINTS = ("commit.manifest", "commit.renamed", "commit.latest", "commit.pruned")
+"""Moments between a checkpoint's last file and its end, reached on rank 0."""
+POINTS = (*STEP_POINTS, *SAVE_POINTS, *COMMIT_POINTS)
+
+SLOW_SECONDS = 3.0
+
+
+class InjectedError(RuntimeError):
+    """The exception of the kind `exception`."""
+
+
+class Fault(NamedTuple):
+    """One fault of LAMDA_FAULT; rank and step are None for all."""
+
+    point: str
+    kind: str
+    rank: int | None
+    step: int | None
+
+
+def reach(point: str, *, rank: int, step: int, tensor: torch.Tensor | None = None, path: Path | None = None) -> None:
+    """Say that the code is at `point`; a fault that was asked for here happens.
+
+    tensor: what `nan` and `flip` spoil. path: what `truncate` cuts. Raises what the kind raises.
+    """
+    if os.environ.get("LAMDA_ALLOW_FAULTS") != "1":
+        return
+    for fault in parse(os.environ.get("LAMDA_FAULT", "")):
+        if fault.point == point and fault.rank in (None, rank) and fault.step in (None, step):
+            KINDS[fault.kind](tensor, path)
+
+
+def parse(text: str) -> list[Fault]:
+    """The faults in the value of LAMDA_FAULT. Raises UserError."""
+    found = []
+    for part in filter(None, text.split(",")):
+        try:
+            point, kind, rank, step = part.split(":")
+            numbers = [None if number == "*" else int(number) for number in (rank, step)]
+        except ValueError as error:
+            raise UserError(f"LAMDA_FAULT {part!r}: is not point:kind:rank:step") from error
+        for value, known in ((point, POINTS), (kind, KINDS)):
+            if value not in known:
+                raise UserError(f"LAMDA_FAULT {part!r}: there is no {value!r}{nearest(value, known)}")
+        found.append(Fault(point, kind, *numbers))
+    return found
+
+
+Act = Callable[["torch.Tensor | None", "Path | None"], None]
+
+
+def _signal(number: signal.Signals) -> Act:
+    return lambda tensor, path: os.kill(os.getpid(), number)
+
+
+def _raise(error: Exception) -> Act:
+    def act(tensor: torch.Tensor | None, path: Path | None) -> None:
+        raise error
+
+    return act
+
+
+def _hold_the_gil(tensor: torch.Tensor | None, path: Path | None) -> None:
+    re.fullmatch("(a+)+", "a" * 60 + "b")  # takes longer than any test, and no other thread gets a turn
+
+
+def _nan(tensor: torch.Tensor | None, path: Path | None) -> None:
+    tensor.mul_(float("nan"))
+
+
+def _flip(tensor: torch.Tensor | None, path: Path | None) -> None:
+    """One bit in the middle of a parameter."""
+    import torch
+
+    octets = tensor.detach().view(-1).view(torch.uint8)
+    octets[octets.numel() // 2] ^= 1
+
+
+def _truncate(tensor: torch.Tensor | None, path: Path | None) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _cut_network(tensor: torch.Tensor | None, path: Path | None) -> None:
+    """Shut every connection of this process to another."""
+    for descriptor in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
+        try:
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                with socket.socket(fileno=os.dup(descriptor)) as connection:
+                    if connection.family in (socket.AF_INET, socket.AF_INET6):
+                        connection.shutdown(socket.SHUT_RDWR)
+        except OSError:  # the listing's own descriptor, a socket that listens or is not connected
+            continue
+
+
+KINDS: dict[str, Act] = {
+    "kill": _signal(signal.SIGKILL),
+    "term": _signal(signal.SIGTERM),
+    "usr1": _signal(signal.SIGUSR1),
+    "hang": _signal(signal.SIGSTOP),
+    "gil": _hold_the_gil,
+    "exception": _raise(InjectedError("a fault on purpose")),
+    "full": _raise(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+    "slow": lambda tensor, path: time.sleep(SLOW_SECONDS),
+    "nan": _nan,
+    "flip": _flip,
+    "truncate": _truncate,
+    "cut": _cut_network,
+}
+"""What may befall a run."""

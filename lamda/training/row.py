@@ -1,0 +1,74 @@
+"""A finished step, and its line in metrics.jsonl."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lamda.config.schema import Config
+from lamda.model.counts import flops_per_token
+from lamda.training.engine import StepResult
+from lamda.training.metrics import peak_flops
+from lamda.training.state import RunState
+
+OTHER = "other"
+"""Stands for all domains whose names were not known at the start."""
+
+Row = dict[str, Any]
+"""One step's metrics by name."""
+
+
+@dataclass
+class FinishedStep:
+    """A step that the device may still be computing; reading its figures waits for it.
+
+    state: after the step. rate: its learning rate. Seconds: waited for data; stalled by saves since the
+    step before; the step's own, data included. more: figures of an evaluation after it.
+    """
+
+    state: RunState
+    result: StepResult
+    rate: float
+    waited: float
+    stalled: float
+    seconds: float
+    more: dict[str, float] | None = None
+
+    def signals(self) -> list[float]:
+        """The ranks' sums of what they told with this step."""
+        return self.result.signals.tolist()
+
+    def row(self, config: Config, domains: tuple[str, ...], *, device: torch.device, ranks: int) -> Row:
+        """This step's metrics. domains: names in the order of their numbers."""
+        tokens_per_second = config.train.global_batch_size * config.data.sequence_length / self.seconds
+        flops = tokens_per_second * flops_per_token(config.model, config.data.sequence_length) / ranks
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        return {
+            "step": self.state.step,
+            "loss": self.result.loss(),
+            "lr": self.rate,
+            "grad_norm": float(self.result.grad_norm),
+            "tokens": self.state.tokens,
+            "samples": self.state.samples,
+            "tokens_per_second": tokens_per_second,
+            "model_flops_per_second": flops,
+            "mfu": flops / peak if peak else None,
+            "step_seconds": self.seconds,
+            "data_wait_seconds": self.waited,
+            "save_seconds": self.stalled,
+            "skipped_steps": self.state.step - self.state.updates,
+            "rollbacks": self.state.rollbacks,
+            "batch_digest": self.result.batch_digest(),
+            **self._domains(domains),
+            **(self.more or {}),
+        }
+
+    def _domains(self, domains: tuple[str, ...]) -> dict[str, float]:
+        """`loss/<domain>` and `tokens/<domain>` of this step, where there is more than one domain."""
+        if len(domains) < 2:
+            return {}
+        parts = {name: part for name, part in zip((*domains, OTHER), self.result.by_domain(), strict=True) if part[1]}
+        losses = {f"loss/{name}": loss for name, (loss, _) in parts.items()}
+        return losses | {f"tokens/{name}": targets for name, (_, targets) in parts.items()}

@@ -1,0 +1,216 @@
+"""Saving in the background: the state is copied to host memory at once and written while training goes on.
+
+A save has two parts, and each ends when all ranks have settled theirs: every rank writes its own
+files; then rank 0 commits them (`lamda.training.manifest`). The ranks tell each other with the figures
+of the steps in between, so that nobody waits. A save that fails leaves the last checkpoint as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from lamda.config.help import to_yaml
+from lamda.distributed import gather, on_main
+from lamda.training import faults
+from lamda.training.checkpoint import own_tensors
+from lamda.training.engine import Engine
+from lamda.training.manifest import commit, make_fresh, sync_and_describe
+from lamda.training.state import RunState
+
+SPARE = 1.2
+"""Free space that a save asks for / its own size."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How a save ended: `problem` is None where the checkpoint at `path` is complete."""
+
+    step: int
+    path: Path
+    problem: str | None = None
+
+
+class Saver:
+    """Saves one checkpoint at a time. Every rank has one and makes the same calls at the same steps."""
+
+    def __init__(self, folder: Path, *, engine: Engine, tokenizer: Path) -> None:
+        self._folder, self._engine, self._tokenizer = folder, engine, tokenizer
+        self._world, self._config = engine.world, engine.config
+        self._memory = _HostMemory(pinned=engine.device.type == "cuda")
+        self._state = RunState()
+        self._job: _Job | None = None
+        self._is_written = False
+        self._jobs = 0
+
+    @property
+    def settled(self) -> int:
+        """Parts of saves that this rank has settled since the start; their sum over the ranks is for `advance`."""
+        return self._jobs - (self._job is not None and not self._job.is_done)
+
+    def begin(self, state: RunState) -> Saved | None:
+        """Copy the state, and start to write it; no other save is under way.
+
+        Returns how it ended where it cannot even begin: there is no room.
+        """
+        self._state, self._is_written = state, False
+        self._at("save.begin")
+        weights = self._memory.take(self._engine.weights())
+        own = self._memory.take(own_tensors(self._engine))
+        self._memory.wait()
+        self._at("save.copied")
+        size = sum(gather(sum(tensor.nbytes for tensor in (*weights.values(), *own.values()))))
+        problem = on_main(self._world, lambda: self._make_room(size))
+        if problem is not None:
+            return Saved(state.step, self._final, problem)
+        self._start(lambda: self._write(weights, own))
+        return None
+
+    def advance(self, settled: int) -> Saved | None:
+        """Go on where every rank has settled this part; how the save ended, once. settled: sum over the ranks."""
+        if self._job is None or settled < self._jobs * self._world.size:
+            return None
+        return self._next_part()
+
+    def finish(self) -> Saved | None:
+        """Wait for the save that is under way, if one is; how it ended."""
+        saved = None
+        while self._job is not None:
+            self._job.wait()
+            saved = self._next_part()
+        return saved
+
+    @property
+    def _final(self) -> Path:
+        return self._folder / f"step-{self._state.step:08d}"
+
+    @property
+    def _temporary(self) -> Path:
+        return self._folder / f".{self._final.name}.tmp"
+
+    def _at(self, point: str, path: Path | None = None) -> None:
+        faults.reach(point, rank=self._world.rank, step=self._state.step, path=path)
+
+    def _start(self, work: Callable[[], dict[str, Any]]) -> None:
+        self._jobs += 1
+        self._job = _Job(work)
+
+    def _next_part(self) -> Saved | None:
+        """All ranks are done with a part: hear of failures, then commit what was written."""
+        found = gather((self._job.result, self._job.problem))
+        self._job = None
+        self._at("save.done" if self._is_written else "save.settled")
+        failures = [f"rank {rank} {problem}" for rank, (_, problem) in enumerate(found) if problem is not None]
+        if failures:
+            if self._world.is_main:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            return Saved(self._state.step, self._final, "; ".join(failures))
+        if self._is_written:
+            return Saved(self._state.step, self._final)
+        self._is_written = True
+        files = {name: entry for part, _ in found for name, entry in part.items()}
+        self._start(lambda: self._commit(files) if self._world.is_main else {})
+        return None
+
+    def _make_room(self, size: int) -> str | None:
+        """An empty temporary folder on a disk with room enough; what is wrong, or None."""
+        try:
+            make_fresh(self._temporary)
+            free = shutil.disk_usage(self._folder).free
+        except OSError as error:
+            return f"cannot write to {self._folder} ({error.strerror})"
+        if free < SPARE * size:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            return f"{free / 1e9:.2f} GB are free; a checkpoint of {size / 1e9:.2f} GB asks for {SPARE} times its size"
+        return None
+
+    def _write(self, weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Write this rank's files; their entries in the manifest."""
+        folder, world = self._temporary, self._world
+        fragments = folder / f"optimizer-{world.rank:05d}-of-{world.size:05d}.safetensors"
+        save_file(own, fragments, metadata={"format": "pt"})
+        files = [fragments]
+        if world.is_main:
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+            self._state.write(folder / "run_state.json")
+            (folder / "config.yaml").write_text(to_yaml(self._config), "utf-8")
+            shutil.copyfile(self._tokenizer, folder / "tokenizer.model")
+            files += [
+                folder / name for name in ("model.safetensors", "run_state.json", "config.yaml", "tokenizer.model")
+            ]
+        self._at("save.written", fragments)
+        described = {file.name: sync_and_describe(file) for file in files}
+        self._at("save.synced", fragments)
+        return described
+
+    def _commit(self, files: dict[str, Any]) -> dict[str, Any]:
+        content = {
+            "step": self._state.step,
+            "ranks": self._world.size,
+            "zero_stage": self._engine.stage,
+            "model": self._config.model.dimensions,
+            "data": sha256(json.dumps(self._state.fingerprint, sort_keys=True).encode()).hexdigest(),
+            "tokenizer": files["tokenizer.model"]["sha256"],
+            "configuration": files["config.yaml"]["sha256"],
+            "files": files,
+        }
+        keep = self._config.checkpoint
+        commit(self._temporary, self._final, content, keep=keep.keep, keep_every=keep.keep_every, at=self._at)
+        return {}
+
+
+class _Job:
+    """Work in a thread, and how it ended."""
+
+    def __init__(self, work: Callable[[], dict[str, Any]]) -> None:
+        self.result: dict[str, Any] = {}
+        self.problem: str | None = None
+        self._work = work
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self.result = self._work()
+        except OSError as error:
+            self.problem = f"cannot write ({error.strerror or error})"
+        except Exception as error:
+            self.problem = f"failed ({type(error).__name__}: {error})"
+
+
+class _HostMemory:
+    """Copies of tensors in host memory, allocated once: fresh memory costs more than the copy."""
+
+    def __init__(self, *, pinned: bool) -> None:
+        self._pinned = pinned
+        self._places: dict[str, torch.Tensor] = {}
+
+    def take(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Copy each; valid until the next call with the same names, and on a GPU after `wait`."""
+        taken = {}
+        for name, tensor in tensors:
+            if name not in self._places:
+                self._places[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
+            taken[name] = self._places[name].copy_(tensor, non_blocking=True)
+        return taken
+
+    def wait(self) -> None:
+        """Wait until the copies are there."""
+        if self._pinned:
+            torch.cuda.current_stream().synchronize()

@@ -1,0 +1,84 @@
+"""Steps of a small model, each with a NaN in a random place on a random rank; the weights must not move."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lamda import distributed
+from lamda.training.engine import Engine
+from lamda.training.fragments import fragments
+from tests.distributed.engine_worker import batch, config
+
+OUT, STEPS = Path(sys.argv[1]), int(sys.argv[2])
+
+
+def state(engine: Engine) -> list[torch.Tensor]:
+    """Everything that an update would change on this rank."""
+    own = [tensor.clone() for fragment in fragments(engine.deepspeed) for tensor in fragment.tensors.values()]
+    counts = [kept["step"].clone() for kept in engine.deepspeed.basic_optimizer.state.values()]
+    return [*own, *counts, *(weight.clone() for _, weight in engine.weights())]
+
+
+def main() -> None:
+    """Prints how many of the steps changed anything, for each ZeRO stage."""
+    world = distributed.read_world()
+    device = distributed.start(world, threads=1)
+    told = {}
+    for stage in (1, 2, 3):
+        engine = Engine(config({"stage": stage, "bf16": True}, OUT, world.rank), world=world, device=device)
+        engine.step(batch(0, world), learning_rate=1e-2)
+        before, draw = state(engine), random.Random(stage)
+        updated = 0
+        for step in range(1, STEPS + 1):
+            rank, place = draw.randrange(world.size), draw.choice(["loss", "logits", "gradient"])
+            is_mine = rank == world.rank
+            hooks = spoil(engine, place, random.Random(step)) if is_mine else []
+            at = spoil_loss if is_mine and place == "loss" else nothing
+            updated += engine.step(batch(step % 7, world), learning_rate=1e-2, at=at).updated
+            for hook in hooks:
+                hook.remove()
+        changed = torch.tensor(sum(not torch.equal(one, two) for one, two in zip(before, state(engine), strict=True)))
+        dist.all_reduce(changed)
+        clean = engine.step(batch(1, world), learning_rate=1e-2).updated
+        told[stage] = {"steps": STEPS, "updated": updated, "tensors_changed": changed.item(), "then_updates": clean}
+    if world.is_main:
+        print(json.dumps(told))
+    distributed.stop()
+
+
+def spoil_loss(point: str, tensor: torch.Tensor | None) -> None:
+    """The loss itself is not a number."""
+    if point == "loss":
+        tensor.mul_(torch.nan)
+
+
+def nothing(point: str, tensor: torch.Tensor | None) -> None:
+    """A step as it should be."""
+
+
+def spoil(engine: Engine, place: str, draw: random.Random) -> list:
+    """One element that is not finite, in the logits or in the gradient of a random layer's output."""
+    bad = draw.choice([float("nan"), float("inf"), -float("inf")])
+
+    def in_logits(module, inputs, logits):
+        spoilt = logits.clone()
+        spoilt.view(-1)[draw.randrange(spoilt.numel())] = float("nan")
+        return spoilt
+
+    def in_gradient(module, inputs, output):
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), bad))
+
+    if place == "logits":
+        return [engine.model.register_forward_hook(in_logits)]
+    if place == "gradient":
+        return [draw.choice(list(engine.model.layers)).register_forward_hook(in_gradient)]
+    return []
+
+
+if __name__ == "__main__":
+    main()
