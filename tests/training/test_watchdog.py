@@ -1,0 +1,113 @@
+"""A rank that hangs is named, with what is known of it; a run that is merely slow is left alone."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lamda.training.watchdog import HANG_EXIT, Heartbeat, kernel_state, verdict
+
+RANK = """
+import json, sys, time
+from pathlib import Path
+from lamda.distributed import World
+from lamda.training.watchdog import Watchdog
+folder, rank, behaviour = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+
+def sleep_for_long():
+    time.sleep(600)
+
+def tell(verdict):
+    with (folder / "told").open("a") as file:
+        file.write(verdict + "\\n")
+
+with Watchdog(folder / "heartbeats", world=World(rank=rank, size=2), seconds=1.0, tell=tell) as watchdog:
+    for step in range(1, 8 if behaviour == "slow" else 600):
+        watchdog.mark("fetch", step=step)
+        if step == 3 and behaviour == "sleeps":
+            sleep_for_long()
+        time.sleep(0.5 if behaviour == "slow" else 0.05)
+        if step >= 3 and behaviour == "waits":
+            watchdog.mark("update", step=step)
+            time.sleep(600)
+"""
+
+
+def heart(rank, *, beat=9, marks=50, phase="update", step=7):
+    return Heartbeat(rank, "h", 100 + rank, beat, marks, phase, step)
+
+
+def test_a_silent_rank_is_named_with_its_place_and_that_of_the_others():
+    silent = heart(1, phase="fetch", step=6)
+    told = verdict([heart(0), silent, heart(2)], [silent], seconds=10)
+    assert told == (
+        "rank 1 (host h, process 101) has not answered for 10 s, last seen in step 6, phase fetch; "
+        "the others wait in step 7, phase update"
+    )
+
+
+def test_where_all_live_the_rank_that_is_behind_is_named():
+    told = verdict([heart(0), heart(1, marks=48, phase="fetch", step=7), heart(2)], [], seconds=10)
+    assert told == "rank 1 (host h, process 101) has made no progress for 10 s in step 7, phase fetch"
+
+
+def test_where_nobody_is_behind_all_are_told():
+    told = verdict([heart(0), heart(1)], [], seconds=10)
+    assert told == "all 2 ranks have waited for 10 s in step 7, phase update"
+
+
+def test_the_kernel_tells_of_a_stopped_process_and_of_one_that_is_gone():
+    with subprocess.Popen(["sleep", "60"]) as process:
+        process.send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + 5
+        while "T (stopped)" not in kernel_state(process.pid):
+            assert time.monotonic() < deadline
+        process.kill()
+    assert kernel_state(process.pid) == "The process is gone."
+
+
+@pytest.fixture
+def start(tmp_path):
+    processes = []
+
+    def start(*behaviours):
+        for rank, behaviour in enumerate(behaviours):
+            processes.append(subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path), str(rank), behaviour]))
+        return processes
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_process_ends_the_run_and_is_killed(tmp_path, start, stopped):
+    processes = start("waits", "waits")
+    file = tmp_path / "heartbeats" / f"rank-{stopped:05d}.json"
+    while not file.exists() or json.loads(file.read_text())["step"] < 3:
+        time.sleep(0.01)
+    processes[stopped].send_signal(signal.SIGSTOP)
+    assert processes[1 - stopped].wait(15) == HANG_EXIT
+    assert processes[stopped].wait(5) == -signal.SIGKILL
+    (told,) = (tmp_path / "told").read_text().splitlines()
+    assert told.startswith(f"rank {stopped} (host ")
+    assert "State: T (stopped)" in (tmp_path / "hang" / f"rank-{stopped:05d}.txt").read_text()
+    assert "Thread" in (tmp_path / "hang" / f"rank-{1 - stopped:05d}.txt").read_text()
+
+
+def test_a_rank_that_is_stuck_in_python_is_named_with_its_stack(tmp_path, start):
+    assert [process.wait(20) for process in start("waits", "sleeps")] == [HANG_EXIT] * 2
+    (told,) = (tmp_path / "told").read_text().splitlines()
+    assert told.startswith("rank 1 ")
+    assert told.endswith("has made no progress for 1 s in step 3, phase fetch")
+    assert "sleep_for_long" in (tmp_path / "hang" / "rank-00001.txt").read_text()
+
+
+def test_a_slow_run_is_left_alone_and_leaves_nothing_behind(tmp_path, start):
+    assert [process.wait(30) for process in start("slow", "slow")] == [0, 0]
+    assert not (tmp_path / "told").exists()
+    assert not list((tmp_path / "heartbeats").iterdir())
+    assert not list((tmp_path / "hang").iterdir())
