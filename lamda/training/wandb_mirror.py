@@ -235,7 +235,8 @@ def _inspect(transactions: Path) -> tuple[int, str]:
             if '"type":"history"' in line:
                 last = line
         said = reader.stderr.read().strip()
-    return json.loads(last)["history"]["step"]["num"] if last else 0, said if reader.returncode or "incomplete" in said else ""
+    step = json.loads(last)["history"]["step"]["num"] if last else 0
+    return step, said if reader.returncode or "incomplete" in said else ""
 
 
 def _attempt(what: str, action: Callable[[], object]) -> None:
