@@ -58,6 +58,11 @@ COMMANDS = {
         "RUN --step S [--row R] [--json]",
         "the documents that a training row came from, and its text",
     ),
+    "prove-resume": Command(
+        _main_of("lamda.cluster.prove_resume"),
+        f"[--ranks N] [--others M] [--steps S] [--seed N] [--keep] [--json] {_CONFIG}",
+        "prove that a killed run of this configuration ends as an unbroken one, to the last bit",
+    ),
     "supervise": Command(
         _main_of("lamda.cluster.supervise"),
         "[--run DIR] -- COMMAND ...",

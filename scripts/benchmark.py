@@ -1,4 +1,4 @@
-"""Measure: `python scripts/benchmark.py data [...]`; `--help` after the name tells its options."""
+"""Measure: `python scripts/benchmark.py NAME [...]`; `--help` after the name tells its options."""
 
 import sys
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from lamda.config.errors import UserError
 
-BENCHMARKS = ("data",)
+BENCHMARKS = ("attention", "data", "month")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -70,7 +70,9 @@ def pretrain(config: Config, world: World) -> int:
         state = start.check_data(fingerprint(text.corpus, config, text.tokenizer))
         began = time.time()
         try:
-            return _run(config, world, directory, device, start.path, state, text)
+            code = _run(config, world, directory, device, start.path, state, text)
+            distributed.barrier()  # a launcher whose first rank has left kills the others, who may have rows to send
+            return code
         except BaseException as error:
             _tell_failure(directory, f"rank {world.rank}: {type(error).__name__}: {error}", since=began)
             raise

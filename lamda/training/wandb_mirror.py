@@ -53,10 +53,10 @@ class WandbMirror:
         self._has_stopped = False
         self._thread: threading.Thread | None = None
         remembered = folder / "wandb" / "run-id"
-        if run_id is None and remembered.exists():
-            run_id = remembered.read_text("utf-8")
+        with suppress(OSError):
+            run_id = run_id or remembered.read_text("utf-8")
+        self.run_id = run_id
         if config.wandb.mode == "disabled":
-            self.run_id = run_id
             return
         self.run_id = run_id or secrets.token_hex(4)
         try:
@@ -128,6 +128,9 @@ class WandbMirror:
 
     def _start(self) -> Any:
         """The W&B run, online if possible; `_seen` becomes the last step that W&B has."""
+        import wandb
+
+        wandb.setup(wandb.Settings(silent=True))
         logs = self._logs()
         if self._config.wandb.mode == "online":
             try:
@@ -137,7 +140,7 @@ class WandbMirror:
             else:
                 self._seen = max(0, run.starting_step - 1) if run.resumed else 0
                 for old in logs:
-                    # This start sends what they hold; `wandb sync` would send it twice.
+                    # This start sends their rows; `wandb sync` would send them twice.
                     old.with_suffix(".wandb.synced").touch()
                 return run
         self._seen = next((step for old in logs if (step := _last_step(old))), 0)
@@ -147,8 +150,8 @@ class WandbMirror:
         import wandb
         from wandb.sdk.lib import wbauth
 
-        settings = wandb.setup(wandb.Settings(silent=True)).settings
-        if wbauth.authenticate_session(host=settings.base_url, source="lamda", prompt=False) is None:
+        host = wandb.setup().settings.base_url
+        if wbauth.authenticate_session(host=host, source="lamda", prompt=False) is None:
             raise wandb.errors.AuthenticationError("no W&B key: set WANDB_API_KEY, or run `wandb login`")
         return self._init("online")
 

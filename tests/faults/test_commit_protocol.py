@@ -48,7 +48,7 @@ def test_a_killed_save_leaves_complete_checkpoints_alone(tmp_path):
         process.kill()
         process.wait()
         there = _complete(tmp_path)
-        assert len(there) in (2, 3), "two are kept, and one may be about to go"
+        assert len(there) >= 2, "two are kept; each crash may leave one that was about to go"
         assert [manifest.problem_of(path) for path in there] == [None] * len(there)
         named = int((tmp_path / "LATEST").read_text().removeprefix("step-"))
         assert named in (_newest(tmp_path), _newest(tmp_path) - 1), "a crash may come before LATEST, never between"

@@ -1,0 +1,121 @@
+"""Two runs of one configuration, compared bit for bit: from which step do they differ?"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from lamda.config.errors import UserError
+from lamda.training.manifest import complete, step_of
+from lamda.training.metrics import read_metrics
+from lamda.training.run_directory import RunDirectory
+
+Tensors = Mapping[str, Callable[[], torch.Tensor]]
+"""Tensors by name, each read when it is called for: a checkpoint may be larger than memory."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first step at which two runs differ, and the largest distance of two numbers there.
+
+    `largest` is None where no number tells it: text, a missing row, NaN, other names or shapes.
+    """
+
+    step: int
+    largest: float | None = None
+
+
+def compare_runs(one: RunDirectory, other: RunDirectory) -> dict[str, Difference | None]:
+    """What of two finished runs differs, by its name in the table; None where nothing does."""
+    return {
+        "loss": compare_column(one.metrics, other.metrics, "loss"),
+        "samples": compare_column(one.metrics, other.metrics, "batch_digest"),
+        "weights": compare_checkpoints(one.checkpoints, other.checkpoints, weights_of),
+        "optimiser state": compare_checkpoints(one.checkpoints, other.checkpoints, optimiser_state_of),
+    }
+
+
+def compare_column(one: Path, other: Path, name: str) -> Difference | None:
+    """The first step at which a column of two metrics files differs, or that only one of them has."""
+    mine, theirs = ({row["step"]: row[name] for row in read_metrics(path)} for path in (one, other))
+    for step in sorted({*mine, *theirs}):
+        if step not in mine or step not in theirs:
+            return Difference(step)
+        if mine[step] != theirs[step]:
+            numbers = all(isinstance(value, float) for value in (mine[step], theirs[step]))
+            return Difference(step, abs(mine[step] - theirs[step]) if numbers else None)
+    return None
+
+
+def compare_checkpoints(one: Path, other: Path, read: Callable[[Path], Tensors]) -> Difference | None:
+    """The first checkpoint that both folders have and that differs. Raises UserError where they share none."""
+    common = sorted({path.name for path in complete(one)} & {path.name for path in complete(other)})
+    if not common:
+        raise UserError(f"{one} and {other} have no checkpoint in common")
+    for name in common:
+        distances = _distances(read(one / name), read(other / name))
+        if distances:
+            largest = max(distances)
+            return Difference(step_of(one / name), largest if math.isfinite(largest) else None)
+    return None
+
+
+def weights_of(checkpoint: Path) -> Tensors:
+    """The weights that the model computes with."""
+    path = checkpoint / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        return {name: partial(_tensor, path, name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+
+
+def optimiser_state_of(checkpoint: Path) -> Tensors:
+    """fp32 weights and moments of whole parameters ([n] each), however many ranks wrote them."""
+    pieces = defaultdict(list)
+    for path in sorted(checkpoint.glob("optimizer-*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                name, start = key.rsplit("|", 1)
+                pieces[name].append((int(start), path, key))
+    return {name: partial(_joined, sorted(found)) for name, found in pieces.items()}
+
+
+def _joined(pieces: list[tuple[int, Path, str]]) -> torch.Tensor:
+    """A parameter from its pieces. Raises UserError where one is missing."""
+    parts: list[torch.Tensor] = []
+    for start, path, key in pieces:
+        if start != sum(part.numel() for part in parts):
+            raise UserError(f"{path.parent}: what stands before {key} is not in the checkpoint")
+        parts.append(_tensor(path, key))
+    return torch.cat(parts)
+
+
+def _tensor(path: Path, name: str) -> torch.Tensor:
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
+
+
+def _distances(mine: Tensors, theirs: Tensors) -> list[float]:
+    """How far apart each pair of tensors is whose bits are not the same; infinite where that cannot be told."""
+    if mine.keys() != theirs.keys():
+        return [math.inf]
+    pairs = ((read(), theirs[name]()) for name, read in mine.items())
+    return [_distance(one, other) for one, other in pairs if not _has_same_bits(one, other)]
+
+
+def _has_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    if one.shape != other.shape:
+        return math.inf
+    distance = (one.double() - other.double()).abs().max().item()
+    return math.inf if math.isnan(distance) else distance

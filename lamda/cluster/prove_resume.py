@@ -1,0 +1,293 @@
+"""`lamda prove-resume`: that a killed run ends as an unbroken one, shown with the user's own configuration.
+
+Three short runs through DeepSpeed's launcher: one straight, one killed with SIGKILL and resumed, one
+killed and resumed on another number of ranks. Then everything that they left is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lamda.cluster.launch import Launch
+from lamda.config.batches import micro_batches_per_rank
+from lamda.config.errors import UserError
+from lamda.config.loading import load_config
+from lamda.config.schema import Config
+from lamda.training.metrics import read_metrics
+from lamda.training.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from lamda.cluster.compare import Difference
+
+STEPS, CHECKPOINTS = 12, 4
+POLL_SECONDS = 0.01
+LOG_LINES = 25
+
+
+def main(argv: list[str]) -> int:
+    """Arguments as in the table of commands; 0 all equal, 1 something differs. Raises UserError."""
+    parser = argparse.ArgumentParser(prog="lamda prove-resume", allow_abbrev=False, add_help=False)
+    parser.add_argument("--ranks", type=int)
+    parser.add_argument("--others", type=int)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    options, flags = parser.parse_known_args(argv)
+    config = load_config(flags)
+    ranks, others = choose_ranks(config, ranks=options.ranks, others=options.others)
+    if options.steps < CHECKPOINTS:
+        raise UserError(f"--steps {options.steps}: a proof needs at least {CHECKPOINTS} steps")
+    seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
+    proof = Proof(flags, config, folder=_make_folder(config), steps=options.steps, seed=seed, keep=options.keep)
+    trials = proof.run(ranks, others)
+    is_exact = all(trial.is_exact for trial in trials)
+    if is_exact and not options.keep:
+        shutil.rmtree(proof.folder)
+    kept = None if is_exact and not options.keep else proof.folder
+    told = {"steps": options.steps, "seed": seed, "exact": is_exact, "kept": str(kept) if kept else None}
+    if options.json:
+        print(json.dumps({**told, "killed_on": ranks, "resumed": [trial.as_dict() for trial in trials]}, indent=2))
+    else:
+        print(table(ranks, trials))
+        print(f"{'nothing differs' if is_exact else 'it differs'}{f'; everything is in {kept}' if kept else ''}")
+    return 0 if is_exact else 1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run that was killed after step `killed_after` and resumed on `ranks` from a checkpoint."""
+
+    ranks: int
+    killed_after: int
+    went_on_from: str
+    differences: dict[str, Difference | None]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing differs from the straight run."""
+        return not any(self.differences.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: a difference is null, or its step and size."""
+        found = {name: each and vars(each) for name, each in self.differences.items()}
+        return {**vars(self), "differences": found}
+
+
+class Proof:
+    """The runs of a proof in `folder`; what is equal is deleted at once unless `keep`."""
+
+    def __init__(self, flags: list[str], config: Config, *, folder: Path, steps: int, seed: int, keep: bool) -> None:
+        self.folder = folder
+        self._steps, self._keep = steps, keep
+        self._draw = random.Random(seed)
+        self._every = steps // CHECKPOINTS
+        own = Path(config.run.dir) / "tokenizer.model"
+        self._tokenizer = config.tokenizer.path or (str(own) if own.is_file() else None)
+        # The last step's evaluation reads all held-out text, and says nothing about resuming.
+        held_out = folder / "held-out.txt"
+        held_out.write_text("A line to evaluate on.\n", "utf-8")
+        self._flags = [
+            *flags,
+            *_flags_of(
+                {
+                    "train.steps": steps,
+                    "train.tokens": "null",
+                    "checkpoint.every": self._every,
+                    "checkpoint.keep": steps,
+                    "checkpoint.resume": "auto",
+                    "eval.every": "null",
+                    "data.eval_files": held_out,
+                    "wandb.mode": "disabled",
+                }
+            ),
+        ]
+        _say(f"{folder}: {steps} steps a run, a checkpoint every {self._every}; moments drawn with --seed {seed}")
+
+    def run(self, ranks: int, others: int | None) -> list[Trial]:
+        """All runs: straight on `ranks`, then one killed there and resumed on each number. Raises UserError."""
+        resumed_on = [ranks] if others is None else [ranks, others]
+        self._label = f"run 1 of {1 + len(resumed_on)}"
+        straight = RunDirectory(self.folder / "straight")
+        _say(f"{self._label}: straight on {_ranks(ranks)}")
+        self._finish(straight, ranks)
+        self._tokenizer = self._tokenizer or str(straight.tokenizer)
+        trials = []
+        for number, again in enumerate(resumed_on, start=2):
+            self._label = f"run {number} of {1 + len(resumed_on)}"
+            _say(f"{self._label}: killed on {_ranks(ranks)}, resumed on {_ranks(again)}")
+            trials.append(self._try(straight, ranks, again))
+        return trials
+
+    def _try(self, straight: RunDirectory, ranks: int, again: int) -> Trial:
+        from lamda.cluster.compare import compare_runs
+
+        broken = RunDirectory(self.folder / f"resumed-on-{again}")
+        killed_after = self._kill(broken, ranks)
+        newest = (broken.checkpoints / "LATEST").read_text("utf-8")
+        _say(f"{self._label}: killed after step {killed_after}; going on from {newest}")
+        manifest = broken.checkpoints / newest / "manifest.json"
+        written = manifest.stat().st_mtime_ns
+        self._finish(broken, again)
+        if not manifest.exists() or manifest.stat().st_mtime_ns != written:
+            raise UserError(f"{broken.path}: the run did not go on from {newest}, but from before it; see train.log")
+        trial = Trial(again, killed_after, newest, compare_runs(straight, broken))
+        if trial.is_exact and not self._keep:
+            shutil.rmtree(broken.path)
+        return trial
+
+    def _finish(self, run: RunDirectory, ranks: int) -> None:
+        """Train to the last step."""
+        launch = self._launch(run, ranks)
+        try:
+            self._watch(launch, run, until=lambda step: False)
+        finally:
+            launch.kill()
+        if run.read_status().get("status") != "finished":
+            self._fail(run, f"failed ({_how(launch.poll())})")
+
+    def _kill(self, run: RunDirectory, ranks: int) -> int:
+        """SIGKILL to all ranks at a random moment between the first checkpoint and the last step.
+
+        Returns the last step that metrics.jsonl has.
+        """
+        goal = self._draw.randint(self._every, self._steps - self._every)
+        share = self._draw.random()
+        launch = self._launch(run, ranks)
+        latest = run.checkpoints / "LATEST"
+        try:
+            if self._watch(launch, run, until=lambda step: step >= goal and latest.exists()):
+                time.sleep(share * read_metrics(run.metrics)[-1]["step_seconds"])
+        finally:
+            launch.kill()
+        last = _last_step(run)
+        if last >= self._steps:
+            raise UserError(f"{run.path}: was over before it could be killed; give more --steps than {self._steps}")
+        if not latest.exists():
+            self._fail(run, f"ended before it could be killed ({_how(launch.poll())})")
+        return last
+
+    def _watch(self, launch: Launch, run: RunDirectory, *, until: Callable[[int], bool]) -> bool:
+        """Show the steps of a run; True at once when `until` holds of the last one, False when it has ended."""
+        told, told_at = _last_step(run), time.monotonic()
+        while launch.poll() is None:
+            step = _last_step(run)
+            if until(step):
+                return True
+            if step != told and (step == self._steps or time.monotonic() - told_at >= 1):
+                told, told_at = step, time.monotonic()
+                _say(f"{self._label}: step {step} of {self._steps}")
+            time.sleep(POLL_SECONDS)
+        return False
+
+    def _launch(self, run: RunDirectory, ranks: int) -> Launch:
+        own: dict[str, object] = {"run.dir": run.path}
+        if self._tokenizer:
+            own["tokenizer.path"] = self._tokenizer
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", *_devices(ranks)]
+        command += ["--master_port", _free_port(), "--module", "lamda.training.main", *self._flags, *_flags_of(own)]
+        return Launch(command, run=run.path, log=self._log(run))
+
+    def _log(self, run: RunDirectory) -> Path:
+        return self.folder / f"{run.path.name}.log"
+
+    def _fail(self, run: RunDirectory, how: str) -> None:
+        log = self._log(run)
+        last = log.read_text("utf-8", errors="replace").splitlines()[-LOG_LINES:]
+        raise UserError("\n".join([f"{self._label} {how}; the last lines of {log}:", *last]))
+
+
+def choose_ranks(config: Config, *, ranks: int | None, others: int | None) -> tuple[int, int | None]:
+    """Ranks to run on, and others to resume on (None: there are none to try). Raises UserError.
+
+    By default all GPUs, or 2 ranks without one, and about half of them, as far as they can share a batch.
+    """
+    if ranks is None:
+        import torch
+
+        ranks = torch.cuda.device_count() or 2
+    for name, number in (("--ranks", ranks), ("--others", others)):
+        if number is not None:
+            if number < 1:
+                raise UserError(f"{name} {number}: a run needs at least 1 rank")
+            micro_batches_per_rank(config.train, world=number)
+    if others == ranks:
+        raise UserError(f"--others {others}: is the same as --ranks; name another number")
+    if others is None and ranks > 1:
+        micro_batches = config.train.global_batch_size // config.train.micro_batch_size
+        others = next(fewer for fewer in range(ranks // 2, 0, -1) if micro_batches % fewer == 0)
+    return ranks, others
+
+
+def table(ranks: int, trials: list[Trial]) -> str:
+    """A line for each thing that was compared, a column for each resumed run."""
+    head = f"killed on {_ranks(ranks)}, resumed"
+    lines = [[head, *(f"on {_ranks(trial.ranks)}" for trial in trials)]]
+    lines += [[name, *(_told(trial.differences[name]) for trial in trials)] for name in trials[0].differences]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def _told(difference: Difference | None) -> str:
+    if difference is None:
+        return "equal"
+    size = "" if difference.largest is None else f" by {difference.largest:.3g} at most"
+    return f"differs from step {difference.step}{size}"
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank{'s' if number > 1 else ''}"
+
+
+def _how(code: int | None) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _make_folder(config: Config) -> Path:
+    run = Path(config.run.dir)
+    try:
+        run.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f"{run.name}-proof-", dir=run.parent))
+    except OSError as error:
+        raise UserError(f"{run.parent}: cannot be written to ({error.strerror}); choose another run.dir") from error
+
+
+def _flags_of(settings: dict[str, object]) -> list[str]:
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def _devices(ranks: int) -> list[str]:
+    """The launcher takes the first GPUs of the machine, whatever CUDA_VISIBLE_DEVICES says, unless told by number."""
+    visible = [number for number in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if number]
+    return ["--include", f"localhost:{','.join(visible[:ranks])}"] if visible else ["--num_gpus", str(ranks)]
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def _last_step(run: RunDirectory) -> int:
+    """The last line of metrics.jsonl, 0 where there is none."""
+    with suppress(OSError):
+        rows = read_metrics(run.metrics)
+        return rows[-1]["step"] if rows else 0
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

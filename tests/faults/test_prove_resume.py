@@ -1,0 +1,37 @@
+"""`lamda prove-resume` from start to end: five real launches of a tiny run (about a minute)."""
+
+import json
+
+from lamda.cluster.prove_resume import main
+from tests.conftest import make_text, write_shard
+from tests.launch import ENVIRONMENT
+
+SETTINGS = """
+model: {vocab_size: 400, d_model: 32, n_layers: 2, n_heads: 2, d_head: 16, d_ff: 64}
+train: {tokens: 100000, global_batch_size: 8, micro_batch_size: 2, lr: 1e-2, warmup_steps: 3}
+eval: {every: 6}
+"""
+
+
+def test_a_killed_run_is_proved_to_end_as_an_unbroken_one(tmp_path, monkeypatch, capfd):
+    for file in range(2):
+        texts = [make_text(50 * file + n, 40 + 29 * n) for n in range(24)]
+        write_shard(tmp_path / "text" / f"{file}.jsonl.zst", texts)
+    (tmp_path / "run.yaml").write_text(
+        f"{SETTINGS}\nrun: {{dir: {tmp_path}/runs/mine}}\n"
+        f"data: {{corpus: standard_library, files: '{tmp_path}/text/*', sequence_length: 32, block_rows: 4}}\n"
+    )
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    code = main(["--config", str(tmp_path / "run.yaml"), "--ranks", "2", "--json"])
+    out, err = capfd.readouterr()
+    assert code == 0, err[-3000:] + out
+    told = json.loads(out)
+    assert told["exact"]
+    assert told["kept"] is None
+    assert [trial["ranks"] for trial in told["resumed"]] == [2, 1]
+    for trial in told["resumed"]:
+        assert trial["differences"] == dict.fromkeys(["loss", "samples", "weights", "optimiser state"])
+        assert 0 < int(trial["went_on_from"].removeprefix("step-")) <= trial["killed_after"] < told["steps"] == 12
+    assert "run 3 of 3: killed after step" in err
+    assert list((tmp_path / "runs").iterdir()) == []
