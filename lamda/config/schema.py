@@ -147,7 +147,7 @@ class TrainConfig(Section):
     spike_threshold: float | None = Field(
         None, gt=0, description="robust z-score of a loss that makes the run go back; default: never for a finite loss"
     )
-    spike_window: int = Field(128, ge=8, description="finite losses before it that a loss is judged by")
+    spike_window: Positive = Field(128, description="finite losses before it that a loss is judged by")
     rollbacks: int = Field(3, ge=0, description="how often the run may go back and jump over the samples in between")
 
     @field_validator("tokens")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from lamda.config.schema import TrainConfig
 
 FEWEST = 8
-"""Losses that a judgement needs at least."""
+"""Losses that a judgement needs at least, where the window is not shorter."""
 NORMAL = 1.4826
 """Standard deviation of a normal distribution / its median absolute deviation."""
 
@@ -63,7 +63,7 @@ class Health:
 
     def _score(self, loss: float) -> float:
         """Distance above the window's median in robust standard deviations."""
-        if len(self._losses) < FEWEST or not math.isfinite(loss):
+        if len(self._losses) < min(FEWEST, self._train.spike_window) or not math.isfinite(loss):
             return 0.0
         middle = median(self._losses)
         spread = NORMAL * median(abs(other - middle) for other in self._losses)
