@@ -20,6 +20,7 @@ from lamda.training.wandb_mirror import WandbMirror
 from tests.launch import ROOT
 
 CHECKPOINT_EVERY = 7
+PATIENCE = 60
 
 
 class Run:
@@ -89,11 +90,15 @@ def kill_and_resume(
     for _ in range(kills):
         before = arrived()
         with _start(folder, mode, steps=100_000) as process:
+            end = time.monotonic() + PATIENCE
             while arrived() <= before:
                 assert process.poll() is None
+                if time.monotonic() > end:
+                    process.kill()
+                    raise TimeoutError(f"W&B got no row in {PATIENCE} s")
                 time.sleep(0.02)
             with before_kill:
-                time.sleep(draw.random())
+                time.sleep(draw.random() / 2)
                 process.kill()
         assert process.returncode == -signal.SIGKILL
     last = len(read_metrics(folder / "metrics.jsonl")) + 10

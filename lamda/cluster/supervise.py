@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from lamda.cluster.launch import POLL_SECONDS, Launch
@@ -134,7 +135,7 @@ class Supervisor:
         if not self._signals and not preempted:
             return None
         saved = _saved_step(self._directory)
-        _say(f"stopped ({_reason(code, news)}); the newest checkpoint is of step {saved}, the same command goes on")
+        _say(f"stopped: {_reason(code, news)}; the newest checkpoint is of step {saved}, the same command goes on")
         return STOP_EXIT
 
     def _rest(self, seconds: float) -> None:
@@ -208,7 +209,7 @@ def _reason(code: int, news: dict[str, Any]) -> str:
     """Why the run ended, in one line."""
     how = f"signal {_name(-code)}" if code < 0 else f"exit code {code}"
     if "reason" in news:
-        return f"{' '.join(str(news['reason']).split())} ({how})"
+        return f"{shorten(str(news['reason']), width=200, placeholder=' ...')} ({how})"
     return f"it ended without a word, {how}" if news else f"the command ended before the run began, {how}"
 
 

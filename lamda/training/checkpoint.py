@@ -7,6 +7,7 @@ that a rank needs. `lamda.training.saving` writes it, `lamda.training.manifest` 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -25,11 +26,11 @@ KINDS = ("weight", *MOMENTS)
 
 
 def load(path: Path, *, engine: Engine) -> RunState:
-    """Fill the engine from a verified checkpoint; every rank calls it."""
+    """Fill the engine from a verified checkpoint; every rank calls it. Raises UserError before anything is filled."""
     state = RunState.read(path / "run_state.json")
-    reset_moments(engine.deepspeed, updates=state.updates)
     slices = plain_slices(engine.config.model)
     saved = _SavedState(path, {plain.name: plain.numel for part in slices.values() for plain in part})
+    reset_moments(engine.deepspeed, updates=state.updates)
     with torch.no_grad():
         for fragment in fragments(engine.deepspeed):
             for piece, start, tensors in _by_plain_name(fragment, slices):
@@ -95,30 +96,40 @@ class _SavedState:
         for name in sorted(manifest.read(path)["files"]):
             if name.startswith("optimizer-") and name.endswith(".safetensors"):
                 self._index(path / name, sizes)
+        self._require_each_element_once(sizes)
 
     def fill(self, target: torch.Tensor, *, name: str, kind: str, start: int) -> None:
         """Copy elements `start`, ... of a parameter's state into `target` ([n] fp32)."""
-        missing = target.numel()
-        for first, length, file, key in self._pieces.get((name, kind), []):
+        for first, length, file, key in self._pieces[name, kind]:
             low, high = max(start, first), min(start + target.numel(), first + length)
             if low < high:
                 with safe_open(file, "pt") as opened:
                     target[low - start : high - start].copy_(opened.get_slice(key)[low - first : high - first])
-                missing -= high - low
-        if missing:
-            raise UserError(f"{self._path}: {missing} elements of {kind} of {name} are not in the checkpoint")
 
     def _index(self, file: Path, sizes: dict[str, int]) -> None:
-        with safe_open(file, "pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 - safe_open is no mapping
-                there = opened.get_slice(key)
-                parts, shape = key.split("|"), there.get_shape()
-                fits = len(parts) == 3 and parts[0] in sizes and parts[1] in KINDS and parts[2].isdecimal()
-                if not fits or len(shape) != 1 or there.get_dtype() != "F32":
+        try:
+            with safe_open(file, "pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 - safe_open is no mapping
+                    there = opened.get_slice(key)
+                    parts, shape = key.split("|"), there.get_shape()
+                    fits = len(parts) == 3 and parts[0] in sizes and parts[1] in KINDS and parts[2].isdecimal()
+                    if not fits or len(shape) != 1 or there.get_dtype() != "F32":
+                        raise UserError(
+                            f"{file}: holds {key!r} ({there.get_dtype()} {shape}), which is no part of the state"
+                        )
+                    self._pieces.setdefault((parts[0], parts[1]), []).append((int(parts[2]), shape[0], file, key))
+        except SafetensorError as error:
+            raise UserError(f"{file}: is no safetensors file ({error})") from error
+
+    def _require_each_element_once(self, sizes: dict[str, int]) -> None:
+        for name, kind in product(sizes, KINDS):
+            end = 0
+            for first, length, file, key in sorted(self._pieces.get((name, kind), [])):
+                if first != end or first + length > sizes[name]:
                     raise UserError(
-                        f"{file}: holds {key!r} ({there.get_dtype()} {shape}), which is no part of the state"
+                        f"{file}: {key!r} holds elements {first} to {first + length} of {sizes[name]}; the pieces "
+                        f"before it end at {end}"
                     )
-                name, kind, start = parts[0], parts[1], int(parts[2])
-                if start + shape[0] > sizes[name]:
-                    raise UserError(f"{file}: {key!r} with {shape[0]} elements reaches past the end of {name}")
-                self._pieces.setdefault((name, kind), []).append((start, shape[0], file, key))
+                end += length
+            if end != sizes[name]:
+                raise UserError(f"{self._path}: {sizes[name] - end} elements of {kind} of {name} are missing")

@@ -144,11 +144,12 @@ def test_steps_that_a_rollback_repeats_are_sent_once(tmp_path, server):
     assert server.runs[run.mirror.run_id].steps == [1, 2, 3, 4, 5]
 
 
-def test_offline_starts_within_a_second_hold_each_step_once_and_can_be_synced(tmp_path, server, caplog):
+def test_offline_starts_within_a_second_hold_each_step_once_and_can_be_synced(tmp_path, server, caplog, capfd):
     for step, until in ((0, 3), (2, 5)):
         with Run(tmp_path, mode="offline", step=step) as run:
             run.train(until)
             run.mirror.checkpoint(tmp_path / "there is none, and none is asked for", best=False)
+    assert "".join(capfd.readouterr()) == "", "the library says nothing"
     assert stored(tmp_path) == rows(run, 5)
     assert server.received == []
     sync(tmp_path)
@@ -279,7 +280,7 @@ def test_a_row_is_taken_as_it_is(tmp_path, server):
 def test_no_key_goes_offline_asks_nobody_and_says_so_once(tmp_path, caplog, capfd):
     with Run(tmp_path) as run:
         run.train(2)
-    assert "".join(capfd.readouterr()) == "", "the library itself says nothing"
+    assert "".join(capfd.readouterr()) == "", "the library says nothing"
     assert stored(tmp_path) == rows(run, 2)
     (message,) = said(caplog)
     assert "no W&B key: set WANDB_API_KEY, or run `wandb login`" in message
