@@ -6,8 +6,9 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
@@ -17,6 +18,7 @@ ENVIRONMENT = {
     "WANDB_MODE": "disabled",
     "PYTHONPATH": str(ROOT),
 }
+EMPTY: Mapping[str, str] = MappingProxyType({})
 
 
 def free_port() -> int:
@@ -26,7 +28,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(arguments: Sequence[str], *, world: int, timeout: float = 240) -> list[subprocess.CompletedProcess[str]]:
+def run_ranks(
+    arguments: Sequence[str], *, world: int, variables: Mapping[str, str] = EMPTY, timeout: float = 240
+) -> list[subprocess.CompletedProcess[str]]:
     """Run `python ARGUMENTS` on `world` ranks, without a launcher; every rank's result."""
     port = str(free_port())
     ranks = [
@@ -36,6 +40,7 @@ def run_ranks(arguments: Sequence[str], *, world: int, timeout: float = 240) -> 
             env={
                 **os.environ,
                 **ENVIRONMENT,
+                **variables,
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(world),
@@ -60,13 +65,15 @@ def run_ranks(arguments: Sequence[str], *, world: int, timeout: float = 240) -> 
     return results
 
 
-def run_deepspeed(arguments: Sequence[str], *, ranks: int, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def run_deepspeed(
+    arguments: Sequence[str], *, ranks: int, variables: Mapping[str, str] = EMPTY, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
     """`deepspeed --num_gpus RANKS ARGUMENTS`, as a user types it."""
     launcher = Path(sys.executable).with_name("deepspeed")
     return subprocess.run(
         [str(launcher), "--num_gpus", str(ranks), "--master_port", str(free_port()), *arguments],
         cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        env={**os.environ, **ENVIRONMENT, **variables, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -18,6 +18,8 @@ from lamda.training.evaluate import main as evaluate_command
 from lamda.training.metrics import read_metrics
 from tests.conftest import make_text, write_shard
 from tests.launch import run_deepspeed, run_ranks
+from tests.wandb_run import environment
+from tests.wandb_server import WandbServer
 
 SETTINGS = """
 model: {vocab_size: 400, d_model: 32, n_layers: 2, n_heads: 2, d_head: 16, d_ff: 64}
@@ -94,15 +96,31 @@ def test_a_run_trains_evaluates_saves_and_shows_a_sample(place, straight):
         assert shown in straight.stdout
 
 
-def test_stopping_resuming_and_other_ranks_change_no_bit(place, straight):
-    """Two ranks to step 8 of 12, then one; its metrics beyond the checkpoint of step 8 are made void first."""
-    first = run_deepspeed(arguments(place, "broken", "--checkpoint.every", "8"), ranks=2)
-    assert first.returncode == 0, first.stderr[-3000:]
-    last = place / "broken" / "checkpoints" / "step-00000012" / "model.safetensors"
-    with last.open("r+b") as file:
-        file.seek(-1, 2)
-        file.write(b"\x55")
-    (resumed,) = run_ranks(arguments(place, "broken"), world=1)
+SECRETS = {"WANDB_API_KEY": "canary0key0" * 4, "HF_TOKEN": "hf_canarytoken", "SLURM_JWT": "canaryjwt"}
+
+
+@pytest.fixture(scope="module")
+def broken(place, straight, tmp_path_factory):
+    """Two ranks to step 12, whose last checkpoint is then damaged, and one from step 8 on; W&B is watching.
+
+    Returns W&B, and all that the two runs said.
+    """
+    flags = ("--checkpoint.every", "8", "--wandb.mode", "online")
+    home = tmp_path_factory.mktemp("home")
+    with WandbServer() as server:
+        variables = {**environment(home), **SECRETS, "WANDB_MODE": "online", "WANDB_BASE_URL": server.url}
+        first = run_deepspeed(arguments(place, "broken", *flags), ranks=2, variables=variables)
+        assert first.returncode == 0, first.stderr[-3000:]
+        last = place / "broken" / "checkpoints" / "step-00000012" / "model.safetensors"
+        with last.open("r+b") as file:
+            file.seek(-1, 2)
+            file.write(b"\x55")
+        (resumed,) = run_ranks(arguments(place, "broken", *flags), world=1, variables=variables)
+    return server, first, resumed
+
+
+def test_stopping_resuming_and_other_ranks_change_no_bit(place, broken):
+    _, _, resumed = broken
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert "step-00000012 is damaged" in resumed.stderr
     assert "going on from" in resumed.stdout
@@ -117,6 +135,25 @@ def test_stopping_resuming_and_other_ranks_change_no_bit(place, straight):
     assert weights[0] == weights[1]
     void = read_metrics(place / "broken" / "metrics.discarded.jsonl")
     assert [row["step"] for row in void] == [9, 10, 11, 12]
+
+
+def test_a_resumed_run_is_one_run_in_w_and_b_with_each_step_once(place, broken):
+    """Rows that were made void are sent again only where W&B lacks them: they are the same."""
+    server, _, _ = broken
+    (run,) = server.runs.values()
+    assert run.steps == list(range(1, 13))
+    assert [row["loss"] for row in run.history] == pytest.approx(column(place, "broken", "loss"))
+
+
+def test_no_secret_is_kept_said_or_sent(place, broken):
+    server, *runs = broken
+    kept = {path: path.read_bytes() for path in (place / "broken").rglob("*") if path.is_file()}
+    assert {path.name for path in kept} >= {"train.log", "config.yaml", "status.json", "metrics.jsonl"}
+    assert any(path.suffix == ".wandb" for path in kept)
+    said = [text.encode() for run in runs for text in (run.stdout, run.stderr)]
+    for secret in SECRETS.values():
+        assert not [path for path, content in kept.items() if secret.encode() in content]
+        assert not [text for text in (*said, *server.received) if secret.encode() in text]
 
 
 def test_evaluate_agrees_with_the_runs_last_evaluation(place, straight, capsys):

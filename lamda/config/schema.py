@@ -7,16 +7,29 @@ that each error names a key. `lamda.config.loading` turns YAML files and flags i
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core.core_schema import ValidationInfo
 
 from lamda.config.presets import PRESETS, nearest
 
 Positive = Annotated[int, Field(gt=0)]
+
+
+def _without_password(pattern: str) -> str:
+    if "@" in urlsplit(pattern).netloc:
+        raise ValueError(
+            "an address must not hold a user or a password, for the run directory and W&B would keep them; download "
+            "the files, or put them on the hub, whose token is taken from HF_TOKEN"
+        )
+    return pattern
+
+
 Patterns = Annotated[
-    tuple[str, ...],
+    tuple[Annotated[str, AfterValidator(_without_password)], ...],
     BeforeValidator(lambda value: [part.strip() for part in value.split(",")] if isinstance(value, str) else value),
+    Field(min_length=1),
 ]
 
 

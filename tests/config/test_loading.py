@@ -104,6 +104,25 @@ def test_globs_pass_through_a_flag(text, files):
     assert values("--train.steps", 1, "--data.files", text).data.files == files
 
 
+@pytest.mark.parametrize("key", ["files", "eval_files"])
+def test_a_password_in_an_address_is_refused_and_not_repeated(write, key):
+    path = write(f"data: {{{key}: 'https://some@store.org/a.jsonl, https://one:canary@store.org/b.jsonl'}}")
+    told = problems("--config", path, "--train.steps", "1")
+    assert len(told) == 2
+    for item, line in enumerate(told, start=1):
+        assert line.startswith(f"{path}:1: data.{key}: item {item} an address must not hold a user or a password")
+        assert "canary" not in line
+    allowed = "hf://datasets/some/where@main/*.jsonl.zst,https://store.org/a@b.jsonl,/data/[0-9]@x.jsonl"
+    config = values("--config", write("train: {steps: 1}"), f"--data.{key}", allowed)
+    assert ",".join(getattr(config.data, key)) == allowed
+
+
+@pytest.mark.parametrize("key", ["files", "eval_files"])
+def test_an_empty_list_of_files_is_refused(write, key):
+    (told,) = problems("--config", write(f"train: {{steps: 1}}\ndata: {{{key}: []}}"))
+    assert f"data.{key}" in told
+
+
 def test_null_takes_a_files_value_back(write):
     path = write("train: {steps: 5}\ntokenizer: {path: x}\n")
     config = values("--config", path, "--train.steps", "null", "--train.tokens", "1e6", "--tokenizer.path", "null")
