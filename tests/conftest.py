@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 import zstandard
 
+from lamda import distributed
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.tokenizer_training import train_tokenizer
+from lamda.distributed import World
 
 WORDS = [
     "the",
@@ -80,3 +83,16 @@ def shards(tmp_path: Path) -> Callable[[Sequence[Sequence[str]]], Path]:
         return tmp_path / "text"
 
     return write
+
+
+@pytest.fixture(scope="session")
+def device() -> Iterator[torch.device]:
+    """The device of the only rank of a group, which DeepSpeed keeps for the life of the process."""
+    yield distributed.start(World(), threads=1)
+    distributed.stop()
+
+
+@pytest.fixture(scope="session")
+def world(device: torch.device) -> World:
+    """That only rank."""
+    return World()

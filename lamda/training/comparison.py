@@ -2,10 +2,12 @@
 
 Each rank hashes its copy of the model's weights, and of the fp32 weights that it owns as they would be
 rounded. The owners' parts add up to the hash that every copy must have, so that the wrong rank is known
-even where there are only two.
+even where there are only two. Without ZeRO and in fp32 there is no second copy, and the ranks are outvoted.
 """
 
 from __future__ import annotations
+
+from collections import Counter
 
 import torch
 import torch.distributed as dist
@@ -37,7 +39,18 @@ def odd_ranks(engine: Engine) -> list[int]:
             own[1] += _hash(fragment.tensors["weight"].to(narrow), start=start + fragment.start)
     truth = own[1].clone()
     dist.all_reduce(truth)
-    return [rank for rank, copy in enumerate(gather(own[0].item())) if copy != truth.item()]
+    copies = gather(own[0].item())
+    if engine.stage == 0 and not engine.is_bf16:
+        return outvoted(copies)
+    return [rank for rank, copy in enumerate(copies) if copy != truth.item()]
+
+
+def outvoted(copies: list[int]) -> list[int]:
+    """The ranks whose hash is not the one that most have; all of them where two hashes have as many."""
+    (most, votes), *others = Counter(copies).most_common()
+    if others and others[0][1] == votes:
+        return list(range(len(copies)))
+    return [rank for rank, copy in enumerate(copies) if copy != most]
 
 
 def _hash(flat: torch.Tensor, *, start: int) -> torch.Tensor:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
-from lamda.distributed import World
 from tests.faults.harness import Place
 
 
@@ -29,12 +27,3 @@ def straight(place: Place) -> Callable[[int], str]:
         return f"straight-{stage}"
 
     return make
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """The only rank of a gloo group."""
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield World()
-    dist.destroy_process_group()

@@ -1,5 +1,7 @@
 """A run on real text, killed again and again on changing numbers of ranks, ends with the weights of an unbroken one.
 
+W&B, which watches it, ends with one run that has each step once.
+
 `make test-long` kills it 5 times, `make faults-full` 20 times; it needs LAMDA_TEST_DATA.
 """
 
@@ -15,6 +17,8 @@ import pytest
 
 from lamda.training.metrics import read_metrics
 from tests.launch import ENVIRONMENT, ROOT, free_port
+from tests.wandb_run import environment
+from tests.wandb_server import WandbServer
 
 STEPS, KILLS = (60, 5) if os.environ.get("LAMDA_FAULTS") != "full" else (200, 20)
 DATA = os.environ.get("LAMDA_TEST_DATA")
@@ -23,15 +27,20 @@ FLAGS = {
     "model.d_ff": 128, "tokenizer.train_bytes": 2_000_000, "data.corpus": "standard_library",
     "data.sequence_length": 128,
     "data.block_rows": 16, "train.steps": STEPS, "train.global_batch_size": 16, "train.micro_batch_size": 4,
-    "checkpoint.every": 4, "wandb.mode": "disabled", "data.files": f"{DATA}/pile-sample/train/*.jsonl.zst",
+    "checkpoint.every": 4, "data.files": f"{DATA}/pile-sample/train/*.jsonl.zst",
     "data.eval_files": f"{DATA}/pile-sample/val.jsonl.zst",
 }  # fmt: skip
 
 
-def start(run: Path, *, ranks: int) -> subprocess.Popen:
+def start(run: Path, *, ranks: int, wandb: WandbServer | None = None) -> subprocess.Popen:
     """`deepspeed --num_gpus RANKS scripts/pretrain.py ...` in a process group of its own."""
+    mode = "disabled" if wandb is None else "online"
     launcher = Path(sys.executable).with_name("deepspeed")
-    flags = [part for key, value in {**FLAGS, "run.dir": run}.items() for part in (f"--{key}", str(value))]
+    flags = [
+        part
+        for key, value in {**FLAGS, "run.dir": run, "wandb.mode": mode}.items()
+        for part in (f"--{key}", str(value))
+    ]
     command = [
         str(launcher),
         "--num_gpus",
@@ -41,9 +50,12 @@ def start(run: Path, *, ranks: int) -> subprocess.Popen:
         "scripts/pretrain.py",
         *flags,
     ]
-    environment = {**os.environ, **ENVIRONMENT, "PATH": f"{launcher.parent}:{os.environ['PATH']}"}
+    variables = {**os.environ, **ENVIRONMENT, "PATH": f"{launcher.parent}:{os.environ['PATH']}"}
+    if wandb is not None:
+        watched = {"WANDB_MODE": mode, "WANDB_BASE_URL": wandb.url, "WANDB_API_KEY": "k" * 40}
+        variables |= environment(run.parent / "home") | watched
     with (run.parent / f"{run.name}.log").open("ab") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=log, start_new_session=True)
 
 
 def finished_steps(run: Path) -> int:
@@ -55,21 +67,34 @@ def finished_steps(run: Path) -> int:
 def test_kills_at_random_on_one_and_two_ranks_change_no_bit(tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert start(straight, ranks=1).wait(timeout=300) == 0
-    draw = random.Random(17)
-    for kill in range(KILLS):
-        process = start(broken, ranks=1 + kill % 2)
-        goal = min(STEPS - 5, finished_steps(broken) + draw.randint(3, 14 if KILLS == 5 else 12))
-        while finished_steps(broken) < goal and process.poll() is None:
-            time.sleep(0.02)
-        time.sleep(draw.random() / 3)
-        assert process.poll() is None, (tmp_path / "broken.log").read_text()[-3000:]
-        kill_everything_of(process, broken)
-    assert start(broken, ranks=2).wait(timeout=300) == 0, (tmp_path / "broken.log").read_text()[-3000:]
+    with WandbServer() as wandb:
+        kill_again_and_again(broken, wandb)
+        assert start(broken, ranks=2, wandb=wandb).wait(timeout=300) == 0, said(broken)
+    (watched,) = wandb.runs.values()
+    assert watched.steps == list(range(1, STEPS + 1))
     columns = [[row["batch_digest"] for row in read_metrics(run / "metrics.jsonl")] for run in (straight, broken)]
     assert len(columns[0]) == STEPS
     assert columns[0] == columns[1]
     last = f"checkpoints/step-{STEPS:08d}/model.safetensors"
     assert (straight / last).read_bytes() == (broken / last).read_bytes()
+
+
+def kill_again_and_again(run: Path, wandb: WandbServer) -> None:
+    """KILLS starts on one and two ranks in turn, each killed at a random moment after a few more steps."""
+    draw = random.Random(17)
+    for kill in range(KILLS):
+        process = start(run, ranks=1 + kill % 2, wandb=wandb)
+        goal = min(STEPS - 5, finished_steps(run) + draw.randint(3, 14 if KILLS == 5 else 12))
+        while finished_steps(run) < goal and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(draw.random() / 3)
+        assert process.poll() is None, said(run)
+        kill_everything_of(process, run)
+
+
+def said(run: Path) -> str:
+    """The end of what its starts wrote."""
+    return (run.parent / f"{run.name}.log").read_text("utf-8")[-3000:]
 
 
 def kill_everything_of(process: subprocess.Popen, run: Path) -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lamda import distributed
 from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.distributed import World
@@ -25,13 +24,6 @@ from tests.distributed.engine_worker import BATCH, LENGTH, batch, config, tokens
 OLD = {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "gradient_clipping": 0.05}
 NEW = {"beta1": 0.5, "beta2": 0.7, "weight_decay": 3.0, "gradient_clipping": 0.01}
 STATE = "optimizer-00000-of-00001.safetensors"
-
-
-@pytest.fixture(scope="module")
-def device():
-    """The only rank of a group that DeepSpeed knows of."""
-    yield distributed.start(World(), threads=1)
-    distributed.stop()
 
 
 def engine_of(folder, device, train) -> Engine:

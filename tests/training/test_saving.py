@@ -1,0 +1,113 @@
+"""A save holds the state of the moment it began, and one that fails changes nothing but the log."""
+
+import shutil
+import threading
+import time
+from collections import namedtuple
+
+import pytest
+import torch
+
+from lamda.distributed import World
+from lamda.training import manifest, saving
+from lamda.training.checkpoint import load, own_tensors
+from lamda.training.engine import Engine
+from lamda.training.saving import Saver
+from lamda.training.state import RunState
+from tests.distributed.engine_worker import batch, config
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory, device):
+    return Engine(config({"stage": 1, "bf16": True}, tmp_path_factory.mktemp("own"), 0), world=World(), device=device)
+
+
+@pytest.fixture
+def saver(tmp_path, engine):
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    return Saver(tmp_path / "checkpoints", engine=engine, tokenizer=tmp_path / "tokenizer.model")
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Files are synced only when the event is set."""
+    event, sync = threading.Event(), saving.sync_and_describe
+
+    def wait(file):
+        assert event.wait(60)
+        return sync(file)
+
+    monkeypatch.setattr(saving, "sync_and_describe", wait)
+    return event
+
+
+def copy(tensors):
+    return {name: tensor.clone() for name, tensor in tensors}
+
+
+def test_steps_go_on_while_it_is_written_and_it_holds_the_state_it_began_with(saver, engine, held):
+    before = copy(own_tensors(engine)), copy(engine.weights())
+    assert saver.begin(RunState(step=1)) is None
+    for step in range(3):
+        engine.step(batch(step, World()), learning_rate=1e-2)
+    assert saver.settled == 0
+    assert saver.advance(saver.settled) is None, "nobody waits for a rank that has not settled"
+    held.set()
+    saved = saver.finish()
+    assert (saved.step, saved.problem) == (1, None)
+    load(saved.path, engine=engine)
+    for old, new in zip(before, (copy(own_tensors(engine)), copy(engine.weights())), strict=True):
+        assert old.keys() == new.keys()
+        assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_it_ends_by_the_ranks_sums_alone_and_once(saver):
+    """As in the loop: the sum comes with a step, and each part of a save ends at one."""
+    assert saver.begin(RunState(step=1)) is None
+    end = time.monotonic() + 60
+    while (saved := saver.advance(saver.settled)) is None:
+        assert time.monotonic() < end
+    assert (saved.step, saved.problem) == (1, None)
+    assert saver.advance(saver.settled) is None
+    assert saver.begin(RunState(step=2)) is None
+    assert saver.finish().step == 2
+    assert saver.finish() is None
+
+
+def test_a_write_that_fails_is_told_leaves_nothing_and_the_next_save_is_whole(saver, tmp_path):
+    assert saver.begin(RunState(step=1)) is None
+    assert saver.finish().problem is None
+    away = (tmp_path / "tokenizer.model").rename(tmp_path / "away")
+    assert saver.begin(RunState(step=2)) is None
+    failed = saver.finish()
+    assert failed.problem == "rank 0 cannot write (No such file or directory)"
+    assert sorted(path.name for path in failed.path.parent.iterdir()) == ["LATEST", "step-00000001"]
+    away.rename(tmp_path / "tokenizer.model")
+    assert saver.begin(RunState(step=3)) is None
+    assert manifest.problem_of(saver.finish().path) is None
+
+
+def test_a_defect_of_our_own_in_the_thread_is_told_too(saver, monkeypatch):
+    monkeypatch.setattr(saving, "save_file", lambda *given, **more: [][1])
+    assert saver.begin(RunState(step=1)) is None
+    assert saver.finish().problem == "rank 0 failed (IndexError: list index out of range)"
+
+
+def test_without_room_it_does_not_begin(saver, monkeypatch, tmp_path):
+    assert saver.begin(RunState(step=1)) is None
+    size = sum(file.stat().st_size for file in saver.finish().path.iterdir() if file.suffix == ".safetensors")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * size, 9 * size, 1.1 * size))
+    told = saver.begin(RunState(step=2))
+    assert "asks for 1.2 times its size" in told.problem
+    assert saver.finish() is None
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["LATEST", "step-00000001"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * size, 8 * size, 1.3 * size))
+    assert saver.begin(RunState(step=2)) is None
+    assert saver.finish().problem is None
+
+
+def test_a_folder_that_cannot_be_made_is_told(saver, tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    assert saver.begin(RunState(step=1)).problem == f"cannot write to {tmp_path}/checkpoints (Not a directory)"
