@@ -15,7 +15,7 @@ from typing import Any
 
 from lamda.config.errors import UserError
 
-BENCHMARKS = ("attention", "data", "month")
+BENCHMARKS = ("data", "month", "summation")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
