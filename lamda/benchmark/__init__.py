@@ -15,7 +15,7 @@ from typing import Any
 
 from lamda.config.errors import UserError
 
-BENCHMARKS = ("data", "month", "summation")
+BENCHMARKS = ("attention", "data", "month", "summation")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

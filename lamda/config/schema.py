@@ -73,11 +73,14 @@ class ModelConfig(Section):
         description="a relative-bias table a layer (as Google's own 137B shape) or one shared by all (as T5)",
     )
     weights: str | None = Field(None, description="start from this model.safetensors, weights alone")
+    attention: Literal["math", "sdpa", "flex", "fused", "split"] = Field(
+        "math", description="how attention is computed; every way gives the same numbers (docs/performance.md)"
+    )
 
     @property
     def dimensions(self) -> dict[str, int | bool]:
-        """What weights must agree with: every key but those that say where weights come from."""
-        return self.model_dump(exclude={"preset", "weights"})
+        """What weights must agree with: every key but those that say where weights come from or how to compute."""
+        return self.model_dump(exclude={"preset", "weights", "attention"})
 
     @model_validator(mode="before")
     @classmethod

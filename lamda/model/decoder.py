@@ -41,7 +41,13 @@ class LaMDA(nn.Module):
         """
         if documents_BL is not None and cache is not None:
             raise ValueError("documents of cached tokens are not known: give documents_BL or cache, not both")
-        view = View.of(tokens_BL, documents_BL, past=cache[0].length if cache else 0, table_RH=self.relative_bias)
+        view = View.of(
+            tokens_BL,
+            documents_BL,
+            past=cache[0].length if cache else 0,
+            table_RH=self.relative_bias,
+            attention=self.config.attention,
+        )
         x_BLD = self.embedding(tokens_BL)
         for layer, past in zip(self.layers, cache or [None] * len(self.layers), strict=True):
             x_BLD = layer(x_BLD, view, past)

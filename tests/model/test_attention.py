@@ -7,7 +7,7 @@ import torch
 from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from lamda.model.attention import causal_buckets, relative_bias
+from lamda.model.attention.bias import causal_buckets, relative_bias
 
 # Buckets of distances 0 to 130, worked out apart from the project.
 LENGTHS = [3, 2, 3, 3, 4, 4, 5, 6, 6, 7, 8, 10, 10, 12, 14, 18]

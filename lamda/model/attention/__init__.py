@@ -1,0 +1,86 @@
+"""Causal self-attention with T5's relative position bias (Raffel et al., arXiv 1910.10683, section 2.1).
+
+    softmax(q k^T + bias[distance]) v      without 1/sqrt(K), which sits in the initialisation
+
+`model.attention` says how it is computed: by which module of this package (docs/performance.md).
+Dimensions: legend in `lamda/model/decoder.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from lamda.config import ModelConfig
+from lamda.model.attention.backends import Backend, backend_for
+from lamda.model.attention.bias import BAND, causal_buckets
+from lamda.model.layers import Linear, bias_table
+
+__all__ = ["Attention", "KeyValues", "View"]
+
+
+class KeyValues(Protocol):
+    """The keys and values of the tokens so far, in one layer."""
+
+    length: int
+
+    def extend(self, k_BHLK: Tensor, v_BHLK: Tensor) -> tuple[Tensor, Tensor]:
+        """Add L tokens; return k and v of all M, [B, H, M, K] each."""
+        ...
+
+
+@dataclass(frozen=True)
+class View:
+    """What the L queries see of the M keys; worked out once a forward pass for all layers.
+
+    buckets_N: the bucket of each distance. shared_bias: the bias, where all layers share one. mask: what
+    hides keys of other documents, where there are documents. Both in the backend's own form.
+    """
+
+    backend: Backend
+    queries: int
+    keys: int
+    buckets_N: Tensor
+    shared_bias: Tensor | None
+    mask: Any
+
+    @classmethod
+    def of(
+        cls, tokens_BL: Tensor, documents_BL: Tensor | None, *, past: int, table_RH: Tensor | None, attention: str
+    ) -> View:
+        """The view from `tokens_BL`, after `past` cached tokens. table_RH: the bias that all layers share, if one.
+
+        Raises UserError where the way of computing, `attention`, does not run on the tokens' device.
+        """
+        queries, keys = tokens_BL.shape[1], past + tokens_BL.shape[1]
+        backend = backend_for(attention, tokens_BL.device, past=past)
+        buckets_N = causal_buckets(max(keys, BAND), device=tokens_BL.device)
+        bias = None if table_RH is None else backend.bias(table_RH, buckets_N, queries=queries, keys=keys)
+        mask = backend.mask(tokens_BL, documents_BL)
+        return cls(backend, queries, keys, buckets_N, bias, mask)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with a bias table of its own, or the one that all layers share."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.query_key_value = Linear(config.d_model, 3 * config.n_heads * config.d_head)
+        self.output = Linear(config.n_heads * config.d_head, config.d_model)
+        self.relative_bias = bias_table(config) if config.bias_per_layer else None
+
+    def forward(self, x_BLD: Tensor, view: View, past: KeyValues | None) -> Tensor:
+        """[B, L, D] to [B, L, D]."""
+        packed = rearrange(self.query_key_value(x_BLD), "b l (n h k) -> n b h l k", n=3, h=self.n_heads)
+        q_BHLK, k_BHMK, v_BHMK = packed.unbind()
+        if past is not None:
+            k_BHMK, v_BHMK = past.extend(k_BHMK, v_BHMK)
+        bias = view.shared_bias
+        if bias is None:
+            bias = view.backend.bias(self.relative_bias, view.buckets_N, queries=view.queries, keys=view.keys)
+        mixed_BHLK = view.backend.attend(q_BHLK, k_BHMK, v_BHMK, bias, view.mask)
+        return self.output(rearrange(mixed_BHLK, "b h l k -> b l (h k)"))

@@ -1,0 +1,65 @@
+"""`flex`: PyTorch's FlexAttention, which reads the band in its score and skips blocks of hidden keys.
+
+It is compiled, once a shape. The band enters without a gradient, since FlexAttention would add one up
+score by score with atomics; `with_band_gradient` gives it one, and so training needs Triton and a GPU.
+FlexAttention has no backward pass on the CPU.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+
+from lamda.model.attention.backends import check_backend
+from lamda.model.attention.bias import BAND, bias_band
+
+
+def bias(table_RH: Tensor, buckets_N: Tensor, *, queries: int, keys: int) -> Tensor:
+    """The band [H, BAND]."""
+    return bias_band(table_RH, buckets_N)
+
+
+def mask(tokens_BL: Tensor, documents_BL: Tensor | None) -> tuple[BlockMask, Tensor | None]:
+    """Blocks of keys that some query sees, and the ids in 32 bits."""
+    B, L = tokens_BL.shape
+    if documents_BL is None:
+        return create_block_mask(_causal, None, None, L, L, device=tokens_BL.device), None
+    ids_BL = documents_BL.int().contiguous()
+
+    def within(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return _causal(b, h, query, key) & (ids_BL[b, query] == ids_BL[b, key])
+
+    return create_block_mask(within, B, None, L, L, device=tokens_BL.device), ids_BL
+
+
+def attend(
+    q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, band_HN: Tensor, seen: tuple[BlockMask, Tensor | None]
+) -> Tensor:
+    """Attention [B, H, L, K] of all L positions. Raises UserError where a gradient is wanted and there is none."""
+    blocks, documents_BL = seen
+    band = band_HN.detach()
+
+    def biased(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        distance = query - key
+        return score + torch.where(distance < BAND, band[h, distance.clamp(0, BAND - 1)], 0.0)
+
+    flex = _compiled()
+    if not (torch.is_grad_enabled() and q_BHLK.requires_grad):
+        return flex(q_BHLK, k_BHLK, v_BHLK, biased, blocks, scale=1.0)
+    check_backend("flex", q_BHLK.device, training=True)
+    from lamda.model.attention.fused import with_band_gradient
+
+    out_BHLK, aux = flex(q_BHLK, k_BHLK, v_BHLK, biased, blocks, scale=1.0, return_aux=AuxRequest(lse=True))
+    return with_band_gradient(out_BHLK, aux.lse, q_BHLK, k_BHLK, v_BHLK, band_HN, documents_BL)
+
+
+def _causal(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
+
+
+@cache
+def _compiled() -> object:
+    return torch.compile(flex_attention)

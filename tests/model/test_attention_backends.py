@@ -1,0 +1,144 @@
+"""Every way of computing attention against `math` in float64: outputs and all gradients.
+
+Without a GPU the Triton kernels run in Triton's interpreter (tests/model/conftest.py); with one the
+same cases run on it, and larger ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+
+from lamda.config.errors import UserError
+from lamda.model.attention.backends import backend_for
+from lamda.model.attention.bias import BAND, causal_buckets
+from tests.model.conftest import DEVICE, needs_kernels
+
+WAYS = ["sdpa", pytest.param("fused", marks=needs_kernels), pytest.param("split", marks=needs_kernels)]
+if DEVICE.type == "cuda":
+    WAYS.append("flex")
+
+# Rows, heads, length, width: shorter than the band, a band and one, and many tiles; primes but for batch.
+SHAPES = [(2, 3, 23, 7), (1, 1, 129, 5), (2, 3, 307, 13)]
+if DEVICE.type == "cuda":
+    SHAPES += [(2, 5, 1031, 64), (1, 3, 2048, 128)]
+
+
+@dataclass(frozen=True)
+class Case:
+    q_BHLK: Tensor
+    k_BHLK: Tensor
+    v_BHLK: Tensor
+    table_RH: Tensor
+    d_out_BHLK: Tensor
+    documents_BL: Tensor | None
+
+    @classmethod
+    def random(cls, shape: tuple[int, int, int, int], dtype: torch.dtype, *, documents: str = "none") -> Case:
+        """Float64 values that `dtype` holds exactly; q, k and v views of one projection, as the model has them."""
+        B, H, L, K = shape
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        packed, table, d_out = (
+            each.to(dtype).double() for each in (K**-0.25 * draw(B, L, 3, H, K), draw(32, H), draw(B, L, H, K))
+        )
+        q, k, v = packed.permute(2, 0, 3, 1, 4).unbind()
+        ids = {"none": None, "runs": torch.arange(L) // 41, "returning": torch.arange(L) // 29 % 3}[documents]
+        return cls(q, k, v, table, d_out.transpose(1, 2), None if ids is None else ids.expand(B, L).contiguous())
+
+    def run(self, way: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Output and gradients, in float64 on the CPU."""
+        names = ("q_BHLK", "k_BHLK", "v_BHLK", "table_RH")
+        inputs = [getattr(self, name).to(DEVICE, dtype).detach().requires_grad_() for name in names]
+        out = attention(way, *inputs, self.documents_BL)
+        assert out.dtype == dtype
+        gradients = torch.autograd.grad(out, inputs, self.d_out_BHLK.to(DEVICE, dtype))
+        return {name: each.double().cpu() for name, each in zip(("out", *names), (out, *gradients), strict=True)}
+
+
+def attention(way: str, q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor, documents_BL: Tensor | None) -> Tensor:
+    queries, keys = q.shape[2], k.shape[2]
+    backend = backend_for(way, q.device, past=keys - queries)
+    buckets_N = causal_buckets(max(keys, BAND), device=q.device)
+    bias = backend.bias(table_RH, buckets_N, queries=queries, keys=keys)
+    tokens_BL = torch.empty(q.shape[0], queries, dtype=torch.long, device=q.device)
+    documents_BL = None if documents_BL is None else documents_BL.to(q.device)
+    return backend.attend(q, k, v, bias, backend.mask(tokens_BL, documents_BL))
+
+
+def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """The norm of the difference by that of the exact value."""
+    return {name: ((found[name] - exact[name]).norm() / exact[name].norm()).item() for name in exact}
+
+
+@pytest.mark.parametrize("documents", ["none", "runs", "returning"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_float32_gives_output_and_gradients_of_math_in_float64(way, shape, documents):
+    case = Case.random(shape, torch.float32, documents=documents)
+    found = errors(case.run(way, torch.float32), case.run("math", torch.float64))
+    assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize("documents", ["none", "returning"])
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_bf16_is_no_worse_than_twice_math(way, shape, documents):
+    case = Case.random(shape, torch.bfloat16, documents=documents)
+    exact = case.run("math", torch.float64)
+    allowed = {name: 2 * error for name, error in errors(case.run("math", torch.bfloat16), exact).items()}
+    found = errors(case.run(way, torch.bfloat16), exact)
+    assert all(found[name] <= allowed[name] for name in found), (found, allowed)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("way", WAYS if DEVICE.type == "cuda" else WAYS[:2])
+def test_a_models_logits_and_gradients_are_those_of_math(way, model, documents):
+    """With a table a layer, and with one that all layers share: its gradient adds up over them."""
+    model.to(DEVICE)
+    generator = torch.Generator().manual_seed(1)
+    tokens_BL = torch.randint(0, 53, (1, 150), generator=generator).to(DEVICE)
+    documents_BL = (torch.arange(150).expand(1, -1) // 31).to(DEVICE) if documents else None
+    found = {}
+    for each in ("math", way):
+        model.config = model.config.model_copy(update={"attention": each})
+        logits = model(tokens_BL, documents_BL)
+        gradients = torch.autograd.grad(logits.sin().sum(), list(model.parameters()))
+        found[each] = {"logits": logits, **dict(zip(dict(model.named_parameters()), gradients, strict=True))}
+    for name, exact in found["math"].items():
+        torch.testing.assert_close(found[way][name], exact, rtol=1e-9, atol=1e-9 * exact.abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_the_same_to_the_last_bit_every_time(way):
+    case = Case.random(SHAPES[1], torch.float32)
+    one, other = (case.run(way, torch.float32) for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("documents", ["none", "returning"])
+def test_flex_gives_maths_output_without_gradients_on_every_device(documents):
+    case = Case.random((2, 3, 307, 16), torch.float32, documents=documents)
+    inputs = [each.to(DEVICE, torch.float32) for each in (case.q_BHLK, case.k_BHLK, case.v_BHLK, case.table_RH)]
+    with torch.no_grad():
+        found, exact = (attention(way, *inputs, case.documents_BL) for way in ("flex", "math"))
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="what is refused on the CPU")
+def test_what_cannot_train_here_is_an_error_that_names_what_can(monkeypatch):
+    case = Case.random(SHAPES[0], torch.float32)
+    with pytest.raises(UserError, match=r"model\.attention is flex: .* no backward pass on the CPU; train with `math`"):
+        case.run("flex", torch.float32)
+    if find_spec("triton") is not None:
+        monkeypatch.setattr("lamda.model.attention.kernels.INTERPRETED", False)
+    for way in ("fused", "split"):
+        with pytest.raises(UserError, match=rf"model\.attention is {way}, whose kernels need .*; `math` and `sdpa`"):
+            case.run(way, torch.float32)
