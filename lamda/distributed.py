@@ -128,7 +128,19 @@ def start(world: World, *, threads: int | None) -> torch.device:
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank)
         return torch.device("cuda", world.local_rank)
+    _keep_memory()
     return torch.device("cpu")
+
+
+def _keep_memory() -> None:
+    """Let glibc keep memory that is freed: it gives large pieces back, and every step would fault its pages in anew."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_max, arena_max = -1, -4, -8
+        for option, value in ((trim_threshold, -1), (mmap_max, 0), (arena_max, 1)):
+            libc.mallopt(option, value)
 
 
 def _defaults(world: World) -> dict[str, str]:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lamda.config.errors import UserError
+from lamda.distributed import choose_accelerator
 
-BENCHMARKS = ("attention", "data", "month", "summation")
+BENCHMARKS = ("attention", "data", "month", "summation", "train")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] not in BENCHMARKS:
         print(f"usage: benchmark.py NAME ...; there is {', '.join(BENCHMARKS)}", file=sys.stderr)
         return 2
+    choose_accelerator()
     try:
         return importlib.import_module(f"lamda.benchmark.{words[0]}").main(words[1:])
     except UserError as error:

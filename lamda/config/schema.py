@@ -33,6 +33,9 @@ Patterns = Annotated[
 ]
 
 
+Recompute = Literal["none", "ffn", "block"]
+
+
 class Section(BaseModel):
     """A frozen group of keys that refuses unknown ones."""
 
@@ -138,6 +141,17 @@ class TrainConfig(Section):
     tokens: Positive | None = Field(None, description="targets to train on; rounded up to whole steps")
     global_batch_size: Positive = Field(256, description="rows a step over all ranks")
     micro_batch_size: Positive = Field(8, description="rows a rank computes at a time")
+    recompute: Recompute = Field(
+        "none",
+        description="what the backward pass computes again instead of keeping it: nothing, the feed-forward's inside, "
+        "or whole blocks",
+    )
+    compile: Literal["auto", "always", "never"] = Field(
+        "auto", description="compile blocks; auto: where the run is long enough to win more than the minute it takes"
+    )
+    profile: tuple[Positive, Positive] | None = Field(
+        None, description="first and last step of a trace that RUN/profile gets, for ui.perfetto.dev"
+    )
     optimizer: Literal["adamw"] = Field("adamw", description="optimiser")
     lr: float = Field(3e-4, gt=0, description="peak learning rate")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
@@ -174,6 +188,13 @@ class TrainConfig(Section):
         if tokens is None and info.data.get("steps", 0) is None:
             raise ValueError("the run has no length: set train.steps or train.tokens")
         return tokens
+
+    @field_validator("profile")
+    @classmethod
+    def _in_order(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None and steps[0] > steps[1]:
+            raise ValueError(f"the first step, {steps[0]}, comes after the last, {steps[1]}")
+        return steps
 
     @field_validator("micro_batch_size")
     @classmethod

@@ -11,33 +11,47 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from lamda.config import ModelConfig
+from lamda.config.schema import Recompute
 from lamda.model.attention import Attention, KeyValues, View
 from lamda.model.layers import Embedding, Linear, RMSNorm, bias_table
+from lamda.model.loss import head_losses, token_losses
 from lamda.model.weights import export_weights, load_weights
 
 
 class LaMDA(nn.Module):
-    """Tokens to logits. Its weights are NaN until `load_weights` or `lamda.model.initialisation.initialise`."""
+    """Tokens to logits. Its weights are NaN until `load_weights` or `lamda.model.initialisation.initialise`.
 
-    def __init__(self, config: ModelConfig) -> None:
+    recompute: what the backward pass computes again instead of keeping it. With "ffn" the inside of
+    the feed-forward layers, with "block" of whole blocks; with either the logits too, where losses are asked for.
+    """
+
+    def __init__(self, config: ModelConfig, *, recompute: Recompute = "none") -> None:
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, recompute
         self.embedding = Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config, recompute) for _ in range(config.n_layers))
         self.final_norm = RMSNorm(config.d_model)
         self.relative_bias = None if config.bias_per_layer else bias_table(config)
 
     def forward(
-        self, tokens_BL: Tensor, documents_BL: Tensor | None = None, *, cache: Sequence[KeyValues] | None = None
-    ) -> Tensor:
+        self,
+        tokens_BL: Tensor,
+        documents_BL: Tensor | None = None,
+        *,
+        targets_BL: Tensor | None = None,
+        cache: Sequence[KeyValues] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, L, V] of the token after each token, in the weights' precision.
 
         documents_BL: an id a token; attention stays inside a document. cache: the keys and values of
         the tokens before, a layer each; they grow by these L. One or the other, else ValueError.
+        targets_BL: the tokens after; then their nats and logsumexp, [B, L] each, instead of logits.
         """
         if documents_BL is not None and cache is not None:
             raise ValueError("documents of cached tokens are not known: give documents_BL or cache, not both")
@@ -51,7 +65,11 @@ class LaMDA(nn.Module):
         x_BLD = self.embedding(tokens_BL)
         for layer, past in zip(self.layers, cache or [None] * len(self.layers), strict=True):
             x_BLD = layer(x_BLD, view, past)
-        return functional.linear(self.final_norm(x_BLD) * self.config.d_model**-0.5, self.embedding.weight)
+        x_BLD = self.final_norm(x_BLD) * self.config.d_model**-0.5
+        if targets_BL is not None and self.recompute != "none":
+            return head_losses(x_BLD, self.embedding.weight, targets_BL)
+        logits_BLV = functional.linear(x_BLD, self.embedding.weight)
+        return logits_BLV if targets_BL is None else token_losses(logits_BLV, targets_BL)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Copy weights in by plain name, in the parameters' own precision.
@@ -68,8 +86,9 @@ class LaMDA(nn.Module):
 class Block(nn.Module):
     """Attention, then the gated feed-forward layer, each on a normed copy of the residual stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, recompute: Recompute) -> None:
         super().__init__()
+        self.recompute = recompute
         self.attention_norm = RMSNorm(config.d_model)
         self.attention = Attention(config)
         self.feed_forward_norm = RMSNorm(config.d_model)
@@ -77,8 +96,18 @@ class Block(nn.Module):
 
     def forward(self, x_BLD: Tensor, view: View, past: KeyValues | None) -> Tensor:
         """The residual stream [B, L, D] after this block."""
+        if self.recompute == "block" and torch.is_grad_enabled():
+            return checkpoint(self._forward, x_BLD, view, past, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x_BLD, view, past)
+
+    def _forward(self, x_BLD: Tensor, view: View, past: KeyValues | None) -> Tensor:
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), view, past)
-        return x_BLD + self.feed_forward(self.feed_forward_norm(x_BLD))
+        if self.recompute == "ffn" and torch.is_grad_enabled():
+            return x_BLD + checkpoint(self._gated, x_BLD, use_reentrant=False, preserve_rng_state=False)
+        return x_BLD + self._gated(x_BLD)
+
+    def _gated(self, x_BLD: Tensor) -> Tensor:
+        return self.feed_forward(self.feed_forward_norm(x_BLD))
 
 
 class FeedForward(nn.Module):

@@ -8,6 +8,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 ROWS = 256
 """Rows of logits that are widened at a time."""
+HEAD_ROWS = 4096
+"""Rows whose logits `head_losses` holds at a time."""
 
 
 def cross_entropy(logits_BLV: Tensor, targets_BL: Tensor, weights_BL: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -34,25 +36,70 @@ def token_losses(logits_BLV: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor
     return nats_N.view(targets_BL.shape), partition_N.view(targets_BL.shape)
 
 
+def head_losses(x_BLD: Tensor, weight_VD: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """`token_losses` of the logits x W^T, which exist for HEAD_ROWS rows at a time and are computed twice."""
+    nats_N, partition_N = _Head.apply(x_BLD.flatten(0, 1), weight_VD, targets_BL.flatten())
+    return nats_N.view(targets_BL.shape), partition_N.view(targets_BL.shape)
+
+
 class _CrossEntropy(torch.autograd.Function):
     """(nats, logsumexp) of each of N rows. Wide copies exist for a few rows at a time, in both directions."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(logits_NV.dtype, torch.float32)
-        partition_N = torch.cat([rows.to(wide).logsumexp(-1) for rows in logits_NV.split(ROWS)])
+        nats_N, partition_N = _losses(logits_NV, targets_N)
         ctx.save_for_backward(logits_NV, targets_N, partition_N)
-        return partition_N - logits_NV.gather(-1, targets_N[:, None])[:, 0], partition_N
+        return nats_N, partition_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, d_nats_N: Tensor, d_partition_N: Tensor) -> tuple[Tensor, None]:
-        """The partition's gradient is softmax; that of nats is softmax less 1 at the target."""
         logits_NV, targets_N, partition_N = ctx.saved_tensors
-        d_logits_NV = torch.empty_like(logits_NV)
-        parts = (logits_NV, targets_N, partition_N, d_nats_N, d_nats_N + d_partition_N, d_logits_NV)
-        pieces = zip(*(part.split(ROWS) for part in parts), strict=True)
-        for logits, targets, partition, d_target, d_softmax, d_logits in pieces:
-            wide = (logits.to(partition.dtype) - partition[:, None]).exp_().mul_(d_softmax[:, None])
-            d_logits.copy_(wide.scatter_add_(-1, targets[:, None], -d_target[:, None]))
-        return d_logits_NV, None
+        return _d_logits(logits_NV, targets_N, partition_N, d_nats_N, d_partition_N), None
+
+
+class _Head(torch.autograd.Function):
+    """The same of x W^T. The gradient of W adds up in the loss's precision."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        pieces = zip(x_ND.split(HEAD_ROWS), targets_N.split(HEAD_ROWS), strict=True)
+        losses = [_losses(x @ weight_VD.T, targets) for x, targets in pieces]
+        nats_N, partition_N = (torch.cat(parts) for parts in zip(*losses, strict=True))
+        ctx.save_for_backward(x_ND, weight_VD, targets_N, partition_N)
+        return nats_N, partition_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, d_nats_N: Tensor, d_partition_N: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_ND, weight_VD, targets_N, partition_N = ctx.saved_tensors
+        d_x_ND = torch.empty_like(x_ND)
+        d_weight_VD = torch.zeros_like(weight_VD, dtype=partition_N.dtype)
+        parts = (x_ND, targets_N, partition_N, d_nats_N, d_partition_N, d_x_ND)
+        for x, targets, partition, d_nats, d_partition, d_x in zip(
+            *(part.split(HEAD_ROWS) for part in parts), strict=True
+        ):
+            d_logits = _d_logits(x @ weight_VD.T, targets, partition, d_nats, d_partition)
+            torch.mm(d_logits, weight_VD, out=d_x)
+            d_weight_VD += d_logits.T @ x
+        return d_x_ND, d_weight_VD.to(weight_VD.dtype), None
+
+
+def _losses(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(logits_NV.dtype, torch.float32)
+    partition_N = torch.cat([rows.to(wide).logsumexp(-1) for rows in logits_NV.split(ROWS)])
+    return partition_N - logits_NV.gather(-1, targets_N[:, None])[:, 0], partition_N
+
+
+def _d_logits(
+    logits_NV: Tensor, targets_N: Tensor, partition_N: Tensor, d_nats_N: Tensor, d_partition_N: Tensor
+) -> Tensor:
+    """The partition's gradient is softmax; that of nats is softmax less 1 at the target."""
+    d_logits_NV = torch.empty_like(logits_NV)
+    parts = (logits_NV, targets_N, partition_N, d_nats_N, d_nats_N + d_partition_N, d_logits_NV)
+    for logits, targets, partition, d_target, d_softmax, d_logits in zip(
+        *(part.split(ROWS) for part in parts), strict=True
+    ):
+        wide = (logits.to(partition.dtype) - partition[:, None]).exp_().mul_(d_softmax[:, None])
+        d_logits.copy_(wide.scatter_add_(-1, targets[:, None], -d_target[:, None]))
+    return d_logits_NV

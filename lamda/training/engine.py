@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.data.loader import MicroBatch, Step, batch_digest
 from lamda.distributed import World
 from lamda.model import LaMDA
 from lamda.model.initialisation import initialise
-from lamda.model.loss import token_losses
 from lamda.model.weights import plain_slices
-from lamda.training import deepspeed_config
+from lamda.training import compiling, deepspeed_config
 from lamda.training.fragments import publish_weights, reset_moments
 from lamda.training.optimiser import make_optimizer, set_learning_rate
 
@@ -69,9 +69,13 @@ class Engine:
         self._is_unguarded = self.stage == 0 and not self.is_bf16
         if self._is_unguarded:
             own["gradient_clipping"] = 0.0
-        model = LaMDA(config.model)
+        model = LaMDA(config.model, recompute=config.train.recompute)
         initialise(model, seed=config.run.seed)
         model.to(device)
+        self.is_compiled = compiling.is_worthwhile(config, device, stage=self.stage)
+        if self.is_compiled:
+            compiling.compile_blocks(model)
+        self._is_first = True
         with _quiet():
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=make_optimizer(model, config.train), config=own, dist_init_required=False
@@ -97,6 +101,21 @@ class Engine:
         number of ranks, because DeepSpeed averages gradients over them. signals: numbers of this rank
         whose sums over the ranks come with the result. at: told of each moment of the step.
         """
+        try:
+            with compiling.compiled_once(compiled=self.is_compiled, first=self._is_first):
+                result = self._step(batch, learning_rate, signals, at)
+        except torch.OutOfMemoryError as error:
+            raise UserError(self._too_large(str(error))) from error
+        self._is_first = False
+        return result
+
+    def _step(
+        self,
+        batch: Step,
+        learning_rate: float,
+        signals: tuple[int, ...],
+        at: Callable[[str, torch.Tensor | None], None],
+    ) -> StepResult:
         set_learning_rate(self.deepspeed.optimizer, learning_rate)
         parts = [_Part.of(micro_batch, self.device) for micro_batch in batch.micro_batches]
         targets = sum(part.scored_BL.sum() for part in parts)
@@ -104,7 +123,7 @@ class Engine:
         sums = torch.zeros(2, self.domains, dtype=torch.float64, device=self.device)
         for part in parts:
             at("forward", None)
-            nats_BL, partition_BL = token_losses(self.deepspeed(part.inputs_BL, part.documents_BL), part.targets_BL)
+            nats_BL, partition_BL = self.deepspeed(part.inputs_BL, part.documents_BL, targets_BL=part.targets_BL)
             losses_BL = nats_BL + self.config.train.z_loss * partition_BL.square()
             loss = (losses_BL * part.scored_BL).sum() * (self.world.size / targets)
             at("loss", loss)
@@ -126,7 +145,7 @@ class Engine:
     def evaluating(self) -> Iterator[None]:
         """The model without gradients, and back to training after."""
         self.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), compiling.eagerly(compiled=self.is_compiled):
             yield
         self.model.train()
 
@@ -151,6 +170,29 @@ class Engine:
     def publish_weights(self) -> None:
         """Bring filled fp32 weights into the parameters that the model computes with."""
         publish_weights(self.deepspeed)
+
+    def _too_large(self, reason: str) -> str:
+        """What to change after memory ran out: every step has the same shapes, so the first one tells."""
+        own = self.config.train.micro_batch_size
+        told = f"train.micro_batch_size {own} does not fit into memory ({reason.splitlines()[0]})"
+        fitting = next((rows for rows in range(own // 2, 0, -1) if own % rows == 0 and self._fits(rows)), None)
+        if fitting is None:
+            return f"{told}; nor does 1: take train.recompute block, a higher ZeRO stage, or a smaller model"
+        return f"{told}; {fitting} does, or take train.recompute ffn or block"
+
+    def _fits(self, rows: int) -> bool:
+        """Whether that many rows go through the model and back, beside all that is there already."""
+        self.model.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        ids = torch.zeros(rows, self.config.data.sequence_length, dtype=torch.int64, device=self.device)
+        try:
+            with compiling.eagerly(compiled=self.is_compiled):
+                nats_BL, _ = self.model(ids, targets_BL=ids)
+                torch.autograd.grad(nats_BL.sum(), list(self.model.parameters()))
+        except torch.OutOfMemoryError:
+            return False
+        return True
 
     def _rows(self, batch: Step) -> torch.Tensor:
         """Every row's sha256 on every rank; a row is one rank's, the others add zero."""

@@ -25,6 +25,7 @@ from lamda.training.engine import Engine
 from lamda.training.evaluation import Scores, evaluate
 from lamda.training.health import Health, Trouble
 from lamda.training.metrics import read_metrics
+from lamda.training.profile import Profile
 from lamda.training.report import SilentReport
 from lamda.training.row import FinishedStep
 from lamda.training.run_directory import RunDirectory
@@ -54,6 +55,7 @@ class Run:
     watchdog: Watchdog
     report: SilentReport
     state: RunState
+    profile: Profile
     scores: Scores | None = None
     stopped: str | None = None
     _health: Health = field(init=False)
@@ -116,6 +118,7 @@ class Run:
 
     def _step(self, batch: Step, *, waited: float, began: float) -> FinishedStep:
         config = self.config
+        self.profile.begin(self.state.step + 1)
         rate = learning_rate(self.state.step + 1, train=config.train, steps=config.steps)
         signals = (int(self.requests.reason() is not None), self.saver.settled)
         result = self.engine.step(batch, learning_rate=rate, signals=signals, at=self._at)
@@ -123,6 +126,7 @@ class Run:
         self.state = self.state.after(
             consumed=batch.consumed, rows=rows, targets=rows * config.data.sequence_length, updated=result.updated
         )
+        self.profile.end(self.state.step)
         stalled, self._stalled = self._stalled, 0.0
         return FinishedStep(
             self.state, result, rate=rate, waited=waited, stalled=stalled, seconds=time.monotonic() - began

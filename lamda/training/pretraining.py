@@ -6,30 +6,24 @@ import logging
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from lamda import distributed
-from lamda.config.errors import UserError
 from lamda.config.help import to_yaml
 from lamda.config.schema import Config
-from lamda.data.block_files import BlockFolder
-from lamda.data.card import Source, load_card
 from lamda.data.compression import compressed_bits_per_byte
-from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of, require_a_batch
-from lamda.data.files import resolve
-from lamda.data.held_out import HeldOut
-from lamda.data.loader import Loader
-from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
 from lamda.distributed import World
 from lamda.inference.generation import generate
+from lamda.model.attention.backends import check_backend
 from lamda.training import checkpoint, manifest
 from lamda.training.engine import Engine
 from lamda.training.evaluation import held_out_bytes, table
 from lamda.training.loop import Run
+from lamda.training.profile import Profile
 from lamda.training.progress import TrainingProgress
 from lamda.training.report import MainReport, SilentReport
 from lamda.training.resume import choose_start
@@ -37,6 +31,7 @@ from lamda.training.run_directory import RunDirectory
 from lamda.training.saving import Saver
 from lamda.training.state import RunState
 from lamda.training.stopping import STOP_EXIT, StopRequests
+from lamda.training.text import Text
 from lamda.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -56,6 +51,7 @@ def pretrain(config: Config, world: World) -> int:
     device = distributed.start(world, threads=config.run.threads)
     with ExitStack() as stack:
         stack.callback(distributed.stop)
+        distributed.on_main(world, lambda: check_backend(config.model.attention, device, training=True))
         distributed.on_main(world, directory.create)
         if world.is_main:
             _log_to(directory.log)
@@ -66,8 +62,8 @@ def pretrain(config: Config, world: World) -> int:
             if world.is_main:
                 print(f"{directory.path}: finished, {start.state.step} steps; raise train.steps to go on")
             return 0
-        text = _open_text(config, directory, world)
-        state = start.check_data(fingerprint(text.corpus, config, text.tokenizer))
+        text = Text.open(config, directory, world)
+        state = start.check_data(text.fingerprint(config))
         began = time.time()
         try:
             code = _run(config, world, directory, device, start.path, state, text)
@@ -85,35 +81,6 @@ def _tell_failure(directory: RunDirectory, reason: str, *, since: float) -> None
         directory.write_status("failed", reason=reason)
 
 
-@dataclass(frozen=True)
-class _Text:
-    """What the run reads: its lanes, its tokenizer, and the domains whose loss is told apart."""
-
-    corpus: Corpus
-    tokenizer: Tokenizer
-    domains: tuple[str, ...]
-
-
-def _open_text(config: Config, directory: RunDirectory, world: World) -> _Text:
-    """The corpus and the tokenizer; rank 0 goes first and makes what is missing."""
-
-    def prepare() -> list[str]:
-        corpus = open_corpus(config.data)
-        for source in _validation(config):
-            resolve(source)
-        if config.model.weights is not None:
-            checkpoint.check_weights(Path(config.model.weights), config.model)
-        tokenizer = ensure_tokenizer(config, target=directory.tokenizer, corpus=corpus)
-        require_a_batch(corpus, config, tokenizer)
-        return corpus.domains()
-
-    domains = distributed.on_main(world, prepare)
-    corpus, tokenizer = distributed.agree(
-        world, lambda: (open_corpus(config.data), Tokenizer.load(directory.tokenizer))
-    )
-    return _Text(corpus, tokenizer, tuple(domains))
-
-
 def _run(
     config: Config,
     world: World,
@@ -121,7 +88,7 @@ def _run(
     device: torch.device,
     checkpoint_path: Path | None,
     state: RunState,
-    text: _Text,
+    text: Text,
 ) -> int:
     engine = Engine(config, world=world, device=device, domains=len(text.domains) + 1)
     if checkpoint_path is not None:
@@ -136,6 +103,8 @@ def _run(
         progress = stack.enter_context(TrainingProgress(done=state.step, steps=config.steps, visible=world.is_main))
         if checkpoint_path is not None:
             progress.say(f"going on from {checkpoint_path}")
+        if engine.is_compiled:
+            progress.say(f"the first step compiles the blocks (train.compile: {config.train.compile}), a minute or so")
         report = SilentReport()
         if world.is_main:
             report = stack.enter_context(MainReport(config, directory, state, progress))
@@ -160,14 +129,15 @@ def _run(
             world=world,
             directory=directory,
             engine=engine,
-            open_loader=lambda state: _loader(config, world, text, state),
-            held_out=_held_out(config, text.tokenizer),
+            open_loader=lambda state: text.loader(config, world, state),
+            held_out=text.held_out(config),
             domains=text.domains,
             saver=Saver(directory.checkpoints, engine=engine, tokenizer=directory.tokenizer),
             requests=requests,
             watchdog=watchdog,
             report=report,
             state=replace(state, wandb_id=report.wandb_id),
+            profile=stack.enter_context(Profile(config.train.profile if world.is_main else None, directory.profile)),
         )
         run.train()
         return _leave(run, text.tokenizer, progress)
@@ -191,40 +161,6 @@ def _leave(run: Run, tokenizer: Tokenizer, progress: TrainingProgress) -> int:
 def _tell_hang(directory: RunDirectory, verdict: str, *, since: float) -> None:
     log.error("the run hangs and ends: %s; stacks are in %s", verdict, directory.path / "hang")
     _tell_failure(directory, verdict, since=since)
-
-
-def _loader(config: Config, world: World, text: _Text, state: RunState) -> Loader:
-    return Loader(
-        text.corpus,
-        text.tokenizer,
-        packing=packing_of(config),
-        batch=config.train.global_batch_size,
-        micro_batch=config.train.micro_batch_size,
-        rank=world.rank,
-        world=world.size,
-        consumed=state.consumed,
-        skipped=state.skipped,
-        cursors=state.cursors,
-        threads=config.data.threads,
-        domains=text.domains,
-        document_mask=config.data.document_mask,
-        ready=BlockFolder.of(config.data.blocks, state.fingerprint) if config.data.blocks else None,
-    )
-
-
-def _validation(config: Config) -> tuple[Source, ...]:
-    sources = load_card(config.data).validation
-    if not sources and config.eval.every is not None:
-        raise UserError(
-            f"eval.every is {config.eval.every}, but card {config.data.corpus!r} has no validation text; set "
-            "data.eval_files, or take eval.every out"
-        )
-    return sources
-
-
-def _held_out(config: Config, tokenizer: Tokenizer) -> HeldOut | None:
-    sources = _validation(config)
-    return HeldOut(sources, tokenizer, config.data.sequence_length) if sources else None
 
 
 def _finish(run: Run, tokenizer: Tokenizer, progress: TrainingProgress) -> None:

@@ -81,6 +81,11 @@ class RunDirectory:
         return self.path / "heartbeats"
 
     @property
+    def profile(self) -> Path:
+        """Folder of traces."""
+        return self.path / "profile"
+
+    @property
     def holds_a_run(self) -> bool:
         """Whether a run was here before."""
         return self.metrics.exists() or self.checkpoints.exists()

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from lamda.model import loss
-from lamda.model.loss import cross_entropy, token_nats
+from lamda.model.loss import cross_entropy, head_losses, token_losses, token_nats
 
 
 def reference(logits_BLV, targets_BL, weights_BL):
@@ -52,3 +52,22 @@ def test_bf16_logits_are_summed_in_fp32():
     nats, _ = cross_entropy(logits_BLV, torch.zeros(1, 3000, dtype=torch.long))
     assert nats.dtype == torch.float32
     assert nats.item() == pytest.approx(3000 * torch.tensor(7.0).log().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [3, 14])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_losses_without_whole_logits_are_those_of_logits(monkeypatch, dtype, rows):
+    """14 rows, 3 or all at a time, with gradients of what the head reads and of its weights."""
+    monkeypatch.setattr(loss, "HEAD_ROWS", rows)
+    generator = torch.Generator().manual_seed(0)
+    x_BLD, weight_VD = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((2, 7, 5), (41, 5)))
+    targets_BL = torch.randint(41, (2, 7), generator=generator)
+    d_nats, d_partition = torch.randn(2, 2, 7, generator=generator).to(dtype)
+    found = []
+    for whole in (True, False):
+        inputs = x_BLD.clone().requires_grad_(), weight_VD.clone().requires_grad_()
+        losses = token_losses(inputs[0] @ inputs[1].T, targets_BL) if whole else head_losses(*inputs, targets_BL)
+        weighted = (losses[0] * d_nats + losses[1] * d_partition).sum()
+        found.append([*losses, *torch.autograd.grad(weighted, inputs)])
+    for expected, each in zip(*found, strict=True):
+        torch.testing.assert_close(each, expected, rtol=0, atol=1e-2 if dtype == torch.bfloat16 else 1e-12)

@@ -15,6 +15,7 @@ from math import inf, log
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
 
 from lamda.model.weights import BUCKETS
@@ -52,24 +53,38 @@ def band_bias(band_HN: Tensor, *, queries: int, keys: int) -> Tensor:
     return _windows(functional.pad(band_HN[:, :keys], (0, beyond)), queries=queries)
 
 
-def sum_by_distance(near_HTN: Tensor) -> Tensor:
-    """The adjoint of `band_bias(band, queries=T, keys=BAND + T)`: sums along diagonals, [H, T, BAND + T] to [H, BAND].
+def sum_by_distance(bias_HLM: Tensor, count: int) -> Tensor:
+    """The adjoint of `band_bias` and `relative_bias`: sums along diagonals, [H, L, M] to the first `count` distances.
 
     Rows are laid end to end with a row's length one longer than read back, so that diagonals become columns.
     """
-    heads, rows, keys = near_HTN.shape
-    skewed = functional.pad(near_HTN.flip(-1), (0, rows)).flatten(1)[:, :-rows]
-    return skewed.view(heads, rows, keys + rows - 1).sum(1)[:, rows - 1 : rows - 1 + BAND]
+    _, queries, keys = bias_HLM.shape
+    skewed = functional.pad(bias_HLM.flip(-1), (0, queries)).flatten(1)[:, :-queries]
+    by_distance = skewed.unflatten(1, (queries, keys + queries - 1)).sum(1)
+    return by_distance[:, queries - 1 : queries - 1 + count]
 
 
-def _windows(by_distance_HM: Tensor, *, queries: int) -> Tensor:
+class _Windows(torch.autograd.Function):
     """[H, M] by distance to [H, L, M] by query and key.
 
     Row i of a head is one window on the line of its values from the farthest distance to the nearest,
-    then the future: a view, whose gradient is a sum over windows.
+    then the future. PyTorch's own gradient of windows adds up number by number, and crashes where it is compiled.
     """
-    line = functional.pad(by_distance_HM.flip(-1), (0, queries - 1), value=-inf)
-    return line.unfold(-1, by_distance_HM.shape[-1], 1).flip(-2)
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, by_distance_HM: Tensor, queries: int) -> Tensor:
+        ctx.distances = by_distance_HM.shape[-1]
+        line = functional.pad(by_distance_HM.flip(-1), (0, queries - 1), value=-inf)
+        return line.unfold(-1, by_distance_HM.shape[-1], 1).flip(-2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, d_bias_HLM: Tensor) -> tuple[Tensor, None]:
+        return sum_by_distance(d_bias_HLM, ctx.distances), None
+
+
+def _windows(by_distance_HM: Tensor, *, queries: int) -> Tensor:
+    return _Windows.apply(by_distance_HM, queries)
 
 
 def _wide(table_RH: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def band_gradient(
         **_sizes(q, band, documents), T=T, num_warps=4, num_stages=1,
     )  # fmt: skip
     near_HTN = tiles.sum(0).flip(1).permute(0, 2, 1, 3).flatten(2)
-    return sum_by_distance(near_HTN)
+    return sum_by_distance(near_HTN, BAND)
 
 
 @band_gradient.register_fake

@@ -1,9 +1,9 @@
 """`sdpa`: PyTorch's scaled_dot_product_attention forward, and a backward pass that builds what it needs.
 
 A mask that requires a gradient drives SDPA into its slowest kernel, and its gradient is as large as the
-scores. So the mask enters without one, and the backward pass is ours: a tile of queries at a time
-against the keys up to it, from which the gradient of the bias is kept on the band alone.
-Runs on every device; nothing of [B, H, L, L] is built backward, and forward only for documents.
+scores. So the mask enters without one, and the backward pass is ours. Both take a tile of queries at a time with
+the keys up to it; near keys have the bias, far keys have none. Runs on every device; nothing of
+[B, H, L, L] is built but the mask of documents.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lamda.model.attention.math import mask
 __all__ = ["attend", "bias", "mask"]
 
 TILE = 128
-"""Queries at a time in the backward pass."""
+"""Queries at a time."""
 
 
 def bias(table_RH: Tensor, buckets_N: Tensor, *, queries: int, keys: int) -> Tensor:
@@ -31,55 +31,83 @@ def bias(table_RH: Tensor, buckets_N: Tensor, *, queries: int, keys: int) -> Ten
 
 def attend(q_BHLK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, band_HN: Tensor, hidden_BLM: Tensor | None) -> Tensor:
     """Attention [B, H, L, K] of the last L of M positions."""
-    return _Attention.apply(q_BHLK, k_BHMK, v_BHMK, band_HN, hidden_BLM)
+    return _Attention.apply(q_BHLK.contiguous(), k_BHMK.contiguous(), v_BHMK.contiguous(), band_HN, hidden_BLM)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        q_BHLK: Tensor,
-        k_BHMK: Tensor,
-        v_BHMK: Tensor,
-        band_HN: Tensor,
-        hidden_BLM: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(q_BHLK, k_BHMK, v_BHMK, band_HN, hidden_BLM)
-        added = band_bias(band_HN.to(q_BHLK.dtype), queries=q_BHLK.shape[2], keys=k_BHMK.shape[2])[None]
-        if hidden_BLM is not None:
-            added = added.masked_fill(hidden_BLM[:, None], -inf)
-        return functional.scaled_dot_product_attention(q_BHLK, k_BHMK, v_BHMK, attn_mask=added, scale=1.0)
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None) -> Tensor:
+        out, lse = _forward(q, k, v, band, hidden)
+        ctx.save_for_backward(q, k, v, band, hidden, out, lse)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, d_out_BHLK: Tensor) -> tuple[Tensor | None, ...]:
-        q_BHLK, k_BHMK, v_BHMK, band_HN, hidden_BLM = ctx.saved_tensors
-        q_BHLK, k_BHMK, v_BHMK, d_out_BHLK = (each.contiguous() for each in (q_BHLK, k_BHMK, v_BHMK, d_out_BHLK))
-        queries, keys = q_BHLK.shape[2], k_BHMK.shape[2]
-        near_HTN = band_bias(band_HN, queries=TILE, keys=BAND + TILE)
-        d_near_HTN = torch.zeros_like(near_HTN, memory_format=torch.contiguous_format)
-        d_q, d_k, d_v = (torch.zeros_like(each, dtype=band_HN.dtype) for each in (q_BHLK, k_BHMK, v_BHMK))
-        for start in range(0, queries, TILE):
-            rows = slice(start, min(start + TILE, queries))
-            seen = keys - queries + rows.stop
-            first = seen - (rows.stop - rows.start) - BAND
-            tile = (..., slice(0, rows.stop - rows.start), slice(max(-first, 0), seen - first))
-            near = slice(max(first, 0), seen)
-            q, d_out, k, v = q_BHLK[:, :, rows], d_out_BHLK[:, :, rows], k_BHMK[:, :, :seen], v_BHMK[:, :, :seen]
+    def backward(ctx: FunctionCtx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        return *_backward(d_out.contiguous(), *ctx.saved_tensors), None
 
-            scores = (q @ k.mT).to(band_HN.dtype)
-            scores[..., near] += near_HTN[tile]
-            if hidden_BLM is not None:
-                scores.masked_fill_(hidden_BLM[:, None, rows, :seen], -inf)
-            p = scores.softmax(dim=-1)
-            d_scores = (d_out @ v.mT).to(band_HN.dtype)
-            d_scores -= (d_scores * p).sum(dim=-1, keepdim=True)
-            d_scores *= p
 
-            d_near_HTN[tile] += d_scores[..., near].sum(0)
-            p, d_scores = p.to(q.dtype), d_scores.to(q.dtype)
-            d_q[:, :, rows] = d_scores @ k
-            d_k[:, :, :seen] += d_scores.mT @ q
-            d_v[:, :, :seen] += p.mT @ d_out
-        d_q, d_k, d_v = (each.to(q_BHLK.dtype) for each in (d_q, d_k, d_v))
-        return d_q, d_k, d_v, sum_by_distance(d_near_HTN), None
+@torch.library.custom_op("lamda::sdpa_attention", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output, and log-sum-exp [B, H, L]. One node of a compiled block: Inductor's code of it is slower."""
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=band.dtype)
+    past = k.shape[2] - q.shape[2]
+    for first in range(0, q.shape[2], TILE):
+        rows = slice(first, min(first + TILE, q.shape[2]))
+        seen = past + rows.stop
+        added = band_bias(band, queries=rows.stop - rows.start, keys=seen)[None]
+        if hidden is not None:
+            added = added.masked_fill(hidden[:, None, rows, :seen], -inf)
+        out[:, :, rows], lse[:, :, rows] = _one_tile(q[:, :, rows], k[:, :, :seen], v[:, :, :seen], added)
+    return out, lse
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=band.dtype)
+
+
+def _one_tile(q: Tensor, k: Tensor, v: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp; only the CPU's kernel tells the latter whatever the mask."""
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=added, scale=1.0)
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=1.0)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return out, ((q @ k.mT).to(wide) + added).logsumexp(-1)
+
+
+@torch.library.custom_op("lamda::sdpa_attention_backward", mutates_args=())
+def _backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the band."""
+    queries, past = q.shape[2], k.shape[2] - q.shape[2]
+    near_HTN = band_bias(band, queries=TILE, keys=BAND + TILE)
+    d_near_HTN = torch.zeros_like(near_HTN, memory_format=torch.contiguous_format)
+    d_q, d_k, d_v = (torch.zeros_like(each, dtype=band.dtype) for each in (q, k, v))
+    for first in range(0, queries, TILE):
+        rows = slice(first, min(first + TILE, queries))
+        count, seen = rows.stop - rows.start, past + rows.stop
+        border = max(seen - count - BAND, 0)
+        near, tile = slice(border, seen), (..., slice(0, count), slice(BAND + count - (seen - border), BAND + count))
+        p = q[:, :, rows] @ k[:, :, :seen].mT - lse[:, :, rows, None]
+        p[..., near] += near_HTN[tile]
+        if hidden is not None:
+            p.masked_fill_(hidden[:, None, rows, :seen], -inf)
+        p.exp_()
+        d_p = (d_out[:, :, rows] @ v[:, :, :seen].mT).to(band.dtype)
+        d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, band.dtype)
+        d_near_HTN[tile] += d_scores[..., near].sum(0)
+        p, d_scores = p.to(q.dtype), d_scores.to(q.dtype)
+        d_q[:, :, rows] = d_scores @ k[:, :, :seen]
+        d_k[:, :, :seen] += d_scores.mT @ q[:, :, rows]
+        d_v[:, :, :seen] += p.mT @ d_out[:, :, rows]
+    d_q, d_k, d_v = (each.to(q.dtype) for each in (d_q, d_k, d_v))
+    return d_q, d_k, d_v, sum_by_distance(d_near_HTN, BAND).contiguous()
+
+
+@_backward.register_fake
+def _(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(band)

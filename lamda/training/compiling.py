@@ -1,0 +1,51 @@
+"""Whether a run's blocks are compiled, and how: each once, for one shape, and never again after the first step."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from lamda.config.errors import UserError
+from lamda.config.schema import Config
+from lamda.model import LaMDA
+from lamda.model.counts import flops_per_token
+
+WORTH_FLOPS = {"cpu": 3e14, "cuda": 1e18}
+"""FLOPs of a run that compiling wins back: it costs most of a minute, and saves a quarter of the time."""
+
+
+def is_worthwhile(config: Config, device: torch.device, *, stage: int) -> bool:
+    """What `train.compile` says, or with `auto` the length of the run; so a resume decides as the start did.
+
+    Raises UserError at ZeRO stage 3, whose hooks gather a block's weights in the middle of it.
+    """
+    if stage == 3:
+        if config.train.compile == "always":
+            raise UserError("train.compile is always, but ZeRO stage 3 cannot be compiled: use stage 2, or `never`")
+        return False
+    if config.train.compile != "auto":
+        return config.train.compile == "always"
+    return run_flops(config) > WORTH_FLOPS.get(device.type, 0.0)
+
+
+def run_flops(config: Config) -> float:
+    """FLOPs of the whole run."""
+    tokens = config.steps * config.train.global_batch_size * config.data.sequence_length
+    return float(tokens * flops_per_token(config.model, config.data.sequence_length))
+
+
+def compile_blocks(model: LaMDA) -> None:
+    """Compile one block; all others, which are alike, run the same code."""
+    for block in model.layers:
+        block.compile(dynamic=False)
+
+
+def compiled_once(*, compiled: bool, first: bool) -> AbstractContextManager[object]:
+    """A step, which may compile if it is the `first`; later ones raise RuntimeError rather than compile again."""
+    return torch.compiler.set_stance("fail_on_recompile") if compiled and not first else nullcontext()
+
+
+def eagerly(*, compiled: bool) -> AbstractContextManager[object]:
+    """Whatever has another shape, or no gradients."""
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

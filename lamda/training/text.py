@@ -1,0 +1,90 @@
+"""What a run reads: its lanes, its tokenizer and its held-out text, opened once and checked before anything trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lamda import distributed
+from lamda.config.errors import UserError
+from lamda.config.schema import Config
+from lamda.data.block_files import BlockFolder
+from lamda.data.card import Source, load_card
+from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of, require_a_batch
+from lamda.data.files import resolve
+from lamda.data.held_out import HeldOut
+from lamda.data.loader import Loader
+from lamda.data.run_tokenizer import ensure_tokenizer
+from lamda.data.tokenizer import Tokenizer
+from lamda.distributed import World
+from lamda.training import checkpoint
+from lamda.training.run_directory import RunDirectory
+from lamda.training.state import RunState
+
+
+@dataclass(frozen=True)
+class Text:
+    """The training text and its tokenizer; domains: those whose loss is told apart."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    domains: tuple[str, ...]
+
+    @classmethod
+    def open(cls, config: Config, directory: RunDirectory, world: World) -> Text:
+        """Rank 0 goes first and makes what is missing. Raises UserError for whatever the run would fail on later."""
+
+        def prepare() -> list[str]:
+            corpus = open_corpus(config.data)
+            for source in _validation(config):
+                resolve(source)
+            if config.model.weights is not None:
+                checkpoint.check_weights(Path(config.model.weights), config.model)
+            tokenizer = ensure_tokenizer(config, target=directory.tokenizer, corpus=corpus)
+            require_a_batch(corpus, config, tokenizer)
+            return corpus.domains()
+
+        domains = distributed.on_main(world, prepare)
+        corpus, tokenizer = distributed.agree(
+            world, lambda: (open_corpus(config.data), Tokenizer.load(directory.tokenizer))
+        )
+        return cls(corpus, tokenizer, tuple(domains))
+
+    def fingerprint(self, config: Config) -> dict[str, Any]:
+        """All that the order of samples depends on."""
+        return fingerprint(self.corpus, config, self.tokenizer)
+
+    def loader(self, config: Config, world: World, state: RunState) -> Loader:
+        """This rank's steps from `state` on."""
+        return Loader(
+            self.corpus,
+            self.tokenizer,
+            packing=packing_of(config),
+            batch=config.train.global_batch_size,
+            micro_batch=config.train.micro_batch_size,
+            rank=world.rank,
+            world=world.size,
+            consumed=state.consumed,
+            skipped=state.skipped,
+            cursors=state.cursors,
+            threads=config.data.threads,
+            domains=self.domains,
+            document_mask=config.data.document_mask,
+            ready=BlockFolder.of(config.data.blocks, state.fingerprint) if config.data.blocks else None,
+        )
+
+    def held_out(self, config: Config) -> HeldOut | None:
+        """The validation text, if there is one."""
+        sources = _validation(config)
+        return HeldOut(sources, self.tokenizer, config.data.sequence_length) if sources else None
+
+
+def _validation(config: Config) -> tuple[Source, ...]:
+    sources = load_card(config.data).validation
+    if not sources and config.eval.every is not None:
+        raise UserError(
+            f"eval.every is {config.eval.every}, but card {config.data.corpus!r} has no validation text; set "
+            "data.eval_files, or take eval.every out"
+        )
+    return sources

@@ -1,0 +1,104 @@
+"""How a step is computed changes none of its results: compiled, computed again, or too large for memory."""
+
+from dataclasses import replace
+from functools import partialmethod
+
+import pytest
+import torch
+
+from lamda.config import Config
+from lamda.config.errors import UserError
+from lamda.data.loader import MicroBatch
+from lamda.distributed import World
+from lamda.model import decoder
+from lamda.training import compiling
+from lamda.training.engine import Engine
+from tests.distributed.engine_worker import BATCH, LENGTH, batch, config
+
+
+def engine_of(folder, device, *, stage=1, **train) -> Engine:
+    own = config({"stage": stage, "bf16": True}, folder, 0).model_dump(exclude_unset=True)
+    return Engine(Config.model_validate({**own, "train": own["train"] | train}), world=World(), device=device)
+
+
+def steps(engine, count):
+    results = [engine.step(batch(step, World()), learning_rate=1e-2) for step in range(count)]
+    return [result.loss() for result in results], [weight.clone() for _, weight in engine.weights()]
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """The graphs of compiled blocks run as they are: generating code for them would take a minute."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_module, backend="aot_eager"))
+
+
+def test_compiled_blocks_give_the_same_steps_and_compile_once(tmp_path, device, quick_compiler):
+    """Evaluation in between, of other lengths and without gradients, compiles nothing."""
+    eager = engine_of(tmp_path, device, compile="never")
+    expected, weights = steps(eager, 3)
+    compiled = engine_of(tmp_path, device, compile="always")
+    first = compiled.step(batch(0, World()), learning_rate=1e-2).loss()
+    with compiled.evaluating():
+        compiled.model(torch.zeros(1, 5, dtype=torch.int64))
+    losses = [first, *(compiled.step(batch(step, World()), learning_rate=1e-2).loss() for step in (1, 2))]
+    assert losses == pytest.approx(expected, abs=2e-2)
+    for (name, weight), other in zip(compiled.weights(), weights, strict=True):
+        torch.testing.assert_close(weight, other, rtol=0, atol=0.15 if name == "embedding.weight" else 0.05, msg=name)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "one graph for all blocks"
+
+
+def test_a_later_step_of_another_shape_is_an_error_and_no_second_compilation(tmp_path, device, quick_compiler):
+    engine = engine_of(tmp_path, device, compile="always")
+    engine.step(batch(0, World()), learning_rate=1e-2)
+    halves = [
+        MicroBatch(*(None if each is None else each[:1] for each in vars(part).values()))
+        for part in batch(1, World()).micro_batches
+    ]
+    with pytest.raises(RuntimeError, match="recompile"):
+        engine.step(replace(batch(1, World()), micro_batches=tuple(halves)), learning_rate=1e-2)
+
+
+@pytest.mark.parametrize("recompute", ["ffn", "block"])
+def test_what_is_computed_again_changes_no_bit(tmp_path, device, recompute):
+    expected, found = (steps(engine_of(tmp_path, device, recompute=kind), 2) for kind in ("none", recompute))
+    assert expected[0] == found[0]
+    assert all(torch.equal(one, other) for one, other in zip(expected[1], found[1], strict=True))
+
+
+@pytest.mark.parametrize(("limit", "told"), [(1, "; 1 does, or take train.recompute"), (0, "; nor does 1: take ")])
+def test_memory_that_runs_out_names_the_micro_batch_that_fits(tmp_path, device, monkeypatch, limit, told):
+    engine, forward = engine_of(tmp_path, device), decoder.LaMDA.forward
+
+    def limited(model, tokens_BL, *parts, **more):
+        if len(tokens_BL) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nMore lines")
+        return forward(model, tokens_BL, *parts, **more)
+
+    monkeypatch.setattr(decoder.LaMDA, "forward", limited)
+    with pytest.raises(UserError) as caught:
+        engine.step(batch(0, World()), learning_rate=1e-2)
+    assert "train.micro_batch_size 2 does not fit into memory (CUDA out of memory. Tried to allocate" in str(
+        caught.value
+    )
+    assert told in str(caught.value)
+    assert "More lines" not in str(caught.value)
+
+
+def test_the_length_of_a_run_decides_whether_it_compiles(tmp_path, device):
+    def wants(steps, **train):
+        own = config({"stage": 1, "bf16": True}, tmp_path, 0).model_dump(exclude_unset=True)
+        return Config.model_validate({**own, "train": own["train"] | {"steps": steps} | train})
+
+    flops = compiling.run_flops(wants(1))
+    assert flops > BATCH * LENGTH * 6 * 61 * 24
+    enough = int(compiling.WORTH_FLOPS["cpu"] / flops) + 1
+    assert compiling.is_worthwhile(wants(enough), device, stage=1)
+    assert not compiling.is_worthwhile(wants(enough - 1), device, stage=1)
+    assert compiling.is_worthwhile(wants(1, compile="always"), device, stage=1)
+    assert not compiling.is_worthwhile(wants(enough, compile="never"), device, stage=1)
+    assert not compiling.is_worthwhile(wants(enough), device, stage=3)
+    with pytest.raises(UserError, match=r"train\.compile is always, but ZeRO stage 3 cannot be compiled"):
+        compiling.is_worthwhile(wants(1, compile="always"), device, stage=3)
