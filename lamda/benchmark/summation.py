@@ -28,6 +28,8 @@ from lamda.model import LaMDA
 from lamda.model.loss import token_losses
 
 PACKAGES = ("torch",)
+CHUNK = 1 << 22
+"""Elements compared at a time."""
 
 
 def main(argv: list[str]) -> int:
@@ -73,17 +75,17 @@ def _gradients(model: LaMDA, config: Config, tokenizer: Tokenizer, count: int) -
 
 
 def compare(gradients_MN: torch.Tensor) -> dict[str, Any]:
-    """Elements that differ from one rank's sum on more ranks, and in float64 between two orders."""
-    alone_N = added_up(gradients_MN)
-    ranks = {
-        number: _differing(on_ranks(gradients_MN, number), alone_N) for number in _powers_of_two(len(gradients_MN))
-    }
-    wide_MN = gradients_MN.double()
-    return {
-        "ranks": ranks,
-        "rounded": _differing(alone_N, wide_MN.sum(0).float()),
-        "float64_on_ranks": max(_differing(on_ranks(wide_MN, number), added_up(wide_MN)) for number in ranks),
-    }
+    """Elements that differ from one rank's sum on more ranks; in fp32 from the exact sum; in float64 on any ranks."""
+    numbers = _powers_of_two(len(gradients_MN))
+    ranks, rounded, wide = dict.fromkeys(numbers, 0), 0, 0
+    for parts_MN in gradients_MN.split(CHUNK, dim=1):
+        alone_N, wide_MN = added_up(parts_MN), parts_MN.double()
+        exact_N = added_up(wide_MN)
+        rounded += _differing(alone_N, exact_N.float())
+        wide += max(_differing(on_ranks(wide_MN, number), exact_N) for number in numbers)
+        for number in numbers:
+            ranks[number] += _differing(on_ranks(parts_MN, number), alone_N)
+    return {"ranks": ranks, "rounded": rounded, "float64_on_ranks": wide}
 
 
 def added_up(parts_MN: torch.Tensor) -> torch.Tensor:
