@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -86,13 +88,25 @@ def shards(tmp_path: Path) -> Callable[[Sequence[Sequence[str]]], Path]:
 
 
 @pytest.fixture(scope="session")
-def device() -> Iterator[torch.device]:
-    """The device of the only rank of a group, which DeepSpeed keeps for the life of the process."""
-    yield distributed.start(World(), threads=1)
+def process_group() -> Iterator[torch.device]:
+    """A group of one rank, which DeepSpeed keeps for the life of the process, and that rank's device.
+
+    Its variables are taken back, so that processes which tests start are ranks of nothing.
+    """
+    with patch.dict(os.environ):
+        device = distributed.start(World(), threads=1)
+    yield device
     distributed.stop()
 
 
 @pytest.fixture(scope="session")
-def world(device: torch.device) -> World:
+def world(process_group: torch.device) -> World:
     """That only rank."""
     return World()
+
+
+@pytest.fixture(scope="module")
+def device(process_group: torch.device) -> Iterator[torch.device]:
+    """Its device, for engines: DeepSpeed looks for a launcher's variable whenever it makes one."""
+    with patch.dict(os.environ, {"LOCAL_RANK": "0"}):
+        yield process_group

@@ -69,7 +69,7 @@ def run(job: dict, world: distributed.World, device: torch.device, out: Path) ->
     losses, norms = [], []
     for step in range(state.step + 1, job["steps"] + 1):
         poisoned = job.get("poison") == step and world.rank == world.size - 1
-        hook = engine.model.register_forward_hook(lambda *parts: parts[-1] * torch.nan) if poisoned else None
+        hook = engine.model.final_norm.register_forward_hook(lambda *parts: parts[-1] * torch.nan) if poisoned else None
         result = engine.step(batch(step, world), learning_rate=1e-2 * step)
         if hook is not None:
             hook.remove()

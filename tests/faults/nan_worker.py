@@ -34,7 +34,7 @@ def main() -> None:
         before, draw = state(engine), random.Random(stage)
         updated = 0
         for step in range(1, STEPS + 1):
-            rank, place = draw.randrange(world.size), draw.choice(["loss", "logits", "gradient"])
+            rank, place = draw.randrange(world.size), draw.choice(["loss", "features", "gradient"])
             is_mine = rank == world.rank
             hooks = spoil(engine, place, random.Random(step)) if is_mine else []
             at = spoil_loss if is_mine and place == "loss" else nothing
@@ -61,11 +61,11 @@ def nothing(point: str, tensor: torch.Tensor | None) -> None:
 
 
 def spoil(engine: Engine, place: str, draw: random.Random) -> list:
-    """One element that is not finite, in the logits or in the gradient of a random layer's output."""
+    """One element that is not finite, in what the logits are made of or in the gradient of a random layer's output."""
     bad = draw.choice([float("nan"), float("inf"), -float("inf")])
 
-    def in_logits(module, inputs, logits):
-        spoilt = logits.clone()
+    def in_features(module, inputs, features):
+        spoilt = features.clone()
         spoilt.view(-1)[draw.randrange(spoilt.numel())] = float("nan")
         return spoilt
 
@@ -73,8 +73,8 @@ def spoil(engine: Engine, place: str, draw: random.Random) -> list:
         if output.requires_grad:
             output.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), bad))
 
-    if place == "logits":
-        return [engine.model.register_forward_hook(in_logits)]
+    if place == "features":
+        return [engine.model.final_norm.register_forward_hook(in_features)]
     if place == "gradient":
         return [draw.choice(list(engine.model.layers)).register_forward_hook(in_gradient)]
     return []
