@@ -149,6 +149,10 @@ class TrainConfig(Section):
     compile: Literal["auto", "always", "never"] = Field(
         "auto", description="compile blocks; auto: where the run is long enough to win more than the minute it takes"
     )
+    fp8: bool = Field(
+        default=False,
+        description="8-bit products for query, key, value and the feed-forward; Hopper and newer (torchao)",
+    )
     profile: tuple[Positive, Positive] | None = Field(
         None, description="first and last step of a trace that RUN/profile gets, for ui.perfetto.dev"
     )

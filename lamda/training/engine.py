@@ -23,7 +23,7 @@ from lamda.distributed import World
 from lamda.model import LaMDA
 from lamda.model.initialisation import initialise
 from lamda.model.weights import plain_slices
-from lamda.training import compiling, deepspeed_config
+from lamda.training import compiling, deepspeed_config, fp8
 from lamda.training.fragments import publish_weights, reset_moments
 from lamda.training.optimiser import make_optimizer, set_learning_rate
 
@@ -72,6 +72,9 @@ class Engine:
         model = LaMDA(config.model, recompute=config.train.recompute)
         initialise(model, seed=config.run.seed)
         model.to(device)
+        if config.train.fp8:
+            fp8.check(model, device)
+            fp8.convert(model)
         self.is_compiled = compiling.is_worthwhile(config, device, stage=self.stage)
         if self.is_compiled:
             compiling.compile_blocks(model)

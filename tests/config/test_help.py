@@ -28,6 +28,8 @@ VALUES = {
 def strategy(key, field):
     if key == "model.preset":
         return st.sampled_from(["tiny", "2b", "137b"])
+    if key == "train.profile":
+        return st.sampled_from([None, (1, 1), (3, 20)])
     return st.sampled_from(choices(field)) if kind(field) == "choice" else VALUES[kind(field)]
 
 
