@@ -70,4 +70,4 @@ def test_losses_without_whole_logits_are_those_of_logits(monkeypatch, dtype, row
         weighted = (losses[0] * d_nats + losses[1] * d_partition).sum()
         found.append([*losses, *torch.autograd.grad(weighted, inputs)])
     for expected, each in zip(*found, strict=True):
-        torch.testing.assert_close(each, expected, rtol=0, atol=1e-2 if dtype == torch.bfloat16 else 1e-12)
+        torch.testing.assert_close(each, expected, rtol=0, atol=3e-2 if dtype == torch.bfloat16 else 1e-12)
