@@ -53,7 +53,12 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--steps {options.steps}: a proof needs at least {CHECKPOINTS} steps")
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
     proof = Proof(flags, config, folder=_make_folder(config), steps=options.steps, seed=seed, keep=options.keep)
-    trials = proof.run(ranks, others)
+    try:
+        trials = proof.run(ranks, others)
+    except KeyboardInterrupt:
+        if not options.keep:
+            shutil.rmtree(proof.folder, ignore_errors=True)
+        raise
     is_exact = all(trial.is_exact for trial in trials)
     if is_exact and not options.keep:
         shutil.rmtree(proof.folder)
