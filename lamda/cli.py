@@ -15,14 +15,16 @@ from lamda.config.loading import load_config, wants_help
 from lamda.config.presets import nearest
 
 _CONFIG = "--config FILE [--section.key VALUE ...]"
+_CHECKPOINT = "CHECKPOINT|RUN[@STEP]"
 
 
 class Command(NamedTuple):
-    """What a command calls, the arguments it takes and what it does."""
+    """What a command calls, the arguments it takes, what it does, and what its options and exit codes mean."""
 
     call: Callable[[list[str]], int | None]
     usage: str
     summary: str
+    details: str = ""
 
 
 def _main_of(module: str) -> Callable[[list[str]], int | None]:
@@ -47,8 +49,16 @@ COMMANDS = {
     ),
     "plan": Command(
         _main_of("lamda.cluster.plan"),
-        f"[--gpus N] [--json] {_CONFIG}",
-        "what a run will take: parameters, FLOPs and batches, before anything is started",
+        f"[--gpus N] [--gpu NAME] [--mfu SHARE] [--price P] [--save-seconds S] [--json] {_CONFIG}",
+        "what a run will take: memory, time, cost and disk; and whether it fits",
+        """\
+--gpus N               ranks, one a GPU; default 1
+--gpu NAME             b200, h200, h100 (default), a100-80, a100-40, l40s or rtx4090
+--mfu SHARE            of the GPU's peak that training reaches; default 0.45
+--price P              of a GPU-hour, for the cost
+--save-seconds S       that training waits for a checkpoint; default 10
+
+exit code: 0 where the run fits, 1 where it does not""",
     ),
     "prepare": Command(
         _main_of("lamda.data.prepare"), _CONFIG, "make the run's blocks ahead into data.blocks, with all cores"
@@ -109,8 +119,8 @@ def _say(text: str) -> None:
 
 
 def _help(command: Command, name: str) -> str:
-    keys = f"\n\n{help_text()}" if _CONFIG in command.usage else ""
-    return f"usage: lamda {name} {command.usage}\n\n{command.summary}{keys}"
+    keys = help_text() if _CONFIG in command.usage else ""
+    return "\n\n".join(filter(None, (f"usage: lamda {name} {command.usage}", command.summary, command.details, keys)))
 
 
 def _overview(group: list[str]) -> str:

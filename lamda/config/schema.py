@@ -138,6 +138,11 @@ class TrainConfig(Section):
     tokens: Positive | None = Field(None, description="targets to train on; rounded up to whole steps")
     global_batch_size: Positive = Field(256, description="rows a step over all ranks")
     micro_batch_size: Positive = Field(8, description="rows a rank computes at a time")
+    recompute: Literal["none", "ffn", "block"] = Field(
+        "none",
+        description="what the backward pass computes again instead of keeping it: nothing, the feed-forward's inside, "
+        "or whole blocks",
+    )
     optimizer: Literal["adamw"] = Field("adamw", description="optimiser")
     lr: float = Field(3e-4, gt=0, description="peak learning rate")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
