@@ -68,6 +68,46 @@ exit code: 0 where the run fits, 1 where it does not""",
         "RUN --step S [--row R] [--json]",
         "the documents that a training row came from, and its text",
     ),
+    "runs": Command(
+        _main_of("lamda.runs.listing"),
+        "DIR [--json]",
+        "the runs in a folder: status, step, loss, speed, last checkpoint",
+    ),
+    "watch": Command(
+        _main_of("lamda.runs.watch"),
+        "RUN",
+        "follow a run until it ends: its figures and the curve of its loss",
+        "exit code: that of the run: 0 finished, 75 preempted, 1 failed or died",
+    ),
+    "plot": Command(
+        _main_of("lamda.runs.plot"),
+        "RUN [RUN ...] -o FILE [--metric NAME ...] [--x step|tokens|time] [--log] [--smooth N]",
+        "draw the curves of one or more runs into a picture, a panel for each metric",
+        """\
+-o FILE                .png, .svg or .pdf
+--metric NAME ...      columns of metrics.jsonl: loss (default), loss/DOMAIN, grad_norm, tokens_per_second ...
+--x step|tokens|time   what lies to the right; default: step
+--log                  logarithmic vertical axes
+--smooth N             draw the mean of the last N points over the points themselves""",
+    ),
+    "checkpoint ls": Command(
+        _main_of("lamda.runs.checkpoint_ls"), "RUN [--json]", "the checkpoints of a run: step, size, ranks, state"
+    ),
+    "checkpoint show": Command(
+        _main_of("lamda.runs.checkpoint_show"), f"{_CHECKPOINT} [--json]", "what a checkpoint holds"
+    ),
+    "checkpoint verify": Command(
+        _main_of("lamda.runs.checkpoint_verify"),
+        f"{_CHECKPOINT} [--json]",
+        "whether checkpoints are as they were written, by their hashes",
+        "exit code: 0 where all are, 1 where one is damaged",
+    ),
+    "checkpoint diff": Command(
+        _main_of("lamda.runs.checkpoint_diff"),
+        f"{_CHECKPOINT} {_CHECKPOINT} [--json]",
+        "by what two checkpoints differ: weights, optimiser, state, configuration",
+        "exit code: 0 where they are the same, 1 where they differ",
+    ),
     "prove-resume": Command(
         _main_of("lamda.cluster.prove_resume"),
         f"[--ranks N] [--others M] [--steps S] [--seed N] [--keep] [--json] {_CONFIG}",

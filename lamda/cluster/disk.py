@@ -25,12 +25,8 @@ def checkpoint_bytes(parameters: int, *, width: int) -> int:
 def checkpoints(config: Config) -> int:
     """The most checkpoints that are there at a time, the one that is being written among them."""
     steps, saving = config.steps, config.checkpoint
-    written = -(-steps // saving.every)
-    kept = 0
-    if saving.keep_every:
-        is_last_extra = steps % saving.every and steps % saving.keep_every == 0
-        kept = steps // lcm(saving.every, saving.keep_every) + bool(is_last_extra)
-    return min(saving.keep + 1 + kept, written)
+    kept = steps // lcm(saving.every, saving.keep_every) if saving.keep_every else 0
+    return min(saving.keep + 1 + kept, -(-steps // saving.every))
 
 
 def block_bytes(config: Config) -> int:
