@@ -12,6 +12,7 @@ from typing import Any
 
 from lamda.cluster.activations import RECOMPUTE, recomputed_flops
 from lamda.cluster.communication import traffic
+from lamda.cluster.data_path import data_rates
 from lamda.cluster.devices import RESERVE, Device, device_called
 from lamda.cluster.disk import block_bytes, checkpoint_bytes, checkpoints, is_streamed, text_bytes
 from lamda.cluster.fitting import largest_rows, nearest_that_fit
@@ -97,12 +98,15 @@ def plan(config: Config, machine: Machine) -> dict[str, Any]:
     counted = _counts(config, machine, accumulation)
     memory = _memory(config, machine, setting)
     spent = _time(counted, machine, is_bf16=sharding.is_bf16)
-    sizes = parameter_sizes(config.model)
+    sent = traffic(parameter_sizes(config.model), sharding, accumulation=accumulation)
+    rates = data_rates(config.data, ranks=machine.gpus, tokens_per_second=spent["tokens_per_second"])
     return {
         **counted,
         "memory": memory,
-        "communication": [asdict(each) for each in traffic(sizes, sharding, accumulation=accumulation)],
+        "communication": [asdict(each) for each in sent],
+        "sent_bytes_per_second": sum(each.sent for each in sent) / spent["step_seconds"],
         "time": spent,
+        "data_per_second": asdict(rates),
         "disk": _disk(config, width=sharding.weight),
         "checkpoint_interval": _interval(config, machine, step_seconds=spent["step_seconds"]),
         "warnings": _warnings(config, machine, setting, memory, own),

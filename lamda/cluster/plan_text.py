@@ -20,8 +20,9 @@ def plan_text(planned: dict[str, Any]) -> str:
         _section(_memory_title(planned["memory"]), _memory(planned["memory"]), notes=[_verdict(planned["memory"])]),
         _section("with train.recompute", _recompute(planned)),
         _section("at ZeRO stage", _stages(planned["memory"])),
-        _section("a rank's communication in a step", _communication(planned["communication"])),
+        _section("a rank's communication in a step", _communication(planned)),
         _section("time and cost", _time(planned)),
+        _section("data path", _data(planned["data_per_second"])),
         _section("disk", _disk(planned["disk"])),
         _section("checkpoint interval", _interval(planned["checkpoint_interval"], steps=planned["steps"])),
     ]
@@ -117,16 +118,20 @@ def _judged(choice: dict[str, Any]) -> Row:
     return (_size(choice["peak"]), "yes" if choice["fits"] else "no", "none" if rows is None else str(rows))
 
 
-def _communication(found: list[dict[str, Any]]) -> list[Row]:
+def _communication(planned: dict[str, Any]) -> list[Row]:
+    found = planned["communication"]
     if not found:
         return [("none: there is one rank",)]
-    return [
-        ("", "tensors", "sent by a rank in a ring"),
-        *(
-            (each["kind"], _size(each["tensors"]), _size(each["sent"]), "|at the most" * each["at_most"])
-            for each in found
-        ),
+    rows = [
+        (each["kind"], _size(each["tensors"]), _size(each["sent"]), "|at the most" * each["at_most"]) for each in found
     ]
+    needed = (
+        "over a whole step",
+        "",
+        f"{_size(planned['sent_bytes_per_second'])}/s",
+        "|a rank's rate, were it sent all the step long",
+    )
+    return [("", "tensors", "sent by a rank in a ring"), *rows, needed]
 
 
 def _time(planned: dict[str, Any]) -> list[Row]:
@@ -139,6 +144,24 @@ def _time(planned: dict[str, Any]) -> list[Row]:
         ("to the end", _duration(time["seconds"])),
         ("GPU-hours", f"{time['gpu_hours']:,.1f}"),
         ("cost", cost, *([f"|at {time['price']:g} a GPU-hour"] if time["price"] is not None else [])),
+    ]
+
+
+def _data(rates: dict[str, Any]) -> list[Row]:
+    least, most = (f"{rate:,.0f}" for rate in rates["encoded"])
+    if least == most:
+        encoded = (least, "tokens/s", "|where text is streamed: whole lanes")
+    else:
+        encoded = (f"{least} to {most}", "tokens/s", "|where text is streamed: whole lanes, of 64 to 8 (data.lanes)")
+    return [
+        ("a rank trains on", f"{rates['rank']:,.0f}", "tokens/s"),
+        ("a rank encodes, at least", *encoded),
+        (
+            "all ranks read",
+            f"{rates['blocks'] / 1e6:,.3g}",
+            "MB/s",
+            "|of ready blocks (data.blocks), and encode nothing",
+        ),
     ]
 
 

@@ -117,6 +117,16 @@ def test_time_and_cost_follow_from_the_rate(planned):
     assert planned(*LAMDA_2B, "--gpus", "8")["time"]["cost"] is None
 
 
+def test_what_a_rank_sends_is_told_a_step_and_a_second(planned):
+    told = planned(*LAMDA_2B, "--gpus", "8")
+    sent = {each["kind"]: each["sent"] for each in told["communication"]}
+    # fp32 gradients go round twice, bf16 weights once, seven eighths of them each time.
+    assert sent == {"all-reduce": 2_179_138_560 * 4 * 2 * 7 // 8, "all-gather": 2_179_138_560 * 2 * 7 // 8}
+    assert told["sent_bytes_per_second"] == pytest.approx(sum(sent.values()) / told["time"]["step_seconds"])
+    alone = planned(*LAMDA_2B, "--gpu", "h200")
+    assert (alone["communication"], alone["sent_bytes_per_second"]) == ([], 0)
+
+
 def test_fp32_is_planned_at_the_rate_of_fp32(planned):
     fp32 = planned(*LAMDA_2B, "--gpus", "8", "--gpu", "h200", "--deepspeed.config", "deepspeed/fp32.json")
     assert fp32["time"]["peak_flops_per_gpu"] == DEVICES["h200"].fp32
