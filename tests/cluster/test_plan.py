@@ -196,6 +196,11 @@ def test_the_text_shows_every_number_of_a_section(capsys, planned):
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_the_plan_in_the_docs_is_the_one_that_is_printed(capsys):
+    main([*LAMDA_2B, "--gpus", "8", "--price", "3.5"])
+    assert f"```\n{capsys.readouterr().out}```\n" in Path("docs/cluster.md").read_text()
+
+
 def test_the_2b_is_planned_within_10_seconds_without_torch():
     script = (
         "import sys; from lamda.cluster.plan import main; code = main(sys.argv[1:])\n"
