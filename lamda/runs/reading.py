@@ -170,7 +170,7 @@ class Metrics:
             named, opened = self._path.stat(), os.fstat(self._stream.fileno())
         except OSError:
             return False
-        return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino) and named.st_size >= self._place
+        return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
 
     def _open(self) -> None:
         if self._stream is not None:

@@ -195,6 +195,8 @@ def test_diff_tells_state_configuration_and_optimiser(tmp_path, weights, capsys)
     assert found["state"] == {"fingerprint.seed": [0, 1]}
     assert found["configuration"] == {"train.lr": [1e-3, 2e-3]}
     assert (found["weights"], found["optimiser"]) == ([], "different")
+    save_checkpoint(tmp_path / "d", 5, weights(0), config=lr[0], fingerprint={"seed": 0}, optimizer=b"others")
+    assert not told(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "d", code=1)["same"]
     on_two = told(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "c")
     assert (on_two["same"], on_two["optimiser"]) == (True, "unknown")
     assert checkpoint_diff.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 1

@@ -30,6 +30,11 @@ def test_a_falling_line_is_a_diagonal_without_holes():
     assert all(np.diff(np.flatnonzero(column)).max(initial=1) == 1 for column in picture.T)
 
 
+def test_a_jump_is_drawn_from_one_level_to_the_other():
+    picture = dots(draw(np.repeat([0.0, 7.0], 10), width=10, height=4)[0])
+    assert picture.any(axis=1).all()
+
+
 def test_every_column_spans_its_least_to_its_greatest_value():
     values = np.array([0.0, 15.0, 3.0, 12.0] * 20)
     picture = dots(draw(values, width=2, height=4)[0])
