@@ -15,14 +15,16 @@ from lamda.config.loading import load_config, wants_help
 from lamda.config.presets import nearest
 
 _CONFIG = "--config FILE [--section.key VALUE ...]"
+_CHECKPOINT = "CHECKPOINT|RUN[@STEP]"
 
 
 class Command(NamedTuple):
-    """What a command calls, the arguments it takes and what it does."""
+    """What a command calls, the arguments it takes, what it does, and what its options and exit codes mean."""
 
     call: Callable[[list[str]], int | None]
     usage: str
     summary: str
+    details: str = ""
 
 
 def _main_of(module: str) -> Callable[[list[str]], int | None]:
@@ -47,8 +49,16 @@ COMMANDS = {
     ),
     "plan": Command(
         _main_of("lamda.cluster.plan"),
-        f"[--gpus N] [--json] {_CONFIG}",
-        "what a run will take: parameters, FLOPs and batches, before anything is started",
+        f"[--gpus N] [--gpu NAME] [--mfu SHARE] [--price P] [--save-seconds S] [--json] {_CONFIG}",
+        "what a run will take: memory, time, cost and disk; and whether it fits",
+        """\
+--gpus N               ranks, one a GPU; default 1
+--gpu NAME             b200, h200, h100 (default), a100-80, a100-40, l40s or rtx4090
+--mfu SHARE            of the GPU's peak that training reaches; default 0.45
+--price P              of a GPU-hour, for the cost
+--save-seconds S       that training waits for a checkpoint; default 10
+
+exit code: 0 where the run fits, 1 where it does not""",
     ),
     "prepare": Command(
         _main_of("lamda.data.prepare"), _CONFIG, "make the run's blocks ahead into data.blocks, with all cores"
@@ -57,6 +67,46 @@ COMMANDS = {
         _main_of("lamda.runs.where"),
         "RUN --step S [--row R] [--json]",
         "the documents that a training row came from, and its text",
+    ),
+    "runs": Command(
+        _main_of("lamda.runs.listing"),
+        "DIR [--json]",
+        "the runs in a folder: status, step, loss, speed, last checkpoint",
+    ),
+    "watch": Command(
+        _main_of("lamda.runs.watch"),
+        "RUN",
+        "follow a run until it ends: its figures and the curve of its loss",
+        "exit code: that of the run: 0 finished, 75 preempted, 1 failed or died",
+    ),
+    "plot": Command(
+        _main_of("lamda.runs.plot"),
+        "RUN [RUN ...] -o FILE [--metric NAME ...] [--x step|tokens|time] [--log] [--smooth N]",
+        "draw the curves of one or more runs into a picture, a panel for each metric",
+        """\
+-o FILE                .png, .svg or .pdf
+--metric NAME ...      columns of metrics.jsonl: loss (default), loss/DOMAIN, grad_norm, tokens_per_second ...
+--x step|tokens|time   what lies to the right; default: step
+--log                  logarithmic vertical axes
+--smooth N             draw the mean of the last N points over the points themselves""",
+    ),
+    "checkpoint ls": Command(
+        _main_of("lamda.runs.checkpoint_ls"), "RUN [--json]", "the checkpoints of a run: step, size, ranks, state"
+    ),
+    "checkpoint show": Command(
+        _main_of("lamda.runs.checkpoint_show"), f"{_CHECKPOINT} [--json]", "what a checkpoint holds"
+    ),
+    "checkpoint verify": Command(
+        _main_of("lamda.runs.checkpoint_verify"),
+        f"{_CHECKPOINT} [--json]",
+        "whether checkpoints are as they were written, by their hashes",
+        "exit code: 0 where all are, 1 where one is damaged",
+    ),
+    "checkpoint diff": Command(
+        _main_of("lamda.runs.checkpoint_diff"),
+        f"{_CHECKPOINT} {_CHECKPOINT} [--json]",
+        "by what two checkpoints differ: weights, optimiser, state, configuration",
+        "exit code: 0 where they are the same, 1 where they differ",
     ),
     "prove-resume": Command(
         _main_of("lamda.cluster.prove_resume"),
@@ -109,8 +159,8 @@ def _say(text: str) -> None:
 
 
 def _help(command: Command, name: str) -> str:
-    keys = f"\n\n{help_text()}" if _CONFIG in command.usage else ""
-    return f"usage: lamda {name} {command.usage}\n\n{command.summary}{keys}"
+    keys = help_text() if _CONFIG in command.usage else ""
+    return "\n\n".join(filter(None, (f"usage: lamda {name} {command.usage}", command.summary, command.details, keys)))
 
 
 def _overview(group: list[str]) -> str:

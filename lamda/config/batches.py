@@ -1,5 +1,7 @@
 """Batch arithmetic: how the rows of a step fall on ranks and micro-batches."""
 
+from __future__ import annotations
+
 from lamda.config.errors import UserError
 from lamda.config.schema import TrainConfig
 
@@ -7,14 +9,35 @@ from lamda.config.schema import TrainConfig
 def micro_batches_per_rank(train: TrainConfig, *, world: int) -> int:
     """Micro-batches that each of `world` ranks computes in a step: the gradient accumulation.
 
-    Raises UserError, naming the nearest numbers of ranks, where they do not come out even.
+    Raises UserError, naming the nearest settings that work, where they do not come out even.
     """
-    count = train.global_batch_size // train.micro_batch_size
-    if count % world == 0:
-        return count // world
-    fitting = sorted((n for n in range(1, count + 1) if count % n == 0), key=lambda n: abs(n - world))[:2]
+    batch, micro = train.global_batch_size, train.micro_batch_size
+    count, left = divmod(batch // micro, world)
+    if left == 0:
+        return count
     raise UserError(
-        f"{world} ranks cannot share {count} micro-batches evenly (train.global_batch_size {train.global_batch_size} / "
-        f"train.micro_batch_size {train.micro_batch_size}); the nearest numbers of ranks that can: "
-        f"{' and '.join(map(str, sorted(fitting)))}"
+        f"{world} ranks cannot share {batch // micro} micro-batches evenly (train.global_batch_size {batch} / "
+        f"train.micro_batch_size {micro}); what would work: {'; '.join(_ways(batch, micro, world))}"
     )
+
+
+def _ways(batch: int, micro: int, world: int) -> list[str]:
+    """One setting changed, or two where there are more ranks than rows."""
+    ranks = _nearest(world, _divisors(batch // micro))
+    multiples = [micro * world * times for times in (batch // (micro * world), batch // (micro * world) + 1) if times]
+    ways = [f"{ranks} rank{'s' * (ranks != '1')}", f"train.global_batch_size {_nearest(batch, multiples)}"]
+    if batch % world == 0:
+        ways.append(f"train.micro_batch_size {_nearest(micro, _divisors(batch // world))}")
+    elif world > batch and micro > 1:
+        ways.append(f"train.micro_batch_size 1 with {batch} ranks or with train.global_batch_size {world}")
+    return ways
+
+
+def _divisors(count: int) -> list[int]:
+    return [n for n in range(1, count + 1) if count % n == 0]
+
+
+def _nearest(wanted: int, choices: list[int]) -> str:
+    """The nearest choice below and the nearest above, `4 or 6`, or the only one of them."""
+    below, above = [n for n in choices if n < wanted][-1:], [n for n in choices if n > wanted][:1]
+    return " or ".join(map(str, below + above))

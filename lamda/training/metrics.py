@@ -13,7 +13,7 @@ from lamda.training.run_directory import replace_text
 
 log = logging.getLogger(__name__)
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
 """Dense bf16 peaks by a part of the device's name, from the makers' data sheets."""
 
 

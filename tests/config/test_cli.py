@@ -21,7 +21,9 @@ def test_help_lists_every_command(capsys):
 def test_each_commands_help_shows_its_usage_and_runs_nothing(name, capsys, monkeypatch):
     monkeypatch.setitem(cli.COMMANDS, name, COMMANDS[name]._replace(call=lambda argv: pytest.fail("was run")))
     assert main([*name.split(), "--help"]) == 0
-    assert capsys.readouterr().out.startswith(f"usage: lamda {name} {COMMANDS[name].usage}\n")
+    told = capsys.readouterr().out
+    assert told.startswith(f"usage: lamda {name} {COMMANDS[name].usage}\n")
+    assert COMMANDS[name].details in told
 
 
 def test_a_command_gets_the_words_after_its_name_and_gives_the_exit_code(monkeypatch):

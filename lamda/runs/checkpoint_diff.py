@@ -1,0 +1,167 @@
+"""`lamda checkpoint diff`: by what two checkpoints differ."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sized
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lamda.config.errors import UserError
+from lamda.config.loading import KEYS
+from lamda.runs.checkpoint_show import default_of, read_state, read_tensors
+from lamda.runs.checkpoints import NAME_HELP, find_checkpoint, read_config, read_manifest
+from lamda.runs.tables import show_table
+
+NAMES = ("run.dir", "wandb.name", "wandb_id")
+"""What a run is called, which says nothing of what it is; not compared."""
+ELEMENTS = 1 << 22
+"""Compared at a time, so that a large tensor needs no second copy of itself in fp64."""
+SHOWN = 30
+"""Lines a part; --json has all."""
+
+
+class Difference(NamedTuple):
+    """How a tensor of two checkpoints differs. what: the kind of it, for people."""
+
+    tensor: str
+    what: str
+    largest: float | None = None
+    share: float | None = None
+
+
+def main(argv: list[str]) -> int:
+    """`A B [--json]`; returns 0 where they are the same, 1 where they differ. Raises UserError."""
+    parser = argparse.ArgumentParser(prog="lamda checkpoint diff", allow_abbrev=False)
+    for name in "AB":
+        parser.add_argument(name, help=NAME_HELP)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    options = parser.parse_args(argv)
+    first, second = find_checkpoint(options.A), find_checkpoint(options.B)
+    found = compare(first, second)
+    print(json.dumps(found, indent=1)) if options.json else _show(found)
+    return int(not found["same"])
+
+
+def compare(first: Path, second: Path) -> dict[str, Any]:
+    """Weights, optimiser state, run state and configuration of two checkpoints. Raises UserError.
+
+    The optimiser's files are compared by their hashes in the manifests, so between equal numbers of ranks
+    alone; between others it is `unknown`, which counts as no difference.
+    """
+    weights = [each._asdict() for each in compare_weights(first, second)]
+    optimiser = _compare_optimisers(read_manifest(first), read_manifest(second))
+    state = _compare_values(*(_flat(read_state(path)) for path in (first, second)))
+    configuration = _compare_values(_configuration(first), _configuration(second))
+    return {
+        "same": not (weights or state or configuration or optimiser == "different"),
+        "a": str(first),
+        "b": str(second),
+        "weights": weights,
+        "optimiser": optimiser,
+        "state": state,
+        "configuration": configuration,
+    }
+
+
+def compare_weights(first: Path, second: Path) -> list[Difference]:
+    """The tensors of model.safetensors that are not equal, by plain name; NaN equals NaN."""
+    files = [path / "model.safetensors" for path in (first, second)]
+    a, b = map(read_tensors, files)
+    different = []
+    try:
+        with safe_open(files[0], "pt") as one, safe_open(files[1], "pt") as other:
+            for name in dict.fromkeys((*a, *b)):
+                if name not in a or name not in b:
+                    different.append(Difference(name, "only in B" if name not in a else "only in A"))
+                elif a[name]["shape"] != b[name]["shape"]:
+                    different.append(Difference(name, f"shape {a[name]['shape']} and {b[name]['shape']}"))
+                else:
+                    largest, share = _compare_tensors(one.get_tensor(name), other.get_tensor(name))
+                    is_cast = a[name]["dtype"] != b[name]["dtype"]
+                    if share or is_cast:
+                        what = f"type {a[name]['dtype']} and {b[name]['dtype']}" if is_cast else "values"
+                        different.append(Difference(name, what, largest, share))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"weights of {first} and {second}: cannot be read ({error})") from error
+    return different
+
+
+def _compare_tensors(a: torch.Tensor, b: torch.Tensor) -> tuple[float | None, float]:
+    """Largest absolute difference (None where it is not finite) and share of differing elements."""
+    largest, count = 0.0, 0
+    for x, y in zip(a.flatten().split(ELEMENTS), b.flatten().split(ELEMENTS), strict=True):
+        x, y = x.double(), y.double()
+        unequal = (x != y) & ~(x.isnan() & y.isnan())
+        count += int(unequal.sum())
+        gaps = (x - y).abs()[unequal]
+        largest = (
+            max(largest, float(gaps.nan_to_num(nan=torch.inf, posinf=torch.inf).max())) if gaps.numel() else largest
+        )
+    return (largest if largest < torch.inf else None), count / max(1, a.numel())
+
+
+def _compare_optimisers(a: dict[str, Any], b: dict[str, Any]) -> str:
+    hashes = [
+        {name: entry["sha256"] for name, entry in each["files"].items() if name.startswith("optimizer-")}
+        for each in (a, b)
+    ]
+    if hashes[0].keys() != hashes[1].keys() or a["zero_stage"] != b["zero_stage"]:
+        return "unknown"
+    return "same" if hashes[0] == hashes[1] else "different"
+
+
+def _configuration(path: Path) -> dict[str, Any]:
+    """The configuration, with the defaults of keys that there were not yet."""
+    config = read_config(path / "config.yaml")
+    return {key: default_of(key, config) for key in KEYS} | config
+
+
+def _compare_values(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[Any]]:
+    """Both values of every key that differs, None where it is not there."""
+    names = (name for name in dict.fromkeys((*a, *b)) if name not in NAMES)
+    return {name: [a.get(name), b.get(name)] for name in names if a.get(name) != b.get(name)}
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects by dotted key."""
+    flat: dict[str, Any] = {}
+    for name, part in value.items():
+        flat |= _flat(part, f"{prefix}{name}.") if isinstance(part, dict) else {f"{prefix}{name}": part}
+    return flat
+
+
+def _show(found: dict[str, Any]) -> None:
+    print(f"A: {found['a']}\nB: {found['b']}\n")
+    weights = found["weights"]
+    print(f"weights: {len(weights)} tensors differ" if weights else "weights: the same")
+    if weights:
+        rows = [(each["tensor"], each["what"], _number(each["largest"]), _number(each["share"])) for each in weights]
+        show_table(("tensor", "by", "largest difference", "share of elements"), rows[:SHOWN], left=(0, 1))
+        _show_rest(rows)
+    because = " (another number of ranks, or ZeRO stage; not compared)" if found["optimiser"] == "unknown" else ""
+    print(f"optimiser state: {found['optimiser']}{because}")
+    for part in ("state", "configuration"):
+        different = found[part]
+        print(f"{part}: " + (f"{len(different)} keys differ" if different else "the same"))
+        for name, (a, b) in list(different.items())[:SHOWN]:
+            print(f"  {name}: {_short(a)} and {_short(b)}")
+        _show_rest(different)
+
+
+def _show_rest(lines: Sized) -> None:
+    if len(lines) > SHOWN:
+        print(f"  and {len(lines) - SHOWN} more (--json has all)")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

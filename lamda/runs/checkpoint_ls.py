@@ -1,0 +1,46 @@
+"""`lamda checkpoint ls`: the checkpoints of a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from lamda.config.errors import UserError
+from lamda.runs.checkpoints import Saved, all_checkpoints, glance, read_config
+from lamda.runs.tables import NONE, duration, show_table, size_of
+from lamda.training.run_directory import RunDirectory
+
+
+def main(argv: list[str]) -> int:
+    """`RUN [--json]`; raises UserError."""
+    parser = argparse.ArgumentParser(prog="lamda checkpoint ls", allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--json", action="store_true", help="a JSON array, an object a checkpoint")
+    options = parser.parse_args(argv)
+    if not options.run.is_dir():
+        raise UserError(f"{options.run}: there is no such folder")
+    every = _kept_every(RunDirectory(options.run))
+    seen = map(glance, all_checkpoints(options.run))
+    found = [(saved, every is not None and saved.step % every == 0) for saved in seen]
+    if options.json:
+        print(json.dumps([asdict(saved) | {"path": str(saved.path), "kept": kept} for saved, kept in found], indent=1))
+    elif not found:
+        print(f"{options.run}: no checkpoint is here")
+    else:
+        header = ("checkpoint", "step", "size", "ranks", "ZeRO", "age", "state")
+        show_table(header, [_cells(saved, kept=kept) for saved, kept in found], left=(0, 6))
+    return 0
+
+
+def _kept_every(directory: RunDirectory) -> int | None:
+    """`checkpoint.keep_every` of the run: checkpoints of steps that it divides stay for good."""
+    return read_config(directory.config).get("checkpoint.keep_every") if directory.config.exists() else None
+
+
+def _cells(saved: Saved, *, kept: bool) -> tuple[str, ...]:
+    state = f"damaged, {saved.problem}" if saved.problem else "complete" + ", kept for good" * kept
+    age = NONE if saved.age_seconds is None else duration(saved.age_seconds)
+    ranks, stage = (NONE if value is None else str(value) for value in (saved.ranks, saved.zero_stage))
+    return saved.path.name, str(saved.step), size_of(saved.bytes), ranks, stage, age, state

@@ -1,0 +1,112 @@
+"""`lamda checkpoint show`: what a checkpoint holds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from lamda.config.errors import UserError
+from lamda.config.loading import KEYS
+from lamda.config.presets import PRESETS
+from lamda.runs.checkpoints import NAME, NAME_HELP, find_checkpoint, glance, read_config, read_manifest
+from lamda.runs.tables import duration, size_of
+
+
+def main(argv: list[str]) -> int:
+    """`CHECKPOINT_OR_RUN [--json]`; raises UserError."""
+    parser = argparse.ArgumentParser(prog="lamda checkpoint show", allow_abbrev=False)
+    parser.add_argument("name", metavar=NAME, help=NAME_HELP)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    options = parser.parse_args(argv)
+    path = find_checkpoint(options.name)
+    content = describe(path)
+    print(json.dumps(content, indent=1) if options.json else "\n".join(_lines(path, content)))
+    return 0
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Manifest, state, configuration where it is not the default, and tensors. Raises UserError."""
+    config = read_config(path / "config.yaml")
+    return {
+        "checkpoint": str(path),
+        "manifest": read_manifest(path),
+        "state": read_state(path),
+        "configuration": {key: value for key, value in config.items() if value != default_of(key, config)},
+        "tensors": read_tensors(path / "model.safetensors"),
+    }
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """run_state.json of a checkpoint, of whatever version. Raises UserError."""
+    try:
+        return json.loads((path / "run_state.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / 'run_state.json'}: cannot be read ({error})") from error
+
+
+def read_tensors(file: Path) -> dict[str, dict[str, Any]]:
+    """Shape and type of every tensor by plain name, layer 2 before layer 10. Raises UserError."""
+    try:
+        with safe_open(file, "np") as opened:
+            slices = {name: opened.get_slice(name) for name in sorted(opened.keys(), key=_by_number)}
+            return {name: {"shape": part.get_shape(), "dtype": part.get_dtype()} for name, part in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: cannot be read ({error})") from error
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    return [(int(part or -1), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
+
+
+def default_of(key: str, config: dict[str, Any]) -> Any:
+    """What a key would be if nobody set it; a preset sets the model's."""
+    section, _, name = key.partition(".")
+    preset = PRESETS.get(config.get("model.preset"), {}) if section == "model" else {}
+    return preset[name] if name in preset else KEYS[key].default if key in KEYS else None
+
+
+def _lines(path: Path, content: dict[str, Any]) -> list[str]:
+    seen, manifest, state = glance(path), content["manifest"], content["state"]
+    problem = f"; {seen.problem}" if seen.problem else ""
+    ranks = f"{manifest['ranks']} rank" + "s" * (manifest["ranks"] != 1)
+    skipped = ", ".join(f"{first} to {last - 1}" for first, last in state["skipped"]) or "none"
+    count = sum(prod(tensor["shape"]) for tensor in content["tensors"].values())
+    figures = {
+        "checkpoint": str(path),
+        "saved": f"{duration(seen.age_seconds)} ago by {ranks}, ZeRO stage {manifest['zero_stage']}",
+        "size": f"{size_of(seen.bytes)} in {len(manifest['files'])} files{problem}",
+        "step": f"{state['step']:,}",
+        "updates": f"{state['updates']:,} ({state['step'] - state['updates']:,} steps refused)",
+        "samples": f"{state['samples']:,}",
+        "tokens": f"{state['tokens']:,}",
+        "skipped samples": skipped,
+        "parameters": f"{count:,} in {len(content['tensors'])} tensors",
+    }
+    return [
+        *(f"{name:<17}{value}" for name, value in figures.items()),
+        "",
+        *_tensor_lines(content["tensors"]),
+        "",
+        "configuration, where it is not the default:",
+        *(f"  {key}: {json.dumps(value)}" for key, value in content["configuration"].items()),
+    ]
+
+
+def _tensor_lines(tensors: dict[str, dict[str, Any]]) -> list[str]:
+    """Tensors of the same name in every layer make one line."""
+    groups: dict[tuple[str, str, str], int] = {}
+    for name, tensor in tensors.items():
+        shape = " x ".join(map(str, tensor["shape"]))
+        group = (re.sub(r"^layers\.\d+\.", "layers.*.", name), shape, tensor["dtype"])
+        groups[group] = groups.get(group, 0) + 1
+    widths = [max((len(group[place]) for group in groups), default=0) for place in (0, 1)]
+    return [
+        f"  {name:<{widths[0]}}  {shape:<{widths[1]}}  {dtype}" + (f", {count} times" if count > 1 else "")
+        for (name, shape, dtype), count in groups.items()
+    ]

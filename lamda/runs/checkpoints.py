@@ -1,0 +1,118 @@
+"""Checkpoints as files: where they are, and what can be told without loading their weights."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lamda.config.errors import UserError
+from lamda.runs.reading import changed_at
+from lamda.training import manifest
+from lamda.training.run_directory import RunDirectory
+
+NAME = "CHECKPOINT_OR_RUN"
+NAME_HELP = "a checkpoint's folder, a run's (its newest checkpoint), or RUN@STEP"
+SET_ASIDE = ".damaged"
+PRUNED = "pruned meanwhile"
+"""Said of a checkpoint that a running run deleted while it was looked at."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint at a glance. problem: what its files' names and sizes show to be wrong; nothing is hashed."""
+
+    path: Path
+    step: int | None
+    bytes: int
+    ranks: int | None
+    zero_stage: int | None
+    age_seconds: float | None
+    problem: str | None
+
+
+def find_checkpoint(name: str) -> Path:
+    """The one that `name` means (see NAME_HELP). Raises UserError where there is none."""
+    run, at, step = name.rpartition("@")
+    if not at or Path(name).exists():
+        return _find_checkpoints(name)[-1]
+    there = {manifest.step_of(path): path for path in _find_checkpoints(run)}
+    if not step.isdecimal() or int(step) not in there:
+        raise UserError(f"{name}: {run} has no checkpoint of step {step}; it has {', '.join(map(str, there))}")
+    return there[int(step)]
+
+
+def find_checkpoints(name: str) -> list[Path]:
+    """All complete ones of a run, oldest first, or the one that `name` means. Raises UserError where there is none."""
+    return _find_checkpoints(name) if Path(name).exists() else [find_checkpoint(name)]
+
+
+def _find_checkpoints(name: str) -> list[Path]:
+    path = Path(name)
+    if (folder := RunDirectory(path).checkpoints).is_dir():
+        found = manifest.complete(folder)
+    else:
+        found = [path] if path.name.startswith("step-") or (path / manifest.MANIFEST).exists() else []
+    if not found or not path.is_dir():
+        raise UserError(f"{name}: no checkpoint is here; give {NAME_HELP}")
+    return found
+
+
+def all_checkpoints(run: Path) -> list[Path]:
+    """A run's complete checkpoints and those that a resume set aside as damaged, oldest first."""
+    folder = RunDirectory(run).checkpoints
+    return sorted([*manifest.complete(folder), *folder.glob(f"step-*{SET_ASIDE}")])
+
+
+def glance(path: Path) -> Saved:
+    """What manifest.json and the folder tell."""
+    content: dict[str, Any] = {}
+    size = 0
+    try:
+        content = read_manifest(path)
+        size = sum(file.stat().st_size for file in path.iterdir())
+        wrong = (_missing(path / name, entry["size"]) for name, entry in content["files"].items())
+        problem = next(filter(None, wrong), None)
+    except (UserError, OSError) as error:
+        problem = str(error) if path.exists() else PRUNED
+    changed = changed_at(path / manifest.MANIFEST)
+    named = re.match(r"step-(\d+)", path.name)
+    return Saved(
+        path=path,
+        step=content.get("step", int(named[1]) if named else None),
+        bytes=size,
+        ranks=content.get("ranks"),
+        zero_stage=content.get("zero_stage"),
+        age_seconds=None if changed is None else round(time.time() - changed, 1),
+        problem="was set aside when the run went on" if path.suffix == SET_ASIDE else problem,
+    )
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """manifest.json of a checkpoint, its hash not checked. Raises UserError where it is none."""
+    try:
+        content = manifest.read(path)
+        sum(entry["size"] for entry in content["files"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / manifest.MANIFEST} cannot be read ({error})") from error
+    return content
+
+
+def _missing(file: Path, size: int) -> str | None:
+    if not file.is_file():
+        return f"{file.name} is missing"
+    found = file.stat().st_size
+    return None if found == size else f"{file.name} has {found} bytes instead of {size}"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The values of a config.yaml by `section.key`, of whatever version. Raises UserError."""
+    try:
+        sections = yaml.safe_load(path.read_text("utf-8"))
+        return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error

@@ -1,0 +1,88 @@
+"""`lamda runs`: the runs in a folder and how each of them stands."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+from lamda.config.errors import UserError
+from lamda.runs.reading import DEPTH, Row, changed_at, find_runs, last_row, read_standing
+from lamda.runs.tables import NONE, duration, figure, of_total, show_table
+from lamda.training.manifest import complete
+from lamda.training.run_directory import RunDirectory
+
+REASON = 80
+"""Characters of a reason in the table; --json has all."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run in a line. age_seconds: since its last step. checkpoint: name of the newest one."""
+
+    run: str
+    status: str
+    reason: str | None
+    step: int | None
+    steps: int | None
+    loss: float | None
+    tokens_per_second: float | None
+    age_seconds: float | None
+    checkpoint: str | None
+
+
+def main(argv: list[str]) -> int:
+    """`DIR [--json]`; raises UserError."""
+    parser = argparse.ArgumentParser(prog="lamda runs", allow_abbrev=False)
+    parser.add_argument("folder", type=Path, metavar="DIR", help=f"runs are looked for here and {DEPTH} folders deep")
+    parser.add_argument("--json", action="store_true", help="a JSON array, an object a run")
+    options = parser.parse_args(argv)
+    if not options.folder.is_dir():
+        raise UserError(f"{options.folder}: there is no such folder")
+    runs = sorted((_look(path) for path in find_runs(options.folder)), key=lambda each: each[0], reverse=True)
+    if options.json:
+        print(json.dumps([asdict(summary) for _, summary, _ in runs], indent=1))
+    elif not runs:
+        print(f"{options.folder}: no run is here, nor {DEPTH} folders deep")
+    else:
+        header = ("run", "status", "step", "loss", "tokens/s", "last step", "checkpoint", "reason")
+        show_table(header, [_cells(summary, row) for _, summary, row in runs], left=(0, 1, 6, 7))
+    return 0
+
+
+def _look(path: Path) -> tuple[float, Summary, Row | None]:
+    """When the run last gave a sign, its summary, and its last row of metrics."""
+    directory = RunDirectory(path)
+    standing, row = read_standing(directory), last_row(directory.metrics)
+    stepped = changed_at(directory.metrics) if row else None
+    checkpoints = complete(directory.checkpoints)
+    values: dict[str, Any] = row or {}
+    summary = Summary(
+        run=str(path),
+        status=standing.status,
+        reason=standing.reason,
+        step=values.get("step"),
+        steps=standing.steps,
+        loss=values.get("loss"),
+        tokens_per_second=values.get("tokens_per_second"),
+        age_seconds=None if stepped is None else round(time.time() - stepped, 1),
+        checkpoint=checkpoints[-1].name if checkpoints else None,
+    )
+    return max(stepped or 0.0, changed_at(path / "status.json") or 0.0), summary, row
+
+
+def _cells(summary: Summary, row: Row | None) -> tuple[str, ...]:
+    return (
+        summary.run,
+        summary.status,
+        of_total(summary.step, summary.steps),
+        figure(row, "loss", ".4f"),
+        figure(row, "tokens_per_second", ",.0f"),
+        NONE if summary.age_seconds is None else f"{duration(summary.age_seconds)} ago",
+        summary.checkpoint or NONE,
+        shorten(summary.reason or "", REASON, placeholder="..."),
+    )

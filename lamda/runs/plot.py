@@ -1,0 +1,224 @@
+"""`lamda plot`: curves of one or more runs in a picture, a panel for each metric."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lamda.config.errors import UserError
+from lamda.config.presets import nearest
+from lamda.runs.reading import Metrics, find_runs
+from lamda.training.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".svg", ".pdf")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+"""Okabe and Ito's palette, which colour-blind people tell apart, without its yellow, too pale for a line on white."""
+DASHES = ("-", "--", "-.", ":")
+"""They differ from run to run as well, so that curves which lie on each other are both seen."""
+UNITS = {
+    "loss": "loss (nats a token)",
+    "eval/loss": "held-out loss (nats a token)",
+    "eval/bits_per_byte": "held-out bits a byte",
+    "tokens_per_second": "tokens a second",
+    "grad_norm": "global gradient norm",
+    "lr": "learning rate",
+    "mfu": "MFU (share of the peak FLOPs)",
+    "model_flops_per_second": "model FLOPs a second and rank",
+    "step_seconds": "seconds a step",
+    "data_wait_seconds": "seconds waited for data in a step",
+    "save_seconds": "seconds stalled by saves in a step",
+}
+SCALES = {"step": ("step", "step"), "tokens": ("tokens", "tokens"), "time": ("step_seconds", "hours in steps")}
+"""What `--x` takes: the column it needs and the axis's label."""
+LARGE = ("tokens", "samples", "tokens_per_second", "model_flops_per_second")
+FEW = 40
+"""Points up to which each one gets a mark, and none is averaged with others."""
+EACH_POINT, NOT_FINITE = "each point", "not finite"
+"""Mark the lines behind a mean, and the crosses where a value was NaN or infinite, at the top of a panel."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric of a run in step order, y NaN where it was not finite; empty where the run has no such column."""
+
+    run: str
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+
+
+def main(argv: list[str]) -> int:
+    """`RUN [RUN ...] -o FILE [--metric NAME ...] [--x step|tokens|time] [--log] [--smooth N]`; raises UserError."""
+    parser = argparse.ArgumentParser(prog="lamda plot", allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("-o", dest="file", type=Path, required=True, metavar="FILE", help="a .png, .svg or .pdf")
+    parser.add_argument(
+        "--metric", nargs="+", action="extend", metavar="NAME", help="columns of metrics.jsonl; default: loss"
+    )
+    parser.add_argument("--x", choices=tuple(SCALES), default="step")
+    parser.add_argument("--log", action="store_true", help="logarithmic vertical axes")
+    parser.add_argument(
+        "--smooth", type=int, default=1, metavar="N", help="the mean of the last N points, over each point"
+    )
+    options = parser.parse_args(argv)
+    metrics = list(dict.fromkeys(options.metric or ["loss"]))
+    _check(options.file, options.smooth)
+    panels = read_curves(options.runs, metrics, x=options.x)
+    save(draw(panels, x=options.x, log=options.log, smooth=options.smooth), options.file)
+    for metric, curves in panels.items():
+        missing = [curve.run for curve in curves if not curve.x.size]
+        print(f"{options.file}: {metric}" + (f"; without {', '.join(missing)}, where it is not" if missing else ""))
+    return 0
+
+
+def _check(file: Path, smooth: int) -> None:
+    if file.suffix not in SUFFIXES:
+        raise UserError(f"-o {file}: pictures are {', '.join(SUFFIXES)}")
+    if smooth < 1:
+        raise UserError(f"--smooth {smooth}: a mean takes 1 point at least")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"lamda plot needs matplotlib ({error}); pip install 'open-lamda[plot]'") from error
+
+
+def read_curves(runs: Sequence[Path], metrics: Sequence[str], *, x: str) -> dict[str, list[Curve]]:
+    """By metric, its curve of every run.
+
+    Raises UserError for a folder without a run and for a metric that no run has.
+    """
+    read = {path: _read(path, {*metrics, SCALES[x][0]}) for path in runs}
+    names = dict.fromkeys(name for each in read.values() for name in each.names)
+    unknown = [f"--metric {name}: no run has it{nearest(name, names)}" for name in metrics if name not in names]
+    if unknown:
+        raise UserError("\n".join([*unknown, f"there are: {', '.join(names)}"]))
+    labels = _labels(runs)
+    return {metric: [_curve(labels[path], each, metric, x=x) for path, each in read.items()] for metric in metrics}
+
+
+def _read(path: Path, columns: set[str]) -> Metrics:
+    metrics = Metrics(RunDirectory(path).metrics, keep=columns)
+    metrics.update()
+    if not metrics.rows:
+        near = nearest(path.name, (run.name for run in find_runs(path.parent, depth=1))) if path.parent.is_dir() else ""
+        raise UserError(f"{path}: no run with a finished step is here{near}")
+    return metrics
+
+
+def _labels(runs: Sequence[Path]) -> dict[Path, str]:
+    """The runs' own names, or whole paths where two have the same."""
+    names = [path.resolve().name for path in runs]
+    return {path: name if names.count(name) == 1 else str(path) for path, name in zip(runs, names, strict=True)}
+
+
+def _curve(run: str, metrics: Metrics, metric: str, *, x: str) -> Curve:
+    column = SCALES[x][0]
+    if column not in metrics.names:
+        raise UserError(f"--x {x}: {run} has no column {column}")
+    places = _numbers([row.get(column) for row in metrics.rows], column)
+    if x == "time":
+        places = np.nancumsum(places) / 3600
+    has = np.array([metric in row for row in metrics.rows])
+    return Curve(run, places[has], _numbers([row[metric] for row in metrics.rows if metric in row], metric))
+
+
+def _numbers(values: list[object], name: str) -> NDArray[np.float64]:
+    """Numbers, NaN for None. Raises UserError where the column holds something else."""
+    if not all(value is None or isinstance(value, int | float) for value in values):
+        raise UserError(f"--metric {name}: holds no numbers")
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def smoothed(values: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    """The mean of each value and up to `count` - 1 before it, those that are not finite left out; NaN stays NaN."""
+    finite = np.isfinite(values)
+    sums, counts = (np.cumsum(np.where(finite, each, 0.0)) for each in (values, 1.0))
+    sums[count:], counts[count:] = sums[count:] - sums[:-count], counts[count:] - counts[:-count]
+    return np.where(finite, sums / np.maximum(counts, 1), np.nan)
+
+
+def draw(panels: dict[str, list[Curve]], *, x: str, log: bool, smooth: int) -> Figure:
+    """A panel a metric, one above the other; a colour and a dash a run, the same in all panels."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1 + 3.4 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for panel, (metric, curves) in zip(axes, panels.items(), strict=True):
+        for number, curve in enumerate(curves):
+            style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
+            _draw_curve(panel, curve, style, smooth=smooth)
+        _dress(panel, metric, log=log, smooth=smooth)
+    axes[-1].set_xlabel(SCALES[x][1])
+    if x == "tokens":
+        axes[-1].xaxis.set_major_formatter(_short)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    return figure
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write the picture in the format that the file's suffix names. Raises UserError."""
+    from matplotlib import rc_context
+
+    try:
+        # Noise over hundreds of thousands of steps is more than the renderer takes as one path.
+        with rc_context({"agg.path.chunksize": 10_000}):
+            figure.savefig(file, dpi=150)
+    except OSError as error:
+        raise UserError(f"-o {file}: cannot be written ({error.strerror})") from error
+
+
+def _draw_curve(panel: Axes, curve: Curve, style: dict[str, str], *, smooth: int) -> None:
+    from matplotlib.colors import to_rgb
+
+    few = len(curve.x) <= FEW
+    if smooth > 1 and not few:
+        # Not transparent: long paths are drawn in chunks, whose ends would lie on each other.
+        pale = [1 - 0.35 * (1 - part) for part in to_rgb(style["color"])]
+        panel.plot(curve.x, curve.y, color=pale, linewidth=0.8, zorder=1, gid=EACH_POINT)
+    values = curve.y if few else smoothed(curve.y, smooth)
+    panel.plot(curve.x, values, **style, linewidth=1.5, marker="o" if few else None, markersize=3, label=curve.run)
+    refused = curve.x[~np.isfinite(curve.y)]
+    place = {"transform": panel.get_xaxis_transform(), "gid": NOT_FINITE}
+    panel.plot(refused, np.full(len(refused), 0.97), "x", color=style["color"], markersize=5, **place)
+
+
+def _dress(panel: Axes, metric: str, *, log: bool, smooth: int) -> None:
+    """Label, scale and grid. Raises UserError where a logarithm has nothing to show."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    base = next((name for name in ("eval/loss", "loss") if metric.startswith(f"{name}/")), metric)
+    domain = metric[len(base) + 1 :]
+    panel.set_ylabel(UNITS.get(base, base) + (f"\n{domain}" if domain else ""))
+    is_averaged = any(line.get_gid() == EACH_POINT for line in panel.lines)
+    notes = [f"mean of the last {smooth} points; pale: each point"] if is_averaged else []
+    crosses = [line for line in panel.lines if line.get_gid() == NOT_FINITE]
+    if any(line.get_xdata().size for line in crosses):
+        notes.append("×: not finite")
+    panel.set_title("; ".join(notes), fontsize="small", loc="right")
+    if log:
+        if not any((line.get_ydata() > 0).any() for line in panel.lines if line not in crosses):
+            raise UserError(f"--log: {metric} has no value above 0")
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        panel.yaxis.set_minor_formatter(NullFormatter())
+    if log or metric in LARGE:
+        panel.yaxis.set_major_formatter(_short)
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _short(value: float, _place: int | None = None) -> str:
+    """A tick's label, `250B`."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"

@@ -1,0 +1,128 @@
+"""The closed forms of activations against the tensors that a real forward and backward pass keeps and makes."""
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from lamda.cluster.activations import RECOMPUTE, TILE, WIDE_ROWS, activations, recomputed_flops
+from lamda.config import ModelConfig
+from lamda.model import LaMDA, decoder
+from lamda.model.attention import sdpa
+from lamda.model.counts import flops_per_token
+from lamda.model.initialisation import initialise
+from lamda.model.loss import ROWS, token_losses
+from tests.cluster.storages import Storages
+
+B, L, V = 2, 256, 512
+
+
+class FusedNorm(torch.autograd.Function):
+    """Keeps what PyTorch's fused kernel keeps on a GPU, input and 1 / rms; its CPU path keeps wide copies as well."""
+
+    @staticmethod
+    def forward(ctx, x, scale, eps):
+        inverse = x.float().square().mean(-1, keepdim=True).add(eps).rsqrt()
+        ctx.save_for_backward(x, inverse, scale)
+        return (x * inverse).to(x.dtype) * scale
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, _, scale = ctx.saved_tensors
+        return gradient * scale, (gradient * x).sum((0, 1)), None
+
+
+def again(block, x, view, past):
+    return checkpoint(BLOCK, block, x, view, past, use_reentrant=False)
+
+
+def feed_forward_again(block, x, view, past):
+    x = x + block.attention(block.attention_norm(x), view, past)
+    return x + checkpoint(lambda y: block.feed_forward(block.feed_forward_norm(y)), x, use_reentrant=False)
+
+
+BLOCK = decoder.Block.forward
+FORWARDS = {"none": BLOCK, "ffn": feed_forward_again, "block": again}
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Builds a model, and the function that computes its loss with a kind of recomputation."""
+    monkeypatch.setattr(functional, "rms_norm", lambda x, shape, scale, eps: FusedNorm.apply(x, scale, eps))
+
+    def build(*, recompute="none", dtype=torch.bfloat16, documents=False, **keys):
+        monkeypatch.setattr(decoder.Block, "forward", FORWARDS[recompute])
+        model = LaMDA(ModelConfig(**{"preset": "tiny", "n_layers": 2, "vocab_size": V, **keys}))
+        initialise(model, seed=0)
+        model.to(dtype)
+        ids = torch.arange(B * L).view(B, L) % model.config.vocab_size
+
+        def loss():
+            nats, partition = token_losses(model(ids, ids // 100 if documents else None), ids)
+            return (nats + 1e-4 * partition.square()).sum()
+
+        return model, loss
+
+    return build
+
+
+def expected(model, *, recompute="none", dtype=torch.bfloat16, documents=False):
+    return activations(
+        model.config, rows=B, length=L, width=dtype.itemsize, recompute=recompute, has_documents=documents
+    )
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("attention", ["math", "sdpa"])
+def test_what_is_kept_is_what_autograd_saves(run, attention, dtype, documents):
+    model, loss = run(attention=attention, dtype=dtype, documents=documents)
+    known = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    saved = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            saved[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss()
+    logits = B * L * V * dtype.itemsize
+    kept = sum(storage.nbytes() for storage in saved.values()) - logits
+    assert expected(model, dtype=dtype, documents=documents).kept == pytest.approx(kept, rel=0.002)
+
+
+@pytest.mark.parametrize(
+    ("attention", "recompute", "pieces"),
+    [*((attention, recompute, V) for attention in ("math", "sdpa") for recompute in RECOMPUTE), ("math", "none", 8192)],
+)
+def test_the_peak_is_that_of_a_step(run, attention, recompute, pieces):
+    model, loss = run(attention=attention, recompute=recompute, vocab_size=pieces)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    known = [*model.parameters(), *(parameter.grad for parameter in model.parameters())]
+    with Storages(known) as storages:
+        loss().backward()
+    found = expected(model, recompute=recompute)
+    sizes = [parameter.nbytes for parameter in model.parameters()]
+    computing = model.embedding.weight.nbytes + max(sizes)
+    most = found.kept + max(found.logits, found.block + computing)
+    assert 0.98 < most / storages.peak < 1.15
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_flops_of_recomputation_are_those_that_pytorch_counts(run, recompute):
+    model, loss = run(recompute=recompute)
+    with FlopCounterMode(display=False) as counter:
+        loss().backward()
+    # PyTorch counts attention's two products whole, here and in what is computed again.
+    attention = model.config.n_layers * 2 * L * model.config.n_heads * model.config.d_head
+    whole = 3 * attention + (attention if recompute == "block" else 0)
+    computed = flops_per_token(model.config, L) + recomputed_flops(model.config, length=L, recompute=recompute)
+    assert computed + whole == pytest.approx(counter.get_total_flops() / (B * L), rel=1e-9)
+
+
+def test_the_models_own_pieces_are_as_large_as_assumed_here():
+    assert (WIDE_ROWS, TILE) == (ROWS, sdpa.TILE)

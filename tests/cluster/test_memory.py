@@ -1,0 +1,104 @@
+"""The closed forms of memory and traffic against what DeepSpeed allocates and sends, on two ranks.
+
+`python -m tests.cluster.test_memory 110m` prints the same comparison for another size.
+"""
+
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from lamda.cluster.communication import traffic
+from lamda.cluster.memory import STEP, Setting, by_phase, items, model_states, parameter_sizes
+from lamda.cluster.sharding import Sharding
+from lamda.config import ModelConfig
+from tests.cluster.memory_worker import ACCUMULATION, LENGTH
+from tests.launch import run_ranks
+
+WORKER = str(Path(__file__).with_name("memory_worker.py"))
+RANKS = 2
+SHIPPED = "bf16, fp32 accumulation"
+STATES = {"weights": "weights", "masters": "fp32 master weights", "moments": "AdamW's moments"}
+
+
+CASES = [(0, "bf16"), (1, SHIPPED), (2, SHIPPED), (3, SHIPPED), (1, "fp32")]
+by_name = pytest.mark.parametrize("case", CASES, ids=[f"stage {stage}, {precision}" for stage, precision in CASES])
+
+
+def deepspeed_of(preset, case):
+    """A bucket holds the largest parameter, as the default one does, which would be a gigabyte for any model."""
+    stage, precision = case
+    zero = {"stage": stage, "reduce_bucket_size": max(parameter_sizes(ModelConfig(preset=preset)))}
+    precisions = {
+        "fp32": {},
+        "bf16": {"bf16": {"enabled": True}},
+        SHIPPED: {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+    }
+    return {"communication_data_type": "fp32", "zero_optimization": zero, **precisions[precision]}
+
+
+def measure(preset, folder, *, timeout=240):
+    """A dict of figures for each case, in order."""
+    (folder / "cases.json").write_text(json.dumps([deepspeed_of(preset, case) for case in CASES]))
+    arguments = [WORKER, preset, str(folder / "cases.json"), str(folder / "found.json")]
+    ranks = run_ranks(arguments, world=RANKS, timeout=timeout)
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(rank.stderr[-2500:] for rank in ranks)
+    return dict(zip(CASES, json.loads((folder / "found.json").read_text()), strict=True))
+
+
+def expected(preset, case):
+    """The same figures by closed forms."""
+    sharding = Sharding.of(deepspeed_of(preset, case), ranks=RANKS)
+    setting = Setting(ModelConfig(preset=preset), sharding, rows=1, length=LENGTH, accumulation=ACCUMULATION)
+    found = items(setting)
+    named = {item.name: item.bytes for item in found}
+    sent = traffic(parameter_sizes(setting.model), sharding, accumulation=ACCUMULATION)
+    # Beside the states the bucket is still there, and at stage 3 the embedding, which the first layer has used last.
+    embedding = setting.model.vocab_size * setting.model.d_model * sharding.weight
+    others = named.get("reduction bucket", 0) + (embedding if sharding.stage == 3 else 0)
+    return {
+        **{name: named.get(item, 0) for name, item in STATES.items()},
+        "backward": model_states(found) + others,
+        "peak": max(by_phase(found)[phase] for phase in STEP),
+        "sent": {each.kind: each.tensors for each in sent},
+    }
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    return measure("tiny", tmp_path_factory.mktemp("memory"))
+
+
+@by_name
+def test_model_states_are_within_5_percent_of_what_deepspeed_allocates(measured, case):
+    found, plan = measured[case], expected("tiny", case)
+    assert [plan[name] for name in STATES] == pytest.approx([found[name] for name in STATES], rel=0.05)
+    assert plan["backward"] == pytest.approx(found["backward"], rel=0.05)
+
+
+@by_name
+def test_the_peak_of_a_step_is_within_5_percent(measured, case):
+    assert expected("tiny", case)["peak"] == pytest.approx(measured[case]["peak"], rel=0.05)
+
+
+@by_name
+def test_the_bytes_of_each_collective_are_those_that_deepspeed_gives_it(measured, case):
+    sent = measured[case]["sent"]
+    plan = expected("tiny", case)["sent"]
+    assert plan == pytest.approx({kind: sent[kind] for kind in plan}, rel=0.001)
+    assert sum(sent.values()) == pytest.approx(sum(plan.values()), rel=0.001)
+
+
+def main(preset):
+    with TemporaryDirectory() as folder:
+        measured = measure(preset, Path(folder), timeout=3600)
+    for case, found in measured.items():
+        plan = expected(preset, case)
+        told = [f"{key} {plan[key] / 1e6:,.1f} of {found[key] / 1e6:,.1f} MB" for key in ("backward", "peak")]
+        print(f"stage {case[0]}, {case[1]}: {', '.join(told)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

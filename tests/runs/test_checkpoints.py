@@ -1,0 +1,237 @@
+"""`lamda checkpoint ls | show | verify | diff` say what is in checkpoints, by files that this test wrote itself."""
+
+import json
+import os
+import time
+
+import pytest
+import torch
+
+from lamda.config.errors import UserError
+from lamda.config.schema import Config
+from lamda.runs import checkpoint_diff, checkpoint_ls, checkpoint_show, checkpoint_verify
+from lamda.runs.checkpoints import find_checkpoint, find_checkpoints
+from lamda.training import manifest
+from tests.runs.conftest import save_checkpoint
+
+
+@pytest.fixture
+def run(tmp_path, weights):
+    """Checkpoints of steps 5, 10 and 15, and a damaged one of step 20 that was set aside."""
+    for step in (5, 10, 15, 20):
+        save_checkpoint(tmp_path / "run", step, weights(step))
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "step-00000020").rename(folder / "step-00000020.damaged")
+    return tmp_path / "run"
+
+
+def checkpoint(run, step):
+    return run / "checkpoints" / f"step-{step:08}"
+
+
+def told(capsys, command, *arguments, code=0):
+    """What a command says in JSON, after checking its exit code."""
+    assert command.main([*map(str, arguments), "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_name_is_a_checkpoint_a_run_or_a_step_of_a_run(run):
+    assert find_checkpoint(str(checkpoint(run, 5))) == checkpoint(run, 5)
+    assert find_checkpoint(str(run)) == checkpoint(run, 15)
+    assert find_checkpoint(f"{run}@10") == checkpoint(run, 10)
+    assert find_checkpoints(str(run)) == [checkpoint(run, step) for step in (5, 10, 15)]
+    assert find_checkpoints(f"{run}@10") == [checkpoint(run, 10)]
+
+
+@pytest.mark.parametrize("name", ["run@7", "run@x", "nowhere", "nowhere@5", "run/checkpoints/step-00000099"])
+def test_a_name_of_nothing_is_told(run, monkeypatch, name):
+    monkeypatch.chdir(run.parent)
+    with pytest.raises(UserError, match=r"has no checkpoint of step|no checkpoint is here"):
+        find_checkpoint(name)
+
+
+def test_ls_shows_every_checkpoint_and_which_stay_or_are_damaged(run, capsys):
+    (run / "config.yaml").write_text("train: {steps: 99}\ncheckpoint: {keep_every: 10}\n")
+    (checkpoint(run, 5) / "model.safetensors").write_bytes(b"short")
+    os.utime(checkpoint(run, 15) / "manifest.json", (time.time() - 3600,) * 2)
+    found = told(capsys, checkpoint_ls, run)
+    assert [each["step"] for each in found] == [5, 10, 15, 20]
+    assert [each["kept"] for each in found] == [False, True, False, True]
+    assert "model.safetensors has 5 bytes instead of" in found[0]["problem"]
+    assert (found[1]["problem"], found[3]["problem"]) == (None, "was set aside when the run went on")
+    assert found[1]["bytes"] == sum(file.stat().st_size for file in checkpoint(run, 10).iterdir())
+    assert 3600 <= found[2]["age_seconds"] < 3700
+    assert checkpoint_ls.main([str(run)]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["checkpoint", "step", "size", "ranks", "ZeRO", "age", "state"]
+    assert lines[1].split()[-5:] == ["0s", "complete,", "kept", "for", "good"]
+    assert lines[2].split()[-2:] == ["1h00m", "complete"]
+
+
+def test_ls_of_a_run_without_checkpoints_says_so(tmp_path, capsys):
+    assert told(capsys, checkpoint_ls, tmp_path) == []
+    checkpoint_ls.main([str(tmp_path)])
+    assert "no checkpoint is here" in capsys.readouterr().out
+    with pytest.raises(UserError, match="there is no such folder"):
+        checkpoint_ls.main([str(tmp_path / "none")])
+
+
+def test_show_tells_state_tensors_and_what_was_configured(tmp_path, weights, capsys):
+    config = Config(model={"preset": "tiny"}, train={"steps": 40, "lr": 0.5})
+    path = save_checkpoint(tmp_path, 10, weights(0), config=config, ranks=2, updates=9, skipped=[[80, 88]])
+    found = told(capsys, checkpoint_show, path)
+    assert found["state"]["samples"] == 80
+    assert found["configuration"] == {"model.preset": "tiny", "train.steps": 40, "train.lr": 0.5}
+    assert list(found["tensors"])[-2:] == ["layers.2.scale", "layers.10.scale"]
+    assert found["tensors"]["embedding.weight"] == {"shape": [7, 5], "dtype": "BF16"}
+    assert checkpoint_show.main([str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    for line in (
+        "10",
+        "9 (1 steps refused)",
+        "80 to 87",
+        "55 in 5 tensors",
+        "by 2 ranks, ZeRO stage 1",
+        "BF16, 4 times",
+    ):
+        assert line in text
+
+
+def test_verify_accepts_what_training_committed(tmp_path, capsys):
+    temporary, final = tmp_path / "checkpoints" / ".step-00000003.tmp", checkpoint(tmp_path, 3)
+    temporary.mkdir(parents=True)
+    (temporary / "model.safetensors").write_bytes(b"weights")
+    files = {"model.safetensors": manifest.sync_and_describe(temporary / "model.safetensors")}
+    manifest.commit(temporary, final, {"step": 3, "files": files}, keep=1)
+    (verdict,) = told(capsys, checkpoint_verify, tmp_path)
+    assert (verdict["checkpoint"], verdict["bytes"], verdict["problem"]) == (str(final), 7, None)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer-00000-of-00001.safetensors", "manifest.json"])
+def test_verify_finds_what_has_changed_and_changes_nothing(run, capsys, name):
+    file = checkpoint(run, 10) / name
+    content = bytearray(file.read_bytes())
+    content[content.index(b'"ranks": 1') + 9 if name == "manifest.json" else -1] ^= 3
+    file.write_bytes(content)
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
+    problems = [verdict["problem"] for verdict in told(capsys, checkpoint_verify, run, code=1)]
+    assert problems[::2] == [None, None]
+    assert problems[1].startswith(f"{name} has changed since it was written")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
+    assert checkpoint_verify.main([str(run)]) == 1
+    assert f"damaged, {name} has changed" in capsys.readouterr().out
+
+
+def test_verify_finds_a_file_that_is_gone(run, capsys):
+    (checkpoint(run, 15) / "run_state.json").unlink()
+    (verdict,) = told(capsys, checkpoint_verify, f"{run}@15", code=1)
+    assert verdict["problem"] == "run_state.json is missing"
+
+
+def test_a_checkpoint_that_a_running_run_prunes_is_no_damage(run, monkeypatch, capsys):
+    original = manifest.problem_of
+
+    def prune(path, **part):
+        if path == checkpoint(run, 5) and path.exists():
+            manifest.remove(path)
+        return original(path, **part)
+
+    monkeypatch.setattr(manifest, "problem_of", prune)
+    verdicts = told(capsys, checkpoint_verify, run)
+    assert [verdict["problem"] for verdict in verdicts] == ["pruned meanwhile", None, None]
+
+
+def test_a_checkpoint_differs_in_nothing_from_its_copy(tmp_path, weights, capsys):
+    content = weights(0)
+    content["embedding.weight"][0, 0] = torch.nan
+    for name in ("a", "b"):
+        save_checkpoint(
+            tmp_path / name, 5, content, config=Config(run={"dir": name}, train={"steps": 9}), wandb_id=name
+        )
+    found = told(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "b")
+    assert found["same"]
+    assert (found["weights"], found["optimiser"], found["state"], found["configuration"]) == ([], "same", {}, {})
+
+
+def test_diff_tells_by_how_much_every_tensor_differs(tmp_path, weights, capsys):
+    a, b = weights(0), weights(0)
+    b["embedding.weight"] = a["embedding.weight"].clone()
+    b["embedding.weight"][2, :3] += torch.tensor([0.5, -2.0, 1.0], dtype=torch.bfloat16)
+    b["layers.0.scale"][1] = torch.inf
+    b["layers.1.scale"] = a["layers.1.scale"].float()
+    b["layers.2.scale"] = torch.ones(6).bfloat16()
+    b["new"] = b.pop("layers.10.scale")
+    save_checkpoint(tmp_path / "a", 5, a)
+    save_checkpoint(tmp_path / "b", 5, b)
+    found = told(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "b", code=1)
+    gaps = (a["embedding.weight"].double() - b["embedding.weight"].double()).abs()
+    assert found["weights"] == [
+        {"tensor": "embedding.weight", "what": "values", "largest": gaps.max().item(), "share": 3 / 35},
+        {"tensor": "layers.0.scale", "what": "values", "largest": None, "share": 0.2},
+        {"tensor": "layers.1.scale", "what": "type BF16 and F32", "largest": 0.0, "share": 0.0},
+        {"tensor": "layers.2.scale", "what": "shape [5] and [6]", "largest": None, "share": None},
+        {"tensor": "layers.10.scale", "what": "only in A", "largest": None, "share": None},
+        {"tensor": "new", "what": "only in B", "largest": None, "share": None},
+    ]
+
+
+def test_large_tensors_are_compared_in_pieces(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint_diff, "ELEMENTS", 7)
+    a = torch.arange(30.0).view(3, 10)
+    b = a.clone()
+    b[0, 3], b[2, 9] = 4.0, 31.5
+    save_checkpoint(tmp_path / "a", 5, {"w": a})
+    save_checkpoint(tmp_path / "b", 5, {"w": b})
+    (difference,) = told(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "b", code=1)["weights"]
+    assert (difference["largest"], difference["share"]) == (2.5, 2 / 30)
+
+
+def test_diff_tells_state_configuration_and_optimiser(tmp_path, weights, capsys):
+    lr = [Config(train={"steps": 9, "lr": rate}) for rate in (1e-3, 2e-3)]
+    save_checkpoint(tmp_path / "a", 5, weights(0), config=lr[0], fingerprint={"seed": 0})
+    save_checkpoint(tmp_path / "b", 5, weights(0), config=lr[1], fingerprint={"seed": 1}, optimizer=b"others")
+    save_checkpoint(tmp_path / "c", 5, weights(0), config=lr[0], fingerprint={"seed": 0}, ranks=2)
+    found = told(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "b", code=1)
+    assert found["state"] == {"fingerprint.seed": [0, 1]}
+    assert found["configuration"] == {"train.lr": [1e-3, 2e-3]}
+    assert (found["weights"], found["optimiser"]) == ([], "different")
+    save_checkpoint(tmp_path / "d", 5, weights(0), config=lr[0], fingerprint={"seed": 0}, optimizer=b"others")
+    assert not told(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "d", code=1)["same"]
+    on_two = told(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "c")
+    assert (on_two["same"], on_two["optimiser"]) == (True, "unknown")
+    assert checkpoint_diff.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    text = capsys.readouterr().out
+    for line in (
+        "weights: the same",
+        "optimiser state: different",
+        "  train.lr: 0.001 and 0.002",
+        "state: 1 keys differ",
+    ):
+        assert line in text
+
+
+def test_a_key_that_an_older_checkpoint_did_not_have_counts_as_its_default(tmp_path, weights, capsys):
+    for name in ("a", "b"):
+        path = save_checkpoint(tmp_path / name, 5, weights(0), config=Config(train={"steps": 9}))
+    lines = (path / "config.yaml").read_text().splitlines()
+    (path / "config.yaml").write_text("\n".join(line for line in lines if "z_loss" not in line))
+    assert told(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "b")["configuration"] == {}
+
+
+def test_the_text_of_a_long_difference_is_cut(tmp_path, weights, capsys):
+    many = {f"layers.{n}.scale": torch.full((3,), float(n)) for n in range(40)}
+    save_checkpoint(tmp_path / "a", 5, many)
+    save_checkpoint(tmp_path / "b", 5, {name: tensor + 1 for name, tensor in many.items()})
+    assert checkpoint_diff.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    text = capsys.readouterr().out
+    assert "weights: 40 tensors differ" in text
+    assert "and 10 more (--json has all)" in text
+    assert len([line for line in text.splitlines() if line.startswith("layers.")]) == 30
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "run_state.json", "config.yaml", "manifest.json"])
+def test_what_cannot_be_read_is_named(run, name):
+    (checkpoint(run, 15) / name).write_text("{[")
+    for command, arguments in ((checkpoint_show, [run]), (checkpoint_diff, [f"{run}@10", run])):
+        with pytest.raises(UserError, match=name):
+            command.main(list(map(str, arguments)))
