@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import socket
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 from lamda.cluster.checks.finding import LEVELS, Check, Finding, Level, Subject, failure, warning
@@ -18,8 +15,6 @@ from lamda.config.loading import load_config
 from lamda.distributed import World, choose_accelerator, read_world
 
 EXITS: Mapping[Level, int] = {"ok": 0, "warning": 1, "failure": 2}
-PATIENCE = 180.0
-"""Seconds that a rank waits for the others before it ends, saying so."""
 SLOW_SHARE = 0.8
 """Of the others' rate: a rank below it holds all of them up."""
 
@@ -61,11 +56,10 @@ def together(subject: Subject) -> dict[str, Finding]:
     from lamda.cluster.checks import ranks
 
     world = subject.world
-    with _patience("joining the other ranks", world):
-        distributed.start(world, threads=1)
-        places = distributed.gather(f"rank {world.rank} (host {socket.gethostname()})")
+    distributed.start(world, threads=1)
+    places = distributed.gather(f"rank {world.rank} (host {socket.gethostname()})")
     own = {check.name: run(check, subject) if _looks(check, world) else None for check in checks()}
-    with _patience("comparing with the other ranks", world):
+    with distributed.patience("to compare with the others", world):
         everyone = distributed.gather(own)
         across = ranks.look(subject)
     return {name: merged([each[name] for each in everyone], places) for name in own} | across
@@ -127,28 +121,6 @@ def _slowest(found: Sequence[tuple[str, Finding]]) -> Finding | None:
         f"{median(rates) / slowest.rate:.2f} times that",
         "leave its node out (slurm.options --exclude)",
     )
-
-
-@contextmanager
-def _patience(doing: str, world: World) -> Iterator[None]:
-    """End this process, saying what it waited for, where the others do not come."""
-
-    def give_up() -> None:
-        print(
-            f"rank {world.rank} (host {socket.gethostname()}) has waited {PATIENCE:g} s, {doing}; the ranks that do "
-            "not say this have not come so far, or the network between them is cut",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(EXITS["failure"])
-
-    timer = threading.Timer(PATIENCE, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def _leave(world: World) -> None:

@@ -22,7 +22,7 @@ from lamda.training.run_directory import RunDirectory
 SSH_OPTIONS = ("-o BatchMode=yes", "-o ConnectTimeout=10", "-o ServerAliveInterval=10", "-o ServerAliveCountMax=3")
 """A node that vanishes ends its connection after half a minute instead of never."""
 PROBE = "import lamda.cli, importlib.util, sys; sys.exit(importlib.util.find_spec('deepspeed') is None)"
-UNSEEN, NO_PYTHON, NO_SECRETS = 11, 12, 13
+UNSEEN, NO_PYTHON = 11, 12
 
 
 def hosts(job: Job) -> list[str]:
@@ -90,31 +90,30 @@ def _secrets(job: Job) -> list[str]:
 def _check_hosts(job: Job) -> None:
     """Raises UserError where a machine is not reached, does not see the run directory, or has no Python of ours."""
     with ThreadPoolExecutor(max_workers=32) as pool:
-        codes = dict(zip(hosts(job), pool.map(lambda host: _look(job, host), hosts(job)), strict=True))
-    problems = list(_problems(job, codes))
+        visits = dict(zip(hosts(job), pool.map(lambda host: _visit(job, host), hosts(job)), strict=True))
+    problems = list(_problems(job, {host: visit.returncode for host, visit in visits.items()}))
     if problems:
         raise UserError("\n".join(problems))
-    deaf = [host for host, code in codes.items() if code == NO_SECRETS]
-    if deaf:
-        print(
-            f"{', '.join(deaf)}: {', '.join(_secrets(job))} did not come over ssh (AcceptEnv in sshd_config allows "
-            "it); the ranks there use what `wandb login` and `hf auth login` have left on them",
-            flush=True,
-        )
+    for host, visit in visits.items():
+        if lost := visit.stdout.split():
+            print(
+                f"{host}: {', '.join(lost)} did not come over ssh (AcceptEnv in its sshd_config allows it); its ranks "
+                "use what `wandb login` and `hf auth login` have left there",
+                flush=True,
+            )
 
 
-def _look(job: Job, host: str) -> int:
-    """The exit code of a visit to a machine; 255 is ssh's own."""
+def _visit(job: Job, host: str) -> subprocess.CompletedProcess[str]:
+    """Look around on a machine; prints the secrets that did not arrive. The exit code 255 is ssh's own."""
     python = shlex.quote(job.python)
-    visit = [
+    commands = [
         f"cd {shlex.quote(str(Path.cwd()))} && test -f {shlex.quote(str(job.config_file))} || exit {UNSEEN}",
-        f". {shlex.quote(str(job.folder / 'setup.sh'))}",
+        f". {shlex.quote(str(job.folder / 'setup.sh'))} >&2",
         f"{python} -c {shlex.quote(PROBE)} || exit {NO_PYTHON}",
-        *(f'test -n "${name}" || exit {NO_SECRETS}' for name in _secrets(job)),
+        *(f'test -n "${name}" || echo {name}' for name in _secrets(job)),
     ]
-    options = shlex.split(" ".join(_ssh_options(job)))
-    answer = subprocess.run(["ssh", *options, host, "\n".join(visit)], stdin=subprocess.DEVNULL, check=False)
-    return answer.returncode
+    command = ["ssh", *shlex.split(" ".join(_ssh_options(job))), host, "\n".join(commands)]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False)
 
 
 def _problems(job: Job, codes: dict[str, int]) -> Iterator[str]:
@@ -125,5 +124,5 @@ def _problems(job: Job, codes: dict[str, int]) -> Iterator[str]:
         "interpreter as cluster.python",
     }
     for host, code in codes.items():
-        if code not in (0, NO_SECRETS):
+        if code:
             yield f"{host}: {told.get(code, f'a visit ended with exit code {code}').format(host=host)}"

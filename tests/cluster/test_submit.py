@@ -92,7 +92,11 @@ def test_the_scripts_are_shell(submit, flags):
         assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
         if shutil.which("shellcheck"):
             checked = subprocess.run(
-                ["shellcheck", "-s", "bash", "-S", "warning", "-"], input=script, text=True, capture_output=True, check=False
+                ["shellcheck", "-s", "bash", "-S", "warning", "-"],
+                input=script,
+                text=True,
+                capture_output=True,
+                check=False,
             )
             assert checked.returncode == 0, checked.stdout
 
@@ -164,6 +168,4 @@ def test_a_machine_without_the_scheduler_says_so(submit, monkeypatch, tmp_path):
         submit(scheduler)
         run = "/data/x" if scheduler == "kubernetes" else str(tmp_path / "run")
         with pytest.raises(UserError, match=f"there is no {tool}"):
-            main(
-                ["--cluster", str(tmp_path / "site.yaml"), "--config", str(tmp_path / "run.yaml"), "--run.dir", run]
-            )
+            main(["--cluster", str(tmp_path / "site.yaml"), "--config", str(tmp_path / "run.yaml"), "--run.dir", run])

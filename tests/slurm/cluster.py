@@ -9,12 +9,12 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.launch import free_port
+from tests.launch import EMPTY, free_port
 
 NODES = ("n1", "n2")
 CONFIG = """
@@ -89,9 +89,9 @@ class Slurm:
         """What SLURM's commands need."""
         return {"SLURM_CONF": str(self.config)}
 
-    def run(self, *command: str) -> str:
+    def run(self, *command: str, variables: Mapping[str, str] = EMPTY) -> str:
         """What one of SLURM's commands prints. Raises AssertionError where it fails."""
-        environment = {**os.environ, **self.environment}
+        environment = {**os.environ, **self.environment, **variables}
         for _ in range(5):
             answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
             if answer.returncode == 0:

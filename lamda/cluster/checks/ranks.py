@@ -20,7 +20,7 @@ from lamda.cluster.checks.surroundings import SKEW_FAILURE, SKEW_WARNING
 from lamda.distributed import barrier, broadcast, gather
 from lamda.model.counts import parameters
 
-SHARED_SECONDS = 20.0
+SHARED_SECONDS = 5.0
 """How long a file may take to be seen on other nodes."""
 GPU_BYTES, CPU_BYTES, REPEATS = 1 << 28, 1 << 24, 5
 SLOW = 10e9
