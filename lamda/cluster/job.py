@@ -92,7 +92,10 @@ class Job:
         count = train.global_batch_size // train.micro_batch_size
         fitting = [nodes for nodes in range(1, count // per_node + 1) if count % (nodes * per_node) == 0]
         nearest = sorted(sorted(fitting, key=lambda nodes: abs(nodes - self.nodes))[:2])
+        rows, left = divmod(train.global_batch_size, self.ranks)
+        smaller = [] if left else [n for n in range(1, train.micro_batch_size) if rows % n == 0]
         step = train.micro_batch_size * self.ranks
         batch = max(1, round(train.global_batch_size / step)) * step
-        ways = [f"--nodes {nodes}" for nodes in nearest] + [f"--train.global_batch_size {batch}"]
+        ways = [f"--train.micro_batch_size {max(smaller)}"] if smaller else []
+        ways += [*(f"--nodes {nodes}" for nodes in nearest), f"--train.global_batch_size {batch}"]
         return f"with {per_node} ranks a node these work: {' or '.join(ways)}"

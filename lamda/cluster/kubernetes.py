@@ -25,15 +25,17 @@ API = "trainer.kubeflow.org/v1alpha1"
 STEP_LABEL = "trainer.kubeflow.org/trainjob-ancestor-step"
 GRACE_SECONDS = 300
 """From the order to end a pod until it is killed: a step and a save."""
-SCRIPT = r"""{setup}cat > /tmp/config.yaml <<'END_OF_CONFIG'
+SCRIPT = r"""{setup}run={run}
+work=$(mktemp -d)
+cat > "$work/config.yaml" <<'END_OF_CONFIG'
 {config}END_OF_CONFIG
-for node in $(seq 0 $((PET_NNODES - 1))); do echo "node-$node slots={ranks}"; done > /tmp/hosts
+for node in $(seq 0 $((PET_NNODES - 1))); do echo "node-$node slots={ranks}"; done > "$work/hosts"
 
 asked= again=yes
-trap 'asked=yes again=yes; touch {stop}' TERM
-{python} -m deepspeed.launcher.runner --no_ssh --node_rank "$PET_NODE_RANK" --hostfile /tmp/hosts \
+trap 'asked=yes again=yes; touch "$run/STOP"' TERM
+{python} -m deepspeed.launcher.runner --no_ssh --node_rank "$PET_NODE_RANK" --hostfile "$work/hosts" \
     --master_addr "$PET_MASTER_ADDR" --master_port "$PET_MASTER_PORT" --quiet --module {module} \
-    --config /tmp/config.yaml &
+    --config "$work/config.yaml" &
 step=$!
 while [ "$again" ]; do again=; code=0; wait "$step" || code=$?; done
 # A run that stopped although no pod was told to end was stopped by hand: that ends the job.
@@ -147,7 +149,7 @@ def _shell(job: Job) -> str:
         ranks=job.site.cluster.ranks_per_node,
         python=shlex.quote(job.site.cluster.python or "python"),
         module=job.module,
-        stop=shlex.quote(f"{job.run}/STOP"),
+        run=shlex.quote(str(job.run)),
         stopped=STOP_EXIT,
     )
 

@@ -37,6 +37,7 @@ while [ "$again" ]; do again=; code=0; wait "$step" || code=$?; done
 verdict=0
 "$python" -m lamda.cluster.restarts end "$run" "$state" "$code" $warned || verdict=$?
 [ "$verdict" = {requeue} ] || exit "$verdict"
+trap - TERM
 scontrol requeue "$SLURM_JOB_ID" && exec sleep infinity  # until SLURM ends this shell
 exit {stopped}
 """

@@ -157,6 +157,11 @@ def test_everything_wrong_is_told_before_anything_is_submitted(submit):
     assert "slurm.time 3: the run stops 180 s before its limit" in str(error.value)
 
 
+def test_a_smaller_micro_batch_is_named_first_for_it_leaves_the_batch_alone(submit):
+    with pytest.raises(UserError, match=r"work: --train.micro_batch_size 4 or --nodes 2 or --nodes 4 or --train.gl"):
+        submit("slurm", "--nodes", "8", config="train: {steps: 4, global_batch_size: 256, micro_batch_size: 8}\n")
+
+
 def test_more_ranks_than_rows_name_a_batch_that_works(submit):
     with pytest.raises(UserError, match=r"these work: --train.global_batch_size 16$"):
         submit("slurm", config="train: {steps: 4, global_batch_size: 4, micro_batch_size: 2}\n")
