@@ -39,7 +39,7 @@ class Job:
     @property
     def name(self) -> str:
         """A name that every scheduler takes."""
-        return re.sub("[^a-z0-9]+", "-", f"lamda-{self.run.name}".lower()).strip("-")[:40].rstrip("-")
+        return re.sub("[^a-z0-9]+", "-", self.run.name.lower()).strip("-")[:40].rstrip("-") or "lamda"
 
     @property
     def ranks(self) -> int:

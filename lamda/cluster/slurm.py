@@ -24,6 +24,7 @@ from lamda.training.stopping import STOP_EXIT
 FIRST_PORT, PORTS = 20000, 10000
 
 TRAINING = r"""
+# USR1: the time limit or preemption is near. TERM: SLURM ends the job, and starts it again itself if it is to be.
 "$python" -m lamda.cluster.restarts begin "$run" "$state" "${{SLURM_RESTART_COUNT:-0}}" || exit 2
 
 warned= ended= again=yes
@@ -33,6 +34,7 @@ trap 'ended=yes again=yes' TERM
 step=$!
 while [ "$again" ]; do again=; code=0; wait "$step" || code=$?; done
 
+# Finished, mistaken, stopped by hand, failed too often: the job ends. Else it goes back into the queue.
 [ "$ended" ] && exit "$code"
 verdict=0
 "$python" -m lamda.cluster.restarts end "$run" "$state" "$code" $warned || verdict=$?
@@ -49,6 +51,8 @@ run={run}
 state={folder}/$SLURM_JOB_ID
 python={python}
 {setup}mkdir -p "$state"
+
+# The nodes, and where rank 0 listens.
 scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 's/$/ slots={ranks}/' > "$state/hosts"
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')

@@ -66,7 +66,7 @@ def test_the_batch_script_says_everything_that_slurm_must_know(submit):
     assert set(options(script)) >= {
         "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8", "--cpus-per-task=96", "--partition=gpu",
         "--account=us", "--time=1-00:00:00", "--exclusive", "--requeue", "--open-mode=append",
-        "--signal=B:USR1@200", "--constraint=a b", "--job-name=lamda-a-b",
+        "--signal=B:USR1@200", "--constraint=a b", "--job-name=a-b",
         "--export=FI_PROVIDER,HF_TOKEN,NCCL_SOCKET_IFNAME,WANDB_API_KEY,https_proxy",
     }  # fmt: skip
     assert "module load cuda/12.8" in script.splitlines()
