@@ -81,21 +81,17 @@ class Job:
         try:
             micro_batches_per_rank(self.config.train, world=self.ranks)
         except UserError as error:
-            raise UserError(f"{error}; {self._nodes_that_work()}") from error
+            per_node = self.site.cluster.ranks_per_node
+            nodes = " or ".join(f"--nodes {number}" for number in self._nodes_that_work())
+            fitting = f"with {per_node} ranks a node, {nodes}" if nodes else f"no number of nodes with {per_node} ranks"
+            raise UserError(f"{error}; {fitting}") from error
 
     def _check_deepspeed(self) -> None:
         deepspeed_config.build(self.config, world=1)  # the batch has a check of its own
 
-    def _nodes_that_work(self) -> str:
-        """The nearest settings that work here, where ranks come by the node."""
+    def _nodes_that_work(self) -> list[int]:
+        """The two nearest numbers of nodes whose ranks can share the batch as it is."""
         train, per_node = self.config.train, self.site.cluster.ranks_per_node
         count = train.global_batch_size // train.micro_batch_size
         fitting = [nodes for nodes in range(1, count // per_node + 1) if count % (nodes * per_node) == 0]
-        nearest = sorted(sorted(fitting, key=lambda nodes: abs(nodes - self.nodes))[:2])
-        rows, left = divmod(train.global_batch_size, self.ranks)
-        smaller = [] if left else [n for n in range(1, train.micro_batch_size) if rows % n == 0]
-        step = train.micro_batch_size * self.ranks
-        batch = max(1, round(train.global_batch_size / step)) * step
-        ways = [f"--train.micro_batch_size {max(smaller)}"] if smaller else []
-        ways += [*(f"--nodes {nodes}" for nodes in nearest), f"--train.global_batch_size {batch}"]
-        return f"with {per_node} ranks a node these work: {' or '.join(ways)}"
+        return sorted(sorted(fitting, key=lambda nodes: abs(nodes - self.nodes))[:2])
