@@ -158,7 +158,7 @@ def test_everything_wrong_is_told_before_anything_is_submitted(submit):
 
 
 def test_no_number_of_nodes_is_named_where_a_node_has_more_ranks_than_the_batch(submit):
-    with pytest.raises(UserError, match="no number of nodes with 8 ranks$"):
+    with pytest.raises(UserError, match=r"no number of nodes with 8 ranks$"):
         submit("slurm", config="train: {steps: 4, global_batch_size: 4, micro_batch_size: 2}\n")
 
 
