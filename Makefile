@@ -3,6 +3,7 @@
 # make test-long longer suites: runs killed at random on real text (needs LAMDA_TEST_DATA)
 # make faults  two ranks through everything that may befall a run, each once (some 10 minutes)
 # make faults-full  the same in the numbers of docs/reliability.md (some 40 minutes)
+# make cluster  jobs on a SLURM and on two hosts that are made on this machine (needs root and Debian, else it skips)
 # make lint       ruff and the layers contract
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/tiny.yaml
 
-.PHONY: pretrain test test-long faults faults-full lint clean
+.PHONY: pretrain test test-long faults faults-full cluster lint clean
 
 pretrain: $(VENV)/.installed
 	$(BIN)/deepspeed --num_gpus 1 scripts/pretrain.py --config $(CONFIG)
@@ -26,6 +27,13 @@ faults: $(VENV)/.installed-dev
 
 faults-full: $(VENV)/.installed-dev
 	LAMDA_FAULTS=full $(BIN)/python -m pytest tests/faults tests/long
+
+cluster: $(VENV)/.installed-dev
+	if [ "$$(id -u)" = 0 ] && command -v apt-get && ! (command -v slurmctld && command -v pdsh && command -v sshd); then \
+	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends \
+	        slurm-wlm munge pdsh openssh-server iproute2; \
+	fi
+	$(BIN)/python -m pytest -rs tests/slurm
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-RESOURCES = ("configs", "data", "deepspeed", "ds_config.json")
+RESOURCES = ("configs", "data", "deepspeed", "ds_config.json", "constraints.txt")
 
 
 class BuildWithResources(build_py):

@@ -118,6 +118,16 @@ exit code: 0 where the run fits, 1 where it does not""",
         "[--run DIR] -- COMMAND ...",
         "run a command that trains, and start it again from its last checkpoint when it fails",
     ),
+    "doctor": Command(
+        _main_of("lamda.cluster.doctor"),
+        f"[--json] {_CONFIG}",
+        "check machine, packages, GPUs, network and disk for a run; under a launcher all ranks",
+    ),
+    "submit": Command(
+        _main_of("lamda.cluster.submit"),
+        f"--cluster FILE [--nodes N] [--doctor] [--dry-run] {_CONFIG}",
+        "start a run on SLURM, on machines over ssh or on Kubernetes, or show what would be started",
+    ),
     "tokenizer train": Command(_train_tokenizer, _CONFIG, "train the run's tokenizer from its training files"),
     "config show": Command(_show_config, _CONFIG, "print the whole configuration that file and flags resolve to"),
 }

@@ -7,7 +7,11 @@ configuration is answered before anything heavy is loaded.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +23,9 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+
+JOIN_SECONDS = 600.0
+"""How long a rank waits for the others to come; PyTorch itself would wait half an hour."""
 
 
 class ReportedElsewhereError(UserError):
@@ -124,7 +131,8 @@ def start(world: World, *, threads: int | None) -> torch.device:
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
     for name, value in _defaults(world).items():
         os.environ.setdefault(name, value)
-    deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=30), dist_init_required=True)
+    with patience("for all ranks to come", world):
+        deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=30), dist_init_required=True)
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank)
         return torch.device("cuda", world.local_rank)
@@ -143,12 +151,33 @@ def _keep_memory() -> None:
             libc.mallopt(option, value)
 
 
+@contextmanager
+def patience(waiting: str, world: World, *, seconds: float = JOIN_SECONDS) -> Iterator[None]:
+    """End this process with exit code 1, saying what it waited for, if the block takes longer than `seconds`."""
+
+    def give_up() -> None:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        print(
+            f"rank {world.rank} of {world.size} (host {socket.gethostname()}) has waited {seconds:g} s {waiting} (rank "
+            f"0 listens on {place}); a rank that does not say this is missing, or the network to it is cut",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _defaults(world: World) -> dict[str, str]:
     """What a launcher would set, for a run without one."""
     if world.size > 1:
         return {}
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lamda.config.errors import UserError
+from lamda.training.run_directory import RunDirectory
 
 MARK = "LAMDA_LAUNCH"
 """Environment variable that a launch's processes inherit, with a value of its own."""
@@ -56,12 +57,13 @@ class Launch:
     def ask(self, number: int) -> None:
         """Pass a signal on: to the ranks, or where none is known yet to the command's process group.
 
-        DeepSpeed's launcher, were it signalled, would kill ranks that take more than 30 s to save.
+        DeepSpeed's launcher, were it signalled, would kill ranks that take more than 30 s to save. So it is
+        not where rank 0 is on another machine, which sees RUN/STOP.
         """
         ranks = self._ranks()
         for pid in ranks:
             _send(pid, number)
-        if not ranks:
+        if not ranks and RunDirectory(self._run).writer_elsewhere() is None:
             self._send_group(number)
 
     def living(self) -> set[int]:

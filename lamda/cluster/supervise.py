@@ -1,33 +1,24 @@
-"""`lamda supervise`: start a run, and start it again whenever it fails.
-
-What became of the run is told by its status.json, not by the launcher's exit code, which is 0 where
-DeepSpeed's launcher was killed.
-"""
+"""`lamda supervise`: start a run, and start it again whenever it fails."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from lamda.cluster.launch import POLL_SECONDS, Launch
+from lamda.cluster.outcome import MISTAKE_EXIT, RESTARTS, Outcome, outcome, saved_step, signal_name, status_of
 from lamda.config.errors import UserError
 from lamda.config.loading import KEYS, load_config
-from lamda.training.run_directory import STALE_SECONDS, RunDirectory
+from lamda.training.run_directory import RunDirectory
 from lamda.training.stopping import SIGNALS, STOP_EXIT
 
-MISTAKE_EXIT = 2
-RESTARTS = 3
-"""Restarts in a row that may come to nothing: to no newer checkpoint."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 ORPHAN_SECONDS = 30.0
 """How long ranks whose launcher has died may take to save and leave, as they do by themselves."""
@@ -39,8 +30,13 @@ def main(argv: list[str]) -> int:
     Raises UserError.
     """
     run, command = _parse(argv)
+    return supervise(command, RunDirectory(run))
+
+
+def supervise(command: Sequence[str], directory: RunDirectory) -> int:
+    """Run a command that trains, as `main`."""
     with _noted(SIGNALS) as signals:
-        return Supervisor(command, RunDirectory(run), signals).supervise()
+        return Supervisor(command, directory, signals).supervise()
 
 
 class Supervisor:
@@ -66,27 +62,26 @@ class Supervisor:
     def supervise(self) -> int:
         """Start, and restart; returns the exit code."""
         restarts = fruitless = 0
-        saved = _saved_step(self._directory)
+        saved = saved_step(self._directory)
         while True:
-            before = _status(self._directory)
+            before = status_of(self._directory)
             code = self._run()
-            status = _status(self._directory)
-            news = status if status != before else {}
-            if (verdict := self._verdict(code, status, news)) is not None:
+            ended = outcome(code, before=before, after=status_of(self._directory))
+            if (verdict := self._verdict(ended)) is not None:
                 return verdict
-            now, reason = _saved_step(self._directory), _reason(code, news)
+            now = saved_step(self._directory)
             if now > saved:
                 saved, fruitless = now, 0
             if fruitless == RESTARTS:
-                _say(self._farewell(saved, reason), to=sys.stderr)
+                _say(self._farewell(saved, ended.reason), to=sys.stderr)
                 return 1
             restarts, fruitless = restarts + 1, fruitless + 1
             pause = min(LONGEST_PAUSE, self._pause * 2 ** (restarts - 1))
             place = f"from step {now}" if now else "from the beginning"
-            _say(f"restart {restarts} {place} in {pause:g} s: {reason}")
+            _say(f"restart {restarts} {place} in {pause:g} s: {ended.reason}")
             self._rest(pause)
             if self._signals:
-                _say(f"{_name(self._signals[0])}: not started again")
+                _say(f"{signal_name(self._signals[0])}: not started again")
                 return STOP_EXIT
 
     def _run(self) -> int:
@@ -115,35 +110,30 @@ class Supervisor:
                 _say("Ctrl-C again: the run is killed")
                 launch.kill()
                 return
-            _say(f"{_name(number)}: the run is asked to save and to leave; Ctrl-C twice kills it")
+            _say(f"{signal_name(number)}: the run is asked to save and to leave; Ctrl-C twice kills it")
             with suppress(OSError):  # there is no run yet, or no disk: the signal is left
                 self._directory.stop.touch()
             launch.ask(number)
 
-    def _verdict(self, code: int, status: dict[str, Any], news: dict[str, Any]) -> int | None:
-        """The exit code to leave with, or None where the run should be started again.
-
-        news: the status if this start of the run wrote it. A finished run that was started again writes none.
-        """
-        if (news or (status if code == 0 else {})).get("status") == "finished":
-            _say(f"finished, {status.get('step')} steps")
+    def _verdict(self, ended: Outcome) -> int | None:
+        """The exit code to leave with, or None where the run should be started again."""
+        if ended.kind == "finished":
+            _say(f"finished, {status_of(self._directory).get('step')} steps")
             return 0
-        if code == MISTAKE_EXIT:
+        if ended.kind == "mistake":
             return MISTAKE_EXIT
-        # Saved, but with a launcher that was killed or says 0: nobody asked, the ranks had lost their launcher.
-        preempted = code == STOP_EXIT or (news.get("status") == "preempted" and code > 0)
-        if not self._signals and not preempted:
+        if not self._signals and ended.kind != "stopped":
             return None
-        saved = _saved_step(self._directory)
-        _say(f"stopped: {_reason(code, news)}; the newest checkpoint is of step {saved}, the same command goes on")
+        saved = saved_step(self._directory)
+        _say(f"stopped: {ended.reason}; the newest checkpoint is of step {saved}, the same command goes on")
         return STOP_EXIT
 
     def _rest(self, seconds: float) -> None:
         """Wait, also for a rank 0 on another machine, whose lock would refuse the next start."""
         deadline = time.monotonic() + seconds
-        if host := _writer_elsewhere(self._directory):
+        if host := self._directory.writer_elsewhere():
             _say(f"waiting for rank 0 on {host} to end")
-        while not self._signals and (time.monotonic() < deadline or _writer_elsewhere(self._directory)):
+        while not self._signals and (time.monotonic() < deadline or self._directory.writer_elsewhere()):
             time.sleep(POLL_SECONDS)
 
     def _farewell(self, step: int, reason: str) -> str:
@@ -189,42 +179,6 @@ def _noted(numbers: Sequence[int]) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _status(directory: RunDirectory) -> dict[str, Any]:
-    """status.json, empty where there is none that can be read."""
-    with suppress(OSError, ValueError):
-        return directory.read_status()
-    return {}
-
-
-def _saved_step(directory: RunDirectory) -> int:
-    """The newest complete checkpoint's step, 0 where there is none."""
-    with suppress(OSError, ValueError):
-        return int((directory.checkpoints / "LATEST").read_text("utf-8").strip().removeprefix("step-"))
-    return 0
-
-
-def _reason(code: int, news: dict[str, Any]) -> str:
-    """Why the run ended, in one line."""
-    how = f"signal {_name(-code)}" if code < 0 else f"exit code {code}"
-    if "reason" in news:
-        return f"{shorten(str(news['reason']), width=200, placeholder=' ...')} ({how})"
-    return f"it ended without a word, {how}" if news else f"the command ended before the run began, {how}"
-
-
-def _name(number: int) -> str:
-    return signal.Signals(number).name if number in set(signal.Signals) else str(number)
-
-
-def _writer_elsewhere(directory: RunDirectory) -> str | None:
-    """The other machine whose rank 0 writes to the run directory, if one does."""
-    lock = directory.path / "lock.json"
-    try:
-        host, age = json.loads(lock.read_text("utf-8"))["host"], time.time() - lock.stat().st_mtime
-    except (OSError, ValueError):
-        return None
-    return host if host != socket.gethostname() and age < STALE_SECONDS else None
 
 
 def _say(text: str, *, to: Any = None) -> None:

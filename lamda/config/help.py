@@ -6,8 +6,9 @@ from typing import Any
 
 import yaml
 
-from lamda.config.loading import KEYS, SECTIONS, choices, kind
+from lamda.config.loading import KEYS, SECTIONS
 from lamda.config.schema import Config
+from lamda.config.settings import choices, kind
 
 _WIDTH = 100
 _USAGE = """\

@@ -134,6 +134,22 @@ class RunDirectory:
     def _notes(self) -> list[dict[str, Any]]:
         return json.loads(self._skipped.read_text("utf-8")) if self._skipped.exists() else []
 
+    @property
+    def _lock(self) -> Path:
+        return self.path / "lock.json"
+
+    def require_no_writer(self) -> None:
+        """Raises UserError while a process that holds the lock lives."""
+        _refuse_living(self._lock)
+
+    def writer_elsewhere(self) -> str | None:
+        """The other machine whose rank 0 writes here, if one does."""
+        try:
+            host, age = json.loads(self._lock.read_text("utf-8"))["host"], time.time() - self._lock.stat().st_mtime
+        except (OSError, ValueError):
+            return None
+        return host if host != socket.gethostname() and age < STALE_SECONDS else None
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Be the one writer, as told by lock.json with host, process and a heartbeat.
@@ -141,7 +157,7 @@ class RunDirectory:
         A lock whose process is gone (this host) or silent for two minutes (another) is taken over.
         Raises UserError while its owner lives.
         """
-        path = self.path / "lock.json"
+        path = self._lock
         owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
         while not _create(path, owner):
             _refuse_living(path)

@@ -20,6 +20,8 @@ from lamda.distributed import Launcher, World
 
 STOP_EXIT = 75
 """Exit code of a run that stopped when asked to and can go on (EX_TEMPFAIL)."""
+BY_FILE = "STOP was there"
+"""Reason of a stop that somebody asked for by `touch RUN/STOP`."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -59,7 +61,7 @@ class StopRequests:
         if self._signal is not None:
             return self._signal
         if self._world.is_main and self._file.exists():
-            return f"{self._file.name} was there"
+            return BY_FILE
         if self._world.ends_at is not None and time.time() > self._world.ends_at - self._margin:
             return "the scheduler's time limit is near"
         if self._launcher.is_gone():

@@ -147,12 +147,7 @@ class WandbMirror:
         return self._init("offline")
 
     def _start_online(self) -> Any:
-        import wandb
-        from wandb.sdk.lib import wbauth
-
-        host = wandb.setup().settings.base_url
-        if wbauth.authenticate_session(host=host, source="lamda", prompt=False) is None:
-            raise wandb.errors.AuthenticationError("no W&B key: set WANDB_API_KEY, or run `wandb login`")
+        sign_in()
         return self._init("online")
 
     def _go_offline(self, reason: str, logs: list[Path]) -> None:
@@ -210,6 +205,17 @@ class WandbMirror:
         """The library's transaction logs of this id, one a start, the newest first."""
         found = self._folder.glob(f"wandb/*run-*/run-{self.run_id}.wandb")
         return sorted(found, key=lambda file: file.stat().st_mtime_ns, reverse=True)
+
+
+def sign_in() -> str:
+    """W&B's address, for which there is a key. Raises `wandb.errors.AuthenticationError` where there is none."""
+    import wandb
+    from wandb.sdk.lib import wbauth
+
+    host = wandb.setup().settings.base_url
+    if wbauth.authenticate_session(host=host, source="lamda", prompt=False) is None:
+        raise wandb.errors.AuthenticationError("no W&B key: set WANDB_API_KEY, or run `wandb login`")
+    return host
 
 
 def _last_step(transactions: Path) -> int:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from lamda.config import Config
 from lamda.config.help import help_text, to_yaml
-from lamda.config.loading import KEYS, choices, kind, load_config
+from lamda.config.loading import KEYS, load_config
+from lamda.config.settings import choices, kind
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.sampled_from(

@@ -1,0 +1,1 @@
+"""What `lamda doctor` looks at, one small function a check."""

@@ -1,0 +1,165 @@
+"""What only all ranks together can tell: who differs, whose clock is off, who does not see the directory."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from statistics import median
+
+import lamda
+from lamda.cluster.checks.finding import Finding, Subject, failure, ok, warning
+from lamda.cluster.checks.hardware import driver_version, gpu_name, nccl_version
+from lamda.cluster.checks.software import installed, requirements
+from lamda.cluster.checks.surroundings import SKEW_FAILURE, SKEW_WARNING
+from lamda.distributed import barrier, broadcast, gather
+from lamda.model.counts import parameters
+
+SHARED_SECONDS = 5.0
+"""How long a file may take to be seen on other nodes."""
+GPU_BYTES, CPU_BYTES, REPEATS = 1 << 28, 1 << 24, 5
+SLOW = 10e9
+"""Bytes a second of an all-reduce between GPUs below which something is not used that should be."""
+
+
+def facts(subject: Subject) -> dict[str, str]:
+    """What must be the same on all ranks, by name."""
+    packages = {each.name: installed(each.name) for each in requirements()}
+    return {
+        "code": code_digest(),
+        "python": ".".join(map(str, sys.version_info[:3])),
+        **{name: str(version) for name, version in packages.items()},
+        "gpu": str(gpu_name(subject)),
+        "driver": str(driver_version()),
+        "NCCL": str(nccl_version()),
+    }
+
+
+def alike(everyone: Sequence[dict[str, str]], places: Sequence[str]) -> Finding:
+    """Whether the facts of all ranks are the same; places: rank and host of each."""
+    found = []
+    for name in everyone[0]:
+        values = [facts[name] for facts in everyone]
+        (usual, often), *others = Counter(values).most_common()
+        if others:
+            odd = [f"{place} has {value}" for place, value in zip(places, values, strict=True) if value != usual]
+            found.append(f"{name}: {_few(odd)}, {often} of {len(values)} ranks {usual}")
+    if found:
+        return failure("; ".join(found), "give all nodes the same environment")
+    return ok(f"all {len(everyone)} ranks have the same code, packages, GPUs and drivers")
+
+
+def clocks(times: Sequence[float], places: Sequence[str]) -> Finding:
+    """Whether the clocks agree; times: of all ranks at one moment."""
+    middle = median(times)
+    skews = [(moment - middle, place) for moment, place in zip(times, places, strict=True)]
+    worst, place = max(skews, key=lambda skew: abs(skew[0]))
+    told = f"{place} is {worst:+.1f} s from the others" if len(times) > 1 else "one clock"
+    advice = "let all machines keep time with NTP or chrony"
+    if abs(worst) > SKEW_FAILURE:
+        return failure(told, advice)
+    if abs(worst) > SKEW_WARNING:
+        return warning(told, advice)
+    return ok(f"all within {max(times) - min(times):.1f} s")
+
+
+def shared(seen: Sequence[bool], places: Sequence[str], run: str) -> Finding:
+    """Whether all ranks saw a file that rank 0 wrote into the run directory."""
+    blind = [place for place, saw in zip(places, seen, strict=True) if not saw]
+    if blind:
+        return failure(
+            f"{_few(blind)} did not see a file that {places[0]} wrote into {run}",
+            "choose a run.dir on a file system that all nodes mount under the same name",
+        )
+    return ok(f"all {len(seen)} ranks see {run}")
+
+
+def bandwidth(rate: float, *, right: bool, subject: Subject) -> Finding:
+    """Whether an all-reduce of all ranks is right and fast; rate: bytes a second that each link must carry."""
+    size = subject.world.size
+    if not right:
+        return failure("an all-reduce gave a wrong sum", "look at the node that `run.compare_every` names in a run")
+    whole = parameters(subject.config.model) * 4 * 2 * (size - 1) / size / rate
+    told = f"{rate / 1e9:,.2f} GB/s over {size} ranks; fp32 gradients of this model take {whole:,.2f} s a step"
+    if subject.device.type == "cuda" and rate < SLOW:
+        return warning(
+            told, "NCCL_DEBUG=INFO tells which network is used, NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose one"
+        )
+    return ok(told)
+
+
+def look(subject: Subject) -> dict[str, Finding]:
+    """All of the above, on every rank at once."""
+    place = f"rank {subject.world.rank} (host {socket.gethostname()})"
+    places = gather(place)
+    everyone = gather(facts(subject))
+    barrier()
+    times = gather(time.time())
+    seen = gather(_sees_the_file(subject))
+    rate, right = all_reduce(subject)
+    return {
+        "same": alike(everyone, places),
+        "clocks": clocks(times, places),
+        "shared": shared(seen, places, subject.config.run.dir),
+        "all-reduce": bandwidth(rate, right=all(gather(right)), subject=subject),
+    }
+
+
+def all_reduce(subject: Subject) -> tuple[float, bool]:
+    """Bytes a second that each link carries in a large all-reduce, and whether the sum was right."""
+    import torch
+    import torch.distributed as dist
+
+    on_gpu, size, spent = subject.device.type == "cuda", subject.world.size, 0.0
+    tensor = torch.empty((GPU_BYTES if on_gpu else CPU_BYTES) // 4, device=subject.device)
+    for repeat in range(REPEATS + 1):
+        tensor.fill_(subject.world.rank + 1)
+        _settle(subject)
+        began = time.perf_counter()
+        dist.all_reduce(tensor)
+        _settle(subject)
+        if repeat:  # the first one connects
+            spent += time.perf_counter() - began
+    right = bool((tensor == size * (size + 1) / 2).all())
+    return tensor.nbytes * 2 * (size - 1) / size * REPEATS / spent, right
+
+
+def code_digest() -> str:
+    """A few hexadecimal digits over the package's own files."""
+    root, digest = Path(lamda.__file__).parent, sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _settle(subject: Subject) -> None:
+    if subject.device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(subject.device)
+
+
+def _sees_the_file(subject: Subject) -> bool:
+    """Whether this rank sees what rank 0 has written, within SHARED_SECONDS."""
+    nonce = broadcast(secrets.token_hex(8))
+    file = Path(subject.config.run.dir) / f".shared-{nonce}"
+    if subject.world.is_main:
+        file.write_text(nonce, "utf-8")
+    barrier()
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    seen = file.exists() and file.read_text("utf-8") == nonce
+    barrier()
+    if subject.world.is_main:
+        file.unlink()
+    return seen
+
+
+def _few(items: Sequence[str]) -> str:
+    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")

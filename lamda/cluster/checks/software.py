@@ -1,0 +1,75 @@
+"""Python and the packages, against those that were tested."""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from packaging.requirements import Requirement
+
+from lamda.cluster.checks.finding import Check, Finding, Subject, failure, ok, warning
+from lamda.config.errors import UserError
+from lamda.config.resources import find
+
+INSTALL = "pip install -c constraints.txt -e ."
+
+
+def python(subject: Subject) -> Finding:
+    """The interpreter's version."""
+    here, tested = f"{sys.version_info.major}.{sys.version_info.minor}", tested_python()
+    if here != tested:
+        return warning(f"{here}; tested is {tested}", f"make an environment with Python {tested}")
+    return ok(f"{'.'.join(map(str, sys.version_info[:3]))}, as tested")
+
+
+def packages(subject: Subject) -> Finding:
+    """What the project needs: there, in the versions that it allows, best in those that were tested."""
+    tested, wrong, other = tested_packages(), [], []
+    needed = requirements()
+    for requirement in needed:
+        here = installed(requirement.name)
+        if here is None or not requirement.specifier.contains(here, prereleases=True):
+            wrong.append(f"{requirement} is needed, {f'{here} is here' if here else 'it is not here'}")
+        elif here.partition("+")[0] != tested.get(requirement.name.lower(), here):
+            other.append(f"{requirement.name} {here} (tested is {tested[requirement.name.lower()]})")
+    if wrong:
+        return failure("; ".join(wrong), INSTALL)
+    if other:
+        return warning("; ".join(other), f"{INSTALL} gives the tested versions")
+    return ok(f"all {len(needed)} as tested: torch {installed('torch')}, deepspeed {installed('deepspeed')}")
+
+
+def tested_python() -> str:
+    """The Python version that constraints.txt names in its first line."""
+    return re.search(r"Python (\d+\.\d+)", _constraints())[1]
+
+
+def tested_packages() -> dict[str, str]:
+    """Versions by package name in lower case."""
+    lines = (line.partition("==") for line in _constraints().splitlines() if "==" in line)
+    return {name.strip().lower(): version.strip() for name, _, version in lines}
+
+
+def requirements() -> list[Requirement]:
+    """What the package needs without its extras. Raises UserError where it is not installed."""
+    try:
+        all_of_them = map(Requirement, requires("open-lamda") or ())
+    except PackageNotFoundError as error:
+        raise UserError(f"open-lamda is not installed for {sys.executable}; {INSTALL}") from error
+    return [each for each in all_of_them if each.marker is None or each.marker.evaluate({"extra": ""})]
+
+
+def installed(name: str) -> str | None:
+    """A package's version, None where it is not there."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _constraints() -> str:
+    return find("constraints.txt").read_text("utf-8")
+
+
+CHECKS = (Check("python", "rank", python), Check("packages", "rank", packages))

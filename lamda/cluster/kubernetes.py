@@ -1,0 +1,160 @@
+"""Kubernetes: a TrainJob of Kubeflow Trainer v2, with a TrainingRuntime of its own.
+
+The runtime holds what a TrainJob cannot: how often a failed job starts again, the volume, shared memory. The
+Trainer's torch plugin tells each pod its number and the first one's address (PET_*).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from datetime import datetime
+from typing import Any
+
+import yaml
+
+from lamda.cluster.environment import is_secret, passed_on
+from lamda.cluster.job import Job
+from lamda.config.errors import UserError
+from lamda.config.help import to_yaml
+from lamda.training.stopping import STOP_EXIT
+
+API = "trainer.kubeflow.org/v1alpha1"
+STEP_LABEL = "trainer.kubeflow.org/trainjob-ancestor-step"
+GRACE_SECONDS = 300
+"""From the order to end a pod until it is killed: a step and a save."""
+SCRIPT = r"""{setup}run={run}
+work=$(mktemp -d)
+cat > "$work/config.yaml" <<'END_OF_CONFIG'
+{config}END_OF_CONFIG
+for node in $(seq 0 $((PET_NNODES - 1))); do echo "node-$node slots={ranks}"; done > "$work/hosts"
+
+asked= again=yes
+trap 'asked=yes again=yes; touch "$run/STOP"' TERM
+{python} -m deepspeed.launcher.runner --no_ssh --node_rank "$PET_NODE_RANK" --hostfile "$work/hosts" \
+    --master_addr "$PET_MASTER_ADDR" --master_port "$PET_MASTER_PORT" --quiet --module {module} \
+    --config "$work/config.yaml" &
+step=$!
+while [ "$again" ]; do again=; code=0; wait "$step" || code=$?; done
+# A run that stopped although no pod was told to end was stopped by hand: that ends the job.
+[ "$code" = {stopped} ] && [ -z "$asked" ] && exit 0
+exit "$code"
+"""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes the script line by line."""
+
+    def represent_text(self, text: str) -> yaml.Node:
+        """A text of many lines as a block."""
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def script(job: Job) -> str:
+    """The manifest as YAML."""
+    return yaml.dump_all(manifest(job), Dumper=_Dumper, sort_keys=False, width=120)
+
+
+def manifest(job: Job) -> list[dict[str, Any]]:
+    """The TrainingRuntime and the TrainJob. They hold no secret. Raises UserError where they would have to."""
+    name = f"{job.name}-{datetime.now():%m%d-%H%M%S}"
+    about = {"name": name, "namespace": job.site.kubernetes.namespace}
+    runtime = {"apiVersion": API, "kind": "TrainingRuntime", "metadata": about, "spec": _runtime(job)}
+    trainer: dict[str, Any] = {
+        "image": job.site.kubernetes.image,
+        "command": ["bash", "-c", _shell(job)],
+        "numNodes": job.nodes,
+        "numProcPerNode": job.site.cluster.ranks_per_node,
+        "env": [{"name": name, "value": value} for name, value in _variables(job).items()],
+    }
+    if job.site.cluster.gpu is not None:
+        trainer["resourcesPerNode"] = {"limits": {"nvidia.com/gpu": job.site.cluster.ranks_per_node}}
+    spec = {"runtimeRef": {"apiGroup": API.split("/")[0], "kind": "TrainingRuntime", "name": name}, "trainer": trainer}
+    return [runtime, {"apiVersion": API, "kind": "TrainJob", "metadata": about, "spec": spec}]
+
+
+def check(job: Job) -> None:
+    """Raises UserError where the run directory is not on the volume, or a variable is a secret."""
+    own, problems = job.site.kubernetes, []
+    if not job.run.is_relative_to(own.mount):
+        problems.append(
+            f"run.dir {job.config.run.dir}: is not on the volume, which pods see as kubernetes.mount {own.mount}; set "
+            f"--run.dir {own.mount.rstrip('/')}/{job.run.name}"
+        )
+    variables = passed_on(os.environ, job.site.cluster.export).items()
+    secrets = [name for name, value in variables if is_secret(name, value)]
+    if secrets and not own.secrets:
+        problems.append(
+            f"{', '.join(secrets)}: a manifest holds no secrets; put {'it' if len(secrets) == 1 else 'them'} into a "
+            "Secret (kubectl create secret generic lamda --from-literal=NAME=VALUE), and name that in "
+            f"kubernetes.secrets, or unset {'it' if len(secrets) == 1 else 'them'} here"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def submit(job: Job) -> str:
+    """Hand the manifest to kubectl; what to tell the user. Raises UserError."""
+    if not shutil.which("kubectl"):
+        raise UserError("there is no kubectl on this machine; see the manifest with --dry-run, and create it elsewhere")
+    answer = subprocess.run(
+        ["kubectl", "create", "-f", "-"], input=script(job), capture_output=True, text=True, check=False
+    )
+    if answer.returncode:
+        raise UserError(f"kubectl does not take the job: {answer.stderr.strip()}")
+    return answer.stdout.strip()
+
+
+def _runtime(job: Job) -> dict[str, Any]:
+    own = job.site.kubernetes
+    node = {
+        "name": "node",
+        "image": own.image,
+        "envFrom": [{"secretRef": {"name": secret}} for secret in own.secrets],
+        "volumeMounts": [{"name": "run", "mountPath": own.mount}, {"name": "shared-memory", "mountPath": "/dev/shm"}],
+    }
+    pod = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "containers": [node],
+        "volumes": [
+            {"name": "run", "persistentVolumeClaim": {"claimName": own.claim}},
+            {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},
+        ],
+    }
+    # One pod that fails ends its whole job at once, and all pods start again together.
+    nodes = {
+        "name": "node",
+        "template": {
+            "metadata": {"labels": {STEP_LABEL: "trainer"}},
+            "spec": {"backoffLimit": 0, "template": {"spec": pod}},
+        },
+    }
+    restarts = own.restarts if job.is_training else 0
+    return {
+        "mlPolicy": {"numNodes": job.nodes, "torch": {}},
+        "template": {"spec": {"failurePolicy": {"maxRestarts": restarts}, "replicatedJobs": [nodes]}},
+    }
+
+
+def _shell(job: Job) -> str:
+    return SCRIPT.format(
+        setup="".join(f"{line}\n" for line in job.site.cluster.setup),
+        config=to_yaml(job.config),
+        ranks=job.site.cluster.ranks_per_node,
+        python=shlex.quote(job.site.cluster.python or "python"),
+        module=job.module,
+        run=shlex.quote(str(job.run)),
+        stopped=STOP_EXIT,
+    )
+
+
+def _variables(job: Job) -> dict[str, str]:
+    """What the pods get by value; paths of this machine's Python mean nothing there."""
+    variables = passed_on(os.environ, job.site.cluster.export).items()
+    return {name: value for name, value in variables if not is_secret(name, value) and name != "PYTHONPATH"}

@@ -1,0 +1,142 @@
+"""SLURM: the batch script of a job, and handing it over.
+
+SLURM ends a job in two ways. The signal of `--signal` comes before the time limit, or, where the site says
+so, before preemption: the script asks the run to stop, waits, and puts the job back into the queue itself.
+SIGTERM to the script means that SLURM is at work on the job (cancelled, requeued, preempted) and knows what
+becomes of it: the script only waits for the save.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import shutil
+import subprocess
+
+from lamda.cluster.environment import passed_on
+from lamda.cluster.job import Job
+from lamda.cluster.restarts import REQUEUE_EXIT
+from lamda.cluster.site import seconds
+from lamda.config.errors import UserError
+from lamda.training.stopping import STOP_EXIT
+
+FIRST_PORT, PORTS = 20000, 10000
+
+TRAINING = r"""
+# USR1: the time limit or preemption is near. TERM: SLURM ends the job, and starts it again itself if it is to be.
+"$python" -m lamda.cluster.restarts begin "$run" "$state" "${{SLURM_RESTART_COUNT:-0}}" || exit 2
+
+warned= ended= again=yes
+trap 'warned=--warned again=yes; touch "$run/STOP"' USR1
+trap 'ended=yes again=yes' TERM
+{step} &
+step=$!
+while [ "$again" ]; do again=; code=0; wait "$step" || code=$?; done
+
+# Finished, mistaken, stopped by hand, failed too often: the job ends. Else it goes back into the queue.
+[ "$ended" ] && exit "$code"
+verdict=0
+"$python" -m lamda.cluster.restarts end "$run" "$state" "$code" $warned || verdict=$?
+[ "$verdict" = {requeue} ] || exit "$verdict"
+trap - TERM
+scontrol requeue "$SLURM_JOB_ID" && exec sleep infinity  # until SLURM ends this shell
+exit {stopped}
+"""
+SCRIPT = r"""#!/bin/bash
+# Written by `lamda submit`. Start it again with `lamda submit`, which looks first whether it can run.
+{options}
+set -u
+run={run}
+state={folder}/$SLURM_JOB_ID
+python={python}
+{setup}mkdir -p "$state"
+
+# The nodes, and where rank 0 listens.
+scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 's/$/ slots={ranks}/' > "$state/hosts"
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+address=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+port=$(({first_port} + SLURM_JOB_ID % {ports}))
+export python state address port
+{start}"""
+STEP = r"""srun --export=ALL --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 {cpus}--cpu-bind=none \
+    --kill-on-bad-exit=1 --output="$state/node-%n.log" --open-mode=append bash -c '
+  trap "" TERM  # else the launcher would die of it before the ranks have saved
+  "$python" -m deepspeed.launcher.runner --no_ssh --node_rank "$SLURM_NODEID" --hostfile "$state/hosts" \
+      --master_addr "$address" --master_port "$port" --quiet --module {module} --config "$0"
+  code=$?
+  echo "$code" > "$state/exit-$SLURM_NODEID"
+  exit "$code"' {config}"""
+
+
+def script(job: Job) -> str:
+    """The batch script. It holds no value of any environment variable."""
+    cpus = job.site.slurm.cpus_per_node
+    step = STEP.format(
+        module=job.module,
+        config=shlex.quote(str(job.config_file)),
+        cpus=f"--cpus-per-task={cpus} " if cpus else "",
+    )
+    start = TRAINING.format(step=step, requeue=REQUEUE_EXIT, stopped=STOP_EXIT) if job.is_training else f"{step}\n"
+    return SCRIPT.format(
+        options="\n".join(f"#SBATCH {shlex.quote(option)}" for option in options(job)),
+        run=shlex.quote(str(job.run)),
+        folder=shlex.quote(str(job.folder)),
+        python=shlex.quote(job.python),
+        setup="".join(f"{line}\n" for line in job.site.cluster.setup),
+        ranks=job.site.cluster.ranks_per_node,
+        first_port=FIRST_PORT,
+        ports=PORTS,
+        start=start,
+    )
+
+
+def options(job: Job) -> list[str]:
+    """What sbatch is told."""
+    own, cluster = job.site.slurm, job.site.cluster
+    named = {"partition": own.partition, "account": own.account, "qos": own.qos, "time": own.time}
+    if cluster.gpu is not None:
+        named["gpus-per-node"] = str(cluster.ranks_per_node)
+    if own.cpus_per_node is not None:
+        named["cpus-per-task"] = str(own.cpus_per_node)
+    found = [f"--job-name={job.name}", f"--nodes={job.nodes}", "--ntasks-per-node=1"]
+    found += [f"--{name}={value}" for name, value in named.items() if value is not None]
+    found += ["--exclusive"] if own.exclusive else []
+    found += [f"--output={job.folder}/%j.log", "--open-mode=append"]
+    found += [f"--export={','.join(passed_on(os.environ, cluster.export)) or 'NONE'}"]
+    if job.is_training:
+        found += ["--requeue", f"--signal=B:USR1@{max(1, math.ceil(job.config.run.stop_before_end))}"]
+    else:
+        found += ["--no-requeue"]
+    return [*found, *own.options]
+
+
+def check(job: Job) -> None:
+    """Raises UserError where the time limit leaves no time to train."""
+    time, margin = job.site.slurm.time, job.config.run.stop_before_end
+    if job.is_training and time is not None and seconds(time) <= margin + 60:
+        raise UserError(
+            f"slurm.time {time}: the run stops {margin:g} s before its limit (run.stop_before_end) and would hardly "
+            "have begun; give it more time"
+        )
+
+
+def submit(job: Job) -> str:
+    """Write the script and hand it to sbatch; what to tell the user. Raises UserError."""
+    if not shutil.which("sbatch"):
+        raise UserError(
+            "there is no sbatch on this machine; submit from a login node, or see the script with --dry-run"
+        )
+    job.write(**{"job.sh": script(job)})
+    answer = subprocess.run(
+        ["sbatch", "--parsable", str(job.folder / "job.sh")], capture_output=True, text=True, check=False
+    )
+    if answer.returncode:
+        shutil.rmtree(job.folder)
+        raise UserError(f"sbatch does not take the job: {answer.stderr.strip()}")
+    number = answer.stdout.strip().split(";")[0]
+    lines = [f"job {number} on {job.nodes} nodes with {job.ranks} ranks", f"logs      {job.folder}/{number}.log"]
+    lines += [f"          {job.folder}/{number}/node-*.log", f"cancel    scancel {number}"]
+    if job.is_training:
+        lines += [f"stop      touch {job.run}/STOP", "continue  the same command; it goes on from the last checkpoint"]
+    return "\n".join(lines)

@@ -1,0 +1,60 @@
+"""`lamda submit`: start a run on a cluster, after saying everything that is wrong with it."""
+
+from __future__ import annotations
+
+import argparse
+from datetime import datetime
+from pathlib import Path
+
+from lamda.cluster import hostfile, kubernetes, slurm
+from lamda.cluster.job import DOCTOR, TRAINING, Job
+from lamda.cluster.site import Site, load_site
+from lamda.config.errors import UserError, all_of
+from lamda.config.loading import load_config
+from lamda.config.schema import Config
+
+SCHEDULERS = {"slurm": slurm, "hostfile": hostfile, "kubernetes": kubernetes}
+
+
+def main(argv: list[str]) -> int:
+    """Arguments as in the table of commands; 0, or for a hostfile the run's exit code. Raises UserError."""
+    parser = argparse.ArgumentParser(prog="lamda submit", allow_abbrev=False, add_help=False)
+    parser.add_argument("--cluster")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--doctor", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
+    options, flags = parser.parse_known_args(argv)
+    site, config = _read(options.cluster, flags)
+    job = Job(
+        site=site,
+        config=config,
+        nodes=options.nodes,
+        module=DOCTOR if options.doctor else TRAINING,
+        folder=Path(config.run.dir).absolute() / "submit" / f"{datetime.now():%Y%m%d-%H%M%S}",
+    )
+    scheduler = SCHEDULERS[site.cluster.scheduler]
+    all_of(job.check, lambda: scheduler.check(job))
+    if options.dry_run:
+        print(scheduler.script(job), end="")
+        return 0
+    told = scheduler.submit(job)
+    if isinstance(told, int):
+        return told
+    print(told)
+    return 0
+
+
+def _read(cluster: str | None, flags: list[str]) -> tuple[Site, Config]:
+    """The site and the configuration; what is wrong with either is told together."""
+    found: dict[str, Site | Config] = {}
+
+    def read_site() -> None:
+        if cluster is None:
+            raise UserError("--cluster: names no file; write --cluster configs/cluster/slurm.yaml, or a copy of it")
+        found["site"] = load_site(cluster)
+
+    def read_config() -> None:
+        found["config"] = load_config(flags)
+
+    all_of(read_site, read_config)
+    return found["site"], found["config"]

@@ -1,0 +1,280 @@
+"""A YAML file of sections, read against a schema: settings with their places, and every error at once.
+
+The file is read as YAML nodes, so that each key's line is known; pydantic checks the merged values, and each
+of its errors is told at the line or flag that it came from.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from lamda.config.errors import UserError
+from lamda.config.presets import nearest
+from lamda.config.resources import find
+from lamda.config.schema import Section
+
+Kind = Literal["integer", "number", "boolean", "text", "choice", "list"]
+Whole = TypeVar("Whole", bound=Section)
+
+# YAML's idea of a value counts only where the field wants that type: a run may be called `1e3` or `off`,
+# and `steps: yes` is not one step.
+_TAGS = {"integer": ("int", "float"), "number": ("int", "float"), "boolean": ("bool",)}
+
+
+class ConfigError(UserError):
+    """Everything that is wrong with a configuration, a line each."""
+
+
+class Place(NamedTuple):
+    """Where a value came from; places sort as a reader meets them, the file before the flags."""
+
+    source: Literal[0, 1]
+    position: int
+    prefix: str
+
+
+class Setting(NamedTuple):
+    """A value as it was written."""
+
+    value: Any
+    place: Place
+
+
+class Problem(NamedTuple):
+    """Something that is wrong, and where."""
+
+    place: Place
+    key: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.place.prefix}{self.key}: {self.text}" if self.key else f"{self.place.prefix}{self.text}"
+
+
+class Contents(NamedTuple):
+    """A file's settings by dotted key, and the place of each section: its line, else the file."""
+
+    settings: dict[str, Setting]
+    sections: dict[str, Place]
+
+
+class Schema(Generic[Whole]):
+    """A model whose fields are sections of keys.
+
+    flag: names the file on the command line. among: glob of the files that come with the package.
+    """
+
+    def __init__(self, model: type[Whole], *, flag: str, among: str) -> None:
+        self.model, self.flag, self.among = model, flag, among
+        self.sections: Mapping[str, type[Section]] = {
+            name: field.annotation for name, field in model.model_fields.items()
+        }
+        self.keys: Mapping[str, FieldInfo] = {
+            f"{name}.{key}": field
+            for name, section in self.sections.items()
+            for key, field in section.model_fields.items()
+        }
+
+    def nearest_key(self, name: str) -> str:
+        """`"; did you mean 'train.lr'?"`: the key whose name, last part or description is most like `name`."""
+        section, _, last = name.rpartition(".")
+
+        def likeness(key: str) -> tuple[float, float]:
+            of_section, of_last = key.split(".")
+            described = _alike(last.replace("_", " "), self.keys[key].description)
+            whole = 0.0 if section else _alike(name, key)
+            return max(_alike(last, of_last), described, whole), _alike(section, of_section)
+
+        best = max(self.keys, key=likeness)
+        return f"; did you mean {best!r}?" if likeness(best)[0] >= 0.6 else ""
+
+    def read(self, name: str, problems: list[Problem]) -> Contents:
+        """The settings of a file; what is wrong with it is added to `problems`."""
+        reading = _Reading(self, name, problems)
+        return Contents(reading.settings, reading.sections)
+
+    def build(
+        self, contents: Contents, problems: list[Problem], *, elsewhere: tuple[Place, str] | None = None
+    ) -> Whole:
+        """The checked whole. Raises `ConfigError` with a line for each problem, those found before included.
+
+        elsewhere: place of what no file could have set, and what is said of it.
+        """
+        values: dict[str, dict[str, Any]] = {section: {} for section in self.sections}
+        for name, setting in contents.settings.items():
+            section, key = name.split(".")
+            values[section][key] = setting.value
+        whole = None
+        try:
+            whole = self.model.model_validate(values)
+        except ValidationError as error:
+            for each in error.errors(include_url=False):
+                section, key, *item = each["loc"]
+                name = f"{section}.{key}"
+                setting = contents.settings.get(name)
+                place = setting.place if setting else contents.sections.get(section)
+                text = " ".join([f"item {number + 1}" for number in item] + [_plain(each)])
+                if place:
+                    problems.append(Problem(place, name, text))
+                elif elsewhere:
+                    problems.append(Problem(elsewhere[0], name, f"{text} ({elsewhere[1]})"))
+        if problems:
+            raise ConfigError("\n".join(map(str, sorted(problems))))
+        return whole
+
+
+def flag_place(position: int) -> Place:
+    """Of the flag at a position of the command line."""
+    return Place(1, position, "--")
+
+
+def kind(field: FieldInfo) -> Kind:
+    """What a key takes, in plain words."""
+    names = {int: "integer", float: "number", bool: "boolean", str: "text", Literal: "choice", tuple: "list"}
+    return next(names[get_origin(member) or member] for member in _members(field.annotation))
+
+
+def choices(field: FieldInfo) -> tuple[str, ...]:
+    """The words that a key of kind `choice` takes."""
+    return get_args(next(_members(field.annotation)))
+
+
+def value_of(node: yaml.Node | None, *, wanted: Kind) -> Any:
+    """A node as plain data; what is not of the wanted type stays text or a node, for pydantic to refuse."""
+    if node is None or node.tag.endswith(":null"):
+        return None
+    if isinstance(node, yaml.SequenceNode) and wanted == "list":
+        return [value_of(item, wanted="text") for item in node.value]
+    if not isinstance(node, yaml.ScalarNode):
+        return node
+    try:
+        if node.tag.rpartition(":")[2] in _TAGS.get(wanted, ()):
+            return yaml.constructor.SafeConstructor().construct_object(node)
+        return float(node.value) if wanted == "integer" else node.value  # YAML 1.1 takes `5e9` for text
+    except ValueError:
+        return node.value
+
+
+def _members(annotation: Any) -> Iterator[Any]:
+    if get_origin(annotation) in (Union, UnionType):
+        for member in get_args(annotation):
+            yield from _members(member)
+    elif get_origin(annotation) is Annotated:
+        yield from _members(get_args(annotation)[0])
+    elif annotation is not NoneType:
+        yield annotation
+
+
+def _alike(first: str, second: str) -> float:
+    return difflib.SequenceMatcher(None, first, second).ratio()
+
+
+class _Reading:
+    """A file on its way to settings."""
+
+    def __init__(self, schema: Schema[Any], name: str, problems: list[Problem]) -> None:
+        self._schema, self._problems = schema, problems
+        self.settings: dict[str, Setting] = {}
+        self.sections: dict[str, Place] = {}
+        root = self._open(name)
+        if self._path is not None:
+            self.sections = dict.fromkeys(schema.sections, Place(0, 0, f"{self._path}: "))
+        if root is not None:
+            self._read(root)
+
+    def _open(self, name: str) -> yaml.Node | None:
+        """The file's root; `_path` is set where there is one that can be read."""
+        self._path, at_flag = None, (flag_place(-1), self._schema.flag)
+        try:
+            path = find(name, among=self._schema.among)
+            root = yaml.compose(path.read_text("utf-8"), Loader=yaml.SafeLoader)
+        except UserError as error:
+            self._problems.append(Problem(*at_flag, str(error)))
+        except (OSError, UnicodeDecodeError) as error:
+            self._problems.append(Problem(*at_flag, f"{name} cannot be read: {error}"))
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            place = _line(path, mark.line + 1 if mark else 1)
+            told = f"this is not YAML: {getattr(error, 'problem', None) or error}"
+            self._problems.append(Problem(place, "", told))
+        else:
+            self._path = path
+            return root
+        return None
+
+    def _read(self, root: yaml.Node) -> None:
+        schema = self._schema
+        for section, body, place in self._entries(root, ""):
+            if section not in schema.sections:
+                self._problems.append(Problem(place, section, self._unknown_section(section, body)))
+                continue
+            self.sections[section] = place
+            for key, node, key_place in self._entries(body, section):
+                dotted = f"{section}.{key}"
+                if dotted in schema.keys:
+                    value = value_of(node, wanted=kind(schema.keys[dotted]))
+                    self.settings[dotted] = Setting(value, key_place)
+                else:
+                    told = f"there is no such key{schema.nearest_key(dotted)}"
+                    self._problems.append(Problem(key_place, dotted, told))
+
+    def _entries(self, node: yaml.Node, section: str) -> Iterator[tuple[str, yaml.Node, Place]]:
+        """Name, value and place of each entry of a mapping that may be left empty; duplicates are problems."""
+        if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null"):
+            return
+        if not isinstance(node, yaml.MappingNode):
+            holds = "a section holds" if section else f"a {self._schema.flag} holds sections, each with"
+            place = _line(self._path, node.start_mark.line + 1)
+            self._problems.append(Problem(place, section, f"{holds} `key: value` lines"))
+            return
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            name, line = key.value if isinstance(key, yaml.ScalarNode) else "?", key.start_mark.line + 1
+            if name in lines:
+                dotted = f"{section}.{name}" if section else name
+                told = f"stands in line {lines[name]} already; remove one"
+                self._problems.append(Problem(_line(self._path, line), dotted, told))
+            else:
+                lines[name] = line
+                yield name, value, _line(self._path, line)
+
+    def _unknown_section(self, name: str, body: yaml.Node) -> str:
+        schema = self._schema
+        if name in schema.keys:
+            section, key = name.split(".")
+            return f"files have sections; write `{key}:` on a line of its own below `{section}:`"
+        if isinstance(body, yaml.MappingNode):
+            return f"there is no such section{nearest(name, schema.sections)}"
+        return f"there is no such section, and keys stand in sections{schema.nearest_key(name)}"
+
+
+def _line(path: Path, line: int) -> Place:
+    return Place(0, line, f"{path}:{line}: ")
+
+
+def _plain(error: Mapping[str, Any]) -> str:
+    """A pydantic error in words for someone who has never heard of pydantic."""
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    value = error["input"]
+    if value is None:
+        return "has no value; give it one or leave it out"
+    kinds = {
+        "string_type": "should be text",
+        "string_too_short": "should not be empty",
+        "tuple_type": "should be a list such as [a, b]",
+        "bool_type": "should be true or false",
+        "bool_parsing": "should be true or false",
+        "literal_error": f"should be {error.get('ctx', {}).get('expected')}",
+    }
+    told = kinds.get(error["type"]) or error["msg"].removeprefix("Input ").split(",")[0]
+    given = {yaml.SequenceNode: "a list", yaml.MappingNode: "a section"}.get(type(value), repr(value))
+    return f"{told}, not {given}"

@@ -1,0 +1,296 @@
+"""What the doctor says of a machine. What is not to be had here (GPUs, other clocks) is faked where it is read."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lamda.cluster import doctor
+from lamda.cluster.checks import hardware, ranks, software, surroundings
+from lamda.cluster.checks.finding import Finding, Subject, failure, ok, warning
+from lamda.config import Config
+from lamda.distributed import World
+from tests.conftest import make_text, write_shard
+from tests.launch import ENVIRONMENT, ROOT, free_port
+
+PLACES = [f"rank {rank} (host h{rank // 2})" for rank in range(4)]
+
+
+@pytest.fixture
+def subject(tmp_path):
+    """A small run of four ranks on two nodes, seen from rank 0."""
+    write_shard(tmp_path / "text" / "0.jsonl.zst", [make_text(1, 40)])
+    config = Config.model_validate(
+        {
+            "run": {"dir": str(tmp_path / "run")},
+            "data": {"files": f"{tmp_path}/text/*", "corpus": "standard_library"},
+            "train": {"steps": 4, "global_batch_size": 32, "micro_batch_size": 2},
+            "wandb": {"mode": "disabled"},
+        }
+    )
+    (tmp_path / "run").mkdir()
+    return Subject(config, World(size=4, local_size=2, launched=True), torch.device("cpu"))
+
+
+def changed(subject, **sections):
+    """The subject with another configuration."""
+    values = subject.config.model_dump()
+    for section, keys in sections.items():
+        values[section] |= keys
+    return Subject(Config.model_validate(values), subject.world, subject.device)
+
+
+def test_python_is_the_tested_one_or_a_warning_names_it(subject, monkeypatch):
+    monkeypatch.setattr(software, "tested_python", lambda: "{}.{}".format(*sys.version_info))
+    assert software.python(subject).level == "ok"
+    monkeypatch.setattr(software, "tested_python", lambda: "3.9")
+    assert software.python(subject).level == "warning"
+    assert "tested is 3.9" in software.python(subject).text
+
+
+def test_packages_are_judged_by_what_the_project_needs_and_what_was_tested(subject, monkeypatch):
+    tested = software.tested_packages()
+    versions = {each.name: tested[each.name] for each in software.requirements()}
+    monkeypatch.setattr(software, "installed", versions.get)
+    assert software.packages(subject).level == "ok"
+    versions["numpy"] = "2.4.0"
+    assert software.packages(subject) == warning(
+        f"numpy 2.4.0 (tested is {tested['numpy']})", f"{software.INSTALL} gives the tested versions"
+    )
+    versions["torch"] += "+cpu"
+    assert "torch" not in software.packages(subject).text, "a build for another device is the same version"
+    versions |= {"deepspeed": "0.19.7", "einops": None}
+    found = software.packages(subject)
+    assert found.level == "failure"
+    assert "deepspeed==0.19.8 is needed, 0.19.7 is here" in found.text
+    assert re.search("einops.* is needed, it is not here", found.text)
+
+
+def test_a_driver_whose_gpus_torch_does_not_see_is_a_failure_and_no_gpu_a_warning(subject, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "driver_version", lambda: "570.1")
+    assert hardware.gpu(subject).level == "failure"
+    monkeypatch.setattr(hardware, "driver_version", lambda: None)
+    assert hardware.gpu(subject).level == "warning"
+
+
+def test_a_gpu_that_is_missing_or_shared_is_named(subject, monkeypatch):
+    for name, value in {"is_available": True, "device_count": 1, "get_device_name": "H9"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 30, 1))
+    monkeypatch.setattr(hardware, "driver_version", lambda: "570.1")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (79e9, 80e9))
+    assert hardware.gpu(subject) == ok(f"H9, driver 570.1, CUDA {torch.version.cuda}, NCCL 2.30.1, 80 GB")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (40e9, 80e9))
+    assert "40 of 80 GB are taken" in hardware.gpu(subject).text
+    second = Subject(subject.config, World(rank=1, local_rank=1, size=4, local_size=2), subject.device)
+    assert "the 1 that torch sees" in hardware.gpu(second).text
+
+
+def test_a_device_that_multiplies_wrongly_is_a_failure(subject, monkeypatch):
+    assert hardware.bf16(subject).level == "ok"
+    right = torch.Tensor.__matmul__
+    monkeypatch.setattr(
+        torch.Tensor, "__matmul__", lambda one, other: right(one, other) * (1.1 if one.dtype == torch.bfloat16 else 1)
+    )
+    assert hardware.bf16(subject).level == "failure"
+
+
+def test_one_core_for_two_ranks_is_a_warning(subject, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    assert hardware.cores(subject).level == "ok"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert hardware.cores(subject).text.startswith("1 for 2 ranks of this node; each wants 3")
+
+
+def test_a_containers_small_shared_memory_is_a_failure_for_gpus_alone(subject, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=64 << 20))
+    assert hardware.shared_memory(subject).level == "ok"
+    on_gpu = Subject(subject.config, subject.world, torch.device("cuda"))
+    assert hardware.shared_memory(on_gpu).level == "failure"
+
+
+def test_a_missing_compiler_matters_where_kernels_are_built(subject, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert hardware.compiler(subject).level == "ok"
+    on_gpu = Subject(subject.config, subject.world, torch.device("cuda"))
+    assert hardware.compiler(on_gpu).level == "warning"
+    fused = changed(on_gpu, model={"attention": "fused"})
+    assert hardware.compiler(fused).level == "failure"
+
+
+def test_the_room_for_checkpoints_is_judged_by_their_size(subject, monkeypatch):
+    size = surroundings.checkpoint_bytes(subject)
+    for share, level in ((0.9, "failure"), (2, "warning"), (5, "ok")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=share * size: SimpleNamespace(free=free))
+        assert surroundings.space(subject).level == level
+
+
+def test_the_size_of_a_checkpoint_is_that_of_a_real_one(subject):
+    """2 bytes of bf16 weights and 12 of fp32 weights and moments, or 16 in fp32."""
+    count = sum(each.numel() for each in _model(subject).parameters())
+    assert surroundings.checkpoint_bytes(subject) == 14 * count
+    assert surroundings.checkpoint_bytes(changed(subject, deepspeed={"config": "deepspeed/fp32.json"})) == 16 * count
+
+
+def _model(subject):
+    from lamda.model import LaMDA
+
+    with torch.device("meta"):
+        return LaMDA(subject.config.model)
+
+
+def test_a_disk_too_slow_for_the_time_limit_is_a_warning(subject, monkeypatch):
+    assert surroundings.speed(subject).level == "ok"
+    size = surroundings.checkpoint_bytes(subject)
+    monkeypatch.setattr(surroundings, "writing_rate", lambda _: size / 4 / 200)  # four ranks write
+    assert "a checkpoint takes 200.0 s" in surroundings.speed(subject).text
+    assert surroundings.speed(subject).level == "warning"
+    assert not list(Path(subject.config.run.dir).iterdir())
+
+
+@pytest.mark.parametrize(("skew", "level"), [(0, "ok"), (10, "warning"), (-100, "failure")])
+def test_a_file_server_with_another_clock_is_found(subject, monkeypatch, skew, level):
+    now = time.time
+    monkeypatch.setattr(surroundings.time, "time", lambda: now() + skew)
+    assert surroundings.file_clock(subject).level == level
+
+
+def test_text_that_is_missing_or_cut_off_is_a_failure(subject, tmp_path):
+    assert surroundings.data(subject).text.startswith("1 files, ")
+    (shard,) = (tmp_path / "text").iterdir()
+    shard.write_bytes(shard.read_bytes()[:-5])
+    assert "is truncated" in surroundings.data(subject).text
+    shard.unlink()
+    assert surroundings.data(subject).level == "failure"
+
+
+def test_a_server_that_never_answers_does_not_hold_up_the_doctor(subject, monkeypatch):
+    monkeypatch.setattr(surroundings, "PATIENCE", 0.1)
+    monkeypatch.setattr("lamda.data.corpus.open_corpus", lambda _: time.sleep(30))
+    assert surroundings.data(subject) == failure("no answer for 0.1 s", surroundings.data(subject).advice)
+
+
+def test_wandb_is_asked_only_where_the_run_will_and_never_fails_it(subject, monkeypatch):
+    assert surroundings.weights_and_biases(subject) == ok("wandb.mode is disabled")
+    online = changed(subject, wandb={"mode": "online"})
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # answers 501 to everything
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("lamda.training.wandb_mirror.sign_in", lambda: address)
+    assert surroundings.weights_and_biases(online) == ok(f"{address} answers, and there is a key for it")
+    server.server_close()
+    assert surroundings.weights_and_biases(online).level == "warning"
+
+    def without_key():
+        import wandb
+
+        raise wandb.errors.AuthenticationError("no W&B key")
+
+    monkeypatch.setattr("lamda.training.wandb_mirror.sign_in", without_key)
+    assert surroundings.weights_and_biases(online).text == "no W&B key"
+
+
+def test_ranks_that_cannot_share_the_batch_are_told_by_the_doctor_as_well(subject):
+    (check,) = (check for check in doctor.checks() if check.name == "batch")
+    odd = Subject(subject.config, World(size=3), subject.device)
+    assert doctor.run(check, subject).level == "ok"
+    assert doctor.run(check, odd).text.startswith("3 ranks cannot share 16 micro-batches")
+
+
+def test_the_odd_rank_is_named():
+    same = {"code": "c0de", "torch": "2.13.0"}
+    assert ranks.alike([same] * 4, PLACES).level == "ok"
+    found = ranks.alike([same, same, {**same, "torch": "2.12.0"}, same], PLACES)
+    assert found.level == "failure"
+    assert found.text == "torch: rank 2 (host h1) has 2.12.0, 3 of 4 ranks 2.13.0"
+
+
+def test_a_clock_that_is_off_is_named():
+    assert ranks.clocks([100.0, 100.2, 100.1, 100.0], PLACES) == ok("all within 0.2 s")
+    assert ranks.clocks([100.0, 100.0, 110.0, 100.0], PLACES).text == "rank 2 (host h1) is +10.0 s from the others"
+    assert ranks.clocks([100.0, 100.0, 10.0, 100.0], PLACES).level == "failure"
+
+
+def test_ranks_that_do_not_see_the_run_directory_are_named():
+    assert ranks.shared([True] * 4, PLACES, "run").level == "ok"
+    told = ranks.shared([True, True, False, False], PLACES, "run").text
+    assert told.startswith("rank 2 (host h1), rank 3 (host h1) did not see a file that rank 0 (host h0) wrote")
+
+
+def test_a_slow_network_between_gpus_is_a_warning_and_a_wrong_sum_a_failure(subject):
+    on_gpu = Subject(subject.config, subject.world, torch.device("cuda"))
+    assert ranks.bandwidth(1e9, right=True, subject=subject).level == "ok"
+    assert ranks.bandwidth(1e9, right=True, subject=on_gpu).level == "warning"
+    assert ranks.bandwidth(200e9, right=True, subject=on_gpu).level == "ok"
+    assert ranks.bandwidth(200e9, right=False, subject=on_gpu).level == "failure"
+
+
+def test_findings_of_many_ranks_become_one_that_names_those_concerned():
+    fine = ok("fine")
+    assert doctor.merged([fine, None, fine, None], PLACES) == fine
+    found = doctor.merged([fine, fine, fine, failure("broken", "mend")], PLACES)
+    assert found == Finding("failure", "rank 3 (host h1): broken", "mend")
+    assert doctor.merged([warning("w", "a")] * 4, PLACES).text == "every rank: w"
+    slow = doctor.merged([ok("fast", rate=rate) for rate in (10.0, 10.1, 6.0, 9.9)], PLACES)
+    assert slow.level == "warning"
+    assert slow.text.startswith("rank 2 (host h1) is slow")
+
+
+def test_the_exit_code_is_that_of_the_worst_and_json_says_the_same(subject, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("lamda.cluster.doctor.read_world", World)
+    (tmp_path / "run.yaml").write_text(json.dumps(subject.config.model_dump(mode="json")))
+    arguments = ["--config", str(tmp_path / "run.yaml"), "--json"]
+    levels = {0: "ok", 1: "warning", 2: "failure"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code = doctor.main(arguments)
+    told = json.loads(capsys.readouterr().out)
+    assert told["worst"] == levels[code] == "warning"
+    monkeypatch.setattr(surroundings, "checkpoint_bytes", lambda _: 1 << 60)
+    assert doctor.main(arguments[:-1]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if "run directory" in line).startswith("failure  run directory")
+
+
+def test_the_image_holds_what_the_doctor_looks_for():
+    dockerfile = (ROOT / "Dockerfile").read_text("utf-8")
+    assert re.search(r"^FROM python:(\d+\.\d+)-", dockerfile, re.MULTILINE)[1] == software.tested_python()
+    assert "--constraint constraints.txt" in dockerfile
+    assert " gcc " in dockerfile
+    assert "lamda doctor" in dockerfile
+
+
+def test_two_ranks_name_the_one_that_has_another_directory(subject, tmp_path):
+    (tmp_path / "run.yaml").write_text(json.dumps(subject.config.model_dump(mode="json")))
+    (tmp_path / "elsewhere").mkdir()
+    port, processes = str(free_port()), []
+    for rank, run in enumerate(("run", "elsewhere")):
+        place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
+        variables = {name: str(value) for name, value in place.items()}
+        command = [sys.executable, "-m", "lamda.cluster.doctor", f"--local_rank={rank}", "--json"]
+        processes.append(
+            subprocess.Popen(
+                [*command, "--config", str(tmp_path / "run.yaml"), "--run.dir", str(tmp_path / run)],
+                env={**os.environ, **ENVIRONMENT, **variables, "MASTER_ADDR": "127.0.0.1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    (out, err), (silent, _) = (process.communicate(timeout=240) for process in processes)
+    assert [process.returncode for process in processes] == [2, 2], err
+    assert not silent.strip()
+    checks = json.loads(out[out.index("{") :])["checks"]
+    assert checks["shared"]["level"] == "failure"
+    assert re.match(r"rank 1 \(host .*\) did not see a file that rank 0 ", checks["shared"]["text"])
+    assert checks["same"]["level"] == checks["clocks"]["level"] == checks["all-reduce"]["level"] == "ok"
