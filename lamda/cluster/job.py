@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from lamda.cluster.plan import Machine, plan
 from lamda.cluster.site import Site
 from lamda.config.batches import micro_batches_per_rank
 from lamda.config.errors import UserError, all_of
@@ -85,6 +86,15 @@ class Job:
             nodes = " or ".join(f"--nodes {number}" for number in self._nodes_that_work())
             fitting = f"with {per_node} ranks a node, {nodes}" if nodes else f"no number of nodes with {per_node} ranks"
             raise UserError(f"{error}; {fitting}") from error
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        gpu = self.site.cluster.gpu
+        if gpu is None or not self.is_training:
+            return
+        planned = plan(self.config, Machine(gpus=self.ranks, gpu=gpu))
+        if not planned["memory"]["fits"]:
+            raise UserError("\n".join(planned["warnings"]))
 
     def _check_deepspeed(self) -> None:
         deepspeed_config.build(self.config, world=1)  # the batch has a check of its own

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
+from lamda.cluster.devices import DEVICES
+from lamda.config.presets import nearest
 from lamda.config.schema import Positive, Section
 from lamda.config.settings import Contents, Problem, Schema
 
@@ -50,6 +52,13 @@ class ClusterConfig(Section):
     )
     setup: Texts = Field((), description="lines of shell before the start: `module load`, `source`")
     export: Texts = Field((), description="patterns of more environment variables to pass on, such as FI_*")
+
+    @field_validator("gpu")
+    @classmethod
+    def _known(cls, gpu: str | None) -> str | None:
+        if gpu is not None and gpu not in DEVICES:
+            raise ValueError(f"there is no {gpu!r} among {', '.join(DEVICES)}{nearest(gpu, DEVICES)}")
+        return gpu
 
 
 class SlurmConfig(Section):

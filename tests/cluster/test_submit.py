@@ -35,9 +35,9 @@ def environment(monkeypatch):
 def submit(tmp_path, capsys):
     """Runs `lamda submit --dry-run` and returns what it prints."""
 
-    def run(scheduler, *flags, site="", config=CONFIG, run="/data/runs/a b"):
+    def run(scheduler, *flags, site="", config=CONFIG, run="/data/runs/a b", gpu="h100"):
         (tmp_path / "run.yaml").write_text(config, "utf-8")
-        setup = "setup: [module load cuda/12.8], export: [FI_*], ranks_per_node: 8"
+        setup = f"setup: [module load cuda/12.8], export: [FI_*], ranks_per_node: 8, gpu: {gpu}"
         (tmp_path / "site.yaml").write_text(
             f"cluster: {{scheduler: {scheduler}, {setup}}}\n{site or SITES[scheduler]}\n", "utf-8"
         )
@@ -169,3 +169,15 @@ def test_a_machine_without_the_scheduler_says_so(submit, monkeypatch, tmp_path):
         run = "/data/x" if scheduler == "kubernetes" else str(tmp_path / "run")
         with pytest.raises(UserError, match=f"there is no {tool}"):
             main(["--cluster", str(tmp_path / "site.yaml"), "--config", str(tmp_path / "run.yaml"), "--run.dir", run])
+
+
+def test_a_model_that_does_not_fit_is_told_with_what_would(submit):
+    large = "model: {preset: 8b}\ntrain: {steps: 4, global_batch_size: 64, micro_batch_size: 1}\n"
+    with pytest.raises(UserError, match=r"does not fit: a rank needs .* of its h100; what would fit: ZeRO stage"):
+        submit("slurm", "--nodes", "4", config=large)
+    assert "#SBATCH" in submit("slurm", "--nodes", "4", "--doctor", config=large), "the doctor takes no memory"
+
+
+def test_an_unknown_gpu_is_told_with_the_known_ones(submit):
+    with pytest.raises(UserError, match=r"cluster\.gpu: there is no 'h1oo' among .*; did you mean 'h100'"):
+        submit("slurm", site="", config=CONFIG, gpu="h1oo")

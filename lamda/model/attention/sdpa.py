@@ -38,7 +38,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None) -> Tensor:
         out, lse = _forward(q, k, v, band, hidden)
-        ctx.save_for_backward(q, k, v, band, hidden, out, lse)
+        ctx.save_for_backward(q, k, v, band, hidden, lse)
         return out
 
     @staticmethod
@@ -50,7 +50,7 @@ class _Attention(torch.autograd.Function):
 @torch.library.custom_op("lamda::sdpa_attention", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
     """Output, and log-sum-exp [B, H, L]. One node of a compiled block: Inductor's code of it is slower."""
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=band.dtype)
+    out, lse = _new_output(q, band)
     past = k.shape[2] - q.shape[2]
     for first in range(0, q.shape[2], TILE):
         rows = slice(first, min(first + TILE, q.shape[2]))
@@ -64,7 +64,13 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | Non
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=band.dtype)
+    return _new_output(q, band)
+
+
+def _new_output(q: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for an output, head by head within a row, as the output projection reads it; and for a log-sum-exp."""
+    B, H, L, K = q.shape
+    return q.new_empty(B, L, H, K).transpose(1, 2), q.new_empty(B, H, L, dtype=band.dtype)
 
 
 def _one_tile(q: Tensor, k: Tensor, v: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,7 +84,7 @@ def _one_tile(q: Tensor, k: Tensor, v: Tensor, added: Tensor) -> tuple[Tensor, T
 
 @torch.library.custom_op("lamda::sdpa_attention_backward", mutates_args=())
 def _backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None, out: Tensor, lse: Tensor
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the band."""
     queries, past = q.shape[2], k.shape[2] - q.shape[2]
@@ -108,6 +114,6 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None, out: Tensor, lse: Tensor
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(band)
