@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,6 +19,15 @@ from lamda import distributed
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.tokenizer_training import train_tokenizer
 from lamda.distributed import World
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+INTERPRETED = {"TRITON_INTERPRET": "1"} if DEVICE.type == "cpu" else {}
+"""What Triton wants in the environment when it is first imported and whenever a kernel runs, and nobody else."""
+
+# Here, before any test's imports: PyTorch's counter of FLOPs and others import Triton too.
+if find_spec("triton") is not None:
+    with patch.dict(os.environ, INTERPRETED):
+        importlib.import_module("lamda.model.attention.kernels")
 
 WORDS = [
     "the",

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,18 +14,11 @@ from safetensors import safe_open
 from lamda.config import ModelConfig
 from lamda.model import LaMDA
 from lamda.model.initialisation import initialise
+from tests.conftest import INTERPRETED
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_kernels = pytest.mark.skipif(find_spec("triton") is None, reason="the kernels need the package triton")
-
-INTERPRETED = {"TRITON_INTERPRET": "1"} if DEVICE.type == "cpu" else {}
-"""What Triton wants in the environment when it is first imported and whenever a kernel runs, and nobody else."""
-
-if find_spec("triton") is not None:
-    with patch.dict(os.environ, INTERPRETED):
-        importlib.import_module("lamda.model.attention.kernels")
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,8 @@ from torch import Tensor
 from lamda.config.errors import UserError
 from lamda.model.attention.backends import backend_for
 from lamda.model.attention.bias import BAND, causal_buckets
-from tests.model.conftest import DEVICE, needs_kernels
+from tests.conftest import DEVICE
+from tests.model.conftest import needs_kernels
 
 WAYS = ["sdpa", pytest.param("fused", marks=needs_kernels), pytest.param("split", marks=needs_kernels)]
 if DEVICE.type == "cuda":
