@@ -8,7 +8,7 @@ from lamda.config.schema import Config
 from lamda.model import LaMDA
 from lamda.model.initialisation import initialise
 from lamda.training import compiling
-from lamda.training.optimiser import make_optimizer, set_learning_rate
+from lamda.training.optimiser import eager_kernels, make_optimizer, set_learning_rate
 
 
 class PlainLoop:
@@ -40,7 +40,8 @@ class PlainLoop:
                     master.grad += parameter.grad
                 parameter.grad = None
         torch.nn.utils.clip_grad_norm_(self._masters, self._config.train.gradient_clipping)
-        self._optimizer.step()
+        with eager_kernels(self._config.train):
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._copy_back()
 

@@ -156,15 +156,22 @@ class TrainConfig(Section):
     profile: tuple[Positive, Positive] | None = Field(
         None, description="first and last step of a trace that RUN/profile gets, for ui.perfetto.dev"
     )
-    optimizer: Literal["adamw"] = Field("adamw", description="optimiser")
-    lr: float = Field(3e-4, gt=0, description="peak learning rate")
+    optimizer: Literal["adamw", "muon", "adafactor"] = Field(
+        "adamw",
+        description="adamw; muon for the blocks' matrices and adamw for the rest (ZeRO stage 1 in bf16); adafactor "
+        "(stage 0)",
+    )
+    lr: float = Field(
+        3e-4, gt=0, description="peak learning rate; muon takes adamw's, adafactor's is relative to a weight's size"
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     embedding_lr_scale: float = Field(
         10.0,
         gt=0,
-        description="the embedding's rate / lr: its weights are an order of magnitude larger than a matrix's",
+        description="the embedding's rate / lr: its weights are an order of magnitude larger than a matrix's; "
+        "adafactor, which measures weights itself, does without",
     )
     weight_decay: float = Field(0.1, ge=0, description="decay of matrices; norms and bias tables have none")
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0 is no clipping")

@@ -7,35 +7,35 @@ that a rank needs. `lamda.training.saving` writes it, `lamda.training.manifest` 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lamda.config import ModelConfig
+from lamda.config import Config, ModelConfig
 from lamda.config.errors import UserError
 from lamda.distributed import barrier
 from lamda.model.weights import PlainSlice, check_shapes, plain_slices
 from lamda.training import manifest
 from lamda.training.engine import Engine
-from lamda.training.fragments import MOMENTS, Fragment, fragments, reset_moments
+from lamda.training.fragments import Fragment, fragments, reset_state
+from lamda.training.optimiser import fresh_state, part_of
 from lamda.training.state import RunState
 
-KINDS = ("weight", *MOMENTS)
+Sizes = dict[tuple[str, str], int]
+"""Elements of each (name, kind) in a checkpoint."""
 
 
 def load(path: Path, *, engine: Engine) -> RunState:
     """Fill the engine from a verified checkpoint; every rank calls it. Raises UserError before anything is filled."""
     state = RunState.read(path / "run_state.json")
     slices = plain_slices(engine.config.model)
-    saved = _SavedState(path, {plain.name: plain.numel for part in slices.values() for plain in part})
-    reset_moments(engine.deepspeed, updates=state.updates)
+    saved = _SavedState(path, state_sizes(engine.config))
+    reset_state(engine.deepspeed, optimizer=engine.config.train.optimizer, updates=state.updates)
     with torch.no_grad():
         for fragment in fragments(engine.deepspeed):
-            for piece, start, tensors in _by_plain_name(fragment, slices):
-                for kind in KINDS:
-                    saved.fill(tensors[kind], name=piece.name, kind=kind, start=start)
+            for name, kind, start, tensor in _named(fragment, slices):
+                saved.fill(tensor, name=name, kind=kind, start=start)
     engine.publish_weights()
     barrier()
     return state
@@ -52,13 +52,13 @@ def check_weights(path: Path, model: ModelConfig) -> None:
 
 
 def load_weights_alone(path: Path, *, engine: Engine) -> None:
-    """Start from weights alone (`model.weights`): the fp32 masters are these, the moments zero."""
+    """Start from weights alone (`model.weights`): the fp32 masters are these, the optimiser's state is none."""
     slices = plain_slices(engine.config.model)
     with safe_open(path, "pt") as file, torch.no_grad():
         for fragment in fragments(engine.deepspeed):
-            for piece, start, tensors in _by_plain_name(fragment, slices):
-                whole = file.get_tensor(piece.name).flatten()
-                tensors["weight"].copy_(whole[start : start + tensors["weight"].numel()])
+            for name, kind, start, tensor in _named(fragment, slices):
+                if kind == "weight":
+                    tensor.copy_(file.get_tensor(name).flatten()[start : start + tensor.numel()])
     engine.publish_weights()
 
 
@@ -67,30 +67,45 @@ def own_tensors(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
     slices = plain_slices(engine.config.model)
     for fragment in fragments(engine.deepspeed):
         if fragment.is_owner:
-            for piece, start, pieces in _by_plain_name(fragment, slices):
-                for kind in KINDS:
-                    yield f"{piece.name}|{kind}|{start}", pieces[kind]
+            for name, kind, start, tensor in _named(fragment, slices):
+                yield f"{name}|{kind}|{start}", tensor
 
 
-def _by_plain_name(
-    fragment: Fragment, slices: dict[str, list[PlainSlice]]
-) -> Iterator[tuple[PlainSlice, int, dict[str, torch.Tensor]]]:
-    """Cut a fragment of a packed parameter into pieces of plain ones: (plain, start in it, views)."""
+def state_sizes(config: Config) -> Sizes:
+    """All that a checkpoint of this model and optimiser holds; `_named` says under which names."""
+    optimizer, sizes = config.train.optimizer, {}
+    for name, plains in plain_slices(config.model).items():
+        rows, *columns = plains[0].shape
+        whole = torch.empty(rows * len(plains), *columns, device="meta")
+        state = fresh_state(whole, optimizer=optimizer, is_muon=optimizer == "muon" and part_of(name) == "matrices")
+        for kind, tensor in {"weight": whole, **state}.items():
+            if tensor.numel() == whole.numel():
+                sizes |= {(plain.name, kind): plain.numel for plain in plains}
+            else:
+                sizes[name, kind] = tensor.numel()
+    return sizes
+
+
+def _named(fragment: Fragment, slices: dict[str, list[PlainSlice]]) -> Iterator[tuple[str, str, int, torch.Tensor]]:
+    """A fragment's tensors as (name, kind, start, view).
+
+    What an element has is cut into pieces of the plain weights, under their names; what only the whole
+    (packed) parameter has stands under its own.
+    """
     for plain in slices[fragment.name]:
         first = max(fragment.start, plain.start)
         last = min(fragment.start + fragment.numel, plain.start + plain.numel)
         if first < last:
-            views = {
-                kind: tensor[first - fragment.start : last - fragment.start]
-                for kind, tensor in fragment.tensors.items()
-            }
-            yield plain, first - plain.start, views
+            for kind, tensor in fragment.tensors.items():
+                yield plain.name, kind, first - plain.start, tensor[first - fragment.start : last - fragment.start]
+    for kind, factor in fragment.factors.items():
+        yield fragment.name, kind, 0, factor
 
 
 class _SavedState:
     """The optimiser files of a checkpoint, read by slices; only files that its manifest names."""
 
-    def __init__(self, path: Path, sizes: dict[str, int]) -> None:
+    def __init__(self, path: Path, sizes: Sizes) -> None:
         self._path = path
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = {}
         for name in sorted(manifest.read(path)["files"]):
@@ -106,13 +121,13 @@ class _SavedState:
                 with safe_open(file, "pt") as opened:
                     target[low - start : high - start].copy_(opened.get_slice(key)[low - first : high - first])
 
-    def _index(self, file: Path, sizes: dict[str, int]) -> None:
+    def _index(self, file: Path, sizes: Sizes) -> None:
         try:
             with safe_open(file, "pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 - safe_open is no mapping
                     there = opened.get_slice(key)
                     parts, shape = key.split("|"), there.get_shape()
-                    fits = len(parts) == 3 and parts[0] in sizes and parts[1] in KINDS and parts[2].isdecimal()
+                    fits = len(parts) == 3 and (parts[0], parts[1]) in sizes and parts[2].isdecimal()
                     if not fits or len(shape) != 1 or there.get_dtype() != "F32":
                         raise UserError(
                             f"{file}: holds {key!r} ({there.get_dtype()} {shape}), which is no part of the state"
@@ -121,15 +136,15 @@ class _SavedState:
         except SafetensorError as error:
             raise UserError(f"{file}: is no safetensors file ({error})") from error
 
-    def _require_each_element_once(self, sizes: dict[str, int]) -> None:
-        for name, kind in product(sizes, KINDS):
+    def _require_each_element_once(self, sizes: Sizes) -> None:
+        for (name, kind), size in sizes.items():
             end = 0
             for first, length, file, key in sorted(self._pieces.get((name, kind), [])):
-                if first != end or first + length > sizes[name]:
+                if first != end or first + length > size:
                     raise UserError(
-                        f"{file}: {key!r} holds elements {first} to {first + length} of {sizes[name]}; the pieces "
+                        f"{file}: {key!r} holds elements {first} to {first + length} of {size}; the pieces "
                         f"before it end at {end}"
                     )
                 end += length
-            if end != sizes[name]:
-                raise UserError(f"{self._path}: {sizes[name] - end} elements of {kind} of {name} are missing")
+            if end != size:
+                raise UserError(f"{self._path}: {size - end} elements of {kind} of {name} are missing")

@@ -62,7 +62,7 @@ def build(config: Config, *, world: int) -> dict[str, Any]:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
     if not isinstance(own, dict):
         raise UserError(f"{path}: holds no JSON object; DeepSpeed's file is one")
-    problems = list(_problems(own, path))
+    problems = _problems(own, path) or _problems_of_optimizer(own, path, config.train.optimizer)
     if problems:
         raise UserError("\n".join(problems))
     train = config.train
@@ -106,3 +106,20 @@ def _problems(own: dict[str, Any], path: Path) -> list[str]:
             "data_types out, or use stage 1"
         )
     return found
+
+
+def _problems_of_optimizer(own: dict[str, Any], path: Path, optimizer: str) -> list[str]:
+    """Whether the optimiser sees whole matrices under this file, where it needs them (docs/training-log.md)."""
+    stage = zero_stage(own)
+    if optimizer == "adafactor" and stage != 0:
+        return [
+            f"{path}: zero_optimization.stage: {stage}: train.optimizer adafactor needs whole matrices, which ZeRO "
+            "cuts up; use stage 0 (deepspeed/stage0.json), or another optimiser"
+        ]
+    accumulation = own.get("data_types", {}).get("grad_accum_dtype")
+    if optimizer == "muon" and not (stage == 1 and is_bf16(own) and accumulation == "fp32"):
+        return [
+            f"{path}: train.optimizer muon: DeepSpeed orthogonalises whole matrices, after clipping, at ZeRO stage 1 "
+            "in bf16 with data_types.grad_accum_dtype fp32 alone; use ds_config.json, or another optimiser"
+        ]
+    return []

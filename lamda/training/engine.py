@@ -24,8 +24,8 @@ from lamda.model import LaMDA
 from lamda.model.initialisation import initialise
 from lamda.model.weights import plain_slices
 from lamda.training import compiling, deepspeed_config, fp8
-from lamda.training.fragments import publish_weights, reset_moments
-from lamda.training.optimiser import make_optimizer, set_learning_rate
+from lamda.training.fragments import publish_weights, reset_state
+from lamda.training.optimiser import eager_kernels, make_optimizer, set_learning_rate
 
 log = logging.getLogger(__name__)
 
@@ -79,11 +79,11 @@ class Engine:
         if self.is_compiled:
             compiling.compile_blocks(model)
         self._is_first = True
-        with _quiet():
+        with _quiet(), eager_kernels(config.train):
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=make_optimizer(model, config.train), config=own, dist_init_required=False
             )
-        reset_moments(self.deepspeed, updates=0)
+        reset_state(self.deepspeed, optimizer=config.train.optimizer, updates=0)
 
     @property
     def model(self) -> LaMDA:
@@ -133,7 +133,8 @@ class Engine:
             self.deepspeed.backward(_or_nan(loss), scale_wrt_gas=False)
             at("backward", None)
             own_norm = self._clip_and_refuse() if self._is_unguarded else None
-            self.deepspeed.step()
+            with eager_kernels(self.config.train):
+                self.deepspeed.step()
             sums += part.sums(nats_BL.detach(), domains=self.domains)
         at("update", next(self.model.parameters()))
         summed = torch.cat([sums.flatten(), torch.tensor(signals, dtype=sums.dtype, device=self.device)])

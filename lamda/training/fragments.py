@@ -1,8 +1,8 @@
 """The optimiser's state by parameter name, whatever ZeRO stage holds it.
 
 DeepSpeed flattens parameters and gives each rank a stretch of them. A fragment is the piece of one
-parameter that a rank owns: its fp32 weights and moments, as views to read and to fill. Saving and
-loading go through fragments alone, so that stages and numbers of ranks may change in between.
+parameter that a rank owns: its fp32 weights and the optimiser's state of them, as views to read and to
+fill. Saving and loading go through fragments alone, so that stages and numbers of ranks may change in between.
 """
 
 from __future__ import annotations
@@ -13,20 +13,22 @@ from dataclasses import dataclass
 import torch
 from deepspeed import DeepSpeedEngine
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from lamda.training.optimiser import State, fresh_state
 
 
 @dataclass(frozen=True)
 class Fragment:
     """Elements `start` to `start + len` of the flattened parameter `name`.
 
-    tensors: "weight" and each of MOMENTS, [numel] fp32 views of the optimiser's own memory.
+    tensors: "weight" and whatever state an element has, [numel] fp32 views of the optimiser's own memory.
+    factors: state of the parameter as a whole (Adafactor's rows and columns), flat; the fragment is whole then.
     is_owner: whether this rank saves it (at stage 0 every rank holds all, and rank 0 saves).
     """
 
     name: str
     start: int
-    tensors: dict[str, torch.Tensor]
+    tensors: State
+    factors: State
     is_owner: bool = True
 
     @property
@@ -35,18 +37,19 @@ class Fragment:
         return self.tensors["weight"].numel()
 
 
-def reset_moments(engine: DeepSpeedEngine, *, updates: int) -> None:
-    """Give every flat parameter of this rank zero moments after `updates` steps of AdamW."""
+def reset_state(engine: DeepSpeedEngine, *, optimizer: str, updates: int) -> None:
+    """Give every parameter that the optimiser of this rank sees the state of none, after `updates` steps."""
     base = engine.basic_optimizer
-    for parameter in _flat_parameters(engine):
-        base.state[parameter] = {
-            "step": torch.tensor(float(updates), device=_step_device(base, parameter)),
-            **{moment: torch.zeros_like(parameter, memory_format=torch.preserve_format) for moment in MOMENTS},
-        }
+    for group, parameter in _flat_parameters(engine):
+        is_muon = group.get("use_muon", False)
+        # Muon counts no steps; whatever else runs fused keeps its counter on the device.
+        device = parameter.device if group.get("fused") else torch.device("cpu")
+        counter = {} if is_muon else {"step": torch.tensor(float(updates), device=device)}
+        base.state[parameter] = {**counter, **fresh_state(parameter.detach(), optimizer=optimizer, is_muon=is_muon)}
 
 
 def fragments(engine: DeepSpeedEngine) -> Iterator[Fragment]:
-    """This rank's fragments, in the order of the model's parameters; moments must exist (`reset_moments`)."""
+    """This rank's fragments, in the order of the model's parameters; state must exist (`reset_state`)."""
     stage = engine.zero_optimization_stage()
     named = list(engine.module.named_parameters())
     if stage == 0:
@@ -77,20 +80,23 @@ def _has_masters(engine: DeepSpeedEngine) -> bool:
     return hasattr(engine.optimizer, "fp32_groups")
 
 
-def _flat_parameters(engine: DeepSpeedEngine) -> list[torch.Tensor]:
-    if engine.zero_optimization_stage() == 3:
-        return list(engine.optimizer.fp32_partitioned_groups_flat)
-    return [parameter for group in engine.basic_optimizer.param_groups for parameter in group["params"]]
+def _flat_parameters(engine: DeepSpeedEngine) -> list[tuple[dict, torch.Tensor]]:
+    """What the optimiser moves, each with its group."""
+    groups = engine.basic_optimizer.param_groups
+    if engine.zero_optimization_stage() == 3:  # its pieces are no groups' own; AdamW alone is there
+        return [(groups[0], parameter) for parameter in engine.optimizer.fp32_partitioned_groups_flat]
+    return [(group, parameter) for group in groups for parameter in group["params"]]
 
 
-def _step_device(base: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.device:
-    fused = any(group.get("fused") or group.get("capturable") for group in base.param_groups)
-    return parameter.device if fused else torch.device("cpu")
+def _views(weight: torch.Tensor, state: State, *, start: int, numel: int) -> State:
+    flat = {"weight": weight.detach().view(-1)}
+    flat |= {kind: tensor.view(-1) for kind, tensor in state.items() if tensor.numel() == weight.numel()}
+    return {kind: tensor.narrow(0, start, numel) for kind, tensor in flat.items() if kind != "step"}
 
 
-def _views(weight: torch.Tensor, state: dict[str, torch.Tensor], *, start: int, numel: int) -> dict[str, torch.Tensor]:
-    flat = {"weight": weight.detach().view(-1), **{moment: state[moment].view(-1) for moment in MOMENTS}}
-    return {kind: tensor.narrow(0, start, numel) for kind, tensor in flat.items()}
+def _factors(weight: torch.Tensor, state: State) -> State:
+    others = {kind: tensor.view(-1) for kind, tensor in state.items() if tensor.numel() != weight.numel()}
+    return {kind: tensor for kind, tensor in others.items() if kind != "step"}
 
 
 def _whole(engine: DeepSpeedEngine, named: list[tuple[str, torch.nn.Parameter]]) -> Iterator[Fragment]:
@@ -102,18 +108,18 @@ def _whole(engine: DeepSpeedEngine, named: list[tuple[str, torch.nn.Parameter]])
         weight = masters.get(id(parameter), parameter)
         state = engine.basic_optimizer.state[weight]
         tensors = _views(weight, state, start=0, numel=weight.numel())
-        yield Fragment(name, 0, tensors, is_owner=engine.global_rank == 0)
+        yield Fragment(name, 0, tensors, _factors(weight, state), is_owner=engine.global_rank == 0)
 
 
 def _flattened(engine: DeepSpeedEngine, named: list[tuple[str, torch.nn.Parameter]]) -> Iterator[Fragment]:
-    flat = _flat_parameters(engine)
+    flat = [parameter for _, parameter in _flat_parameters(engine)]
     for name, parameter in named:
         mapping = parameter._hp_mapping
         if mapping is not None:
             whole = flat[mapping.param_group_index]
             place = mapping.hp_fragment_address
             tensors = _views(whole, engine.basic_optimizer.state[whole], start=place.start, numel=place.numel)
-            yield Fragment(name, mapping.lp_fragment_address.start, tensors)
+            yield Fragment(name, mapping.lp_fragment_address.start, tensors, {})
 
 
 def _partitioned(engine: DeepSpeedEngine, named: list[tuple[str, torch.nn.Parameter]]) -> Iterator[Fragment]:
@@ -125,4 +131,4 @@ def _partitioned(engine: DeepSpeedEngine, named: list[tuple[str, torch.nn.Parame
         if numel > 0:
             whole = optimizer.fp32_partitioned_groups_flat[group]
             tensors = _views(whole, engine.basic_optimizer.state[whole], start=offset, numel=numel)
-            yield Fragment(name, start, tensors)
+            yield Fragment(name, start, tensors, {})

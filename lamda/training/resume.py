@@ -52,7 +52,7 @@ def choose_start(config: Config, directory: RunDirectory, world: World) -> Start
             raise UserError(f"checkpoint.resume {wish}: {problem}")
     if path is None:
         return Start(None, RunState())
-    on_main(world, lambda: _check_model(config, path))
+    on_main(world, lambda: (_check_model(config, path), _check_optimizer(config, path)))
     return Start(path, _with_noted_windows(RunState.read(path / "run_state.json"), directory))
 
 
@@ -85,6 +85,16 @@ def _check_model(config: Config, path: Path) -> None:
     if told:
         raise UserError(
             f"{path} is a checkpoint of another model: {'; '.join(told)}. Mend model.*, or choose another run.dir"
+        )
+
+
+def _check_optimizer(config: Config, path: Path) -> None:
+    there = manifest.read(path).get("optimizer", "adamw")  # before there were others, none was named
+    if there != config.train.optimizer:
+        raise UserError(
+            f"{path} holds the state of {there}, which train.optimizer {config.train.optimizer} cannot go on from. Set "
+            f"train.optimizer {there}, or start from the weights alone: model.weights {path / 'model.safetensors'} "
+            "and another run.dir"
         )
 
 

@@ -158,6 +158,7 @@ class Saver:
             "ranks": self._world.size,
             "zero_stage": self._engine.stage,
             "model": self._config.model.dimensions,
+            "optimizer": self._config.train.optimizer,
             "data": sha256(json.dumps(self._state.fingerprint, sort_keys=True).encode()).hexdigest(),
             "tokenizer": files["tokenizer.model"]["sha256"],
             "configuration": files["config.yaml"]["sha256"],

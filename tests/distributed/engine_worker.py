@@ -44,7 +44,13 @@ def config(job: dict, folder: Path, rank: int) -> Config:
             "run": {"seed": 3},
             "model": MODEL,
             "data": {"sequence_length": LENGTH},
-            "train": {"steps": 9, "global_batch_size": BATCH, "micro_batch_size": MICRO, "gradient_clipping": 0.05},
+            "train": {
+                "steps": 9,
+                "global_batch_size": BATCH,
+                "micro_batch_size": MICRO,
+                "gradient_clipping": 0.05,
+                "optimizer": job.get("optimizer", "adamw"),
+            },
             "deepspeed": {"config": str(path)},
         }
     )

@@ -111,12 +111,11 @@ def fill(model, optimizer, stored):
     slices = checkpoint.plain_slices(model.config)
     for name, parameter in model.named_parameters():
         kinds = {}
-        for kind in checkpoint.KINDS:
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
             parts = [stored[f"{plain.name}|{kind}|0"] for plain in sorted(slices[name], key=lambda part: part.start)]
             kinds[kind] = torch.cat(parts).view(parameter.shape)
-        parameter.data.copy_(kinds["weight"])
-        moments = {moment: kinds[moment] for moment in checkpoint.MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(2.0), **moments}
+        parameter.data.copy_(kinds.pop("weight"))
+        optimizer.state[parameter] = {"step": torch.tensor(2.0), **kinds}
 
 
 class Trap:
@@ -160,6 +159,17 @@ def rename(old, new):
 
 def replace(key, make):
     return lambda tensors: tensors.update({key: make(tensors[key])})
+
+
+def test_the_state_of_another_optimiser_is_refused_before_anything_is_filled(saved, device, tmp_path):
+    """`choose_start` tells it first, and the way on."""
+    own = config({"stage": 0, "bf16": False, "optimizer": "adafactor"}, tmp_path, 0)
+    other = Engine(own, world=World(), device=device)
+    before = {key: tensor.clone() for key, tensor in checkpoint.own_tensors(other)}
+    assert {tuple(key.split("|")[:2]): tensor.numel() for key, tensor in before.items()} == checkpoint.state_sizes(own)
+    with pytest.raises(UserError, match=r"exp_avg.* which is no part of the state"):
+        checkpoint.load(saved, engine=other)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in checkpoint.own_tensors(other))
 
 
 SCALE = "layers.0.attention_norm.scale"

@@ -17,10 +17,11 @@ SHIPPED = ["ds_config.json", "deepspeed/fp32.json"]
 def build_from(tmp_path):
     """Builds from a file that holds `own`, which is text or becomes JSON."""
 
-    def build_from(own, *, world=1):
+    def build_from(own, *, world=1, optimizer="adamw"):
         path = tmp_path / "ds.json"
         path.write_text(own if isinstance(own, str) else json.dumps(own))
-        return build(Config(train=TRAIN, deepspeed={"config": str(path)}), world=world)
+        train = {**TRAIN, "optimizer": optimizer}
+        return build(Config(train=train, deepspeed={"config": str(path)}), world=world)
 
     return build_from
 
@@ -86,6 +87,35 @@ def test_stage_0_cannot_accumulate_bf16_in_fp32(build_from, zero):
 def test_all_problems_are_told_at_once(build_from):
     found = problems(build_from, {"fp16": {}, "optimizer": {}, "bf61": {}, "zero_optimization": {"stage": 7}})
     assert [line.partition(":")[0] for line in found] == ["fp16", "optimizer", "bf61", "zero_optimization.stage"]
+
+
+FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "stage", "bf16", "more", "message"),
+    [
+        ("adafactor", 1, True, FP32_SUMS, "use stage 0"),
+        ("adafactor", 3, False, {}, "use stage 0"),
+        ("muon", 0, True, {}, "use ds_config.json"),
+        ("muon", 1, True, {}, "use ds_config.json"),
+        ("muon", 1, False, {}, "use ds_config.json"),
+        ("muon", 2, True, FP32_SUMS, "use ds_config.json"),
+        ("muon", 3, True, FP32_SUMS, "use ds_config.json"),
+    ],
+)
+def test_an_optimiser_is_refused_where_it_would_not_see_whole_matrices(
+    build_from, optimizer, stage, bf16, more, message
+):
+    own = {"bf16": {"enabled": bf16}, "zero_optimization": {"stage": stage}, **more}
+    with pytest.raises(UserError, match=f"train.optimizer {optimizer}.*{message}"):
+        build_from(own, optimizer=optimizer)
+    assert build_from(own)
+
+
+@pytest.mark.parametrize(("optimizer", "name"), [("muon", "ds_config.json"), ("adafactor", "deepspeed/stage0.json")])
+def test_a_shipped_file_suits_every_optimiser(optimizer, name):
+    assert build(Config(train={**TRAIN, "optimizer": optimizer}, deepspeed={"config": name}), world=1)
 
 
 @pytest.mark.parametrize("key", ["zero_optimization", "bf16"])

@@ -4,6 +4,7 @@ import pytest
 
 from lamda.config import Config
 from lamda.config.errors import UserError
+from lamda.config.schema import TrainConfig
 from lamda.training.manifest import commit, make_fresh, sync_and_describe
 from lamda.training.resume import Start, choose_start
 from lamda.training.run_directory import RunDirectory
@@ -23,14 +24,14 @@ def config(resume, **model):
     return Config(model={**MODEL, **model}, train={"steps": 10}, checkpoint={"resume": str(resume)})
 
 
-def save(directory, step):
+def save(directory, step, **named):
     final = directory.checkpoints / f"step-{step:08d}"
     temporary = directory.checkpoints / f".{final.name}.tmp"
     make_fresh(temporary)
     RunState(step=step).write(temporary / "run_state.json")
     files = {"run_state.json": sync_and_describe(temporary / "run_state.json")}
     dimensions = config("auto").model.dimensions
-    commit(temporary, final, {"model": dimensions, "files": files}, keep=9)
+    commit(temporary, final, {"model": dimensions, **named, "files": files}, keep=9)
     return final
 
 
@@ -108,6 +109,16 @@ def test_a_checkpoint_of_another_model_is_refused_by_what_differs(directory, wor
         caught.value
     )
     assert "d_model" not in str(caught.value)
+
+
+@pytest.mark.parametrize("named", [{}, {"optimizer": "adamw"}])
+def test_a_checkpoint_of_another_optimiser_is_refused_with_the_way_on(directory, world, named):
+    """One that names none is of the time when there was but AdamW."""
+    path = save(directory, 2, **named)
+    assert choose_start(config("auto"), directory, world).path == path
+    muon = config("auto").model_copy(update={"train": TrainConfig(steps=10, optimizer="muon")})
+    with pytest.raises(UserError, match=r"adamw.*Set train\.optimizer adamw.*model\.weights .*model\.safetensors"):
+        choose_start(muon, directory, world)
 
 
 SAVED = {"seed": 0, "lanes": 8, "tokenizer": "a" * 64, "files": [["x", 1]]}

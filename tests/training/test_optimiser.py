@@ -1,0 +1,47 @@
+"""One rate and one decay mean the same for every matrix, whichever optimiser moves it."""
+
+import pytest
+import torch
+
+from lamda.config import ModelConfig
+from lamda.config.schema import TrainConfig
+from lamda.model import LaMDA
+from lamda.model.initialisation import initialise
+from lamda.training.optimiser import eager_kernels, make_optimizer, set_learning_rate
+
+SHAPE = {"vocab_size": 97, "d_model": 48, "n_layers": 1, "n_heads": 2, "d_head": 16, "d_ff": 224}
+
+
+def moved(optimizer, *, weight_decay, gradient):
+    """How far one step at a rate of 0.01 moves each weight, by name; gradients are `gradient` times random ones."""
+    model = LaMDA(ModelConfig(**SHAPE))
+    initialise(model, seed=0)
+    train = TrainConfig(steps=1, optimizer=optimizer, weight_decay=weight_decay, embedding_lr_scale=10)
+    before = {name: weight.clone() for name, weight in model.export_weights().items()}
+    made = make_optimizer(model, train)
+    set_learning_rate(made, 0.01)
+    draw = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.grad = gradient * torch.randn(parameter.shape, generator=draw)
+    with eager_kernels(train):
+        made.step()
+    return {name: (weight - before[name], before[name]) for name, weight in model.export_weights().items()}
+
+
+def is_matrix(name):
+    return name.startswith("layers.") and name.endswith(".weight")
+
+
+def test_muon_moves_every_matrix_by_the_rms_of_adamw():
+    """0.2 of the rate, wide, tall and square; the rest is AdamW's own first step, a rate or ten times it."""
+    for name, (way, _) in moved("muon", weight_decay=0, gradient=1e-3).items():
+        wanted = 0.2 if is_matrix(name) else 10 if name == "embedding.weight" else 1
+        assert way.square().mean().sqrt() == pytest.approx(0.01 * wanted, rel=0.2 if is_matrix(name) else 1e-2), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
+def test_decay_is_in_units_of_the_rate_alone(optimizer):
+    for name, (way, before) in moved(optimizer, weight_decay=0.5, gradient=0.0).items():
+        is_decayed = is_matrix(name) or name == "embedding.weight"
+        scale = 10 if name == "embedding.weight" and optimizer != "adafactor" else 1
+        torch.testing.assert_close(way, -0.01 * 0.5 * scale * is_decayed * before, rtol=0, atol=1e-7)
