@@ -17,7 +17,7 @@ class PlainLoop:
     def __init__(self, config: Config, *, device: torch.device, dtype: torch.dtype, compiled: bool) -> None:
         self._config = config
         self._model = LaMDA(config.model, recompute=config.train.recompute)
-        initialise(self._model, seed=config.run.seed)
+        initialise(self._model, seed=config.run.seed, base_width=config.train.base_width)
         self._model.to(device)
         self._optimizer = make_optimizer(self._model, config.train)
         self._masters = list(self._model.parameters())

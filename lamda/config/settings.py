@@ -89,7 +89,7 @@ class Schema(Generic[Whole]):
 
         def likeness(key: str) -> tuple[float, float]:
             of_section, of_last = key.split(".")
-            described = _alike(last.replace("_", " "), self.keys[key].description)
+            described = _alike(last.replace("_", " "), self.keys[key].description.partition(";")[0])
             whole = 0.0 if section else _alike(name, key)
             return max(_alike(last, of_last), described, whole), _alike(section, of_section)
 

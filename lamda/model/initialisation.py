@@ -24,16 +24,19 @@ Draw = Callable[[Tensor, torch.Generator], Tensor]
 
 
 @torch.no_grad()
-def initialise(model: LaMDA, *, seed: int) -> None:
+def initialise(model: LaMDA, *, seed: int, base_width: int | None = None) -> None:
     """Draw every weight. Each plain weight has a generator of its own, seeded by (seed, its name).
 
     So the values depend on nothing else: not on ranks, device, precision (they are drawn in fp32 on
-    the CPU) or the order of modules.
+    the CPU) or the order of modules. base_width: of the model whose rates are carried over
+    (`lamda.training.optimiser`); logits then fall with the width as muP asks (arXiv 2203.03466, table 8).
     """
     draws = _draws(model.config)
     for name, weight in model.export_weights().items():
         draw = draws[name.removesuffix(".weight").rpartition(".")[2]]
         weight.copy_(draw(torch.empty(weight.shape, device="cpu"), _generator(seed, name)))
+    if base_width is not None:
+        model.final_norm.scale.mul_((base_width / model.config.d_model) ** 0.5)
 
 
 def _draws(config: ModelConfig) -> dict[str, Draw]:

@@ -70,7 +70,7 @@ class Engine:
         if self._is_unguarded:
             own["gradient_clipping"] = 0.0
         model = LaMDA(config.model, recompute=config.train.recompute)
-        initialise(model, seed=config.run.seed)
+        initialise(model, seed=config.run.seed, base_width=config.train.base_width)
         model.to(device)
         if config.train.fp8:
             fp8.check(model, device)

@@ -1,17 +1,19 @@
 """The optimisers: AdamW, DeepSpeed's Muon with AdamW beside it, and Adafactor; their groups, rates and states.
 
-Every optimiser sees three parts of the model: the embedding with a rate of its own, the blocks'
-matrices, and what does not decay (norm scales and relative-bias tables shift scores and scales, not features).
+Every optimiser sees the model in parts: the embedding with a rate of its own, the blocks' matrices, the final norm,
+and the rest. Only the first two decay: norms' scales and relative-bias tables shift scores and scales, not features.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, get_args
 
 import torch
 from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
 from lamda.config.schema import TrainConfig
+from lamda.model import LaMDA
 
 MUON_MOMENTUM = 0.95
 """Muon's decay of its momentum, Nesterov's way (Jordan et al., kellerjordan.github.io/posts/muon)."""
@@ -19,33 +21,59 @@ MUON_MOMENTUM = 0.95
 ADAMW_RMS = 0.2
 """What Muon's updates are brought to: the usual RMS of AdamW's (Liu et al., arXiv 2502.16982, section 2.2)."""
 
+Part = Literal["embedding", "matrices", "final_norm", "others"]
+
 State = dict[str, torch.Tensor]
 
 
-def make_optimizer(model: torch.nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: LaMDA, train: TrainConfig) -> torch.optim.Optimizer:
     """The optimiser of a model. The rate starts at 0: `set_learning_rate` gives each step its own."""
-    embedding, matrices, others = (
-        [parameter for name, parameter in model.named_parameters() if part_of(name) == part]
-        for part in ("embedding", "matrices", "others")
-    )
-    embedding_group = {
-        "params": embedding,
-        "weight_decay": train.weight_decay,
-        "scale": 1.0 if train.optimizer == "adafactor" else train.embedding_lr_scale,
+    of_part: dict[Part, list[torch.nn.Parameter]] = {part: [] for part in get_args(Part)}
+    for name, parameter in model.named_parameters():
+        of_part[part_of(name)].append(parameter)
+    scales = rate_scales(train, d_model=model.config.d_model)
+    # A rate that follows the width does not take the decay along: rate times decay stays what it was.
+    decays = {"embedding": train.weight_decay, "matrices": train.weight_decay / scales["matrices"]}
+    groups = {
+        part: {
+            "params": parameters,
+            "weight_decay": decays.get(part, 0.0),
+            "scale": scales[part],
+        }
+        for part, parameters in of_part.items()
     }
-    others_group = {"params": others, "weight_decay": 0.0, "scale": 1.0}
     if train.optimizer == "muon":
-        return _muon([embedding_group, others_group], matrices, train)
-    groups = [embedding_group, {"params": matrices, "weight_decay": train.weight_decay, "scale": 1.0}, others_group]
+        return _muon(groups, train)
     if train.optimizer == "adafactor":
-        return torch.optim.Adafactor(groups, lr=0.0)
-    return torch.optim.AdamW(groups, lr=0.0, **_adamw_numbers(train))
+        return torch.optim.Adafactor(groups.values(), lr=0.0)
+    return torch.optim.AdamW(groups.values(), lr=0.0, **_adamw_numbers(train))
 
 
-def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to: embedding, matrices or others."""
+def rate_scales(train: TrainConfig, *, d_model: int) -> dict[Part, float]:
+    """The rate of each part of the model / the run's.
+
+    With `train.base_width` they keep the size of what a step changes the same at every width (muP, arXiv
+    2203.03466; heads keep theirs). A matrix adds up D inputs that an AdamW step moves alike, so its rate falls as
+    1/D; Muon's and Adafactor's steps have a size of their own, an operator's norm and a share of the weight, which
+    leave 1/sqrt(D). The tied embedding and the scales before it keep theirs as inputs; as outputs they
+    ask for logits times 1/D instead of the model's 1/sqrt(D), which the final norm takes on.
+    """
+    width = d_model / (train.base_width or d_model)
+    is_adafactor = train.optimizer == "adafactor"
+    return {
+        "embedding": 1.0 if is_adafactor else train.embedding_lr_scale,
+        "matrices": width**-1 if train.optimizer == "adamw" else width**-0.5,
+        "final_norm": 1.0 if is_adafactor else width**-0.5,
+        "others": 1.0,
+    }
+
+
+def part_of(name: str) -> Part:
+    """The part of the model that a parameter belongs to."""
     if name == "embedding.weight":
         return "embedding"
+    if name == "final_norm.scale":
+        return "final_norm"
     return "matrices" if name.endswith(".weight") else "others"
 
 
@@ -75,32 +103,31 @@ def eager_kernels(train: TrainConfig) -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager") if train.optimizer == "muon" else nullcontext()
 
 
-def _muon(adamw_groups: list[dict], matrices: list[torch.nn.Parameter], train: TrainConfig) -> MuonWithAuxAdam:
+def _muon(of_part: dict[Part, dict], train: TrainConfig) -> MuonWithAuxAdam:
     """Muon for the matrices, in groups of one number of inputs, whose updates get the RMS of AdamW's.
 
     An orthogonal [m, n] has an RMS of 1 / sqrt(max(m, n)); DeepSpeed multiplies it by sqrt(max(1, m/n)), which makes
     1 / sqrt(n) of it. So n inputs ask for a scale of ADAMW_RMS sqrt(n). Decay is in units of the plain rate.
     """
-    of_width: dict[int, list[torch.nn.Parameter]] = {}
-    for matrix in matrices:
-        of_width.setdefault(matrix.shape[1], []).append(matrix)
-    groups = [{**group, "use_muon": False, "lr": 0.0} for group in adamw_groups]
-    for inputs, alike in of_width.items():
-        scale = ADAMW_RMS * inputs**0.5
+    matrices = of_part.pop("matrices")
+    of_inputs: dict[int, list[torch.nn.Parameter]] = {}
+    for matrix in matrices["params"]:
+        of_inputs.setdefault(matrix.shape[1], []).append(matrix)
+    numbers = _adamw_numbers(train)
+    adamw = {key: numbers[key] for key in ("betas", "eps")}
+    groups = [{**group, **adamw, "use_muon": False, "lr": 0.0} for group in of_part.values()]
+    for inputs, alike in of_inputs.items():
+        to_adamw = ADAMW_RMS * inputs**0.5
         groups.append(
             {
                 "params": alike,
                 "use_muon": True,
                 "lr": 0.0,
                 "momentum": MUON_MOMENTUM,
-                "weight_decay": train.weight_decay / scale,
-                "scale": scale,
+                "weight_decay": matrices["weight_decay"] / to_adamw,
+                "scale": matrices["scale"] * to_adamw,
             }
         )
-    numbers = _adamw_numbers(train)
-    for group in groups:
-        if not group["use_muon"]:
-            group.update({key: numbers[key] for key in ("betas", "eps")})
     return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"lr": 0.0, **numbers})
 
 

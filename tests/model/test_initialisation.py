@@ -101,3 +101,13 @@ def test_every_layer_adds_the_scale_that_theory_gives():
     expected = sum(gelu(z) ** 2 * exp(-z * z / 2) / sqrt(2 * pi) / 100 for z in grid)
     assert all(power == pytest.approx(expected, rel=0.2) for power in feed_forward)
     assert all(0.01 < power < 1 for power in attention)
+
+
+def test_logits_fall_with_the_width_from_the_base_on():
+    """Times 1/D instead of 1/sqrt(D), by the final norm alone."""
+    model = LaMDA(ModelConfig(vocab_size=97, d_model=96, n_layers=1, n_heads=2, d_head=8, d_ff=40))
+    initialise(model, seed=7)
+    before = {name: weight.clone() for name, weight in model.export_weights().items()}
+    initialise(model, seed=7, base_width=24)
+    for name, weight in model.export_weights().items():
+        torch.testing.assert_close(weight, before[name] * (0.5 if name == "final_norm.scale" else 1), rtol=0, atol=0)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lamda.benchmark.coordinates import check
 from lamda.config import ModelConfig
 from lamda.config.schema import TrainConfig
 from lamda.model import LaMDA
@@ -12,11 +13,13 @@ from lamda.training.optimiser import eager_kernels, make_optimizer, set_learning
 SHAPE = {"vocab_size": 97, "d_model": 48, "n_layers": 1, "n_heads": 2, "d_head": 16, "d_ff": 224}
 
 
-def moved(optimizer, *, weight_decay, gradient):
+def moved(optimizer, *, weight_decay, gradient, base_width=None):
     """How far one step at a rate of 0.01 moves each weight, by name; gradients are `gradient` times random ones."""
     model = LaMDA(ModelConfig(**SHAPE))
     initialise(model, seed=0)
-    train = TrainConfig(steps=1, optimizer=optimizer, weight_decay=weight_decay, embedding_lr_scale=10)
+    train = TrainConfig(
+        steps=1, optimizer=optimizer, weight_decay=weight_decay, embedding_lr_scale=10, base_width=base_width
+    )
     before = {name: weight.clone() for name, weight in model.export_weights().items()}
     made = make_optimizer(model, train)
     set_learning_rate(made, 0.01)
@@ -39,9 +42,30 @@ def test_muon_moves_every_matrix_by_the_rms_of_adamw():
         assert way.square().mean().sqrt() == pytest.approx(0.01 * wanted, rel=0.2 if is_matrix(name) else 1e-2), name
 
 
+@pytest.mark.parametrize("base_width", [None, 6])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
-def test_decay_is_in_units_of_the_rate_alone(optimizer):
-    for name, (way, before) in moved(optimizer, weight_decay=0.5, gradient=0.0).items():
+def test_decay_is_in_units_of_the_rate_alone(optimizer, base_width):
+    for name, (way, before) in moved(optimizer, weight_decay=0.5, gradient=0.0, base_width=base_width).items():
         is_decayed = is_matrix(name) or name == "embedding.weight"
         scale = 10 if name == "embedding.weight" and optimizer != "adafactor" else 1
         torch.testing.assert_close(way, -0.01 * 0.5 * scale * is_decayed * before, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
+def test_a_step_changes_hidden_states_alike_at_every_width(optimizer):
+    """The coordinate check; `as_given` is what it looks like without `base_width`."""
+    hidden, widths = ("attention", "feed-forward", "stream"), (64, 128, 256)
+    found = check(optimizer, lr=4e-3, steps=4, base_width=64, widths=widths)
+    assert all(abs(found[name]["exponent"]) < (0.13 if optimizer == "muon" else 0.06) for name in hidden), found
+    if optimizer == "adamw":
+        as_given = check(optimizer, lr=4e-3, steps=4, base_width=None, widths=widths)
+        assert all(as_given[name]["exponent"] > 0.2 for name in hidden), as_given
+
+
+def test_at_the_base_width_nothing_changes():
+    def weights(base_width):
+        steps = moved("adamw", weight_decay=0.1, gradient=1e-3, base_width=base_width)
+        return {name: before + way for name, (way, before) in steps.items()}
+
+    as_given, tuned_here = weights(None), weights(SHAPE["d_model"])
+    assert all(torch.equal(tuned_here[name], weight) for name, weight in as_given.items())
