@@ -7,7 +7,7 @@ and the rest. Only the first two decay: norms' scales and relative-bias tables s
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
@@ -28,20 +28,14 @@ State = dict[str, torch.Tensor]
 
 def make_optimizer(model: LaMDA, train: TrainConfig) -> torch.optim.Optimizer:
     """The optimiser of a model. The rate starts at 0: `set_learning_rate` gives each step its own."""
-    of_part: dict[Part, list[torch.nn.Parameter]] = {part: [] for part in get_args(Part)}
-    for name, parameter in model.named_parameters():
-        of_part[part_of(name)].append(parameter)
     scales = rate_scales(train, d_model=model.config.d_model)
     # A rate that follows the width does not take the decay along: rate times decay stays what it was.
     decays = {"embedding": train.weight_decay, "matrices": train.weight_decay / scales["matrices"]}
-    groups = {
-        part: {
-            "params": parameters,
-            "weight_decay": decays.get(part, 0.0),
-            "scale": scales[part],
-        }
-        for part, parameters in of_part.items()
+    groups: dict[Part, dict] = {
+        part: {"params": [], "weight_decay": decays.get(part, 0.0), "scale": scale} for part, scale in scales.items()
     }
+    for name, parameter in model.named_parameters():
+        groups[part_of(name) if part_of(name) in groups else "others"]["params"].append(parameter)
     if train.optimizer == "muon":
         return _muon(groups, train)
     if train.optimizer == "adafactor":
@@ -50,7 +44,7 @@ def make_optimizer(model: LaMDA, train: TrainConfig) -> torch.optim.Optimizer:
 
 
 def rate_scales(train: TrainConfig, *, d_model: int) -> dict[Part, float]:
-    """The rate of each part of the model / the run's.
+    """The rate of each part of the model / the run's; the final norm is one of the others where it has none.
 
     With `train.base_width` they keep the size of what a step changes the same at every width (muP, arXiv
     2203.03466; heads keep theirs). A matrix adds up D inputs that an AdamW step moves alike, so its rate falls as
@@ -60,12 +54,13 @@ def rate_scales(train: TrainConfig, *, d_model: int) -> dict[Part, float]:
     """
     width = d_model / (train.base_width or d_model)
     is_adafactor = train.optimizer == "adafactor"
-    return {
+    scales: dict[Part, float] = {
         "embedding": 1.0 if is_adafactor else train.embedding_lr_scale,
         "matrices": width**-1 if train.optimizer == "adamw" else width**-0.5,
-        "final_norm": 1.0 if is_adafactor else width**-0.5,
         "others": 1.0,
     }
+    # A group of its own only where it needs one: ZeRO rounds the gradient's norm group by group.
+    return scales if is_adafactor or width == 1 else {**scales, "final_norm": width**-0.5}
 
 
 def part_of(name: str) -> Part:
