@@ -19,7 +19,7 @@ from lamda.cluster.activations import Activations, Recompute, activations
 from lamda.cluster.sharding import Sharding
 from lamda.config import ModelConfig
 from lamda.config.schema import Config
-from lamda.model.weights import plain_slices
+from lamda.model.weights import part_of, plain_slices
 
 Phase = Literal["start", "loss", "backward", "reduction", "update"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -53,13 +53,15 @@ class Setting:
     accumulation: int
     recompute: Recompute = "none"
     has_documents: bool = False
+    optimizer: str = "adamw"
 
     @classmethod
     def of(cls, config: Config, sharding: Sharding, *, accumulation: int) -> Setting:
         """The setting of a run."""
         rows, length = config.train.micro_batch_size, config.data.sequence_length
         recompute, has_documents = config.train.recompute, config.data.document_mask
-        return cls(config.model, sharding, rows, length, accumulation, recompute, has_documents)
+        optimizer = config.train.optimizer
+        return cls(config.model, sharding, rows, length, accumulation, recompute, has_documents, optimizer)
 
     @property
     def activations(self) -> Activations:
@@ -83,7 +85,7 @@ def items(setting: Setting) -> list[Item]:
     """Everything that a rank's GPU holds; nothing of no bytes."""
     sizes = parameter_sizes(setting.model)
     found = [
-        *_states(sizes, setting.sharding),
+        *_states(sizes, setting),
         *_gradients(sizes, setting),
         *_buffers(sizes, setting),
         *_activations(setting),
@@ -106,9 +108,22 @@ def model_states(found: Sequence[Item]) -> int:
     return sum(item.bytes for item in found if item.is_state)
 
 
-def _states(sizes: Sequence[int], sharding: Sharding) -> Iterator[Item]:
+def optimizer_state(model: ModelConfig, optimizer: str) -> int:
+    """Elements of fp32 that an optimiser keeps beside the weights (`lamda.training.optimiser.fresh_state`)."""
+    kept = 0
+    for name, plains in plain_slices(model).items():
+        numel, (rows, *columns) = sum(plain.numel for plain in plains), plains[0].shape
+        if optimizer == "adafactor":
+            kept += len(plains) * rows + columns[0] if columns else numel
+        else:
+            kept += numel if optimizer == "muon" and part_of(name) == "matrices" else 2 * numel
+    return kept
+
+
+def _states(sizes: Sequence[int], setting: Setting) -> Iterator[Item]:
     """Weights and the optimiser's state: there from the start to the end."""
-    total, width = sum(sizes), sharding.weight
+    sharding, total, width = setting.sharding, sum(sizes), setting.sharding.weight
+    kept = optimizer_state(setting.model, setting.optimizer)
     small = sum(size for size in sizes if size < sharding.persistent)
     own = sharding.share(total) if sharding.stage else total
     has_masters = sharding.stage or sharding.is_bf16
@@ -118,7 +133,7 @@ def _states(sizes: Sequence[int], sharding: Sharding) -> Iterator[Item]:
         yield _state("small weights, kept whole", small * width, STEP)
         yield Item("weights, gathered", min(total - small, sharding.live) * width, COMPUTING)
     yield _state("fp32 master weights", 4 * own if has_masters else 0, STEP)
-    yield _state("AdamW's moments", 8 * own, STEP)
+    yield _state("optimiser's state", 4 * (sharding.share(kept) if sharding.stage else kept), STEP)
 
 
 def _gradients(sizes: Sequence[int], setting: Setting) -> Iterator[Item]:

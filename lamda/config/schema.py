@@ -167,9 +167,6 @@ class TrainConfig(Section):
     base_width: Positive | None = Field(
         None, description="the d_model that lr was tuned at; rates and the final norm then follow the width (muP)"
     )
-    base_batch_size: Positive | None = Field(
-        None, description="the global_batch_size that lr was tuned at; the rate then grows with the batch's square root"
-    )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")

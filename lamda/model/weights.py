@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lamda.config import ModelConfig
 from lamda.config.errors import UserError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 BUCKETS = 32
+Part = Literal["embedding", "matrices", "final_norm", "others"]
 _NAMED = 8
 
 
@@ -106,3 +107,12 @@ def check_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tupl
 def _some(names: Sequence[str]) -> str:
     rest = len(names) - _NAMED
     return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def part_of(name: str) -> Part:
+    """The part of the model that a parameter belongs to."""
+    if name == "embedding.weight":
+        return "embedding"
+    if name == "final_norm.scale":
+        return "final_norm"
+    return "matrices" if name.endswith(".weight") else "others"

@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from lamda.config import Config, ModelConfig
 from lamda.config.errors import UserError
 from lamda.distributed import barrier
-from lamda.model.weights import PlainSlice, check_shapes, plain_slices
+from lamda.model.weights import PlainSlice, check_shapes, part_of, plain_slices
 from lamda.training import manifest
 from lamda.training.engine import Engine
 from lamda.training.fragments import Fragment, fragments, reset_state
-from lamda.training.optimiser import fresh_state, part_of
+from lamda.training.optimiser import fresh_state
 from lamda.training.state import RunState
 
 Sizes = dict[tuple[str, str], int]

@@ -7,21 +7,19 @@ and the rest. Only the first two decay: norms' scales and relative-bias tables s
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
 
 import torch
 from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
 from lamda.config.schema import TrainConfig
 from lamda.model import LaMDA
+from lamda.model.weights import Part, part_of
 
 MUON_MOMENTUM = 0.95
 """Muon's decay of its momentum, Nesterov's way (Jordan et al., kellerjordan.github.io/posts/muon)."""
 
 ADAMW_RMS = 0.2
 """What Muon's updates are brought to: the usual RMS of AdamW's (Liu et al., arXiv 2502.16982, section 2.2)."""
-
-Part = Literal["embedding", "matrices", "final_norm", "others"]
 
 State = dict[str, torch.Tensor]
 
@@ -61,15 +59,6 @@ def rate_scales(train: TrainConfig, *, d_model: int) -> dict[Part, float]:
     }
     # A group of its own only where it needs one: ZeRO rounds the gradient's norm group by group.
     return scales if is_adafactor or width == 1 else {**scales, "final_norm": width**-0.5}
-
-
-def part_of(name: str) -> Part:
-    """The part of the model that a parameter belongs to."""
-    if name == "embedding.weight":
-        return "embedding"
-    if name == "final_norm.scale":
-        return "final_norm"
-    return "matrices" if name.endswith(".weight") else "others"
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

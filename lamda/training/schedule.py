@@ -14,24 +14,14 @@ def learning_rate(step: int, *, train: TrainConfig, steps: int) -> float:
     linear fall over the last decay_fraction. inverse_sqrt: the peak for warmup_steps, then
     1/sqrt(step), as Google's own framework trains this shape (Lingvo, DenseLm128B8x8).
     """
-    return _peak(train) * _share_of_peak(step, train=train, steps=steps)
-
-
-def _peak(train: TrainConfig) -> float:
-    """The rate for this batch: Adam's noise grows as its root falls (Malladi et al., arXiv 2205.10287)."""
-    batch = train.global_batch_size
-    return train.lr * (batch / (train.base_batch_size or batch)) ** 0.5
-
-
-def _share_of_peak(step: int, *, train: TrainConfig, steps: int) -> float:
     warmup, floor = train.warmup_steps, train.min_lr_ratio
     if train.schedule == "inverse_sqrt":
-        return (max(warmup, 1) / max(step, warmup, 1)) ** 0.5
+        return train.lr * (max(warmup, 1) / max(step, warmup, 1)) ** 0.5
     if step <= warmup:
-        return step / warmup
+        return train.lr * step / warmup
     if train.schedule == "cosine":
         done = (step - warmup) / max(1, steps - warmup)
-        return floor + (1 - floor) * 0.5 * (1 + cos(pi * min(1.0, done)))
+        return train.lr * (floor + (1 - floor) * 0.5 * (1 + cos(pi * min(1.0, done))))
     decay = train.decay_fraction * steps
     left = (steps - step) / decay if decay else 1.0
-    return floor + (1 - floor) * min(1.0, left)
+    return train.lr * (floor + (1 - floor) * min(1.0, left))

@@ -11,16 +11,17 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from lamda.cluster.communication import traffic
-from lamda.cluster.memory import STEP, Setting, by_phase, items, model_states, parameter_sizes
+from lamda.cluster.memory import STEP, Setting, by_phase, items, model_states, optimizer_state, parameter_sizes
 from lamda.cluster.sharding import Sharding
-from lamda.config import ModelConfig
+from lamda.config import Config, ModelConfig
+from lamda.training.checkpoint import state_sizes
 from tests.cluster.memory_worker import ACCUMULATION, LENGTH
 from tests.launch import run_ranks
 
 WORKER = str(Path(__file__).with_name("memory_worker.py"))
 RANKS = 2
 SHIPPED = "bf16, fp32 accumulation"
-STATES = {"weights": "weights", "masters": "fp32 master weights", "moments": "AdamW's moments"}
+STATES = {"weights": "weights", "masters": "fp32 master weights", "moments": "optimiser's state"}
 
 
 CASES = [(0, "bf16"), (1, SHIPPED), (2, SHIPPED), (3, SHIPPED), (1, "fp32")]
@@ -102,3 +103,10 @@ def main(preset):
 
 if __name__ == "__main__":
     main(sys.argv[1])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
+def test_an_optimisers_state_is_what_a_checkpoint_holds_beside_the_weights(optimizer):
+    config = Config(model={"preset": "tiny"}, train={"steps": 1, "optimizer": optimizer})
+    saved = sum(size for (_, kind), size in state_sizes(config).items() if kind != "weight")
+    assert optimizer_state(config.model, optimizer) == saved

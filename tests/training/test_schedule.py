@@ -86,11 +86,3 @@ def test_the_rate_depends_on_the_step_and_not_on_what_was_asked_before(schedule)
     order = random.Random(0).sample(range(1, STEPS + 1), STEPS)
     shuffled = {step: learning_rate(step, train=train, steps=STEPS) for step in order}
     assert shuffled == rates(schedule)
-
-
-def test_the_peak_follows_the_root_of_the_batch_from_the_one_it_was_tuned_at():
-    assert rates("wsd", global_batch_size=32, micro_batch_size=2, base_batch_size=8)[50] == pytest.approx(2 * PEAK)
-    assert rates("inverse_sqrt", global_batch_size=2, micro_batch_size=2, base_batch_size=8)[1] == pytest.approx(
-        PEAK / 2
-    )
-    assert rates("cosine", global_batch_size=32, micro_batch_size=2)[WARMUP] == pytest.approx(PEAK)
