@@ -70,7 +70,7 @@ class Text:
             cursors=state.cursors,
             threads=config.data.threads,
             domains=self.domains,
-            document_mask=config.data.document_mask,
+            document_mask=config.data.separates_documents,
             ready=BlockFolder.of(config.data.blocks, state.fingerprint) if config.data.blocks else None,
         )
 
