@@ -42,6 +42,9 @@ def _show_config(argv: list[str]) -> None:
 
 COMMANDS = {
     "pretrain": Command(_main_of("lamda.training.main"), _CONFIG, "train a model from raw text, or go on with a run"),
+    "finetune": Command(
+        _main_of("lamda.dialog.main"), _CONFIG, "fine-tune a model on dialogues and ratings, or go on with a run"
+    ),
     "evaluate": Command(
         _main_of("lamda.training.evaluate"),
         "RUN_OR_CHECKPOINT [--files GLOB] [--json]",
@@ -127,6 +130,15 @@ exit code: 0 where the run fits, 1 where it does not""",
         _main_of("lamda.cluster.submit"),
         f"--cluster FILE [--nodes N] [--doctor] [--dry-run] {_CONFIG}",
         "start a run on SLURM, on machines over ssh or on Kubernetes, or show what would be started",
+    ),
+    "dialog convert": Command(
+        _main_of("lamda.dialog.convert"),
+        "FORMAT IN [IN ...] -o OUT",
+        "turn published dialogue sets into conversations, one JSON object a line",
+        """\
+FORMAT                 topical-chat, hh-rlhf, taskmaster, oasst1 or chat (messages of role and content)
+IN                     .jsonl, .jsonl.zst, .jsonl.gz or .json, as published
+-o OUT                 .jsonl, .jsonl.zst or .jsonl.gz""",
     ),
     "tokenizer train": Command(_train_tokenizer, _CONFIG, "train the run's tokenizer from its training files"),
     "config show": Command(_show_config, _CONFIG, "print the whole configuration that file and flags resolve to"),
