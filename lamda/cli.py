@@ -142,7 +142,7 @@ IN                     .jsonl, .jsonl.zst, .jsonl.gz or .json, as published
     ),
     "dialog evaluate": Command(
         _main_of("lamda.dialog.evaluate"),
-        "RUN_OR_CHECKPOINT [--files GLOB] [--examples N] [--json]",
+        "RUN_OR_CHECKPOINT [--files GLOB] [--examples N] [--length L] [--json]",
         "perplexity of responses and how well ratings are told, on held-out dialogues",
     ),
     "tokenizer train": Command(_train_tokenizer, _CONFIG, "train the run's tokenizer from its training files"),

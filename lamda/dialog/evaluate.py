@@ -20,21 +20,33 @@ from lamda.inference.loading import find_checkpoint, load_model
 
 
 def main(argv: list[str]) -> int:
-    """`RUN_OR_CHECKPOINT [--files GLOB] [--examples N] [--json]`; without --files the run's own dialogues."""
+    """`RUN_OR_CHECKPOINT [--files GLOB] [--examples N] [--length L] [--json]`; without --files the run's own dialogues."""
     parser = argparse.ArgumentParser(prog="lamda dialog evaluate", allow_abbrev=False)
     parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", type=Path)
     parser.add_argument("--files", metavar="GLOB", help="conversations in place of the run's validation files")
     parser.add_argument("--examples", metavar="N", type=int, help="of all examples, mixed; default: all")
+    parser.add_argument("--length", metavar="L", type=int, help="of rows, to compare runs that differ in it")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args(argv)
-    report = evaluate_checkpoint(find_checkpoint(options.path), files=options.files, examples=options.examples)
+    report = evaluate_checkpoint(
+        find_checkpoint(options.path), files=options.files, examples=options.examples, length=options.length
+    )
     print(json.dumps(report, indent=1) if options.json else "\n".join(table(report)))
     return 0
 
 
-def evaluate_checkpoint(path: Path, *, files: str | None, examples: int | None) -> dict[str, Any]:
+def evaluate_checkpoint(
+    path: Path, *, files: str | None, examples: int | None, length: int | None = None
+) -> dict[str, Any]:
     """The report of `DialogScores` for a checkpoint, with its path. Raises UserError where there is no dialogue."""
-    config = load_config(["--config", str(path / "config.yaml"), *(["--data.eval_files", files] if files else [])])
+    config = load_config(
+        [
+            "--config",
+            str(path / "config.yaml"),
+            *(["--data.eval_files", files] if files else []),
+            *(["--data.sequence_length", str(length)] if length else []),
+        ]
+    )
     sources = load_card(config.data).validation
     if not sources:
         raise UserError(f"card {config.data.corpus!r} has no validation dialogues; give --files")

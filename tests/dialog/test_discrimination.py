@@ -102,4 +102,4 @@ def test_ranks_together_find_what_one_finds(held_out, model):
 
     how = {"device": torch.device("cpu"), "micro_batch": 4, "rows": 26, "world": 3, "total": gathered}
     together = [held_out.score(model, rank=rank, **how) for rank in range(3)][-1]
-    assert together.metrics() == pytest.approx(alone.metrics(), rel=1e-6)
+    assert together.metrics() == pytest.approx(alone.metrics(), rel=1e-6, nan_ok=True)
