@@ -20,7 +20,7 @@ from lamda.inference.loading import find_checkpoint, load_model
 
 
 def main(argv: list[str]) -> int:
-    """`RUN_OR_CHECKPOINT [--files GLOB] [--examples N] [--length L] [--json]`; without --files the run's own dialogues."""
+    """`RUN_OR_CHECKPOINT [--files GLOB] [--examples N] [--length L] [--json]`; by default the run's own dialogues."""
     parser = argparse.ArgumentParser(prog="lamda dialog evaluate", allow_abbrev=False)
     parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", type=Path)
     parser.add_argument("--files", metavar="GLOB", help="conversations in place of the run's validation files")
@@ -39,14 +39,11 @@ def evaluate_checkpoint(
     path: Path, *, files: str | None, examples: int | None, length: int | None = None
 ) -> dict[str, Any]:
     """The report of `DialogScores` for a checkpoint, with its path. Raises UserError where there is no dialogue."""
-    config = load_config(
-        [
-            "--config",
-            str(path / "config.yaml"),
-            *(["--data.eval_files", files] if files else []),
-            *(["--data.sequence_length", str(length)] if length else []),
-        ]
-    )
+    overrides = ["--data.eval_files", files] if files else []
+    overrides += ["--data.sequence_length", str(length)] if length else []
+    overrides = ["--data.eval_files", files] if files else []
+    overrides += ["--data.sequence_length", str(length)] if length else []
+    config = load_config(["--config", str(path / "config.yaml"), *overrides])
     sources = load_card(config.data).validation
     if not sources:
         raise UserError(f"card {config.data.corpus!r} has no validation dialogues; give --files")
