@@ -8,7 +8,7 @@ from lamda.config.loading import KEYS, ConfigError, load_config
 from lamda.config.presets import PRESETS
 
 REPOSITORY = Path(__file__).parents[2]
-SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
+SHIPPED = sorted([*(REPOSITORY / "configs").glob("*.yaml"), *(REPOSITORY / "configs/finetune").glob("*.yaml")])
 
 
 @pytest.fixture
