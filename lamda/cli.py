@@ -140,6 +140,11 @@ FORMAT                 topical-chat, hh-rlhf, taskmaster, oasst1 or chat (messag
 IN                     .jsonl, .jsonl.zst, .jsonl.gz or .json, as published
 -o OUT                 .jsonl, .jsonl.zst or .jsonl.gz""",
     ),
+    "dialog evaluate": Command(
+        _main_of("lamda.dialog.evaluate"),
+        "RUN_OR_CHECKPOINT [--files GLOB] [--examples N] [--length L] [--json]",
+        "perplexity of responses and how well ratings are told, on held-out dialogues",
+    ),
     "tokenizer train": Command(_train_tokenizer, _CONFIG, "train the run's tokenizer from its training files"),
     "config show": Command(_show_config, _CONFIG, "print the whole configuration that file and flags resolve to"),
 }

@@ -170,9 +170,8 @@ def table(report: dict[str, Any]) -> Iterator[str]:
     loss, perplexity = report["loss"], report["perplexity"]
     yield f"responses: {loss:.4f} nats a token, perplexity {perplexity:.2f} ({report['tokens']:,} tokens)"
     if report["attributes"]:
-        yield (
-            f"{'rating':14}{'AUC':>7}{'95% interval':>18}{'accuracy':>10}{'commoner':>10}{'ECE':>8}{'of 1':>8}{'of 0':>8}"
-        )
+        heads = {"AUC": 7, "95% interval": 18, "accuracy": 10, "commoner": 10, "ECE": 8, "of 1": 8, "of 0": 8}
+        yield f"{'rating':14}" + "".join(f"{head:>{width}}" for head, width in heads.items())
     for name, part in report["attributes"].items():
         low, high = part["auc_interval"]
         yield (

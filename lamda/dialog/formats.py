@@ -7,7 +7,8 @@ Ratings become labels by stated rules:
       Poor, Not Good: 0 0 0      Passable: 1 0 0      Good: 1 1 0      Excellent: 1 1 1
 
   `grounded` is 1 where the message names a source of its reading set (FS1, AS2, ...), 0 where it has personal
-  knowledge alone. A message without a rating (some first and last ones) has `grounded` alone. A dialogue comes twice, once with either party as the assistant.
+  knowledge alone. A message without a rating (some first and last ones) has `grounded` alone. A dialogue comes
+  twice, once with either party as the assistant.
 - hh-rlhf. The last message of `chosen` is unsafe 0, that of `rejected` unsafe 1: which of two answers a person
   found less harmful, not whether it was harmful. An empty last message gives no conversation.
 - Taskmaster (1 to 4) and OASST1 have no labels here; OASST1's threads come as the paths of highest rank.
