@@ -1,0 +1,1 @@
+"""What makes a trained model LaMDA: conversations, judged candidates, tools, chat."""
