@@ -1,1 +1,1 @@
-"""What makes a trained model LaMDA: conversations, judged candidates, tools, chat."""
+"""Dialogue: conversations, their encoding and conversion, and fine-tuning on them."""
