@@ -34,7 +34,7 @@ class Retrieval:
 
     def __init__(self, passages: Sequence[Passage], index: BM25) -> None:
         """Take passages with their index; `open` reads and makes them."""
-        self._passages = passages
+        self.passages = passages
         self._index = index
 
     @classmethod
@@ -66,7 +66,7 @@ class Retrieval:
         place = int((-scores).argsort(kind="stable")[again]) if again < len(scores) else None
         if place is None or scores[place] <= 0:
             return []
-        return [Result(self._passages[place].text, self._passages[place].source)]
+        return [Result(self.passages[place].text, self.passages[place].source)]
 
     @classmethod
     def _made(cls, contents: Iterable[tuple[Path, bytes]], corpus: Path) -> Retrieval:
@@ -94,7 +94,7 @@ class Retrieval:
             written = Path(tempfile.mkdtemp(dir=kept.parent, prefix="unfinished-"))
             try:
                 self._index.save(written, show_progress=False)
-                lines = (orjson.dumps([passage.text, passage.source]) + b"\n" for passage in self._passages)
+                lines = (orjson.dumps([passage.text, passage.source]) + b"\n" for passage in self.passages)
                 (written / "passages.jsonl").write_bytes(b"".join(lines))
                 for path in written.iterdir():
                     _flush(path)
