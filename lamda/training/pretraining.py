@@ -18,6 +18,7 @@ from lamda.data.compression import compressed_bits_per_byte
 from lamda.data.tokenizer import Tokenizer
 from lamda.distributed import World
 from lamda.inference.generation import generate
+from lamda.inference.sampling import Sampling
 from lamda.model.attention.backends import check_backend
 from lamda.training import checkpoint, manifest
 from lamda.training.engine import Engine
@@ -194,11 +195,13 @@ def _sample(run: Run, tokenizer: Tokenizer) -> str:
     with engine.evaluating(), engine.whole(*engine.model.parameters()):
         (new,) = generate(
             engine.model,
-            torch.tensor([ids], device=engine.device),
-            max_new_tokens=100,
-            temperature=0.8,
-            seed=run.config.run.seed,
-            stop_ids=(tokenizer.end_of_document,),
+            [ids],
+            Sampling(
+                max_new_tokens=100,
+                temperature=0.8,
+                seed=run.config.run.seed,
+                stop_ids=frozenset({tokenizer.end_of_document}),
+            ),
         )
     return f"{prompt}⟫{tokenizer.decode(new)}\n"
 
