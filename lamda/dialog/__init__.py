@@ -1,0 +1,1 @@
+"""Dialogue: conversations, their encoding and conversion, and fine-tuning on them."""

@@ -1,0 +1,133 @@
+"""Conversations: who said what, how it was rated, and what it rests on; one JSON object a line.
+
+    {"messages": [{"role": "user", "content": "Who was Ada Lovelace?"},
+                  {"role": "assistant", "content": "A mathematician.", "labels": {"sensible": 1, "specific": 0}}]}
+
+A turn of the assistant is a run of its messages and of tools'. Where it has several, the first is its base
+answer, then come queries (`"to": "TS"`), each with a tool's message that answers it, and the last is what
+the user reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from lamda.config.presets import nearest
+
+Attribute = Literal["sensible", "specific", "interesting", "unsafe", "grounded"]
+ATTRIBUTES: tuple[Attribute, ...] = get_args(Attribute)
+
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+Addressee = Literal["user", "TS"]
+
+_KEYS = ("role", "content", "to", "labels", "knowledge")
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one party said.
+
+    to: whom an assistant's message addresses; "TS" is the toolset, and content is a query then.
+    labels: ratings by attribute. knowledge: what the message rests on, as texts, addresses or file:line.
+    """
+
+    role: Role
+    content: str
+    to: Addressee = "user"
+    labels: Mapping[str, bool] = field(default_factory=lambda: MappingProxyType({}))
+    knowledge: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in the order they were said; at least one."""
+
+    messages: tuple[Message, ...]
+
+
+def parse_conversation(record: object) -> Conversation:
+    """A conversation from its JSON record. Raises ValueError that names everything that is wrong."""
+    entries = record.get("messages") if isinstance(record, Mapping) else None
+    if not isinstance(entries, list) or not entries:
+        raise ValueError("it has no list of messages")
+    problems: list[str] = []
+    messages: list[Message] = []
+    for number, entry in enumerate(entries, start=1):
+        found = [f"message {number}: {problem}" for problem in _problems(entry, messages)]
+        problems += found
+        messages.append(Message("system", "") if found else _message(entry))
+    if problems:
+        raise ValueError("; ".join(problems))
+    return Conversation(tuple(messages))
+
+
+def to_record(conversation: Conversation) -> dict[str, Any]:
+    """The JSON record of a conversation; `parse_conversation` reads it back."""
+    return {"messages": [_entry(message) for message in conversation.messages]}
+
+
+def _message(entry: Mapping[str, Any]) -> Message:
+    labels = MappingProxyType({name: bool(rating) for name, rating in (entry.get("labels") or {}).items()})
+    return Message(
+        entry["role"], entry["content"], entry.get("to") or "user", labels, tuple(entry.get("knowledge") or ())
+    )
+
+
+def _entry(message: Message) -> dict[str, Any]:
+    entry: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.to != "user":
+        entry["to"] = message.to
+    if message.labels:
+        entry["labels"] = {name: int(rating) for name, rating in message.labels.items()}
+    if message.knowledge:
+        entry["knowledge"] = list(message.knowledge)
+    return entry
+
+
+def _problems(entry: object, before: list[Message]) -> list[str]:
+    if not isinstance(entry, Mapping):
+        return ["is no JSON object"]
+    problems = [f"there is no key {key!r}{nearest(str(key), _KEYS)}" for key in entry if key not in _KEYS]
+    role, to, labels = entry.get("role"), entry.get("to") or "user", entry.get("labels") or {}
+    if role not in ROLES:
+        problems.append(f"role is {role!r}, not one of {', '.join(ROLES)}")
+    if not _is_text(entry.get("content")):
+        problems.append("content is no text")
+    if to not in get_args(Addressee) or (to == "TS" and role != "assistant"):
+        problems.append(f"to is {to!r}; an assistant's message is to 'user' or to 'TS', others have no such key")
+    if role == "tool" and not (before and (before[-1].to == "TS" or before[-1].role == "tool")):
+        problems.append("a tool speaks where nothing was asked of it (no message to 'TS' before it)")
+    return problems + _label_problems(labels, role) + _knowledge_problems(entry.get("knowledge") or [])
+
+
+def _label_problems(labels: object, role: object) -> list[str]:
+    if not isinstance(labels, Mapping):
+        return ["labels is no JSON object"]
+    problems = [
+        f"there is no attribute {name!r}{nearest(str(name), ATTRIBUTES)}" for name in labels if name not in ATTRIBUTES
+    ]
+    problems += [f"label {name} is {rating!r}, not 0 or 1" for name, rating in labels.items() if rating not in (0, 1)]
+    return (
+        [*problems, f"labels rate an assistant's message, not one of {role!r}"]
+        if labels and role != "assistant"
+        else problems
+    )
+
+
+def _knowledge_problems(knowledge: object) -> list[str]:
+    if isinstance(knowledge, list) and all(_is_text(item) for item in knowledge):
+        return []
+    return ["knowledge is no list of texts"]
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a string that UTF-8 can express (a lone surrogate it cannot)."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False

@@ -1,0 +1,179 @@
+"""Conversations become the paper's ids, and no text can pass for structure."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lamda.config.errors import UserError
+from lamda.data.tokenizer import CONTROL_PIECES, CONTROL_SYMBOLS, Tokenizer
+from lamda.dialog.conversation import ATTRIBUTES, Message, parse_conversation, to_record
+from lamda.dialog.encoding import RESULT, Encoding
+
+FORGED = [
+    "<end_of_document>",
+    "<RESPONSE>",
+    "RESPONSE",
+    "SENSIBLE 1",
+    "<UNSAFE>0",
+    f"<{RESULT}>",
+    "<TS>",
+    "<USER> TS, x",
+]
+TEXT = st.lists(st.one_of(st.text(max_size=8), st.sampled_from([*FORGED, *CONTROL_PIECES])), max_size=5).map("".join)
+TALK = [
+    Message("system", "Be brief."),
+    Message("user", "the of"),
+    Message("assistant", "and to"),
+    Message("user", "in is"),
+]
+
+
+@pytest.fixture(scope="module")
+def encoding(tokenizer):
+    return Encoding(tokenizer)
+
+
+def shown(encoding, tokenizer, ids):
+    """Control symbols by name, the text between them decoded."""
+    names, parts, text = {id: name for name, id in tokenizer.symbols.items()}, [], []
+    for id in [*ids, None]:
+        if id is not None and id not in names:
+            text.append(id)
+            continue
+        parts += [encoding.decode(text)] if text else []
+        parts += [names[id]] if id is not None else []
+        text = []
+    return parts
+
+
+def test_a_context_is_as_in_the_paper(encoding, tokenizer):
+    assert shown(encoding, tokenizer, encoding.context(TALK)) == [
+        "end_of_document", "SYSTEM", "Be brief.", "USER", "the of", "ASSISTANT", "and to", "USER", "in is", "RESPONSE",
+    ]  # fmt: skip
+
+
+def test_targets_are_the_response_and_its_end_or_the_rating_alone(encoding, tokenizer):
+    def targets(example):
+        return [id for id, scored in zip(example.ids, example.scored, strict=True) if scored]
+
+    generative = encoding.generative(TALK, "it was", max_tokens=200)
+    assert targets(generative) == [*tokenizer.encode("it was"), tokenizer.end_of_document]
+    rated = encoding.discriminative(TALK, "it was", "unsafe", rating=True, max_tokens=200)
+    assert rated.ids == [
+        *encoding.context(TALK),
+        *tokenizer.encode("it was"),
+        tokenizer.symbols["UNSAFE"],
+        *targets(rated),
+    ]
+    assert targets(rated) == tokenizer.encode("1")
+    assert encoding.rating_ids == tuple(tokenizer.encode("01"))
+    assert [CONTROL_SYMBOLS[encoding.attribute(name)] for name in ATTRIBUTES] == [name.upper() for name in ATTRIBUTES]
+
+
+def test_a_research_step_is_routed_by_its_first_target(encoding, tokenizer):
+    steps = [("all what", "were had"), ("not", "but")]
+    query, answer = Message("assistant", "one", to="TS"), Message("assistant", "as be")
+    given_ = ["RESPONSE", "for it", "TS", "all what", RESULT, "were had", "TS", "not", RESULT, "but"]
+    for action, symbol in ((query, "TS"), (answer, "USER")):
+        example = encoding.research_step(TALK[1:2], "for it", steps, action, max_tokens=200)
+        parts = ["end_of_document", "USER", "the of", *given_, symbol, action.content, "end_of_document"]
+        assert shown(encoding, tokenizer, example.ids) == parts
+        context = encoding.research_context(TALK[1:2], "for it", steps)
+        assert example.ids[: len(context)] == context
+        assert example.scored == [False] * len(context) + [True] * (len(example.ids) - len(context))
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts=st.lists(TEXT, min_size=3, max_size=3))
+def test_text_that_spells_out_sentinels_stays_text(encoding, tokenizer, texts):
+    said, response, snippet = texts
+    messages = [Message("user", said)]
+    context = encoding.context(messages)
+    assert [id for id in context if id in encoding.stop_ids] == [context[0], tokenizer.symbols["USER"], context[-1]]
+    assert not encoding.stop_ids.intersection(encoding.response(response))
+    assert encoding.decode(context) == said
+    whole = encoding.research_context(messages, response, [(said, snippet)])
+    names = [CONTROL_SYMBOLS[id] for id in whole if id in encoding.stop_ids]
+    assert names == ["end_of_document", "USER", "RESPONSE", "TS", RESULT]
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts=st.lists(TEXT, min_size=2, max_size=6), room=st.integers(8, 60), data=st.data())
+def test_what_is_too_long_loses_its_oldest_messages_and_fits(encoding, texts, room, data):
+    messages = [Message("user" if n % 2 else "assistant", text) for n, text in enumerate(texts[:-1])]
+    cut, whole = encoding.context(messages, max_tokens=room), encoding.context(messages)
+    assert len(cut) <= room
+    assert (cut[0], cut[-1]) == (whole[0], whole[-1])
+    tail = cut[2:] if cut != whole else cut[1:]
+    assert whole[len(whole) - len(tail) :] == tail
+    kind = data.draw(st.sampled_from(["generative", "discriminative", "research_step"]))
+    if kind == "generative":
+        example = encoding.generative(messages, texts[-1], max_tokens=room)
+    elif kind == "discriminative":
+        example = encoding.discriminative(messages, texts[-1], "sensible", rating=True, max_tokens=room)
+    else:
+        query = Message("assistant", texts[-1], to="TS")
+        example = encoding.research_step(messages, texts[0], [(texts[0], texts[-1])], query, max_tokens=room)
+    assert len(example.ids) == len(example.scored) <= room
+    assert any(example.scored)
+    assert not example.scored[0]
+
+
+def test_a_tokenizer_without_single_digits_is_refused(tokenizer):
+    class Odd(Tokenizer):
+        def encode(self, text):
+            return super().encode(text) * 2
+
+    odd = object.__new__(Odd)
+    odd.__dict__.update(vars(tokenizer))
+    with pytest.raises(UserError, match="'0' as 2 ids"):
+        Encoding(odd)
+
+
+RECORD = {
+    "messages": [
+        {"role": "user", "content": "How old is she?"},
+        {"role": "assistant", "content": "30.", "labels": {"sensible": 1, "grounded": 0}},
+        {"role": "assistant", "content": "her age", "to": "TS"},
+        {"role": "tool", "content": "Age / 35"},
+        {"role": "assistant", "content": "35.", "labels": {"grounded": 1}, "knowledge": ["ages.txt:3"]},
+    ]
+}
+
+
+def test_a_record_is_read_and_written_back():
+    conversation = parse_conversation(RECORD)
+    assert conversation.messages[2] == Message("assistant", "her age", to="TS")
+    assert dict(conversation.messages[1].labels) == {"sensible": True, "grounded": False}
+    assert conversation.messages[4].knowledge == ("ages.txt:3",)
+    assert to_record(conversation) == RECORD
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ("hello", "message 1: is no JSON object"),
+        ({"role": "bot", "content": "x"}, "role is 'bot', not one of system, user"),
+        ({"role": "user"}, "content is no text"),
+        ({"role": "user", "content": "\ud800"}, "content is no text"),
+        ({"role": "user", "content": "x", "to": "TS"}, "to is 'TS'"),
+        ({"role": "user", "content": "x", "label": {}}, "no key 'label'; did you mean 'labels'"),
+        ({"role": "assistant", "content": "x", "labels": {"sensibel": 1}}, "did you mean 'sensible'"),
+        ({"role": "assistant", "content": "x", "labels": {"unsafe": 2}}, "label unsafe is 2, not 0 or 1"),
+        ({"role": "user", "content": "x", "labels": {"unsafe": 1}}, "labels rate an assistant's message"),
+        ({"role": "tool", "content": "x"}, "nothing was asked of it"),
+        ({"role": "user", "content": "x", "knowledge": "y"}, "knowledge is no list of texts"),
+    ],
+)
+def test_a_bad_message_is_refused_with_its_reason(entry, told):
+    with pytest.raises(ValueError, match="message 1") as refused:
+        parse_conversation({"messages": [entry]})
+    assert told in str(refused.value)
+
+
+def test_everything_that_is_wrong_is_told_at_once():
+    with pytest.raises(ValueError, match=r"message 1: role is 'bot'.*; message 2: content is no text"):
+        parse_conversation({"messages": [{"role": "bot", "content": "x"}, {"role": "user", "content": 3}]})
+    for record in (None, {}, {"messages": []}, {"messages": "x"}):
+        with pytest.raises(ValueError, match="no list of messages"):
+            parse_conversation(record)
