@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from lamda.config.errors import UserError
@@ -16,7 +15,7 @@ from lamda.dialog.ranking import Scored, judge, rank_by_attributes, rank_by_like
 from lamda.dialog.research import MAX_QUERIES, Step, research, sources
 from lamda.dialog.tools.toolset import Toolset
 from lamda.inference.cache import Prefix
-from lamda.inference.generation import Candidates, prefill, sample
+from lamda.inference.generation import Candidates, prefill
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
 
@@ -151,9 +150,7 @@ class Speaker:
             logits_V = prefill(self._model, ids).logits_V
             asks = bool(logits_V[encoding.ts] > logits_V[encoding.user])
         prefix = prefill(self._model, [*ids, encoding.ts if asks else encoding.user])
-        sampling = Sampling(
-            max_new_tokens=manner.sampling.max_new_tokens, temperature=0.0, stop_ids=encoding.stop_ids
-        )
+        sampling = Sampling(max_new_tokens=manner.sampling.max_new_tokens, temperature=0.0, stop_ids=encoding.stop_ids)
         candidates = self._sample(prefix, count=1, sampling=sampling)
         return ("TS" if asks else "user"), encoding.decode(candidates.ids[0]).strip()
 
