@@ -69,7 +69,9 @@ def make_conversations(toolset: Toolset, *, count: int, seed: int) -> Iterator[C
     (retrieval,) = (tool for tool in toolset.tools if isinstance(tool, Retrieval))
     questions = list(_questions(retrieval.passages))
     if not questions:
-        raise UserError("the corpus has no Markdown heading and no sentence `X is ...` at a passage's beginning to ask about")
+        raise UserError(
+            "the corpus has no Markdown heading and no sentence `X is ...` at a passage's beginning to ask about"
+        )
     unanswered = 0
     made = 0
     while made < count:
@@ -83,7 +85,9 @@ def make_conversations(toolset: Toolset, *, count: int, seed: int) -> Iterator[C
             conversation = _lookup(toolset, draw.choice(questions))
             unanswered += conversation is None
             if unanswered > 10 * count:
-                raise UserError("retrieval does not find the corpus's own passages by their headings; give another corpus")
+                raise UserError(
+                    "retrieval does not find the corpus's own passages by their headings; give another corpus"
+                )
         if conversation is not None:
             made += 1
             yield conversation
@@ -97,7 +101,11 @@ def _questions(passages: Sequence[Passage]) -> Iterator[tuple[str, str, Passage]
             yield f"What do the documents say about {title}?", title, passage
         elif definition := _DEFINITION.match(passage.text):
             subject = definition[1]
-            yield f"What {definition[2]} {subject[0].lower() if ' ' in subject else subject[0]}{subject[1:]}?", subject, passage
+            yield (
+                f"What {definition[2]} {subject[0].lower() if ' ' in subject else subject[0]}{subject[1:]}?",
+                subject,
+                passage,
+            )
 
 
 def _lookup(toolset: Toolset, question: tuple[str, str, Passage]) -> Conversation | None:
@@ -120,7 +128,12 @@ def _sum(toolset: Toolset, draw: random.Random) -> Conversation:
     """A sum, a guess near it, and what the calculator says."""
     sign, first, second = draw.choice("+-*"), draw.randint(2, 9999), draw.randint(2, 999)
     expression = draw.choice(
-        (f"{first} {sign} {second}", f"{first}{sign}{second}", f"{draw.randint(1, 99)}% of {10 * first}", f"({first} + {second}) * 3")
+        (
+            f"{first} {sign} {second}",
+            f"{first}{sign}{second}",
+            f"{draw.randint(1, 99)}% of {10 * first}",
+            f"({first} + {second}) * 3",
+        )
     )
     results = [result for result in toolset(expression) if result.source is None]
     exact = results[0].text
