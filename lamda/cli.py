@@ -47,6 +47,23 @@ COMMANDS = {
         "RUN_OR_CHECKPOINT [--files GLOB] [--json]",
         "loss, perplexity and bits per byte of a checkpoint on text, in all and by domain",
     ),
+    "generate": Command(
+        _main_of("lamda.inference.command"),
+        "RUN --prompt TEXT [--max-new-tokens N] [--temperature T] [--top-k K] [--top-p P] [--repetition-penalty R] "
+        "[--seed N] [--candidates N] [--int8] [--json]",
+        "continue a text with a trained model, as it comes",
+        """\
+--prompt TEXT          what is continued; "" begins a document
+--max-new-tokens N     at the most; default 128
+--temperature T        default 1; 0 takes the likeliest token each time
+--top-k K              draw among the K likeliest tokens; default 40, 0 for all
+--top-p P              and among the fewest that have this share together; default 1
+--repetition-penalty R on what was there before; default 1, none
+--seed N               the same gives the same text; default 0
+--candidates N         so many continuations of the same prompt
+--int8                 the matrices in 8 bits
+--json                 one JSON object: texts, ids, log probabilities""",
+    ),
     "plan": Command(
         _main_of("lamda.cluster.plan"),
         f"[--gpus N] [--gpu NAME] [--mfu SHARE] [--price P] [--save-seconds S] [--json] {_CONFIG}",

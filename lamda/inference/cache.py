@@ -48,7 +48,7 @@ class Rows:
     """
 
     def __init__(self, model: LaMDA, *, count: int, capacity: int, prefix: Prefix | None = None) -> None:
-        config, weight = model.config, model.embedding.weight
+        config, weight = model.config, model.final_norm.scale
         heads = (config.n_heads, 0, config.d_head)
         self.lengths = [0] * count
         self._prefix = weight.new_empty(config.n_layers, 2, *heads) if prefix is None else prefix.key_values_SNHPK
@@ -157,7 +157,7 @@ def feed(model: LaMDA, groups: Sequence[Rows], tokens: Sequence[Sequence[int]]) 
 
     Rows may get different numbers of tokens, but at least one each. Lengths stay as they are.
     """
-    device, new = model.embedding.weight.device, max(map(len, tokens))
+    device, new = model.final_norm.scale.device, max(map(len, tokens))
     padded = [[*row, *[0] * (new - len(row))] for row in tokens]
     last_N = torch.tensor([len(row) - 1 for row in tokens], device=device)
     return model(torch.tensor(padded, device=device), cache=layers(model, groups, new=new), last_B=last_N)

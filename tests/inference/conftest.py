@@ -10,10 +10,10 @@ from lamda.model import LaMDA
 from lamda.model.initialisation import initialise
 
 
-def make_model(*, bias_per_layer: bool = True, dtype: torch.dtype = torch.float64) -> LaMDA:
-    """Three layers of prime-ish sizes and 53 tokens, its weights doubled, so that the logits differ widely."""
+def make_model(*, bias_per_layer: bool = True, dtype: torch.dtype = torch.float64, vocab_size: int = 53) -> LaMDA:
+    """Three layers of prime-ish sizes, the weights doubled, so that the logits differ widely."""
     config = ModelConfig(
-        vocab_size=53, d_model=22, n_layers=3, n_heads=3, d_head=7, d_ff=31, bias_per_layer=bias_per_layer
+        vocab_size=vocab_size, d_model=22, n_layers=3, n_heads=3, d_head=7, d_ff=31, bias_per_layer=bias_per_layer
     )
     model = LaMDA(config).to(dtype)
     initialise(model, seed=7)

@@ -23,14 +23,18 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
-def test_a_thousand_greedy_tokens_equal_those_without_a_cache_in_float32():
-    model, prompt = make_model(dtype=torch.float32), [3, 1, 4, 1, 5]
-    (ids,) = sample(model, prefill(model, prompt), sampling=Sampling(max_new_tokens=1000, temperature=0)).ids
+@pytest.mark.parametrize("penalty", [1.0, 1.5], ids=["plain", "without-repeating"])
+def test_a_thousand_greedy_tokens_equal_those_without_a_cache_in_float32(penalty):
+    model, prompt = make_model(dtype=torch.float32, vocab_size=1301), [3, 1, 4, 1, 5]
+    sampling = Sampling(max_new_tokens=1000, temperature=0, repetition_penalty=penalty)
+    (ids,) = sample(model, prefill(model, prompt), sampling=sampling).ids
     # One pass over all of them says what each would have been: no token sees a later one.
-    logits_LV = model(torch.tensor([[*prompt, *ids]]))[0]
-    assert logits_LV[len(prompt) - 1 : -1].argmax(-1).tolist() == ids
-    assert len(ids) == 1000
-    assert len({*ids}) > 3
+    logits_LV = model(torch.tensor([[*prompt, *ids]]))[0, len(prompt) - 1 : -1]
+    for place, logits_V in enumerate(logits_LV):
+        seen = [*prompt, *ids[:place]]
+        logits_V[seen] = torch.minimum(logits_V[seen] / penalty, logits_V[seen] * penalty)
+    assert logits_LV.argmax(-1).tolist() == ids
+    assert len({*ids}) > (1 if penalty == 1 else 300)
 
 
 def test_prefilled_logits_equal_a_full_forward_pass(model, prompts):
