@@ -165,6 +165,11 @@ exit code: 0 where the run fits, 1 where it does not""",
         f"--cluster FILE [--nodes N] [--doctor] [--dry-run] {_CONFIG}",
         "start a run on SLURM, on machines over ssh or on Kubernetes, or show what would be started",
     ),
+    "dialog research-data": Command(
+        _main_of("lamda.dialog.research_data"),
+        "CORPUS -o OUT [--count N] [--seed N]",
+        "make conversations that teach a model to use its tools, from a corpus and from arithmetic",
+    ),
     "tokenizer train": Command(_train_tokenizer, _CONFIG, "train the run's tokenizer from its training files"),
     "config show": Command(_show_config, _CONFIG, "print the whole configuration that file and flags resolve to"),
 }

@@ -22,7 +22,7 @@ from lamda.config.schema import Config
 from lamda.data.blocks import ENCODE_CHARACTERS, read_blocks
 from lamda.data.corpus import open_corpus, packing_of
 from lamda.data.files import File, read_all, read_lines
-from lamda.data.lanes import Cursor
+from lamda.data.lanes import RAW_TEXT, Cursor
 from lamda.data.loader import Loader
 from lamda.data.tokenizer import _SPACE_PIECE_UTF8, Tokenizer, _cut
 
@@ -191,6 +191,7 @@ class _Replay:
     """A lane and a tokenizer that give from memory what they once gave, so that packing is all that is left."""
 
     index = 0
+    form = RAW_TEXT
 
     def __init__(self, text: Text, config: Config, tokenizer: Tokenizer) -> None:
         self.end_of_document = tokenizer.end_of_document

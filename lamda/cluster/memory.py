@@ -58,7 +58,7 @@ class Setting:
     def of(cls, config: Config, sharding: Sharding, *, accumulation: int) -> Setting:
         """The setting of a run."""
         rows, length = config.train.micro_batch_size, config.data.sequence_length
-        recompute, has_documents = config.train.recompute, config.data.document_mask
+        recompute, has_documents = config.train.recompute, config.data.separates_documents
         return cls(config.model, sharding, rows, length, accumulation, recompute, has_documents)
 
     @property

@@ -119,8 +119,10 @@ class DataConfig(Section):
         None, description="canonical lanes, whatever the number of ranks; default: number of files, 8 to 64"
     )
     block_rows: Positive = Field(64, description="rows that a lane makes at a time")
-    packing: Literal["concat", "best_fit"] = Field(
-        "concat", description="how a block's documents fill its rows: in order, or so that few are cut"
+    packing: Literal["concat", "best_fit", "whole"] = Field(
+        "concat",
+        description="how a block's documents fill its rows: in order; so that few are cut; or whole with padding "
+        "after them and attention inside them (dialogues)",
     )
     blocks: str | None = Field(
         None, description="folder of ready blocks: those there are mapped, those made are kept (`lamda prepare`)"
@@ -132,6 +134,11 @@ class DataConfig(Section):
         0.001, ge=0, le=1, description="share of a lane's lines that may hold no document; judged from 10,000 lines on"
     )
     threads: Positive = Field(2, description="threads of the tokenizer and loader a rank; never changes the data")
+
+    @property
+    def separates_documents(self) -> bool:
+        """Whether attention and loss stay inside a document or an example."""
+        return self.document_mask or self.packing == "whole"
 
 
 class TrainConfig(Section):
@@ -234,6 +241,13 @@ class CheckpointConfig(Section):
     )
 
 
+class DialogConfig(Section):
+    """What fine-tuning makes of a conversation in each epoch; other examples come in the next one, until all have."""
+
+    generative: int = Field(1, ge=0, description="responses and research steps, the loss on what the model writes")
+    discriminative: int = Field(4, ge=0, description="ratings of a response, the loss on the rating alone")
+
+
 class EvalConfig(Section):
     """Evaluation on held-out text."""
 
@@ -267,6 +281,7 @@ class Config(Section):
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     train: TrainConfig
+    dialog: DialogConfig = Field(default_factory=DialogConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     wandb: WandbConfig = Field(default_factory=WandbConfig)

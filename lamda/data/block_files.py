@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from lamda.config.errors import UserError
 from lamda.data.blocks import RUN, Block, Packing, read_blocks
+from lamda.data.documents import Document
 from lamda.data.errors import DataError
-from lamda.data.lanes import Cursor, Document, Lane
+from lamda.data.lanes import Cursor, Lane
 from lamda.data.quarantine import BadLine
 from lamda.data.tokenizer import Tokenizer
 

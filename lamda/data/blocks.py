@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lamda.data.documents import Document
 from lamda.data.hashing import permutation
-from lamda.data.lanes import Cursor, Document, Lane
+from lamda.data.lanes import Cursor, Lane
 from lamda.data.packing import Method, arrange
 from lamda.data.quarantine import BadLine
 from lamda.data.tokenizer import Tokenizer
@@ -19,16 +21,19 @@ ENCODE_CHARACTERS = 1 << 17
 """Text that goes through the encoder at a time, or about a block's worth where that is less."""
 
 RUN = np.dtype([("row", "<i4"), ("start", "<i4"), ("length", "<i4"), ("document", "<i4"), ("token", "<i8")])
-"""A stretch of a row that comes from one document: tokens `token`, `token + 1`, ... of it."""
+"""A stretch of a row that comes from one document, or from one example made of it: tokens `token`, `token + 1`, ...
+
+of what the document gives. Where `document` is -1 the stretch is padding.
+"""
 
 
 @dataclass(frozen=True)
 class Block:
     """R rows of sequence_length + 1 tokens, and where every token came from.
 
-    ids: [R, L+1] uint32. runs: [n] RUN, by row and start; `document` indexes `documents`.
-    quarantined: the bad lines just before each document that begins in this block. loss_mask: [R, L+1],
-    where not every token counts as a target (fine-tuning).
+    ids: [R, L+1] uint32. runs: [n] RUN, by row and start; `document` indexes `documents` (a document is
+    there once for each stretch). quarantined: the bad lines just before each document that begins in
+    this block. loss_mask: [R, L+1], where not every token counts as a target.
     """
 
     number: int
@@ -39,8 +44,13 @@ class Block:
     loss_mask: NDArray[np.bool_] | None = None
 
     @cached_property
+    def run_of(self) -> NDArray[np.int32]:
+        """The run of every token, [R, L+1], as an index into `runs`: attention may stay inside it."""
+        return np.repeat(np.arange(len(self.runs), dtype=np.int32), self.runs["length"]).reshape(self.ids.shape)
+
+    @cached_property
     def document_of(self) -> NDArray[np.int32]:
-        """The document of every token, [R, L+1], as an index into `documents`."""
+        """The document of every token, [R, L+1], as an index into `documents`; -1 is padding."""
         return np.repeat(self.runs["document"], self.runs["length"]).reshape(self.ids.shape)
 
 
@@ -63,40 +73,102 @@ def read_blocks(
 ) -> Generator[tuple[Block, Cursor]]:
     """The lane's blocks from `cursor.block` on, for ever, each with the cursor of the next."""
     size = packing.rows * packing.row_length
-    number, filled = cursor.block, 0
+    stretches = _stretches(lane, cursor, tokenizer, characters=min(ENCODE_CHARACTERS, 4 * size))
+    if packing.method == "whole":
+        return _whole_blocks(lane.index, cursor.block, stretches, packing, padding=tokenizer.padding)
+    return _full_blocks(lane.index, cursor.block, stretches, packing)
+
+
+class _Stretch(NamedTuple):
+    """What is to come of a document or of an example made of it.
+
+    token: of the document's tokens, the one that the ids begin with. lines, bad_lines: of the lane, before
+    this document. bad: the bad lines just before it, where it begins here.
+    """
+
+    document: Document
+    ids: NDArray[np.uint32]
+    scored: NDArray[np.bool_] | None
+    token: int
+    lines: int
+    bad_lines: int
+    bad: tuple[BadLine, ...]
+
+    def cursor(self, block: int, taken: int) -> Cursor:
+        """Where `block` begins if `taken` of these ids are in the blocks before it."""
+        place = self.document
+        return Cursor(
+            block, place.epoch, place.file, place.line, place.byte, self.token + taken, self.lines, self.bad_lines
+        )
+
+
+def _full_blocks(
+    lane: int, number: int, stretches: Iterator[_Stretch], packing: Packing
+) -> Generator[tuple[Block, Cursor]]:
+    """Blocks whose rows are all full, as the packing arranges them; stretches are cut where a block ends."""
+    size, filled = packing.rows * packing.row_length, 0
     pieces: list[NDArray[np.uint32]] = []
     runs: list[tuple[Document, int, int]] = []
-    lines, bad = cursor.lines, cursor.bad
     quarantined: list[BadLine] = []
-    for document, tokens, first in _tokens(lane, cursor, tokenizer, characters=min(ENCODE_CHARACTERS, 4 * size)):
-        lines, bad = lines + len(document.bad), bad + len(document.bad)
-        quarantined += document.bad
-        document = document._replace(bad=())
-        while first < len(tokens):
-            taken = min(len(tokens) - first, size - filled)
-            pieces.append(tokens[first : first + taken])
-            runs.append((document, first, taken))
+    for stretch in stretches:
+        quarantined += stretch.bad
+        first = 0
+        while first < len(stretch.ids):
+            taken = min(len(stretch.ids) - first, size - filled)
+            pieces.append(stretch.ids[first : first + taken])
+            runs.append((stretch.document, stretch.token + first, taken))
             first, filled = first + taken, filled + taken
             if filled == size:
+                stream = np.concatenate(pieces)
+                yield _pack(number, lane, stream, runs, packing, tuple(quarantined)), stretch.cursor(number + 1, first)
                 number += 1
-                after = Cursor(number, document.epoch, document.file, document.line, document.byte, first, lines, bad)
-                block = _pack(number - 1, lane.index, np.concatenate(pieces), runs, packing)
-                yield replace(block, quarantined=tuple(quarantined)), after
                 pieces, runs, filled, quarantined = [], [], 0, []
-        lines += 1
 
 
-def _tokens(
-    lane: Lane, cursor: Cursor, tokenizer: Tokenizer, *, characters: int
-) -> Iterator[tuple[Document, NDArray[np.uint32], int]]:
-    """Documents with all their tokens (the end symbol last) and the first one that is still to come."""
-    end = np.array([tokenizer.end_of_document], np.uint32)
-    first = cursor.token
+def _whole_blocks(
+    lane: int, number: int, stretches: Iterator[_Stretch], packing: Packing, *, padding: int
+) -> Generator[tuple[Block, Cursor]]:
+    """Blocks of whole stretches, each in the first row that has room; one that fits in none begins the next block."""
+    placed: list[tuple[int, int, _Stretch]] = []
+    quarantined: list[BadLine] = []
+    filled = np.zeros(packing.rows, np.int64)
+    for stretch in stretches:
+        quarantined += stretch.bad
+        fitting = np.flatnonzero(filled + len(stretch.ids) <= packing.row_length)
+        if not len(fitting):
+            block = _lay_out(number, lane, placed, packing, tuple(quarantined), padding=padding)
+            number += 1
+            yield block, stretch.cursor(number, 0)
+            placed, quarantined, fitting = [], [], np.zeros(1, np.int64)
+            filled[:] = 0
+        row = int(fitting[0])
+        placed.append((row, int(filled[row]), stretch))
+        filled[row] += len(stretch.ids)
+
+
+def _stretches(lane: Lane, cursor: Cursor, tokenizer: Tokenizer, *, characters: int) -> Iterator[_Stretch]:
+    """What the lane's documents give from the cursor on."""
+    first, lines, bad_lines = cursor.token, cursor.lines, cursor.bad
     for batch in _batches(lane, cursor, characters=characters):
-        encoded = tokenizer.encode_documents([document.text for document in batch], threads=1)
-        for document, ids in zip(batch, encoded, strict=True):
-            yield document._replace(text=""), np.concatenate([ids, end]), first
+        for document, encoded in zip(batch, lane.form.encode(batch, tokenizer), strict=True):
+            lines, bad_lines = lines + len(document.bad), bad_lines + len(document.bad)
+            place, bad, start = document._replace(text="", bad=()), document.bad, 0
+            for part in encoded:
+                skipped = min(max(first - start, 0), len(part.ids))
+                if skipped < len(part.ids):
+                    yield _Stretch(
+                        place if part.domain is None else place._replace(domain=part.domain),
+                        part.ids[skipped:],
+                        None if part.scored is None else part.scored[skipped:],
+                        start + skipped,
+                        lines,
+                        bad_lines,
+                        bad,
+                    )
+                    bad = ()
+                start += len(part.ids)
             first = 0
+            lines += 1
 
 
 def _batches(lane: Lane, cursor: Cursor, *, characters: int) -> Iterator[list[Document]]:
@@ -110,7 +182,12 @@ def _batches(lane: Lane, cursor: Cursor, *, characters: int) -> Iterator[list[Do
 
 
 def _pack(
-    number: int, lane: int, stream: NDArray[np.uint32], runs: list[tuple[Document, int, int]], packing: Packing
+    number: int,
+    lane: int,
+    stream: NDArray[np.uint32],
+    runs: list[tuple[Document, int, int]],
+    packing: Packing,
+    quarantined: tuple[BadLine, ...],
 ) -> Block:
     """Rows as the packing arranges the runs, then permuted."""
     documents, tokens, lengths = zip(*runs, strict=True)
@@ -126,4 +203,29 @@ def _pack(
     table["document"] = pieces["stretch"]
     table["token"] = np.array(tokens)[pieces["stretch"]] + pieces["offset"]
     ids = stream[taken].reshape(packing.rows, packing.row_length)[order]
-    return Block(number, ids, np.sort(table, order=("row", "start")), documents)
+    return Block(number, ids, np.sort(table, order=("row", "start")), documents, quarantined)
+
+
+def _lay_out(
+    number: int,
+    lane: int,
+    placed: Sequence[tuple[int, int, _Stretch]],
+    packing: Packing,
+    quarantined: tuple[BadLine, ...],
+    *,
+    padding: int,
+) -> Block:
+    """Stretches at their (row, start), padding after the last of each row; rows are then permuted."""
+    shape, runs = (packing.rows, packing.row_length), []
+    ids, scored = np.full(shape, padding, np.uint32), np.zeros(shape, bool)
+    filled = np.zeros(packing.rows, np.int64)
+    place_of = np.argsort(permutation(packing.rows, packing.seed, lane, number))
+    for index, (row, start, stretch) in enumerate(placed):
+        row, stop = place_of[row], start + len(stretch.ids)
+        ids[row, start:stop] = stretch.ids
+        scored[row, start:stop] = True if stretch.scored is None else stretch.scored
+        runs.append((row, start, len(stretch.ids), index, stretch.token))
+        filled[row] = stop
+    runs += [(row, stop, shape[1] - stop, -1, 0) for row, stop in enumerate(filled) if stop < shape[1]]
+    table = np.sort(np.array(runs, RUN), order=("row", "start"))
+    return Block(number, ids, table, tuple(stretch.document for *_, stretch in placed), quarantined, scored)

@@ -12,8 +12,9 @@ from lamda.config.errors import UserError
 from lamda.config.schema import Config, DataConfig
 from lamda.data.blocks import Packing
 from lamda.data.card import Card, load_card
+from lamda.data.documents import Document, Form
 from lamda.data.files import resolve
-from lamda.data.lanes import Cursor, Document, Lane, cut_into_lanes, read_lane
+from lamda.data.lanes import RAW_TEXT, Cursor, Lane, cut_into_lanes, read_lane
 from lamda.data.order import Order, Table, make_table
 from lamda.data.tokenizer import Tokenizer
 
@@ -31,6 +32,11 @@ class Corpus:
     card: Card
     lanes: tuple[Lane, ...]
 
+    @property
+    def form(self) -> Form:
+        """What the records are."""
+        return self.lanes[0].form
+
     @cached_property
     def order(self) -> Order:
         """The tables of slots over all lanes, one for each set of weights."""
@@ -44,7 +50,9 @@ class Corpus:
         return make_table([(weights[name], lanes) for name, lanes in sizes.items()])
 
     def domains(self) -> list[str]:
-        """The names whose training loss is told apart: the card's, or those among the first documents; 63 at most."""
+        """The names whose training loss is told apart: the form's, the card's, or the first documents'; 63 at most."""
+        if self.form.domains:
+            return list(self.form.domains)
         if all(source.domain is None for source in self.card.sources):
             return [source.name for source in self.card.sources]
         if self.card.domains:
@@ -64,14 +72,24 @@ class Corpus:
             readers = still
 
 
-def open_corpus(config: DataConfig) -> Corpus:
+def open_corpus(config: DataConfig, *, form: Form = RAW_TEXT) -> Corpus:
     """Resolve the card's files and cut them into lanes. Raises UserError where something is missing."""
+    if config.packing not in form.packings:
+        raise UserError(
+            f"data.packing {config.packing} is not for these documents: set it to {' or '.join(form.packings)} "
+            "(raw text is cut into full rows, dialogues stay whole)"
+        )
     card = load_card(config)
     lanes: list[Lane] = []
     for source in card.sources:
         files = resolve(source)
         lanes += cut_into_lanes(
-            source, files, lanes=config.lanes, first=len(lanes), max_bad_fraction=config.max_bad_fraction
+            source,
+            files,
+            lanes=config.lanes,
+            first=len(lanes),
+            max_bad_fraction=config.max_bad_fraction,
+            form=form,
         )
     return Corpus(card, tuple(lanes))
 
@@ -99,6 +117,7 @@ def fingerprint(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> dict[st
         "block_rows": config.data.block_rows,
         "lanes": len(corpus.lanes),
         "seed": config.run.seed,
+        **corpus.form.identity,
     }
 
 
@@ -107,7 +126,7 @@ def require_a_batch(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> Non
     needed = config.train.global_batch_size * (config.data.sequence_length + 1)
     found = 0
     for document in corpus.documents_once():
-        found += len(tokenizer.encode_documents([document.text], threads=1)[0]) + 1
+        found += sum(len(encoded.ids) for encoded in corpus.form.encode([document], tokenizer)[0])
         if found >= needed:
             return
     raise UserError(

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamda.data.card import Source
+from lamda.data.documents import Document
 from lamda.data.files import resolve
-from lamda.data.lanes import Cursor, Document, Lane, cut_into_lanes, read_lane
+from lamda.data.lanes import Cursor, Lane, cut_into_lanes, read_lane
 from lamda.data.tokenizer import Tokenizer
 
 

@@ -11,26 +11,13 @@ from datasets import IterableDataset, load_dataset
 
 from lamda.config.errors import UserError
 from lamda.data.card import Source
+from lamda.data.documents import Document, Form, RawText, at
 from lamda.data.files import LONGEST_LINE, DataError, File, read_all, read_lines
 from lamda.data.quarantine import BadLine, Tally, bad_line
 
 FEWEST, MOST = 8, 64
 UNKNOWN_DOMAIN = "unknown"
-
-
-class Document(NamedTuple):
-    """A text and its place: epoch of the lane, file of the lane, line, decompressed offset of the line.
-
-    `bad` are the bad lines between the lane's document before it and this one.
-    """
-
-    text: str
-    domain: str
-    epoch: int
-    file: int
-    line: int
-    byte: int
-    bad: tuple[BadLine, ...] = ()
+RAW_TEXT = RawText()
 
 
 @dataclass(frozen=True)
@@ -74,6 +61,7 @@ class Lane:
     source: Source
     shares: tuple[Share, ...]
     max_bad_fraction: float
+    form: Form = RAW_TEXT
 
     def documents(self, start: Cursor) -> IterableDataset:
         """Documents from the one that holds the cursor, for ever; rows as `Document._asdict()`."""
@@ -81,7 +69,13 @@ class Lane:
 
 
 def cut_into_lanes(
-    source: Source, files: list[File], *, lanes: int | None, first: int = 0, max_bad_fraction: float = 0.001
+    source: Source,
+    files: list[File],
+    *,
+    lanes: int | None,
+    first: int = 0,
+    max_bad_fraction: float = 0.001,
+    form: Form = RAW_TEXT,
 ) -> list[Lane]:
     """Lanes `first`, `first + 1`, ... of a source: every n-th file, or residues of the lines of one.
 
@@ -104,7 +98,7 @@ def cut_into_lanes(
             shares = (Share(files[owner], lane // len(files), len(range(owner, count, len(files)))),)
         elif count > len(files):
             shares = (Share(files[lane], 0, len(range(lane, count, len(files)))),)
-        cut.append(Lane(first + lane, source, shares, max_bad_fraction))
+        cut.append(Lane(first + lane, source, shares, max_bad_fraction, form))
     return cut
 
 
@@ -123,7 +117,7 @@ def read_lane(lane: Lane, start: Cursor) -> Iterator[Document]:
         found = False
         for position in range(file, len(lane.shares)):
             share = lane.shares[position]
-            for number, offset, entry in _read_share(share, lane.source, line=line, byte=byte):
+            for number, offset, entry in _read_share(share, lane, line=line, byte=byte):
                 if isinstance(entry, _Unfit):
                     bad.append(bad_line(epoch, share.file.url, number, entry.reason, entry.data))
                     tally.quarantine(bad[-1])
@@ -160,47 +154,41 @@ class _Unfit(NamedTuple):
     data: bytes
 
 
-def _read_share(share: Share, source: Source, *, line: int, byte: int) -> Iterator[tuple[int, int, _Fit | _Unfit]]:
+def _read_share(share: Share, lane: Lane, *, line: int, byte: int) -> Iterator[tuple[int, int, _Fit | _Unfit]]:
     """Line, decompressed offset and what is there, from a line on; blank lines are nothing."""
     file = share.file
     if file.url.endswith(".txt"):
         if line == 0:
-            yield 0, 0, _Fit(_decoded(read_all(file), file.url), source.name)
+            yield 0, 0, _Fit(_decoded(read_all(file), file.url), lane.source.name)
     elif file.url.endswith(".parquet"):
         rows = load_dataset("parquet", data_files=file.url, split="train", streaming=True)
         for number, record in enumerate(rows.skip(line), start=line):
             if number % share.modulus == share.residue:
-                yield number, 0, _of_record(record, source, None)
+                yield number, 0, _of_record(record, lane, None)
     else:
         for number, offset, data in read_lines(file, number=line, byte=byte):
             if number % share.modulus == share.residue and data and not data.isspace():
-                yield number, offset, _of_json(data, source)
+                yield number, offset, _of_json(data, lane)
 
 
-def _of_json(data: bytes, source: Source) -> _Fit | _Unfit:
+def _of_json(data: bytes, lane: Lane) -> _Fit | _Unfit:
     if len(data) > LONGEST_LINE:
         return _Unfit(f"longer than {LONGEST_LINE >> 20} MiB", data)
     try:
         record = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         return _Unfit(f"not JSON ({error})", data)
-    return _of_record(record, source, data)
+    return _of_record(record, lane, data)
 
 
-def _of_record(record: Any, source: Source, data: bytes | None) -> _Fit | _Unfit:
-    text = _at(record, source.text)
-    if not isinstance(text, str):
-        reason = f"no text at {source.text!r} (found {type(text).__name__})"
-        return _Unfit(reason, repr(record).encode() if data is None else data)
-    domain = source.name if source.domain is None else _at(record, source.domain)
+def _of_record(record: Any, lane: Lane, data: bytes | None) -> _Fit | _Unfit:
+    source = lane.source
+    try:
+        text = lane.form.text_of(record, source)
+    except ValueError as error:
+        return _Unfit(str(error), repr(record).encode() if data is None else data)
+    domain = source.name if source.domain is None else at(record, source.domain)
     return _Fit(text, domain if isinstance(domain, str) else UNKNOWN_DOMAIN)
-
-
-def _at(record: Any, path: str) -> Any:
-    value = record
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
 
 
 def _decoded(data: bytes, where: str) -> str:

@@ -25,7 +25,7 @@ class MicroBatch:
 
     ids: [b, L+1] uint32. scored: [b, L] bool, the targets that count. domains: [b, L] int16, each
     target's domain. documents: [b, L+1] int32, an id a token, where attention is to stay inside a
-    document.
+    document or an example.
     """
 
     ids: NDArray[np.uint32]
@@ -211,7 +211,7 @@ class Loader:
 
     def _row(self, block: Block, domain_of: NDArray[np.int16], place: int) -> MicroBatch:
         """One row, without the dimension of the batch."""
-        documents = block.document_of[place]
+        documents = block.run_of[place]
         scored = np.ones(len(documents) - 1, bool) if block.loss_mask is None else block.loss_mask[place, 1:]
         if self._document_mask:
             scored = scored & (documents[1:] == documents[:-1])

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 PIECE = np.dtype([("row", "<i8"), ("start", "<i8"), ("length", "<i8"), ("stretch", "<i8"), ("offset", "<i8")])
 """A part of a row, from `start` on: tokens `offset`, `offset + 1`, ... of a stretch."""
 
-Method = Literal["concat", "best_fit"]
+Method = Literal["concat", "best_fit", "whole"]
+"""The last leaves rows with padding; `lamda.data.blocks` does it, not `arrange`."""
 
 
 def arrange(method: Method, lengths: NDArray[np.int64], *, rows: int, row_length: int) -> NDArray[np.void]:

@@ -11,8 +11,8 @@ The tokenizer never makes a control symbol of text, so that nothing anybody writ
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 from lamda.config.errors import UserError
 from lamda.data.tokenizer import Tokenizer
@@ -24,8 +24,7 @@ RESULT = "spare_12"
 _OF_ROLE = {"system": "SYSTEM", "user": "USER", "assistant": "ASSISTANT", "tool": RESULT}
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """Ids to train on, and for each whether it is a target: [n] both; the first never is one."""
 
     ids: list[int]

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
 
 from lamda.config.errors import UserError
+from lamda.config.loading import load_config
 from lamda.data.tokenizer import Tokenizer
 from lamda.dialog.conversation import Message
 from lamda.dialog.encoding import Encoding
 from lamda.dialog.ranking import Scored, judge, rank_by_attributes, rank_by_likelihood, why_dropped
 from lamda.dialog.research import MAX_QUERIES, Step, research, sources
 from lamda.dialog.tools.toolset import Toolset
+from lamda.inference import generation
 from lamda.inference.cache import Prefix
 from lamda.inference.generation import Candidates, prefill
+from lamda.inference.loading import find_checkpoint, load_model
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
 
@@ -73,8 +79,12 @@ class Reply:
         }
 
 
-Sample = Callable[..., Candidates]
-"""`(prefix, *, count, sampling)`: how candidates are sampled; a server gathers those of several requests."""
+class Sample(Protocol):
+    """How candidates are sampled; a server gathers those of several requests."""
+
+    def __call__(self, prefix: Prefix, *, count: int, sampling: Sampling) -> Candidates:
+        """`count` finished continuations of the prefix."""
+        ...
 
 
 class Speaker:
@@ -98,16 +108,31 @@ class Speaker:
         manner: Manner | None = None,
         sample: Sample | None = None,
     ) -> None:
-        """Tools make it research; `sample` is `lamda.inference.generation.sample` where none is given."""
+        """Tools make it research; `sample` is that of `lamda.inference.generation` where none is given."""
         self.encoding = Encoding(tokenizer)
         self.manner = manner or Manner()
         self.is_tuned = is_tuned
         self._model = model
         self._sequence_length = sequence_length
         self._toolset = toolset
-        self._sample = sample or partial(_sample, model)
+        self._sample = sample or partial(generation.sample, model)
         if toolset is not None and not is_tuned:
             raise UserError("the tools are for a model that was fine-tuned to use them; leave them out")
+
+    @classmethod
+    def load(cls, path: Path, *, toolset: Toolset | None = None, manner: Manner | None = None) -> Speaker:
+        """The speaker of a run or a checkpoint. Raises UserError where there is none."""
+        checkpoint = find_checkpoint(path)
+        config = load_config(["--config", str(checkpoint / "config.yaml")])
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(
+            load_model(checkpoint, config.model).to(device),
+            Tokenizer.load(checkpoint / "tokenizer.model"),
+            sequence_length=config.data.sequence_length,
+            is_tuned=config.data.packing == "whole",
+            toolset=toolset,
+            manner=manner,
+        )
 
     def reply(self, messages: Sequence[Message], manner: Manner | None = None) -> Reply:
         """Answer the last message. Raises UserError where there is none."""

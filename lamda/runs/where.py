@@ -97,7 +97,7 @@ def _samples_of(directory: RunDirectory, step: int, skipped: Sequence[tuple[int,
 
 def _pieces(block: Block, row: int, corpus: Corpus, lane: int, tokenizer: Tokenizer) -> list[Piece]:
     pieces = []
-    for run in block.runs[block.runs["row"] == row]:
+    for run in block.runs[(block.runs["row"] == row) & (block.runs["document"] >= 0)]:
         document = block.documents[run["document"]]
         ids = block.ids[row, run["start"] : run["start"] + run["length"]]
         pieces.append(

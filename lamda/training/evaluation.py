@@ -13,9 +13,26 @@ import torch
 from numpy.typing import NDArray
 
 from lamda.data.held_out import HeldOut, Row, micro_batches
+from lamda.model.loss import token_nats
+from lamda.training.task import Logits
 
 Nats = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(inputs_BL, targets_BL) -> nats_BL on the model's device."""
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """Validation text as a run's evaluation."""
+
+    text: HeldOut
+
+    def score(self, logits: Logits, **how: Any) -> Scores:
+        """See `evaluate`."""
+
+        def nats(inputs_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
+            return token_nats(logits(inputs_BL), targets_BL)
+
+        return evaluate(self.text, nats, **how)
 
 
 @dataclass(frozen=True)

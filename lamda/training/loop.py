@@ -14,15 +14,12 @@ from numpy.typing import NDArray
 
 from lamda.config.errors import RunError
 from lamda.config.schema import Config
-from lamda.data.held_out import HeldOut
 from lamda.data.loader import Loader, Step, merge_cursors
 from lamda.data.quarantine import write_first
 from lamda.distributed import World, broadcast, gather, on_main
-from lamda.model.loss import token_nats
 from lamda.training import checkpoint, faults, manifest
 from lamda.training.comparison import odd_ranks
 from lamda.training.engine import Engine
-from lamda.training.evaluation import Scores, evaluate
 from lamda.training.health import Health, Trouble
 from lamda.training.metrics import read_metrics
 from lamda.training.profile import Profile
@@ -33,6 +30,7 @@ from lamda.training.saving import Saved, Saver
 from lamda.training.schedule import learning_rate
 from lamda.training.state import RunState
 from lamda.training.stopping import StopRequests
+from lamda.training.task import Evaluation, Scores
 from lamda.training.watchdog import Watchdog
 
 
@@ -48,7 +46,7 @@ class Run:
     directory: RunDirectory
     engine: Engine
     open_loader: Callable[[RunState], Loader]
-    held_out: HeldOut | None
+    held_out: Evaluation | None
     domains: tuple[str, ...]
     saver: Saver
     requests: StopRequests
@@ -78,14 +76,13 @@ class Run:
         """Score the held-out text: all of it at the last step, the first `eval.batches` batches before."""
         rows = None if self._is_last else self.config.eval.batches * self.config.train.global_batch_size
 
-        def nats(inputs_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
+        def logits(inputs_BL: torch.Tensor) -> torch.Tensor:
             self._at("evaluate")
-            return token_nats(self.engine.deepspeed(inputs_BL), targets_BL)
+            return self.engine.deepspeed(inputs_BL)
 
         with self.engine.evaluating():
-            return evaluate(
-                self.held_out,
-                nats,
+            return self.held_out.score(
+                logits,
                 device=self.engine.device,
                 micro_batch=self.config.train.micro_batch_size,
                 rank=self.world.rank,

@@ -1,9 +1,10 @@
-"""`scripts/pretrain.py`: from a configuration to a trained, evaluated, saved model."""
+"""`scripts/pretrain.py`, and what every training command does: from a configuration to a trained, saved model."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from lamda.config.batches import micro_batches_per_rank
 from lamda.config.errors import RunError, UserError
@@ -12,9 +13,23 @@ from lamda.config.schema import Config
 from lamda.distributed import ReportedElsewhereError, World, choose_accelerator, read_world
 from lamda.training import deepspeed_config
 
+if TYPE_CHECKING:
+    from lamda.training.task import Task
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run pre-training; returns the exit code.
+    """Run pre-training; returns the exit code, as `launch`."""
+    return launch(argv, _pretraining)
+
+
+def _pretraining() -> Task:
+    from lamda.training.pretraining import Pretraining
+
+    return Pretraining()
+
+
+def launch(argv: Sequence[str] | None, task: Callable[[], Task]) -> int:
+    """Train for a task, which is made once torch may be imported; returns the exit code.
 
     0 finished, 75 stopped when asked to, everything saved (`RUN/status.json` says the same), 1 failed, 2 a
     user's mistake, 76 hung (`lamda.training.watchdog`), 130 interrupted at once.
@@ -29,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _tell(error, quiet=not world.is_main)
     choose_accelerator()
-    from lamda.training.pretraining import pretrain
+    from lamda.training.train import train
 
     try:
-        return pretrain(config, world)
+        return train(config, world, task())
     except UserError as error:
         return _tell(error, quiet=isinstance(error, ReportedElsewhereError))
     except RunError as error:

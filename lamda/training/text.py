@@ -12,8 +12,8 @@ from lamda.config.schema import Config
 from lamda.data.block_files import BlockFolder
 from lamda.data.card import Source, load_card
 from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of, require_a_batch
+from lamda.data.documents import Form
 from lamda.data.files import resolve
-from lamda.data.held_out import HeldOut
 from lamda.data.loader import Loader
 from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
@@ -32,12 +32,12 @@ class Text:
     domains: tuple[str, ...]
 
     @classmethod
-    def open(cls, config: Config, directory: RunDirectory, world: World) -> Text:
+    def open(cls, config: Config, directory: RunDirectory, world: World, *, form: Form) -> Text:
         """Rank 0 goes first and makes what is missing. Raises UserError for whatever the run would fail on later."""
 
         def prepare() -> list[str]:
-            corpus = open_corpus(config.data)
-            for source in _validation(config):
+            corpus = open_corpus(config.data, form=form)
+            for source in validation(config):
                 resolve(source)
             if config.model.weights is not None:
                 checkpoint.check_weights(Path(config.model.weights), config.model)
@@ -47,7 +47,7 @@ class Text:
 
         domains = distributed.on_main(world, prepare)
         corpus, tokenizer = distributed.agree(
-            world, lambda: (open_corpus(config.data), Tokenizer.load(directory.tokenizer))
+            world, lambda: (open_corpus(config.data, form=form), Tokenizer.load(directory.tokenizer))
         )
         return cls(corpus, tokenizer, tuple(domains))
 
@@ -70,17 +70,13 @@ class Text:
             cursors=state.cursors,
             threads=config.data.threads,
             domains=self.domains,
-            document_mask=config.data.document_mask,
+            document_mask=config.data.separates_documents,
             ready=BlockFolder.of(config.data.blocks, state.fingerprint) if config.data.blocks else None,
         )
 
-    def held_out(self, config: Config) -> HeldOut | None:
-        """The validation text, if there is one."""
-        sources = _validation(config)
-        return HeldOut(sources, self.tokenizer, config.data.sequence_length) if sources else None
 
-
-def _validation(config: Config) -> tuple[Source, ...]:
+def validation(config: Config) -> tuple[Source, ...]:
+    """The sources of the validation text. Raises UserError where there is none and evaluations are asked for."""
     sources = load_card(config.data).validation
     if not sources and config.eval.every is not None:
         raise UserError(

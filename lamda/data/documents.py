@@ -1,0 +1,102 @@
+"""Documents: what a record holds, and how it becomes ids. Raw text here; conversations are `lamda.dialog`'s."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lamda.data.card import Source
+from lamda.data.packing import Method
+from lamda.data.quarantine import BadLine
+from lamda.data.tokenizer import Tokenizer
+
+
+class Document(NamedTuple):
+    """A text and its place: epoch of the lane, file of the lane, line, decompressed offset of the line.
+
+    `bad` are the bad lines between the lane's document before it and this one.
+    """
+
+    text: str
+    domain: str
+    epoch: int
+    file: int
+    line: int
+    byte: int
+    bad: tuple[BadLine, ...] = ()
+
+
+class Encoded(NamedTuple):
+    """A document, or an example that is made of it: [n] ids, not empty.
+
+    scored: [n], the ids that count as targets; all of them where it is None. domain: in place of the document's.
+    """
+
+    ids: NDArray[np.uint32]
+    scored: NDArray[np.bool_] | None = None
+    domain: str | None = None
+
+
+class Form(Protocol):
+    """What the records of a corpus are. It travels with lanes into other processes and holds no tokenizer."""
+
+    @property
+    def packings(self) -> tuple[Method, ...]:
+        """The ways of `data.packing` that suit it."""
+        ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """By name, what else the order of samples depends on."""
+        ...
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains of its examples, where not the documents' own."""
+        ...
+
+    def text_of(self, record: Any, source: Source) -> str:
+        """What a document keeps of its record. Raises ValueError that says why a record holds no document."""
+        ...
+
+    def encode(self, documents: Sequence[Document], tokenizer: Tokenizer) -> list[list[Encoded]]:
+        """What each document gives in its epoch; a pure function of the document, none longer than a row."""
+        ...
+
+
+@dataclass(frozen=True)
+class RawText:
+    """Text at the source's path, encoded whole and ended by the end symbol."""
+
+    packings: tuple[Method, ...] = ("concat", "best_fit")
+    domains: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Nothing: a source's rules are in the fingerprint already."""
+        return {}
+
+    def text_of(self, record: Any, source: Source) -> str:
+        """See `Form`."""
+        text = at(record, source.text)
+        if not isinstance(text, str):
+            raise ValueError(f"no text at {source.text!r} (found {type(text).__name__})")
+        return text
+
+    def encode(self, documents: Sequence[Document], tokenizer: Tokenizer) -> list[list[Encoded]]:
+        """See `Form`."""
+        end = np.array([tokenizer.end_of_document], np.uint32)
+        encoded = tokenizer.encode_documents([document.text for document in documents], threads=1)
+        return [[Encoded(np.concatenate([ids, end]))] for ids in encoded]
+
+
+def at(record: Any, path: str) -> Any:
+    """What a record holds at a dotted path, or None."""
+    value = record
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value

@@ -1,0 +1,179 @@
+"""What a model learns from a conversation: responses, steps of research, and ratings; some of each in every epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, TypeVar
+
+import numpy as np
+import orjson
+
+from lamda.config.schema import Config
+from lamda.data.card import Source
+from lamda.data.documents import Document, Encoded
+from lamda.data.hashing import permutation
+from lamda.data.packing import Method
+from lamda.data.tokenizer import Tokenizer
+from lamda.dialog.conversation import ATTRIBUTES, Conversation, Message, parse_conversation, to_record
+from lamda.dialog.encoding import Encoding, Example
+
+Items = TypeVar("Items")
+
+
+@dataclass(frozen=True)
+class Response:
+    """To learn: what the assistant says after a context."""
+
+    context: tuple[Message, ...]
+    response: str
+    kind: str = "generative"
+
+    def encode(self, encoding: Encoding, *, max_tokens: int) -> Example:
+        """The example, in at most `max_tokens`."""
+        return encoding.generative(self.context, self.response, max_tokens=max_tokens)
+
+
+@dataclass(frozen=True)
+class ResearchStep:
+    """To learn: what the assistant does after its base answer and (query, snippet) pairs."""
+
+    context: tuple[Message, ...]
+    base: str
+    steps: tuple[tuple[str, str], ...]
+    action: Message
+    kind: str = "research"
+
+    def encode(self, encoding: Encoding, *, max_tokens: int) -> Example:
+        """The example, in at most `max_tokens`."""
+        return encoding.research_step(self.context, self.base, self.steps, self.action, max_tokens=max_tokens)
+
+
+@dataclass(frozen=True)
+class Rating:
+    """To learn: how a response was rated; `kind` is the attribute."""
+
+    context: tuple[Message, ...]
+    response: str
+    kind: str
+    rating: bool
+
+    def encode(self, encoding: Encoding, *, max_tokens: int) -> Example:
+        """The example, in at most `max_tokens`."""
+        return encoding.discriminative(
+            self.context, self.response, self.kind, rating=self.rating, max_tokens=max_tokens
+        )
+
+
+def examples_of(conversation: Conversation) -> tuple[list[Response | ResearchStep], list[Rating]]:
+    """All generative and all discriminative examples of a conversation, in its order.
+
+    A message that is rated unsafe or not sensible is no generative target. Context is what the user has
+    read: of a turn with research only its last message, not its base answer, queries and snippets.
+    """
+    generative: list[Response | ResearchStep] = []
+    ratings: list[Rating] = []
+    heard: list[Message] = []
+    for turn in _turns(conversation.messages):
+        if turn[0].role not in ("assistant", "tool"):
+            heard += turn
+            continue
+        context = tuple(heard)
+        generative += _of_turn(context, turn)
+        said = [message for message in turn if message.role == "assistant" and message.to == "user"]
+        ratings += [
+            Rating(context, message.content, name, rating)
+            for message in said
+            for name, rating in message.labels.items()
+        ]
+        heard += said[-1:]
+    return generative, ratings
+
+
+def _turns(messages: Sequence[Message]) -> Iterator[list[Message]]:
+    """The messages, those of the assistant and its tools together as long as nobody else speaks."""
+    rest = list(messages)
+    while rest:
+        turn = list(takewhile(lambda message: message.role in ("assistant", "tool"), rest)) or rest[:1]
+        yield turn
+        rest = rest[len(turn) :]
+
+
+def _of_turn(context: tuple[Message, ...], turn: Sequence[Message]) -> Iterator[Response | ResearchStep]:
+    base, research = (turn[0].content, turn[1:]) if turn[0].to == "user" else ("", turn)
+    if turn[0].to == "user" and _is_good(turn[0]):
+        yield Response(context, base)
+    steps: list[tuple[str, list[str]]] = []
+    for message in research:
+        if message.role == "tool":
+            steps[-1][1].append(message.content)
+            continue
+        if _is_good(message):
+            taken = tuple((query, "\n".join(snippets)) for query, snippets in steps)
+            yield ResearchStep(context, base, taken, message)
+        if message.to == "TS":
+            steps.append((message.content, []))
+
+
+def _is_good(message: Message) -> bool:
+    return not message.labels.get("unsafe", False) and message.labels.get("sensible", True)
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """The form of fine-tuning data (`lamda.data.documents.Form`): each epoch some examples of each conversation.
+
+    Which ones is a permutation of them, seeded by run, file and line, read on where the epoch before stopped.
+    """
+
+    row_length: int
+    seed: int
+    generative: int
+    discriminative: int
+    packings: tuple[Method, ...] = ("whole",)
+    domains: tuple[str, ...] = ("generative", "research", *ATTRIBUTES)
+
+    @classmethod
+    def of(cls, config: Config) -> Conversations:
+        """The form of a run's records."""
+        return cls(
+            config.data.sequence_length + 1, config.run.seed, config.dialog.generative, config.dialog.discriminative
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Form`."""
+        return {"dialog": {"generative": self.generative, "discriminative": self.discriminative}}
+
+    def text_of(self, record: Any, source: Source) -> str:
+        """The record as JSON. Raises ValueError where it is none, or holds nothing to learn."""
+        conversation = parse_conversation(record)
+        generative, ratings = examples_of(conversation)
+        if not (generative and self.generative) and not (ratings and self.discriminative):
+            raise ValueError("there is nothing to learn: no message of the assistant that is a target, and no rating")
+        return orjson.dumps(to_record(conversation)).decode()
+
+    def encode(self, documents: Sequence[Document], tokenizer: Tokenizer) -> list[list[Encoded]]:
+        """See `Form`."""
+        encoding = Encoding(tokenizer)
+        return [[self._encoded(example, encoding) for example in self._chosen(document)] for document in documents]
+
+    def _chosen(self, document: Document) -> list[Response | ResearchStep | Rating]:
+        generative, ratings = examples_of(parse_conversation(orjson.loads(document.text)))
+        place = (document.file, document.line)
+        return [
+            *_turn_of(generative, self.generative, document.epoch, (self.seed, *place, 0)),
+            *_turn_of(ratings, self.discriminative, document.epoch, (self.seed, *place, 1)),
+        ]
+
+    def _encoded(self, example: Response | ResearchStep | Rating, encoding: Encoding) -> Encoded:
+        ids, scored = example.encode(encoding, max_tokens=self.row_length)
+        return Encoded(np.array(ids, np.uint32), np.array(scored), example.kind)
+
+
+def _turn_of(items: list[Items], count: int, epoch: int, key: tuple[int, ...]) -> list[Items]:
+    """The `count` items of an epoch, or all: a permutation read round and round."""
+    count = min(count, len(items))
+    order = permutation(len(items), *key) if items else []
+    return [items[order[(epoch * count + place) % len(items)]] for place in range(count)]

@@ -1,0 +1,190 @@
+"""A run from start to end: prepare, train, evaluate, show; what it trains for is handed in."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lamda import distributed
+from lamda.config.help import to_yaml
+from lamda.config.schema import Config
+from lamda.data.tokenizer import Tokenizer
+from lamda.distributed import World
+from lamda.model.attention.backends import check_backend
+from lamda.training import checkpoint, manifest
+from lamda.training.engine import Engine
+from lamda.training.loop import Run
+from lamda.training.profile import Profile
+from lamda.training.progress import TrainingProgress
+from lamda.training.report import MainReport, SilentReport
+from lamda.training.resume import choose_start
+from lamda.training.run_directory import RunDirectory
+from lamda.training.saving import Saver
+from lamda.training.start import with_start
+from lamda.training.state import RunState
+from lamda.training.stopping import STOP_EXIT, StopRequests
+from lamda.training.task import Task
+from lamda.training.text import Text
+from lamda.training.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+STOP_PATIENCE = 20.0
+"""Seconds without progress after a signal: then another rank is dead, and a launcher kills after 30."""
+
+
+def train(config: Config, world: World, task: Task) -> int:
+    """Train `config` for `task` to its end, or until asked to stop, from wherever the run directory stands.
+
+    Returns the exit code: 0 finished, 75 stopped with everything saved. Raises UserError and RunError.
+    """
+    config, directory = with_start(config), RunDirectory(Path(config.run.dir))
+    device = distributed.start(world, threads=config.run.threads)
+    with ExitStack() as stack:
+        stack.callback(distributed.stop)
+        distributed.on_main(world, lambda: check_backend(config.model.attention, device, training=True))
+        distributed.on_main(world, directory.create)
+        if world.is_main:
+            _log_to(directory.log)
+        distributed.on_main(world, lambda: stack.enter_context(directory.lock()) and None)
+        distributed.on_main(world, lambda: manifest.sweep(directory.checkpoints))
+        start = choose_start(config, directory, world)
+        if start.state.step >= config.steps:
+            if world.is_main:
+                print(f"{directory.path}: finished, {start.state.step} steps; raise train.steps to go on")
+            return 0
+        text = Text.open(config, directory, world, form=task.form(config))
+        state = start.check_data(text.fingerprint(config))
+        began = time.time()
+        try:
+            code = _run(config, world, directory, device, start.path, state, text, task)
+            distributed.barrier()  # a launcher whose first rank has left kills the others, who may have rows to send
+            return code
+        except BaseException as error:
+            _tell_failure(directory, f"rank {world.rank}: {type(error).__name__}: {error}", since=began)
+            raise
+
+
+def _tell_failure(directory: RunDirectory, reason: str, *, since: float) -> None:
+    """Write why the run failed; any rank may. The first failure stays: the others follow from it."""
+    told = directory.read_status()
+    if told.get("status") != "failed" or told["time"] < since:
+        directory.write_status("failed", reason=reason)
+
+
+def _run(
+    config: Config,
+    world: World,
+    directory: RunDirectory,
+    device: torch.device,
+    checkpoint_path: Path | None,
+    state: RunState,
+    text: Text,
+    task: Task,
+) -> int:
+    engine = Engine(config, world=world, device=device, domains=len(text.domains) + 1)
+    if checkpoint_path is not None:
+        checkpoint.load(checkpoint_path, engine=engine)
+    elif config.model.weights is not None:
+        checkpoint.load_weights_alone(Path(config.model.weights), engine=engine)
+    if world.is_main:
+        directory.config.write_text(to_yaml(config), "utf-8")
+        directory.write_status("running", step=state.step, steps=config.steps)
+    began = time.time()
+    with ExitStack() as stack:
+        progress = stack.enter_context(TrainingProgress(done=state.step, steps=config.steps, visible=world.is_main))
+        if checkpoint_path is not None:
+            progress.say(f"going on from {checkpoint_path}")
+        if engine.is_compiled:
+            progress.say(f"the first step compiles the blocks (train.compile: {config.train.compile}), a minute or so")
+        report = SilentReport()
+        if world.is_main:
+            report = stack.enter_context(MainReport(config, directory, state, progress))
+        watchdog = stack.enter_context(
+            Watchdog(
+                directory.heartbeats,
+                world=world,
+                seconds=config.run.hang_seconds,
+                tell=lambda verdict: _tell_hang(directory, verdict, since=began),
+            )
+        )
+        requests = stack.enter_context(
+            StopRequests(
+                directory.stop,
+                world=world,
+                margin=config.run.stop_before_end,
+                hurry=lambda: watchdog.hurry(STOP_PATIENCE),
+            )
+        )
+        run = Run(
+            config=config,
+            world=world,
+            directory=directory,
+            engine=engine,
+            open_loader=lambda state: text.loader(config, world, state),
+            held_out=task.held_out(config, text.tokenizer),
+            domains=text.domains,
+            saver=Saver(directory.checkpoints, engine=engine, tokenizer=directory.tokenizer),
+            requests=requests,
+            watchdog=watchdog,
+            report=report,
+            state=replace(state, wandb_id=report.wandb_id),
+            profile=stack.enter_context(Profile(config.train.profile if world.is_main else None, directory.profile)),
+        )
+        run.train()
+        return _leave(run, task, text.tokenizer, progress)
+
+
+def _leave(run: Run, task: Task, tokenizer: Tokenizer, progress: TrainingProgress) -> int:
+    """Show what came out, tell how the run ended, and return its exit code."""
+    stopped, steps = run.stopped, {"step": run.state.step, "steps": run.config.steps}
+    if stopped is None:
+        _finish(run, task, tokenizer, progress)
+    else:
+        progress.say(f"stopped after step {run.state.step}, all of it saved: {stopped}; the same command goes on")
+    run.requests.obeyed()
+    if run.world.is_main and stopped is None:
+        run.directory.write_status("finished", **steps)
+    elif run.world.is_main:
+        run.directory.write_status("preempted", **steps, reason=stopped)
+    return 0 if stopped is None else STOP_EXIT
+
+
+def _tell_hang(directory: RunDirectory, verdict: str, *, since: float) -> None:
+    log.error("the run hangs and ends: %s; stacks are in %s", verdict, directory.path / "hang")
+    _tell_failure(directory, verdict, since=since)
+
+
+def _finish(run: Run, task: Task, tokenizer: Tokenizer, progress: TrainingProgress) -> None:
+    """Show the last evaluation, a sample, and where everything is."""
+    if run.scores is not None:
+        for line in task.told(run):
+            progress.say(line)
+    sample = task.sample(run, tokenizer)
+    if run.world.is_main:
+        run.directory.samples.mkdir(exist_ok=True)
+        file = run.directory.samples / f"step-{run.state.step:08d}.txt"
+        file.write_text(sample, "utf-8")
+        progress.say(f"a continuation, as it came:\n{sample}")
+        progress.say(
+            f"everything is in {run.directory.path}; to go on, run the same command with a larger train.steps or "
+            "train.tokens"
+        )
+
+
+def _log_to(path: Path) -> None:
+    """Warnings go to the console and to train.log."""
+    formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    root = logging.getLogger("lamda")
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.handleError = lambda record: None  # a disk that takes no more: the console has said it
+    for handler in (file, logging.StreamHandler(sys.stderr)):
+        handler.setFormatter(formatter)
+        root.addHandler(handler)
+    root.setLevel(logging.INFO)
