@@ -66,8 +66,8 @@ COMMANDS = {
     ),
     "serve": Command(
         _main_of("lamda.dialog.server.main"),
-        "RUN [--host H] [--port P] [--name NAME] [--key-file FILE | --without-key] [--allow-host NAME] [--candidates N] "
-        "[--threshold T] [--max-new-tokens N] [--max-tokens N] [--requests N] [--seconds S] [--int8]",
+        "RUN [--host H] [--port P] [--name NAME] [--key-file FILE | --without-key] [--allow-host NAME] "
+        "[--candidates N] [--threshold T] [--max-new-tokens N] [--max-tokens N] [--requests N] [--seconds S] [--int8]",
         "answer OpenAI's HTTP requests, and a page, with a trained model",
         """\
 --host H               default 127.0.0.1, which other machines cannot reach

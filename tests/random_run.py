@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 
 from lamda.config.help import to_yaml
 from lamda.config.schema import Config
-from lamda.data.tokenizer import Tokenizer
+from lamda.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
 from lamda.model import LaMDA
 from lamda.model.initialisation import initialise
 
 
 def write_run(path: Path, tokenizer_path: Path, *, dtype: torch.dtype = torch.float32) -> Path:
-    """The run, with one checkpoint of a tiny model."""
+    """The run, with one checkpoint of a tiny model, which hardly ever ends a text by itself."""
     vocabulary = Tokenizer.load(tokenizer_path).vocab_size
     shape = {"vocab_size": vocabulary, "d_model": 32, "n_layers": 2, "n_heads": 2, "d_head": 16, "d_ff": 64}
     config = Config.model_validate(
@@ -31,6 +31,8 @@ def write_run(path: Path, tokenizer_path: Path, *, dtype: torch.dtype = torch.fl
     checkpoint.mkdir(parents=True)
     model = LaMDA(config.model).to(dtype)
     initialise(model, seed=5)
+    with torch.no_grad():
+        model.embedding.weight[: len(CONTROL_SYMBOLS)] = 0
     save_file(
         {name: weight.contiguous() for name, weight in model.export_weights().items()}, checkpoint / "model.safetensors"
     )

@@ -85,8 +85,8 @@ def check_exposure(host: str, *, key: str | None, is_meant: bool) -> None:
         is_local = host == "localhost"
     if not is_local and key is None and not is_meant:
         raise UserError(
-            f"--host {host} lets other machines in, and there is no key: give --key-file FILE or {KEY_VARIABLE}, or say "
-            "--without-key"
+            f"--host {host} lets other machines in, and there is no key: give --key-file FILE or {KEY_VARIABLE}, "
+            "or say --without-key"
         )
 
 
