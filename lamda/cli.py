@@ -13,6 +13,7 @@ from lamda.config.errors import UserError
 from lamda.config.help import help_text, to_yaml
 from lamda.config.loading import load_config, wants_help
 from lamda.config.presets import nearest
+from lamda.dialog import usage
 
 _CONFIG = "--config FILE [--section.key VALUE ...]"
 _CHECKPOINT = "CHECKPOINT|RUN[@STEP]"
@@ -145,6 +146,12 @@ exit code: 0 where the run fits, 1 where it does not""",
         f"--cluster FILE [--nodes N] [--doctor] [--dry-run] {_CONFIG}",
         "start a run on SLURM, on machines over ssh or on Kubernetes, or show what would be started",
     ),
+    "chat": Command(
+        _main_of("lamda.dialog.chat"),
+        f"RUN [--system TEXT] {usage.USAGE}",
+        "talk with a model in the terminal; /why shows how a reply was chosen",
+        usage.DETAILS,
+    ),
     "dialog research-data": Command(
         _main_of("lamda.dialog.research_data"),
         "CORPUS -o OUT [--count N] [--seed N]",
@@ -200,7 +207,7 @@ def _overview(group: list[str]) -> str:
     chosen = {name: command for name, command in COMMANDS.items() if name.split()[: len(group)] == group}
     if not chosen:
         raise _unknown(group)
-    lines = [f"  lamda {name:<18}{command.summary}" for name, command in chosen.items()]
+    lines = [f"  lamda {name:<21}{command.summary}" for name, command in chosen.items()]
     return "\n".join(["usage: lamda COMMAND [ARGUMENTS]; `lamda COMMAND --help` says more", "", *lines])
 
 
