@@ -70,7 +70,7 @@ def test_through_a_pipe_every_line_is_answered_and_commands_work(run, tmp_path):
 
 
 def test_tools_are_used_and_sources_kept(run, tmp_path):
-    (tmp_path / "a.txt").write_text("the of and to in is that for it was")
+    (tmp_path / "a.txt").write_text("a zebra is the of and")
     options = ["--tools", "calculator,retrieval", "--corpus", str(tmp_path / "a.txt"), "--max-queries", "1"]
     code, out, errors = piped(run, "the of\n/why\n", *options)
     assert (code, errors) == (0, "")
