@@ -22,8 +22,8 @@ from lamda.model import LaMDA
 _JUDGED = 4
 """Tokens after a candidate that there is room for without taking memory again."""
 
-OnToken = Callable[[int, int], None]
-"""Is told each new id as it comes: (number of the candidate, id)."""
+OnToken = Callable[[int, int], bool | None]
+"""Is told each new id as it comes: (number of the candidate, id); True ends the candidate with it."""
 
 
 class Candidates:
@@ -32,7 +32,7 @@ class Candidates:
     Attributes:
         ids: the tokens of each, without what stopped it.
         log_probabilities: under the model itself, the sum over ids and stop.
-        stopped: whether each ended with one of `stop_ids`, and not for its length.
+        stopped: whether each ended with one of `stop_ids` or by `on_token`, and not for its length.
     """
 
     def __init__(
@@ -76,8 +76,7 @@ class Candidates:
             self.stopped[number] = id in self._sampling.stop_ids
             if not self.stopped[number]:
                 self.ids[number].append(id)
-                if self._on_token:
-                    self._on_token(number, id)
+                self.stopped[number] = bool(self._on_token and self._on_token(number, id))
 
 
 @torch.no_grad()
