@@ -158,6 +158,7 @@ function scoresOf(scores) {
     if (ATTRIBUTES.includes(name)) {
       const bar = make("meter");
       bar.value = value;
+      if (name === "unsafe") Object.assign(bar, { high: 0.5, low: 0.5, optimum: 0 });  // the fuller, the worse
       bar.setAttribute("aria-label", `P(${name})`);
       row.append(make("span", "", name), bar, digits);
     } else {
