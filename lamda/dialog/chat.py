@@ -12,7 +12,7 @@ import orjson
 from rich.console import Console
 
 from lamda.dialog.conversation import Conversation, Message, to_record
-from lamda.dialog.options import add_options, manner_of, toolset_of
+from lamda.dialog.options import add_options, add_sampling_options, manner_of, toolset_of
 from lamda.dialog.speaker import Reply, Speaker
 from lamda.dialog.terminal import Typewriter, explanation, visible
 from lamda.inference.loading import load_run
@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("--system", metavar="TEXT")
     add_options(parser)
+    add_sampling_options(parser)
     options = parser.parse_args(argv)
     manner, toolset = manner_of(options), toolset_of(options)
     loaded = load_run(options.run, int8=options.int8)

@@ -12,7 +12,7 @@ from lamda.inference.sampling import Sampling
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `lamda.dialog.usage.DETAILS`."""
-    manner, sampling = Manner(), Sampling()
+    manner = Manner()
     parser.add_argument("--candidates", type=int, default=manner.candidates)
     parser.add_argument("--threshold", type=float, default=manner.threshold)
     parser.add_argument("--refusal", default=manner.refusal)
@@ -20,30 +20,29 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", type=Path)
     parser.add_argument("--glossary", type=Path)
     parser.add_argument("--max-queries", type=int, default=manner.max_queries)
-    parser.add_argument("--max-new-tokens", type=int, default=sampling.max_new_tokens)
+    parser.add_argument("--max-new-tokens", type=int, default=manner.sampling.max_new_tokens)
+    parser.add_argument("--int8", action="store_true")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `lamda.dialog.usage.SAMPLING`, which requests to a server carry themselves."""
+    sampling = Sampling()
     parser.add_argument("--temperature", type=float, default=sampling.temperature)
     parser.add_argument("--top-k", type=int, default=sampling.top_k)
     parser.add_argument("--top-p", type=float, default=sampling.top_p)
     parser.add_argument("--repetition-penalty", type=float, default=sampling.repetition_penalty)
     parser.add_argument("--seed", type=int, default=sampling.seed)
-    parser.add_argument("--int8", action="store_true")
 
 
 def manner_of(options: argparse.Namespace) -> Manner:
     """How to answer. Raises UserError where it cannot be."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
     return Manner(
         candidates=options.candidates,
         threshold=options.threshold,
         max_queries=options.max_queries,
         refusal=options.refusal,
-        sampling=Sampling(
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            repetition_penalty=options.repetition_penalty,
-            seed=options.seed,
-        ),
+        sampling=Sampling(**{name: value for name, value in vars(options).items() if name in names}),
     )
 
 

@@ -12,9 +12,10 @@ DETAILS = """\
 --glossary FILE        JSON lines of your own words for the tool translator, in place of Argos Translate's models
 --max-queries N        to the tools for one reply; default 4
 --max-new-tokens N     of a candidate; default 128
+--int8                 the weights in 8 bits"""
+SAMPLING = """\
 --temperature T        default 1
 --top-k K              default 40
 --top-p P              default 1
 --repetition-penalty R default 1
---seed N               the same seed and conversation give the same reply; default 0
---int8                 the weights in 8 bits"""
+--seed N               the same seed and conversation give the same reply; default 0"""
