@@ -13,6 +13,7 @@ from lamda.config.errors import UserError
 from lamda.config.help import help_text, to_yaml
 from lamda.config.loading import load_config, wants_help
 from lamda.config.presets import nearest
+from lamda.dialog import usage
 
 _CONFIG = "--config FILE [--section.key VALUE ...]"
 _CHECKPOINT = "CHECKPOINT|RUN[@STEP]"
@@ -66,23 +67,19 @@ COMMANDS = {
     ),
     "serve": Command(
         _main_of("lamda.dialog.server.main"),
-        "RUN [--host H] [--port P] [--name NAME] [--key-file FILE | --without-key] [--allow-host NAME] "
-        "[--candidates N] [--threshold T] [--max-new-tokens N] [--max-tokens N] [--requests N] [--seconds S] [--int8]",
+        f"RUN [--host H] [--port P] [--key-file FILE | --without-key] [--requests N] [--seconds S] {usage.USAGE}",
         "answer OpenAI's HTTP requests, and a page, with a trained model",
-        """\
+        f"""\
 --host H               default 127.0.0.1, which other machines cannot reach
 --port P               default 8000
 --name NAME            what clients call the model; default: the run's folder
 --key-file FILE        its content, or LAMDA_API_KEY, must come with every request
 --without-key          let other machines in without one
 --allow-host NAME      a name beside localhost by which clients call this server; may be given again
---candidates N         that a chat's answer is chosen from; default 16
---threshold T          of P(unsafe), above which a candidate is dropped; default 0.5
---max-new-tokens N     of an answer where the request does not say; default 128
 --max-tokens N         of a prompt and of an answer at the most; default 2048
 --requests N           at work at the same time, one more is refused; default 64
 --seconds S            that a request may take; default 120
---int8                 the matrices in 8 bits""",
+{usage.DETAILS}""",
     ),
     "plan": Command(
         _main_of("lamda.cluster.plan"),
@@ -165,6 +162,12 @@ exit code: 0 where the run fits, 1 where it does not""",
         f"--cluster FILE [--nodes N] [--doctor] [--dry-run] {_CONFIG}",
         "start a run on SLURM, on machines over ssh or on Kubernetes, or show what would be started",
     ),
+    "chat": Command(
+        _main_of("lamda.dialog.chat"),
+        f"RUN [--system TEXT] {usage.USAGE}",
+        "talk with a model in the terminal; /why shows how a reply was chosen",
+        f"{usage.DETAILS}\n{usage.SAMPLING}",
+    ),
     "dialog research-data": Command(
         _main_of("lamda.dialog.research_data"),
         "CORPUS -o OUT [--count N] [--seed N]",
@@ -220,7 +223,7 @@ def _overview(group: list[str]) -> str:
     chosen = {name: command for name, command in COMMANDS.items() if name.split()[: len(group)] == group}
     if not chosen:
         raise _unknown(group)
-    lines = [f"  lamda {name:<18}{command.summary}" for name, command in chosen.items()]
+    lines = [f"  lamda {name:<21}{command.summary}" for name, command in chosen.items()]
     return "\n".join(["usage: lamda COMMAND [ARGUMENTS]; `lamda COMMAND --help` says more", "", *lines])
 
 

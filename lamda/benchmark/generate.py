@@ -191,10 +191,10 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     return "\n".join(
         [
-            f"`{report['command']}` at {report['commit']}, {report['device']} ({report['cpu']}, {report['cores']} cores, "
-            f"{report['threads']} threads), {versions}.",
-            f"{report['parameters']['lamda']:,} parameters ({report['parameters']['transformers']:,} in `transformers`), "
-            f"{report['dtype']}; {report['prompt']} tokens of prompt, {report['new']} new ones.",
+            f"`{report['command']}` at {report['commit']}, {report['device']} ({report['cpu']}, "
+            f"{report['cores']} cores, {report['threads']} threads), {versions}.",
+            f"{report['parameters']['lamda']:,} parameters ({report['parameters']['transformers']:,} in "
+            f"`transformers`), {report['dtype']}; {report['prompt']} tokens of prompt, {report['new']} new ones.",
             "",
             "| | |",
             "|---|---:|",

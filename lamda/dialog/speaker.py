@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import torch
-
 from lamda.config.errors import UserError
-from lamda.config.loading import load_config
 from lamda.data.tokenizer import Tokenizer
 from lamda.dialog.conversation import Message
 from lamda.dialog.encoding import Encoding
@@ -20,9 +16,10 @@ from lamda.dialog.research import MAX_QUERIES, Step, research, sources
 from lamda.dialog.tools.toolset import Toolset
 from lamda.inference import generation
 from lamda.inference.cache import Prefix
-from lamda.inference.generation import Candidates, prefill
-from lamda.inference.loading import find_checkpoint, load_model
+from lamda.inference.generation import Candidates, OnToken, prefill
+from lamda.inference.loading import LoadedModel
 from lamda.inference.sampling import Sampling
+from lamda.inference.text import TextStream
 from lamda.model import LaMDA
 
 REFUSAL = "I have no safe answer to that."
@@ -82,8 +79,10 @@ class Reply:
 class Sample(Protocol):
     """How candidates are sampled; a server gathers those of several requests."""
 
-    def __call__(self, prefix: Prefix, *, count: int, sampling: Sampling) -> Candidates:
-        """`count` finished continuations of the prefix."""
+    def __call__(
+        self, prefix: Prefix, *, count: int, sampling: Sampling, on_token: OnToken | None = None
+    ) -> Candidates:
+        """`count` finished continuations of the prefix; `on_token` is told each token as it comes."""
         ...
 
 
@@ -93,8 +92,8 @@ class Speaker:
     Attributes:
         encoding: of the conversations.
         manner: how it answers where a call does not say otherwise.
-        is_tuned: whether the model was taught to judge and to research; else it continues lines of text, and
-            its candidates are ranked by their likelihood.
+        is_tuned: whether the model was taught to judge and to research, as examples that are packed whole teach
+            it; else it continues lines of text, and its candidates are ranked by their likelihood.
     """
 
     def __init__(
@@ -113,6 +112,7 @@ class Speaker:
         self.manner = manner or Manner()
         self.is_tuned = is_tuned
         self._model = model
+        self._tokenizer = tokenizer
         self._sequence_length = sequence_length
         self._toolset = toolset
         self._sample = sample or partial(generation.sample, model)
@@ -120,28 +120,45 @@ class Speaker:
             raise UserError("the tools are for a model that was fine-tuned to use them; leave them out")
 
     @classmethod
-    def load(cls, path: Path, *, toolset: Toolset | None = None, manner: Manner | None = None) -> Speaker:
-        """The speaker of a run or a checkpoint. Raises UserError where there is none."""
-        checkpoint = find_checkpoint(path)
-        config = load_config(["--config", str(checkpoint / "config.yaml")])
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def of(
+        cls,
+        loaded: LoadedModel,
+        *,
+        toolset: Toolset | None = None,
+        manner: Manner | None = None,
+        sample: Sample | None = None,
+    ) -> Speaker:
+        """The speaker of a loaded run. Raises UserError where tools are given to one that was not fine-tuned."""
         return cls(
-            load_model(checkpoint, config.model).to(device),
-            Tokenizer.load(checkpoint / "tokenizer.model"),
-            sequence_length=config.data.sequence_length,
-            is_tuned=config.data.packing == "whole",
+            loaded.model,
+            loaded.tokenizer,
+            sequence_length=loaded.config.data.sequence_length,
+            is_tuned=loaded.config.data.packing == "whole",
             toolset=toolset,
             manner=manner,
+            sample=sample,
         )
 
-    def reply(self, messages: Sequence[Message], manner: Manner | None = None) -> Reply:
-        """Answer the last message. Raises UserError where there is none."""
+    def streams(self, manner: Manner | None = None) -> bool:
+        """Whether a reply is known while it is written: one candidate, which nothing judges afterwards."""
+        return not self.is_tuned and (manner or self.manner).candidates == 1
+
+    def reply(
+        self, messages: Sequence[Message], manner: Manner | None = None, *, on_text: Callable[[str], None] | None = None
+    ) -> Reply:
+        """Answer the last message; where it `streams`, `on_text` gets the text as it comes.
+
+        Raises UserError where there is no message.
+        """
         if not messages:
             raise UserError("there is no message to answer")
         manner = manner or self.manner
         prefix = prefill(self._model, self._context(messages, manner))
         sampling = replace(manner.sampling, stop_ids=self._stop_ids)
-        candidates = self._sample(prefix, count=manner.candidates, sampling=sampling)
+        stream = _Stream(self._tokenizer, on_text) if on_text is not None and self.streams(manner) else None
+        candidates = self._sample(prefix, count=manner.candidates, sampling=sampling, on_token=stream)
+        if stream is not None:
+            stream.end()
         if not self.is_tuned:
             ranked = rank_by_likelihood(candidates, self.encoding)
         else:
@@ -193,3 +210,17 @@ class Speaker:
     def _stop_ids(self) -> frozenset[int]:
         """Every control symbol; of a model that continues lines of text also the end of one."""
         return self.encoding.stop_ids if self.is_tuned else self.encoding.stop_ids | {*self.encoding.text("\n")}
+
+
+class _Stream:
+    """Passes the only candidate's text on as it comes."""
+
+    def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], None]) -> None:
+        self._text = TextStream(tokenizer)
+        self._on_text = on_text
+
+    def __call__(self, _: int, id: int) -> None:
+        self._on_text(self._text.add(id))
+
+    def end(self) -> None:
+        self._on_text(self._text.end())

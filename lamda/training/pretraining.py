@@ -56,8 +56,6 @@ def continuation(run: Run, ids: Sequence[int], *, stop_ids: Sequence[int]) -> li
         (new,) = generate(
             engine.model,
             [ids],
-            Sampling(
-                max_new_tokens=100, temperature=0.8, seed=run.config.run.seed, stop_ids=frozenset(stop_ids)
-            ),
+            Sampling(max_new_tokens=100, temperature=0.8, seed=run.config.run.seed, stop_ids=frozenset(stop_ids)),
         )
     return new

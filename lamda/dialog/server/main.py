@@ -9,9 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lamda.config.errors import UserError, all_of
-from lamda.dialog.speaker import Manner
+from lamda.dialog.options import add_options, manner_of, toolset_of
 from lamda.inference.loading import load_run
-from lamda.inference.sampling import Sampling
 
 KEY_VARIABLE = "LAMDA_API_KEY"
 
@@ -33,6 +32,7 @@ def main(argv: list[str]) -> int:
     from lamda.dialog.server.guard import LOOPBACK
     from lamda.dialog.server.service import Limits, Service
 
+    manner, toolset = manner_of(options), toolset_of(options)
     loaded = load_run(options.run, int8=options.int8)
     service = Service(
         loaded.model,
@@ -40,11 +40,8 @@ def main(argv: list[str]) -> int:
         name=options.name or options.run.resolve().name,
         sequence_length=loaded.config.data.sequence_length,
         is_tuned=loaded.config.data.packing == "whole",
-        manner=Manner(
-            candidates=options.candidates,
-            threshold=options.threshold,
-            sampling=Sampling(max_new_tokens=options.max_new_tokens),
-        ),
+        toolset=toolset,
+        manner=manner,
         limits=Limits(
             tokens=options.max_tokens,
             candidates=max(options.candidates, Limits.candidates),
@@ -113,11 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--key-file", type=Path)
     parser.add_argument("--without-key", action="store_true")
     parser.add_argument("--allow-host", action="append", default=[])
-    parser.add_argument("--candidates", type=int, default=16)
-    parser.add_argument("--threshold", type=float, default=0.5)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--max-tokens", type=int, default=2048)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--int8", action="store_true")
+    add_options(parser)
     return parser
