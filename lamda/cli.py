@@ -43,6 +43,9 @@ def _show_config(argv: list[str]) -> None:
 
 COMMANDS = {
     "pretrain": Command(_main_of("lamda.training.main"), _CONFIG, "train a model from raw text, or go on with a run"),
+    "finetune": Command(
+        _main_of("lamda.dialog.main"), _CONFIG, "fine-tune a model on dialogues and ratings, or go on with a run"
+    ),
     "evaluate": Command(
         _main_of("lamda.training.evaluate"),
         "RUN_OR_CHECKPOINT [--files GLOB] [--json]",
@@ -172,6 +175,20 @@ exit code: 0 where the run fits, 1 where it does not""",
         _main_of("lamda.dialog.research_data"),
         "CORPUS -o OUT [--count N] [--seed N]",
         "make conversations that teach a model to use its tools, from a corpus and from arithmetic",
+    ),
+    "dialog convert": Command(
+        _main_of("lamda.dialog.convert"),
+        "FORMAT IN [IN ...] -o OUT",
+        "turn published dialogue sets into conversations, one JSON object a line",
+        """\
+FORMAT                 topical-chat, hh-rlhf, taskmaster, oasst1 or chat (messages of role and content)
+IN                     .jsonl, .jsonl.zst, .jsonl.gz or .json, as published
+-o OUT                 .jsonl, .jsonl.zst or .jsonl.gz""",
+    ),
+    "dialog evaluate": Command(
+        _main_of("lamda.dialog.evaluate"),
+        "RUN_OR_CHECKPOINT [--files GLOB] [--examples N] [--length L] [--json]",
+        "perplexity of responses and how well ratings are told, on held-out dialogues",
     ),
     "tokenizer train": Command(_train_tokenizer, _CONFIG, "train the run's tokenizer from its training files"),
     "config show": Command(_show_config, _CONFIG, "print the whole configuration that file and flags resolve to"),

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamda.data.card import Source
-from lamda.data.documents import Document
+from lamda.data.documents import Document, Form
 from lamda.data.files import resolve
-from lamda.data.lanes import Cursor, Lane, cut_into_lanes, read_lane
+from lamda.data.lanes import RAW_TEXT, Cursor, Lane, cut_into_lanes, read_lane
 from lamda.data.tokenizer import Tokenizer
 
 
@@ -37,12 +37,13 @@ class HeldOut:
     sources: tuple[Source, ...]
     tokenizer: Tokenizer
     sequence_length: int
+    form: Form = RAW_TEXT
 
     def documents(self) -> Iterator[Document]:
         """Every document once, source by source, file by file."""
         for source in self.sources:
             for file in resolve(source):
-                (lane,) = cut_into_lanes(source, [file], lanes=1)
+                (lane,) = cut_into_lanes(source, [file], lanes=1, form=self.form)
                 yield from _first_epoch(lane)
 
     def rows(self, domains: list[str]) -> Iterator[Row]:

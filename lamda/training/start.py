@@ -19,15 +19,11 @@ def with_start(config: Config) -> Config:
     if config.model.weights is None or not Path(config.model.weights).is_dir():
         return config
     path = find_checkpoint(Path(config.model.weights))
-    there = load_config(["--config", str(path / "config.yaml")]).model
+    known = load_config(["--config", str(path / "config.yaml")]).model.dimensions
     given = {key: value for key, value in config.model.dimensions.items() if key in config.model.model_fields_set}
-    differing = [
-        f"{key} is {value}, there {there.dimensions[key]}"
-        for key, value in given.items()
-        if there.dimensions[key] != value
-    ]
+    differing = [f"{key} is {value}, there {known[key]}" for key, value in given.items() if known[key] != value]
     if differing:
         raise UserError(f"model.weights {config.model.weights}: {'; '.join(differing)}; leave these model keys out")
-    model = config.model.model_copy(update={**there.dimensions, "weights": str(path / WEIGHTS)})
+    model = config.model.model_copy(update={**known, "weights": str(path / WEIGHTS)})
     tokenizer = config.tokenizer.model_copy(update={"path": config.tokenizer.path or str(path / "tokenizer.model")})
     return config.model_copy(update={"model": model, "tokenizer": tokenizer})

@@ -9,6 +9,7 @@ from lamda.config.presets import PRESETS
 
 REPOSITORY = Path(__file__).parents[2]
 SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
+FINETUNING = sorted((REPOSITORY / "configs/finetune").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -34,6 +35,13 @@ def values(*argv):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_config_is_valid(path):
     assert values("--config", path).run.dir == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("path", FINETUNING, ids=lambda path: path.name)
+def test_every_shipped_config_of_fine_tuning_is_valid(path):
+    config = values("--config", path)
+    assert config.run.dir == f"runs/{path.stem}-dialog"
+    assert config.data.packing == "whole"
 
 
 def test_the_shipped_configs_hold_the_papers_batch_and_steps():

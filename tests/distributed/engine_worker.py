@@ -30,6 +30,12 @@ def tokens(step: int) -> np.ndarray:
     return np.random.default_rng(step).integers(0, VOCABULARY, (BATCH, LENGTH + 1)).astype(np.uint32)
 
 
+def counted(step: int) -> np.ndarray:
+    """Which targets [B, L] of a step count where a job is masked: of some rows hardly any, of one row none."""
+    draw = np.random.default_rng(100 + step)
+    return draw.random((BATCH, LENGTH)) < draw.permutation(BATCH)[:, None] / BATCH
+
+
 def config(job: dict, folder: Path, rank: int) -> Config:
     """The configuration of a job, with a DeepSpeed file of its own."""
     own = {"communication_data_type": "fp32", "zero_optimization": {"stage": job["stage"]}}
@@ -56,13 +62,16 @@ def config(job: dict, folder: Path, rank: int) -> Config:
     )
 
 
-def batch(step: int, world: distributed.World) -> Step:
+def batch(step: int, world: distributed.World, *, masked: bool) -> Step:
     """This rank's part of a step."""
     share = BATCH // world.size
     own = np.arange(world.rank * share, (world.rank + 1) * share)
     rows = tokens(step)[own]
-    every = np.ones((MICRO, LENGTH), bool)
-    parts = [MicroBatch(ids, every, np.zeros((MICRO, LENGTH), np.int16)) for ids in rows.reshape(-1, MICRO, LENGTH + 1)]
+    scored = counted(step)[own] if masked else np.ones((share, LENGTH), bool)
+    parts = [
+        MicroBatch(ids, mask, np.zeros((MICRO, LENGTH), np.int16))
+        for ids, mask in zip(rows.reshape(-1, MICRO, LENGTH + 1), scored.reshape(-1, MICRO, LENGTH), strict=True)
+    ]
     return Step(tuple(parts), own, np.zeros((share, 32), np.uint8), BATCH * step)
 
 
@@ -76,7 +85,7 @@ def run(job: dict, world: distributed.World, device: torch.device, out: Path) ->
     for step in range(state.step + 1, job["steps"] + 1):
         poisoned = job.get("poison") == step and world.rank == world.size - 1
         hook = engine.model.final_norm.register_forward_hook(lambda *parts: parts[-1] * torch.nan) if poisoned else None
-        result = engine.step(batch(step, world), learning_rate=1e-2 * step)
+        result = engine.step(batch(step, world, masked=job.get("masked", False)), learning_rate=1e-2 * step)
         if hook is not None:
             hook.remove()
         losses.append(result.loss())

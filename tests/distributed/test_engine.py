@@ -12,7 +12,7 @@ from lamda.config import ModelConfig
 from lamda.model import LaMDA
 from lamda.model.initialisation import initialise
 from lamda.model.loss import cross_entropy
-from tests.distributed.engine_worker import BATCH, LENGTH, MICRO, MODEL, tokens
+from tests.distributed.engine_worker import BATCH, LENGTH, MICRO, MODEL, counted, tokens
 from tests.launch import run_ranks
 
 WORKER = str(Path(__file__).with_name("engine_worker.py"))
@@ -42,12 +42,14 @@ ON_TWO = [
     *(job(f"half-{other}", **{**how, "steps": 2}, save=f"from-two-{other}") for other, how in OTHERS.items()),
     *(job(f"poison-{other}", **how, poison=2) for other, how in OTHERS.items()),
     *(job(f"two-{other}", **how, load=f"from-two-{other}", **{"from": 2}) for other, how in OTHERS.items()),
+    job("straight-masked", 1, True, masked=True),
     job("other-stage", 2, True, load="from-two-1-bf16", **{"from": 2}),
     job("other-stage-3", 3, True, load="from-two-1-bf16", **{"from": 2}),
     job("other-stage-1", 1, True, load="from-two-3-bf16", **{"from": 2}),
 ]
 CASES = [*(label(*case) for case in STAGES), *OTHERS]
 ON_ONE = [
+    job("alone-masked", 1, True, masked=True),
     *(job(f"alone-{label(*case)}", *case) for case in STAGES),
     *(job(f"one-{label(*case)}", *case, load=f"from-two-{label(*case)}", **{"from": 2}) for case in STAGES),
     *(job(f"alone-{other}", **how) for other, how in OTHERS.items()),
@@ -93,7 +95,9 @@ def plain_optimizers(groups: list[dict], optimizer: str) -> list[torch.optim.Opt
     return [adamw, PlainMuon(matrices, {})] if matrices else [adamw]
 
 
-def plain_loop(*, bf16: bool, optimizer: str = "adamw") -> tuple[list[float], dict[str, torch.Tensor]]:
+def plain_loop(
+    *, bf16: bool, optimizer: str = "adamw", masked: bool = False
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of four steps and the weights after, on fp32 masters, gradients added up in fp32."""
     model = LaMDA(ModelConfig(**MODEL))
     initialise(model, seed=3)
@@ -116,9 +120,11 @@ def plain_loop(*, bf16: bool, optimizer: str = "adamw") -> tuple[list[float], di
             group["lr"] = 1e-2 * step * group["scale"]
         gradients = [torch.zeros_like(master) for master in masters]
         total = 0.0
-        for ids in torch.from_numpy(tokens(step).astype("int64")).split(MICRO):
-            nats, squares = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
-            ((nats + 1e-4 * squares) / (BATCH * LENGTH)).backward()
+        weights = torch.from_numpy(counted(step)).float() if masked else torch.ones(BATCH, LENGTH)
+        rows = torch.from_numpy(tokens(step).astype("int64"))
+        for ids, own in zip(rows.split(MICRO), weights.split(MICRO), strict=True):
+            nats, squares = cross_entropy(model(ids[:, :-1]), ids[:, 1:], own)
+            ((nats + 1e-4 * squares) / weights.sum()).backward()
             total += nats.item()
             for gradient, (_, parameter) in zip(gradients, named, strict=True):
                 gradient += parameter.grad
@@ -131,13 +137,23 @@ def plain_loop(*, bf16: bool, optimizer: str = "adamw") -> tuple[list[float], di
         with torch.no_grad():
             for master, (_, parameter) in zip(masters, named, strict=True):
                 parameter.copy_(master)
-        losses.append(total / (BATCH * LENGTH))
+        losses.append(total / weights.sum().item())
     return losses, model.export_weights()
 
 
 @pytest.fixture(scope="module")
 def reference():
     return {bf16: plain_loop(bf16=bf16) for bf16 in (True, False)}
+
+
+@pytest.mark.parametrize("ranks", ["alone", "straight"])
+def test_masked_targets_are_normalised_by_their_number_over_ranks_and_micro_batches(results, ranks):
+    """Rows have from none to most of their targets; a mean of micro-batches' means would differ."""
+    losses, weights = plain_loop(bf16=True, masked=True)
+    found = results(f"{ranks}-masked")
+    torch.testing.assert_close(found["losses"], torch.tensor(losses, dtype=torch.float64), rtol=0, atol=1e-6)
+    for name, weight in weights.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("ranks", ["alone", "straight"])

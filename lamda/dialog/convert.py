@@ -1,0 +1,93 @@
+"""`lamda dialog convert`: published dialogue sets to conversations, one JSON object a line."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import zstandard
+
+from lamda.config.errors import UserError
+from lamda.config.presets import nearest
+from lamda.data.errors import DataError
+from lamda.data.files import File, read_all, read_lines
+from lamda.dialog.conversation import to_record
+from lamda.dialog.formats import FORMATS, Numbered
+
+TOLD = 20
+"""Bad records that are named; the others are counted."""
+
+_LINES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
+
+
+def main(argv: list[str]) -> int:
+    """`FORMAT IN... -o OUT`; raises UserError that names every bad record, before anything is written."""
+    parser = argparse.ArgumentParser(prog="lamda dialog convert", allow_abbrev=False)
+    parser.add_argument("format", metavar="FORMAT")
+    parser.add_argument("files", metavar="IN", nargs="+", type=Path)
+    parser.add_argument("-o", dest="target", metavar="OUT", type=Path, required=True)
+    options = parser.parse_args(argv)
+    count = convert(options.format, options.files, options.target)
+    print(f"{options.target}: {count:,} conversations")
+    return 0
+
+
+def convert(name: str, files: list[Path], target: Path) -> int:
+    """Convert all records of all files; how many conversations they gave. OUT is .jsonl, .jsonl.zst or .jsonl.gz."""
+    if name not in FORMATS:
+        raise UserError(f"there is no format {name!r} among {', '.join(FORMATS)}{nearest(name, FORMATS)}")
+    if not target.name.endswith(_LINES):
+        raise UserError(f"-o {target}: name a file that ends in {', '.join(_LINES)}")
+    problems, lines = [], []
+    for file in files:
+        for number, found in FORMATS[name](read_records(file)):
+            if isinstance(found, ValueError):
+                problems.append(f"{file}, line {number}: {found}")
+            else:
+                lines.append(orjson.dumps(to_record(found), option=orjson.OPT_APPEND_NEWLINE))
+    if problems:
+        more = [f"and {len(problems) - TOLD:,} more"] if len(problems) > TOLD else []
+        raise UserError(
+            "\n".join([*problems[:TOLD], *more, "nothing was written: mend these records, or take them out"])
+        )
+    if not lines:
+        raise UserError(f"{', '.join(map(str, files))}: no conversation is there")
+    data = b"".join(lines)
+    packed = {".zst": zstandard.compress, ".gz": lambda data: gzip.compress(data, mtime=0)}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(packed.get(target.suffix, bytes)(data))
+    return len(lines)
+
+
+def read_records(path: Path) -> Iterator[Numbered]:
+    """The records of JSON lines, or of a JSON file that is a list or an object of them (numbered as they come).
+
+    Raises UserError for a file that cannot be read or a line that is not JSON.
+    """
+    if not path.is_file() or not path.name.endswith((*_LINES, ".json")):
+        raise UserError(f"{path}: no such file; records come from {', '.join((*_LINES, '.json'))}")
+    file = File(str(path), path.stat().st_size)
+    try:
+        if path.suffix == ".json":
+            whole = _parsed(read_all(file), path, 1)
+            records = list(whole.values()) if isinstance(whole, dict) else whole
+            if not isinstance(records, list):
+                raise UserError(f"{path}: is neither a list nor an object of records")
+            yield from (Numbered(number, record) for number, record in enumerate(records, start=1))
+            return
+        for line in read_lines(file):
+            if line.data and not line.data.isspace():
+                yield Numbered(line.number + 1, _parsed(line.data, path, line.number + 1))
+    except DataError as error:
+        raise UserError(str(error)) from error
+
+
+def _parsed(data: bytes, path: Path, line: int) -> Any:
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{path}, line {line}: not JSON ({error})") from error

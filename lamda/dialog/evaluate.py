@@ -1,0 +1,58 @@
+"""`lamda dialog evaluate`: a saved model on held-out dialogues; before fine-tuning, too."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lamda.config.errors import UserError
+from lamda.config.loading import load_config
+from lamda.data.card import load_card
+from lamda.data.held_out import HeldOut
+from lamda.data.tokenizer import Tokenizer
+from lamda.dialog.evaluation import HeldOutDialogues, table
+from lamda.dialog.examples import Conversations
+from lamda.inference.loading import find_checkpoint, load_model
+
+
+def main(argv: list[str]) -> int:
+    """`RUN_OR_CHECKPOINT [--files GLOB] [--examples N] [--length L] [--json]`; by default the run's own dialogues."""
+    parser = argparse.ArgumentParser(prog="lamda dialog evaluate", allow_abbrev=False)
+    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", type=Path)
+    parser.add_argument("--files", metavar="GLOB", help="conversations in place of the run's validation files")
+    parser.add_argument("--examples", metavar="N", type=int, help="of all examples, mixed; default: all")
+    parser.add_argument("--length", metavar="L", type=int, help="of rows, to compare runs that differ in it")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    options = parser.parse_args(argv)
+    report = evaluate_checkpoint(
+        find_checkpoint(options.path), files=options.files, examples=options.examples, length=options.length
+    )
+    print(json.dumps(report, indent=1) if options.json else "\n".join(table(report)))
+    return 0
+
+
+def evaluate_checkpoint(
+    path: Path, *, files: str | None, examples: int | None, length: int | None = None
+) -> dict[str, Any]:
+    """The report of `DialogScores` for a checkpoint, with its path. Raises UserError where there is no dialogue."""
+    overrides = ["--data.eval_files", files] if files else []
+    overrides += ["--data.sequence_length", str(length)] if length else []
+    overrides = ["--data.eval_files", files] if files else []
+    overrides += ["--data.sequence_length", str(length)] if length else []
+    config = load_config(["--config", str(path / "config.yaml"), *overrides])
+    sources = load_card(config.data).validation
+    if not sources:
+        raise UserError(f"card {config.data.corpus!r} has no validation dialogues; give --files")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(path, config.model).to(device)
+    tokenizer = Tokenizer.load(path / "tokenizer.model")
+    held_out = HeldOut(sources, tokenizer, config.data.sequence_length, Conversations.of(config))
+    with torch.no_grad():
+        scores = HeldOutDialogues(held_out).score(
+            model, device=device, micro_batch=config.train.micro_batch_size, rows=examples
+        )
+    return {"checkpoint": str(path), **scores.report()}

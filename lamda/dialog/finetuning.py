@@ -1,0 +1,50 @@
+"""Fine-tuning: dialogues, their held-out perplexity and ratings, and a response."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import orjson
+
+from lamda.config.schema import Config
+from lamda.data.documents import Form
+from lamda.data.held_out import HeldOut
+from lamda.data.tokenizer import Tokenizer
+from lamda.dialog.conversation import parse_conversation
+from lamda.dialog.encoding import Encoding
+from lamda.dialog.evaluation import HeldOutDialogues, table
+from lamda.dialog.examples import Conversations, Response, examples_of
+from lamda.training.loop import Run
+from lamda.training.pretraining import continuation
+from lamda.training.text import validation
+
+
+class Finetuning:
+    """See `lamda.training.task.Task`."""
+
+    def form(self, config: Config) -> Form:
+        """Conversations."""
+        return Conversations.of(config)
+
+    def held_out(self, config: Config, tokenizer: Tokenizer) -> HeldOutDialogues | None:
+        """The validation dialogues, if there are any."""
+        sources = validation(config)
+        if not sources:
+            return None
+        return HeldOutDialogues(HeldOut(sources, tokenizer, config.data.sequence_length, Conversations.of(config)))
+
+    def told(self, run: Run) -> Iterator[str]:
+        """Perplexity, and how well ratings are told."""
+        yield from table(run.scores.report())
+
+    def sample(self, run: Run, tokenizer: Tokenizer) -> str:
+        """What the model answers to the first held-out message that has an answer, or to nothing."""
+        encoding, context = Encoding(tokenizer), ()
+        for document in run.held_out.text.documents() if run.held_out is not None else ():
+            generative, _ = examples_of(parse_conversation(orjson.loads(document.text)))
+            context = next((each.context for each in generative if isinstance(each, Response) and each.context), ())
+            if context:
+                break
+        ids = encoding.context(context, max_tokens=run.config.data.sequence_length)
+        said = "".join(f"{message.role}: {message.content}\n" for message in context)
+        return f"{said}assistant⟫ {tokenizer.decode(continuation(run, ids, stop_ids=tuple(encoding.stop_ids)))}\n"

@@ -1,0 +1,189 @@
+"""Published dialogue sets as conversations: each format's record to the conversations that it holds.
+
+Ratings become labels by stated rules:
+
+- Topical-Chat. Its partner rated each message; sensible, specific and interesting are hierarchical, as in the paper:
+
+      Poor, Not Good: 0 0 0      Passable: 1 0 0      Good: 1 1 0      Excellent: 1 1 1
+
+  `grounded` is 1 where the message names a source of its reading set (FS1, AS2, ...), 0 where it has personal
+  knowledge alone. A message without a rating (some first and last ones) has `grounded` alone. A dialogue comes
+  twice, once with either party as the assistant.
+- hh-rlhf. The last message of `chosen` is unsafe 0, that of `rejected` unsafe 1: which of two answers a person
+  found less harmful, not whether it was harmful. An empty last message gives no conversation.
+- Taskmaster (1 to 4) and OASST1 have no labels here; OASST1's threads come as the paths of highest rank.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from lamda.dialog.conversation import Conversation, Message, parse_conversation
+
+_RATINGS = {"Poor": (0, 0, 0), "Not Good": (0, 0, 0), "Passable": (1, 0, 0), "Good": (1, 1, 0), "Excellent": (1, 1, 1)}
+_READING_SET = re.compile(r"[AF]S\d")
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_SPEAKERS = {"USER": "user", "user": "user", "ASSISTANT": "assistant", "assistant": "assistant"}
+
+
+class Numbered(NamedTuple):
+    """A record and its line, from 1."""
+
+    line: int
+    record: Any
+
+
+Converter = Callable[[Iterable[Numbered]], Iterator[tuple[int, Conversation | ValueError]]]
+"""Records to conversations, or to what is wrong with a record, each with the line that it is from."""
+
+
+def _each(convert: Callable[[Any], Iterable[Conversation]]) -> Converter:
+    """A converter of records that do not depend on each other."""
+
+    def converter(records: Iterable[Numbered]) -> Iterator[tuple[int, Conversation | ValueError]]:
+        for line, record in records:
+            try:
+                yield from [(line, conversation) for conversation in convert(record)]
+            except ValueError as error:
+                yield line, error
+
+    return converter
+
+
+def _topical_chat(record: Any) -> Iterator[Conversation]:
+    messages = _list(record, "messages", "content")
+    for me in ("agent_1", "agent_2"):
+        said = []
+        for number, entry in enumerate(messages, start=1):
+            text, rating, who = entry.get("content", entry.get("message")), entry.get("rating"), entry.get("role")
+            who = who or entry.get("agent")
+            if who not in ("agent_1", "agent_2") or not isinstance(text, str):
+                raise ValueError(f"message {number}: it has no text of agent_1 or agent_2")
+            if who != me:
+                said.append(Message("user", text))
+                continue
+            sources = entry.get("knowledge", entry.get("knowledge_source")) or []
+            if rating and rating not in _RATINGS:
+                raise ValueError(f"message {number}: rating is {rating!r}, not one of {', '.join(_RATINGS)}")
+            labels = dict(
+                zip(("sensible", "specific", "interesting"), map(bool, _RATINGS.get(rating, ())), strict=False)
+            )
+            labels["grounded"] = any(_READING_SET.fullmatch(str(source)) for source in sources)
+            said.append(Message("assistant", text, labels=labels))
+        yield _joined(said)
+
+
+def _hh_rlhf(record: Any) -> Iterator[Conversation]:
+    for name, unsafe in (("chosen", False), ("rejected", True)):
+        text = record.get(name) if isinstance(record, Mapping) else None
+        if not isinstance(text, str):
+            raise ValueError(f"it has no text {name!r}")
+        before, *parts = _HH_TURN.split(text)
+        if before.strip() or not parts:
+            raise ValueError(f"{name} does not begin with a turn of Human or Assistant")
+        roles = [{"Human": "user", "Assistant": "assistant"}[who] for who in parts[::2]]
+        messages = [Message(role, said.strip()) for role, said in zip(roles, parts[1::2], strict=True)]
+        if roles[-1] == "assistant" and not parts[-1].strip():
+            continue
+        *earlier, last = _joined([message for message in messages if message.content]).messages
+        if last.role != "assistant":
+            raise ValueError(f"{name} does not end with a message of Assistant")
+        yield Conversation((*earlier, Message("assistant", last.content, labels={"unsafe": unsafe})))
+
+
+def _taskmaster(record: Any) -> Iterator[Conversation]:
+    said = []
+    for number, entry in enumerate(_list(record, "utterances", "text"), start=1):
+        role, text = _SPEAKERS.get(entry.get("speaker")), entry.get("text")
+        if role is None or not isinstance(text, str):
+            raise ValueError(f"utterance {number}: it has no text of a USER or ASSISTANT")
+        said.append(Message(role, text))
+    yield _joined(said)
+
+
+def _chat(record: Any) -> Iterator[Conversation]:
+    yield parse_conversation(record)
+
+
+def _oasst1(records: Iterable[Numbered]) -> Iterator[tuple[int, Conversation | ValueError]]:
+    """Rows of messages, each after its parent or before it; from every prompt the best-ranked answers downwards.
+
+    A thread follows the child of the lowest rank (rows without one last, then in the file's order), leaves
+    out what was deleted or not reviewed as fit, and ends with the assistant's last message.
+    """
+    rows: dict[str, Numbered] = {}
+    children: dict[str | None, list[Numbered]] = {}
+    for numbered in records:
+        row = numbered.record
+        problem = _oasst1_problem(row, rows)
+        if problem is not None:
+            yield numbered.line, ValueError(problem)
+            continue
+        rows[row["message_id"]] = numbered
+        children.setdefault(row.get("parent_id"), []).append(numbered)
+    for numbered in rows.values():
+        parent = numbered.record.get("parent_id")
+        if parent is not None and parent not in rows:
+            yield numbered.line, ValueError(f"parent_id {parent!r} is no row's message_id")
+    for root in children.get(None, []):
+        thread: list[Message] = []
+        current: Numbered | None = root
+        while current is not None and _is_fit(current.record):
+            row = current.record
+            thread.append(Message({"prompter": "user", "assistant": "assistant"}[row["role"]], row["text"]))
+            answers = [each for each in children.get(row["message_id"], []) if _is_fit(each.record)]
+            current = min(answers, key=_rank, default=None)
+        while thread and thread[-1].role != "assistant":
+            thread.pop()
+        if thread:
+            yield root.line, _joined(thread)
+
+
+def _oasst1_problem(row: Any, known: Mapping[str, Numbered]) -> str | None:
+    if not isinstance(row, Mapping) or not isinstance(row.get("message_id"), str):
+        return "it has no message_id"
+    if row["message_id"] in known:
+        return f"message_id {row['message_id']!r} is line {known[row['message_id']].line}'s already"
+    if row.get("role") not in ("prompter", "assistant"):
+        return f"role is {row.get('role')!r}, not prompter or assistant"
+    return None if isinstance(row.get("text"), str) else "it has no text"
+
+
+def _is_fit(row: Mapping[str, Any]) -> bool:
+    return not row.get("deleted", False) and row.get("review_result", True) is not False
+
+
+def _rank(numbered: Numbered) -> tuple[float, int]:
+    rank = numbered.record.get("rank")
+    return (float("inf") if rank is None else rank, numbered.line)
+
+
+def _list(record: Any, *names: str) -> Sequence[Mapping[str, Any]]:
+    """The record's list of objects under the first name; the second is what each shall have."""
+    found = record.get(names[0]) if isinstance(record, Mapping) else None
+    if not isinstance(found, list) or not found or not all(isinstance(entry, Mapping) for entry in found):
+        raise ValueError(f"it has no list of {names[0]} with {names[1]}")
+    return found
+
+
+def _joined(messages: Sequence[Message]) -> Conversation:
+    """The conversation, what one party said in several messages made one, its labels the last one's."""
+    if not messages:
+        raise ValueError("it has no message with text")
+    said = []
+    for role, group in groupby(messages, key=lambda message: message.role):
+        own = list(group)
+        said.append(Message(role, "\n".join(message.content for message in own), labels=own[-1].labels))
+    return Conversation(tuple(said))
+
+
+FORMATS: Mapping[str, Converter] = {
+    "topical-chat": _each(_topical_chat),
+    "hh-rlhf": _each(_hh_rlhf),
+    "taskmaster": _each(_taskmaster),
+    "oasst1": _oasst1,
+    "chat": _each(_chat),
+}

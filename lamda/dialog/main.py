@@ -1,0 +1,27 @@
+"""`scripts/finetune.py`: from a pre-trained model and conversations to a dialogue model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lamda.training.main import launch
+
+if TYPE_CHECKING:
+    from lamda.training.task import Task
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run fine-tuning; returns the exit code, as `lamda.training.main.launch`."""
+    return launch(argv, _finetuning)
+
+
+def _finetuning() -> Task:
+    from lamda.dialog.finetuning import Finetuning
+
+    return Finetuning()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

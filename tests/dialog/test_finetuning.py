@@ -1,0 +1,88 @@
+"""A whole fine-tuning: from a checkpoint's weights, on two ranks, stopped and gone on with on one, the same run."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from lamda.config import ModelConfig
+from lamda.config.errors import UserError
+from lamda.config.schema import Config
+from lamda.dialog.evaluate import evaluate_checkpoint
+from lamda.model import LaMDA
+from lamda.model.initialisation import initialise
+from lamda.training.metrics import read_metrics
+from lamda.training.start import with_start
+from tests.dialog.test_examples import talk
+from tests.launch import run_ranks
+
+MODEL = {"vocab_size": 400, "d_model": 32, "n_layers": 2, "n_heads": 2, "d_head": 16, "d_ff": 64}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tokenizer_path):
+    """A folder with a pre-trained checkpoint, dialogues (one line of them bad) and a configuration."""
+    folder = tmp_path_factory.mktemp("finetuning")
+    start = folder / "pretrained"
+    start.mkdir()
+    model = LaMDA(ModelConfig(**MODEL))
+    initialise(model, seed=2)
+    save_file(
+        {name: weight.contiguous() for name, weight in model.export_weights().items()}, start / "model.safetensors"
+    )
+    (start / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+    (start / "config.yaml").write_text(f"model: {json.dumps(MODEL)}\ntrain: {{steps: 1}}\n")
+    lines = [json.dumps(talk(seed)) for seed in range(60)]
+    lines.insert(7, '{"messages": [{"role": "bot", "content": "x"}]}')
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "val.jsonl").write_text("".join(json.dumps(talk(seed)) + "\n" for seed in range(100, 108)))
+    (folder / "run.yaml").write_text(
+        f"model: {{weights: '{start}'}}\n"
+        f"data: {{corpus: dialog, files: '{folder}/train.jsonl', eval_files: '{folder}/val.jsonl', packing: whole, "
+        "sequence_length: 64, block_rows: 4}\n"
+        "train: {steps: 6, global_batch_size: 8, micro_batch_size: 2, lr: 1e-2}\n"
+        "checkpoint: {every: 2}\nwandb: {mode: disabled}\n"
+    )
+    return folder
+
+
+def finetune(place, run, *more, world):
+    words = ["scripts/finetune.py", "--config", str(place / "run.yaml"), "--run.dir", str(place / run), *more]
+    ranks = run_ranks(words, world=world)
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(rank.stderr[-2500:] for rank in ranks)
+    return ranks[0].stdout
+
+
+def test_a_stopped_run_goes_on_with_other_ranks_to_the_same_weights(place):
+    told = finetune(place, "straight", world=2)
+    assert "responses: " in told
+    assert "95% interval" in told
+    finetune(place, "broken", "--train.steps", "4", "--train.schedule", "wsd", "--train.decay_fraction", "0", world=2)
+    finetune(place, "broken", "--train.schedule", "wsd", "--train.decay_fraction", "0", world=1)
+    finetune(place, "alone", "--train.schedule", "wsd", "--train.decay_fraction", "0", world=1)
+    broken, alone = (read_metrics(place / run / "metrics.jsonl") for run in ("broken", "alone"))
+    assert [row["batch_digest"] for row in broken] == [row["batch_digest"] for row in alone]
+    last = "checkpoints/step-00000006/model.safetensors"
+    one, other = (load_file(place / run / last) for run in ("broken", "alone"))
+    assert all((one[name] == other[name]).all() for name in one)
+    final = read_metrics(place / "straight/metrics.jsonl")[-1]
+    assert {"eval/perplexity", "eval/auc/unsafe", "eval/accuracy/grounded"} <= final.keys()
+    assert "loss/generative" in final or any(f"loss/{name}" in final for name in ("unsafe", "sensible"))
+    (bad,) = {
+        (entry["line"], entry["reason"])
+        for entry in map(json.loads, (place / "straight/quarantine.jsonl").read_text().splitlines())
+    }
+    assert bad == (7, "message 1: role is 'bot', not one of system, user, assistant, tool")
+    report = evaluate_checkpoint(place / "straight/checkpoints/step-00000006", files=None, examples=None)
+    assert report["perplexity"] == pytest.approx(final["eval/perplexity"], rel=1e-4)
+
+
+def test_a_start_gives_its_dimensions_and_tokenizer_and_refuses_others(place):
+    config = Config.model_validate({"model": {"weights": str(place / "pretrained")}, "train": {"steps": 1}})
+    found = with_start(config)
+    assert {key: found.model.dimensions[key] for key in MODEL} == MODEL
+    assert found.model.weights == str(place / "pretrained/model.safetensors")
+    assert found.tokenizer.path == str(place / "pretrained/tokenizer.model")
+    other = {"model": {"weights": str(place / "pretrained"), "d_model": 64}, "train": {"steps": 1}}
+    with pytest.raises(UserError, match="d_model is 64, there 32; leave these model keys out"):
+        with_start(Config.model_validate(other))
