@@ -101,13 +101,13 @@ class Chat:
             self.messages, self.reply = [*self._first], None
             return "(begun anew)"
         if name == "/save":
-            return _save(self.messages, argument.strip())
+            return "nothing was said yet" if self.messages == self._first else _save(self.messages, argument.strip())
         return HELP if name == "/help" else visible(f"there is no command {name}\n") + HELP
 
 
 def _save(messages: Sequence[Message], name: str) -> str:
-    if not name or not messages:
-        return "give a file: /save FILE" if messages else "nothing was said yet"
+    if not name:
+        return "give a file: /save FILE"
     try:
         with Path(name).expanduser().open("ab") as file:
             file.write(orjson.dumps(to_record(Conversation(tuple(messages)))) + b"\n")

@@ -59,10 +59,11 @@ def test_through_a_pipe_every_line_is_answered_and_commands_work(run, tmp_path):
     code, out, errors = piped(run, "\n".join([*lines, "/quit", "never read"]) + "\n", "--system", "be brief")
     assert (code, errors) == (0, "")
     assert out.startswith("nothing was said yet\n")
+    assert out.endswith("(begun anew)\nnothing was said yet\n")
+    assert "give a file: /save FILE" in out
     assert out.count("sensible 0.") == 3
     assert "#1" in out
     assert "there is no command /nonsense" in out
-    assert "(begun anew)" in out
     first, second = (parse_conversation(json.loads(line)) for line in saved.read_text().splitlines())
     assert [message.role for message in first.messages] == ["system", "user", "assistant"]
     assert second.messages[: len(first.messages)] == first.messages

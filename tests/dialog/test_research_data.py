@@ -11,6 +11,7 @@ import pytest
 from lamda.cli import main
 from lamda.config.errors import UserError
 from lamda.dialog.conversation import parse_conversation
+from lamda.dialog.examples import Response, examples_of
 from lamda.dialog.research_data import make_conversations
 from lamda.dialog.tools.calculator import calculate
 from lamda.dialog.tools.toolset import open_toolset
@@ -41,6 +42,15 @@ def test_every_conversation_is_a_question_a_base_the_steps_and_a_response(conver
         queries.append(len(steps) // 2)
     assert {0, 1} <= {*queries}
     assert max(queries) <= 4
+
+
+def test_fine_tuning_learns_the_base_and_every_step(conversations):
+    for conversation in conversations:
+        queries = sum(message.to == "TS" for message in conversation.messages)
+        (base, *steps), ratings = examples_of(conversation)
+        assert isinstance(base, Response)
+        assert [step.action.to for step in steps] == ["TS"] * queries + ["user"]
+        assert ratings == []
 
 
 def test_snippets_are_what_the_toolset_answers(conversations):
