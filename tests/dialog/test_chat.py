@@ -92,23 +92,20 @@ def test_in_a_terminal_it_prompts_and_leaves_with_the_end_of_input(run):
         command(run), stdin=child, stdout=child, stderr=child, env={**os.environ, "TERM": "dumb"}
     )
     os.close(child)
-    seen = b""
 
-    def until(wanted: bytes) -> None:
-        nonlocal seen
-        end = time.monotonic() + 90
-        while wanted not in seen and time.monotonic() < end:
+    def until_prompt() -> bytes:
+        """What comes up to the next prompt; what is typed before it would be lost as readline takes over."""
+        seen, end = b"", time.monotonic() + 90
+        while not seen.endswith(b"> "):
+            assert time.monotonic() < end, seen
             seen += os.read(parent, 4096)
-        assert wanted in seen, seen
+        return seen
 
-    until(b"> ")
-    assert b"3 candidates a reply; no tools; /help lists commands" in seen
-    seen = b""
+    assert b"3 candidates a reply; no tools; /help lists commands" in until_prompt()
     os.write(parent, b"the of and\n")
-    until(b"> ")
-    seen = b""
+    until_prompt()
     os.write(parent, b"/why\n")
-    until(b"#1")
+    assert b"#1" in until_prompt()
     os.write(parent, b"\x04")
     assert process.wait(timeout=30) == 0
     os.close(parent)
