@@ -5,6 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
+from lamda.cli import main
 from lamda.config.errors import UserError
 from lamda.dialog.server.main import check_exposure, read_key
 from tests.serve.conftest import KEY
@@ -80,6 +81,12 @@ def test_other_machines_are_not_let_in_without_a_key(host):
         check_exposure(host, key=None, is_meant=False)
     check_exposure(host, key="k", is_meant=False)
     check_exposure(host, key=None, is_meant=True)
+
+
+def test_a_port_that_is_taken_is_told(run, address, capsys):
+    port = address.rpartition(":")[2]
+    assert main(["serve", str(run), "--port", port]) == 2
+    assert "cannot listen on" in capsys.readouterr().err
 
 
 def test_this_machine_needs_no_key():

@@ -68,7 +68,7 @@ def test_a_chat_is_answered_with_its_candidates(client):
     assert {"sensible", "specific", "interesting", "unsafe"} <= {*lamda["candidates"][0]["scores"]}
     again = client.chat.completions.create(**CHAT, max_completion_tokens=9)
     assert again.choices == found.choices
-    assert found.choices[0].finish_reason == "stop"
+    assert found.choices[0].finish_reason == "length"
 
 
 def test_a_streamed_chat_is_the_same(client):

@@ -102,10 +102,10 @@ class Server:
             return {**head, "choices": choices, **more}
 
         def answer(ticket: Ticket) -> tuple[str, dict[str, Any], str, dict[str, int]]:
-            reply = self._service.reply(asked, ticket=ticket)
+            reply, reason = self._service.reply(asked, ticket=ticket)
             spoken = self._service.count_tokens(reply.text)
             usage = self._usage(self._service.count_tokens(*(m.to_message().content for m in asked.messages)), spoken)
-            return reply.text, reply.to_record(), "content_filter" if reply.refused else "stop", usage
+            return reply.text, reply.to_record(), reason, usage
 
         def streamed(ticket: Ticket, emit: Emit) -> dict[str, int]:
             text, lamda, reason, usage = answer(ticket)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
+import socket
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -50,11 +51,12 @@ def main(argv: list[str]) -> int:
         ),
     )
     app = create_app(service, hosts=LOOPBACK | {options.host, *options.allow_host}, key=key)
+    listening = _listen(options.host, options.port)
     print(f"{loaded.path.name} of {options.run} answers on {_address(options.host, options.port)}", flush=True)
-    uvicorn.run(
-        app, host=options.host, port=options.port, log_level="warning", access_log=False, server_header=False,
-        timeout_graceful_shutdown=5,
-    )  # fmt: skip
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5
+    )
+    uvicorn.Server(config).run(sockets=[listening])
     return 0
 
 
@@ -85,6 +87,16 @@ def check_exposure(host: str, *, key: str | None, is_meant: bool) -> None:
             f"--host {host} lets other machines in, and there is no key: give --key-file FILE or {KEY_VARIABLE}, "
             "or say --without-key"
         )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Raises UserError where the address cannot be had."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"cannot listen on {_address(host, port)} ({error}): choose another --host or --port"
+        ) from error
 
 
 def _check_limits(options: argparse.Namespace) -> None:

@@ -15,7 +15,8 @@ from lamda.dialog.server.protocol import ChatRequest, CompletionRequest, Refused
 from lamda.dialog.server.scheduler import Scheduler, Ticket
 from lamda.dialog.speaker import Manner, Reply, Speaker
 from lamda.dialog.tools.toolset import Toolset
-from lamda.inference.generation import prefill
+from lamda.inference.cache import Prefix
+from lamda.inference.generation import Candidates, OnToken, prefill
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
 
@@ -100,8 +101,8 @@ class Service:
         ends = zip(texts, found.stopped, found.ids, strict=True)
         return [Choice(t.text, "stop" if s or t.stopped else "length", len(own)) for t, s, own in ends], len(ids)
 
-    def reply(self, asked: ChatRequest, *, ticket: Ticket) -> Reply:
-        """The speaker's reply to the conversation."""
+    def reply(self, asked: ChatRequest, *, ticket: Ticket) -> tuple[Reply, Literal["stop", "length", "content_filter"]]:
+        """The speaker's reply to the conversation, and why it ends where it does."""
         if asked.messages[-1].role == "assistant":
             raise Refused(400, "messages: the last one is the assistant's own; end with the user's", param="messages")
         messages = [message.to_message() for message in asked.messages]
@@ -116,7 +117,19 @@ class Service:
             sampling=self._sampling(asked, asked.max_completion_tokens or asked.max_tokens),
         )
         ticket.check()
-        return self._speaker(sample=partial(self.scheduler.sample, ticket=ticket)).reply(messages, manner)
+        ended: dict[str, bool] = {}
+
+        def sample(prefix: Prefix, *, count: int, sampling: Sampling, on_token: OnToken | None = None) -> Candidates:
+            found = self.scheduler.sample(prefix, count=count, sampling=sampling, ticket=ticket, on_token=on_token)
+            for ids, stopped in zip(found.ids, found.stopped, strict=True):
+                text = self._tokenizer.decode(ids).strip()
+                ended[text] = stopped or ended.get(text, False)
+            return found
+
+        reply = self._speaker(sample=sample).reply(messages, manner)
+        if reply.refused:
+            return reply, "content_filter"
+        return reply, "stop" if ended[reply.text] else "length"
 
     def count_tokens(self, *texts: str) -> int:
         """Tokens of the texts together."""
