@@ -51,7 +51,7 @@ def frequencies(ids):
         {"top_p": 0.01},
         {"top_k": 4, "top_p": 0.8, "temperature": 0.7},
         {"repetition_penalty": 1.7},
-        {"repetition_penalty": 0.6, "top_k": 4, "stop_ids": frozenset({3})},
+        {"repetition_penalty": 5.0, "top_k": 4, "stop_ids": frozenset({1})},
         {"temperature": 0},
     ],
     ids=str,
