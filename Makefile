@@ -1,6 +1,7 @@
 # make pretrain   install, then train the tiny LaMDA on this machine's own text (10 minutes on two cores)
 # make test       install, then run the whole test suite
 # make test-long longer suites: runs killed at random on real text (needs LAMDA_TEST_DATA)
+# make serve-test  the HTTP server under the official client
 # make faults  two ranks through everything that may befall a run, each once (some 10 minutes)
 # make faults-full  the same in the numbers of docs/reliability.md (some 40 minutes)
 # make cluster  jobs on a SLURM and on two hosts that are made on this machine (needs root and Debian, else it skips)
@@ -11,13 +12,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/tiny.yaml
 
-.PHONY: pretrain test test-long faults faults-full cluster lint clean
+.PHONY: pretrain test serve-test test-long faults faults-full cluster lint clean
 
 pretrain: $(VENV)/.installed
 	$(BIN)/deepspeed --num_gpus 1 scripts/pretrain.py --config $(CONFIG)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+serve-test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/serve
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/long

@@ -13,6 +13,7 @@ from lamda.config.errors import UserError
 from lamda.config.help import help_text, to_yaml
 from lamda.config.loading import load_config, wants_help
 from lamda.config.presets import nearest
+from lamda.dialog import usage
 
 _CONFIG = "--config FILE [--section.key VALUE ...]"
 _CHECKPOINT = "CHECKPOINT|RUN[@STEP]"
@@ -49,6 +50,39 @@ COMMANDS = {
         _main_of("lamda.training.evaluate"),
         "RUN_OR_CHECKPOINT [--files GLOB] [--json]",
         "loss, perplexity and bits per byte of a checkpoint on text, in all and by domain",
+    ),
+    "generate": Command(
+        _main_of("lamda.inference.command"),
+        "RUN --prompt TEXT [--max-new-tokens N] [--temperature T] [--top-k K] [--top-p P] [--repetition-penalty R] "
+        "[--seed N] [--candidates N] [--int8] [--json]",
+        "continue a text with a trained model, as it comes",
+        """\
+--prompt TEXT          what is continued; "" begins a document
+--max-new-tokens N     at the most; default 128
+--temperature T        default 1; 0 takes the likeliest token each time
+--top-k K              draw among the K likeliest tokens; default 40, 0 for all
+--top-p P              and among the fewest that have this share together; default 1
+--repetition-penalty R on what was there before; default 1, none
+--seed N               the same gives the same text; default 0
+--candidates N         so many continuations of the same prompt
+--int8                 the matrices in 8 bits
+--json                 one JSON object: texts, ids, log probabilities""",
+    ),
+    "serve": Command(
+        _main_of("lamda.dialog.server.main"),
+        f"RUN [--host H] [--port P] [--key-file FILE | --without-key] [--requests N] [--seconds S] {usage.USAGE}",
+        "answer OpenAI's HTTP requests, and a page, with a trained model",
+        f"""\
+--host H               default 127.0.0.1, which other machines cannot reach
+--port P               default 8000
+--name NAME            what clients call the model; default: the run's folder
+--key-file FILE        its content, or LAMDA_API_KEY, must come with every request
+--without-key          let other machines in without one
+--allow-host NAME      a name beside localhost by which clients call this server; may be given again
+--max-tokens N         of a prompt and of an answer at the most; default 2048
+--requests N           at work at the same time, one more is refused; default 64
+--seconds S            that a request may take; default 120
+{usage.DETAILS}""",
     ),
     "plan": Command(
         _main_of("lamda.cluster.plan"),
@@ -131,6 +165,17 @@ exit code: 0 where the run fits, 1 where it does not""",
         f"--cluster FILE [--nodes N] [--doctor] [--dry-run] {_CONFIG}",
         "start a run on SLURM, on machines over ssh or on Kubernetes, or show what would be started",
     ),
+    "chat": Command(
+        _main_of("lamda.dialog.chat"),
+        f"RUN [--system TEXT] {usage.USAGE}",
+        "talk with a model in the terminal; /why shows how a reply was chosen",
+        f"{usage.DETAILS}\n{usage.SAMPLING}",
+    ),
+    "dialog research-data": Command(
+        _main_of("lamda.dialog.research_data"),
+        "CORPUS -o OUT [--count N] [--seed N]",
+        "make conversations that teach a model to use its tools, from a corpus and from arithmetic",
+    ),
     "dialog convert": Command(
         _main_of("lamda.dialog.convert"),
         "FORMAT IN [IN ...] -o OUT",
@@ -195,7 +240,7 @@ def _overview(group: list[str]) -> str:
     chosen = {name: command for name, command in COMMANDS.items() if name.split()[: len(group)] == group}
     if not chosen:
         raise _unknown(group)
-    lines = [f"  lamda {name:<18}{command.summary}" for name, command in chosen.items()]
+    lines = [f"  lamda {name:<21}{command.summary}" for name, command in chosen.items()]
     return "\n".join(["usage: lamda COMMAND [ARGUMENTS]; `lamda COMMAND --help` says more", "", *lines])
 
 

@@ -76,7 +76,7 @@ def measure(
     for name in BACKENDS:
         try:
             check_backend(name, device, training=True)
-            backends[name] = backend_for(name, device, past=0)
+            backends[name] = backend_for(name, device)
         except UserError as error:
             left_out[name] = str(error)
     short = [length for length in lengths if length > tokens]

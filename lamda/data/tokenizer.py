@@ -138,6 +138,10 @@ class Tokenizer:
         """
         return b"".join(self._utf8[id] for id in ids).decode(errors="replace")
 
+    def utf8(self, id: int) -> bytes:
+        """The bytes of source text that an id stands for; none for control symbols."""
+        return self._utf8[id]
+
     def _encode_words(self, texts: Sequence[str], *, threads: int) -> list[np.ndarray]:
         """As `encode_documents`, for texts without U+2581: only words that are not remembered are encoded."""
         if self._kept > _KEPT:

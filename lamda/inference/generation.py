@@ -1,92 +1,150 @@
-"""Sampling continuations with cached keys and values. Dimensions: legend in `lamda/model/decoder.py`."""
+"""Continuing prompts, and judging continuations, with cached keys and values.
+
+    prefix = prefill(model, ids)                        # computed once
+    candidates = sample(model, prefix, count=16)        # all share the prefix
+    candidates.next_logits([symbol])                    # after each candidate and a symbol
+
+Several groups of candidates go through the model together (`advance`); they may come and go between steps.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from lamda.config.errors import UserError
+from lamda.inference.cache import CHUNK, Prefix, Rows, feed, layers
+from lamda.inference.sampling import Sampler, Sampling
 from lamda.model import LaMDA
 
+_JUDGED = 4
+"""Tokens after a candidate that there is room for without taking memory again."""
 
-class LayerCache:
-    """One layer's keys and values, in memory for `capacity` tokens that is taken once."""
-
-    def __init__(self, *, rows: int, heads: int, capacity: int, width: int, like: Tensor) -> None:
-        self.length = 0
-        self._kv_BHMK = like.new_empty((2, rows, heads, capacity, width))
-
-    def extend(self, k_BHLK: Tensor, v_BHLK: Tensor) -> tuple[Tensor, Tensor]:
-        """Add L tokens; return views of k and v of all M so far, [B, H, M, K] each."""
-        start, self.length = self.length, self.length + k_BHLK.shape[2]
-        self._kv_BHMK[:, :, :, start : self.length] = torch.stack([k_BHLK, v_BHLK])
-        return self._kv_BHMK[:, :, :, : self.length].unbind()
+OnToken = Callable[[int, int], bool | None]
+"""Is told each new id as it comes: (number of the candidate, id); True ends the candidate with it."""
 
 
-def new_cache(model: LaMDA, *, rows: int, capacity: int) -> list[LayerCache]:
-    """An empty cache of every layer for `rows` sequences of up to `capacity` tokens."""
-    config = model.config
-    return [
-        LayerCache(rows=rows, heads=config.n_heads, capacity=capacity, width=config.d_head, like=model.embedding.weight)
-        for _ in range(config.n_layers)
-    ]
+class Candidates:
+    """Continuations of one prefix, being sampled or finished.
+
+    Attributes:
+        ids: the tokens of each, without what stopped it.
+        log_probabilities: under the model itself, the sum over ids and stop.
+        stopped: whether each ended with one of `stop_ids` or by `on_token`, and not for its length.
+    """
+
+    def __init__(
+        self, model: LaMDA, prefix: Prefix, *, count: int, sampling: Sampling, on_token: OnToken | None = None
+    ) -> None:
+        """Chooses the first token of each."""
+        if count < 1:
+            raise UserError(f"the number of candidates is {count}: give at least 1")
+        self.ids: list[list[int]] = [[] for _ in range(count)]
+        self.log_probabilities = [0.0] * count
+        self.stopped = [False] * count
+        self.rows = Rows(model, count=count, capacity=sampling.max_new_tokens + _JUDGED, prefix=prefix)
+        self._model, self._sampling, self._on_token, self._steps = model, sampling, on_token, 0
+        self._sampler = Sampler(sampling, prompt=prefix.ids, count=count, logits=prefix.logits_V)
+        self._take(prefix.logits_V.expand(count, -1))
+
+    @property
+    def finished(self) -> bool:
+        """Whether none goes on."""
+        return self._steps == self._sampling.max_new_tokens or all(self.stopped)
+
+    @torch.no_grad()
+    def next_logits(self, ids: Sequence[int]) -> Tensor:
+        """Logits [count, V] of the token after each candidate, without its stop, and these ids; changes nothing."""
+        if not ids and not all(self._missing()):
+            raise ValueError("nothing follows the candidates: give at least one id")
+        return feed(self._model, [self.rows], [[*missing, *ids] for missing in self._missing()])
+
+    def _missing(self) -> list[list[int]]:
+        """The ids of each candidate that the model was not given yet: at most the last."""
+        return [ids[length:] for ids, length in zip(self.ids, self.rows.lengths, strict=True)]
+
+    def _take(self, logits_NV: Tensor) -> None:
+        """Choose a token for each candidate that goes on."""
+        chosen, log_probabilities = self._sampler.choose(logits_NV, self._steps)
+        self._steps += 1
+        for number, (id, log_probability) in enumerate(zip(chosen, log_probabilities, strict=True)):
+            if self.stopped[number]:
+                continue
+            self.log_probabilities[number] += log_probability
+            self.stopped[number] = id in self._sampling.stop_ids
+            if not self.stopped[number]:
+                self.ids[number].append(id)
+                self.stopped[number] = bool(self._on_token and self._on_token(number, id))
 
 
 @torch.no_grad()
-def generate(
-    model: LaMDA,
-    prompt_BL: Tensor,
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 40,
-    seed: int = 0,
-    stop_ids: Collection[int] = (),
-) -> list[list[int]]:
-    """Continue each row of `prompt_BL`: its new ids, up to and without the first of `stop_ids`.
+def advance(model: LaMDA, groups: Sequence[Candidates]) -> None:
+    """A token more for every candidate that goes on; the groups, none of them finished, share each product."""
+    tokens = [missing or [0] for group in groups for missing in group._missing()]
+    logits_NV = feed(model, [group.rows for group in groups], tokens)
+    for group, own_NV in zip(groups, logits_NV.split([len(group.rows) for group in groups]), strict=True):
+        group.rows.lengths = [len(ids) for ids in group.ids]
+        group._take(own_NV)
 
-    Samples among the `top_k` likeliest (the paper's 40) at `temperature`; 0 takes the likeliest one
-    each time. The same seed gives the same ids. Raises UserError on settings that cannot be sampled with.
+
+@torch.no_grad()
+def prefill(model: LaMDA, ids: Sequence[int]) -> Prefix:
+    """Compute a prompt. Raises UserError where it is empty."""
+    if not ids:
+        raise UserError("the prompt is empty: give at least one token")
+    rows = Rows(model, count=1, capacity=len(ids))
+    for start in range(0, len(ids), CHUNK):
+        chunk = ids[start : start + CHUNK]
+        logits_NV = feed(model, [rows], [chunk])
+        rows.lengths[0] += len(chunk)
+    return rows.as_prefix(ids, logits_NV[0])
+
+
+@torch.no_grad()
+def sample(
+    model: LaMDA, prefix: Prefix, *, count: int = 1, sampling: Sampling, on_token: OnToken | None = None
+) -> Candidates:
+    """`count` independent continuations of a prefix.
+
+    Candidate c is a function of the prefix, the sampling and c alone: the first four of 16 are those of four.
+    Raises UserError where count is less than 1.
     """
-    _check(prompt_BL, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
-    rows, length = prompt_BL.shape
-    generator = torch.Generator().manual_seed(seed)
-    cache = new_cache(model, rows=rows, capacity=length + max_new_tokens)
-    continuations: list[list[int]] = [[] for _ in range(rows)]
-    running, tokens_BL = set(range(rows)), prompt_BL
-    for _ in range(max_new_tokens):
-        logits_BV = model(tokens_BL, cache=cache)[:, -1]
-        tokens_BL = _choose(logits_BV, temperature=temperature, top_k=top_k, generator=generator)
-        chosen = tokens_BL[:, 0].tolist()
-        running = {row for row in running if chosen[row] not in stop_ids}
-        for row in running:
-            continuations[row].append(chosen[row])
-        if not running:
-            break
-    return continuations
+    candidates = Candidates(model, prefix, count=count, sampling=sampling, on_token=on_token)
+    while not candidates.finished:
+        advance(model, [candidates])
+    return candidates
 
 
-def _choose(logits_BV: Tensor, *, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
-    """An id a row, [B, 1]; drawn on the CPU, whose generator is the same everywhere."""
-    if temperature == 0:
-        return logits_BV.argmax(dim=-1, keepdim=True)
-    best = logits_BV.float().topk(min(top_k, logits_BV.shape[-1]), dim=-1)
-    places = torch.multinomial((best.values / temperature).softmax(dim=-1).cpu(), 1, generator=generator)
-    return best.indices.gather(-1, places.to(logits_BV.device))
+@torch.no_grad()
+def generate(model: LaMDA, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+    """Continue prompts of any lengths together: the new ids of each, the same as it has alone.
+
+    Raises UserError where a prompt is empty.
+    """
+    groups = [Candidates(model, prefill(model, ids), count=1, sampling=sampling) for ids in prompts]
+    while running := [group for group in groups if not group.finished]:
+        advance(model, running)
+    return [group.ids[0] for group in groups]
 
 
-def _check(prompt_BL: Tensor, *, max_new_tokens: int, temperature: float, top_k: int) -> None:
-    problems = [
-        message
-        for is_wrong, message in (
-            (prompt_BL.shape[1] < 1, "the prompt is empty: give at least one token"),
-            (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}: give at least 1"),
-            (not temperature >= 0, f"temperature is {temperature}: give 0 (likeliest) or more"),
-            (top_k < 1, f"top_k is {top_k}: give at least 1"),
-        )
-        if is_wrong
-    ]
-    if problems:
-        raise UserError("generate: " + "; ".join(problems))
+@torch.no_grad()
+def score(model: LaMDA, prefix: Prefix, continuations: Sequence[Sequence[int]]) -> list[float]:
+    """The log probability of each continuation after the prefix. Raises ValueError where one is empty."""
+    if not all(continuations):
+        raise ValueError("a continuation without tokens has nothing to score")
+    device, longest = prefix.logits_V.device, max(map(len, continuations)) - 1
+    padded = [[*ids, *[0] * (longest + 1 - len(ids))] for ids in continuations]
+    ids_NL = torch.tensor(padded, device=device)
+    wide_V = prefix.logits_V.to(torch.promote_types(prefix.logits_V.dtype, torch.float32))
+    scores_N = wide_V.log_softmax(-1)[ids_NL[:, 0]]
+    scored_NL = torch.tensor([[place < len(ids) for place in range(longest + 1)] for ids in continuations])[:, 1:]
+    rows = Rows(model, count=len(continuations), capacity=longest, prefix=prefix)
+    for start in range(0, longest, CHUNK):
+        chunk = slice(start, min(start + CHUNK, longest))
+        cache = layers(model, [rows], new=chunk.stop - start)
+        nats_NL, _ = model(ids_NL[:, chunk], cache=cache, targets_BL=ids_NL[:, 1:][:, chunk])
+        scores_N = scores_N - nats_NL.where(scored_NL[:, chunk].to(device), 0.0).sum(-1)
+        rows.lengths = [chunk.stop] * len(continuations)
+    return scores_N.tolist()

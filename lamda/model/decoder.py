@@ -1,7 +1,7 @@
 """LaMDA's decoder (arXiv 2201.08239, section 3).
 
 B batch, L length, D model width, H heads, K head width, F feed-forward width, V vocabulary;
-M keys (cached ones and the L new ones), R buckets of distance.
+M keys, R buckets of distance.
 
 Where the paper is silent this is Google's own model of the same shape (Lingvo, `DenseLm128B8x8`):
 RMS norms before each half of a block, no biases, no scaling of scores, a tied embedding.
@@ -46,30 +46,32 @@ class LaMDA(nn.Module):
         *,
         targets_BL: Tensor | None = None,
         cache: Sequence[KeyValues] | None = None,
+        last_B: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, L, V] of the token after each token, in the weights' precision.
 
         documents_BL: an id a token; attention stays inside a document. cache: the keys and values of
-        the tokens before, a layer each; they grow by these L. One or the other, else ValueError.
+        the tokens before, a layer each, which take in these L. One or the other, else ValueError.
         targets_BL: the tokens after; then their nats and logsumexp, [B, L] each, instead of logits.
+        last_B: a place in each row; then the logits [B, V] after that token alone.
         """
         if documents_BL is not None and cache is not None:
             raise ValueError("documents of cached tokens are not known: give documents_BL or cache, not both")
-        view = View.of(
-            tokens_BL,
-            documents_BL,
-            past=cache[0].length if cache else 0,
-            table_RH=self.relative_bias,
-            attention=self.config.attention,
-        )
         x_BLD = self.embedding(tokens_BL)
-        for layer, past in zip(self.layers, cache or [None] * len(self.layers), strict=True):
-            x_BLD = layer(x_BLD, view, past)
+        for layer, view in zip(self.layers, cache or self._views(tokens_BL, documents_BL), strict=True):
+            x_BLD = layer(x_BLD, view)
+        if last_B is not None:
+            x_BLD = x_BLD[torch.arange(len(x_BLD), device=x_BLD.device), last_B]
         x_BLD = self.final_norm(x_BLD) * self.config.d_model**-0.5
         if targets_BL is not None and self.recompute != "none":
             return head_losses(x_BLD, self.embedding.weight, targets_BL)
-        logits_BLV = functional.linear(x_BLD, self.embedding.weight)
+        logits_BLV = self.embedding.logits(x_BLD)
         return logits_BLV if targets_BL is None else token_losses(logits_BLV, targets_BL)
+
+    def _views(self, tokens_BL: Tensor, documents_BL: Tensor | None) -> list[View]:
+        """The same view for every layer."""
+        view = View.of(tokens_BL, documents_BL, table_RH=self.relative_bias, attention=self.config.attention)
+        return [view] * len(self.layers)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Copy weights in by plain name, in the parameters' own precision.
@@ -94,14 +96,14 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.d_model)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x_BLD: Tensor, view: View, past: KeyValues | None) -> Tensor:
+    def forward(self, x_BLD: Tensor, view: View | KeyValues) -> Tensor:
         """The residual stream [B, L, D] after this block."""
         if self.recompute == "block" and torch.is_grad_enabled():
-            return checkpoint(self._forward, x_BLD, view, past, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(x_BLD, view, past)
+            return checkpoint(self._forward, x_BLD, view, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x_BLD, view)
 
-    def _forward(self, x_BLD: Tensor, view: View, past: KeyValues | None) -> Tensor:
-        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), view, past)
+    def _forward(self, x_BLD: Tensor, view: View | KeyValues) -> Tensor:
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), view)
         if self.recompute == "ffn" and torch.is_grad_enabled():
             return x_BLD + checkpoint(self._gated, x_BLD, use_reentrant=False, preserve_rng_state=False)
         return x_BLD + self._gated(x_BLD)

@@ -22,11 +22,15 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """A vector [D] a token."""
+    """A vector [D] a token, on the way in and on the way out."""
 
     def reset_parameters(self) -> None:
         """Fill with NaN."""
         nn.init.constant_(self.weight, torch.nan)
+
+    def logits(self, x_BLD: Tensor) -> Tensor:
+        """[B, L, D] to [B, L, V]: the product with every token's vector."""
+        return functional.linear(x_BLD, self.weight)
 
 
 class RMSNorm(nn.Module):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
-
 from lamda.config.schema import Config
 from lamda.data.compression import compressed_bits_per_byte
 from lamda.data.documents import Form
@@ -13,6 +11,7 @@ from lamda.data.held_out import HeldOut
 from lamda.data.lanes import RAW_TEXT
 from lamda.data.tokenizer import Tokenizer
 from lamda.inference.generation import generate
+from lamda.inference.sampling import Sampling
 from lamda.training.evaluation import HeldOutText, held_out_bytes, table
 from lamda.training.loop import Run
 from lamda.training.text import validation
@@ -56,10 +55,7 @@ def continuation(run: Run, ids: Sequence[int], *, stop_ids: Sequence[int]) -> li
     with engine.evaluating(), engine.whole(*engine.model.parameters()):
         (new,) = generate(
             engine.model,
-            torch.tensor([ids], device=engine.device),
-            max_new_tokens=100,
-            temperature=0.8,
-            seed=run.config.run.seed,
-            stop_ids=stop_ids,
+            [ids],
+            Sampling(max_new_tokens=100, temperature=0.8, seed=run.config.run.seed, stop_ids=frozenset(stop_ids)),
         )
     return new

@@ -1,80 +1,159 @@
-"""Cached sampling against full forward passes."""
+"""Continuations with cached keys and values against full forward passes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from lamda.config import ModelConfig
 from lamda.config.errors import UserError
-from lamda.inference.generation import generate, new_cache
-from lamda.model import LaMDA
-from lamda.model.initialisation import initialise
+from lamda.inference.cache import Rows, feed
+from lamda.inference.generation import Candidates, advance, generate, prefill, sample, score
+from lamda.inference.sampling import Sampling
+from tests.inference.conftest import make_model
+
+GREEDY = Sampling(max_new_tokens=12, temperature=0)
 
 
-@pytest.fixture(params=[True, False], ids=["bias-per-layer", "bias-shared"])
-def model(request: pytest.FixtureRequest) -> LaMDA:
-    config = ModelConfig(
-        vocab_size=53, d_model=22, n_layers=3, n_heads=3, d_head=7, d_ff=31, bias_per_layer=request.param
-    )
-    model = LaMDA(config).double()
-    initialise(model, seed=7)
-    model.load_weights({name: 2 * weight for name, weight in model.export_weights().items()})
-    return model
+def after(model, ids):
+    """Logits [V] of the token after `ids`, from a full forward pass."""
+    return model(torch.tensor([ids]))[0, -1]
 
 
-@pytest.fixture
-def prompt_BL() -> torch.Tensor:
-    return torch.randint(53, (3, 9), generator=torch.Generator().manual_seed(0))
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
-@torch.no_grad()
-def test_cached_logits_equal_a_full_forward_pass(model):
-    tokens_BL = torch.randint(53, (2, 130), generator=torch.Generator().manual_seed(0))
-    cache = new_cache(model, rows=2, capacity=130)
-    parts = [model(part, cache=cache) for part in tokens_BL.split([100, 1, 7, 1, 21], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens_BL), rtol=0, atol=1e-9)
+@pytest.mark.parametrize("penalty", [1.0, 1.5], ids=["plain", "without-repeating"])
+def test_a_thousand_greedy_tokens_equal_those_without_a_cache_in_float32(penalty):
+    model, prompt = make_model(dtype=torch.float32, vocab_size=1301), [3, 1, 4, 1, 5]
+    sampling = Sampling(max_new_tokens=1000, temperature=0, repetition_penalty=penalty)
+    (ids,) = sample(model, prefill(model, prompt), sampling=sampling).ids
+    # One pass over all of them says what each would have been: no token sees a later one.
+    logits_LV = model(torch.tensor([[*prompt, *ids]]))[0, len(prompt) - 1 : -1]
+    for place, logits_V in enumerate(logits_LV):
+        seen = [*prompt, *ids[:place]]
+        logits_V[seen] = torch.minimum(logits_V[seen] / penalty, logits_V[seen] * penalty)
+    assert logits_LV.argmax(-1).tolist() == ids
+    assert len({*ids}) > (1 if penalty == 1 else 300)
 
 
-@torch.no_grad()
-def test_greedy_tokens_equal_those_without_a_cache(model, prompt_BL):
-    tokens_BL = prompt_BL
-    for _ in range(12):
-        tokens_BL = torch.cat([tokens_BL, model(tokens_BL)[:, -1:].argmax(dim=-1)], dim=1)
-    expected = tokens_BL[:, 9:].tolist()
-    assert len({*expected[0]}) > 1
-    assert generate(model, prompt_BL, max_new_tokens=12, temperature=0) == expected
-    assert generate(model, prompt_BL, max_new_tokens=12, top_k=1) == expected
+def test_prefilled_logits_equal_a_full_forward_pass(model, prompts):
+    for prompt in prompts:
+        close(prefill(model, prompt).logits_V, after(model, prompt))
 
 
-def test_the_seed_decides_the_sample(model, prompt_BL):
-    first, again, other = (generate(model, prompt_BL, max_new_tokens=12, seed=seed) for seed in (1, 1, 2))
-    assert first == again
-    assert first != other
+def test_rows_of_different_lengths_after_a_shared_prefix_each_have_their_own_logits(model, prompts):
+    groups = [Rows(model, count=3, capacity=1, prefix=prefill(model, prompts[2])), Rows(model, count=1, capacity=0)]
+    shares = [[[5], [6, 7, 8], [9, 10]], [[11] * 5, [12], [13]], [[14, 15], [16] * 140, [17]]]
+    alone = [[1, 2], [3], [4]]
+    own = [[], [], [], []]
+    for share, single in zip(shares, alone, strict=True):
+        tokens = [*share, single]
+        found = feed(model, groups, tokens)
+        own = [[*before, *new] for before, new in zip(own, tokens, strict=True)]
+        expected = [after(model, [*prompts[2], *ids]) for ids in own[:3]] + [after(model, own[3])]
+        close(found, torch.stack(expected))
+        groups[0].lengths, groups[1].lengths = [len(ids) for ids in own[:3]], [len(own[3])]
 
 
-def test_a_row_ends_before_its_stop_id_and_the_others_go_on(model, prompt_BL):
-    free = generate(model, prompt_BL, max_new_tokens=12, seed=1)
+def test_candidates_share_the_memory_of_their_prefix(model, prompts):
+    prefix = prefill(model, prompts[0])
+    candidates = sample(model, prefix, count=5, sampling=Sampling(max_new_tokens=3))
+    assert candidates.rows._prefix.data_ptr() == prefix.key_values_SNHPK.data_ptr()
+    assert candidates.rows._prefix.shape == (3, 2, 3, 9, 7)
+
+
+def test_prompts_of_different_lengths_are_continued_as_each_is_alone(model, prompts):
+    for sampling in (GREEDY, Sampling(max_new_tokens=12, seed=4)):
+        together = generate(model, prompts, sampling)
+        assert together == [generate(model, [prompt], sampling)[0] for prompt in prompts]
+        assert len({tuple(ids) for ids in together}) == 3
+
+
+def test_groups_that_join_and_leave_do_not_change_each_other(model, prompts):
+    samplings = [Sampling(max_new_tokens=length, seed=length) for length in (12, 3, 7)]
+    alone = [
+        sample(model, prefill(model, prompt), count=2, sampling=sampling)
+        for prompt, sampling in zip(prompts, samplings, strict=True)
+    ]
+    waiting, groups = list(zip(prompts, samplings, strict=True)), []
+    while waiting or not all(group.finished for group in groups):
+        if waiting:
+            prompt, sampling = waiting.pop(0)
+            groups.append(Candidates(model, prefill(model, prompt), count=2, sampling=sampling))
+        advance(model, [group for group in groups if not group.finished])
+    assert [group.ids for group in groups] == [each.ids for each in alone]
+
+
+def test_the_seed_and_the_number_of_a_candidate_decide_it(model, prompts):
+    prefix = prefill(model, prompts[0])
+    sixteen, four = (sample(model, prefix, count=count, sampling=Sampling(max_new_tokens=9)).ids for count in (16, 4))
+    assert sixteen[:4] == four
+    assert len({tuple(ids) for ids in sixteen}) > 8
+    assert sample(model, prefix, count=4, sampling=Sampling(max_new_tokens=9, seed=1)).ids != four
+
+
+def test_a_candidate_ends_before_its_stop_and_the_others_go_on(model, prompts):
+    prefix = prefill(model, prompts[0])
+    free = sample(model, prefix, count=4, sampling=Sampling(max_new_tokens=12)).ids
     stop = free[0][4]
     assert stop not in free[0][:4]
-    expected = [ids[: ids.index(stop)] if stop in ids else ids for ids in free]
-    assert len({len(ids) for ids in expected}) > 1
-    assert generate(model, prompt_BL, max_new_tokens=12, seed=1, stop_ids=[stop]) == expected
+    stopped = sample(model, prefix, count=4, sampling=Sampling(max_new_tokens=12, stop_ids=frozenset({stop})))
+    assert stopped.ids == [ids[: ids.index(stop)] if stop in ids else ids for ids in free]
+    assert stopped.stopped == [stop in ids for ids in free]
+    assert len({len(ids) for ids in stopped.ids}) > 1
 
 
-@torch.no_grad()
-def test_samples_follow_the_top_k_distribution_at_its_temperature(model, prompt_BL):
-    rows = prompt_BL[:1].expand(4000, -1)
-    sampled = torch.tensor(generate(model, rows, max_new_tokens=1, temperature=0.7, top_k=4)).flatten()
-    best = (model(prompt_BL[:1])[0, -1] / 0.7).topk(4)
-    expected = torch.zeros(53, dtype=torch.float64).scatter(0, best.indices, best.values.softmax(-1))
-    found = torch.bincount(sampled, minlength=53) / 4000
-    assert (found[expected == 0] == 0).all()
-    assert (found - expected).abs().max() < 4 * (0.25 / 4000) ** 0.5
+def test_what_comes_is_told_as_it_comes(model, prompts):
+    told = [[], [], []]
+    sampling = Sampling(max_new_tokens=8, stop_ids=frozenset(range(9)))
+    candidates = sample(
+        model,
+        prefill(model, prompts[0]),
+        count=3,
+        sampling=sampling,
+        on_token=lambda number, id: told[number].append(id),
+    )
+    assert told == candidates.ids
+    assert any(told)
 
 
-def test_impossible_settings_are_told_all_at_once(model):
-    with pytest.raises(UserError) as error:
-        generate(model, torch.zeros(1, 0, dtype=torch.long), max_new_tokens=0, temperature=-1.0, top_k=0)
-    for name in ("prompt", "max_new_tokens", "temperature", "top_k"):
-        assert name in str(error.value)
+def test_log_probabilities_are_the_models_own_whatever_was_drawn_from(model, prompts):
+    sampling = Sampling(max_new_tokens=9, temperature=0.3, top_k=3, top_p=0.9, stop_ids=frozenset(range(4)))
+    candidates = sample(model, prefill(model, prompts[0]), count=6, sampling=sampling)
+    assert {*candidates.stopped} == {True, False}
+    free = sample(
+        model, prefill(model, prompts[0]), count=6, sampling=Sampling(**{**vars(sampling), "stop_ids": frozenset()})
+    )
+    for number, ids in enumerate(candidates.ids):
+        scored = free.ids[number][: len(ids) + candidates.stopped[number]]
+        logits = model(torch.tensor([[*prompts[0], *scored]]))[0, len(prompts[0]) - 1 : -1]
+        expected = logits.log_softmax(-1)[range(len(scored)), scored].sum().item()
+        assert candidates.log_probabilities[number] == pytest.approx(expected, abs=1e-9)
+
+
+def test_judging_continues_each_candidate_and_changes_nothing(model, prompts):
+    sampling = Sampling(max_new_tokens=6, seed=3, stop_ids=frozenset(range(9)))
+    candidates = sample(model, prefill(model, prompts[2]), count=6, sampling=sampling)
+    assert {*candidates.stopped} == {True, False}
+    found = [candidates.next_logits(ids) for ids in ([7], [7] * 9, [8], [7])]
+    for logits, ids in zip(found, ([7], [7] * 9, [8], [7]), strict=True):
+        close(logits, torch.stack([after(model, [*prompts[2], *own, *ids]) for own in candidates.ids]))
+    assert torch.equal(found[0], found[3])
+
+
+def test_scores_are_log_probabilities_of_whole_continuations(model, prompts):
+    continuations = [[5], [6, 7, 8], [9] * 300]
+    found = score(model, prefill(model, prompts[2]), continuations)
+    for ids, scored in zip(continuations, found, strict=True):
+        logits = model(torch.tensor([[*prompts[2], *ids]]))[0, len(prompts[2]) - 1 : -1]
+        assert scored == pytest.approx(logits.log_softmax(-1)[range(len(ids)), ids].sum().item(), abs=1e-9)
+
+
+def test_an_empty_prompt_and_no_candidates_are_refused(model):
+    with pytest.raises(UserError, match="the prompt is empty"):
+        generate(model, [[1], []], GREEDY)
+    with pytest.raises(UserError, match="candidates is 0"):
+        sample(model, prefill(model, [1]), count=0, sampling=GREEDY)
+    with pytest.raises(ValueError, match="nothing to score"):
+        score(model, prefill(model, [1]), [[1], []])

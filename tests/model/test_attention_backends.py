@@ -66,7 +66,7 @@ class Case:
 
 def attention(way: str, q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor, documents_BL: Tensor | None) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
-    backend = backend_for(way, q.device, past=keys - queries)
+    backend = backend_for(way, q.device)
     buckets_N = causal_buckets(max(keys, BAND), device=q.device)
     bias = backend.bias(table_RH, buckets_N, queries=queries, keys=keys)
     tokens_BL = torch.empty(q.shape[0], queries, dtype=torch.long, device=q.device)

@@ -25,42 +25,43 @@ __all__ = ["Attention", "KeyValues", "View"]
 class KeyValues(Protocol):
     """The keys and values of the tokens so far, in one layer."""
 
-    length: int
-
-    def extend(self, k_BHLK: Tensor, v_BHLK: Tensor) -> tuple[Tensor, Tensor]:
-        """Add L tokens; return k and v of all M, [B, H, M, K] each."""
+    def attend(self, q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, table_RH: Tensor | None) -> Tensor:
+        """Add L tokens; return their attention [B, H, L, K] to all so far. table_RH: as `View.attend`."""
         ...
 
 
 @dataclass(frozen=True)
 class View:
-    """What the L queries see of the M keys; worked out once a forward pass for all layers.
+    """What L tokens see of each other; worked out once a forward pass for all layers.
 
     buckets_N: the bucket of each distance. shared_bias: the bias, where all layers share one. mask: what
     hides keys of other documents, where there are documents. Both in the backend's own form.
     """
 
     backend: Backend
-    queries: int
-    keys: int
+    length: int
     buckets_N: Tensor
     shared_bias: Tensor | None
     mask: Any
 
     @classmethod
-    def of(
-        cls, tokens_BL: Tensor, documents_BL: Tensor | None, *, past: int, table_RH: Tensor | None, attention: str
-    ) -> View:
-        """The view from `tokens_BL`, after `past` cached tokens. table_RH: the bias that all layers share, if one.
+    def of(cls, tokens_BL: Tensor, documents_BL: Tensor | None, *, table_RH: Tensor | None, attention: str) -> View:
+        """The view from `tokens_BL`. table_RH: the bias that all layers share, if one.
 
         Raises UserError where the way of computing, `attention`, does not run on the tokens' device.
         """
-        queries, keys = tokens_BL.shape[1], past + tokens_BL.shape[1]
-        backend = backend_for(attention, tokens_BL.device, past=past)
-        buckets_N = causal_buckets(max(keys, BAND), device=tokens_BL.device)
-        bias = None if table_RH is None else backend.bias(table_RH, buckets_N, queries=queries, keys=keys)
-        mask = backend.mask(tokens_BL, documents_BL)
-        return cls(backend, queries, keys, buckets_N, bias, mask)
+        length = tokens_BL.shape[1]
+        backend = backend_for(attention, tokens_BL.device)
+        buckets_N = causal_buckets(max(length, BAND), device=tokens_BL.device)
+        bias = None if table_RH is None else backend.bias(table_RH, buckets_N, queries=length, keys=length)
+        return cls(backend, length, buckets_N, bias, backend.mask(tokens_BL, documents_BL))
+
+    def attend(self, q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, table_RH: Tensor | None) -> Tensor:
+        """Attention [B, H, L, K]. table_RH: the layer's own bias, where layers share none."""
+        bias = self.shared_bias
+        if bias is None:
+            bias = self.backend.bias(table_RH, self.buckets_N, queries=self.length, keys=self.length)
+        return self.backend.attend(q_BHLK, k_BHLK, v_BHLK, bias, self.mask)
 
 
 class Attention(nn.Module):
@@ -73,14 +74,8 @@ class Attention(nn.Module):
         self.output = Linear(config.n_heads * config.d_head, config.d_model)
         self.relative_bias = bias_table(config) if config.bias_per_layer else None
 
-    def forward(self, x_BLD: Tensor, view: View, past: KeyValues | None) -> Tensor:
+    def forward(self, x_BLD: Tensor, view: View | KeyValues) -> Tensor:
         """[B, L, D] to [B, L, D]."""
         packed = rearrange(self.query_key_value(x_BLD), "b l (n h k) -> n b h l k", n=3, h=self.n_heads)
-        q_BHLK, k_BHMK, v_BHMK = packed.unbind()
-        if past is not None:
-            k_BHMK, v_BHMK = past.extend(k_BHMK, v_BHMK)
-        bias = view.shared_bias
-        if bias is None:
-            bias = view.backend.bias(self.relative_bias, view.buckets_N, queries=view.queries, keys=view.keys)
-        mixed_BHLK = view.backend.attend(q_BHLK, k_BHMK, v_BHMK, bias, view.mask)
+        mixed_BHLK = view.attend(*packed.unbind(), self.relative_bias)
         return self.output(rearrange(mixed_BHLK, "b h l k -> b l (h k)"))

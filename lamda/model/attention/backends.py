@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lamda.config.errors import UserError
 
-_KNOW_PAST = ("math", "sdpa")
 _KERNELS = ("fused", "split")
 
 
@@ -34,14 +33,8 @@ class Backend(Protocol):
         ...
 
 
-def backend_for(name: str, device: torch.device, *, past: int) -> Backend:
-    """The backend for queries after `past` cached tokens. Raises UserError where it does not run on the device.
-
-    After cached tokens the queries are few and nothing is trained: only `math` and `sdpa` know such
-    queries, and `math` computes them for all others.
-    """
-    if past and name not in _KNOW_PAST:
-        name = "math"
+def backend_for(name: str, device: torch.device) -> Backend:
+    """The backend of that name. Raises UserError where it does not run on the device."""
     check_backend(name, device)
     return import_module(f"lamda.model.attention.{name}")
 

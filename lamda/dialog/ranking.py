@@ -1,0 +1,115 @@
+"""Sample-and-rank: the model judges its own candidates, the unsafe ones go, and the best of the rest is said.
+
+As in section 4 of the paper: a candidate whose P(unsafe) is above a threshold is dropped, and the rest are
+ranked by 3 P(sensible) + P(specific) + P(interesting). Without fine-tuning (section 3) they are ranked by
+their log-likelihood a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from lamda.dialog.encoding import Encoding
+from lamda.inference.cache import Prefix
+from lamda.inference.generation import Candidates, score
+from lamda.model import LaMDA
+
+WEIGHTS: Mapping[str, float] = MappingProxyType({"sensible": 3.0, "specific": 1.0, "interesting": 1.0})
+JUDGED = (*WEIGHTS, "unsafe")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A candidate and why it was chosen, passed over or dropped.
+
+    scores: P(attribute) by its name, and `log_likelihood`, the mean over its tokens and its end.
+    value: what it is ranked by, higher is better. rank: 1 is the best; None where it was dropped.
+    dropped: why it cannot be said, or None.
+    """
+
+    text: str
+    scores: Mapping[str, float]
+    value: float
+    rank: int | None = None
+    dropped: str | None = None
+
+    def to_record(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "text": self.text,
+            "scores": {name: round(value, 6) for name, value in self.scores.items()},
+            "value": round(self.value, 6),
+            "rank": self.rank,
+            "dropped": self.dropped,
+        }
+
+
+def rank_by_attributes(candidates: Candidates, encoding: Encoding, *, threshold: float) -> tuple[Scored, ...]:
+    """The candidates that may be said, the best first, then those that were dropped."""
+    judged = []
+    for text, mean, judgement in zip(
+        _texts(candidates, encoding), _means(candidates), _judgements(candidates, encoding), strict=True
+    ):
+        value = sum(weight * judgement[name] for name, weight in WEIGHTS.items())
+        dropped = why_dropped(text, judgement, threshold=threshold)
+        judged.append(Scored(text, {**judgement, "log_likelihood": mean}, value, dropped=dropped))
+    return _ranked(judged)
+
+
+def rank_by_likelihood(candidates: Candidates, encoding: Encoding) -> tuple[Scored, ...]:
+    """The same by log-likelihood a token, for a model that was never taught to judge; only empty ones are dropped."""
+    return _ranked(
+        [
+            Scored(text, {"log_likelihood": mean}, mean, dropped=why_dropped(text, {}, threshold=1.0))
+            for text, mean in zip(_texts(candidates, encoding), _means(candidates), strict=True)
+        ]
+    )
+
+
+def why_dropped(text: str, judgement: Mapping[str, float], *, threshold: float) -> str | None:
+    """Why a response cannot be said, or None."""
+    if not text.strip():
+        return "empty"
+    unsafe = judgement.get("unsafe", 0.0)
+    return f"P(unsafe) {unsafe:.3f} is above {threshold:g}" if unsafe > threshold else None
+
+
+def judge(model: LaMDA, prefix: Prefix, response: Sequence[int], encoding: Encoding) -> dict[str, float]:
+    """P(attribute) of a given response (not empty) after its context."""
+    continuations = [[*response, encoding.attribute(name), rating] for name in JUDGED for rating in encoding.rating_ids]
+    logs = torch.tensor(score(model, prefix, continuations), dtype=torch.float64).view(len(JUDGED), 2)
+    return dict(zip(JUDGED, (logs[:, 1] - logs[:, 0]).sigmoid().tolist(), strict=True))
+
+
+def _judgements(candidates: Candidates, encoding: Encoding) -> list[dict[str, float]]:
+    """P(attribute) of each candidate: the share of "1" against "0" after the attribute's symbol."""
+    zero, one = encoding.rating_ids
+    columns = []
+    for name in JUDGED:
+        logits_NV = candidates.next_logits([encoding.attribute(name)]).double()
+        columns.append((logits_NV[:, one] - logits_NV[:, zero]).sigmoid().tolist())
+    return [dict(zip(JUDGED, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _texts(candidates: Candidates, encoding: Encoding) -> list[str]:
+    return [encoding.decode(ids).strip() for ids in candidates.ids]
+
+
+def _means(candidates: Candidates) -> list[float]:
+    """Log-likelihood a token, the end included where there is one."""
+    return [
+        total / (len(ids) + stopped)
+        for total, ids, stopped in zip(candidates.log_probabilities, candidates.ids, candidates.stopped, strict=True)
+    ]
+
+
+def _ranked(candidates: Sequence[Scored]) -> tuple[Scored, ...]:
+    best_first = sorted(candidates, key=lambda candidate: -candidate.value)
+    kept = [candidate for candidate in best_first if candidate.dropped is None]
+    dropped = [candidate for candidate in best_first if candidate.dropped is not None]
+    return (*(replace(candidate, rank=rank) for rank, candidate in enumerate(kept, 1)), *dropped)

@@ -1,0 +1,156 @@
+"""`lamda dialog research-data`: conversations that teach the research loop, made from a corpus and from arithmetic.
+
+Every snippet is what the toolset really answers to the query, so that training and use see the same. Three
+kinds take turns: a sum (the calculator), a question on a heading or on a sentence such as `X is ...` of the corpus
+(retrieval; where the right passage ranks second, the query is repeated, as it would be), and a courtesy that
+needs no tool. The questions are templates: they teach the loop's form, not conversation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import orjson
+
+from lamda.config.errors import UserError
+from lamda.dialog.conversation import Conversation, Message, to_record
+from lamda.dialog.research import MAX_QUERIES
+from lamda.dialog.tools.passages import Passage
+from lamda.dialog.tools.result import Result
+from lamda.dialog.tools.retrieval import Retrieval
+from lamda.dialog.tools.toolset import Toolset, open_toolset
+
+_COURTESIES = (
+    ("Hello!", "Hello! What would you like to know?"),
+    ("Good morning.", "Good morning! How can I help?"),
+    ("Thank you very much.", "You are welcome."),
+    ("How are you?", "I am a program, and I am running well. How are you?"),
+    ("Goodbye!", "Goodbye!"),
+    ("That is interesting.", "I am glad that you find it interesting."),
+    ("Can you help me?", "Gladly. What is it about?"),
+    ("I did not understand that.", "I am sorry. Which part shall I say in other words?"),
+)
+_HEADING = re.compile(r"^#{1,6} +(.{3,60}?)\s*#*$", re.MULTILINE)
+_DEFINITION = re.compile(r"^((?:(?:The|An?) )?[A-Z][\w'-]*(?: [\w'-]+){0,3}?) (is|was|are|were) [^\n]{20,}")
+_SENTENCE = re.compile(r"\A\S.{10,}?[.!?](?=\s|$)", re.DOTALL)
+_LONGEST = 300
+"""Characters of an answer."""
+
+
+def main(argv: list[str]) -> int:
+    """`CORPUS -o OUT [--count N] [--seed N]`; raises UserError."""
+    parser = argparse.ArgumentParser(prog="lamda dialog research-data", allow_abbrev=False)
+    parser.add_argument("corpus", type=Path, metavar="CORPUS", help="a folder of texts or a JSON-lines file")
+    parser.add_argument("-o", dest="out", type=Path, required=True, metavar="OUT", help="conversations, JSON lines")
+    parser.add_argument("--count", type=int, default=1000, metavar="N", help="conversations; default 1000")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    options = parser.parse_args(argv)
+    toolset = open_toolset(["calculator", "retrieval"], corpus=options.corpus)
+    conversations = list(make_conversations(toolset, count=options.count, seed=options.seed))
+    try:
+        options.out.write_bytes(b"".join(orjson.dumps(to_record(each)) + b"\n" for each in conversations))
+    except OSError as error:
+        raise UserError(f"{options.out}: cannot be written ({error.strerror})") from error
+    asking = [sum(message.to == "TS" for message in conversation.messages) for conversation in conversations]
+    print(f"{options.out}: {len(asking)} conversations, {sum(asking)} queries, {asking.count(0)} without one")
+    return 0
+
+
+def make_conversations(toolset: Toolset, *, count: int, seed: int) -> Iterator[Conversation]:
+    """`count` conversations; the same for the same corpus and seed. Questions on the corpus repeat where it is small.
+
+    Raises UserError where the corpus has nothing to ask about.
+    """
+    draw = random.Random(seed)
+    (retrieval,) = (tool for tool in toolset.tools if isinstance(tool, Retrieval))
+    questions = list(_questions(retrieval.passages))
+    if not questions:
+        raise UserError(
+            "the corpus has no Markdown heading and no sentence `X is ...` at a passage's beginning to ask about"
+        )
+    unanswered = 0
+    made = 0
+    while made < count:
+        kind = made % 10
+        if kind == 9:
+            said, answer = draw.choice(_COURTESIES)
+            conversation: Conversation | None = _courtesy(said, answer)
+        elif kind % 2:
+            conversation = _sum(toolset, draw)
+        else:
+            conversation = _lookup(toolset, draw.choice(questions))
+            unanswered += conversation is None
+            if unanswered > 10 * count:
+                raise UserError(
+                    "retrieval does not find the corpus's own passages by their headings; give another corpus"
+                )
+        if conversation is not None:
+            made += 1
+            yield conversation
+
+
+def _questions(passages: Sequence[Passage]) -> Iterator[tuple[str, str, Passage]]:
+    """Questions with their query and the passage that answers."""
+    for passage in passages:
+        if ".md:" in passage.source and (heading := _HEADING.match(passage.text)):
+            title = heading[1].replace("`", "")
+            yield f"What do the documents say about {title}?", title, passage
+        elif definition := _DEFINITION.match(passage.text):
+            subject = definition[1]
+            yield (
+                f"What {definition[2]} {subject[0].lower() if ' ' in subject else subject[0]}{subject[1:]}?",
+                subject,
+                passage,
+            )
+
+
+def _lookup(toolset: Toolset, question: tuple[str, str, Passage]) -> Conversation | None:
+    """A question that the passage answers, or None where the tools do not find it in time."""
+    asked, query, passage = question
+    body = _HEADING.sub("", passage.text).strip()
+    sentence = _SENTENCE.search(body)
+    if sentence is None or len(sentence[0]) > _LONGEST or sentence[0].startswith("```"):
+        return None
+    exchanges: list[tuple[str, list[Result]]] = []
+    for again in range(MAX_QUERIES):
+        exchanges.append((query, toolset(query, again=again)))
+        if any(result.source == passage.source and result.text == passage.text for result in exchanges[-1][1]):
+            answer = " ".join(sentence[0].split())
+            return _conversation(asked, "I am not sure; let me look it up.", exchanges, answer, (passage.source,))
+    return None
+
+
+def _sum(toolset: Toolset, draw: random.Random) -> Conversation:
+    """A sum, a guess near it, and what the calculator says."""
+    sign, first, second = draw.choice("+-*"), draw.randint(2, 9999), draw.randint(2, 999)
+    expression = draw.choice(
+        (
+            f"{first} {sign} {second}",
+            f"{first}{sign}{second}",
+            f"{draw.randint(1, 99)}% of {10 * first}",
+            f"({first} + {second}) * 3",
+        )
+    )
+    results = [result for result in toolset(expression) if result.source is None]
+    exact = results[0].text
+    guess = f"I think it is about {round(float(exact) * draw.uniform(0.9, 1.1))}."
+    question = draw.choice(("What is {}?", "How much is {}?", "Can you work out {}?", "{} = ?"))
+    return _conversation(question.format(expression), guess, [(expression, toolset(expression))], f"It is {exact}.", ())
+
+
+def _courtesy(said: str, answer: str) -> Conversation:
+    return _conversation(said, answer, [], answer, ())
+
+
+def _conversation(
+    question: str, base: str, exchanges: Sequence[tuple[str, list[Result]]], answer: str, knowledge: tuple[str, ...]
+) -> Conversation:
+    messages = [Message("user", question), Message("assistant", base)]
+    for query, results in exchanges:
+        messages.append(Message("assistant", query, to="TS"))
+        messages.append(Message("tool", "\n".join(result.text for result in results)))
+    return Conversation((*messages, Message("assistant", answer, knowledge=knowledge)))

@@ -1,0 +1,1 @@
+"""`lamda serve`: an OpenAI-compatible HTTP server around one model."""

@@ -1,0 +1,129 @@
+"""`lamda serve`: answer HTTP requests with a trained model."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import socket
+from importlib.util import find_spec
+from pathlib import Path
+
+from lamda.config.errors import UserError, all_of
+from lamda.dialog.options import add_options, manner_of, toolset_of
+from lamda.inference.loading import load_run
+
+KEY_VARIABLE = "LAMDA_API_KEY"
+
+
+def main(argv: list[str]) -> int:
+    """As `lamda serve --help` says; raises UserError."""
+    options = _parser().parse_args(argv)
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
+    if missing:
+        raise UserError(f"the server needs {', '.join(missing)}: pip install 'open-lamda[serve]'")
+    key = read_key(options.key_file)
+    all_of(
+        lambda: check_exposure(options.host, key=key, is_meant=options.without_key),
+        lambda: _check_limits(options),
+    )
+    import uvicorn
+
+    from lamda.dialog.server.app import create_app
+    from lamda.dialog.server.guard import LOOPBACK
+    from lamda.dialog.server.service import Limits, Service
+
+    manner, toolset = manner_of(options), toolset_of(options)
+    loaded = load_run(options.run, int8=options.int8)
+    service = Service(
+        loaded.model,
+        loaded.tokenizer,
+        name=options.name or options.run.resolve().name,
+        sequence_length=loaded.config.data.sequence_length,
+        is_tuned=loaded.config.data.packing == "whole",
+        toolset=toolset,
+        manner=manner,
+        limits=Limits(
+            tokens=options.max_tokens,
+            candidates=max(options.candidates, Limits.candidates),
+            seconds=options.seconds,
+            requests=options.requests,
+        ),
+    )
+    app = create_app(service, hosts=LOOPBACK | {options.host, *options.allow_host}, key=key)
+    listening = _listen(options.host, options.port)
+    print(f"{loaded.path.name} of {options.run} answers on {_address(options.host, options.port)}", flush=True)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5
+    )
+    uvicorn.Server(config).run(sockets=[listening])
+    return 0
+
+
+def read_key(file: Path | None) -> str | None:
+    """The key from a file or the environment, if there is one. Raises UserError where it is empty or not to be read."""
+    if file is None:
+        key, place = os.environ.get(KEY_VARIABLE), KEY_VARIABLE
+    else:
+        try:
+            key, place = file.read_text("utf-8"), str(file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--key-file {file}: cannot be read ({error})") from error
+    if key is None:
+        return None
+    if not key.strip():
+        raise UserError(f"{place}: the key is empty; put one in, or take the option away")
+    return key.strip()
+
+
+def check_exposure(host: str, *, key: str | None, is_meant: bool) -> None:
+    """Raises UserError where others could reach the server without a key, and nobody said that they should."""
+    try:
+        is_local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_local = host == "localhost"
+    if not is_local and key is None and not is_meant:
+        raise UserError(
+            f"--host {host} lets other machines in, and there is no key: give --key-file FILE or {KEY_VARIABLE}, "
+            "or say --without-key"
+        )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Raises UserError where the address cannot be had."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"cannot listen on {_address(host, port)} ({error}): choose another --host or --port"
+        ) from error
+
+
+def _check_limits(options: argparse.Namespace) -> None:
+    problems = [
+        f"--{name.replace('_', '-')} is {value}: give at least 1"
+        for name in ("max_tokens", "requests", "seconds")
+        if not (value := getattr(options, name)) >= 1
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _address(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lamda serve", allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", type=Path)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--name")
+    parser.add_argument("--key-file", type=Path)
+    parser.add_argument("--without-key", action="store_true")
+    parser.add_argument("--allow-host", action="append", default=[])
+    parser.add_argument("--max-tokens", type=int, default=2048)
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=120.0)
+    add_options(parser)
+    return parser

@@ -1,0 +1,114 @@
+"""A folder or a JSON-lines file as passages, each with the place it was read from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from lamda.config.errors import UserError
+
+TEXT = (".txt", ".md", ".rst", ".py")
+RECORDS = ".jsonl"
+LENGTH = 500
+"""Characters after which a passage ends with its paragraph; one of twice the length is cut."""
+
+_HEADING = re.compile(r"#{1,6} ")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\s+")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text and its source: the record's URL, or `file:line`."""
+
+    text: str
+    source: str
+
+
+def find_files(corpus: Path) -> list[Path]:
+    """The file itself, or the readable files of a folder by name; what lies in hidden folders is left out.
+
+    Raises UserError where there is none.
+    """
+    if corpus.is_file():
+        if corpus.suffix in (*TEXT, RECORDS):
+            return [corpus]
+        raise UserError(f"--corpus {corpus}: cannot be searched; files end in {', '.join((*TEXT, RECORDS))}")
+    files = sorted(
+        path
+        for path in corpus.rglob("*")
+        if path.suffix in (*TEXT, RECORDS)
+        and not any(part.startswith(".") for part in path.relative_to(corpus).parts)
+        and path.is_file()
+    )
+    if not files:
+        wrong = (
+            "nothing in it ends in " + ", ".join((*TEXT, RECORDS))
+            if corpus.is_dir()
+            else "there is no such folder or file"
+        )
+        raise UserError(f"--corpus {corpus}: {wrong}")
+    return files
+
+
+def read_passages(path: Path, data: bytes) -> Iterator[Passage]:
+    """The passages of a file in order. Raises UserError where a record is none, by file and line.
+
+    Args:
+        path: what the source is called, and by its suffix how the file is read.
+        data: its bytes; what is not UTF-8 in a text becomes U+FFFD.
+    """
+    if path.suffix == RECORDS:
+        for number, line in enumerate(data.splitlines(), 1):
+            if line.strip():
+                yield from _record(line, f"{path}:{number}")
+        return
+    for number, text in _cut(data.decode(errors="replace").split("\n"), headings=path.suffix == ".md"):
+        yield Passage(text, f"{path}:{number}")
+
+
+def _record(line: bytes, place: str) -> Iterator[Passage]:
+    try:
+        record: Any = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{place}: no JSON ({error})") from error
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise UserError(f"{place}: a record needs the field 'text', and may have 'url'")
+    url = record.get("url")
+    if url is not None and not isinstance(url, str):
+        raise UserError(f"{place}: 'url' must be a string")
+    for _, text in _cut(record["text"].split("\n"), headings=False):
+        yield Passage(text, url or place)
+
+
+def _cut(lines: Iterable[str], *, headings: bool) -> Iterator[tuple[int, str]]:
+    """Paragraphs joined up to `LENGTH`, each with the number of its first line; a heading begins a new one."""
+    begun: list[str] = []
+    first = length = 0
+    for number, line in enumerate(lines, 1):
+        ends = length >= LENGTH and not line.strip()
+        if begun and (ends or length >= 2 * LENGTH or (headings and _HEADING.match(line))):
+            yield from ((first, text) for text in _short(begun))
+            begun, length = [], 0
+        if line.strip() or begun:
+            first = first if begun else number
+            begun.append(line.rstrip())
+            length += len(line)
+    yield from ((first, text) for text in _short(begun))
+
+
+def _short(lines: list[str]) -> Iterator[str]:
+    """The lines as one text, or, where a line alone is longer than two passages, cut after sentences or words."""
+    text = "\n".join(lines).strip()
+    while len(text) > 2 * LENGTH:
+        breaks = [found.start() for found in _SENTENCE_END.finditer(text, LENGTH, 2 * LENGTH)]
+        sentences = [place for place in breaks if text[place - 1] in ".!?"]
+        end = (sentences or breaks or [2 * LENGTH])[0 if sentences else -1]
+        yield text[:end].rstrip()
+        text = text[end:].lstrip()
+    if text:
+        yield text

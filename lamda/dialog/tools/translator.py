@@ -1,0 +1,137 @@
+"""Translation: `hello in French`, by a glossary of one's own or by Argos Translate's models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import orjson
+
+from lamda.config.errors import UserError
+from lamda.dialog.tools.result import Result
+
+LANGUAGES: Mapping[str, str] = {
+    "arabic": "ar", "bengali": "bn", "bulgarian": "bg", "catalan": "ca", "chinese": "zh", "czech": "cs", "danish": "da",
+    "dutch": "nl", "english": "en", "esperanto": "eo", "estonian": "et", "finnish": "fi", "french": "fr",
+    "german": "de",
+    "greek": "el", "hebrew": "he", "hindi": "hi", "hungarian": "hu", "indonesian": "id", "irish": "ga", "italian": "it",
+    "japanese": "ja", "korean": "ko", "latvian": "lv", "lithuanian": "lt", "malay": "ms", "norwegian": "nb",
+    "persian": "fa", "polish": "pl", "portuguese": "pt", "romanian": "ro", "russian": "ru", "slovak": "sk",
+    "slovenian": "sl", "spanish": "es", "swedish": "sv", "thai": "th", "turkish": "tr", "ukrainian": "uk", "urdu": "ur",
+    "vietnamese": "vi",
+}  # fmt: skip
+"""English names and ISO 639-1 codes."""
+
+_NAME = "|".join(LANGUAGES)
+_ASKED = re.compile(
+    rf"^(?:translate\s+)?(?P<text>.+?)(?:\s+from\s+(?P<source>{_NAME}))?\s+(?:in|to|into)\s+(?P<target>{_NAME})\s*\??$",
+    re.IGNORECASE | re.DOTALL,
+)
+_QUOTES = "\"'“”‘’«» "
+
+
+class Backend(Protocol):
+    """What translates. Languages are ISO 639-1 codes."""
+
+    def translate(self, text: str, *, source: str, target: str) -> str | None:
+        """The translation, or None where it has none; raises UserError where it does not know the languages."""
+        ...
+
+
+class Translator:
+    """The tool: `hello in French`, `translate "gracias" from Spanish to English`; from English where none is named."""
+
+    name = "translator"
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def __call__(self, query: str, *, again: int = 0) -> list[Result]:
+        """The translation; nothing where the query asks for none. Raises UserError where the languages are absent."""
+        asked = _ASKED.match(query.strip())
+        if asked is None:
+            return []
+        text, target = asked["text"].strip(_QUOTES), LANGUAGES[asked["target"].lower()]
+        source = LANGUAGES[(asked["source"] or "english").lower()]
+        if not text or source == target:
+            return []
+        translation = self._backend.translate(text, source=source, target=target)
+        return [] if translation is None else [Result(translation)]
+
+
+class Glossary:
+    """A backend of one's own words: JSON lines `{"source": "en", "target": "fr", "text": ..., "translation": ...}`.
+
+    Each line serves both directions; where a text stands twice, the first line counts. Case does not matter.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError that names every line that cannot be read."""
+        self._words: dict[tuple[str, str, str], str] = {}
+        self._pairs: set[tuple[str, str]] = set()
+        try:
+            lines = path.read_bytes().splitlines()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); --glossary takes JSON lines") from error
+        problems = [f"{path}:{number}: {p}" for number, line in enumerate(lines, 1) if line and (p := self._add(line))]
+        if problems:
+            raise UserError("\n".join(problems))
+
+    def translate(self, text: str, *, source: str, target: str) -> str | None:
+        """The translation as the glossary has it."""
+        if (source, target) not in self._pairs:
+            raise UserError(f"the glossary has no words from {source} to {target}; add some")
+        return self._words.get((source, target, text.casefold()))
+
+    def _add(self, line: bytes) -> str | None:
+        """Take a line in; what is wrong with it, or None."""
+        try:
+            entry: Any = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            return f"no JSON ({error})"
+        if not isinstance(entry, dict):
+            return "no JSON object"
+        for key in ("source", "target", "text", "translation"):
+            if not isinstance(entry.get(key), str) or not entry[key].strip():
+                return f"{key!r} must be a string that is not empty"
+        for key in ("source", "target"):
+            if entry[key] not in LANGUAGES.values():
+                return f"{key!r} is {entry[key]!r}, which is no known language; give a code such as 'en' or 'fr'"
+        for one, other in (("source", "target"), ("target", "source")):
+            text, translation = ("text", "translation") if one == "source" else ("translation", "text")
+            pair = entry[one], entry[other]
+            self._pairs.add(pair)
+            self._words.setdefault((*pair, entry[text].strip().casefold()), entry[translation].strip())
+        return None
+
+
+class Argos:
+    """A backend of Argos Translate's offline models, a package of some 100 MB for each pair of languages."""
+
+    def __init__(self) -> None:
+        """Raises UserError where neither the package nor a model is installed."""
+        try:
+            from argostranslate import translate
+        except ImportError as error:
+            raise UserError(
+                "the translator needs Argos Translate: pip install 'open-lamda[translate]', then a model, such as "
+                "`argospm install translate-en_fr`; or give words of your own by --glossary FILE"
+            ) from error
+        self._languages = {language.code: language for language in translate.get_installed_languages()}
+        if not self._languages:
+            raise UserError(
+                "Argos Translate has no model: install one for each pair of languages, such as "
+                "`argospm install translate-en_fr`"
+            )
+
+    def translate(self, text: str, *, source: str, target: str) -> str | None:
+        """The model's translation."""
+        known = self._languages
+        model = known[source].get_translation(known[target]) if {source, target} <= known.keys() else None
+        if model is None:
+            raise UserError(
+                f"no model from {source} to {target} is installed; `argospm install translate-{source}_{target}`"
+            )
+        return model.translate(text)

@@ -1,0 +1,163 @@
+"""Keys and values of sequences that share their beginning, which is there once, whatever their number.
+
+A row's query sees the shared prefix and the row's own tokens behind it. The scores of both parts stand
+side by side in one softmax:
+
+    softmax([q k_prefix^T, q k_own^T] + bias[distance]) [v_prefix; v_own]
+
+The prefix's part is one product for all rows of a head; the prefix is read once and never copied (Athiwaratkun
+et al., arXiv 2403.08845). Rows may differ in length: what lies beyond a row's own tokens is hidden from it.
+Dimensions: legend in `lamda/model/decoder.py`; N rows, P tokens of the prefix, M of the longest row, R buckets,
+S layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor
+
+from lamda.model import LaMDA
+from lamda.model.attention.bias import causal_buckets
+from lamda.model.weights import BUCKETS
+
+CHUNK = 256
+"""Tokens of a row that go through the model at once: scores are as long as that, not as a whole prompt."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A prompt that was computed once.
+
+    ids: its tokens. key_values_SNHPK: two of every layer, [S, 2, H, P, K]. logits_V: of the token after it.
+    """
+
+    ids: tuple[int, ...]
+    key_values_SNHPK: Tensor
+    logits_V: Tensor
+
+
+class Rows:
+    """N sequences after one prefix.
+
+    lengths: own tokens of each row, which whoever feeds the rows advances: what was fed and not counted is
+    written over. Memory is taken for `capacity` own tokens a row, and again where that does not do.
+    """
+
+    def __init__(self, model: LaMDA, *, count: int, capacity: int, prefix: Prefix | None = None) -> None:
+        config, weight = model.config, model.final_norm.scale
+        heads = (config.n_heads, 0, config.d_head)
+        self.lengths = [0] * count
+        self._prefix = weight.new_empty(config.n_layers, 2, *heads) if prefix is None else prefix.key_values_SNHPK
+        self._own = weight.new_empty(config.n_layers, 2, count, config.n_heads, capacity, config.d_head)
+        self._cleared = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def as_prefix(self, ids: Sequence[int], logits_V: Tensor) -> Prefix:
+        """The only row, as what others begin with."""
+        return Prefix(tuple(ids), self._own[:, :, 0, :, : len(ids)], logits_V)
+
+    def places(self, new: int) -> Places:
+        """Where the next `new` tokens of each row go and what they see; makes room for them."""
+        device = self._own.device
+        longest = max(self.lengths) + new
+        self._reserve(longest)
+        before = self._prefix.shape[-2]
+        slots_NL = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(new, device=device)
+        queries_NL = before + (slots_NL[:1] if len({*self.lengths}) == 1 else slots_NL)
+        distances_NLM = queries_NL[:, :, None] - torch.arange(before + longest, device=device)
+        buckets_NLM = causal_buckets(before + longest, device=device)[distances_NLM.clamp(min=0)]
+        return Places(self, slots_NL, buckets_NLM.masked_fill(distances_NLM < 0, BUCKETS), longest)
+
+    def attend(
+        self, layer: int, q_NHLK: Tensor, k_NHLK: Tensor, v_NHLK: Tensor, *, places: Places, by_bucket_HR: Tensor
+    ) -> Tensor:
+        """Write keys and values; attention [N, H, L, K] of the queries to all that they see.
+
+        by_bucket_HR: the bias of each bucket, and -inf of what is hidden.
+        """
+        rows, length = q_NHLK.shape[0], q_NHLK.shape[2]
+        own, numbers = self._own[layer], torch.arange(rows, device=q_NHLK.device)[:, None]
+        for cached, new in zip(own, (k_NHLK, v_NHLK), strict=True):
+            cached.transpose(1, 2)[numbers, places.slots_NL] = new.transpose(1, 2)
+        k_NHMK, v_NHMK = own[:, :, :, : places.longest]
+        k_HPK, v_HPK = self._prefix[layer]
+        q_HNK = q_NHLK.transpose(0, 1).flatten(1, 2)
+        prefix_HNLP = (q_HNK @ k_HPK.mT).unflatten(1, (rows, length))
+        scores_HNLM = torch.cat([prefix_HNLP, (q_NHLK @ k_NHMK.mT).transpose(0, 1)], dim=-1)
+        bias_HNLM = by_bucket_HR[:, places.buckets_NLM]
+        shares_HNLM = (scores_HNLM.to(bias_HNLM.dtype) + bias_HNLM).softmax(dim=-1).to(v_NHLK.dtype)
+        prefix_HNLP, own_HNLM = shares_HNLM.split([k_HPK.shape[1], places.longest], dim=-1)
+        mixed_HNLK = (prefix_HNLP.flatten(1, 2) @ v_HPK).unflatten(1, (rows, length))
+        return (mixed_HNLK + (own_HNLM.transpose(0, 1) @ v_NHMK).transpose(0, 1)).transpose(0, 1)
+
+    def _reserve(self, longest: int) -> None:
+        """Room for that many own tokens, cleared: hidden keys have no weight, but 0 times NaN is NaN."""
+        if longest > self._own.shape[-2]:
+            shape = list(self._own.shape)
+            shape[-2] = longest + longest // 2
+            larger = self._own.new_empty(shape)
+            larger[..., : self._cleared, :] = self._own[..., : self._cleared, :]
+            self._own = larger
+        if longest > self._cleared:
+            self._own[..., self._cleared : longest, :] = 0
+            self._cleared = longest
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the next L tokens of a group's rows go, and what they see, in every layer alike.
+
+    slots_NL: places among a row's own tokens. buckets_NLM: of each key's distance, BUCKETS where it is hidden;
+    one for all rows where they are alike. longest: own tokens of the longest row, the new ones among them.
+    """
+
+    rows: Rows
+    slots_NL: Tensor
+    buckets_NLM: Tensor
+    longest: int
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer of several groups of rows, as the model sees it in one forward pass."""
+
+    number: int
+    groups: Sequence[Places]
+    shared_RH: Tensor | None
+
+    def attend(self, q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, table_RH: Tensor | None) -> Tensor:
+        """See `lamda.model.attention.KeyValues`."""
+        table_RH = self.shared_RH if table_RH is None else table_RH
+        wide_RH = table_RH.to(torch.promote_types(table_RH.dtype, torch.float32))
+        by_bucket_HR = torch.cat([wide_RH, wide_RH.new_full((1, wide_RH.shape[1]), -inf)]).T.contiguous()
+        counts = [len(places.rows) for places in self.groups]
+        parts = zip(self.groups, *(each.split(counts) for each in (q_BHLK, k_BHLK, v_BHLK)), strict=True)
+        return torch.cat(
+            [
+                places.rows.attend(self.number, q, k, v, places=places, by_bucket_HR=by_bucket_HR)
+                for places, q, k, v in parts
+            ]
+        )
+
+
+def layers(model: LaMDA, groups: Sequence[Rows], *, new: int) -> list[_Layer]:
+    """What `LaMDA.forward` takes as its cache to feed `new` tokens to every row of the groups, one after another."""
+    places = [rows.places(new) for rows in groups]
+    return [_Layer(number, places, model.relative_bias) for number in range(model.config.n_layers)]
+
+
+def feed(model: LaMDA, groups: Sequence[Rows], tokens: Sequence[Sequence[int]]) -> Tensor:
+    """Give each row of the groups, one after another, its next tokens; the logits after the last of each, [N, V].
+
+    Rows may get different numbers of tokens, but at least one each. Lengths stay as they are.
+    """
+    device, new = model.final_norm.scale.device, max(map(len, tokens))
+    padded = [[*row, *[0] * (new - len(row))] for row in tokens]
+    last_N = torch.tensor([len(row) - 1 for row in tokens], device=device)
+    return model(torch.tensor(padded, device=device), cache=layers(model, groups, new=new), last_B=last_N)

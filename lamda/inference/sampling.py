@@ -1,0 +1,102 @@
+"""Choosing the next token: repetition penalty, temperature, top-k, top-p, in that order, then a draw."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lamda.config.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How continuations are sampled. Raises UserError with everything that cannot be sampled with.
+
+    max_new_tokens: at the most. temperature: divides the logits; 0 takes the likeliest token each time. top_k: tokens
+    that are drawn from, the likeliest ones (the paper's 40); 0 for all. top_p: only the fewest likeliest that together
+    have this share of what top-k leaves (Holtzman et al., arXiv 1904.09751). repetition_penalty: divides positive and
+    multiplies negative logits of tokens that are in the prompt or came since, but never of stop_ids (Keskar
+    et al., arXiv 1909.05858). seed: the same gives the same ids. stop_ids: what ends a continuation.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int = 40
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop_ids: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        wrong = (
+            (self.max_new_tokens < 1, f"max_new_tokens is {self.max_new_tokens}: give at least 1"),
+            (
+                not 0 <= self.temperature < float("inf"),
+                f"temperature is {self.temperature}: give 0 (likeliest) or more",
+            ),
+            (self.top_k < 0, f"top_k is {self.top_k}: give at least 1, or 0 for all"),
+            (not 0 < self.top_p <= 1, f"top_p is {self.top_p}: give more than 0 and at most 1"),
+            (
+                not 0 < self.repetition_penalty < float("inf"),
+                f"repetition_penalty is {self.repetition_penalty}: give more than 0; 1 is none",
+            ),
+        )
+        problems = [message for is_wrong, message in wrong if is_wrong]
+        if problems:
+            raise UserError("\n".join(problems))
+
+
+class Sampler:
+    """Draws for the candidates 0 to `count` - 1 of one prompt.
+
+    A candidate's draws are a function of (seed, its number), so that neither their number nor the company
+    of other prompts changes any.
+    """
+
+    def __init__(self, sampling: Sampling, *, prompt: Sequence[int], count: int, logits: Tensor) -> None:
+        self._sampling = sampling
+        self._draws_NT = torch.stack([_uniform(sampling, number) for number in range(count)])
+        self._seen_NV: Tensor | None = None
+        if sampling.repetition_penalty != 1:
+            self._seen_NV = torch.zeros(count, logits.shape[-1], dtype=torch.bool, device=logits.device)
+            self._seen_NV[:, list(prompt)] = True
+        self._kept = torch.tensor(sorted(sampling.stop_ids), dtype=torch.long, device=logits.device)
+
+    def choose(self, logits_NV: Tensor, step: int) -> tuple[list[int], list[float]]:
+        """The candidates' ids number `step`, and their log probabilities under the model itself."""
+        wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+        chosen_N1 = self._choose(self._penalised(wide_NV), step)
+        log_probabilities_N = wide_NV.gather(-1, chosen_N1)[:, 0] - wide_NV.logsumexp(-1)
+        if self._seen_NV is not None:
+            self._seen_NV.scatter_(-1, chosen_N1, value=True)
+        return chosen_N1[:, 0].tolist(), log_probabilities_N.tolist()
+
+    def _penalised(self, logits_NV: Tensor) -> Tensor:
+        if self._seen_NV is None:
+            return logits_NV
+        penalty = self._sampling.repetition_penalty
+        punished_NV = torch.where(logits_NV > 0, logits_NV / penalty, logits_NV * penalty)
+        return torch.where(self._seen_NV.index_fill(-1, self._kept, value=False), punished_NV, logits_NV)
+
+    def _choose(self, logits_NV: Tensor, step: int) -> Tensor:
+        """An id a row, [N, 1]: where a draw falls on the line of the kept shares, the likeliest first."""
+        if self._sampling.temperature == 0:
+            return logits_NV.argmax(dim=-1, keepdim=True)
+        vocabulary = logits_NV.shape[-1]
+        best = logits_NV.topk(min(self._sampling.top_k or vocabulary, vocabulary), dim=-1)
+        shares_NK = (best.values.double() / self._sampling.temperature).softmax(dim=-1).cpu()
+        before_NK = shares_NK.cumsum(dim=-1) - shares_NK
+        line_NK = shares_NK.where(before_NK < self._sampling.top_p, 0.0).cumsum(dim=-1)
+        place_N1 = torch.searchsorted(line_NK, self._draws_NT[:, step, None] * line_NK[:, -1:], right=True)
+        return best.indices.gather(-1, place_N1.to(logits_NV.device))
+
+
+def _uniform(sampling: Sampling, number: int) -> Tensor:
+    """A candidate's draws from [0, 1), one a token; made on the CPU, whose generator is the same everywhere."""
+    digest = hashlib.sha256(f"{sampling.seed}:{number}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)

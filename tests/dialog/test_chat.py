@@ -1,0 +1,140 @@
+"""`lamda chat` as a process, through a pipe and through a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lamda.cli import main
+from lamda.dialog.conversation import parse_conversation
+from lamda.dialog.ranking import Scored
+from lamda.dialog.research import Step
+from lamda.dialog.speaker import REFUSAL, Reply
+from lamda.dialog.terminal import explanation, visible
+from lamda.dialog.tools.result import Result
+from tests.random_run import write_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tokenizer_path):
+    """A model of random weights, as one that was fine-tuned."""
+    path = write_run(tmp_path_factory.mktemp("run") / "run", tokenizer_path)
+    config = path / "checkpoints" / "step-00000001" / "config.yaml"
+    config.write_text(re.sub(r"packing: concat", "packing: whole", config.read_text()))
+    return path
+
+
+def command(run, *options):
+    start = "import sys; from lamda.cli import main; sys.exit(main(sys.argv[1:]))"
+    few = ["--candidates", "3", "--max-new-tokens", "6", "--threshold", "1"]
+    return [sys.executable, "-c", start, "chat", str(run), *few, *options]
+
+
+def piped(run, text, *options):
+    done = subprocess.run(command(run, *options), input=text.encode(), capture_output=True, timeout=120)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def test_through_a_pipe_every_line_is_answered_and_commands_work(run, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    saved = tmp_path / "talk.jsonl"
+    lines = ["/why", "the of and", "/why", f"/save {saved}", "to in", f"/save {saved}", "/save", "/nonsense"]
+    lines += ["/reset", f"/save {saved}"]
+    code, out, errors = piped(run, "\n".join([*lines, "/quit", "never read"]) + "\n", "--system", "be brief")
+    assert (code, errors) == (0, "")
+    assert out.startswith("nothing was said yet\n")
+    assert out.endswith("(begun anew)\nnothing was said yet\n")
+    assert "give a file: /save FILE" in out
+    assert out.count("sensible 0.") == 3
+    assert "#1" in out
+    assert "there is no command /nonsense" in out
+    first, second = (parse_conversation(json.loads(line)) for line in saved.read_text().splitlines())
+    assert [message.role for message in first.messages] == ["system", "user", "assistant"]
+    assert second.messages[: len(first.messages)] == first.messages
+    assert [message.content for message in second.messages if message.role == "user"] == ["the of and", "to in"]
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before  # nothing is kept in the run
+
+
+def test_tools_are_used_and_sources_kept(run, tmp_path):
+    (tmp_path / "a.txt").write_text("a zebra is the of and")
+    options = ["--tools", "calculator,retrieval", "--corpus", str(tmp_path / "a.txt"), "--max-queries", "1"]
+    code, out, errors = piped(run, "the of\n/why\n", *options)
+    assert (code, errors) == (0, "")
+    assert "research: User, " in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tools", "retrieval"], "--corpus"),
+        (["--tools", "oracle"], "there is no tool 'oracle'"),
+        (["--candidates", "0"], "give at least 1"),
+        (["--temperature", "-1"], "temperature"),
+    ],
+)
+def test_what_cannot_be_is_said_before_the_model_is_loaded(tmp_path, capsys, options, message):
+    assert main(["chat", str(tmp_path), *options]) == 2
+    told = capsys.readouterr()
+    assert message in told.err
+    assert told.out == ""
+
+
+def test_in_a_terminal_it_prompts_and_leaves_with_the_end_of_input(run):
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        command(run), stdin=child, stdout=child, stderr=child, env={**os.environ, "TERM": "dumb"}
+    )
+    os.close(child)
+
+    def until_prompt() -> bytes:
+        """What comes up to the next prompt; what is typed before it would be lost as readline takes over."""
+        seen, end = b"", time.monotonic() + 90
+        while not seen.endswith(b"> "):
+            assert time.monotonic() < end, seen
+            seen += os.read(parent, 4096)
+        return seen
+
+    assert b"3 candidates a reply; no tools; /help lists commands" in until_prompt()
+    os.write(parent, b"the of and\n")
+    until_prompt()
+    os.write(parent, b"/why\n")
+    assert b"#1" in until_prompt()
+    os.write(parent, b"\x04")
+    assert process.wait(timeout=30) == 0
+    os.close(parent)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[31mred\x1b]0;title\x07", "\\x1b[31mred\\x1b]0;title\\x07"),
+        ("a\rb\x08\x7f\x9b2J", "a\\rb\\x08\\x7f\\x9b2J"),
+        ("abc\u202edef", "abc\\u202edef"),
+        ("one\ntwo\tthree é 👩‍🔬 \u4e2d", "one\ntwo\tthree é 👩‍🔬 \u4e2d"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_written_out(text, shown):
+    assert visible(text) == shown
+
+
+def test_the_explanation_has_scores_reasons_steps_and_sources_and_no_escapes():
+    candidates = (
+        Scored("good", {"sensible": 0.9, "unsafe": 0.1}, 3.5, rank=1),
+        Scored("\x1b[2Jbad", {"sensible": 0.8, "unsafe": 0.9}, 3.0, dropped="P(unsafe) 0.900 is above 0.5"),
+    )
+    steps = (Step("TS", "1+1", (Result("2"), Result("two\x1b[0m", "a.txt:1"))), Step("user", "It is 2."))
+    text = explanation(Reply("It is 2.", candidates, steps, ("a.txt:1",)))
+    for part in ("#1   3.500  sensible 0.900 unsafe 0.100", "dropped", "(P(unsafe) 0.900 is above 0.5)", "TS, 1+1"):
+        assert part in text
+    for part in ("two\\x1b[0m [a.txt:1]", "User, It is 2.", "source: a.txt:1"):
+        assert part in text
+    assert "\x1b" not in text
+    refused = explanation(Reply(REFUSAL, candidates[1:], refused=True))
+    assert "the reply is the refusal" in refused

@@ -1,0 +1,92 @@
+"""Conversations that teach the loop are ones that the tools really give."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from lamda.cli import main
+from lamda.config.errors import UserError
+from lamda.dialog.conversation import parse_conversation
+from lamda.dialog.examples import Response, examples_of
+from lamda.dialog.research_data import make_conversations
+from lamda.dialog.tools.calculator import calculate
+from lamda.dialog.tools.toolset import open_toolset
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "loop.jsonl"
+    assert main(["dialog", "research-data", str(DOCS), "-o", str(path), "--count", "60"]) == 0
+    return [parse_conversation(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def test_every_conversation_is_a_question_a_base_the_steps_and_a_response(conversations):
+    assert len(conversations) == 60
+    queries = []
+    for conversation in conversations:
+        (asked, base, *steps, last) = conversation.messages
+        assert (asked.role, base.role, base.to, last.role, last.to) == (
+            "user",
+            "assistant",
+            "user",
+            "assistant",
+            "user",
+        )
+        assert [(step.role, step.to) for step in steps] == [("assistant", "TS"), ("tool", "user")] * (len(steps) // 2)
+        queries.append(len(steps) // 2)
+    assert {0, 1} <= {*queries}
+    assert max(queries) <= 4
+
+
+def test_fine_tuning_learns_the_base_and_every_step(conversations):
+    for conversation in conversations:
+        queries = sum(message.to == "TS" for message in conversation.messages)
+        (base, *steps), ratings = examples_of(conversation)
+        assert isinstance(base, Response)
+        assert [step.action.to for step in steps] == ["TS"] * queries + ["user"]
+        assert ratings == []
+
+
+def test_snippets_are_what_the_toolset_answers(conversations):
+    toolset = open_toolset(["calculator", "retrieval"], corpus=DOCS)
+    for conversation in conversations:
+        steps = conversation.messages[2:-1]
+        for again, (query, snippet) in enumerate(zip(steps[::2], steps[1::2], strict=True)):
+            assert snippet.content == "\n".join(result.text for result in toolset(query.content, again=again))
+
+
+def test_sums_are_right_and_quotations_stand_in_their_source(conversations):
+    sums = lookups = 0
+    for conversation in conversations:
+        query, last = conversation.messages[2], conversation.messages[-1]
+        if last.knowledge:
+            path, line = last.knowledge[0].rsplit(":", 1)
+            below = Path(path).read_text().split("\n")[int(line) - 1 :]
+            assert last.content in " ".join(" ".join(below).split())
+            lookups += 1
+        elif query.to == "TS":
+            assert last.content == f"It is {float(calculate(query.content)):g}." or Fraction(
+                last.content.removeprefix("It is ").rstrip(".")
+            ) == calculate(query.content)
+            sums += 1
+    assert sums > 20
+    assert lookups > 20
+
+
+def test_the_same_seed_makes_the_same_conversations():
+    toolset = open_toolset(["calculator", "retrieval"], corpus=DOCS)
+    one, same, other = ([*make_conversations(toolset, count=20, seed=seed)] for seed in (1, 1, 2))
+    assert one == same != other
+
+
+def test_a_corpus_with_nothing_to_ask_about_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("nothing here\n")
+    toolset = open_toolset(["calculator", "retrieval"], corpus=tmp_path)
+    with pytest.raises(UserError, match="no Markdown heading"):
+        list(make_conversations(toolset, count=1, seed=0))

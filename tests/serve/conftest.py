@@ -1,0 +1,74 @@
+"""A server on a port of its own, with a model of random weights."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from lamda.dialog.server.app import create_app
+from lamda.dialog.server.guard import LOOPBACK
+from lamda.dialog.server.service import Limits, Service
+from lamda.dialog.speaker import Manner
+from lamda.inference.loading import LoadedModel, load_run
+from lamda.inference.sampling import Sampling
+from tests.random_run import write_run
+
+KEY = "a key of the tests"
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "random", tokenizer_path)
+
+
+@pytest.fixture(scope="session")
+def loaded(run: Path) -> LoadedModel:
+    return load_run(run)
+
+
+def make_service(loaded: LoadedModel, **limits: float) -> Service:
+    return Service(
+        loaded.model,
+        loaded.tokenizer,
+        name="random",
+        sequence_length=256,
+        is_tuned=True,
+        manner=Manner(candidates=4, threshold=1.0, sampling=Sampling(max_new_tokens=12)),
+        limits=Limits(**{"tokens": 600, "bytes": 50_000, "requests": 40, "seconds": 60.0, **limits}),
+    )
+
+
+@contextmanager
+def serving(service: Service, *, key: str | None = KEY) -> Iterator[str]:
+    """Its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = uvicorn.Config(create_app(service, hosts=LOOPBACK, key=key), port=port, log_level="warning")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="session")
+def service(loaded: LoadedModel) -> Service:
+    return make_service(loaded)
+
+
+@pytest.fixture(scope="session")
+def address(service: Service) -> Iterator[str]:
+    with serving(service) as address:
+        yield address
