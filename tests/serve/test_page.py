@@ -72,7 +72,7 @@ class Prepared(Service):
             while True:
                 ticket.check()
                 time.sleep(0.05)
-        return REPLIES.get(text) or super().reply(asked, ticket=ticket)
+        return (REPLIES[text], "stop") if text in REPLIES else super().reply(asked, ticket=ticket)
 
 
 @pytest.fixture(scope="module")
