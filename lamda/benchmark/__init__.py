@@ -18,7 +18,6 @@ from lamda.distributed import choose_accelerator
 
 BENCHMARKS = ("attention", "coordinates", "data", "generate", "month", "summation", "train")
 
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark that the first word names; 0 on success, 2 where the user can mend something."""
     words = list(sys.argv[1:] if argv is None else argv)
