@@ -16,7 +16,8 @@ from typing import Any
 from lamda.config.errors import UserError
 from lamda.distributed import choose_accelerator
 
-BENCHMARKS = ("attention", "coordinates", "data", "generate", "month", "summation", "train")
+BENCHMARKS = ("attention", "coordinates", "data", "generate", "month", "ranking", "summation", "train")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark that the first word names; 0 on success, 2 where the user can mend something."""

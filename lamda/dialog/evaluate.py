@@ -41,8 +41,6 @@ def evaluate_checkpoint(
     """The report of `DialogScores` for a checkpoint, with its path. Raises UserError where there is no dialogue."""
     overrides = ["--data.eval_files", files] if files else []
     overrides += ["--data.sequence_length", str(length)] if length else []
-    overrides = ["--data.eval_files", files] if files else []
-    overrides += ["--data.sequence_length", str(length)] if length else []
     config = load_config(["--config", str(path / "config.yaml"), *overrides])
     sources = load_card(config.data).validation
     if not sources:
