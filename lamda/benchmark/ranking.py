@@ -62,8 +62,8 @@ def held_out_contexts(files: Sequence[Path]) -> list[tuple[Message, ...]]:
     """What is to be answered, in an order that mixes conversations. Raises UserError where there is nothing."""
     found = []
     for path in files:
-        for record in read_records(path):
-            generative, _ = examples_of(parse_conversation(record.value))
+        for _, record in read_records(path):
+            generative, _ = examples_of(parse_conversation(record))
             found += [example.context for example in generative if isinstance(example, Response) and example.context]
     if not found:
         raise UserError(f"{', '.join(map(str, files))}: hold nothing to answer")
