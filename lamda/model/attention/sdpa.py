@@ -37,9 +37,8 @@ def attend(q_BHLK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, band_HN: Tensor, hidd
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None) -> Tensor:
-        out, lse = _forward(q, k, v, band, hidden)
-        ctx.save_for_backward(q, k, v, band, hidden, lse)
-        return out
+        ctx.save_for_backward(q, k, v, band, hidden)
+        return _forward(q, k, v, band, hidden)
 
     @staticmethod
     @once_differentiable
@@ -48,9 +47,9 @@ class _Attention(torch.autograd.Function):
 
 
 @torch.library.custom_op("lamda::sdpa_attention", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Output, and log-sum-exp [B, H, L]. One node of a compiled block: Inductor's code of it is slower."""
-    out, lse = _new_output(q, band)
+def _forward(q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None) -> Tensor:
+    """The output. One node of a compiled block: Inductor's code of it is slower."""
+    out = _new_output(q)
     past = k.shape[2] - q.shape[2]
     for first in range(0, q.shape[2], TILE):
         rows = slice(first, min(first + TILE, q.shape[2]))
@@ -58,33 +57,26 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | Non
         added = band_bias(band, queries=rows.stop - rows.start, keys=seen)[None]
         if hidden is not None:
             added = added.masked_fill(hidden[:, None, rows, :seen], -inf)
-        out[:, :, rows], lse[:, :, rows] = _one_tile(q[:, :, rows], k[:, :, :seen], v[:, :, :seen], added)
-    return out, lse
+        out[:, :, rows] = functional.scaled_dot_product_attention(
+            q[:, :, rows], k[:, :, :seen], v[:, :, :seen], attn_mask=added, scale=1.0
+        )
+    return out
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _new_output(q, band)
+def _(q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None) -> Tensor:
+    return _new_output(q)
 
 
-def _new_output(q: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for an output, head by head within a row, as the output projection reads it; and for a log-sum-exp."""
+def _new_output(q: Tensor) -> Tensor:
+    """Memory for an output, head by head within a row, as the output projection reads it."""
     B, H, L, K = q.shape
-    return q.new_empty(B, L, H, K).transpose(1, 2), q.new_empty(B, H, L, dtype=band.dtype)
-
-
-def _one_tile(q: Tensor, k: Tensor, v: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp; only the CPU's kernel tells the latter whatever the mask."""
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=added, scale=1.0)
-    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=1.0)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return out, ((q @ k.mT).to(wide) + added).logsumexp(-1)
+    return q.new_empty(B, L, H, K).transpose(1, 2)
 
 
 @torch.library.custom_op("lamda::sdpa_attention_backward", mutates_args=())
 def _backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None, lse: Tensor
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the band."""
     queries, past = q.shape[2], k.shape[2] - q.shape[2]
@@ -96,11 +88,12 @@ def _backward(
         count, seen = rows.stop - rows.start, past + rows.stop
         border = max(seen - count - BAND, 0)
         near, tile = slice(border, seen), (..., slice(0, count), slice(BAND + count - (seen - border), BAND + count))
-        p = q[:, :, rows] @ k[:, :, :seen].mT - lse[:, :, rows, None]
-        p[..., near] += near_HTN[tile]
+        scores = (q[:, :, rows] @ k[:, :, :seen].mT).to(band.dtype)
+        scores[..., near] += near_HTN[tile]
         if hidden is not None:
-            p.masked_fill_(hidden[:, None, rows, :seen], -inf)
-        p.exp_()
+            scores.masked_fill_(hidden[:, None, rows, :seen], -inf)
+        # From the forward pass's log-sum-exp they would not add up to 1, as far as bf16 rounds large scores here.
+        p = scores.softmax(-1)
         d_p = (d_out[:, :, rows] @ v[:, :, :seen].mT).to(band.dtype)
         d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, band.dtype)
         d_near_HTN[tile] += d_scores[..., near].sum(0)
@@ -114,6 +107,6 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None, lse: Tensor
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(band)
