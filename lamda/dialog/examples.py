@@ -12,8 +12,9 @@ import orjson
 
 from lamda.config.schema import Config
 from lamda.data.card import Source
-from lamda.data.documents import Document, Encoded
+from lamda.data.documents import Document, Encoded, Form
 from lamda.data.hashing import permutation
+from lamda.data.lanes import RAW_TEXT
 from lamda.data.packing import Method
 from lamda.data.tokenizer import Tokenizer
 from lamda.dialog.conversation import ATTRIBUTES, Conversation, Message, parse_conversation, to_record
@@ -170,6 +171,11 @@ class Conversations:
     def _encoded(self, example: Response | ResearchStep | Rating, encoding: Encoding) -> Encoded:
         ids, scored = example.encode(encoding, max_tokens=self.row_length)
         return Encoded(np.array(ids, np.uint32), np.array(scored), example.kind)
+
+
+def form_of(config: Config) -> Form:
+    """What the records of a saved run are, of whichever kind it was."""
+    return Conversations.of(config) if config.data.packing in Conversations.packings else RAW_TEXT
 
 
 def _turn_of(items: list[Items], count: int, epoch: int, key: tuple[int, ...]) -> list[Items]:

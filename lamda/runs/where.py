@@ -17,6 +17,7 @@ from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of
 from lamda.data.lanes import Cursor
 from lamda.data.order import next_samples
 from lamda.data.tokenizer import Tokenizer
+from lamda.dialog.examples import form_of
 from lamda.training.manifest import complete
 from lamda.training.metrics import read_metrics
 from lamda.training.run_directory import RunDirectory
@@ -64,7 +65,8 @@ def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
         raise UserError(f"{directory.path}: no run is here (no config.yaml)")
     config = load_config(["--config", str(directory.config)])
     states = [RunState.read(path / "run_state.json") for path in complete(directory.checkpoints)]
-    corpus, tokenizer = open_corpus(config.data), Tokenizer.load(directory.tokenizer)
+    corpus = open_corpus(config.data, form=form_of(config))
+    tokenizer = Tokenizer.load(directory.tokenizer)
     if states and states[-1].fingerprint != fingerprint(corpus, config, tokenizer):
         raise UserError(f"{directory.path}: the text or its settings are not those of the run any more")
     samples = _samples_of(directory, step, states[-1].skipped if states else ())

@@ -8,10 +8,13 @@ from safetensors.torch import load_file, save_file
 from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
+from lamda.dialog.conversation import ATTRIBUTES
 from lamda.dialog.evaluate import evaluate_checkpoint
 from lamda.model import LaMDA
 from lamda.model.initialisation import initialise
+from lamda.runs.where import where
 from lamda.training.metrics import read_metrics
+from lamda.training.run_directory import RunDirectory
 from lamda.training.start import with_start
 from tests.dialog.test_examples import talk
 from tests.launch import run_ranks
@@ -54,27 +57,29 @@ def finetune(place, run, *more, world):
 
 
 def test_a_stopped_run_goes_on_with_other_ranks_to_the_same_weights(place):
-    told = finetune(place, "straight", world=2)
-    assert "responses: " in told
-    assert "95% interval" in told
     finetune(place, "broken", "--train.steps", "4", "--train.schedule", "wsd", "--train.decay_fraction", "0", world=2)
     finetune(place, "broken", "--train.schedule", "wsd", "--train.decay_fraction", "0", world=1)
-    finetune(place, "alone", "--train.schedule", "wsd", "--train.decay_fraction", "0", world=1)
+    told = finetune(place, "alone", "--train.schedule", "wsd", "--train.decay_fraction", "0", world=1)
+    assert "responses: " in told
+    assert "95% interval" in told
     broken, alone = (read_metrics(place / run / "metrics.jsonl") for run in ("broken", "alone"))
     assert [row["batch_digest"] for row in broken] == [row["batch_digest"] for row in alone]
     last = "checkpoints/step-00000006/model.safetensors"
     one, other = (load_file(place / run / last) for run in ("broken", "alone"))
     assert all((one[name] == other[name]).all() for name in one)
-    final = read_metrics(place / "straight/metrics.jsonl")[-1]
+    final = read_metrics(place / "alone/metrics.jsonl")[-1]
     assert {"eval/perplexity", "eval/auc/unsafe", "eval/accuracy/grounded"} <= final.keys()
     assert "loss/generative" in final or any(f"loss/{name}" in final for name in ("unsafe", "sensible"))
     (bad,) = {
         (entry["line"], entry["reason"])
-        for entry in map(json.loads, (place / "straight/quarantine.jsonl").read_text().splitlines())
+        for entry in map(json.loads, (place / "alone/quarantine.jsonl").read_text().splitlines())
     }
     assert bad == (7, "message 1: role is 'bot', not one of system, user, assistant, tool")
-    report = evaluate_checkpoint(place / "straight/checkpoints/step-00000006", files=None, examples=None)
+    report = evaluate_checkpoint(place / "alone/checkpoints/step-00000006", files=None, examples=None)
     assert report["perplexity"] == pytest.approx(final["eval/perplexity"], rel=1e-4)
+    (_, pieces), *_ = where(RunDirectory(place / "alone"), step=6, row=0)
+    assert {piece.domain for piece in pieces} <= {"generative", "research", *ATTRIBUTES}
+    assert all(piece.file == f"{place}/train.jsonl" for piece in pieces)
 
 
 def test_a_start_gives_its_dimensions_and_tokenizer_and_refuses_others(place):
