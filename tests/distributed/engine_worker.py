@@ -62,7 +62,7 @@ def config(job: dict, folder: Path, rank: int) -> Config:
     )
 
 
-def batch(step: int, world: distributed.World, *, masked: bool) -> Step:
+def batch(step: int, world: distributed.World, *, masked: bool = False) -> Step:
     """This rank's part of a step."""
     share = BATCH // world.size
     own = np.arange(world.rank * share, (world.rank + 1) * share)

@@ -27,7 +27,7 @@ of_each_stage = pytest.mark.parametrize(("stage", "bf16"), STAGES)
 
 
 def step(engine: Engine, number: int) -> float:
-    return engine.step(batch(number, World(), masked=False), learning_rate=RATE).loss()
+    return engine.step(batch(number, World()), learning_rate=RATE).loss()
 
 
 @pytest.fixture(scope="module")
