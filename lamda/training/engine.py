@@ -73,6 +73,8 @@ class Engine:
         initialise(model, seed=config.run.seed, base_width=config.train.base_width)
         if config.train.lora_rank:
             lora.adapt(model, rank=config.train.lora_rank, seed=config.run.seed)
+            if self.is_bf16:
+                model.bfloat16()  # as DeepSpeed would, but only after the device had held all of it in fp32
         model.to(device)
         if config.train.fp8:
             fp8.check(model, device)
