@@ -48,7 +48,7 @@ def config(job: dict, folder: Path, rank: int) -> Config:
     return Config.model_validate(
         {
             "run": {"seed": 3},
-            "model": MODEL,
+            "model": MODEL | job.get("model", {}),
             "data": {"sequence_length": LENGTH},
             "train": {
                 "steps": 9,
@@ -56,6 +56,7 @@ def config(job: dict, folder: Path, rank: int) -> Config:
                 "micro_batch_size": MICRO,
                 "gradient_clipping": 0.05,
                 "optimizer": job.get("optimizer", "adamw"),
+                "lora_rank": job.get("lora_rank", 0),
             },
             "deepspeed": {"config": str(path)},
         }

@@ -43,9 +43,9 @@ def base(tmp_path_factory):
 @pytest.fixture
 def config_of(base, tmp_path):
     def make(stage: int, *, bf16: bool, **train) -> Config:
-        own = config({"stage": stage, "bf16": bf16}, tmp_path, 0).model_dump(exclude_unset=True)
-        own["model"]["weights"] = str(base)
-        return Config.model_validate({**own, "train": {**own["train"], "lora_rank": RANK, **train}})
+        job = {"stage": stage, "bf16": bf16, "lora_rank": RANK, "model": {"weights": str(base)}}
+        own = config(job, tmp_path, 0).model_dump(exclude_unset=True)
+        return Config.model_validate({**own, "train": own["train"] | train})
 
     return make
 
