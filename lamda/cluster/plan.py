@@ -234,6 +234,8 @@ def _warnings(
     for key in ("offload_optimizer", "offload_param"):
         if own.get("zero_optimization", {}).get(key):
             found.append(f"{config.deepspeed.config}: zero_optimization.{key}: this plan counts nothing as offloaded")
+    if rank := config.train.lora_rank:
+        found.append(f"train.lora_rank {rank}: this plan counts a run that trains all weights, which needs more")
     return found
 
 

@@ -174,6 +174,11 @@ class TrainConfig(Section):
     base_width: Positive | None = Field(
         None, description="the d_model that lr was tuned at; rates and the final norm then follow the width (muP)"
     )
+    lora_rank: int = Field(
+        0,
+        ge=0,
+        description="rank of the adapters that are trained in place of the weights (LoRA, docs/dialog.md); 0: none",
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")

@@ -34,7 +34,7 @@ def initialise(model: LaMDA, *, seed: int, base_width: int | None = None) -> Non
     draws = _draws(model.config)
     for name, weight in model.export_weights().items():
         draw = draws[name.removesuffix(".weight").rpartition(".")[2]]
-        weight.copy_(draw(torch.empty(weight.shape, device="cpu"), _generator(seed, name)))
+        weight.copy_(draw(torch.empty(weight.shape, device="cpu"), generator(seed, name)))
     if base_width is not None:
         model.final_norm.scale.mul_((base_width / model.config.d_model) ** 0.5)
 
@@ -65,6 +65,7 @@ def _uniform(std: float) -> Draw:
     return lambda weight, generator: weight.uniform_(-limit, limit, generator=generator)
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def generator(seed: int, name: str) -> torch.Generator:
+    """What draws the weight of that name."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

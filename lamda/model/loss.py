@@ -71,18 +71,20 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, d_nats_N: Tensor, d_partition_N: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: FunctionCtx, d_nats_N: Tensor, d_partition_N: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x_ND, weight_VD, targets_N, partition_N = ctx.saved_tensors
         d_x_ND = torch.empty_like(x_ND)
-        d_weight_VD = torch.zeros_like(weight_VD, dtype=partition_N.dtype)
+        is_trained = ctx.needs_input_grad[1]
+        d_weight_VD = torch.zeros_like(weight_VD, dtype=partition_N.dtype) if is_trained else None
         parts = (x_ND, targets_N, partition_N, d_nats_N, d_partition_N, d_x_ND)
         for x, targets, partition, d_nats, d_partition, d_x in zip(
             *(part.split(HEAD_ROWS) for part in parts), strict=True
         ):
             d_logits = _d_logits(x @ weight_VD.T, targets, partition, d_nats, d_partition)
             torch.mm(d_logits, weight_VD, out=d_x)
-            d_weight_VD += d_logits.T @ x
-        return d_x_ND, d_weight_VD.to(weight_VD.dtype), None
+            if is_trained:
+                d_weight_VD += d_logits.T @ x
+        return d_x_ND, d_weight_VD.to(weight_VD.dtype) if is_trained else None, None
 
 
 def _losses(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:

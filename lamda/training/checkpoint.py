@@ -16,7 +16,7 @@ from lamda.config import Config, ModelConfig
 from lamda.config.errors import UserError
 from lamda.distributed import barrier
 from lamda.model.weights import PlainSlice, check_shapes, part_of, plain_slices
-from lamda.training import manifest
+from lamda.training import lora, manifest
 from lamda.training.engine import Engine
 from lamda.training.fragments import Fragment, fragments, reset_state
 from lamda.training.optimiser import fresh_state
@@ -29,7 +29,7 @@ Sizes = dict[tuple[str, str], int]
 def load(path: Path, *, engine: Engine) -> RunState:
     """Fill the engine from a verified checkpoint; every rank calls it. Raises UserError before anything is filled."""
     state = RunState.read(path / "run_state.json")
-    slices = plain_slices(engine.config.model)
+    slices = lora.slices(engine.config)
     saved = _SavedState(path, state_sizes(engine.config))
     reset_state(engine.deepspeed, optimizer=engine.config.train.optimizer, updates=state.updates)
     with torch.no_grad():
@@ -52,19 +52,22 @@ def check_weights(path: Path, model: ModelConfig) -> None:
 
 
 def load_weights_alone(path: Path, *, engine: Engine) -> None:
-    """Start from weights alone (`model.weights`): the fp32 masters are these, the optimiser's state is none."""
-    slices = plain_slices(engine.config.model)
+    """Start from weights alone (`model.weights`): the fp32 masters are these, the optimiser's state is none.
+
+    Adapters stay as they are.
+    """
+    slices = lora.slices(engine.config)
     with safe_open(path, "pt") as file, torch.no_grad():
         for fragment in fragments(engine.deepspeed):
             for name, kind, start, tensor in _named(fragment, slices):
-                if kind == "weight":
+                if kind in ("weight", "frozen") and not lora.is_adapter(name):
                     tensor.copy_(file.get_tensor(name).flatten()[start : start + tensor.numel()])
     engine.publish_weights()
 
 
 def own_tensors(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
     """This rank's optimiser state: (key, view) for each piece and kind, its place in the key."""
-    slices = plain_slices(engine.config.model)
+    slices = lora.slices(engine.config)
     for fragment in fragments(engine.deepspeed):
         if fragment.is_owner:
             for name, kind, start, tensor in _named(fragment, slices):
@@ -74,7 +77,10 @@ def own_tensors(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
 def state_sizes(config: Config) -> Sizes:
     """All that a checkpoint of this model and optimiser holds; `_named` says under which names."""
     optimizer, sizes = config.train.optimizer, {}
-    for name, plains in plain_slices(config.model).items():
+    for name, plains in lora.slices(config).items():
+        if config.train.lora_rank and not lora.is_adapter(name):
+            sizes |= {(plain.name, "frozen"): plain.numel for plain in plains}
+            continue
         rows, *columns = plains[0].shape
         whole = torch.empty(rows * len(plains), *columns, device="meta")
         state = fresh_state(whole, optimizer=optimizer, is_muon=optimizer == "muon" and part_of(name) == "matrices")
@@ -114,7 +120,7 @@ class _SavedState:
         self._require_each_element_once(sizes)
 
     def fill(self, target: torch.Tensor, *, name: str, kind: str, start: int) -> None:
-        """Copy elements `start`, ... of a parameter's state into `target` ([n] fp32)."""
+        """Copy elements `start`, ... of a parameter's state into `target` ([n])."""
         for first, length, file, key in self._pieces[name, kind]:
             low, high = max(start, first), min(start + target.numel(), first + length)
             if low < high:
@@ -128,7 +134,8 @@ class _SavedState:
                     there = opened.get_slice(key)
                     parts, shape = key.split("|"), there.get_shape()
                     fits = len(parts) == 3 and (parts[0], parts[1]) in sizes and parts[2].isdecimal()
-                    if not fits or len(shape) != 1 or there.get_dtype() != "F32":
+                    dtypes = ("F32", "BF16") if fits and parts[1] == "frozen" else ("F32",)
+                    if not fits or len(shape) != 1 or there.get_dtype() not in dtypes:
                         raise UserError(
                             f"{file}: holds {key!r} ({there.get_dtype()} {shape}), which is no part of the state"
                         )

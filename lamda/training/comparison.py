@@ -3,6 +3,7 @@
 Each rank hashes its copy of the model's weights, and of the fp32 weights that it owns as they would be
 rounded. The owners' parts add up to the hash that every copy must have, so that the wrong rank is known
 even where there are only two. Without ZeRO and in fp32 there is no second copy, and the ranks are outvoted.
+Frozen weights are measured by rank 0's.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def odd_ranks(engine: Engine) -> list[int]:
     for fragment in fragments(engine.deepspeed):
         if fragment.is_owner:
             start, narrow = offsets[fragment.name]
-            own[1] += _hash(fragment.tensors["weight"].to(narrow), start=start + fragment.start)
+            own[1] += _hash(fragment.weight.to(narrow), start=start + fragment.start)
     truth = own[1].clone()
     dist.all_reduce(truth)
     copies = gather(own[0].item())

@@ -62,7 +62,10 @@ def build(config: Config, *, world: int) -> dict[str, Any]:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
     if not isinstance(own, dict):
         raise UserError(f"{path}: holds no JSON object; DeepSpeed's file is one")
-    problems = _problems(own, path) or _problems_of_optimizer(own, path, config.train.optimizer)
+    problems = _problems(own, path) or [
+        *_problems_of_optimizer(own, path, config.train.optimizer),
+        *_problems_of_lora(own, path, config),
+    ]
     if problems:
         raise UserError("\n".join(problems))
     train = config.train
@@ -123,3 +126,25 @@ def _problems_of_optimizer(own: dict[str, Any], path: Path, optimizer: str) -> l
             "in bf16 with data_types.grad_accum_dtype fp32 alone; use ds_config.json, or another optimiser"
         ]
     return []
+
+
+def _problems_of_lora(own: dict[str, Any], path: Path, config: Config) -> list[str]:
+    """Whether adapters can be trained under this file and beside the other keys."""
+    train, found = config.train, []
+    if train.lora_rank == 0:
+        return found
+    where = f"train.lora_rank {train.lora_rank}"
+    if config.model.weights is None:
+        found.append(f"{where}: adapters beside random weights learn nothing; set model.weights, or train.lora_rank 0")
+    if train.fp8:
+        found.append(f"{where}: train.fp8 rounds the matrices that adapters leave as they are; take one of them out")
+    if train.optimizer != "adamw":
+        found.append(f"{where}: train.optimizer {train.optimizer} is for whole matrices; set train.optimizer adamw")
+    if train.base_width is not None:
+        found.append(f"{where}: train.base_width gives whole matrices their rates, not adapters; take it out")
+    if zero_stage(own) > 1:
+        found.append(
+            f"{path}: zero_optimization.stage: {zero_stage(own)}: {where} has next to no gradients to divide; use "
+            "stage 1 (ds_config.json, deepspeed/fp32.json)"
+        )
+    return found

@@ -23,7 +23,7 @@ from lamda.distributed import World
 from lamda.model import LaMDA
 from lamda.model.initialisation import initialise
 from lamda.model.weights import plain_slices
-from lamda.training import compiling, deepspeed_config, fp8
+from lamda.training import compiling, deepspeed_config, fp8, lora
 from lamda.training.fragments import publish_weights, reset_state
 from lamda.training.optimiser import eager_kernels, make_optimizer, set_learning_rate
 
@@ -71,6 +71,10 @@ class Engine:
             own["gradient_clipping"] = 0.0
         model = LaMDA(config.model, recompute=config.train.recompute)
         initialise(model, seed=config.run.seed, base_width=config.train.base_width)
+        if config.train.lora_rank:
+            lora.adapt(model, rank=config.train.lora_rank, seed=config.run.seed)
+            if self.is_bf16:
+                model.bfloat16()  # as DeepSpeed would, but only after the device had held all of it in fp32
         model.to(device)
         if config.train.fp8:
             fp8.check(model, device)
@@ -162,13 +166,14 @@ class Engine:
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """On rank 0 the weights that the model computes with, by plain name; gathered one at a time at stage 3.
 
-        A view is valid until the next one is asked for. Every rank goes through the whole iteration.
+        Adapters (`lamda.training.lora`) are in them. A view is valid until the next one is asked for. Every rank
+        goes through the whole iteration.
         """
-        for name, parameter in self.model.named_parameters():
-            with self.whole(parameter):
+        for name, plains in plain_slices(self.config.model).items():
+            with self.whole(self.model.get_parameter(name)):
                 if self.world.is_main:
-                    flat = parameter.detach().reshape(-1)
-                    for plain in plain_slices(self.config.model)[name]:
+                    flat = lora.merged(self.model, name).reshape(-1)
+                    for plain in plains:
                         yield plain.name, flat[plain.start : plain.start + plain.numel].view(plain.shape)
 
     def publish_weights(self) -> None:
@@ -193,7 +198,7 @@ class Engine:
         try:
             with compiling.eagerly(compiled=self.is_compiled):
                 nats_BL, _ = self.model(ids, targets_BL=ids)
-                torch.autograd.grad(nats_BL.sum(), list(self.model.parameters()))
+                torch.autograd.grad(nats_BL.sum(), [each for each in self.model.parameters() if each.requires_grad])
         except torch.OutOfMemoryError:
             return False
         return True

@@ -20,9 +20,10 @@ from lamda.training.optimiser import State, fresh_state
 class Fragment:
     """Elements `start` to `start + len` of the flattened parameter `name`.
 
-    tensors: "weight" and whatever state an element has, [numel] fp32 views of the optimiser's own memory.
+    tensors: "weight" and whatever state an element has, [numel] fp32 views of the optimiser's own memory; of a
+    parameter that is not trained "frozen" alone, a view of all of it, in its own precision.
     factors: state of the parameter as a whole (Adafactor's rows and columns), flat; the fragment is whole then.
-    is_owner: whether this rank saves it (at stage 0 every rank holds all, and rank 0 saves).
+    is_owner: whether this rank saves it (rank 0 saves what every rank holds: all at stage 0, and what is frozen).
     """
 
     name: str
@@ -32,9 +33,14 @@ class Fragment:
     is_owner: bool = True
 
     @property
+    def weight(self) -> torch.Tensor:
+        """The piece itself, without the state."""
+        return self.tensors["weight" if "weight" in self.tensors else "frozen"]
+
+    @property
     def numel(self) -> int:
         """Elements of this piece."""
-        return self.tensors["weight"].numel()
+        return self.weight.numel()
 
 
 def reset_state(engine: DeepSpeedEngine, *, optimizer: str, updates: int) -> None:
@@ -49,9 +55,13 @@ def reset_state(engine: DeepSpeedEngine, *, optimizer: str, updates: int) -> Non
 
 
 def fragments(engine: DeepSpeedEngine) -> Iterator[Fragment]:
-    """This rank's fragments, in the order of the model's parameters; state must exist (`reset_state`)."""
-    stage = engine.zero_optimization_stage()
-    named = list(engine.module.named_parameters())
+    """This rank's fragments, frozen ones first, in the model's order; state must exist (`reset_state`)."""
+    stage, named = engine.zero_optimization_stage(), []
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            named.append((name, parameter))
+        else:
+            yield Fragment(name, 0, {"frozen": parameter.detach().view(-1)}, {}, is_owner=engine.global_rank == 0)
     if stage == 0:
         yield from _whole(engine, named)
     elif stage == 3:

@@ -33,7 +33,9 @@ def make_optimizer(model: LaMDA, train: TrainConfig) -> torch.optim.Optimizer:
         part: {"params": [], "weight_decay": decays.get(part, 0.0), "scale": scale} for part, scale in scales.items()
     }
     for name, parameter in model.named_parameters():
-        groups[part_of(name) if part_of(name) in groups else "others"]["params"].append(parameter)
+        if parameter.requires_grad:
+            groups[part_of(name) if part_of(name) in groups else "others"]["params"].append(parameter)
+    groups = {part: group for part, group in groups.items() if group["params"]}
     if train.optimizer == "muon":
         return _muon(groups, train)
     if train.optimizer == "adafactor":

@@ -52,7 +52,7 @@ def choose_start(config: Config, directory: RunDirectory, world: World) -> Start
             raise UserError(f"checkpoint.resume {wish}: {problem}")
     if path is None:
         return Start(None, RunState())
-    on_main(world, lambda: (_check_model(config, path), _check_optimizer(config, path)))
+    on_main(world, lambda: (_check_model(config, path), _check_optimizer(config, path), _check_adapters(config, path)))
     return Start(path, _with_noted_windows(RunState.read(path / "run_state.json"), directory))
 
 
@@ -95,6 +95,17 @@ def _check_optimizer(config: Config, path: Path) -> None:
             f"{path} holds the state of {there}, which train.optimizer {config.train.optimizer} cannot go on from. Set "
             f"train.optimizer {there}, or start from the weights alone: model.weights {path / 'model.safetensors'} "
             "and another run.dir"
+        )
+
+
+def _check_adapters(config: Config, path: Path) -> None:
+    there = manifest.read(path).get("lora_rank", 0)  # before there were adapters, none was named
+    if there != config.train.lora_rank:
+        held = f"adapters of rank {there}" if there else "no adapters"
+        raise UserError(
+            f"{path} holds {held}, which train.lora_rank {config.train.lora_rank} cannot go on from. Set "
+            f"train.lora_rank {there}, or start from the weights alone: model.weights {path / 'model.safetensors'} and "
+            "another run.dir"
         )
 
 

@@ -159,6 +159,7 @@ class Saver:
             "zero_stage": self._engine.stage,
             "model": self._config.model.dimensions,
             "optimizer": self._config.train.optimizer,
+            "lora_rank": self._config.train.lora_rank,
             "data": sha256(json.dumps(self._state.fingerprint, sort_keys=True).encode()).hexdigest(),
             "tokenizer": files["tokenizer.model"]["sha256"],
             "configuration": files["config.yaml"]["sha256"],

@@ -177,6 +177,12 @@ def test_offloading_is_said_not_to_be_counted(tmp_path):
     assert "zero_optimization.offload_optimizer" in warning
 
 
+def test_adapters_are_said_not_to_be_counted():
+    config = a_config(model={"preset": "tiny", "weights": "runs/tiny"}, train={"steps": 1, "lora_rank": 4})
+    (warning,) = plan(config, Machine(gpu="h100"))["warnings"]
+    assert warning.startswith("train.lora_rank 4: this plan counts a run that trains all weights")
+
+
 def test_flags_and_overrides_may_stand_in_any_order(planned):
     told = planned("--train.steps", "3", "--gpus", "2", "--config=configs/tiny.yaml", "--run.seed", "5")
     assert (told["gpus"], told["steps"]) == (2, 3)

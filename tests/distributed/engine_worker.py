@@ -48,7 +48,7 @@ def config(job: dict, folder: Path, rank: int) -> Config:
     return Config.model_validate(
         {
             "run": {"seed": 3},
-            "model": MODEL,
+            "model": MODEL | job.get("model", {}),
             "data": {"sequence_length": LENGTH},
             "train": {
                 "steps": 9,
@@ -56,13 +56,14 @@ def config(job: dict, folder: Path, rank: int) -> Config:
                 "micro_batch_size": MICRO,
                 "gradient_clipping": 0.05,
                 "optimizer": job.get("optimizer", "adamw"),
+                "lora_rank": job.get("lora_rank", 0),
             },
             "deepspeed": {"config": str(path)},
         }
     )
 
 
-def batch(step: int, world: distributed.World, *, masked: bool) -> Step:
+def batch(step: int, world: distributed.World, *, masked: bool = False) -> Step:
     """This rank's part of a step."""
     share = BATCH // world.size
     own = np.arange(world.rank * share, (world.rank + 1) * share)

@@ -27,11 +27,13 @@ def label(stage, bf16):
     return f"{stage}-{'bf16' if bf16 else 'fp32'}"
 
 
-OTHERS = {
+OPTIMISERS = {
     "muon": {"optimizer": "muon", "stage": 1, "bf16": True},
     "adafactor": {"optimizer": "adafactor", "stage": 0, "bf16": False},
 }
 """The optimisers beside AdamW, where they are allowed; Adafactor in fp32, which adds no bf16 gradients up."""
+
+OTHERS = {**OPTIMISERS, "lora": {"stage": 1, "bf16": True, "lora_rank": 3, "model": {"weights": "not read here"}}}
 
 ON_TWO = [
     *(job(f"straight-{label(*case)}", *case) for case in STAGES),
@@ -170,10 +172,10 @@ def test_steps_equal_a_plain_pytorch_loop(results, reference, stage, bf16, ranks
 
 
 @pytest.mark.parametrize("ranks", ["alone", "straight"])
-@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("other", OPTIMISERS)
 def test_other_optimisers_see_whole_matrices(results, other, ranks):
     """The losses of three steps say so to their last digit; later, bf16 weights that round the other way tell."""
-    bf16 = OTHERS[other]["bf16"]
+    bf16 = OPTIMISERS[other]["bf16"]
     found, (losses, weights) = results(f"{ranks}-{other}"), plain_loop(bf16=bf16, optimizer=other)
     start = LaMDA(ModelConfig(**MODEL))
     initialise(start, seed=3)
@@ -197,7 +199,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(results, case):
     straight, resumed = results(f"straight-{case}"), results(f"one-{case}")
     tolerance = 5e-3 if case == "0-bf16" else 1e-6
     torch.testing.assert_close(straight["losses"][2:], resumed["losses"], rtol=0, atol=tolerance)
-    if case in ("1-bf16", "2-bf16", "3-bf16", "muon"):
+    if case in ("1-bf16", "2-bf16", "3-bf16", "muon", "lora"):
         assert_same_weights(straight, resumed)
 
 
