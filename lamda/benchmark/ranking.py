@@ -49,7 +49,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{options.judge} has another tokenizer than {options.run}: start both from one model")
     contexts = held_out_contexts(options.files)[: options.contexts]
     sampling = Sampling(max_new_tokens=options.max_new_tokens)
-    speaker = Speaker.of(run, manner=Manner(candidates=options.candidates, sampling=sampling))
+    # All are ranked: how often the safety filter refuses is another question.
+    speaker = Speaker.of(run, manner=Manner(candidates=options.candidates, threshold=1.0, sampling=sampling))
     found = np.array(list(_compared(speaker, other, contexts, sampling)))
     report = environment(["ranking", *argv], PACKAGES) | summary(found)
     options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
 from lamda.data.loader import Step
+from lamda.dialog.examples import form_of
 from lamda.distributed import World
 from lamda.model.counts import flops_per_token, parameters
 from lamda.training.engine import Engine
@@ -78,7 +79,7 @@ def measure(config: Config, world: World, *, steps: int, seconds: float, plain: 
     with ExitStack() as stack:
         stack.callback(distributed.stop)
         folder = Path(distributed.broadcast(stack.enter_context(tempfile.TemporaryDirectory())))
-        text = Text.open(config, _directory(folder, world), world)
+        text = Text.open(config, _directory(folder, world), world, form=form_of(config))
         engine = Engine(config, world=world, device=device, domains=len(text.domains) + 1)
         dtype = torch.bfloat16 if engine.is_bf16 else torch.float32
         rows = config.train.micro_batch_size * config.data.sequence_length
