@@ -75,12 +75,12 @@ def _attention(model: ModelConfig, *, length: int, width: int) -> tuple[int, int
     """Bytes a token and layer of attention's own beyond query, key, value and output: kept, and at work backward.
 
     `math` keeps the softmax in fp32 and once more in the precision of the values; backward it has two such. The
-    others keep a logsumexp. `sdpa` copies a gradient, adds gradients up in fp32 and has five tiles of scores;
+    kernels keep a logsumexp. `sdpa` copies a gradient, adds gradients up in fp32 and has five tiles of scores;
     of the kernels `split` takes most: copies of what it reads, and gradients of near and far keys.
     """
     H, HK, HL = model.n_heads, model.n_heads * model.d_head, model.n_heads * length
     if model.attention == "math":
         return HL * (6 if width == 2 else 4), HL * (6 if width == 2 else 8)
     if model.attention == "sdpa":
-        return 4 * H, HK * (width + 12) + min(TILE, length) * H * (12 + 2 * width)
+        return 0, HK * (width + 12) + min(TILE, length) * H * (12 + 2 * width)
     return 4 * H, 9 * HK * width

@@ -33,12 +33,12 @@ class FusedNorm(torch.autograd.Function):
         return gradient * scale, (gradient * x).sum((0, 1)), None
 
 
-def again(block, x, view, past):
-    return checkpoint(BLOCK, block, x, view, past, use_reentrant=False)
+def again(block, x, view):
+    return checkpoint(BLOCK, block, x, view, use_reentrant=False)
 
 
-def feed_forward_again(block, x, view, past):
-    x = x + block.attention(block.attention_norm(x), view, past)
+def feed_forward_again(block, x, view):
+    x = x + block.attention(block.attention_norm(x), view)
     return x + checkpoint(lambda y: block.feed_forward(block.feed_forward_norm(y)), x, use_reentrant=False)
 
 
