@@ -86,29 +86,33 @@ def _record(line: bytes, place: str) -> Iterator[Passage]:
 
 
 def _cut(lines: Iterable[str], *, headings: bool) -> Iterator[tuple[int, str]]:
-    """Paragraphs joined up to `LENGTH`, each with the number of its first line; a heading begins a new one."""
+    """Paragraphs joined up to `LENGTH`, each with the line that it begins in; a heading begins a new one."""
     begun: list[str] = []
     first = length = 0
     for number, line in enumerate(lines, 1):
         ends = length >= LENGTH and not line.strip()
         if begun and (ends or length >= 2 * LENGTH or (headings and _HEADING.match(line))):
-            yield from ((first, text) for text in _short(begun))
+            yield from ((first + before, text) for before, text in _short(begun))
             begun, length = [], 0
         if line.strip() or begun:
             first = first if begun else number
             begun.append(line.rstrip())
             length += len(line)
-    yield from ((first, text) for text in _short(begun))
+    yield from ((first + before, text) for before, text in _short(begun))
 
 
-def _short(lines: list[str]) -> Iterator[str]:
-    """The lines as one text, or, where a line alone is longer than two passages, cut after sentences or words."""
-    text = "\n".join(lines).strip()
-    while len(text) > 2 * LENGTH:
-        breaks = [found.start() for found in _SENTENCE_END.finditer(text, LENGTH, 2 * LENGTH)]
-        sentences = [place for place in breaks if text[place - 1] in ".!?"]
-        end = (sentences or breaks or [2 * LENGTH])[0 if sentences else -1]
-        yield text[:end].rstrip()
-        text = text[end:].lstrip()
-    if text:
-        yield text
+def _short(lines: list[str]) -> Iterator[tuple[int, str]]:
+    """The lines as one text, or, where that is longer than two passages, cut after sentences or words.
+
+    Each with the lines before the one that it begins in.
+    """
+    text, start = "\n".join(lines).rstrip(), 0
+    while start < len(text):
+        stop = len(text)
+        if stop - start > 2 * LENGTH:
+            breaks = [found.start() for found in _SENTENCE_END.finditer(text, start + LENGTH, start + 2 * LENGTH)]
+            sentences = [place for place in breaks if text[place - 1] in ".!?"]
+            stop = (sentences or breaks or [start + 2 * LENGTH])[0 if sentences else -1]
+        piece = text[start:stop].lstrip()
+        yield text.count("\n", 0, stop - len(piece)), piece.rstrip()
+        start = stop
