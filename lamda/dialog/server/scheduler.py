@@ -67,6 +67,7 @@ class Scheduler:
         self.rows = self.steps = 0
         self._model = model
         self._arrived: SimpleQueue[_Job | None] = SimpleQueue()
+        self._entrance, self._is_closed = threading.Lock(), False
         self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
         self._thread.start()
 
@@ -75,15 +76,20 @@ class Scheduler:
     ) -> Candidates:
         """As `lamda.inference.generation.sample`, with all who ask at the same time; waits for the end.
 
-        `on_token` is called in the scheduler's thread. Raises what `ticket.check` does.
+        `on_token` is called in the scheduler's thread. Raises what `ticket.check` does, and Abandoned after `close`.
         """
         job = _Job(prefix, count, sampling, on_token, ticket)
-        self._arrived.put(job)
+        with self._entrance:  # behind the one that closes, a job would wait for ever
+            if self._is_closed:
+                raise Abandoned
+            self._arrived.put(job)
         return job.done.result()
 
     def close(self) -> None:
         """End after the current step; what is running ends as if its clients had gone."""
-        self._arrived.put(None)
+        with self._entrance:
+            self._is_closed = True
+            self._arrived.put(None)
         self._thread.join()
 
     def _work(self) -> None:
