@@ -1,0 +1,1 @@
+"""A trained LaMDA among other people's tools: Hugging Face, evaluation harnesses."""
