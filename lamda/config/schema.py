@@ -281,6 +281,18 @@ class DeepSpeedConfig(Section):
     config: str = Field("ds_config.json", description="DeepSpeed's file: ZeRO stage, precision, communication")
 
 
+class FlaxConfig(Section):
+    """The mesh of the JAX twin (docs/flax.md), whose data axis has the devices left; PyTorch takes no notice of it."""
+
+    fsdp: Positive = Field(1, description="devices that a copy of weights and optimiser state is cut among")
+    tensor: Positive = Field(1, description="devices that share the heads and widths of the same rows")
+    multihost: bool = Field(
+        default=False,
+        description="join the other processes of a TPU slice or a SLURM job, which JAX finds itself; under torchrun or "
+        "deepspeed their own variables say it",
+    )
+
+
 class Config(Section):
     """A whole run."""
 
@@ -294,6 +306,7 @@ class Config(Section):
     eval: EvalConfig = Field(default_factory=EvalConfig)
     wandb: WandbConfig = Field(default_factory=WandbConfig)
     deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig)
+    flax: FlaxConfig = Field(default_factory=FlaxConfig)
 
     @property
     def steps(self) -> int:

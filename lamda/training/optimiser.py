@@ -14,12 +14,7 @@ from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 from lamda.config.schema import TrainConfig
 from lamda.model import LaMDA
 from lamda.model.weights import Part, part_of
-
-MUON_MOMENTUM = 0.95
-"""Muon's decay of its momentum, Nesterov's way (Jordan et al., kellerjordan.github.io/posts/muon)."""
-
-ADAMW_RMS = 0.2
-"""What Muon's updates are brought to: the usual RMS of AdamW's (Liu et al., arXiv 2502.16982, section 2.2)."""
+from lamda.training.rates import ADAMW_RMS, MUON_MOMENTUM, rate_scales, weight_decays
 
 State = dict[str, torch.Tensor]
 
@@ -27,10 +22,9 @@ State = dict[str, torch.Tensor]
 def make_optimizer(model: LaMDA, train: TrainConfig) -> torch.optim.Optimizer:
     """The optimiser of a model. The rate starts at 0: `set_learning_rate` gives each step its own."""
     scales = rate_scales(train, d_model=model.config.d_model)
-    # A rate that follows the width does not take the decay along: rate times decay stays what it was.
-    decays = {"embedding": train.weight_decay, "matrices": train.weight_decay / scales["matrices"]}
+    decays = weight_decays(train, scales)
     groups: dict[Part, dict] = {
-        part: {"params": [], "weight_decay": decays.get(part, 0.0), "scale": scale} for part, scale in scales.items()
+        part: {"params": [], "weight_decay": decays[part], "scale": scale} for part, scale in scales.items()
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -41,26 +35,6 @@ def make_optimizer(model: LaMDA, train: TrainConfig) -> torch.optim.Optimizer:
     if train.optimizer == "adafactor":
         return torch.optim.Adafactor(groups.values(), lr=0.0)
     return torch.optim.AdamW(groups.values(), lr=0.0, **_adamw_numbers(train))
-
-
-def rate_scales(train: TrainConfig, *, d_model: int) -> dict[Part, float]:
-    """The rate of each part of the model / the run's; the final norm is one of the others where it has none.
-
-    With `train.base_width` they keep the size of what a step changes the same at every width (muP, arXiv
-    2203.03466; heads keep theirs). A matrix adds up D inputs that an AdamW step moves alike, so its rate falls as
-    1/D; Muon's and Adafactor's steps have a size of their own, an operator's norm and a share of the weight, which
-    leave 1/sqrt(D). The tied embedding and the scales before it keep theirs as inputs; as outputs they
-    ask for logits times 1/D instead of the model's 1/sqrt(D), which the final norm takes on.
-    """
-    width = d_model / (train.base_width or d_model)
-    is_adafactor = train.optimizer == "adafactor"
-    scales: dict[Part, float] = {
-        "embedding": 1.0 if is_adafactor else train.embedding_lr_scale,
-        "matrices": width**-1 if train.optimizer == "adamw" else width**-0.5,
-        "others": 1.0,
-    }
-    # A group of its own only where it needs one: ZeRO rounds the gradient's norm group by group.
-    return scales if is_adafactor or width == 1 else {**scales, "final_norm": width**-0.5}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

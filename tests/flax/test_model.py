@@ -1,0 +1,94 @@
+"""The JAX model against the independent reference and against the PyTorch model."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from lamda.config import ModelConfig
+from lamda.flax.bias import causal_buckets, row_bias
+from lamda.flax.weights import Weights, bind, make_weights, plain_weights
+from lamda.model import LaMDA
+from lamda.model.attention import bias as reference
+from lamda.model.initialisation import initialise
+from tests.model.conftest import GoldenCase, golden  # noqa: F401 - a fixture
+
+Losses = tuple[jax.Array, tuple[jax.Array, jax.Array]]
+
+
+def test_buckets_are_those_of_the_pytorch_model_at_every_distance():
+    assert causal_buckets(100_000).tolist() == reference.causal_buckets(100_000).tolist()
+
+
+@pytest.mark.parametrize("length", [1, 2, 17, 130])
+def test_bias_of_rows_is_the_table_at_each_distance(length):
+    table_RH = np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32)
+    buckets = reference.causal_buckets(length)
+    expected = reference.relative_bias(torch.from_numpy(table_RH), buckets, queries=length)
+    assert np.array_equal(row_bias(jnp.asarray(table_RH), length), expected)
+
+
+@pytest.mark.parametrize(
+    ("golden", "recompute"),
+    [("bias-per-layer", "none"), ("bias-shared", "ffn"), ("documents", "block"), ("documents", "none")],
+    indirect=["golden"],
+)
+@pytest.mark.usefixtures("in_float64")
+def test_logits_losses_and_every_gradient_equal_the_reference(golden: GoldenCase, recompute):  # noqa: F811
+    arrays = {name: jnp.asarray(tensor.numpy()) for name, tensor in golden.tensors.items()}
+    weights = _weights(golden.config, golden.under("weights/"), jnp.float64)
+    tokens_BL, documents_BL = arrays["tokens"], arrays.get("documents")
+    scored_BL = jnp.ones(tokens_BL[:, 1:].shape)
+    if documents_BL is not None:
+        scored_BL = (documents_BL[:, 1:] == documents_BL[:, :-1]).astype(float)
+        documents_BL = documents_BL[:, :-1]
+
+    def losses(weights: Weights) -> Losses:
+        model = bind(golden.config, weights, recompute=recompute)
+        nats_BL, partition_BL = model.losses(tokens_BL[:, :-1], tokens_BL[:, 1:], documents_BL)
+        loss = (nats_BL * scored_BL).sum() / scored_BL.sum()
+        z_loss = 1e-4 * (partition_BL**2 * scored_BL).sum() / scored_BL.sum()
+        return loss + z_loss, (loss, z_loss)
+
+    (_, (loss, z_loss)), gradients = jax.jit(jax.value_and_grad(losses, has_aux=True))(weights)
+    logits_BLV = jax.jit(lambda weights: bind(golden.config, weights)(tokens_BL[:, :-1], documents_BL))(weights)
+
+    close(logits_BLV, arrays["logits"])
+    close(loss, arrays["loss"].squeeze())
+    close(z_loss, arrays["z_loss"].squeeze())
+    expected = golden.under("gradients/")
+    compared = dict(plain_weights(gradients))
+    assert set(compared) == set(expected)
+    for name, gradient in compared.items():
+        close(gradient, expected[name].numpy())
+
+
+@pytest.mark.parametrize("bias_per_layer", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_logits_in_training_precision_are_those_of_the_pytorch_model(dtype, tolerance, bias_per_layer):
+    config = ModelConfig(
+        vocab_size=97, d_model=64, n_layers=3, n_heads=4, d_head=16, d_ff=128, bias_per_layer=bias_per_layer
+    )
+    model = LaMDA(config)
+    initialise(model, seed=3)
+    weights = _weights(config, model.export_weights(), dtype)
+    model.to(getattr(torch, dtype))
+    tokens_BL = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(0))
+    documents_BL = torch.tensor([[0] * 15 + [1] * 25, [0] * 40])
+    for documents in (None, documents_BL):
+        expected = model(tokens_BL, documents).detach().float().numpy()
+        given = [jnp.asarray(each.numpy()) for each in (tokens_BL, documents) if each is not None]
+        logits_BLV = bind(config, weights)(*given)
+        assert logits_BLV.dtype == dtype
+        assert np.abs(np.asarray(logits_BLV, np.float32) - expected).max() < tolerance
+
+
+def close(actual: jax.Array, expected: jax.Array) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-9)
+
+
+def _weights(config: ModelConfig, plain: dict[str, torch.Tensor], dtype: object) -> Weights:
+    return make_weights(config, lambda name, index: plain[name].numpy()[index], dtype=dtype)
