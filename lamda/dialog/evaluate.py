@@ -17,6 +17,7 @@ from lamda.data.tokenizer import Tokenizer
 from lamda.dialog.evaluation import HeldOutDialogues, table
 from lamda.dialog.examples import Conversations
 from lamda.inference.loading import find_checkpoint, load_model
+from lamda.training.evaluation import LoadedModel
 
 
 def main(argv: list[str]) -> int:
@@ -46,7 +47,7 @@ def evaluate_checkpoint(
     if not sources:
         raise UserError(f"card {config.data.corpus!r} has no validation dialogues; give --files")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(path, config.model).to(device)
+    model = LoadedModel(load_model(path, config.model).to(device))
     tokenizer = Tokenizer.load(path / "tokenizer.model")
     held_out = HeldOut(sources, tokenizer, config.data.sequence_length, Conversations.of(config))
     with torch.no_grad():

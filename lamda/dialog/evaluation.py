@@ -20,7 +20,7 @@ from lamda.dialog.discrimination import accuracy, auc, auc_interval, calibration
 from lamda.dialog.encoding import Encoding, Example
 from lamda.dialog.examples import Rating, examples_of
 from lamda.model.loss import token_nats
-from lamda.training.task import Logits
+from lamda.training.framework import Scorer
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class HeldOutDialogues:
 
     def score(
         self,
-        logits: Logits,
+        model: Scorer,
         *,
         device: torch.device,
         micro_batch: int,
@@ -124,14 +124,14 @@ class HeldOutDialogues:
         found = np.zeros((2, len(items)))
         for first in range(0, len(batches), world):
             batch = batches[min(first + rank, len(batches) - 1)]
-            values = _score([items[place] for place in batch], logits, ratings_ids, device=device)
+            values = _score([items[place] for place in batch], model, ratings_ids, device=device)
             if first + rank < len(batches):
                 found[:, batch] = values
         return _summed(items, total(found))
 
 
 def _score(
-    items: Sequence[Item], logits: Logits, rating_ids: tuple[int, int], *, device: torch.device
+    items: Sequence[Item], model: Scorer, rating_ids: tuple[int, int], *, device: torch.device
 ) -> NDArray[np.float64]:
     """[2, n]: of a rating P(1) and 1, of another example its nats and its number of targets."""
     longest = max(len(item.example.ids) for item in items)
@@ -139,7 +139,7 @@ def _score(
     for row, item in enumerate(items):
         ids[row, : len(item.example.ids)], scored[row, : len(item.example.ids)] = item.example
     tokens_BL = torch.from_numpy(ids).to(device)
-    logits_BLV = logits(tokens_BL[:, :-1])
+    logits_BLV = model.logits(tokens_BL[:, :-1])
     nats_BL = token_nats(logits_BLV, tokens_BL[:, 1:]).double().cpu().numpy()
     of_ratings_BL2 = logits_BLV[:, :, list(rating_ids)].double().softmax(-1).cpu().numpy()
     found = np.ones((2, len(items)))

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lamda.training.deepspeed_framework import DeepSpeed
 from lamda.training.main import launch
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run fine-tuning; returns the exit code, as `lamda.training.main.launch`."""
-    return launch(argv, _finetuning)
+    return launch(argv, _finetuning, DeepSpeed())
 
 
 def _finetuning() -> Task:

@@ -8,14 +8,14 @@ own logit starts at about sqrt(D) std^2 / rms(final hidden). With 1 that reaches
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from lamda.config import ModelConfig
 from lamda.model.decoder import LaMDA
-from lamda.model.weights import BUCKETS
+from lamda.model.weights import BUCKETS, plain_slices
 
 EMBEDDING_STD = 0.5
 
@@ -25,18 +25,26 @@ Draw = Callable[[Tensor, torch.Generator], Tensor]
 
 @torch.no_grad()
 def initialise(model: LaMDA, *, seed: int, base_width: int | None = None) -> None:
-    """Draw every weight. Each plain weight has a generator of its own, seeded by (seed, its name).
+    """Give a model its `initial_weights`, rounded to its precision."""
+    weights = model.export_weights()
+    for name, drawn in initial_weights(model.config, seed=seed, base_width=base_width):
+        weights[name].copy_(drawn)
 
-    So the values depend on nothing else: not on ranks, device, precision (they are drawn in fp32 on
-    the CPU) or the order of modules. base_width: of the model whose rates are carried over
-    (`lamda.training.optimiser`); logits then fall with the width as muP asks (arXiv 2203.03466, table 8).
+
+def initial_weights(config: ModelConfig, *, seed: int, base_width: int | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Draw every weight, fp32 on the CPU, by plain name. Each has a generator of its own, seeded by (seed, its name).
+
+    So the values depend on nothing else: not on ranks, device, precision or the order of modules. base_width: of the
+    model whose rates are carried over (`lamda.training.optimiser`); logits then fall with the width as muP asks
+    (arXiv 2203.03466, table 8).
     """
-    draws = _draws(model.config)
-    for name, weight in model.export_weights().items():
-        draw = draws[name.removesuffix(".weight").rpartition(".")[2]]
-        weight.copy_(draw(torch.empty(weight.shape, device="cpu"), generator(seed, name)))
-    if base_width is not None:
-        model.final_norm.scale.mul_((base_width / model.config.d_model) ** 0.5)
+    draws = _draws(config)
+    for plain in (plain for plains in plain_slices(config).values() for plain in plains):
+        draw = draws[plain.name.removesuffix(".weight").rpartition(".")[2]]
+        weight = draw(torch.empty(plain.shape, device="cpu"), generator(seed, plain.name))
+        if plain.name == "final_norm.scale" and base_width is not None:
+            weight.mul_((base_width / config.d_model) ** 0.5)
+        yield plain.name, weight
 
 
 def _draws(config: ModelConfig) -> dict[str, Draw]:

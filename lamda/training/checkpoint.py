@@ -1,26 +1,29 @@
 """What is in a checkpoint: state by parameter name, in safetensors, for any ranks and ZeRO stage.
 
 Each rank saves the optimiser fragments that it owns, without communication; loading reads the slices
-that a rank needs. `lamda.training.saving` writes it, `lamda.training.manifest` makes it complete or not there.
+that a rank needs. `lamda.training.snapshot` writes it, `lamda.training.manifest` makes it complete or not there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lamda.config import Config, ModelConfig
+from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.distributed import barrier
-from lamda.model.weights import PlainSlice, check_shapes, part_of, plain_slices
+from lamda.model.weights import PlainSlice, part_of
 from lamda.training import lora, manifest
-from lamda.training.engine import Engine
 from lamda.training.fragments import Fragment, fragments, reset_state
 from lamda.training.optimiser import fresh_state
 from lamda.training.state import RunState
+
+if TYPE_CHECKING:
+    from lamda.training.engine import Engine
 
 Sizes = dict[tuple[str, str], int]
 """Elements of each (name, kind) in a checkpoint."""
@@ -39,16 +42,6 @@ def load(path: Path, *, engine: Engine) -> RunState:
     engine.publish_weights()
     barrier()
     return state
-
-
-def check_weights(path: Path, model: ModelConfig) -> None:
-    """Raise UserError where `path` is no safetensors file with this model's weights."""
-    try:
-        with safe_open(path, "pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"model.weights {path}: cannot be read ({error})") from error
-    check_shapes({plain.name: plain.shape for part in plain_slices(model).values() for plain in part}, found)
 
 
 def load_weights_alone(path: Path, *, engine: Engine) -> None:

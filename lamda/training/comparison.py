@@ -9,13 +9,16 @@ Frozen weights are measured by rank 0's.
 from __future__ import annotations
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from lamda.distributed import gather
-from lamda.training.engine import Engine
 from lamda.training.fragments import fragments
+
+if TYPE_CHECKING:
+    from lamda.training.engine import Engine
 
 CHUNK = 1 << 22
 """Elements hashed at a time; each takes some 32 bytes for a moment."""

@@ -6,9 +6,11 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import deepspeed
 import numpy as np
@@ -20,12 +22,17 @@ from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.data.loader import MicroBatch, Step, batch_digest
 from lamda.distributed import World
+from lamda.inference.generation import generate
+from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
 from lamda.model.initialisation import initialise
+from lamda.model.loss import token_nats
 from lamda.model.weights import plain_slices
-from lamda.training import compiling, deepspeed_config, fp8, lora
+from lamda.training import checkpoint, comparison, compiling, deepspeed_config, fp8, lora
 from lamda.training.fragments import publish_weights, reset_state
+from lamda.training.metrics import peak_flops
 from lamda.training.optimiser import eager_kernels, make_optimizer, set_learning_rate
+from lamda.training.snapshot import Snapshots
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +42,14 @@ class StepResult:
     """A step's figures, still on the device: reading them waits for the step to end.
 
     sums: [2, domains] float64, nats and targets of all ranks by domain. rows: [B, 32] int32, the sha256
-    of each row in global order. signals: float64, the sums of the ranks' own numbers.
+    of each row in global order. told: float64, the sums of the ranks' own numbers.
     """
 
     sums: torch.Tensor
     rows: torch.Tensor
     grad_norm: float | torch.Tensor
     updated: bool
-    signals: torch.Tensor
+    told: torch.Tensor
 
     def loss(self) -> float:
         """Cross-entropy in nats a target, over all ranks."""
@@ -57,12 +64,18 @@ class StepResult:
         """16 hex digits that name the batch."""
         return batch_digest(self.rows.to(torch.uint8).cpu().numpy())
 
+    def signals(self) -> list[float]:
+        """The ranks' sums of the numbers that they told with the step."""
+        return self.told.tolist()
+
 
 class Engine:
-    """A LaMDA, its optimiser and the ranks that share them."""
+    """A LaMDA, its optimiser and the ranks that share them (`lamda.training.framework.Engine`)."""
 
     def __init__(self, config: Config, *, world: World, device: torch.device, domains: int = 1) -> None:
         self.config, self.world, self.device, self.domains = config, world, device, domains
+        self.peak_flops = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self.devices = world.size
         own = deepspeed_config.build(config, world=world.size)
         self.stage, self.is_bf16 = deepspeed_config.zero_stage(own), deepspeed_config.is_bf16(own)
         # Without ZeRO and in fp32 DeepSpeed neither tells the gradient's norm nor refuses one that is not finite.
@@ -88,6 +101,7 @@ class Engine:
                 model=model, optimizer=make_optimizer(model, config.train), config=own, dist_init_required=False
             )
         reset_state(self.deepspeed, optimizer=config.train.optimizer, updates=0)
+        self._snapshots = Snapshots(self)
 
     @property
     def model(self) -> LaMDA:
@@ -157,6 +171,20 @@ class Engine:
             yield
         self.model.train()
 
+    def logits(self, inputs_BL: torch.Tensor) -> torch.Tensor:
+        """[B, L, V]; every rank calls it."""
+        return self.deepspeed(inputs_BL)
+
+    def nats(self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
+        """[B, L], the cross-entropy of each target; every rank calls it."""
+        return token_nats(self.logits(inputs_BL), targets_BL)
+
+    def generate(self, ids: Sequence[int], sampling: Sampling) -> list[int]:
+        """What the model writes after `ids`; every rank calls it."""
+        with self.evaluating(), self.whole(*self.model.parameters()):
+            (new,) = generate(self.model, [ids], sampling)
+        return new
+
     @contextmanager
     def whole(self, *parameters: torch.nn.Parameter) -> Iterator[None]:
         """These parameters whole on every rank (gathered at stage 3, where a rank holds a part)."""
@@ -179,6 +207,30 @@ class Engine:
     def publish_weights(self) -> None:
         """Bring filled fp32 weights into the parameters that the model computes with."""
         publish_weights(self.deepspeed)
+
+    def load(self, path: Path) -> None:
+        """See `lamda.training.checkpoint.load`."""
+        checkpoint.load(path, engine=self)
+
+    def load_weights(self, path: Path) -> None:
+        """See `lamda.training.checkpoint.load_weights_alone`."""
+        checkpoint.load_weights_alone(path, engine=self)
+
+    def odd_ranks(self) -> list[int]:
+        """See `lamda.training.comparison.odd_ranks`."""
+        return comparison.odd_ranks(self)
+
+    def checkpoint_bytes(self) -> int:
+        """What this rank would write."""
+        return self._snapshots.size()
+
+    def copy(self, folder: Path) -> Callable[[], list[Path]]:
+        """See `lamda.training.snapshot.Snapshots.take`."""
+        return self._snapshots.take(folder)
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint's manifest tells of it."""
+        return {"framework": "deepspeed", "zero_stage": self.stage}
 
     def _too_large(self, reason: str) -> str:
         """What to change after memory ran out: every step has the same shapes, so the first one tells."""

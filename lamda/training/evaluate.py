@@ -15,8 +15,7 @@ from lamda.data.card import load_card
 from lamda.data.held_out import HeldOut
 from lamda.data.tokenizer import Tokenizer
 from lamda.inference.loading import find_checkpoint, load_model
-from lamda.model.loss import token_nats
-from lamda.training.evaluation import evaluate, table
+from lamda.training.evaluation import HeldOutText, LoadedModel, table
 
 
 def main(argv: list[str]) -> int:
@@ -38,12 +37,8 @@ def evaluate_checkpoint(path: Path, *, files: str | None) -> dict[str, Any]:
     if not sources:
         raise UserError(f"card {config.data.corpus!r} has no validation text; give --files")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(path, config.model).to(device)
-
-    def nats(inputs_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
-        return token_nats(model(inputs_BL), targets_BL)
-
+    model = LoadedModel(load_model(path, config.model).to(device))
     held_out = HeldOut(sources, Tokenizer.load(path / "tokenizer.model"), config.data.sequence_length)
     with torch.no_grad():
-        scores = evaluate(held_out, nats, device=device, micro_batch=config.train.micro_batch_size)
+        scores = HeldOutText(held_out).score(model, device=device, micro_batch=config.train.micro_batch_size)
     return {"checkpoint": str(path), **scores.report()}

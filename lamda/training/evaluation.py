@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from lamda.data.held_out import HeldOut, Row, micro_batches
+from lamda.model import LaMDA
 from lamda.model.loss import token_nats
-from lamda.training.task import Logits
+from lamda.training.framework import Scorer
 
 Nats = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(inputs_BL, targets_BL) -> nats_BL on the model's device."""
@@ -26,13 +27,24 @@ class HeldOutText:
 
     text: HeldOut
 
-    def score(self, logits: Logits, **how: Any) -> Scores:
+    def score(self, model: Scorer, **how: Any) -> Scores:
         """See `evaluate`."""
+        return evaluate(self.text, model.nats, **how)
 
-        def nats(inputs_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
-            return token_nats(logits(inputs_BL), targets_BL)
 
-        return evaluate(self.text, nats, **how)
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory as a `lamda.training.framework.Scorer`."""
+
+    model: LaMDA
+
+    def logits(self, inputs_BL: torch.Tensor) -> torch.Tensor:
+        """[B, L, V]."""
+        return self.model(inputs_BL)
+
+    def nats(self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
+        """[B, L], the cross-entropy of each target."""
+        return token_nats(self.model(inputs_BL), targets_BL)
 
 
 @dataclass(frozen=True)

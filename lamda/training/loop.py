@@ -17,9 +17,8 @@ from lamda.config.schema import Config
 from lamda.data.loader import Loader, Step, merge_cursors
 from lamda.data.quarantine import write_first
 from lamda.distributed import World, broadcast, gather, on_main
-from lamda.training import checkpoint, faults, manifest
-from lamda.training.comparison import odd_ranks
-from lamda.training.engine import Engine
+from lamda.training import faults, manifest
+from lamda.training.framework import Engine, Scorer
 from lamda.training.health import Health, Trouble
 from lamda.training.metrics import read_metrics
 from lamda.training.profile import Profile
@@ -75,14 +74,9 @@ class Run:
     def evaluate(self) -> Scores:
         """Score the held-out text: all of it at the last step, the first `eval.batches` batches before."""
         rows = None if self._is_last else self.config.eval.batches * self.config.train.global_batch_size
-
-        def logits(inputs_BL: torch.Tensor) -> torch.Tensor:
-            self._at("evaluate")
-            return self.engine.deepspeed(inputs_BL)
-
         with self.engine.evaluating():
             return self.held_out.score(
-                logits,
+                _Watched(self.engine, at=lambda: self._at("evaluate")),
                 device=self.engine.device,
                 micro_batch=self.config.train.micro_batch_size,
                 rank=self.world.rank,
@@ -131,7 +125,7 @@ class Run:
 
     def _close(self, finished: FinishedStep) -> Trouble | None:
         """Read a step's figures, tell them, and do what the ranks have agreed on with them."""
-        row = finished.row(self.config, self.domains, device=self.engine.device, ranks=self.world.size)
+        row = finished.row(self.config, self.domains, peak_flops=self.engine.peak_flops, devices=self.engine.devices)
         self.report.row(row)
         self._at("report", step=finished.state.step)
         stops, settled = finished.signals()
@@ -165,7 +159,7 @@ class Run:
         there, here = RunState.read(path / "run_state.json"), self.state
         window = (there.consumed, here.consumed)
         on_main(self.world, lambda: self.directory.note_skipped(window, step=here.step, reason=trouble.text))
-        checkpoint.load(path, engine=self.engine)
+        self.engine.load(path)
         self.state = replace(
             there, skipped=(*here.skipped, window), rollbacks=here.rollbacks + 1, wandb_id=here.wandb_id
         )
@@ -192,7 +186,7 @@ class Run:
 
     def _compare(self) -> None:
         every = self.config.run.compare_every
-        if every is not None and self.state.step % every == 0 and (odd := odd_ranks(self.engine)):
+        if every is not None and self.state.step % every == 0 and (odd := self.engine.odd_ranks()):
             raise RunError(
                 f"step {self.state.step}: the weights of rank {', '.join(map(str, odd))} of {self.world.size} are not "
                 f"what the optimiser computed: memory or a device is faulty. {_ADVICE}"
@@ -242,6 +236,22 @@ class Run:
         tensor = torch.from_numpy(sums).to(self.engine.device)
         dist.all_reduce(tensor)
         return tensor.cpu().numpy()
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A model under evaluation; `at` is called before each of its batches."""
+
+    model: Scorer
+    at: Callable[[], None]
+
+    def logits(self, inputs_BL: torch.Tensor) -> torch.Tensor:
+        self.at()
+        return self.model.logits(inputs_BL)
+
+    def nats(self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
+        self.at()
+        return self.model.nats(inputs_BL, targets_BL)
 
 
 _ADVICE = "The checkpoints before it are complete; the same command goes on from the newest"

@@ -6,20 +6,19 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from lamda.config.batches import micro_batches_per_rank
 from lamda.config.errors import RunError, UserError
 from lamda.config.loading import load_config, wants_help
-from lamda.config.schema import Config
-from lamda.distributed import ReportedElsewhereError, World, choose_accelerator, read_world
-from lamda.training import deepspeed_config
+from lamda.distributed import ReportedElsewhereError
+from lamda.training.deepspeed_framework import DeepSpeed
 
 if TYPE_CHECKING:
+    from lamda.training.framework import Framework
     from lamda.training.task import Task
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run pre-training; returns the exit code, as `launch`."""
-    return launch(argv, _pretraining)
+    return launch(argv, _pretraining, DeepSpeed())
 
 
 def _pretraining() -> Task:
@@ -28,26 +27,25 @@ def _pretraining() -> Task:
     return Pretraining()
 
 
-def launch(argv: Sequence[str] | None, task: Callable[[], Task]) -> int:
-    """Train for a task, which is made once torch may be imported; returns the exit code.
+def launch(argv: Sequence[str] | None, task: Callable[[], Task], framework: Framework) -> int:
+    """Train for a task, which is made once torch may be imported, with a framework; returns the exit code.
 
     0 finished, 75 stopped when asked to, everything saved (`RUN/status.json` says the same), 1 failed, 2 a
     user's mistake, 76 hung (`lamda.training.watchdog`), 130 interrupted at once.
     """
-    world = read_world()
+    world = framework.world()
     arguments = sys.argv[1:] if argv is None else argv
     try:
         if wants_help(arguments):
             return _print_help()
         config = load_config(arguments)
-        _check_early(config, world)
+        framework.check(config, world)
     except UserError as error:
         return _tell(error, quiet=not world.is_main)
-    choose_accelerator()
     from lamda.training.train import train
 
     try:
-        return train(config, world, task())
+        return train(config, world, task(), framework)
     except UserError as error:
         return _tell(error, quiet=isinstance(error, ReportedElsewhereError))
     except RunError as error:
@@ -55,12 +53,6 @@ def launch(argv: Sequence[str] | None, task: Callable[[], Task]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-
-
-def _check_early(config: Config, world: World) -> None:
-    """What can be known wrong before torch is loaded."""
-    micro_batches_per_rank(config.train, world=world.size)
-    deepspeed_config.build(config, world=world.size)
 
 
 def _print_help() -> int:

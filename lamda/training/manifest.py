@@ -1,6 +1,6 @@
 """A checkpoint is complete or it is not there.
 
-It is written under a temporary name; every file is synced and hashed into manifest.json, which ends
+It is written under a temporary name; every file, in subfolders too, is synced and hashed into manifest.json, which ends
 with its own hash; the folder is renamed, and LATEST is replaced. Loading verifies; a damaged
 checkpoint is set aside.
 """
@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lamda.config.errors import UserError
@@ -47,7 +47,8 @@ def commit(
     """
     (temporary / MANIFEST).write_text(_sealed(manifest), "utf-8")
     sync_and_describe(temporary / MANIFEST)
-    sync_folder(temporary)
+    for folder in (*filter(Path.is_dir, temporary.rglob("*")), temporary):
+        sync_folder(folder)
     at("commit.manifest")
     temporary.rename(final)
     sync_folder(final.parent)
@@ -136,6 +137,11 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads((path / MANIFEST).read_text("utf-8"))
 
 
+def framework_of(manifest: dict[str, Any]) -> str:
+    """The framework whose checkpoint it is of."""
+    return manifest.get("framework", "deepspeed")  # before there were others, none was named
+
+
 def _sealed(manifest: dict[str, object]) -> str:
     """The manifest's text, its own hash last."""
     digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
@@ -144,8 +150,8 @@ def _sealed(manifest: dict[str, object]) -> str:
 
 def _check(path: Path, name: str, entry: dict[str, str | int]) -> str | None:
     file = path / name
-    if Path(name).name != name:
-        return f"{MANIFEST} names {name!r}, which is not a plain file name"
+    if not _is_inside(path, name):
+        return f"{MANIFEST} names {name!r}, which is no file inside the checkpoint"
     if not file.is_file():
         return f"{name} is missing"
     if file.stat().st_size != entry["size"]:
@@ -155,6 +161,13 @@ def _check(path: Path, name: str, entry: dict[str, str | int]) -> str | None:
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
     return f"{name} has changed since it was written (sha256)" if changed else None
+
+
+def _is_inside(path: Path, name: str) -> bool:
+    """Whether a name is a relative path, written the one way, to somewhere below `path`, links followed."""
+    parts = PurePosixPath(name)
+    is_plain = str(parts) == name and not parts.is_absolute() and ".." not in parts.parts and "\\" not in name
+    return is_plain and name != "." and (path / name).resolve().is_relative_to(path.resolve())
 
 
 def _set_aside(path: Path, problem: str) -> None:

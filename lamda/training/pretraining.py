@@ -10,7 +10,6 @@ from lamda.data.documents import Form
 from lamda.data.held_out import HeldOut
 from lamda.data.lanes import RAW_TEXT
 from lamda.data.tokenizer import Tokenizer
-from lamda.inference.generation import generate
 from lamda.inference.sampling import Sampling
 from lamda.training.evaluation import HeldOutText, held_out_bytes, table
 from lamda.training.loop import Run
@@ -51,11 +50,5 @@ class Pretraining:
 
 def continuation(run: Run, ids: Sequence[int], *, stop_ids: Sequence[int]) -> list[int]:
     """What the model writes after `ids`; every rank calls it."""
-    engine = run.engine
-    with engine.evaluating(), engine.whole(*engine.model.parameters()):
-        (new,) = generate(
-            engine.model,
-            [ids],
-            Sampling(max_new_tokens=100, temperature=0.8, seed=run.config.run.seed, stop_ids=frozenset(stop_ids)),
-        )
-    return new
+    how = Sampling(max_new_tokens=100, temperature=0.8, seed=run.config.run.seed, stop_ids=frozenset(stop_ids))
+    return run.engine.generate(ids, how)

@@ -37,8 +37,11 @@ class Start:
         return replace(self.state, fingerprint=current)
 
 
-def choose_start(config: Config, directory: RunDirectory, world: World) -> Start:
-    """What `checkpoint.resume` asks for, verified. Every rank calls it. Raises UserError."""
+def choose_start(config: Config, directory: RunDirectory, world: World, *, framework: str) -> Start:
+    """What `checkpoint.resume` asks for, verified. Every rank calls it. Raises UserError.
+
+    framework: the name of the one that is to go on from it.
+    """
     wish = config.checkpoint.resume
     on_main(world, lambda: _check_wish(config, directory))
     if wish == "never":
@@ -52,7 +55,14 @@ def choose_start(config: Config, directory: RunDirectory, world: World) -> Start
             raise UserError(f"checkpoint.resume {wish}: {problem}")
     if path is None:
         return Start(None, RunState())
-    on_main(world, lambda: (_check_model(config, path), _check_optimizer(config, path), _check_adapters(config, path)))
+
+    def check() -> None:
+        _check_framework(framework, path)
+        _check_model(config, path)
+        _check_optimizer(config, path)
+        _check_adapters(config, path)
+
+    on_main(world, check)
     return Start(path, _with_noted_windows(RunState.read(path / "run_state.json"), directory))
 
 
@@ -71,6 +81,15 @@ def _check_wish(config: Config, directory: RunDirectory) -> None:
         raise UserError(
             f"checkpoint.resume {wish}: {directory.path} holds newer checkpoints ({newer[-1]}), which going on from "
             "here would overwrite; choose another run.dir"
+        )
+
+
+def _check_framework(name: str, path: Path) -> None:
+    there = manifest.framework_of(manifest.read(path))
+    if there != name:
+        raise UserError(
+            f"{path} holds the state of {there}, which {name} cannot go on from. Go on with {there}, or start from the "
+            f"weights alone: model.weights {path / 'model.safetensors'} and another run.dir"
         )
 
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from lamda.config.schema import Config
 from lamda.model.counts import flops_per_token
-from lamda.training.engine import StepResult
-from lamda.training.metrics import peak_flops
+from lamda.training.framework import StepResult
 from lamda.training.state import RunState
 
 OTHER = "other"
@@ -38,13 +35,12 @@ class FinishedStep:
 
     def signals(self) -> list[float]:
         """The ranks' sums of what they told with this step."""
-        return self.result.signals.tolist()
+        return self.result.signals()
 
-    def row(self, config: Config, domains: tuple[str, ...], *, device: torch.device, ranks: int) -> Row:
-        """This step's metrics. domains: names in the order of their numbers."""
+    def row(self, config: Config, domains: tuple[str, ...], *, peak_flops: float | None, devices: int) -> Row:
+        """This step's metrics. domains: names in the order of their numbers. peak_flops: of each of the devices."""
         tokens_per_second = config.train.global_batch_size * config.data.sequence_length / self.seconds
-        flops = tokens_per_second * flops_per_token(config.model, config.data.sequence_length) / ranks
-        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        flops = tokens_per_second * flops_per_token(config.model, config.data.sequence_length) / devices
         return {
             "step": self.state.step,
             "loss": self.result.loss(),
@@ -54,7 +50,7 @@ class FinishedStep:
             "samples": self.state.samples,
             "tokens_per_second": tokens_per_second,
             "model_flops_per_second": flops,
-            "mfu": flops / peak if peak else None,
+            "mfu": flops / peak_flops if peak_flops else None,
             "step_seconds": self.seconds,
             "data_wait_seconds": self.waited,
             "save_seconds": self.stalled,

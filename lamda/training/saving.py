@@ -1,5 +1,6 @@
 """Saving in the background: the state is copied to host memory at once and written while training goes on.
 
+The engine knows what its state is (`lamda.training.framework.Engine.copy`), this file how it becomes a checkpoint.
 A save has two parts, and each ends when all ranks have settled theirs: every rank writes its own
 files; then rank 0 commits them (`lamda.training.manifest`). The ranks tell each other with the figures
 of the steps in between, so that nobody waits. A save that fails leaves the last checkpoint as it was.
@@ -10,20 +11,16 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
 from lamda.config.help import to_yaml
 from lamda.distributed import gather, on_main
 from lamda.training import faults
-from lamda.training.checkpoint import own_tensors
-from lamda.training.engine import Engine
+from lamda.training.framework import Engine
 from lamda.training.manifest import commit, make_fresh, sync_and_describe
 from lamda.training.state import RunState
 
@@ -46,7 +43,6 @@ class Saver:
     def __init__(self, folder: Path, *, engine: Engine, tokenizer: Path) -> None:
         self._folder, self._engine, self._tokenizer = folder, engine, tokenizer
         self._world, self._config = engine.world, engine.config
-        self._memory = _HostMemory(pinned=engine.device.type == "cuda")
         self._state = RunState()
         self._job: _Job | None = None
         self._is_written = False
@@ -64,15 +60,13 @@ class Saver:
         """
         self._state, self._is_written = state, False
         self._at("save.begin")
-        weights = self._memory.take(self._engine.weights())
-        own = self._memory.take(own_tensors(self._engine))
-        self._memory.wait()
-        self._at("save.copied")
-        size = sum(gather(sum(tensor.nbytes for tensor in (*weights.values(), *own.values()))))
+        size = sum(gather(self._engine.checkpoint_bytes()))
         problem = on_main(self._world, lambda: self._make_room(size))
         if problem is not None:
             return Saved(state.step, self._final, problem)
-        self._start(lambda: self._write(weights, own))
+        write = self._engine.copy(self._temporary)
+        self._at("save.copied")
+        self._start(lambda: self._write(write))
         return None
 
     def advance(self, settled: int) -> Saved | None:
@@ -133,30 +127,25 @@ class Saver:
             return f"{free / 1e9:.2f} GB are free; a checkpoint of {size / 1e9:.2f} GB asks for {SPARE} times its size"
         return None
 
-    def _write(self, weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def _write(self, write: Callable[[], list[Path]]) -> dict[str, Any]:
         """Write this rank's files; their entries in the manifest."""
-        folder, world = self._temporary, self._world
-        fragments = folder / f"optimizer-{world.rank:05d}-of-{world.size:05d}.safetensors"
-        save_file(own, fragments, metadata={"format": "pt"})
-        files = [fragments]
-        if world.is_main:
-            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        folder, files = self._temporary, write()
+        if self._world.is_main:
             self._state.write(folder / "run_state.json")
             (folder / "config.yaml").write_text(to_yaml(self._config), "utf-8")
             shutil.copyfile(self._tokenizer, folder / "tokenizer.model")
-            files += [
-                folder / name for name in ("model.safetensors", "run_state.json", "config.yaml", "tokenizer.model")
-            ]
-        self._at("save.written", fragments)
-        described = {file.name: sync_and_describe(file) for file in files}
-        self._at("save.synced", fragments)
+            files = [*files, *(folder / name for name in ("run_state.json", "config.yaml", "tokenizer.model"))]
+        first = next(iter(files), None)
+        self._at("save.written", first)
+        described = {file.relative_to(folder).as_posix(): sync_and_describe(file) for file in files}
+        self._at("save.synced", first)
         return described
 
     def _commit(self, files: dict[str, Any]) -> dict[str, Any]:
         content = {
             "step": self._state.step,
             "ranks": self._world.size,
-            "zero_stage": self._engine.stage,
+            **self._engine.describe(),
             "model": self._config.model.dimensions,
             "optimizer": self._config.train.optimizer,
             "lora_rank": self._config.train.lora_rank,
@@ -194,25 +183,3 @@ class _Job:
             self.problem = f"cannot write ({error.strerror or error})"
         except Exception as error:
             self.problem = f"failed ({type(error).__name__}: {error})"
-
-
-class _HostMemory:
-    """Copies of tensors in host memory, allocated once: fresh memory costs more than the copy."""
-
-    def __init__(self, *, pinned: bool) -> None:
-        self._pinned = pinned
-        self._places: dict[str, torch.Tensor] = {}
-
-    def take(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Copy each; valid until the next call with the same names, and on a GPU after `wait`."""
-        taken = {}
-        for name, tensor in tensors:
-            if name not in self._places:
-                self._places[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
-            taken[name] = self._places[name].copy_(tensor, non_blocking=True)
-        return taken
-
-    def wait(self) -> None:
-        """Wait until the copies are there."""
-        if self._pinned:
-            torch.cuda.current_stream().synchronize()

@@ -1,13 +1,17 @@
-"""Starting from another run: its weights, and with them its dimensions and its tokenizer."""
+"""Starting from another run (`model.weights`): its weights, and with them its dimensions and its tokenizer."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
+from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
 from lamda.inference.loading import WEIGHTS, find_checkpoint
+from lamda.model.weights import check_shapes, plain_slices
 
 
 def with_start(config: Config) -> Config:
@@ -27,3 +31,13 @@ def with_start(config: Config) -> Config:
     model = config.model.model_copy(update={**known, "weights": str(path / WEIGHTS)})
     tokenizer = config.tokenizer.model_copy(update={"path": config.tokenizer.path or str(path / "tokenizer.model")})
     return config.model_copy(update={"model": model, "tokenizer": tokenizer})
+
+
+def check_weights(path: Path, model: ModelConfig) -> None:
+    """Raise UserError where `path` is no safetensors file with this model's weights."""
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"model.weights {path}: cannot be read ({error})") from error
+    check_shapes({plain.name: plain.shape for part in plain_slices(model).values() for plain in part}, found)

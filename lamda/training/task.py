@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
-
-import torch
 
 from lamda.config.schema import Config
 from lamda.data.documents import Form
 from lamda.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from lamda.training.framework import Scorer
     from lamda.training.loop import Run
-
-Logits = Callable[[torch.Tensor], torch.Tensor]
-"""inputs_BL -> logits_BLV of the model as it stands, on its device."""
 
 
 class Scores(Protocol):
@@ -29,7 +25,7 @@ class Scores(Protocol):
 class Evaluation(Protocol):
     """Held-out data of a run."""
 
-    def score(self, logits: Logits, **how: Any) -> Scores:
+    def score(self, model: Scorer, **how: Any) -> Scores:
         """Score the model; every rank calls it. `how`: as the keywords of `lamda.training.evaluation.evaluate`."""
         ...
 

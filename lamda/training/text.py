@@ -18,8 +18,8 @@ from lamda.data.loader import Loader
 from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
 from lamda.distributed import World
-from lamda.training import checkpoint
 from lamda.training.run_directory import RunDirectory
+from lamda.training.start import check_weights
 from lamda.training.state import RunState
 
 
@@ -40,7 +40,7 @@ class Text:
             for source in validation(config):
                 resolve(source)
             if config.model.weights is not None:
-                checkpoint.check_weights(Path(config.model.weights), config.model)
+                check_weights(Path(config.model.weights), config.model)
             tokenizer = ensure_tokenizer(config, target=directory.tokenizer, corpus=corpus)
             require_a_batch(corpus, config, tokenizer)
             return corpus.domains()

@@ -9,16 +9,13 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from lamda import distributed
 from lamda.config.help import to_yaml
 from lamda.config.schema import Config
 from lamda.data.tokenizer import Tokenizer
 from lamda.distributed import World
-from lamda.model.attention.backends import check_backend
-from lamda.training import checkpoint, manifest
-from lamda.training.engine import Engine
+from lamda.training import manifest
+from lamda.training.framework import Engine, Framework
 from lamda.training.loop import Run
 from lamda.training.profile import Profile
 from lamda.training.progress import TrainingProgress
@@ -39,22 +36,21 @@ STOP_PATIENCE = 20.0
 """Seconds without progress after a signal: then another rank is dead, and a launcher kills after 30."""
 
 
-def train(config: Config, world: World, task: Task) -> int:
+def train(config: Config, world: World, task: Task, framework: Framework) -> int:
     """Train `config` for `task` to its end, or until asked to stop, from wherever the run directory stands.
 
     Returns the exit code: 0 finished, 75 stopped with everything saved. Raises UserError and RunError.
     """
     config, directory = with_start(config), RunDirectory(Path(config.run.dir))
-    device = distributed.start(world, threads=config.run.threads)
     with ExitStack() as stack:
         stack.callback(distributed.stop)
-        distributed.on_main(world, lambda: check_backend(config.model.attention, device, training=True))
+        device = framework.start(config, world)
         distributed.on_main(world, directory.create)
         if world.is_main:
             _log_to(directory.log)
         distributed.on_main(world, lambda: stack.enter_context(directory.lock()) and None)
         distributed.on_main(world, lambda: manifest.sweep(directory.checkpoints))
-        start = choose_start(config, directory, world)
+        start = choose_start(config, directory, world, framework=framework.name)
         if start.state.step >= config.steps:
             if world.is_main:
                 print(f"{directory.path}: finished, {start.state.step} steps; raise train.steps to go on")
@@ -63,7 +59,8 @@ def train(config: Config, world: World, task: Task) -> int:
         state = start.check_data(text.fingerprint(config))
         began = time.time()
         try:
-            code = _run(config, world, directory, device, start.path, state, text, task)
+            engine = framework.engine(config, world=world, device=device, domains=len(text.domains) + 1)
+            code = _run(engine, directory, start.path, state, text, task)
             distributed.barrier()  # a launcher whose first rank has left kills the others, who may have rows to send
             return code
         except BaseException as error:
@@ -79,20 +76,18 @@ def _tell_failure(directory: RunDirectory, reason: str, *, since: float) -> None
 
 
 def _run(
-    config: Config,
-    world: World,
+    engine: Engine,
     directory: RunDirectory,
-    device: torch.device,
     checkpoint_path: Path | None,
     state: RunState,
     text: Text,
     task: Task,
 ) -> int:
-    engine = Engine(config, world=world, device=device, domains=len(text.domains) + 1)
+    config, world = engine.config, engine.world
     if checkpoint_path is not None:
-        checkpoint.load(checkpoint_path, engine=engine)
+        engine.load(checkpoint_path)
     elif config.model.weights is not None:
-        checkpoint.load_weights_alone(Path(config.model.weights), engine=engine)
+        engine.load_weights(Path(config.model.weights))
     if world.is_main:
         directory.config.write_text(to_yaml(config), "utf-8")
         directory.write_status("running", step=state.step, steps=config.steps)
