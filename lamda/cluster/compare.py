@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from lamda.config.errors import UserError
-from lamda.training.manifest import complete, step_of
+from lamda.training.manifest import complete, framework_of, read, step_of
 from lamda.training.metrics import read_metrics
 from lamda.training.run_directory import RunDirectory
 
@@ -75,13 +75,18 @@ def weights_of(checkpoint: Path) -> Tensors:
 
 
 def optimiser_state_of(checkpoint: Path) -> Tensors:
-    """fp32 weights and moments of whole parameters ([n] each), however many ranks wrote them."""
+    """fp32 weights and moments of whole parameters ([n] each), however many ranks wrote them.
+
+    Raises UserError where another framework than DeepSpeed wrote them.
+    """
     pieces = defaultdict(list)
     for path in sorted(checkpoint.glob("optimizer-*.safetensors")):
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 name, start = key.rsplit("|", 1)
                 pieces[name].append((int(start), path, key))
+    if not pieces:
+        raise UserError(f"{checkpoint}: holds no optimiser state of DeepSpeed ({framework_of(read(checkpoint))})")
     return {name: partial(_joined, sorted(found)) for name, found in pieces.items()}
 
 

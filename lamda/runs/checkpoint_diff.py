@@ -51,7 +51,7 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     """Weights, optimiser state, run state and configuration of two checkpoints. Raises UserError.
 
     The optimiser's files are compared by their hashes in the manifests, so between equal numbers of ranks
-    alone; between others it is `unknown`, which counts as no difference.
+    alone, and only DeepSpeed's; otherwise it is `unknown`, which counts as no difference.
     """
     weights = [each._asdict() for each in compare_weights(first, second)]
     optimiser = _compare_optimisers(read_manifest(first), read_manifest(second))
@@ -110,7 +110,7 @@ def _compare_optimisers(a: dict[str, Any], b: dict[str, Any]) -> str:
         {name: entry["sha256"] for name, entry in each["files"].items() if name.startswith("optimizer-")}
         for each in (a, b)
     ]
-    if hashes[0].keys() != hashes[1].keys() or a["zero_stage"] != b["zero_stage"]:
+    if not hashes[0] or hashes[0].keys() != hashes[1].keys() or a.get("zero_stage") != b.get("zero_stage"):
         return "unknown"
     return "same" if hashes[0] == hashes[1] else "different"
 
@@ -143,8 +143,8 @@ def _show(found: dict[str, Any]) -> None:
         rows = [(each["tensor"], each["what"], _number(each["largest"]), _number(each["share"])) for each in weights]
         show_table(("tensor", "by", "largest difference", "share of elements"), rows[:SHOWN], left=(0, 1))
         _show_rest(rows)
-    because = " (another number of ranks, or ZeRO stage; not compared)" if found["optimiser"] == "unknown" else ""
-    print(f"optimiser state: {found['optimiser']}{because}")
+    why = " (another number of ranks or ZeRO stage, or not DeepSpeed's; not compared)"
+    print(f"optimiser state: {found['optimiser']}{why if found['optimiser'] == 'unknown' else ''}")
     for part in ("state", "configuration"):
         different = found[part]
         print(f"{part}: " + (f"{len(different)} keys differ" if different else "the same"))

@@ -42,5 +42,6 @@ def _kept_every(directory: RunDirectory) -> int | None:
 def _cells(saved: Saved, *, kept: bool) -> tuple[str, ...]:
     state = f"damaged, {saved.problem}" if saved.problem else "complete" + ", kept for good" * kept
     age = NONE if saved.age_seconds is None else duration(saved.age_seconds)
-    ranks, stage = (NONE if value is None else str(value) for value in (saved.ranks, saved.zero_stage))
+    stage = saved.zero_stage if saved.framework == "deepspeed" else saved.framework
+    ranks, stage = (NONE if value is None else str(value) for value in (saved.ranks, stage))
     return saved.path.name, str(saved.step), size_of(saved.bytes), ranks, stage, age, state

@@ -75,11 +75,12 @@ def _lines(path: Path, content: dict[str, Any]) -> list[str]:
     seen, manifest, state = glance(path), content["manifest"], content["state"]
     problem = f"; {seen.problem}" if seen.problem else ""
     ranks = f"{manifest['ranks']} rank" + "s" * (manifest["ranks"] != 1)
+    framework = seen.framework if manifest.get("zero_stage") is None else f"ZeRO stage {manifest['zero_stage']}"
     skipped = ", ".join(f"{first} to {last - 1}" for first, last in state["skipped"]) or "none"
     count = sum(prod(tensor["shape"]) for tensor in content["tensors"].values())
     figures = {
         "checkpoint": str(path),
-        "saved": f"{duration(seen.age_seconds)} ago by {ranks}, ZeRO stage {manifest['zero_stage']}",
+        "saved": f"{duration(seen.age_seconds)} ago by {ranks}, {framework}",
         "size": f"{size_of(seen.bytes)} in {len(manifest['files'])} files{problem}",
         "step": f"{state['step']:,}",
         "updates": f"{state['updates']:,} ({state['step'] - state['updates']:,} steps refused)",

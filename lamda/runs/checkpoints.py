@@ -24,12 +24,16 @@ PRUNED = "pruned meanwhile"
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint at a glance. problem: what its files' names and sizes show to be wrong; nothing is hashed."""
+    """A checkpoint at a glance. problem: what its files' names and sizes show to be wrong; nothing is hashed.
+
+    framework, zero_stage: what trained it, and where that is DeepSpeed, its stage.
+    """
 
     path: Path
     step: int | None
     bytes: int
     ranks: int | None
+    framework: str | None
     zero_stage: int | None
     age_seconds: float | None
     problem: str | None
@@ -74,8 +78,8 @@ def glance(path: Path) -> Saved:
     size = 0
     try:
         content = read_manifest(path)
-        size = sum(file.stat().st_size for file in path.iterdir())
-        wrong = (_missing(path / name, entry["size"]) for name, entry in content["files"].items())
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        wrong = (_missing(path, name, entry["size"]) for name, entry in content["files"].items())
         problem = next(filter(None, wrong), None)
     except (UserError, OSError) as error:
         problem = str(error) if path.exists() else PRUNED
@@ -86,6 +90,7 @@ def glance(path: Path) -> Saved:
         step=content.get("step", int(named[1]) if named else None),
         bytes=size,
         ranks=content.get("ranks"),
+        framework=manifest.framework_of(content) if content else None,
         zero_stage=content.get("zero_stage"),
         age_seconds=None if changed is None else round(time.time() - changed, 1),
         problem="was set aside when the run went on" if path.suffix == SET_ASIDE else problem,
@@ -102,11 +107,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return content
 
 
-def _missing(file: Path, size: int) -> str | None:
+def _missing(path: Path, name: str, size: int) -> str | None:
+    file = path / name
     if not file.is_file():
-        return f"{file.name} is missing"
+        return f"{name} is missing"
     found = file.stat().st_size
-    return None if found == size else f"{file.name} has {found} bytes instead of {size}"
+    return None if found == size else f"{name} has {found} bytes instead of {size}"
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -166,8 +166,12 @@ def _check(path: Path, name: str, entry: dict[str, str | int]) -> str | None:
 def _is_inside(path: Path, name: str) -> bool:
     """Whether a name is a relative path, written the one way, to somewhere below `path`, links followed."""
     parts = PurePosixPath(name)
-    is_plain = str(parts) == name and not parts.is_absolute() and ".." not in parts.parts and "\\" not in name
-    return is_plain and name != "." and (path / name).resolve().is_relative_to(path.resolve())
+    if str(parts) != name or not parts.name or parts.is_absolute() or ".." in parts.parts or "\\" in name:
+        return False
+    try:
+        return (path / name).resolve().is_relative_to(path.resolve())
+    except (OSError, RuntimeError, ValueError):  # links in a circle, a name that no file can have
+        return False
 
 
 def _set_aside(path: Path, problem: str) -> None:

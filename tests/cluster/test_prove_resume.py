@@ -156,6 +156,15 @@ def test_state_with_a_gap_is_an_error_and_not_equal_to_its_like(tmp_path):
         compare_runs(*runs)
 
 
+def test_state_of_another_framework_is_an_error_and_not_equal_to_its_like(tmp_path):
+    runs = [make_run(tmp_path / name) for name in "ab"]
+    for folder in (run.checkpoints / f"step-{step:08d}" for run in runs for step in (2, 4, 6)):
+        next(folder.glob("optimizer-*")).unlink()
+        (folder / "manifest.json").write_text(json.dumps({"framework": "flax", "files": {}}))
+    with pytest.raises(UserError, match=r"holds no optimiser state of DeepSpeed \(flax\)"):
+        compare_runs(*runs)
+
+
 def test_runs_without_a_common_checkpoint_are_not_called_equal(straight, tmp_path):
     other = make_run(tmp_path / "other", steps=2)
     (other.checkpoints / "step-00000002").rename(other.checkpoints / "step-00000003")

@@ -9,7 +9,7 @@ import torch
 
 from lamda.config import ModelConfig
 from lamda.model import LaMDA
-from lamda.model.initialisation import initialise
+from lamda.model.initialisation import generator, initial_weights, initialise
 from lamda.model.loss import cross_entropy
 
 
@@ -111,3 +111,18 @@ def test_logits_fall_with_the_width_from_the_base_on():
     initialise(model, seed=7, base_width=24)
     for name, weight in model.export_weights().items():
         torch.testing.assert_close(weight, before[name] * (0.5 if name == "final_norm.scale" else 1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("base_width", [None, 3])
+@pytest.mark.parametrize("bias_per_layer", [False, True])
+def test_the_drawn_weights_are_those_of_an_initialised_module(bias_per_layer, base_width):
+    config = ModelConfig(**SMALL, bias_per_layer=bias_per_layer)
+    model = LaMDA(config)
+    initialise(model, seed=5, base_width=base_width)
+    drawn = dict(initial_weights(config, seed=5, base_width=base_width))
+    assert drawn.keys() == model.export_weights().keys()
+    torch.testing.assert_close(drawn, dict(model.export_weights()), rtol=0, atol=0)
+    query = generator(5, "layers.1.attention.query.weight")
+    expected = torch.empty(6, 6).normal_(0.0, 18**-0.5, generator=query)
+    torch.testing.assert_close(drawn["layers.1.attention.query.weight"], expected, rtol=0, atol=0)
+    assert (drawn["final_norm.scale"] == (1 if base_width is None else 0.5**0.5)).all()

@@ -97,6 +97,32 @@ def test_show_tells_state_tensors_and_what_was_configured(tmp_path, weights, cap
         assert line in text
 
 
+def test_a_checkpoint_of_another_framework_is_told_by_its_name(tmp_path, weights, capsys):
+    """It has no ZeRO stage, and keeps the optimiser's state in files of its own."""
+    paths = [save_checkpoint(tmp_path / name, 5, weights(0), ranks=0) for name in "ab"]
+    for path in paths:
+        (path / "state" / "d").mkdir(parents=True)
+        (path / "state" / "d" / "0").write_bytes(b"moments")
+        content = json.loads((path / "manifest.json").read_text())
+        content["files"]["state/d/0"] = manifest.sync_and_describe(path / "state" / "d" / "0")
+        del content["zero_stage"], content["sha256"]
+        (path / "manifest.json").write_text(manifest._sealed({**content, "ranks": 1, "framework": "flax"}))
+    assert checkpoint_ls.main([str(tmp_path / "a")]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[-4:-2] == ["1", "flax"]
+    (found,) = told(capsys, checkpoint_ls, tmp_path / "a")
+    assert (found["framework"], found["zero_stage"], found["problem"]) == ("flax", None, None)
+    assert found["bytes"] == sum(file.stat().st_size for file in paths[0].rglob("*") if file.is_file())
+    assert checkpoint_show.main([str(paths[0])]) == 0
+    assert "by 1 rank, flax" in capsys.readouterr().out
+    (verdict,) = told(capsys, checkpoint_verify, paths[0])
+    assert verdict["problem"] is None
+    assert verdict["bytes"] == found["bytes"] - (paths[0] / "manifest.json").stat().st_size
+    assert told(capsys, checkpoint_diff, *paths)["optimiser"] == "unknown"
+    (paths[0] / "state" / "d" / "0").unlink()
+    (found,) = told(capsys, checkpoint_ls, tmp_path / "a")
+    assert found["problem"] == "state/d/0 is missing"
+
+
 def test_verify_accepts_what_training_committed(tmp_path, capsys):
     temporary, final = tmp_path / "checkpoints" / ".step-00000003.tmp", checkpoint(tmp_path, 3)
     temporary.mkdir(parents=True)

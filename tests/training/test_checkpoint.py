@@ -14,6 +14,7 @@ from lamda.distributed import World
 from lamda.model import LaMDA
 from lamda.model.initialisation import initialise
 from lamda.model.loss import cross_entropy
+from lamda.model.weights import plain_slices
 from lamda.training import checkpoint, manifest
 from lamda.training.engine import Engine
 from lamda.training.optimiser import make_optimizer, set_learning_rate
@@ -108,7 +109,7 @@ def test_rate_betas_decay_and_clipping_are_those_of_the_new_run(saved, engine):
 
 def fill(model, optimizer, stored):
     """Weights and moments from a checkpoint's plain names."""
-    slices = checkpoint.plain_slices(model.config)
+    slices = plain_slices(model.config)
     for name, parameter in model.named_parameters():
         kinds = {}
         for kind in ("weight", "exp_avg", "exp_avg_sq"):

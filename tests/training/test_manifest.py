@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lamda.config.errors import UserError
 from lamda.distributed import World
+from lamda.training import manifest
 from lamda.training.manifest import (
     MANIFEST,
     commit,
@@ -35,6 +36,7 @@ def save(folder, step, *, keep=10, files=CONTENT):
     temporary = folder / f".{name_of(step)}.tmp"
     make_fresh(temporary)
     for name, content in files.items():
+        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         (temporary / name).write_bytes(content)
     entries = {name: sync_and_describe(temporary / name) for name in files}
     commit(temporary, folder / name_of(step), {"step": step, "model": MODEL, "files": entries}, keep=keep)
@@ -104,13 +106,39 @@ def test_a_longer_file_is_named(tmp_path, world):
     assert verify(path, world=world) == "empty has 1 bytes instead of 0"
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "deep/inside", ".."])
-def test_a_name_that_leaves_the_folder_is_refused(tmp_path, world, name):
-    (tmp_path / "outside").write_bytes(b"x")
+def test_files_in_subfolders_are_synced_with_their_folders_and_verified(tmp_path, world, monkeypatch):
+    synced = []
+    monkeypatch.setattr(manifest, "sync_folder", lambda path: synced.append(path.name))
+    path = save(tmp_path, 1, files={**CONTENT, "state/d/0": b"numbers", "state/names": b"[]"})
+    assert {"state", "d", f".{name_of(1)}.tmp"} <= set(synced)
+    assert verify(path, world=world) is None
+    flip(path / "state" / "d" / "0", 2)
+    assert verify(path, world=world) == "state/d/0 has changed since it was written (sha256)"
+    (path / "state" / "names").unlink()
+    (path / "state" / "d" / "0").write_bytes(b"numbers")
+    assert verify(path, world=world) == "state/names is missing"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../outside", "..", "state/../../outside", "state/../inside", "./inside", "state//inside", "inside/", "", ".",
+     "{folder}/outside", "state\\\\inside", "..\\\\outside", "link", "state/link", "folder/outside", "circle", "nul\0"],
+)  # fmt: skip
+def test_a_name_that_leaves_the_folder_or_is_written_in_another_way_is_refused(tmp_path, world, name):
+    name, temporary = name.format(folder=tmp_path), tmp_path / ".step-00000001.tmp"
+    make_fresh(temporary)
+    (temporary / "state").mkdir()
+    for place in (tmp_path / "outside", temporary / "inside", temporary / "state" / "inside"):
+        place.write_bytes(b"x")
+    for link in (temporary / "link", temporary / "state" / "link"):
+        link.symlink_to(tmp_path / "outside")
+    (temporary / "folder").symlink_to(tmp_path)
+    (temporary / "circle").symlink_to(temporary / "circle")
     entry = sync_and_describe(tmp_path / "outside")
-    make_fresh(tmp_path / ".step-00000001.tmp")
-    commit(tmp_path / ".step-00000001.tmp", tmp_path / name_of(1), {"model": MODEL, "files": {name: entry}}, keep=1)
-    assert name in verify(tmp_path / name_of(1), world=world)
+    commit(temporary, tmp_path / name_of(1), {"model": MODEL, "files": {name: entry}}, keep=1)
+    told = verify(tmp_path / name_of(1), world=world)
+    assert told in (f"{MANIFEST} names {name!r}, which is no file inside the checkpoint", f"{name} is missing")
+    assert told.startswith(MANIFEST) or name == "circle"
 
 
 @pytest.mark.parametrize("content", ["", "[]", "3", "null", "{}", '{"files": {}}', '{"files": 3, "sha256": ""}'])

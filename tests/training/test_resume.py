@@ -5,8 +5,9 @@ import pytest
 from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.config.schema import TrainConfig
+from lamda.training import resume as resuming
 from lamda.training.manifest import commit, make_fresh, sync_and_describe
-from lamda.training.resume import Start, choose_start
+from lamda.training.resume import Start
 from lamda.training.run_directory import RunDirectory
 from lamda.training.state import RunState
 
@@ -18,6 +19,10 @@ def directory(tmp_path):
     directory = RunDirectory(tmp_path / "run")
     directory.create()
     return directory
+
+
+def choose_start(config, directory, world, framework="deepspeed"):
+    return resuming.choose_start(config, directory, world, framework=framework)
 
 
 def config(resume, **model):
@@ -119,6 +124,27 @@ def test_a_checkpoint_of_another_optimiser_is_refused_with_the_way_on(directory,
     muon = config("auto").model_copy(update={"train": TrainConfig(steps=10, optimizer="muon")})
     with pytest.raises(UserError, match=r"adamw.*Set train\.optimizer adamw.*model\.weights .*model\.safetensors"):
         choose_start(muon, directory, world)
+
+
+@pytest.mark.parametrize(
+    ("named", "there", "wanted"),
+    [
+        ({}, "deepspeed", "flax"),
+        ({"framework": "deepspeed"}, "deepspeed", "flax"),
+        ({"framework": "flax"}, "flax", "deepspeed"),
+    ],
+)
+def test_a_checkpoint_of_another_framework_is_refused_with_the_way_on(directory, world, named, there, wanted):
+    """One that names none is of the time when there was but DeepSpeed."""
+    path = save(directory, 2, **named)
+    assert choose_start(config("auto"), directory, world, framework=there).path == path
+    for resume in ("auto", path):
+        with pytest.raises(UserError) as caught:
+            choose_start(config(resume), directory, world, framework=wanted)
+        assert f"{path} holds the state of {there}, which {wanted} cannot go on from. Go on with {there}" in str(
+            caught.value
+        )
+        assert f"model.weights {path}/model.safetensors and another run.dir" in str(caught.value)
 
 
 SAVED = {"seed": 0, "lanes": 8, "tokenizer": "a" * 64, "files": [["x", 1]]}

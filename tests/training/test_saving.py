@@ -7,9 +7,10 @@ from collections import namedtuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lamda.distributed import World
-from lamda.training import manifest, saving
+from lamda.training import manifest, saving, snapshot
 from lamda.training.checkpoint import load, own_tensors
 from lamda.training.engine import Engine
 from lamda.training.saving import Saver
@@ -90,9 +91,42 @@ def test_a_write_that_fails_is_told_leaves_nothing_and_the_next_save_is_whole(sa
 
 
 def test_a_defect_of_our_own_in_the_thread_is_told_too(saver, monkeypatch):
-    monkeypatch.setattr(saving, "save_file", lambda *given, **more: [][1])
+    monkeypatch.setattr(snapshot, "save_file", lambda *given, **more: [][1])
     assert saver.begin(RunState(step=1)) is None
     assert saver.finish().problem == "rank 0 failed (IndexError: list index out of range)"
+
+
+def test_what_it_asks_room_for_is_what_it_writes(saver, engine):
+    assert saver.begin(RunState(step=1)) is None
+    files = [file for file in saver.finish().path.iterdir() if file.suffix == ".safetensors"]
+    assert len(files) == 2
+    assert engine.checkpoint_bytes() == sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+
+
+def test_files_in_subfolders_are_part_of_the_checkpoint(saver, engine, monkeypatch):
+    def copy(folder):
+        def write():
+            file = folder / "state" / "deep" / "numbers"
+            file.parent.mkdir(parents=True)
+            file.write_bytes(b"123")
+            return [file]
+
+        return write
+
+    monkeypatch.setattr(engine, "copy", copy)
+    assert saver.begin(RunState(step=1)) is None
+    path = saver.finish().path
+    assert manifest.read(path)["files"]["state/deep/numbers"]["size"] == 3
+    assert manifest.problem_of(path) is None
+    (path / "state" / "deep" / "numbers").write_bytes(b"124")
+    assert manifest.problem_of(path) == "state/deep/numbers has changed since it was written (sha256)"
+
+
+def test_nothing_is_copied_before_there_is_room(saver, engine, monkeypatch):
+    """Host memory for a copy that cannot be written would be taken for nothing."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(9, 9, 0))
+    monkeypatch.setattr(engine, "copy", lambda folder: pytest.fail("copied"))
+    assert "are free" in saver.begin(RunState(step=1)).problem
 
 
 def test_without_room_it_does_not_begin(saver, monkeypatch, tmp_path):

@@ -1,0 +1,149 @@
+"""Pre-training in plain PyTorch on one rank, by the contract of `lamda.training.framework` and the loop of all runs.
+
+`python -m tests.training.plain_framework ARGUMENTS` as `scripts/pretrain.py ARGUMENTS`; it ends with 3 where the run
+has loaded DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from lamda.data.loader import batch_digest
+from lamda.distributed import World
+from lamda.inference.generation import generate
+from lamda.model import LaMDA
+from lamda.model.initialisation import initialise
+from lamda.model.loss import token_nats
+from lamda.training.main import launch
+
+
+class Plain:
+    """See `lamda.training.framework.Framework`."""
+
+    name = "plain"
+
+    def world(self):
+        return World()
+
+    def check(self, config, world):
+        pass
+
+    def start(self, config, world):
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        return torch.device("cpu")
+
+    def engine(self, config, *, world, device, domains):
+        return Engine(config, world, domains)
+
+
+class Engine:
+    """See `lamda.training.framework.Engine`."""
+
+    device, is_compiled, peak_flops, devices = torch.device("cpu"), False, 1e12, 2
+
+    def __init__(self, config, world, domains):
+        self.config, self.world, self.domains = config, world, domains
+        self.model = LaMDA(config.model)
+        initialise(self.model, seed=config.run.seed)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0)
+
+    def step(self, batch, *, learning_rate, signals, at):
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        sums = torch.zeros(2, self.domains, dtype=torch.float64)
+        rows = [(torch.from_numpy(part.ids.astype("int64")), part) for part in batch.micro_batches]
+        targets = sum(int(part.scored.sum()) for _, part in rows)
+        for ids_BL, part in rows:
+            at("forward", None)
+            nats_BL, _ = self.model(ids_BL[:, :-1], targets_BL=ids_BL[:, 1:])
+            scored_BL = torch.from_numpy(part.scored)
+            loss = (nats_BL * scored_BL).sum() / targets
+            at("loss", loss)
+            loss.backward()
+            at("backward", None)
+            for domain in range(self.domains):
+                own_BL = scored_BL & (torch.from_numpy(part.domains) == domain)
+                sums[:, domain] += torch.stack([nats_BL.detach()[own_BL].sum(), own_BL.sum()])
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if updated := bool(norm.isfinite()):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        at("update", self.model.embedding.weight)
+        return SimpleNamespace(
+            grad_norm=norm,
+            updated=updated,
+            loss=lambda: float(sums[0].sum() / sums[1].sum()),
+            by_domain=lambda: [(nats / n if n else math.nan, int(n)) for nats, n in sums.T.tolist()],
+            batch_digest=lambda: batch_digest(batch.digests),
+            signals=lambda: [float(number) for number in signals],
+        )
+
+    @contextmanager
+    def evaluating(self):
+        with torch.no_grad():
+            yield
+
+    def logits(self, inputs_BL):
+        return self.model(inputs_BL)
+
+    def nats(self, inputs_BL, targets_BL):
+        return token_nats(self.model(inputs_BL), targets_BL)
+
+    def generate(self, ids, sampling):
+        with self.evaluating():
+            return generate(self.model, [ids], sampling)[0]
+
+    def load(self, path):
+        self.load_weights(path / "model.safetensors")
+        kept = load_file(path / "state" / "moments.safetensors")
+        for number, parameter in enumerate(self.model.parameters()):
+            kinds = ("step", "exp_avg", "exp_avg_sq")
+            self.optimizer.state[parameter] = {kind: kept[f"{number}.{kind}"] for kind in kinds}
+
+    def load_weights(self, path):
+        self.model.load_weights(load_file(path))
+
+    def odd_ranks(self):
+        return []
+
+    def checkpoint_bytes(self):
+        return 3 * sum(parameter.nbytes for parameter in self.model.parameters())
+
+    def copy(self, folder):
+        assert folder.is_dir(), "there is room by the time that the state is copied"
+        weights = {name: weight.detach().clone() for name, weight in self.model.export_weights().items()}
+        moments = {
+            f"{number}.{kind}": tensor.clone()
+            for number, state in enumerate(self.optimizer.state.values())
+            for kind, tensor in state.items()
+        }
+
+        def write():
+            files = {folder / "state" / "moments.safetensors": moments, folder / "model.safetensors": weights}
+            (folder / "state").mkdir()
+            for file, tensors in files.items():
+                save_file(tensors, file)
+            return list(files)
+
+        return write
+
+    def describe(self):
+        return {"framework": "plain"}
+
+
+def pretraining():
+    from lamda.training.pretraining import Pretraining
+
+    return Pretraining()
+
+
+if __name__ == "__main__":
+    code = launch(sys.argv[1:], pretraining, Plain())
+    sys.exit(3 if "deepspeed" in sys.modules else code)

@@ -1,0 +1,94 @@
+"""The loop and all that it needs know no framework; what knows DeepSpeed loads it by the time it is needed."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lamda.training import manifest
+from lamda.training.metrics import read_metrics
+from tests.faults.harness import Place
+from tests.launch import ENVIRONMENT, ROOT
+
+MODULES = (
+    "train", "loop", "saving", "pretraining", "report", "row", "resume", "manifest", "health", "task", "main", "text",
+    "evaluation", "framework", "deepspeed_framework",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [["lamda.training.train"], [f"lamda.training.{name}" for name in MODULES] + ["lamda.dialog.finetuning"]],
+    ids=["train", "each"],
+)
+def test_a_run_is_imported_without_deepspeed(modules):
+    code = "import importlib, sys\n"
+    code += f"for name in {modules}: importlib.import_module(name)\n"
+    code += "sys.exit('deepspeed' in sys.modules or 'lamda.training.engine' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_is_checked_early_needs_no_torch():
+    code = "import sys, lamda.training.main, lamda.dialog.main; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tokenizer_path):
+    return Place.make(tmp_path_factory.mktemp("plain"), tokenizer_path)
+
+
+def train(place, run, *, fault="", script=("-m", "tests.training.plain_framework")):
+    variables = {"LAMDA_ALLOW_FAULTS": "1", "LAMDA_FAULT": fault}
+    flags = ["--config", str(place.folder / "run.yaml"), "--run.dir", str(place.folder / run), "--eval.every", "5"]
+    environment = {**os.environ, **ENVIRONMENT, **variables}
+    return subprocess.run(
+        [sys.executable, *script, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(place):
+    done = train(place, "straight")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def rows_of(place, run):
+    return read_metrics(place.folder / run / "metrics.jsonl")
+
+
+def test_another_framework_trains_evaluates_saves_and_shows_a_sample_in_the_same_loop(place, straight):
+    rows = rows_of(place, "straight")
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    assert rows[-1]["eval/loss"] < rows[4]["eval/loss"]
+    assert rows[0]["model_flops_per_second"] == pytest.approx(1e12 * rows[0]["mfu"])
+    newest = place.folder / "straight" / "checkpoints" / "step-00000010"
+    assert manifest.problem_of(newest) is None
+    told = manifest.read(newest)
+    assert manifest.framework_of(told) == "plain"
+    assert sorted(told["files"]) == [
+        "config.yaml", "model.safetensors", "run_state.json", "state/moments.safetensors", "tokenizer.model",
+    ]  # fmt: skip
+    assert "a continuation, as it came" in straight.stdout
+
+
+def test_killed_in_a_save_it_goes_on_exactly(place, straight):
+    assert train(place, "killed", fault="save.written:kill:0:6").returncode == -9
+    assert len(rows_of(place, "killed")) < 10
+    assert train(place, "killed").returncode == 0
+    for name in ("loss", "batch_digest"):
+        assert [row[name] for row in rows_of(place, "killed")] == [row[name] for row in rows_of(place, "straight")]
+
+
+def test_a_step_that_is_not_finite_is_refused_and_told(place, straight):
+    assert train(place, "spoilt", fault="loss:nan:0:5").returncode == 0
+    assert [row["skipped_steps"] for row in rows_of(place, "spoilt")][3:6] == [0, 1, 1]
+
+
+def test_deepspeed_does_not_go_on_from_its_checkpoint(place, straight):
+    refused = train(place, "straight", script=("scripts/pretrain.py",))
+    assert refused.returncode == 2
+    assert "holds the state of plain, which deepspeed cannot go on from. Go on with plain" in refused.stderr
