@@ -140,6 +140,40 @@ def start(world: World, *, threads: int | None) -> torch.device:
     return torch.device("cpu")
 
 
+def start_hosts(world: World, *, threads: int | None, address: str | None = None) -> None:
+    """Join a group of the processes alone, for a framework whose devices have collectives of their own.
+
+    address: `host:port` where rank 0 listens; by default what the launcher says.
+    """
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    for name, value in _defaults(world).items():
+        os.environ.setdefault(name, value)
+    with patience("for all ranks to come", world):
+        dist.init_process_group(
+            "gloo",
+            init_method=f"tcp://{address}" if address else "env://",
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timedelta(minutes=30),
+        )
+
+
+def free_address() -> str:
+    """`host:port` of this machine, free now, as others reach it: the address it has on the way to them."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+        try:
+            way.connect((os.environ.get("MASTER_ADDR", "192.0.2.1"), 9))  # sends nothing
+            host = way.getsockname()[0]
+        except OSError:
+            host = "127.0.0.1"
+    with socket.socket() as free:
+        free.bind((host, 0))
+        return f"{host}:{free.getsockname()[1]}"
+
+
 def _keep_memory() -> None:
     """Let glibc keep memory that is freed: it gives large pieces back, and every step would fault its pages in anew."""
     import ctypes

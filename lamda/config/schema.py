@@ -286,11 +286,6 @@ class FlaxConfig(Section):
 
     fsdp: Positive = Field(1, description="devices that a copy of weights and optimiser state is cut among")
     tensor: Positive = Field(1, description="devices that share the heads and widths of the same rows")
-    multihost: bool = Field(
-        default=False,
-        description="join the other processes of a TPU slice or a SLURM job, which JAX finds itself; under torchrun or "
-        "deepspeed their own variables say it",
-    )
 
 
 class Config(Section):

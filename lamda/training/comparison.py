@@ -8,7 +8,6 @@ Frozen weights are measured by rank 0's.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +15,7 @@ import torch.distributed as dist
 
 from lamda.distributed import gather
 from lamda.training.fragments import fragments
+from lamda.training.votes import outvoted
 
 if TYPE_CHECKING:
     from lamda.training.engine import Engine
@@ -47,14 +47,6 @@ def odd_ranks(engine: Engine) -> list[int]:
     if engine.stage == 0 and not engine.is_bf16:
         return outvoted(copies)
     return [rank for rank, copy in enumerate(copies) if copy != truth.item()]
-
-
-def outvoted(copies: list[int]) -> list[int]:
-    """The ranks whose hash is not the one that most have; all of them where two hashes have as many."""
-    (most, votes), *others = Counter(copies).most_common()
-    if others and others[0][1] == votes:
-        return list(range(len(copies)))
-    return [rank for rank, copy in enumerate(copies) if copy != most]
 
 
 def _hash(flat: torch.Tensor, *, start: int) -> torch.Tensor:

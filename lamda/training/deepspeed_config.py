@@ -55,17 +55,8 @@ REFUSED = {
 
 def build(config: Config, *, world: int) -> dict[str, Any]:
     """DeepSpeed's configuration for `world` ranks. Raises UserError naming every wrong key at once."""
-    path = find(config.deepspeed.config)
-    try:
-        own = json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
-    if not isinstance(own, dict):
-        raise UserError(f"{path}: holds no JSON object; DeepSpeed's file is one")
-    problems = _problems(own, path) or [
-        *_problems_of_optimizer(own, path, config.train.optimizer),
-        *_problems_of_lora(own, path, config),
-    ]
+    path, own = find(config.deepspeed.config), read(config)
+    problems = [*_problems_of_optimizer(own, path, config.train.optimizer), *_problems_of_lora(own, path, config)]
     if problems:
         raise UserError("\n".join(problems))
     train = config.train
@@ -76,6 +67,20 @@ def build(config: Config, *, world: int) -> dict[str, Any]:
         "gradient_accumulation_steps": micro_batches_per_rank(train, world=world),
         "gradient_clipping": train.gradient_clipping,
     }
+
+
+def read(config: Config) -> dict[str, Any]:
+    """What stands in DeepSpeed's file. Raises UserError naming every wrong key at once."""
+    path = find(config.deepspeed.config)
+    try:
+        own = json.loads(path.read_text("utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+    if not isinstance(own, dict):
+        raise UserError(f"{path}: holds no JSON object; DeepSpeed's file is one")
+    if problems := _problems(own, path):
+        raise UserError("\n".join(problems))
+    return own
 
 
 def zero_stage(own: dict[str, Any]) -> int:

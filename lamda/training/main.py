@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run pre-training; returns the exit code, as `launch`."""
-    return launch(argv, _pretraining, DeepSpeed())
+    return launch(argv, pretraining, DeepSpeed())
 
 
-def _pretraining() -> Task:
+def pretraining() -> Task:
+    """The task of pre-training, for any framework."""
     from lamda.training.pretraining import Pretraining
 
     return Pretraining()

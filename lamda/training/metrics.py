@@ -13,7 +13,10 @@ from lamda.training.run_directory import replace_text
 
 log = logging.getLogger(__name__)
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
+PEAK_FLOPS = {
+    "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12,
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
+}  # fmt: skip
 """Dense bf16 peaks by a part of the device's name, from the makers' data sheets."""
 
 

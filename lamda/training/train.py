@@ -97,7 +97,7 @@ def _run(
         if checkpoint_path is not None:
             progress.say(f"going on from {checkpoint_path}")
         if engine.is_compiled:
-            progress.say(f"the first step compiles the blocks (train.compile: {config.train.compile}), a minute or so")
+            progress.say("the first step compiles the model, a minute or so")
         report = SilentReport()
         if world.is_main:
             report = stack.enter_context(MainReport(config, directory, state, progress))

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from lamda.distributed import World
 from lamda.training import comparison
-from lamda.training.comparison import odd_ranks, outvoted
+from lamda.training.comparison import odd_ranks
 from lamda.training.engine import Engine
 from lamda.training.fragments import fragments
+from lamda.training.votes import outvoted
 from tests.distributed.engine_worker import batch, config
 
 

@@ -1,0 +1,25 @@
+"""`scripts/pretrain_flax.py`: pre-training with JAX, by the same configuration, data and loop."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from lamda.flax.framework import Flax
+from lamda.training.main import launch, pretraining
+
+MULTIHOST = "--multihost"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run pre-training; returns the exit code, as `lamda.training.main.launch`.
+
+    With `--multihost` JAX itself finds the other processes (a TPU slice, a SLURM job).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    multihost = MULTIHOST in arguments
+    return launch([each for each in arguments if each != MULTIHOST], pretraining, Flax(multihost=multihost))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

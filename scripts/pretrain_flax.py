@@ -1,0 +1,8 @@
+"""Pre-train with JAX: `python scripts/pretrain_flax.py --config FILE [--multihost] [--section.key VALUE ...]`."""
+
+import sys
+
+from lamda.flax.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())
