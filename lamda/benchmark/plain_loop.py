@@ -15,7 +15,7 @@ class PlainLoop:
     """bf16 (or fp32) weights with fp32 masters, fp32 accumulation, clipping, and the run's own optimiser."""
 
     def __init__(self, config: Config, *, device: torch.device, dtype: torch.dtype, compiled: bool) -> None:
-        self._config = config
+        self._config, self.device = config, device
         self._model = LaMDA(config.model, recompute=config.train.recompute)
         initialise(self._model, seed=config.run.seed, base_width=config.train.base_width)
         self._model.to(device)

@@ -1,0 +1,38 @@
+"""JAX over two processes that share every weight: the same steps as in one, and a checkpoint that one goes on from."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+from lamda.training.metrics import read_metrics
+from tests.faults.harness import Place
+from tests.launch import ENVIRONMENT, ROOT, run_ranks
+
+
+def test_two_processes_train_as_one_and_one_goes_on(tmp_path, tokenizer_path):
+    place = Place.make(tmp_path, tokenizer_path)
+
+    def arguments(run: str, *more: str) -> list[str]:
+        own = ["--config", f"{tmp_path}/run.yaml", "--run.dir", f"{tmp_path}/{run}", "--run.compare_every", "2"]
+        fp32 = ["--deepspeed.config", "deepspeed/fp32.json", "--train.schedule", "inverse_sqrt"]
+        return ["scripts/pretrain_flax.py", *own, *fp32, *more]
+
+    def alone(*words: str) -> None:
+        environment = {**os.environ, **ENVIRONMENT}
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    alone(*arguments("one"))
+    for run, mesh in (("copies", []), ("cut", ["--flax.fsdp", "2"])):
+        ranks = run_ranks(arguments(run, *mesh, "--train.steps", "6"), world=2)
+        assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr[-3000:]
+        alone(*arguments(run))
+        rows, expected = (read_metrics(place.folder / each / "metrics.jsonl") for each in (run, "one"))
+        assert [row["batch_digest"] for row in rows] == [row["batch_digest"] for row in expected]
+        for name in ("loss", "grad_norm"):
+            given = ([row[name] for row in each] for each in (rows, expected))
+            np.testing.assert_allclose(*given, rtol=0, atol=1e-5, err_msg=f"{name} of {run}")
