@@ -1,8 +1,11 @@
 """The command `lamda`: what it says, and its exit codes."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -96,3 +99,42 @@ def test_config_show_prints_what_is_read_back(capsys, tmp_path):
     assert main(["config", "show", "--config", str(tmp_path / "shown.yaml")]) == 0
     assert capsys.readouterr().out == first
     assert "lr: 0.0001" in first
+
+
+def test_the_map_has_each_command_in_one_place():
+    assert sorted(name for names in cli.MAP.values() for name in names) == sorted(COMMANDS)
+
+
+def test_help_needs_neither_torch_nor_a_second():
+    code = (
+        "import sys; from lamda.cli import main; main(['--help']); "
+        "assert not {'torch', 'deepspeed', 'matplotlib', 'wandb', 'transformers'} & set(sys.modules)"
+    )
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    assert time.perf_counter() - began < 1
+
+
+def test_a_reader_that_leaves_a_command_early_ends_it_quietly():
+    """As `lamda runs DIR | head -1`: the code is what a shell gives to whoever a closed pipe ends."""
+    code = """\
+import sys
+from lamda import cli
+cli.COMMANDS["runs"] = cli.Command(lambda argv: [print("row", number) for number in range(100_000)] and 0, "", "")
+sys.exit(cli.main(["runs"]))"""
+    reader, writer = os.pipe()
+    command = subprocess.Popen([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert os.read(reader, 5).startswith(b"row")
+    os.close(reader)
+    assert command.communicate(timeout=20)[1] == ""
+    assert command.returncode == 141
+
+
+def test_a_broken_connection_is_not_taken_for_a_reader_that_left(monkeypatch):
+    def fail(argv):
+        raise BrokenPipeError("the connection to the hub")
+
+    monkeypatch.setitem(cli.COMMANDS, "runs", Command(fail, "", ""))
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere), pytest.raises(BrokenPipeError):
+        main(["runs"])
