@@ -18,14 +18,13 @@ def _roots() -> list[Path]:
 def find(path: str, *, among: str | None = None) -> Path:
     """The file called `path`: absolute, from the working directory, or among the package's copies.
 
-    among: a glob of the same search (`configs/*.yaml`). A path without a suffix that is no file stands for the one of that
-    name there: `tiny` for `configs/tiny.yaml`, `finetune/tiny` for the one in a folder of it.
+    among: a glob of the same search (`configs/*.yaml`). A path without a suffix that is no file stands for the one of
+    that name there: `tiny` for `configs/tiny.yaml`, `finetune/tiny` for the one in a folder of it.
     Raises `UserError`, naming every place that was tried, what there is, and what is nearest.
     """
     roots = _roots()
-    names = (
-        [path, among.replace("*", path)] if among and not Path(path).suffix and not Path(path).is_absolute() else [path]
-    )
+    is_name = not Path(path).suffix and not Path(path).is_absolute()
+    names = [path, among.replace("*", path)] if among and is_name else [path]
     candidates = [root / name for name in names for root in roots]
     for candidate in candidates:
         if candidate.is_file():
