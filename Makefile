@@ -5,7 +5,8 @@
 # make faults  two ranks through everything that may befall a run, each once (some 10 minutes)
 # make faults-full  the same in the numbers of docs/reliability.md (some 40 minutes)
 # make cluster  jobs on a SLURM and on two hosts that are made on this machine (needs root and Debian, else it skips)
-# make package-test  build the package, install it into an empty environment, train with it (some 5 minutes)
+# make package-test  build the package, install it into an empty environment, train with it (some 5 minutes);
+#                 DIST=FOLDER keeps what was built
 # make docs       build the documentation into build/site; links are checked (make docs-test runs its commands)
 # make lint       ruff, the layers contract, and the types of the public surface (mypy)
 
@@ -45,7 +46,7 @@ cluster: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -rs tests/slurm
 
 package-test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests/package
+	LAMDA_DIST=$(abspath $(DIST)) $(BIN)/python -m pytest tests/package
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict
