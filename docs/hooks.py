@@ -1,4 +1,4 @@
-"""What `mkdocs build` adds to the pages: those that the code itself tells, and the repository's files that pages link to."""
+"""What `mkdocs build` adds: pages that the code itself tells, and the repository's files that pages link to."""
 
 from __future__ import annotations
 
@@ -44,9 +44,10 @@ def configuration() -> str:
     """Every key with its type, default and meaning, from the schema that checks it."""
     parts = [
         "# Configuration",
-        "A run is one YAML file, keys nested by section; every key is also a flag, `--section.key VALUE`, which wins. A "
-        "preset fills in what neither sets. What is wrong is told all at once, with file, line and the nearest key. "
-        "`lamda config show --config FILE` prints what a file resolves to. Lists are written `[a, b]`; `null` is nothing.",
+        "A run is one YAML file, keys nested by section; every key is also a flag, `--section.key VALUE`, which wins. "
+        "A preset fills in what neither sets. What is wrong is told all at once, with file, line and the nearest key. "
+        "`lamda config show --config FILE` prints what a file resolves to. Lists are written `[a, b]`; `null` is "
+        "nothing.",
         "This page is made from `lamda/config/schema.py` whenever the documentation is built.",
         "```yaml\nrun:\n  dir: runs/mine\nmodel:\n  preset: 110m\ntrain:\n  tokens: 2.2e9\n```",
         f"Shipped files: {', '.join(f'`{path.stem}`' for path in sorted((ROOT / 'configs').glob('*.yaml')))}; a name "
@@ -69,23 +70,28 @@ def commands() -> str:
     parts = [
         "# Commands",
         "`lamda --help` shows this map, `lamda COMMAND --help` what stands here; `lamda completion bash|zsh|fish` "
-        "teaches your shell. Exit codes: 0 all went well, 1 it did not, 2 something that you can mend (told on standard "
-        "error, without a traceback), 75 a run that stopped when asked to, with everything saved, 130 Ctrl-C, 141 the "
-        "reader of a pipe has left. Colours appear at a terminal alone (`NO_COLOR` turns them off) and say nothing that "
-        "words do not.",
+        "teaches your shell. Exit codes: 0 all went well, 1 it did not, 2 something that you can mend (told on "
+        "standard error, without a traceback), 75 a run that stopped when asked to, with everything saved, 130 Ctrl-C, "
+        "141 the reader of a pipe has left. Colours appear at a terminal alone (`NO_COLOR` turns them off) and say "
+        "nothing that words do not.",
     ]
     for title, names in MAP.items():
         parts.append(f"## {title}")
         for name in names:
             command = COMMANDS[name]
             summary = command.summary[0].upper() + command.summary[1:]
-            told = "\n".join(filter(None, (f"lamda {name} {command.usage}", command.details and f"\n{command.details}")))
+            told = "\n".join(
+                filter(None, (f"lamda {name} {command.usage}", command.details and f"\n{command.details}"))
+            )
             parts += [f"### lamda {name}", f"{summary}.", f"```text\n{told}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
 def _place(name: str) -> str:
-    is_shown = Path(name).suffix not in ("", ".md")  # a browser shows it; Markdown would become a page with its own links
+    is_shown = Path(name).suffix not in (
+        "",
+        ".md",
+    )  # a browser shows it; Markdown would become a page with its own links
     return f"repository/{name}" if is_shown else f"repository/{name}.txt"
 
 
