@@ -107,7 +107,9 @@ COMMANDS = {
 exit code: 0 where the run fits, 1 where it does not""",
     ),
     "prepare": Command(
-        _main_of("lamda.data.prepare"), _CONFIG, "make the run's blocks ahead into data.blocks, with all cores"
+        _main_of("lamda.data.prepare"),
+        f"[--json] {_CONFIG}",
+        "make the run's blocks ahead into data.blocks, with all cores",
     ),
     "where": Command(
         _main_of("lamda.runs.where"),

@@ -27,8 +27,8 @@ ELSEWHERE = {
     "lamda serve": "`make serve-test` talks with it",
 }
 """What another suite runs."""
-ENDS = {"lamda doctor": (0, 1)}
-"""Exit codes of commands that judge this machine."""
+ENDS = {"lamda doctor": (0, 1), "lamda checkpoint diff": (0, 1)}
+"""Exit codes of commands whose code is a finding."""
 
 
 def runnable(page):
@@ -50,8 +50,8 @@ def place(tmp_path_factory):
         (programs / name).write_text(f"#!/bin/sh\n{code}\n")
         (programs / name).chmod(0o755)
     (folder / "texts").mkdir()
-    for name in ("one.jsonl", "held-out.jsonl"):
-        lines = [json.dumps({"text": f"{name} {number} " + "text of one's own, " * 60}) for number in range(200)]
+    for name, sources in {"one.jsonl": ROOT / "lamda", "held-out.jsonl": ROOT / "tests/config"}.items():
+        lines = [json.dumps({"text": path.read_text("utf-8")}) for path in sorted(sources.rglob("*.py"))]
         (folder / "texts" / name).write_text("\n".join(lines))
     shutil.copytree(ROOT / "docs", folder / "docs")
     shutil.copy(ROOT / "configs/cluster/slurm.yaml", folder / "my-site.yaml")
