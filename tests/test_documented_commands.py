@@ -104,7 +104,7 @@ def test_what_a_page_says_fits_the_code(page):
     [
         ("lamda pretain --config tiny", "no command lamda pretain"),
         ("lamda plan --config tiny --gpsu 8", "no option --gpsu"),
-        ("lamda plan --config tinny", "did you mean 'configs/tiny.yaml'"),
+        ("lamda plan --config tinny", "did you mean 'tiny'"),
         ("deepspeed scripts/pretrain.py --config configs/tiny.yaml --train.lrr 1", "no key --train.lrr"),
         ("deepspeed scripts/pretrain.py --config configs/tiny.yaml --train.lr fast", "train.lr"),
         ("lamda supervise -- deepspeed scripts/pretran.py --config configs/tiny.yaml", "no scripts/pretran.py"),

@@ -32,7 +32,7 @@ def find(path: str, *, among: str | None = None) -> Path:
     tried = list(dict.fromkeys(candidate.absolute() for candidate in candidates))
     known = sorted({str(hit.relative_to(root)) for root in roots for hit in root.glob(among)}) if among else []
     there_are = f"; there are {', '.join(known)}" if known else ""
-    there_are += nearest(names[-1], known)
+    there_are += nearest(Path(path).stem, {Path(name).stem for name in known})
     raise UserError(f"there is no file {path!r}: looked for {', '.join(map(str, tried))}{there_are}")
 
 

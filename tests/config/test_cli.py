@@ -11,6 +11,7 @@ import pytest
 
 from lamda import cli
 from lamda.cli import COMMANDS, Command, main
+from lamda.config.completion import options
 from lamda.config.errors import UserError
 
 
@@ -79,7 +80,8 @@ def test_wrong_configuration_exits_with_2_and_plain_lines():
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
         "--train.lrr: there is no such key; did you mean 'train.lr'?",
-        "--train.tokens: the run has no length: set train.steps or train.tokens (there is no --config FILE)",
+        "--train.tokens: the run has no length: set train.steps or train.tokens "
+        "(there is no --config FILE; a first run is --config tiny)",
     ]
 
 
@@ -140,3 +142,14 @@ def test_a_broken_connection_is_not_taken_for_a_reader_that_left(monkeypatch):
     monkeypatch.setitem(cli.COMMANDS, "runs", Command(fail, "", ""))
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere), pytest.raises(BrokenPipeError):
         main(["runs"])
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if "--config" not in command.usage])
+def test_help_tells_each_option_that_the_command_takes_and_no_other(name, capsys):
+    """The table is read without importing the commands; here their own parsers are asked."""
+    if name in ("completion", "supervise"):
+        pytest.skip("it has no options of a parser")
+    with pytest.raises(SystemExit):
+        COMMANDS[name].call(["--help"])
+    known = {word for word in options(capsys.readouterr().out) if word not in ("-h", "--help")}
+    assert set(options(f"{COMMANDS[name].usage}\n{COMMANDS[name].details}")) == known

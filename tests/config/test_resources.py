@@ -52,7 +52,7 @@ def test_a_missing_file_names_every_place_and_what_there_is(package):
         card_path("smal")
     assert str(Path("data/smal.yaml").absolute()) in str(caught.value)
     assert str(package / "data/smal.yaml") in str(caught.value)
-    assert str(caught.value).endswith("there are data/small.yaml; did you mean 'data/small.yaml'?")
+    assert str(caught.value).endswith("there are data/small.yaml; did you mean 'small'?")
 
 
 def test_a_card_is_a_name_or_a_path(package):
@@ -69,7 +69,7 @@ def test_a_name_stands_for_a_file_of_the_package(package, tmp_path):
     assert find("finetune/tiny", among="configs/*.yaml") == package / "configs/finetune/tiny.yaml"
     with pytest.raises(UserError):
         find("tiny.yaml", among="configs/*.yaml")
-    with pytest.raises(UserError, match=r"there are configs/tiny.yaml; did you mean 'configs/tiny.yaml'\?"):
+    with pytest.raises(UserError, match=r"there are configs/tiny.yaml; did you mean 'tiny'\?"):
         find("tinny", among="configs/*.yaml")
     Path("tiny").write_text("mine")
     assert find("tiny", among="configs/*.yaml").read_text() == "mine"

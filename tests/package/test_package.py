@@ -102,7 +102,7 @@ def test_configurations_and_cards_come_with_the_package(environment, tmp_path):
     for path in (ROOT / "configs").glob("*.yaml"):
         run(environment / "lamda", "config", "show", "--config", path.stem, cwd=tmp_path)
     told = run(environment / "lamda", "config", "show", "--config", "tinny", cwd=tmp_path, code=2)
-    assert "did you mean 'configs/tiny.yaml'?" in told
+    assert "did you mean 'tiny'?" in told
 
 
 def test_a_model_is_trained_and_used_without_the_repository(environment, tmp_path):
