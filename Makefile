@@ -5,14 +5,17 @@
 # make faults  two ranks through everything that may befall a run, each once (some 10 minutes)
 # make faults-full  the same in the numbers of docs/reliability.md (some 40 minutes)
 # make cluster  jobs on a SLURM and on two hosts that are made on this machine (needs root and Debian, else it skips)
-# make lint       ruff and the layers contract
+# make package-test  build the package, install it into an empty environment, train with it (some 5 minutes);
+#                 DIST=FOLDER keeps what was built
+# make docs       build the documentation into build/site; links are checked (make docs-test runs its commands)
+# make lint       ruff, the layers contract, and the types of the public surface (mypy)
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/tiny.yaml
 
-.PHONY: pretrain test serve-test test-long faults faults-full cluster lint clean
+.PHONY: pretrain test serve-test test-long faults faults-full cluster package-test docs docs-test lint clean
 
 pretrain: $(VENV)/.installed
 	$(BIN)/deepspeed --num_gpus 1 scripts/pretrain.py --config $(CONFIG)
@@ -42,10 +45,20 @@ cluster: $(VENV)/.installed-dev
 	fi
 	$(BIN)/python -m pytest -rs tests/slurm
 
+package-test: $(VENV)/.installed-dev
+	LAMDA_DIST=$(abspath $(DIST)) $(BIN)/python -m pytest tests/package
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict
+
+docs-test: $(VENV)/.installed-docs
+	$(BIN)/python -m pytest -rs tests/docs
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +67,10 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 clean:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from lamda import __version__
+from lamda.config.completion import SHELLS, script
 from lamda.config.errors import UserError
 from lamda.config.help import help_text, to_yaml
 from lamda.config.loading import load_config, wants_help
@@ -39,6 +41,13 @@ def _train_tokenizer(argv: list[str]) -> None:
 
 def _show_config(argv: list[str]) -> None:
     _say(to_yaml(load_config(argv)).rstrip("\n"))
+
+
+def _complete(argv: list[str]) -> None:
+    if len(argv) != 1 or argv[0] not in SHELLS:
+        raise UserError(f"lamda completion takes the name of your shell: {', '.join(SHELLS)}")
+    told = {name: (f"{command.usage}\n{command.details}", command.summary) for name, command in COMMANDS.items()}
+    _say(script(argv[0], told).rstrip("\n"))
 
 
 COMMANDS = {
@@ -98,7 +107,9 @@ COMMANDS = {
 exit code: 0 where the run fits, 1 where it does not""",
     ),
     "prepare": Command(
-        _main_of("lamda.data.prepare"), _CONFIG, "make the run's blocks ahead into data.blocks, with all cores"
+        _main_of("lamda.data.prepare"),
+        f"[--json] {_CONFIG}",
+        "make the run's blocks ahead into data.blocks, with all cores",
     ),
     "where": Command(
         _main_of("lamda.runs.where"),
@@ -192,19 +203,51 @@ IN                     .jsonl, .jsonl.zst, .jsonl.gz or .json, as published
     ),
     "tokenizer train": Command(_train_tokenizer, _CONFIG, "train the run's tokenizer from its training files"),
     "config show": Command(_show_config, _CONFIG, "print the whole configuration that file and flags resolve to"),
+    "completion": Command(
+        _complete,
+        "bash|zsh|fish",
+        "print what makes your shell complete commands, options and keys",
+        """\
+bash                   lamda completion bash > ~/.local/share/bash-completion/completions/lamda
+zsh                    lamda completion zsh > ~/.lamda-completion && echo 'source ~/.lamda-completion' >> ~/.zshrc
+fish                   lamda completion fish > ~/.config/fish/completions/lamda.fish""",
+    ),
+}
+
+# What `lamda --help` shows: the commands by what a person wants. Each has one place here.
+MAP: dict[str, tuple[str, ...]] = {
+    "Before a run": ("doctor", "plan", "config show", "tokenizer train", "prepare"),
+    "Train": ("pretrain", "finetune", "supervise", "submit", "prove-resume"),
+    "Look at runs": ("runs", "watch", "plot", "where"),
+    "Checkpoints": ("checkpoint ls", "checkpoint show", "checkpoint verify", "checkpoint diff"),
+    "Measure": ("evaluate", "dialog evaluate"),
+    "Use a model": ("generate", "chat", "serve"),
+    "Data for dialogue": ("dialog convert", "dialog research-data"),
+    "Your shell": ("completion",),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `lamda ARGV`; 0 on success, 2 where the user can mend something (told on stderr), 130 on Ctrl-C."""
+    """Runs `lamda ARGV`.
+
+    Returns 0 on success, 2 where the user can mend something (told on stderr), 130 on Ctrl-C, 141 where the reader
+    of standard output has left (`lamda runs DIR | head -1`), or what the command gives.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(words) or 0
+        code = _run(words) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        if not _reader_has_left():
+            raise  # a connection of the command's own
+        _silence()
+        return 141
 
 
 def _run(words: list[str]) -> int | None:
@@ -226,8 +269,19 @@ def _run(words: list[str]) -> int | None:
 def _say(text: str) -> None:
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough; nothing is left to flush at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
+        _silence()
+
+
+def _reader_has_left() -> bool:
+    standard_output = select.poll()
+    standard_output.register(sys.stdout.fileno(), 0)  # errors are always reported
+    return bool(standard_output.poll(0))
+
+
+def _silence() -> None:
+    """Send what is still buffered nowhere, so that nothing fails at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _help(command: Command, name: str) -> str:
@@ -236,12 +290,16 @@ def _help(command: Command, name: str) -> str:
 
 
 def _overview(group: list[str]) -> str:
-    """The commands, or those of a group such as `tokenizer`; raises UserError where there is no such group."""
-    chosen = {name: command for name, command in COMMANDS.items() if name.split()[: len(group)] == group}
+    """The map of the commands, or a group such as `tokenizer`; raises UserError where there is no such group."""
+    chosen = [name for name in COMMANDS if name.split()[: len(group)] == group]
     if not chosen:
         raise _unknown(group)
-    lines = [f"  lamda {name:<21}{command.summary}" for name, command in chosen.items()]
-    return "\n".join(["usage: lamda COMMAND [ARGUMENTS]; `lamda COMMAND --help` says more", "", *lines])
+    parts = ["usage: lamda COMMAND [ARGUMENTS]; `lamda COMMAND --help` says more"]
+    for title, names in ({"": tuple(chosen)} if group else MAP).items():
+        lines = [f"  lamda {name:<22}{COMMANDS[name].summary}" for name in names]
+        parts.append("\n".join([title, *lines] if title else lines))
+    end = [] if group else ["A first run, minutes on two CPU cores: lamda pretrain --config tiny"]
+    return "\n\n".join(parts + end)
 
 
 def _unknown(words: list[str]) -> UserError:

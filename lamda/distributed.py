@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from lamda.config.errors import UserError
 
@@ -267,7 +267,7 @@ def on_main(world: World, action: Callable[[], T]) -> T:
         raise failure
     if failed:
         raise ReportedElsewhereError("rank 0 tells the reason")
-    return result
+    return cast("T", result)
 
 
 def agree(world: World, action: Callable[[], T]) -> T:
@@ -280,5 +280,5 @@ def agree(world: World, action: Callable[[], T]) -> T:
     failures = gather(None if failure is None else str(failure))
     first = next((message for message in failures if message is not None), None)
     if first is None:
-        return result
+        return cast("T", result)
     raise UserError(first) if world.is_main else ReportedElsewhereError(first)

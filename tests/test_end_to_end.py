@@ -193,6 +193,8 @@ def test_prepared_blocks_give_the_same_samples(place, straight, capsys):
     told = capsys.readouterr().out
     assert "bytes/token" in told
     assert "cuts: pieces that go on" in told
+    assert prepare_command(["--json", *flags, "--run.dir", str(place / "prepared")]) == 0
+    assert json.loads(capsys.readouterr().out)["blocks"] > 0
     config = load_config(flags)
     corpus, tokenizer = open_corpus(config.data), Tokenizer.load(config.tokenizer.path)
     ready = BlockFolder.of(config.data.blocks, fingerprint(corpus, config, tokenizer))

@@ -30,7 +30,7 @@ def help_text() -> str:
         parts += textwrap.wrap(f"{section}: {inspect.getdoc(model)}", _WIDTH)
         for key, field in model.model_fields.items():
             words = choices(field) if kind(field) == "choice" else ()
-            meaning = f"{field.description} ({', '.join(words)})" if words else field.description
+            meaning = f"{field.description} ({', '.join(words)})" if words else field.description or ""
             head = (
                 f"  --{section}.{key}".ljust(names) + kind(field).ljust(kinds) + _shown(field.default).ljust(defaults)
             )

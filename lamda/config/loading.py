@@ -28,7 +28,7 @@ def load_config(argv: Sequence[str]) -> Config:
     problems: list[Problem] = []
     file, flags = _read_flags(argv, problems)
     settings, sections = SCHEMA.read(file, problems) if file else Contents({}, {})
-    elsewhere = None if file else (flag_place(len(argv)), "there is no --config FILE")
+    elsewhere = None if file else (flag_place(len(argv)), "there is no --config FILE; a first run is --config tiny")
     return SCHEMA.build(Contents(settings | flags, sections), problems, elsewhere=elsewhere)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from lamda.config.errors import UserError
+from lamda.config.presets import nearest
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -17,16 +18,21 @@ def _roots() -> list[Path]:
 def find(path: str, *, among: str | None = None) -> Path:
     """The file called `path`: absolute, from the working directory, or among the package's copies.
 
-    `among` is a glob of the same search (`configs/*.yaml`) whose hits the error lists.
-    Raises `UserError`, naming every place that was tried.
+    among: a glob of the same search (`configs/*.yaml`). A path without a suffix that is no file stands for the one of
+    that name there: `tiny` for `configs/tiny.yaml`, `finetune/tiny` for the one in a folder of it.
+    Raises `UserError`, naming every place that was tried, what there is, and what is nearest.
     """
     roots = _roots()
-    tried = list(dict.fromkeys((root / path).absolute() for root in roots))
-    for candidate in (root / path for root in roots):
+    is_name = not Path(path).suffix and not Path(path).is_absolute()
+    names = [path, among.replace("*", path)] if among and is_name else [path]
+    candidates = [root / name for name in names for root in roots]
+    for candidate in candidates:
         if candidate.is_file():
             return candidate
+    tried = list(dict.fromkeys(candidate.absolute() for candidate in candidates))
     known = sorted({str(hit.relative_to(root)) for root in roots for hit in root.glob(among)}) if among else []
     there_are = f"; there are {', '.join(known)}" if known else ""
+    there_are += nearest(Path(path).stem, {Path(name).stem for name in known})
     raise UserError(f"there is no file {path!r}: looked for {', '.join(map(str, tried))}{there_are}")
 
 

@@ -308,4 +308,5 @@ class Config(Section):
         """Optimiser steps of the whole run."""
         if self.train.steps is not None:
             return self.train.steps
+        assert self.train.tokens is not None, "checked by TrainConfig"
         return -(-self.train.tokens // (self.train.global_batch_size * self.data.sequence_length))

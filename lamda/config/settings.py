@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -75,7 +75,7 @@ class Schema(Generic[Whole]):
     def __init__(self, model: type[Whole], *, flag: str, among: str) -> None:
         self.model, self.flag, self.among = model, flag, among
         self.sections: Mapping[str, type[Section]] = {
-            name: field.annotation for name, field in model.model_fields.items()
+            name: cast("type[Section]", field.annotation) for name, field in model.model_fields.items()
         }
         self.keys: Mapping[str, FieldInfo] = {
             f"{name}.{key}": field
@@ -89,7 +89,7 @@ class Schema(Generic[Whole]):
 
         def likeness(key: str) -> tuple[float, float]:
             of_section, of_last = key.split(".")
-            described = _alike(last.replace("_", " "), self.keys[key].description.partition(";")[0])
+            described = _alike(last.replace("_", " "), (self.keys[key].description or "").partition(";")[0])
             whole = 0.0 if section else _alike(name, key)
             return max(_alike(last, of_last), described, whole), _alike(section, of_section)
 
@@ -117,16 +117,16 @@ class Schema(Generic[Whole]):
             whole = self.model.model_validate(values)
         except ValidationError as error:
             for each in error.errors(include_url=False):
-                section, key, *item = each["loc"]
+                section, key, *item = map(str, each["loc"])
                 name = f"{section}.{key}"
-                setting = contents.settings.get(name)
-                place = setting.place if setting else contents.sections.get(section)
-                text = " ".join([f"item {number + 1}" for number in item] + [_plain(each)])
+                written = contents.settings.get(name)
+                place = written.place if written else contents.sections.get(section)
+                text = " ".join([f"item {int(number) + 1}" for number in item] + [_plain(each)])
                 if place:
                     problems.append(Problem(place, name, text))
                 elif elsewhere:
                     problems.append(Problem(elsewhere[0], name, f"{text} ({elsewhere[1]})"))
-        if problems:
+        if problems or whole is None:
             raise ConfigError("\n".join(map(str, sorted(problems))))
         return whole
 
@@ -138,8 +138,9 @@ def flag_place(position: int) -> Place:
 
 def kind(field: FieldInfo) -> Kind:
     """What a key takes, in plain words."""
-    names = {int: "integer", float: "number", bool: "boolean", str: "text", Literal: "choice", tuple: "list"}
-    return next(names[get_origin(member) or member] for member in _members(field.annotation))
+    kinds: dict[Any, Kind] = {int: "integer", float: "number", bool: "boolean", str: "text"}
+    kinds |= {Literal: "choice", tuple: "list"}
+    return next(kinds[get_origin(member) or member] for member in _members(field.annotation))
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
@@ -184,6 +185,7 @@ class _Reading:
         self._schema, self._problems = schema, problems
         self.settings: dict[str, Setting] = {}
         self.sections: dict[str, Place] = {}
+        self._path: Path | None = None
         root = self._open(name)
         if self._path is not None:
             self.sections = dict.fromkeys(schema.sections, Place(0, 0, f"{self._path}: "))
@@ -192,7 +194,7 @@ class _Reading:
 
     def _open(self, name: str) -> yaml.Node | None:
         """The file's root; `_path` is set where there is one that can be read."""
-        self._path, at_flag = None, (flag_place(-1), self._schema.flag)
+        at_flag = flag_place(-1), self._schema.flag
         try:
             path = find(name, among=self._schema.among)
             root = yaml.compose(path.read_text("utf-8"), Loader=yaml.SafeLoader)
@@ -256,7 +258,7 @@ class _Reading:
         return f"there is no such section, and keys stand in sections{schema.nearest_key(name)}"
 
 
-def _line(path: Path, line: int) -> Place:
+def _line(path: Path | None, line: int) -> Place:
     return Place(0, line, f"{path}:{line}: ")
 
 

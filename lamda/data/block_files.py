@@ -77,6 +77,7 @@ class BlockFolder:
         if number == 0:
             return Cursor()
         file = self._file_with(lane, number - 1)
+        assert file is not None, "the caller made sure that it is ready"
         return next(after for _, after in file.read_from(number - 1))
 
     def _lane(self, lane: int) -> Path:
@@ -128,14 +129,21 @@ class _BlockFile:
 
     def _block(self, data: NDArray[np.uint8], entry: dict[str, Any], domains: list[str]) -> tuple[Block, Cursor]:
         part = data[entry["start"] : entry["start"] + entry["length"]]
-        if sha256(part).hexdigest() != entry["sha256"]:
+        if sha256(part.data).hexdigest() != entry["sha256"]:
             raise self._damaged()
         arrays = {}
         for name, (dtype, shape, start) in entry["arrays"].items():
             kind = {"RUN": RUN, "DOCUMENT": DOCUMENT}.get(dtype) or np.dtype(dtype)
             arrays[name] = np.frombuffer(part, kind, int(np.prod(shape)), start).reshape(shape)
         documents = tuple(
-            Document("", domains[row["domain"]], *(int(row[name]) for name in ("epoch", "file", "line", "byte")))
+            Document(
+                text="",
+                domain=domains[row["domain"]],
+                epoch=int(row["epoch"]),
+                file=int(row["file"]),
+                line=int(row["line"]),
+                byte=int(row["byte"]),
+            )
             for row in arrays["documents"]
         )
         block = Block(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -216,7 +216,8 @@ def _lay_out(
     padding: int,
 ) -> Block:
     """Stretches at their (row, start), padding after the last of each row; rows are then permuted."""
-    shape, runs = (packing.rows, packing.row_length), []
+    shape = (packing.rows, packing.row_length)
+    runs: list[tuple[Any, Any, Any, int, int]] = []
     ids, scored = np.full(shape, padding, np.uint32), np.zeros(shape, bool)
     filled = np.zeros(packing.rows, np.int64)
     place_of = np.argsort(permutation(packing.rows, packing.seed, lane, number))

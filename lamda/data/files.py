@@ -7,9 +7,8 @@ here and in `remote`, because a reader that retries or ends above its decompress
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -163,7 +162,7 @@ def _decompressed(file: File, *, skip: int) -> Iterator[bytes]:
     if file.url.endswith(".zst"):
         chunks = _inflate(_raw(file), lambda: zstandard.ZstdDecompressor().decompressobj(), file)
     elif file.url.endswith(".gz"):
-        chunks = _inflate(_raw(file), partial(zlib.decompressobj, wbits=31), file)
+        chunks = _inflate(_raw(file), lambda: zlib.decompressobj(wbits=31), file)
     else:
         yield from _raw(file, start=skip)
         return
@@ -174,13 +173,14 @@ def _decompressed(file: File, *, skip: int) -> Iterator[bytes]:
 
 
 class _Decompressor(Protocol):
-    eof: bool
-    unused_data: bytes
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, /) -> bytes: ...
 
-    def decompress(self, data: bytes) -> bytes: ...
 
-
-def _inflate(raw: Iterable[bytes], new: partial[_Decompressor], file: File) -> Iterator[bytes]:
+def _inflate(raw: Iterable[bytes], new: Callable[[], _Decompressor], file: File) -> Iterator[bytes]:
     frame: _Decompressor | None = None
     try:
         for compressed in raw:
@@ -225,6 +225,6 @@ def _headers(file: File) -> dict[str, str]:
     """The user's token, for the hub alone."""
     if not file.url.startswith("hf://"):
         return {}
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     return build_hf_headers()

@@ -12,7 +12,8 @@ from datasets import IterableDataset, load_dataset
 from lamda.config.errors import UserError
 from lamda.data.card import Source
 from lamda.data.documents import Document, Form, RawText, at
-from lamda.data.files import LONGEST_LINE, DataError, File, read_all, read_lines
+from lamda.data.errors import DataError
+from lamda.data.files import LONGEST_LINE, File, read_all, read_lines
 from lamda.data.quarantine import BadLine, Tally, bad_line
 
 FEWEST, MOST = 8, 64

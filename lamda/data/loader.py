@@ -224,7 +224,8 @@ class Loader:
 
 
 def _stacked(rows: Sequence[MicroBatch]) -> MicroBatch:
-    documents = None if rows[0].documents is None else np.stack([row.documents for row in rows])
+    separated = [row.documents for row in rows if row.documents is not None]
+    documents = np.stack(separated) if separated else None
     ids, scored, domains = (np.stack([getattr(row, name) for row in rows]) for name in ("ids", "scored", "domains"))
     return MicroBatch(ids, scored, domains, documents)
 

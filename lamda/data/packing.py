@@ -133,7 +133,8 @@ def _lengths_that_sum_to(total: int, stock: dict[int, list[int]], *, without: in
     Subset sum by dynamic programming; bit s of `reached` says that a sum s can be had. Longest first, so
     that the shortest used is as long as can be: short stretches fit nearly anywhere and serve later rows.
     """
-    reached, steps = 1, []
+    reached = 1
+    steps: list[tuple[int, int]] = []
     for length in sorted((length for length in stock if length <= total), reverse=True):
         for _ in range(min(len(stock[length]) - (length == without), total // length)):
             if reached >> (total - length) & 1:

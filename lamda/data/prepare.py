@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
+from lamda.config.progress import Progress
 from lamda.config.schema import Config
 from lamda.data.block_files import GROUP, BlockFolder
 from lamda.data.blocks import Block, Packing
@@ -24,8 +24,6 @@ from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of
 from lamda.data.lanes import Lane
 from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
-
-_COLUMNS = (TextColumn("blocks"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
 
 
 @dataclass
@@ -75,8 +73,9 @@ class Summary:
 
 
 def main(argv: list[str]) -> int:
-    """`--config FILE [--section.key VALUE ...]` with `data.blocks` set; raises UserError."""
-    config = load_config(argv)
+    """`[--json] --config FILE [--section.key VALUE ...]` with `data.blocks` set; raises UserError."""
+    as_json = "--json" in argv
+    config = load_config([word for word in argv if word != "--json"])
     if config.data.blocks is None:
         raise UserError("data.blocks: name the folder that the blocks go to")
     corpus = open_corpus(config.data)
@@ -88,8 +87,11 @@ def main(argv: list[str]) -> int:
     tokenizer = ensure_tokenizer(config, target=target, corpus=corpus)
     folder = BlockFolder.of(config.data.blocks, fingerprint(corpus, config, tokenizer))
     summary = prepare(corpus, folder, config=config, tokenizer=target)
-    print("\n".join(summary.table()))
-    print(f"ready in {folder.path}")
+    if as_json:
+        print(json.dumps({"folder": str(folder.path), **asdict(summary)}, indent=1))
+    else:
+        print("\n".join(summary.table()))
+        print(f"ready in {folder.path}")
     return 0
 
 
@@ -101,9 +103,8 @@ def prepare(corpus: Corpus, folder: BlockFolder, *, config: Config, tokenizer: P
     workers = len(os.sched_getaffinity(0))
     with (
         ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
-        Progress(*_COLUMNS, console=Console()) as bar,
+        Progress("making blocks", total=int(counts.sum()), unit="blocks") as shown,
     ):
-        task = bar.add_task("blocks", total=int(counts.sum()))
 
         def fill(lane: Lane, number: int) -> Future[tuple[Lane, int, Summary]]:
             return pool.submit(_fill, lane, number, int(counts[lane.index]), folder, packing, tokenizer)
@@ -113,7 +114,7 @@ def prepare(corpus: Corpus, folder: BlockFolder, *, config: Config, tokenizer: P
             done, coming = wait(coming, return_when=FIRST_COMPLETED)
             for lane, number, part in (each.result() for each in done):
                 summary.merge(part)
-                bar.advance(task, part.blocks)
+                shown.advance(part.blocks)
                 if number < counts[lane.index]:
                     coming.add(fill(lane, number))
     return summary

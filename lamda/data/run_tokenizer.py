@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lamda.config.errors import UserError
+from lamda.config.progress import Progress
 from lamda.config.schema import Config
 from lamda.data.corpus import Corpus, open_corpus
 from lamda.data.tokenizer import Tokenizer
@@ -52,11 +53,15 @@ def train_run_tokenizer(config: Config) -> Path:
 
 def _sample(corpus: Corpus, *, limit: int) -> Iterator[str]:
     """Documents from all lanes in turn, until `limit` bytes of them."""
-    for document in corpus.documents_once():
-        yield document.text
-        limit -= len(document.text.encode())
-        if limit <= 0:
-            return
+    left = limit
+    with Progress("reading text for the tokenizer", total=limit, unit="bytes") as shown:
+        for document in corpus.documents_once():
+            yield document.text
+            size = len(document.text.encode())
+            shown.advance(min(size, left))
+            left -= size
+            if left <= 0:
+                return
 
 
 def _checked(tokenizer: Tokenizer, config: Config, path: Path) -> Tokenizer:

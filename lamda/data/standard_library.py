@@ -58,7 +58,7 @@ def write_corpus(folder: str | Path, *, shards: int = 8) -> None:
 
 def _sources(library: Path) -> dict[PurePath, str]:
     """Text of every source file that can be decoded and is not empty, by path from `library`."""
-    sources = {}
+    sources: dict[PurePath, str] = {}
     for path in library.rglob("*.py"):
         name = path.relative_to(library)
         if _INSTALLED.intersection(name.parts):
@@ -77,7 +77,8 @@ def _sources(library: Path) -> dict[PurePath, str]:
 
 def _split(sources: dict[PurePath, str]) -> tuple[list[bytes], list[bytes]]:
     """Lines of training and of held-out documents, each in an order that only hashes of the paths decide."""
-    train, held_out = [], []
+    train: list[bytes] = []
+    held_out: list[bytes] = []
     for name, text in sorted(sources.items(), key=lambda source: _digest(source[0])):
         domain = "Python tests" if _TEST_FOLDERS.intersection(name.parts[:-1]) else "Python library"
         line = orjson.dumps({"text": text, "meta": {"pile_set_name": domain}}) + b"\n"

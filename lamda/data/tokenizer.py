@@ -144,7 +144,7 @@ class Tokenizer:
 
     def _encode_words(self, texts: Sequence[str], *, threads: int) -> list[np.ndarray]:
         """As `encode_documents`, for texts without U+2581: only words that are not remembered are encoded."""
-        if self._kept > _KEPT:
+        if self._words is None or self._kept > _KEPT:
             self._words, self._kept = self._white_space(), 0
         known = self._words
         documents = [_WORD.findall(text) for text in texts]

@@ -11,6 +11,7 @@ import torch
 
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
+from lamda.config.progress import Progress
 from lamda.data.card import load_card
 from lamda.data.held_out import HeldOut
 from lamda.data.tokenizer import Tokenizer
@@ -50,8 +51,10 @@ def evaluate_checkpoint(
     model = LoadedModel(load_model(path, config.model).to(device))
     tokenizer = Tokenizer.load(path / "tokenizer.model")
     held_out = HeldOut(sources, tokenizer, config.data.sequence_length, Conversations.of(config))
-    with torch.no_grad():
-        scores = HeldOutDialogues(held_out).score(
-            model, device=device, micro_batch=config.train.micro_batch_size, rows=examples
+    dialogues = HeldOutDialogues(held_out)
+    count = len(dialogues.items[:examples])
+    with torch.no_grad(), Progress("evaluating", total=count, unit="examples") as shown:
+        scores = dialogues.score(
+            model, device=device, micro_batch=config.train.micro_batch_size, rows=examples, scored=shown.advance
         )
     return {"checkpoint": str(path), **scores.report()}

@@ -112,6 +112,7 @@ class HeldOutDialogues:
         world: int = 1,
         rows: int | None = None,
         total: Callable[[NDArray[np.float64]], NDArray[np.float64]] = lambda sums: sums,
+        scored: Callable[[int], object] = lambda examples: None,
     ) -> DialogScores:
         """Score the first `rows` examples (default: all), shared among the ranks; keywords as for text.
 
@@ -127,6 +128,7 @@ class HeldOutDialogues:
             values = _score([items[place] for place in batch], model, ratings_ids, device=device)
             if first + rank < len(batches):
                 found[:, batch] = values
+                scored(len(batch))
         return _summed(items, total(found))
 
 

@@ -134,6 +134,7 @@ class _Layer:
     def attend(self, q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, table_RH: Tensor | None) -> Tensor:
         """See `lamda.model.attention.KeyValues`."""
         table_RH = self.shared_RH if table_RH is None else table_RH
+        assert table_RH is not None, "a table is shared where a layer has none"
         wide_RH = table_RH.to(torch.promote_types(table_RH.dtype, torch.float32))
         by_bucket_HR = torch.cat([wide_RH, wide_RH.new_full((1, wide_RH.shape[1]), -inf)]).T.contiguous()
         counts = [len(places.rows) for places in self.groups]

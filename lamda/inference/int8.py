@@ -33,6 +33,9 @@ def to_int8(model: LaMDA) -> LaMDA:
 class Int8Matrix(nn.Module):
     """A matrix [outputs, inputs], and a scale an output."""
 
+    weight: Tensor
+    scale: Tensor
+
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         scale = (weight.float().abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny).to(weight.dtype)

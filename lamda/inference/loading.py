@@ -26,7 +26,9 @@ def find_checkpoint(path: Path) -> Path:
     latest = path / "checkpoints" / "LATEST"
     newest = latest.parent / latest.read_text("utf-8").strip() if latest.is_file() else path
     if not (newest / WEIGHTS).is_file():
-        raise UserError(f"{path}: neither a checkpoint nor a run that has one")
+        raise UserError(
+            f"{path}: neither a checkpoint nor a run that has one; `lamda runs DIR` lists the runs below a folder"
+        )
     return newest
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 ROWS = 256
 """Rows of logits that are widened at a time."""
@@ -46,14 +48,14 @@ class _CrossEntropy(torch.autograd.Function):
     """(nats, logsumexp) of each of N rows. Wide copies exist for a few rows at a time, in both directions."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
         nats_N, partition_N = _losses(logits_NV, targets_N)
         ctx.save_for_backward(logits_NV, targets_N, partition_N)
         return nats_N, partition_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, d_nats_N: Tensor, d_partition_N: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, d_nats_N: Tensor, d_partition_N: Tensor) -> tuple[Tensor, None]:
         logits_NV, targets_N, partition_N = ctx.saved_tensors
         return _d_logits(logits_NV, targets_N, partition_N, d_nats_N, d_partition_N), None
 
@@ -62,7 +64,7 @@ class _Head(torch.autograd.Function):
     """The same of x W^T. The gradient of W adds up in the loss's precision."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
         pieces = zip(x_ND.split(HEAD_ROWS), targets_N.split(HEAD_ROWS), strict=True)
         losses = [_losses(x @ weight_VD.T, targets) for x, targets in pieces]
         nats_N, partition_N = (torch.cat(parts) for parts in zip(*losses, strict=True))
@@ -71,7 +73,7 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, d_nats_N: Tensor, d_partition_N: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, d_nats_N: Tensor, d_partition_N: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x_ND, weight_VD, targets_N, partition_N = ctx.saved_tensors
         d_x_ND = torch.empty_like(x_ND)
         is_trained = ctx.needs_input_grad[1]
@@ -82,9 +84,9 @@ class _Head(torch.autograd.Function):
         ):
             d_logits = _d_logits(x @ weight_VD.T, targets, partition, d_nats, d_partition)
             torch.mm(d_logits, weight_VD, out=d_x)
-            if is_trained:
+            if d_weight_VD is not None:
                 d_weight_VD += d_logits.T @ x
-        return d_x_ND, d_weight_VD.to(weight_VD.dtype) if is_trained else None, None
+        return d_x_ND, None if d_weight_VD is None else d_weight_VD.to(weight_VD.dtype), None
 
 
 def _losses(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:

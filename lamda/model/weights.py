@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from lamda.config import ModelConfig
 from lamda.config.errors import UserError
@@ -66,7 +66,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def export_weights(model: nn.Module) -> dict[str, Tensor]:
     """See `LaMDA.export_weights`."""
-    slices = plain_slices(model.config)
+    slices = plain_slices(cast("ModelConfig", model.config))
     return {
         plain.name: parameter.detach().view(-1)[plain.start : plain.start + plain.numel].view(plain.shape)
         for packed, parameter in model.named_parameters()

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="a JSON array, an object a checkpoint")
     options = parser.parse_args(argv)
     if not options.run.is_dir():
-        raise UserError(f"{options.run}: there is no such folder")
+        raise UserError(f"{options.run}: there is no such folder; `lamda runs DIR` lists the runs below one")
     every = _kept_every(RunDirectory(options.run))
     seen = map(glance, all_checkpoints(options.run))
     found = [(saved, every is not None and saved.step % every == 0) for saved in seen]

@@ -9,21 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
 from lamda.config.errors import UserError
+from lamda.config.progress import Progress
 from lamda.runs.checkpoints import NAME, NAME_HELP, PRUNED, find_checkpoints, glance, read_manifest
 from lamda.runs.tables import show_table, size_of
 from lamda.training import manifest
-
-COLUMNS = (
-    TextColumn("{task.description}"),
-    BarColumn(),
-    DownloadColumn(),
-    TransferSpeedColumn(),
-    TimeRemainingColumn(),
-)
 
 
 @dataclass(frozen=True)
@@ -48,12 +38,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="a JSON array, an object a checkpoint")
     options = parser.parse_args(argv)
     paths = find_checkpoints(options.name)
-    with Progress(*COLUMNS, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=sum(glance(path).bytes for path in paths))
-        verdicts = []
-        for path in paths:
-            progress.update(task, description=path.name)
-            verdicts.append(verify(path, checked=lambda size: progress.advance(task, size)))
+    with Progress("verifying", total=sum(glance(path).bytes for path in paths), unit="bytes") as shown:
+        verdicts = [verify(path, checked=shown.advance) for path in paths]
     if options.json:
         print(json.dumps([vars(verdict) for verdict in verdicts], indent=1))
     else:

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="a JSON array, an object a run")
     options = parser.parse_args(argv)
     if not options.folder.is_dir():
-        raise UserError(f"{options.folder}: there is no such folder")
+        raise UserError(f"{options.folder}: there is no such folder; name one that holds runs, such as runs")
     runs = sorted((_look(path) for path in find_runs(options.folder)), key=lambda each: each[0], reverse=True)
     if options.json:
         print(json.dumps([asdict(summary) for _, summary, _ in runs], indent=1))

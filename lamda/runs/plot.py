@@ -88,7 +88,7 @@ def _check(file: Path, smooth: int) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise UserError(f"lamda plot needs matplotlib ({error}); pip install 'open-lamda[plot]'") from error
+        raise UserError(f"lamda plot needs matplotlib ({error}); pip install 'lamda-pytorch[plot]'") from error
 
 
 def read_curves(runs: Sequence[Path], metrics: Sequence[str], *, x: str) -> dict[str, list[Curve]]:

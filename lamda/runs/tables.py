@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from rich import box
+from rich import box, filesize
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -47,11 +47,7 @@ def duration(seconds: float | None) -> str:
 
 def size_of(count: float) -> str:
     """Bytes with a unit of thousands, `28.4 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+    return filesize.decimal(round(count))
 
 
 def of_total(step: int | None, steps: int | None) -> str:

@@ -62,7 +62,9 @@ def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
     Raises UserError for a step that the run does not have, or text that is not the run's any more.
     """
     if not directory.config.is_file():
-        raise UserError(f"{directory.path}: no run is here (no config.yaml)")
+        raise UserError(
+            f"{directory.path}: no run is here (no config.yaml); `lamda runs DIR` lists the runs below a folder"
+        )
     config = load_config(["--config", str(directory.config)])
     states = [RunState.read(path / "run_state.json") for path in complete(directory.checkpoints)]
     corpus = open_corpus(config.data, form=form_of(config))

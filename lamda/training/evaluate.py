@@ -11,6 +11,7 @@ import torch
 
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
+from lamda.config.progress import Progress
 from lamda.data.card import load_card
 from lamda.data.held_out import HeldOut
 from lamda.data.tokenizer import Tokenizer
@@ -39,6 +40,9 @@ def evaluate_checkpoint(path: Path, *, files: str | None) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = LoadedModel(load_model(path, config.model).to(device))
     held_out = HeldOut(sources, Tokenizer.load(path / "tokenizer.model"), config.data.sequence_length)
-    with torch.no_grad():
-        scores = HeldOutText(held_out).score(model, device=device, micro_batch=config.train.micro_batch_size)
+    rows = sum(1 for _ in held_out.rows([]))  # encoding takes a small part of the time that the model takes
+    with torch.no_grad(), Progress("evaluating", total=rows, unit="rows") as shown:
+        scores = HeldOutText(held_out).score(
+            model, device=device, micro_batch=config.train.micro_batch_size, scored=shown.advance
+        )
     return {"checkpoint": str(path), **scores.report()}

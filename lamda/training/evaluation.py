@@ -103,11 +103,12 @@ def evaluate(
     world: int = 1,
     rows: int | None = None,
     total: Callable[[NDArray[np.float64]], NDArray[np.float64]] = lambda sums: sums,
+    scored: Callable[[int], object] = lambda rows: None,
 ) -> Scores:
     """Score the first `rows` rows (default: all), shared among the ranks in turn.
 
-    total: adds an array up over all ranks. Ranks without rows run an empty micro-batch, since the
-    model's collectives (ZeRO-3) need every rank.
+    total: adds an array up over all ranks. scored: is told of this rank's rows as they are done.
+    Ranks without rows run an empty micro-batch, since the model's collectives (ZeRO-3) need every rank.
     """
     domains: list[str] = []
     stream = islice(held_out.rows(domains), rows)
@@ -117,6 +118,7 @@ def evaluate(
         sums += _score(
             batch, nats, device=device, size=micro_batch, length=held_out.sequence_length, domains=len(domains)
         )
+        scored(len(batch))
     nats_sum, targets, utf8_bytes = total(_padded(sums, len(domains)))
     return Scores(tuple(domains), nats_sum, targets.astype(np.int64), utf8_bytes.astype(np.int64))
 

@@ -23,7 +23,7 @@ def check(model: LaMDA, device: torch.device) -> None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         missing.append("a GPU of the Hopper class or newer (or Ada)")
     if find_spec("torchao") is None:
-        missing.append("the package torchao (pip install 'open-lamda[fp8]')")
+        missing.append("the package torchao (pip install 'lamda-pytorch[fp8]')")
     odd = sorted({size for _, module in _products(model) for size in module.weight.shape if size % MULTIPLE})
     if odd:
         missing.append(f"widths that are multiples of {MULTIPLE}, not {', '.join(map(str, odd))}")

@@ -8,6 +8,7 @@ be taken back there: those steps keep the values of the first time.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -57,6 +58,12 @@ class WandbMirror:
             run_id = run_id or remembered.read_text("utf-8")
         self.run_id = run_id
         if config.wandb.mode == "disabled":
+            return
+        if not is_installed():
+            log.warning(
+                "W&B is not installed: nothing is mirrored, metrics.jsonl has every row. After `pip install wandb` the "
+                "next start sends them; wandb.mode disabled says that no mirror is wanted"
+            )
             return
         self.run_id = run_id or secrets.token_hex(4)
         try:
@@ -205,6 +212,12 @@ class WandbMirror:
         """The library's transaction logs of this id, one a start, the newest first."""
         found = self._folder.glob(f"wandb/*run-*/run-{self.run_id}.wandb")
         return sorted(found, key=lambda file: file.stat().st_mtime_ns, reverse=True)
+
+
+def is_installed() -> bool:
+    """Whether the library is there; a run's own folder `wandb/` in the working directory is not it."""
+    found = importlib.util.find_spec("wandb")
+    return found is not None and found.origin is not None
 
 
 def sign_in() -> str:

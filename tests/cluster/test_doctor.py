@@ -181,6 +181,16 @@ def test_a_server_that_never_answers_does_not_hold_up_the_doctor(subject, monkey
     assert surroundings.data(subject) == failure("no answer for 0.1 s", surroundings.data(subject).advice)
 
 
+def test_a_run_without_wandb_is_warned_and_not_failed(subject, monkeypatch):
+    monkeypatch.setattr("lamda.training.wandb_mirror.is_installed", lambda: False)
+    told = surroundings.weights_and_biases(changed(subject, wandb={"mode": "offline"}))
+    assert told.level == "warning"
+    assert "pip install wandb" in told.advice
+    installed = software.installed
+    monkeypatch.setattr(software, "installed", lambda name: None if name == "wandb" else installed(name))
+    assert "wandb" not in software.packages(subject).text
+
+
 def test_wandb_is_asked_only_where_the_run_will_and_never_fails_it(subject, monkeypatch):
     assert surroundings.weights_and_biases(subject) == ok("wandb.mode is disabled")
     online = changed(subject, wandb={"mode": "online"})

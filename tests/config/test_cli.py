@@ -1,13 +1,17 @@
 """The command `lamda`: what it says, and its exit codes."""
 
+import contextlib
 import os
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from lamda import cli
 from lamda.cli import COMMANDS, Command, main
+from lamda.config.completion import options
 from lamda.config.errors import UserError
 
 
@@ -76,7 +80,8 @@ def test_wrong_configuration_exits_with_2_and_plain_lines():
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
         "--train.lrr: there is no such key; did you mean 'train.lr'?",
-        "--train.tokens: the run has no length: set train.steps or train.tokens (there is no --config FILE)",
+        "--train.tokens: the run has no length: set train.steps or train.tokens "
+        "(there is no --config FILE; a first run is --config tiny)",
     ]
 
 
@@ -96,3 +101,55 @@ def test_config_show_prints_what_is_read_back(capsys, tmp_path):
     assert main(["config", "show", "--config", str(tmp_path / "shown.yaml")]) == 0
     assert capsys.readouterr().out == first
     assert "lr: 0.0001" in first
+
+
+def test_the_map_has_each_command_in_one_place():
+    assert sorted(name for names in cli.MAP.values() for name in names) == sorted(COMMANDS)
+
+
+def test_help_needs_neither_torch_nor_a_second():
+    code = (
+        "import sys; from lamda.cli import main; main(['--help']); "
+        "assert not {'torch', 'deepspeed', 'matplotlib', 'wandb', 'transformers'} & set(sys.modules)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # The time of the processor, which others who work on this machine do not change.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+def test_a_reader_that_leaves_a_command_early_ends_it_quietly():
+    """As `lamda runs DIR | head -1`: the code is what a shell gives to whoever a closed pipe ends."""
+    code = """\
+import sys
+from lamda import cli
+cli.COMMANDS["runs"] = cli.Command(lambda argv: [print("row", number) for number in range(100_000)] and 0, "", "")
+sys.exit(cli.main(["runs"]))"""
+    reader, writer = os.pipe()
+    command = subprocess.Popen([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert os.read(reader, 5).startswith(b"row")
+    os.close(reader)
+    assert command.communicate(timeout=20)[1] == ""
+    assert command.returncode == 141
+
+
+def test_a_broken_connection_is_not_taken_for_a_reader_that_left(monkeypatch):
+    def fail(argv):
+        raise BrokenPipeError("the connection to the hub")
+
+    monkeypatch.setitem(cli.COMMANDS, "runs", Command(fail, "", ""))
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere), pytest.raises(BrokenPipeError):
+        main(["runs"])
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if "--config" not in command.usage])
+def test_help_tells_each_option_that_the_command_takes_and_no_other(name, capsys):
+    """The table is read without importing the commands; here their own parsers are asked."""
+    if name in ("completion", "supervise"):
+        pytest.skip("it has no options of a parser")
+    with pytest.raises(SystemExit):
+        COMMANDS[name].call(["--help"])
+    known = {word for word in options(capsys.readouterr().out) if word not in ("-h", "--help")}
+    assert set(options(f"{COMMANDS[name].usage}\n{COMMANDS[name].details}")) == known

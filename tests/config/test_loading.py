@@ -220,7 +220,8 @@ def test_a_missing_length_is_told_even_without_a_train_section(write, text):
 
 def test_a_missing_length_without_a_file_says_that_there_is_no_file():
     assert problems() == [
-        "--train.tokens: the run has no length: set train.steps or train.tokens (there is no --config FILE)"
+        "--train.tokens: the run has no length: set train.steps or train.tokens "
+        "(there is no --config FILE; a first run is --config tiny)"
     ]
 
 

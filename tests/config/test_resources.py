@@ -52,10 +52,24 @@ def test_a_missing_file_names_every_place_and_what_there_is(package):
         card_path("smal")
     assert str(Path("data/smal.yaml").absolute()) in str(caught.value)
     assert str(package / "data/smal.yaml") in str(caught.value)
-    assert str(caught.value).endswith("there are data/small.yaml")
+    assert str(caught.value).endswith("there are data/small.yaml; did you mean 'small'?")
 
 
 def test_a_card_is_a_name_or_a_path(package):
     assert card_path("small") == package / "data/small.yaml"
     Path("own.yaml").write_text("mine")
     assert card_path("own.yaml") == Path("own.yaml")
+
+
+def test_a_name_stands_for_a_file_of_the_package(package, tmp_path):
+    (package / "configs/finetune").mkdir(parents=True)
+    (package / "configs/tiny.yaml").write_text("copy")
+    (package / "configs/finetune/tiny.yaml").write_text("copy")
+    assert find("tiny", among="configs/*.yaml") == package / "configs/tiny.yaml"
+    assert find("finetune/tiny", among="configs/*.yaml") == package / "configs/finetune/tiny.yaml"
+    with pytest.raises(UserError):
+        find("tiny.yaml", among="configs/*.yaml")
+    with pytest.raises(UserError, match=r"there are configs/tiny.yaml; did you mean 'tiny'\?"):
+        find("tinny", among="configs/*.yaml")
+    Path("tiny").write_text("mine")
+    assert find("tiny", among="configs/*.yaml").read_text() == "mine"

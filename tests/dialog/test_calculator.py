@@ -189,7 +189,7 @@ def test_units_without_pint_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pint", None)
     units._registry.cache_clear()
     try:
-        with pytest.raises(UserError, match=r"pip install 'open-lamda\[tools\]'"):
+        with pytest.raises(UserError, match=r"pip install 'lamda-pytorch\[tools\]'"):
             Calculator()("5 miles in km")
         assert answer("1+1") == "2"
     finally:

@@ -160,7 +160,7 @@ def test_a_damaged_index_is_said(tmp_path, monkeypatch):
 
 def test_retrieval_without_bm25s_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "bm25s", None)
-    with pytest.raises(UserError, match=r"pip install 'open-lamda\[tools\]'"):
+    with pytest.raises(UserError, match=r"pip install 'lamda-pytorch\[tools\]'"):
         Retrieval.open(DOCS)
 
 

@@ -63,7 +63,7 @@ def test_all_bad_lines_of_a_glossary_are_named(tmp_path):
 
 def test_argos_absent_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "argostranslate", None)
-    with pytest.raises(UserError, match=r"open-lamda\[translate\].*argospm install"):
+    with pytest.raises(UserError, match=r"lamda-pytorch\[translate\].*argospm install"):
         Argos()
 
 

@@ -122,5 +122,5 @@ def test_a_folder_without_a_run_names_the_nearest(runs, tmp_path):
 
 def test_without_matplotlib_the_way_to_get_it_is_told(runs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"pip install 'open-lamda\[plot\]'"):
+    with pytest.raises(UserError, match=r"pip install 'lamda-pytorch\[plot\]'"):
         main([str(runs[0]), "-o", str(tmp_path / "x.png")])

@@ -24,7 +24,7 @@ def test_everything_that_is_missing_is_told_at_once(monkeypatch):
         fp8.check(initialised(d_ff=36), torch.device("cpu"))
     assert str(caught.value) == (
         "train.fp8 needs a GPU of the Hopper class or newer (or Ada); the package torchao (pip install "
-        "'open-lamda[fp8]'); widths that are multiples of 16, not 36, 72"
+        "'lamda-pytorch[fp8]'); widths that are multiples of 16, not 36, 72"
     )
 
 

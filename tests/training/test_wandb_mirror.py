@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import wandb
 
+from lamda.config.loading import load_config
 from lamda.training import wandb_mirror
 from lamda.training.metrics import read_metrics
 from lamda.training.wandb_mirror import WandbMirror
@@ -397,3 +398,19 @@ def test_three_kills_online_leave_one_run_with_each_step_once(tmp_path, server):
     last = kill_and_resume(tmp_path, mode="online", kills=3, arrived=arrived)
     (run,) = server.runs.values()
     assert run.steps == list(range(1, last + 1))
+
+
+def test_a_run_without_the_package_says_so_once_and_goes_on(tmp_path, caplog):
+    (tmp_path / "wandb").mkdir()  # of earlier runs, in the working directory; Python takes it for a package
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
+            patch.delitem(sys.modules, name)
+        patch.setattr(sys, "path", [str(tmp_path)])
+        config = load_config(["--train.steps", "1", "--wandb.mode", "offline"])
+        mirror = WandbMirror(config, folder=tmp_path / "run", run_id=None, step=0)
+        mirror.log({"step": 1, "loss": 2.0})
+        mirror.alert("title", "text")
+        mirror.finish()
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["W&B is not installed"]
+    assert "pip install wandb" in caplog.text
+    assert mirror.run_id is None

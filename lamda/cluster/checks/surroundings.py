@@ -105,11 +105,13 @@ def data(subject: Subject) -> Finding:
 def weights_and_biases(subject: Subject) -> Finding:
     """That the mirror can be sent; training never waits for it."""
     mode = subject.config.wandb.mode
+    from lamda.training.wandb_mirror import is_installed, sign_in
+
+    if mode != "disabled" and not is_installed():
+        return warning("the package is not installed: nothing is mirrored", "pip install wandb, or wandb.mode disabled")
     if mode != "online":
         return ok(f"wandb.mode is {mode}")
     import wandb
-
-    from lamda.training.wandb_mirror import sign_in
 
     advice = "rows are kept in RUN/wandb for `wandb sync`; wandb.mode offline says that this is meant"
     try:

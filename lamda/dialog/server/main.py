@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
     if missing:
-        raise UserError(f"the server needs {', '.join(missing)}: pip install 'open-lamda[serve]'")
+        raise UserError(f"the server needs {', '.join(missing)}: pip install 'lamda-pytorch[serve]'")
     key = read_key(options.key_file)
     all_of(
         lambda: check_exposure(options.host, key=key, is_meant=options.without_key),

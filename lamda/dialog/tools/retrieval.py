@@ -132,5 +132,5 @@ def _bm25():  # noqa: ANN202  a module
     try:
         import bm25s
     except ImportError as error:
-        raise UserError("retrieval needs bm25s: pip install 'open-lamda[tools]'") from error
+        raise UserError("retrieval needs bm25s: pip install 'lamda-pytorch[tools]'") from error
     return bm25s

@@ -116,7 +116,7 @@ class Argos:
             from argostranslate import translate
         except ImportError as error:
             raise UserError(
-                "the translator needs Argos Translate: pip install 'open-lamda[translate]', then a model, such as "
+                "the translator needs Argos Translate: pip install 'lamda-pytorch[translate]', then a model, such as "
                 "`argospm install translate-en_fr`; or give words of your own by --glossary FILE"
             ) from error
         self._languages = {language.code: language for language in translate.get_installed_languages()}

@@ -76,5 +76,5 @@ def _registry() -> UnitRegistry:
     try:
         from pint import UnitRegistry
     except ImportError as error:
-        raise UserError("converting units needs pint: pip install 'open-lamda[tools]'") from error
+        raise UserError("converting units needs pint: pip install 'lamda-pytorch[tools]'") from error
     return UnitRegistry(non_int_type=Fraction)

@@ -60,6 +60,7 @@ class View:
         """Attention [B, H, L, K]. table_RH: the layer's own bias, where layers share none."""
         bias = self.shared_bias
         if bias is None:
+            assert table_RH is not None, "a layer has a table where none is shared"
             bias = self.backend.bias(table_RH, self.buckets_N, queries=self.length, keys=self.length)
         return self.backend.attend(q_BHLK, k_BHLK, v_BHLK, bias, self.mask)
 
@@ -77,5 +78,6 @@ class Attention(nn.Module):
     def forward(self, x_BLD: Tensor, view: View | KeyValues) -> Tensor:
         """[B, L, D] to [B, L, D]."""
         packed = rearrange(self.query_key_value(x_BLD), "b l (n h k) -> n b h l k", n=3, h=self.n_heads)
-        mixed_BHLK = view.attend(*packed.unbind(), self.relative_bias)
+        q_BHLK, k_BHLK, v_BHLK = packed.unbind()
+        mixed_BHLK = view.attend(q_BHLK, k_BHLK, v_BHLK, self.relative_bias)
         return self.output(rearrange(mixed_BHLK, "b h l k -> b l (h k)"))

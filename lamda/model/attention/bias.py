@@ -12,10 +12,11 @@ Dimensions: legend in `lamda/model/decoder.py`; N distances, BAND of them.
 from __future__ import annotations
 
 from math import inf, log
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from lamda.model.weights import BUCKETS
@@ -72,14 +73,14 @@ class _Windows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, by_distance_HM: Tensor, queries: int) -> Tensor:
+    def forward(ctx: Any, by_distance_HM: Tensor, queries: int) -> Tensor:
         ctx.distances = by_distance_HM.shape[-1]
         line = functional.pad(by_distance_HM.flip(-1), (0, queries - 1), value=-inf)
         return line.unfold(-1, by_distance_HM.shape[-1], 1).flip(-2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, d_bias_HLM: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, d_bias_HLM: Tensor) -> tuple[Tensor, None]:
         return sum_by_distance(d_bias_HLM, ctx.distances), None
 
 

@@ -7,7 +7,9 @@ FlexAttention has no backward pass on the CPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,5 +63,5 @@ def _causal(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 @cache
-def _compiled() -> object:
+def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention)

@@ -6,9 +6,11 @@ the band alone. Memory grows with L, time with L^2; needs a GPU (or Triton's int
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from lamda.model.attention import launch
 from lamda.model.attention.bias import bias_band
@@ -50,7 +52,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, band: Tensor, documents: Tensor | None
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, band: Tensor, documents: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         out, lse = launch.band_attention(q, k, v, band, documents, near=False)
         ctx.save_for_backward(q, k, v, band, documents, out, lse)
@@ -59,7 +61,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, band, documents, out, lse = ctx.saved_tensors
         d_q, d_k, d_v = launch.band_attention_backward(d_out, q, k, v, band, documents, out, lse, near=False)
         return d_q, d_k, d_v, None, None
@@ -68,7 +70,7 @@ class _Attention(torch.autograd.Function):
 class _BandGradient(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         out: Tensor,
         lse: Tensor,
         q: Tensor,
@@ -82,6 +84,6 @@ class _BandGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         d_band = launch.band_gradient(d_out, *ctx.saved_tensors)
         return d_out, None, None, None, None, d_band, None

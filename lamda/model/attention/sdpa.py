@@ -9,10 +9,11 @@ the keys up to it; near keys have the bias, far keys have none. Runs on every de
 from __future__ import annotations
 
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from lamda.model.attention.bias import BAND, band_bias, bias_band, sum_by_distance
@@ -36,13 +37,13 @@ def attend(q_BHLK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, band_HN: Tensor, hidd
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None) -> Tensor:
         ctx.save_for_backward(q, k, v, band, hidden)
         return _forward(q, k, v, band, hidden)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         return *_backward(d_out.contiguous(), *ctx.saved_tensors), None
 
 

@@ -11,9 +11,11 @@ with them one kernel of ours takes near and far keys, as `fused` does.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from lamda.model.attention import fused, launch
 from lamda.model.attention.bias import BAND
@@ -36,7 +38,7 @@ class _Attention(torch.autograd.Function):
     """(out, lse); lse has no gradient."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = launch.band_attention(q, k, v, band, None, near=True)
         kept = ()
         if q.shape[2] > BAND:
@@ -51,7 +53,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, band, out, lse, *kept = ctx.saved_tensors
         d_q, d_k, d_v = launch.band_attention_backward(d_out, q, k, v, band, None, out, lse, near=True)
         if q.shape[2] > BAND:
