@@ -42,14 +42,30 @@ def _show_config(argv: list[str]) -> None:
 
 
 COMMANDS = {
-    "pretrain": Command(_main_of("lamda.training.main"), _CONFIG, "train a model from raw text, or go on with a run"),
+    "pretrain": Command(
+        _main_of("lamda.interop.pretrain"), _CONFIG, "train a model from raw text, or go on with a run"
+    ),
     "finetune": Command(
-        _main_of("lamda.dialog.main"), _CONFIG, "fine-tune a model on dialogues and ratings, or go on with a run"
+        _main_of("lamda.interop.finetune"), _CONFIG, "fine-tune a model on dialogues and ratings, or go on with a run"
     ),
     "evaluate": Command(
         _main_of("lamda.training.evaluate"),
         "RUN_OR_CHECKPOINT [--files GLOB] [--json]",
         "loss, perplexity and bits per byte of a checkpoint on text, in all and by domain",
+    ),
+    "eval": Command(
+        _main_of("lamda.interop.harness.command"),
+        "RUN_OR_CHECKPOINT --tasks NAME,NAME [--limit N] [--num-fewshot N] [--batch-size N] [--include-path DIR] "
+        "[--json] [--output FILE]",
+        "a model on tasks of the evaluation harness lm-eval: lambada_openai, hellaswag ...",
+        """\
+--tasks NAME,NAME      tasks, groups or tags; `lm-eval ls tasks` lists them
+--limit N              the first N examples of each task
+--num-fewshot N        examples in a prompt, in place of the task's own number
+--batch-size N         rows that go through the model together; default: the run's micro-batch
+--include-path DIR     folder of further task files; files that they name are looked for there first
+--json                 one JSON object
+--output FILE          the same into a file""",
     ),
     "generate": Command(
         _main_of("lamda.inference.command"),

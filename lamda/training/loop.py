@@ -16,6 +16,7 @@ from lamda.config.errors import RunError
 from lamda.config.schema import Config
 from lamda.data.loader import Loader, Step, merge_cursors
 from lamda.data.quarantine import write_first
+from lamda.data.tokenizer import Tokenizer
 from lamda.distributed import World, broadcast, gather, on_main
 from lamda.training import checkpoint, faults, manifest
 from lamda.training.comparison import odd_ranks
@@ -30,7 +31,7 @@ from lamda.training.saving import Saved, Saver
 from lamda.training.schedule import learning_rate
 from lamda.training.state import RunState
 from lamda.training.stopping import StopRequests
-from lamda.training.task import Evaluation, Scores
+from lamda.training.task import Benchmarks, Evaluation, Scores, TaskError
 from lamda.training.watchdog import Watchdog
 
 
@@ -38,7 +39,7 @@ from lamda.training.watchdog import Watchdog
 class Run:
     """A run in progress: its parts, and the state that the next checkpoint saves.
 
-    stopped: why the run left before its end. scores: the last evaluation.
+    stopped: why the run left before its end. scores, task_figures: of the last evaluations (the figures on rank 0).
     """
 
     config: Config
@@ -47,6 +48,8 @@ class Run:
     engine: Engine
     open_loader: Callable[[RunState], Loader]
     held_out: Evaluation | None
+    benchmarks: Benchmarks | None
+    tokenizer: Tokenizer
     domains: tuple[str, ...]
     saver: Saver
     requests: StopRequests
@@ -55,6 +58,7 @@ class Run:
     state: RunState
     profile: Profile
     scores: Scores | None = None
+    task_figures: dict[str, float] = field(default_factory=dict)
     stopped: str | None = None
     _health: Health = field(init=False)
     _stop_is_agreed: bool = False
@@ -91,6 +95,15 @@ class Run:
                 total=self._total,
             )
 
+    def score_tasks(self) -> dict[str, float]:
+        """The figures of `eval.tasks`, on rank 0; none where a task fails, which is told."""
+        try:
+            with self.engine.evaluating():
+                return self.benchmarks.score(self.engine, self.tokenizer, mark=lambda: self._at("evaluate"))
+        except TaskError as error:
+            self.report.warn("evaluation failed", f"step {self.state.step}: eval.tasks: {error}; training goes on")
+            return {}
+
     def _go_on(self, loader: Loader) -> Trouble | None:
         """Train until the end, a stop, or trouble. A step's figures are read while the next one is computed."""
         pending: FinishedStep | None = None
@@ -102,7 +115,10 @@ class Run:
             self._compare()
             if self._evaluation_is_due:
                 self.scores = self.evaluate()
-                pending.more = self.scores.metrics()
+                pending.more |= self.scores.metrics()
+            if self._tasks_are_due:
+                self.task_figures = self.score_tasks()
+                pending.more |= self.task_figures
             if self._checkpoint_is_due or self._stop_is_agreed:
                 if trouble := self._close(pending):
                     return trouble
@@ -233,6 +249,11 @@ class Run:
     def _evaluation_is_due(self) -> bool:
         every = self.config.eval.every
         return self.held_out is not None and (self._is_last or (every is not None and self.state.step % every == 0))
+
+    @property
+    def _tasks_are_due(self) -> bool:
+        every = self.config.eval.tasks_every
+        return self.benchmarks is not None and (self._is_last or (every is not None and self.state.step % every == 0))
 
     @property
     def _checkpoint_is_due(self) -> bool:
