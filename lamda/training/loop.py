@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lamda.config.errors import RunError
 from lamda.config.schema import Config
 from lamda.data.loader import Loader, Step, merge_cursors
-from lamda.data.quarantine import write_first
+from lamda.data.quarantine import Quarantined, write_first
 from lamda.data.tokenizer import Tokenizer
 from lamda.distributed import World, broadcast, gather, on_main
 from lamda.training import checkpoint, faults, manifest
@@ -153,7 +153,12 @@ class Run:
         stops, settled = finished.signals()
         self._stop_is_agreed |= stops > 0
         self._tell(self.saver.advance(settled))
-        trouble = self._health.judge(row["loss"], refused=not finished.result.updated)
+        refused = not finished.result.updated
+        if refused and not self._health.last_was_refused:
+            self.report.warn(
+                "step refused", f"step {row['step']}: its loss or gradient is not finite; the weights stay as they are"
+            )
+        trouble = self._health.judge(row["loss"], refused=refused)
         if trouble is None or (obstacle := self._obstacle()) is None:
             return trouble
         if trouble.is_fatal:
@@ -167,7 +172,7 @@ class Run:
         cursors = merge_cursors(gather(loader.cursors(self.state.consumed)))
         quarantined = gather(loader.quarantined())
         if self.world.is_main:
-            write_first(self.directory.quarantine, chain.from_iterable(quarantined))
+            self._tell_quarantined(write_first(self.directory.quarantine, chain.from_iterable(quarantined)))
         self._tell(self.saver.finish())
         ended = self.saver.begin(replace(self.state, cursors=cursors)) or (self.saver.finish() if wait else None)
         self._stalled += time.monotonic() - began
@@ -224,6 +229,15 @@ class Run:
                 "checkpoint failed",
                 f"checkpoint of step {saved.step}: {saved.problem}; training goes on, the last complete one is safe, "
                 "and the next save tries again",
+            )
+
+    def _tell_quarantined(self, new: Sequence[Quarantined]) -> None:
+        if new:
+            bad = new[0].bad
+            self.report.warn(
+                "lines quarantined",
+                f"step {self.state.step}: {len(new)} more lines hold no document, {bad.file}, line {bad.line + 1} "
+                f"({bad.reason}) among them; see {self.directory.quarantine}",
             )
 
     def _at(self, point: str, tensor: torch.Tensor | None = None, *, step: int | None = None) -> None:

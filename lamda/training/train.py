@@ -113,7 +113,7 @@ def _run(
                 directory.heartbeats,
                 world=world,
                 seconds=config.run.hang_seconds,
-                tell=lambda verdict: _tell_hang(directory, verdict, since=began),
+                tell=lambda verdict: _tell_hang(directory, report, verdict, since=began),
             )
         )
         requests = stack.enter_context(
@@ -160,9 +160,10 @@ def _leave(run: Run, task: Task, progress: TrainingProgress) -> int:
     return 0 if stopped is None else STOP_EXIT
 
 
-def _tell_hang(directory: RunDirectory, verdict: str, *, since: float) -> None:
+def _tell_hang(directory: RunDirectory, report: SilentReport, verdict: str, *, since: float) -> None:
     log.error("the run hangs and ends: %s; stacks are in %s", verdict, directory.path / "hang")
     _tell_failure(directory, verdict, since=since)
+    report.hang(verdict)
 
 
 def _finish(run: Run, task: Task, progress: TrainingProgress) -> None:

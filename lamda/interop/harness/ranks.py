@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.data.tokenizer import Tokenizer
 from lamda.distributed import World, broadcast, gather, on_main
@@ -34,7 +35,14 @@ class TasksOfRun:
         """Load the tasks of `eval.tasks`; every rank calls it. Raises UserError."""
         folder = None if config.eval.tasks_path is None else Path(config.eval.tasks_path)
         held: list[Tasks] = []
-        on_main(world, lambda: held.append(Tasks.load(config.eval.tasks, folder=folder)))
+
+        def load() -> None:
+            try:
+                held.append(Tasks.load(config.eval.tasks, folder=folder))
+            except UserError as error:
+                raise UserError(f"eval.tasks: {error}") from error
+
+        on_main(world, load)
         return cls(config, world, held[0] if held else None)
 
     def score(self, engine: Engine, tokenizer: Tokenizer, *, mark: Mark) -> dict[str, float]:
