@@ -85,14 +85,16 @@ class WandbMirror:
         if way != "none":
             self._put(lambda run: _attempt(f"checkpoint {path}", lambda: log_checkpoint(run, path, way=way, best=best)))
 
-    def finish(self, *, exit_code: int = 0, seconds: float = END_SECONDS) -> None:
-        """Wait until everything is sent, for 50 s at most; what W&B did not get is sent at the next start.
+    def finish(self, *, exit_code: int = 0, seconds: float | None = None) -> None:
+        """Wait until everything is sent, but hardly longer than `seconds` (END_SECONDS by default).
+
+        What W&B did not get is sent at the next start.
 
         exit_code: 0 makes the run finished there, others failed.
         """
         if self._thread is None:
             return
-        self._exit_code = exit_code
+        self._exit_code, seconds = exit_code, END_SECONDS if seconds is None else seconds
         self._queue.put(None)
         self._thread.join(seconds)
         if self._thread.is_alive():
