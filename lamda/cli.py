@@ -143,6 +143,23 @@ exit code: 0 where the run fits, 1 where it does not""",
 --log                  logarithmic vertical axes
 --smooth N             draw the mean of the last N points over the points themselves""",
     ),
+    "report": Command(
+        _main_of("lamda.runs.report"),
+        "RUN [RUN ...] -o FILE.html",
+        "runs as one page: curves, figures, settings, checkpoints, what the model wrote",
+        "The page holds everything and fetches nothing: send it, or keep it with a paper.",
+    ),
+    "dashboard": Command(
+        _main_of("lamda.runs.dashboard"),
+        "[RUN | --project P] [--entity E] [--dry-run | --json]",
+        "make a workspace in W&B with the panels of `lamda report`, in its order",
+        """\
+RUN                    whose project and entity are taken
+--project P            in place of a run
+--entity E             W&B user or team; default: the run's, else the account's own
+--dry-run              say what would be made, and make nothing
+--json                 the specification that W&B would get, and make nothing""",
+    ),
     "checkpoint ls": Command(
         _main_of("lamda.runs.checkpoint_ls"), "RUN [--json]", "the checkpoints of a run: step, size, ranks, state"
     ),

@@ -15,6 +15,7 @@ class Panel:
 
     columns: names in metrics.jsonl; one that ends in `/*` stands for all below it. unit: of the vertical axis.
     is_large: whether its numbers are written short (`2.1M`). is_noisy: whether a mean shows more than the points.
+    from_zero: whether what counts is its size, and not its change.
     """
 
     title: str
@@ -22,6 +23,7 @@ class Panel:
     unit: str
     is_large: bool = False
     is_noisy: bool = False
+    from_zero: bool = False
 
     def of(self, names: Iterable[str]) -> list[str]:
         """Those of a run's columns that belong here."""
@@ -56,39 +58,39 @@ SECTIONS = (
         (
             Panel("Training loss", ("loss",), "nats a token", is_noisy=True),
             Panel("Training loss by domain", ("loss/*",), "nats a token", is_noisy=True),
-            Panel("Learning rate", ("lr",), "peak rate of the step"),
+            Panel("Learning rate", ("lr",), "peak rate of the step", from_zero=True),
         ),
     ),
     Section(
         "Throughput",
         "Is the machine busy?",
         (
-            Panel("Throughput", ("tokens_per_second",), "tokens a second", is_large=True, is_noisy=True),
-            Panel("MFU", ("mfu",), "share of the peak FLOPs", is_noisy=True),
-            Panel("Model FLOPs", ("model_flops_per_second",), "FLOPs a second and rank", is_large=True, is_noisy=True),
-            Panel("Step time", ("step_seconds",), "seconds a step", is_noisy=True),
+            Panel("Throughput", ("tokens_per_second",), "tokens a second", is_large=True, is_noisy=True, from_zero=True),
+            Panel("MFU", ("mfu",), "share of the peak FLOPs", is_noisy=True, from_zero=True),
+            Panel("Model FLOPs", ("model_flops_per_second",), "FLOPs a second and rank", is_large=True, is_noisy=True, from_zero=True),
+            Panel("Step time", ("step_seconds",), "seconds a step", is_noisy=True, from_zero=True),
         ),
     ),
     Section(
         "Data",
         "Does it wait for text?",
         (
-            Panel("Data wait", ("data_wait_seconds",), "seconds waited in a step", is_noisy=True),
-            Panel("Tokens by domain", ("tokens/*",), "targets in a step", is_large=True, is_noisy=True),
+            Panel("Data wait", ("data_wait_seconds",), "seconds waited in a step", is_noisy=True, from_zero=True),
+            Panel("Tokens by domain", ("tokens/*",), "targets in a step", is_large=True, is_noisy=True, from_zero=True),
         ),
     ),
     Section(
         "Health",
         "Is it stable?",
         (
-            Panel("Gradient norm", ("grad_norm",), "global norm before clipping", is_noisy=True),
-            Panel("Bad steps", ("skipped_steps", "rollbacks"), "refused steps and rollbacks so far"),
+            Panel("Gradient norm", ("grad_norm",), "global norm before clipping", is_noisy=True, from_zero=True),
+            Panel("Bad steps", ("skipped_steps", "rollbacks"), "refused steps and rollbacks so far", from_zero=True),
         ),
     ),
     Section(
         "Checkpoints",
         "What do saves cost?",
-        (Panel("Stalls by saves", ("save_seconds",), "seconds stalled in a step"),),
+        (Panel("Stalls by saves", ("save_seconds",), "seconds stalled in a step"), from_zero=True),
     ),
     Section(
         "Evaluation",
