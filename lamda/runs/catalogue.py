@@ -65,9 +65,18 @@ SECTIONS = (
         "Throughput",
         "Is the machine busy?",
         (
-            Panel("Throughput", ("tokens_per_second",), "tokens a second", is_large=True, is_noisy=True, from_zero=True),
+            Panel(
+                "Throughput", ("tokens_per_second",), "tokens a second", is_large=True, is_noisy=True, from_zero=True
+            ),
             Panel("MFU", ("mfu",), "share of the peak FLOPs", is_noisy=True, from_zero=True),
-            Panel("Model FLOPs", ("model_flops_per_second",), "FLOPs a second and rank", is_large=True, is_noisy=True, from_zero=True),
+            Panel(
+                "Model FLOPs",
+                ("model_flops_per_second",),
+                "FLOPs a second and rank",
+                is_large=True,
+                is_noisy=True,
+                from_zero=True,
+            ),
             Panel("Step time", ("step_seconds",), "seconds a step", is_noisy=True, from_zero=True),
         ),
     ),
@@ -90,7 +99,7 @@ SECTIONS = (
     Section(
         "Checkpoints",
         "What do saves cost?",
-        (Panel("Stalls by saves", ("save_seconds",), "seconds stalled in a step"), from_zero=True),
+        (Panel("Stalls by saves", ("save_seconds",), "seconds stalled in a step", from_zero=True),),
     ),
     Section(
         "Evaluation",

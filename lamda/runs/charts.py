@@ -86,9 +86,11 @@ def chart(curves: Sequence[Curve], *, title: str, panel: Panel, tokens: float) -
     told = "; ".join(
         f"{curve.run} ends at {_number(bins.mean[-1])}" for curve, bins in zip(curves, binned, strict=True)
     )
+    content = escape(json.dumps({"curves": data, **frame}, separators=(",", ":")))
+    label = escape(f"{title}, {panel.unit}, over tokens: {told}")
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{title}, {panel.unit}, over tokens: {told}")}" '
-        f'data-chart="{escape(json.dumps({"curves": data, **frame}, separators=(",", ":")))}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}" '
+        f'data-chart="{content}">'
         f'{"".join(parts)}<line class="pointer" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/></svg>'
     )
 

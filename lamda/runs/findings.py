@@ -21,6 +21,8 @@ from lamda.training.run_directory import RunDirectory
 RECENT = 100
 """Steps whose mean stands for now."""
 WARNINGS = 30
+NAMES = {"skipped_steps": "refused steps"}
+"""Columns that a person calls by another name."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def _short_name(name: str) -> str:
     """A column without what its panel says already: `FreeLaw` of `loss/FreeLaw`, `task/acc` of `eval/task/acc`."""
     panel = next((each for each in PANELS if each.of([name])), None)
     below = next((column.removesuffix("*") for column in panel.columns if column.endswith("/*")), "") if panel else ""
-    return name.removeprefix(below) if below else name.replace("_", " ")
+    return name.removeprefix(below) if below else NAMES.get(name, name)
 
 
 def differences(runs: Sequence[Findings]) -> list[tuple[str, list[str]]]:

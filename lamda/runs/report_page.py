@@ -21,15 +21,15 @@ DIVIDER = "⟫"
 
 def page(runs: Sequence[Findings]) -> str:
     """The page of one run, or of several side by side."""
-    style, script = (
-        files("lamda.runs").joinpath("static", name).read_text("utf-8") for name in ("report.css", "report.js")
-    )
+    static = files("lamda.runs").joinpath("static")
+    style, script = (static.joinpath(name).read_text("utf-8") for name in ("report.css", "report.js"))
+    tokens = max(run.last["tokens"] for run in runs)
     # Nothing may be fetched, and no style or script runs but these two, whatever a run's files hold.
     policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
     title = ", ".join(run.label for run in runs)
     parts = [_head(runs[0]) if len(runs) == 1 else _heads(runs)]
     for name, question, charts in charts_of(runs):
-        drawn = "".join(map(_figure, charts))
+        drawn = "".join(_figure(each, tokens=tokens) for each in charts)
         parts.append(f'<h2>{escape(name)}<small>{escape(question)}</small></h2><div class="charts">{drawn}</div>')
     parts += [_rest(run, is_only=len(runs) == 1) for run in runs]
     made = time.strftime("%Y-%m-%d %H:%M:%S %Z")
@@ -38,8 +38,8 @@ def page(runs: Sequence[Findings]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>{escape(title)} · LaMDA</title><style>{style}</style></head><body>\n"
-        + "\n".join(parts)
-        + f"\n<footer>lamda report, version {escape(__version__)}, {made}</footer><script>{script}</script></body></html>\n"
+        + "\n".join([*parts, f"<footer>lamda report, version {escape(__version__)}, {made}</footer>"])
+        + f"<script>{script}</script></body></html>\n"
     )
 
 
@@ -58,11 +58,9 @@ def _reason(run: Findings) -> str:
 def _head(run: Findings) -> str:
     """Name, status, how far it is, and what it has come to."""
     tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in run.figures())
-    bar = (
-        ""
-        if run.share is None
-        else f'<progress max="1" value="{run.share:.4f}" aria-label="share of all steps"></progress>'
-    )
+    bar = ""
+    if run.share is not None:
+        bar = f'<progress max="1" value="{run.share:.4f}" aria-label="share of all steps"></progress>'
     return (
         f"<header><h1>{escape(run.label)}</h1>{_status(run)}<p>{escape(str(run.path.resolve()))}</p></header>"
         f'{_reason(run)}{bar}<dl class="tiles">{tiles}</dl>'
@@ -86,16 +84,15 @@ def _heads(runs: Sequence[Findings]) -> str:
     return "".join(parts)
 
 
-def _figure(drawn: Chart) -> str:
+def _figure(drawn: Chart, *, tokens: float) -> str:
     """A chart with its title, its legend, and room for the values under a pointer."""
     legend = ""
     if len(drawn.curves) > 1:
         items = (f'<li class="{_colour(number)}">{escape(curve.run)}</li>' for number, curve in enumerate(drawn.curves))
         legend = f'<ul class="legend">{"".join(items)}</ul>'
-    panel = drawn.panel
-    svg = chart(drawn.curves, title=drawn.title, unit=panel.unit, is_large=panel.is_large, is_noisy=panel.is_noisy)
+    svg = chart(drawn.curves, title=drawn.title, panel=drawn.panel, tokens=tokens)
     return (
-        f"<figure><figcaption><h3>{escape(drawn.title)}</h3><span>{escape(panel.unit)}</span></figcaption>"
+        f"<figure><figcaption><h3>{escape(drawn.title)}</h3><span>{escape(drawn.panel.unit)}</span></figcaption>"
         f'{legend}{svg}<p class="values" aria-live="off"></p></figure>'
     )
 
