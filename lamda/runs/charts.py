@@ -127,7 +127,7 @@ def _curve(curve: Curve, bins: Bins, across: Axis, up: Axis, number: int, *, is_
     few = len(curve.x) <= FEW
     mean = smoothed(bins.mean, max(1, len(bins.mean) // FEW)) if is_noisy and not few else bins.mean
     parts = []
-    if is_noisy and not few:
+    if len(curve.x) > BINS or (is_noisy and not few):  # where means stand for points, these are shown as well
         parts.append(f'<path class="band {colour}" d="{_band(bins, across, up)}"/>')
     parts.append(f'<path class="line {colour}" d="{_path(bins.x, mean, across, up)}"/>')
     if few:

@@ -160,6 +160,7 @@ def save(*, entity: str | None, project: str) -> str:
     from lamda.training.wandb_mirror import sign_in
 
     try:
+        wandb.setup(wandb.Settings(silent=True))
         sign_in()
         workspace = build(entity=entity or wandb.Api().default_entity, project=project)
         workspace.save()

@@ -123,9 +123,10 @@ def _charts(panel: Panel, runs: Sequence[Findings]) -> Iterator[Chart]:
     Tasks have a chart a metric in any case: their scales differ.
     """
     names = panel.of(dict.fromkeys(name for run in runs for name in run.metrics.names))
+    is_of_tasks = panel.columns == ("eval/*",)
     if len(runs) > 1:
         groups = {_short_name(name): [name] for name in names}
-    elif panel.columns == ("eval/*",):
+    elif is_of_tasks:
         groups = {}
         for name in names:
             groups.setdefault(name.split("/", 2)[-1], []).append(name)
@@ -133,7 +134,7 @@ def _charts(panel: Panel, runs: Sequence[Findings]) -> Iterator[Chart]:
         groups = {"": names}
     for group, columns in groups.items():
         curves = [
-            curve_of(run.label if len(runs) > 1 else _short_name(name), run.metrics, name, x="tokens")
+            curve_of(_label(run, name, runs, task=is_of_tasks), run.metrics, name, x="tokens")
             for name in columns
             for run in runs
             if name in run.metrics.names
@@ -142,6 +143,11 @@ def _charts(panel: Panel, runs: Sequence[Findings]) -> Iterator[Chart]:
         if there:
             is_alone = not group or panel.columns == (columns[0],)
             yield Chart(panel.title if is_alone else f"{panel.title}: {group}", panel, there)
+
+
+def _label(run: Findings, name: str, runs: Sequence[Findings], *, task: bool) -> str:
+    """What tells a curve from the others of its chart."""
+    return run.label if len(runs) > 1 else name.split("/")[1] if task else _short_name(name)
 
 
 def _short_name(name: str) -> str:
