@@ -147,7 +147,8 @@ exit code: 0 where the run fits, 1 where it does not""",
         _main_of("lamda.runs.report"),
         "RUN [RUN ...] -o FILE.html",
         "runs as one page: curves, figures, settings, checkpoints, what the model wrote",
-        "The page holds everything and fetches nothing: send it, or keep it with a paper.",
+        """\
+-o FILE                a page, .html, that holds everything and fetches nothing: send it, or keep it with a paper""",
     ),
     "dashboard": Command(
         _main_of("lamda.runs.dashboard"),

@@ -131,7 +131,7 @@ def test_a_pointer_finds_the_values_below_it(visit):
     box = chart.locator("svg").bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] / 2)
     sync_api.expect(values).to_have_text("113,000 tokens: 5.74")
-    sync_api.expect(chart.locator(".pointer")).to_be_visible()
+    sync_api.expect(chart.locator(".pointer")).to_have_attribute("visibility", "visible")
     page.mouse.move(0, 0)
     sync_api.expect(values).to_be_hidden()
 

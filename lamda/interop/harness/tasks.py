@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lamda.config.errors import UserError
+from lamda.config.errors import UserError, all_of
 from lamda.config.presets import nearest
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ class Tasks:
         ]
         if unknown:
             raise UserError("\n".join([*unknown, "`lm-eval ls tasks` lists those of lm-eval"]))
-        specs = [spec for name in names for spec in _load(manager, name, folder)]
+        specs: list[Task | Group] = []
+        all_of(*(lambda name=name: specs.extend(_load(manager, name, folder)) for name in names))
         try:
             loaded = manager.load(specs)["tasks"]
         except ValueError as error:
