@@ -1,7 +1,7 @@
 # make pretrain   install, then train the tiny LaMDA on this machine's own text (10 minutes on two cores)
 # make test       install, then run the whole test suite
 # make test-long longer suites: runs killed at random on real text (needs LAMDA_TEST_DATA)
-# make serve-test  the HTTP server under the official client, its page in Chromium (needs Debian's, else that part skips)
+# make serve-test  the HTTP server under the official client; its page and reports in Chromium (Debian's, else they skip)
 # make faults  two ranks through everything that may befall a run, each once (some 10 minutes)
 # make faults-full  the same in the numbers of docs/reliability.md (some 40 minutes)
 # make cluster  jobs on a SLURM and on two hosts that are made on this machine (needs root and Debian, else it skips)
@@ -27,7 +27,7 @@ serve-test: $(VENV)/.installed-dev
 	if [ "$$(id -u)" = 0 ] && command -v apt-get && ! command -v chromium; then \
 	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends chromium; \
 	fi
-	$(BIN)/python -m pytest -rs tests/serve
+	$(BIN)/python -m pytest -rs tests/serve tests/browser
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/long

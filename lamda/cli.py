@@ -51,14 +51,28 @@ def _complete(argv: list[str]) -> None:
 
 
 COMMANDS = {
-    "pretrain": Command(_main_of("lamda.training.main"), _CONFIG, "train a model from raw text, or go on with a run"),
+    "pretrain": Command(_main_of("lamda.launch.pretrain"), _CONFIG, "train a model from raw text, or go on with a run"),
     "finetune": Command(
-        _main_of("lamda.dialog.main"), _CONFIG, "fine-tune a model on dialogues and ratings, or go on with a run"
+        _main_of("lamda.launch.finetune"), _CONFIG, "fine-tune a model on dialogues and ratings, or go on with a run"
     ),
     "evaluate": Command(
         _main_of("lamda.training.evaluate"),
         "RUN_OR_CHECKPOINT [--files GLOB] [--json]",
         "loss, perplexity and bits per byte of a checkpoint on text, in all and by domain",
+    ),
+    "eval": Command(
+        _main_of("lamda.interop.harness.command"),
+        "RUN_OR_CHECKPOINT --tasks NAME,NAME [--limit N] [--num-fewshot N] [--batch-size N] [--include-path DIR] "
+        "[--json] [--output FILE]",
+        "a model on tasks of the evaluation harness lm-eval: lambada_openai, hellaswag ...",
+        """\
+--tasks NAME,NAME      tasks, groups or tags; `lm-eval ls tasks` lists them
+--limit N              the first N examples of each task
+--num-fewshot N        examples in a prompt, in place of the task's own number
+--batch-size N         rows that go through the model together; default: the run's micro-batch
+--include-path DIR     folder of further task files; files that they name are looked for there first
+--json                 one JSON object
+--output FILE          the same into a file""",
     ),
     "generate": Command(
         _main_of("lamda.inference.command"),
@@ -137,6 +151,24 @@ exit code: 0 where the run fits, 1 where it does not""",
 --x step|tokens|time   what lies to the right; default: step
 --log                  logarithmic vertical axes
 --smooth N             draw the mean of the last N points over the points themselves""",
+    ),
+    "report": Command(
+        _main_of("lamda.runs.report"),
+        "RUN [RUN ...] -o FILE.html",
+        "runs as one page: curves, figures, settings, checkpoints, what the model wrote",
+        """\
+-o FILE                a page, .html, that holds everything and fetches nothing: send it, or keep it with a paper""",
+    ),
+    "dashboard": Command(
+        _main_of("lamda.runs.dashboard"),
+        "[RUN | --project P] [--entity E] [--dry-run | --json]",
+        "make a workspace in W&B with the panels of `lamda report`, in its order",
+        """\
+RUN                    whose project and entity are taken
+--project P            in place of a run
+--entity E             W&B user or team; default: the run's, else the account's own
+--dry-run              say what would be made, and make nothing
+--json                 the specification that W&B would get, and make nothing""",
     ),
     "checkpoint ls": Command(
         _main_of("lamda.runs.checkpoint_ls"), "RUN [--json]", "the checkpoints of a run: step, size, ranks, state"

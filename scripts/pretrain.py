@@ -11,7 +11,7 @@ if found is None or found.origin is None or "An open LaMDA" not in Path(found.or
         "name is on the index): run `pip uninstall lamda`, then `pip install -e .` here"
     )
 
-from lamda.training.main import main  # noqa: E402 - only once it is known to be ours
+from lamda.launch.pretrain import main  # noqa: E402 - only once it is known to be ours
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from lamda.flax.main import main
+from lamda.launch.pretrain_flax import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,6 +17,7 @@ from lamda.runs.where import main as where_command
 from lamda.training.evaluate import main as evaluate_command
 from lamda.training.metrics import read_metrics
 from tests.conftest import make_text, write_shard
+from tests.interop.conftest import write_tasks
 from tests.launch import run_deepspeed, run_ranks
 from tests.wandb_run import environment
 from tests.wandb_server import WandbServer
@@ -105,7 +106,9 @@ def broken(place, straight, tmp_path_factory):
 
     Returns W&B, and all that the two runs said.
     """
-    flags = ("--checkpoint.every", "8", "--wandb.mode", "online")
+    tasks = write_tasks(place / "tasks")
+    flags = ("--checkpoint.every", "8", "--wandb.mode", "online", "--eval.tasks", "local_choice,local_rolling")
+    flags += ("--eval.tasks_path", str(tasks), "--eval.tasks_every", "5", "--eval.tasks_limit", "3")
     home = tmp_path_factory.mktemp("home")
     with WandbServer() as server:
         variables = {**environment(home), **SECRETS, "WANDB_MODE": "online", "WANDB_BASE_URL": server.url}
@@ -135,6 +138,22 @@ def test_stopping_resuming_and_other_ranks_change_no_bit(place, broken):
     assert weights[0] == weights[1]
     void = read_metrics(place / "broken" / "metrics.discarded.jsonl")
     assert [row["step"] for row in void] == [9, 10, 11, 12]
+
+
+def test_tasks_have_their_own_cadence_and_change_neither_order_nor_weights(place, broken):
+    """That losses, digests and weights are those of a run without tasks: see the test before."""
+    server, first, resumed = broken
+    scored = {
+        row["step"]: row["eval/local_choice/acc"] for row in rows(place, "broken") if "eval/local_choice/acc" in row
+    }
+    assert list(scored) == [5, 10, 12]
+    assert all(value * 3 == pytest.approx(round(value * 3)) for value in scored.values()), "three examples"
+    last = rows(place, "broken")[-1]
+    assert 0 < last["eval/local_rolling/bits_per_byte"] < 20
+    assert f"eval/local_rolling/bits_per_byte {last['eval/local_rolling/bits_per_byte']:.4f}" in resumed.stdout
+    assert "Building" not in first.stderr + resumed.stderr
+    (run,) = server.runs.values()
+    assert {row["_step"] for row in run.history if "eval/local_choice/acc" in row} == {5, 10, 12}
 
 
 def test_a_resumed_run_is_one_run_in_w_and_b_with_each_step_once(place, broken):

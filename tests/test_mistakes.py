@@ -65,6 +65,7 @@ def answers(tmp_path_factory, tokenizer_path):
             data__corpus=card_without_validation(folder, text), data__eval_files="null", eval__every=1
         ),
         "bad validation": case(data__eval_files=folder / "nothing.jsonl"),
+        "no tasks": case(eval__tasks="copa", eval__tasks_path=folder / "nowhere"),
         "missing weights": case(model__weights=folder / "nothing.safetensors"),
         "other weights": case(
             model__weights=folder / "run/checkpoints/step-00000002/model.safetensors", model__d_ff=32
@@ -104,6 +105,7 @@ def card_without_validation(folder, text):
         ("no such checkpoint", "no such checkpoint"),
         ("no validation text", "has no validation text"),
         ("bad validation", "nothing.jsonl"),
+        ("no tasks", "there is no such folder of task files"),
         ("missing weights", "nothing.safetensors"),
         ("other weights", "of another shape"),
     ],

@@ -6,6 +6,7 @@ It stores history by line number, as it is told to, and answers RunResumeStatus 
 from __future__ import annotations
 
 import json
+import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -68,7 +69,7 @@ class StoredRun:
 
 
 class WandbServer:
-    """Runs (by id) and alerts that came in, and every request but its Authorization header. Use it as a context.
+    """Runs (by id), alerts, workspaces, and every request but its Authorization header. Use it as a context.
 
     `fail()` answers 503, `down()` refuses connections, `up()` ends both. refused: requests answered 503.
     stop: whether clients hear that somebody pressed "Stop run".
@@ -77,6 +78,7 @@ class WandbServer:
     def __init__(self) -> None:
         self.runs: dict[str, StoredRun] = {}
         self.alerts: list[dict[str, Any]] = []
+        self.views: list[dict[str, Any]] = []
         self.received: list[bytes] = []
         self.refused = 0
         self.stop = False
@@ -129,8 +131,10 @@ class WandbServer:
                 return None
             if path == "/graphql":
                 asked = json.loads(body)
-                answer = getattr(self, f"_{asked['operationName']}", None)
-                return {"data": answer(asked["variables"])} if answer else {"errors": [{"message": "not known here"}]}
+                name = asked.get("operationName") or re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])[1]
+                answer = getattr(self, f"_{name}", None)
+                found = answer and {"data": answer(asked.get("variables", {}))}
+                return found or {"errors": [{"message": "not known here"}]}
             if path.endswith("/file_stream"):
                 return self._stream(self.runs[path.split("/")[-2]], json.loads(body))
             return {}
@@ -168,6 +172,10 @@ class WandbServer:
     def _CreateRunFiles(self, asked: dict[str, Any]) -> Any:
         files = [{"name": name, "uploadUrl": f"{self.url}/{name}"} for name in asked["files"]]
         return {"createRunFiles": {"runID": asked["run"], "uploadHeaders": [], "files": files}}
+
+    def _UpsertView2(self, asked: dict[str, Any]) -> Any:
+        self.views.append(asked)
+        return {"upsertView": {"view": {"id": "view", "name": asked["name"]}, "inserted": True}}
 
     def _NotifyScriptableRunAlert(self, asked: dict[str, Any]) -> Any:
         self.alerts.append(asked)

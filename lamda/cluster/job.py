@@ -16,7 +16,7 @@ from lamda.config.schema import Config
 from lamda.training import deepspeed_config
 from lamda.training.run_directory import RunDirectory
 
-TRAINING, DOCTOR = "lamda.training.main", "lamda.cluster.doctor"
+TRAINING, DOCTOR = "lamda.launch.pretrain", "lamda.cluster.doctor"
 
 
 @dataclass(frozen=True)

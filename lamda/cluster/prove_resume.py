@@ -203,7 +203,7 @@ class Proof:
         if self._tokenizer:
             own["tokenizer.path"] = self._tokenizer
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", *_devices(ranks)]
-        command += ["--master_port", _free_port(), "--module", "lamda.training.main", *self._flags, *_flags_of(own)]
+        command += ["--master_port", _free_port(), "--module", "lamda.launch.pretrain", *self._flags, *_flags_of(own)]
         return Launch(command, run=run.path, log=self._log(run))
 
     def _log(self, run: RunDirectory) -> Path:

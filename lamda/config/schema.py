@@ -26,11 +26,9 @@ def _without_password(pattern: str) -> str:
     return pattern
 
 
-Patterns = Annotated[
-    tuple[Annotated[str, AfterValidator(_without_password)], ...],
-    BeforeValidator(lambda value: [part.strip() for part in value.split(",")] if isinstance(value, str) else value),
-    Field(min_length=1),
-]
+_Parts = BeforeValidator(lambda value: [part.strip() for part in value.split(",")] if isinstance(value, str) else value)
+Patterns = Annotated[tuple[Annotated[str, AfterValidator(_without_password)], ...], _Parts, Field(min_length=1)]
+Names = Annotated[tuple[str, ...], _Parts, Field(min_length=1)]
 
 
 Recompute = Literal["none", "ffn", "block"]
@@ -257,10 +255,16 @@ class DialogConfig(Section):
 
 
 class EvalConfig(Section):
-    """Evaluation on held-out text."""
+    """Evaluation on held-out text, and on tasks of lm-eval's (docs/evaluation.md)."""
 
     every: Positive | None = Field(None, description="steps between evaluations; default: only at the end")
     batches: Positive = Field(50, description="rows in evaluations during training / train.global_batch_size")
+    tasks: Names | None = Field(None, description="tasks of lm-eval's, by name: lambada_openai, hellaswag ...")
+    tasks_every: Positive | None = Field(
+        None, description="steps between evaluations on eval.tasks; default: only at the end"
+    )
+    tasks_limit: Positive | None = Field(None, description="examples of each task; default: all")
+    tasks_path: str | None = Field(None, description="folder of further task files (YAML, as lm-eval's own)")
 
 
 class WandbConfig(Section):

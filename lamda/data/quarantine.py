@@ -48,14 +48,15 @@ def first_of(found: Iterable[Quarantined]) -> list[Quarantined]:
     return sorted(set(found))[:KEPT]
 
 
-def write_first(path: Path, found: Iterable[Quarantined]) -> None:
-    """Keep the first of what `path` holds already and what was found, a JSON object a line."""
+def write_first(path: Path, found: Iterable[Quarantined]) -> list[Quarantined]:
+    """Keep the first of what `path` holds already and what was found, a JSON object a line; returns what is new."""
     known = [_from_json(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
     kept = first_of([*known, *found])
     if kept != known:
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(_to_json(each) + "\n" for each in kept), "utf-8")
         temporary.replace(path)
+    return sorted(set(kept) - set(known))
 
 
 def _to_json(each: Quarantined) -> str:

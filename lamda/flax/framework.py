@@ -48,6 +48,7 @@ class Flax:
             "train.lora_rank": train.lora_rank or None,
             "train.fp8": train.fp8 or None,
             "train.profile": train.profile,
+            "eval.tasks": config.eval.tasks or None,
         }
         problems = [
             f"{key}: the JAX side has none; take it out, or train with scripts/pretrain.py"

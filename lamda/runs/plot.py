@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lamda.config.errors import UserError
-from lamda.config.presets import nearest
-from lamda.runs.reading import Metrics, find_runs
-from lamda.training.run_directory import RunDirectory
+from lamda.runs.catalogue import panel_of
+from lamda.runs.curves import SCALES, Curve, read_curves, short, smoothed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,35 +21,10 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#0
 """Okabe and Ito's palette, which colour-blind people tell apart, without its yellow, too pale for a line on white."""
 DASHES = ("-", "--", "-.", ":")
 """They differ from run to run as well, so that curves which lie on each other are both seen."""
-UNITS = {
-    "loss": "loss (nats a token)",
-    "eval/loss": "held-out loss (nats a token)",
-    "eval/bits_per_byte": "held-out bits a byte",
-    "tokens_per_second": "tokens a second",
-    "grad_norm": "global gradient norm",
-    "lr": "learning rate",
-    "mfu": "MFU (share of the peak FLOPs)",
-    "model_flops_per_second": "model FLOPs a second and rank",
-    "step_seconds": "seconds a step",
-    "data_wait_seconds": "seconds waited for data in a step",
-    "save_seconds": "seconds stalled by saves in a step",
-}
-SCALES = {"step": ("step", "step"), "tokens": ("tokens", "tokens"), "time": ("step_seconds", "hours in steps")}
-"""What `--x` takes: the column it needs and the axis's label."""
-LARGE = ("tokens", "samples", "tokens_per_second", "model_flops_per_second")
 FEW = 40
 """Points up to which each one gets a mark, and none is averaged with others."""
 EACH_POINT, NOT_FINITE = "each point", "not finite"
 """Mark the lines behind a mean, and the crosses where a value was NaN or infinite, at the top of a panel."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A metric of a run in step order, y NaN where it was not finite; empty where the run has no such column."""
-
-    run: str
-    x: NDArray[np.float64]
-    y: NDArray[np.float64]
 
 
 def main(argv: list[str]) -> int:
@@ -91,61 +62,6 @@ def _check(file: Path, smooth: int) -> None:
         raise UserError(f"lamda plot needs matplotlib ({error}); pip install 'lamda-pytorch[plot]'") from error
 
 
-def read_curves(runs: Sequence[Path], metrics: Sequence[str], *, x: str) -> dict[str, list[Curve]]:
-    """By metric, its curve of every run.
-
-    Raises UserError for a folder without a run and for a metric that no run has.
-    """
-    read = {path: _read(path, {*metrics, SCALES[x][0]}) for path in runs}
-    names = dict.fromkeys(name for each in read.values() for name in each.names)
-    unknown = [f"--metric {name}: no run has it{nearest(name, names)}" for name in metrics if name not in names]
-    if unknown:
-        raise UserError("\n".join([*unknown, f"there are: {', '.join(names)}"]))
-    labels = _labels(runs)
-    return {metric: [_curve(labels[path], each, metric, x=x) for path, each in read.items()] for metric in metrics}
-
-
-def _read(path: Path, columns: set[str]) -> Metrics:
-    metrics = Metrics(RunDirectory(path).metrics, keep=columns)
-    metrics.update()
-    if not metrics.rows:
-        near = nearest(path.name, (run.name for run in find_runs(path.parent, depth=1))) if path.parent.is_dir() else ""
-        raise UserError(f"{path}: no run with a finished step is here{near}")
-    return metrics
-
-
-def _labels(runs: Sequence[Path]) -> dict[Path, str]:
-    """The runs' own names, or whole paths where two have the same."""
-    names = [path.resolve().name for path in runs]
-    return {path: name if names.count(name) == 1 else str(path) for path, name in zip(runs, names, strict=True)}
-
-
-def _curve(run: str, metrics: Metrics, metric: str, *, x: str) -> Curve:
-    column = SCALES[x][0]
-    if column not in metrics.names:
-        raise UserError(f"--x {x}: {run} has no column {column}")
-    places = _numbers([row.get(column) for row in metrics.rows], column)
-    if x == "time":
-        places = np.nancumsum(places) / 3600
-    has = np.array([metric in row for row in metrics.rows])
-    return Curve(run, places[has], _numbers([row[metric] for row in metrics.rows if metric in row], metric))
-
-
-def _numbers(values: list[object], name: str) -> NDArray[np.float64]:
-    """Numbers, NaN for None. Raises UserError where the column holds something else."""
-    if not all(value is None or isinstance(value, int | float) for value in values):
-        raise UserError(f"--metric {name}: holds no numbers")
-    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
-
-
-def smoothed(values: NDArray[np.float64], count: int) -> NDArray[np.float64]:
-    """The mean of each value and up to `count` - 1 before it, those that are not finite left out; NaN stays NaN."""
-    finite = np.isfinite(values)
-    sums, counts = (np.cumsum(np.where(finite, each, 0.0)) for each in (values, 1.0))
-    sums[count:], counts[count:] = sums[count:] - sums[:-count], counts[count:] - counts[:-count]
-    return np.where(finite, sums / np.maximum(counts, 1), np.nan)
-
-
 def draw(panels: dict[str, list[Curve]], *, x: str, log: bool, smooth: int) -> Figure:
     """A panel a metric, one above the other; a colour and a dash a run, the same in all panels."""
     from matplotlib.figure import Figure
@@ -159,7 +75,7 @@ def draw(panels: dict[str, list[Curve]], *, x: str, log: bool, smooth: int) -> F
         _dress(panel, metric, log=log, smooth=smooth)
     axes[-1].set_xlabel(SCALES[x][1])
     if x == "tokens":
-        axes[-1].xaxis.set_major_formatter(_short)
+        axes[-1].xaxis.set_major_formatter(short)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return figure
 
@@ -195,9 +111,8 @@ def _dress(panel: Axes, metric: str, *, log: bool, smooth: int) -> None:
     """Label, scale and grid. Raises UserError where a logarithm has nothing to show."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    base = next((name for name in ("eval/loss", "loss") if metric.startswith(f"{name}/")), metric)
-    domain = metric[len(base) + 1 :]
-    panel.set_ylabel(UNITS.get(base, base) + (f"\n{domain}" if domain else ""))
+    known = panel_of(metric)
+    panel.set_ylabel(f"{metric} ({known.unit})" if known else metric)
     is_averaged = any(line.get_gid() == EACH_POINT for line in panel.lines)
     notes = [f"mean of the last {smooth} points; pale: each point"] if is_averaged else []
     crosses = [line for line in panel.lines if line.get_gid() == NOT_FINITE]
@@ -210,15 +125,7 @@ def _dress(panel: Axes, metric: str, *, log: bool, smooth: int) -> None:
         panel.set_yscale("log")
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         panel.yaxis.set_minor_formatter(NullFormatter())
-    if log or metric in LARGE:
-        panel.yaxis.set_major_formatter(_short)
+    if log or (known and known.is_large):
+        panel.yaxis.set_major_formatter(short)
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
-
-
-def _short(value: float, _place: int | None = None) -> str:
-    """A tick's label, `250B`."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{unit}"
-    return f"{value:g}"

@@ -43,6 +43,11 @@ class Health:
             self._take(loss, refused=refusals > before)
             before = refusals
 
+    @property
+    def last_was_refused(self) -> bool:
+        """Whether the newest step was."""
+        return self._bad_steps > 0
+
     def judge(self, loss: float, *, refused: bool) -> Trouble | None:
         """Take a finished step's loss; what is wrong where the run ought to go back."""
         score = self._score(loss)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from lamda.config.errors import RunError
 from lamda.config.schema import Config
 from lamda.data.loader import Loader, Step, merge_cursors
-from lamda.data.quarantine import write_first
+from lamda.data.quarantine import Quarantined, write_first
+from lamda.data.tokenizer import Tokenizer
 from lamda.distributed import World, broadcast, gather, on_main
 from lamda.training import faults, manifest
 from lamda.training.framework import Engine, Scorer
@@ -29,7 +30,7 @@ from lamda.training.saving import Saved, Saver
 from lamda.training.schedule import learning_rate
 from lamda.training.state import RunState
 from lamda.training.stopping import StopRequests
-from lamda.training.task import Evaluation, Scores
+from lamda.training.task import Benchmarks, Evaluation, Scores, TaskError
 from lamda.training.watchdog import Watchdog
 
 
@@ -37,7 +38,7 @@ from lamda.training.watchdog import Watchdog
 class Run:
     """A run in progress: its parts, and the state that the next checkpoint saves.
 
-    stopped: why the run left before its end. scores: the last evaluation.
+    stopped: why the run left before its end. scores, task_figures: of the last evaluations (the figures on rank 0).
     """
 
     config: Config
@@ -46,6 +47,8 @@ class Run:
     engine: Engine
     open_loader: Callable[[RunState], Loader]
     held_out: Evaluation | None
+    benchmarks: Benchmarks | None
+    tokenizer: Tokenizer
     domains: tuple[str, ...]
     saver: Saver
     requests: StopRequests
@@ -54,6 +57,7 @@ class Run:
     state: RunState
     profile: Profile
     scores: Scores | None = None
+    task_figures: dict[str, float] = field(default_factory=dict)
     stopped: str | None = None
     _health: Health = field(init=False)
     _stop_is_agreed: bool = False
@@ -85,6 +89,15 @@ class Run:
                 total=self._total,
             )
 
+    def score_tasks(self) -> dict[str, float]:
+        """The figures of `eval.tasks`, on rank 0; none where a task fails, which is told."""
+        try:
+            with self.engine.evaluating():
+                return self.benchmarks.score(self.engine, self.tokenizer, mark=lambda: self._at("evaluate"))
+        except TaskError as error:
+            self.report.warn("evaluation failed", f"step {self.state.step}: eval.tasks: {error}; training goes on")
+            return {}
+
     def _go_on(self, loader: Loader) -> Trouble | None:
         """Train until the end, a stop, or trouble. A step's figures are read while the next one is computed."""
         pending: FinishedStep | None = None
@@ -96,7 +109,10 @@ class Run:
             self._compare()
             if self._evaluation_is_due:
                 self.scores = self.evaluate()
-                pending.more = self.scores.metrics()
+                pending.more |= self.scores.metrics()
+            if self._tasks_are_due:
+                self.task_figures = self.score_tasks()
+                pending.more |= self.task_figures
             if self._checkpoint_is_due or self._stop_is_agreed:
                 if trouble := self._close(pending):
                     return trouble
@@ -131,7 +147,12 @@ class Run:
         stops, settled = finished.signals()
         self._stop_is_agreed |= stops > 0
         self._tell(self.saver.advance(settled))
-        trouble = self._health.judge(row["loss"], refused=not finished.result.updated)
+        refused = not finished.result.updated
+        if refused and not self._health.last_was_refused:
+            self.report.warn(
+                "step refused", f"step {row['step']}: its loss or gradient is not finite; the weights stay as they are"
+            )
+        trouble = self._health.judge(row["loss"], refused=refused)
         if trouble is None or (obstacle := self._obstacle()) is None:
             return trouble
         if trouble.is_fatal:
@@ -145,7 +166,7 @@ class Run:
         cursors = merge_cursors(gather(loader.cursors(self.state.consumed)))
         quarantined = gather(loader.quarantined())
         if self.world.is_main:
-            write_first(self.directory.quarantine, chain.from_iterable(quarantined))
+            self._tell_quarantined(write_first(self.directory.quarantine, chain.from_iterable(quarantined)))
         self._tell(self.saver.finish())
         ended = self.saver.begin(replace(self.state, cursors=cursors)) or (self.saver.finish() if wait else None)
         self._stalled += time.monotonic() - began
@@ -204,6 +225,15 @@ class Run:
                 "and the next save tries again",
             )
 
+    def _tell_quarantined(self, new: Sequence[Quarantined]) -> None:
+        if new:
+            bad = new[0].bad
+            self.report.warn(
+                "lines quarantined",
+                f"step {self.state.step}: {len(new)} more lines hold no document, {bad.file}, line {bad.line + 1} "
+                f"({bad.reason}) among them; see {self.directory.quarantine}",
+            )
+
     def _at(self, point: str, tensor: torch.Tensor | None = None, *, step: int | None = None) -> None:
         """Every moment of a step passes here: the watchdog sees progress, a test puts its faults."""
         step = step or self.state.step + 1
@@ -227,6 +257,11 @@ class Run:
     def _evaluation_is_due(self) -> bool:
         every = self.config.eval.every
         return self.held_out is not None and (self._is_last or (every is not None and self.state.step % every == 0))
+
+    @property
+    def _tasks_are_due(self) -> bool:
+        every = self.config.eval.tasks_every
+        return self.benchmarks is not None and (self._is_last or (every is not None and self.state.step % every == 0))
 
     @property
     def _checkpoint_is_due(self) -> bool:

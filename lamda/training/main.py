@@ -1,4 +1,4 @@
-"""`scripts/pretrain.py`, and what every training command does: from a configuration to a trained, saved model."""
+"""What every training command does: from a configuration to a trained, saved model."""
 
 from __future__ import annotations
 
@@ -9,27 +9,18 @@ from typing import TYPE_CHECKING
 from lamda.config.errors import RunError, UserError
 from lamda.config.loading import load_config, wants_help
 from lamda.distributed import ReportedElsewhereError
-from lamda.training.deepspeed_framework import DeepSpeed
 
 if TYPE_CHECKING:
     from lamda.training.framework import Framework
-    from lamda.training.task import Task
+    from lamda.training.task import OpenBenchmarks, Task
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run pre-training; returns the exit code, as `launch`."""
-    return launch(argv, pretraining, DeepSpeed())
-
-
-def pretraining() -> Task:
-    """The task of pre-training, for any framework."""
-    from lamda.training.pretraining import Pretraining
-
-    return Pretraining()
-
-
-def launch(argv: Sequence[str] | None, task: Callable[[], Task], framework: Framework) -> int:
+def launch(
+    argv: Sequence[str] | None, task: Callable[[], Task], framework: Framework, open_benchmarks: OpenBenchmarks
+) -> int:
     """Train for a task, which is made once torch may be imported, with a framework; returns the exit code.
+
+    open_benchmarks: loads the tasks of `eval.tasks`.
 
     0 finished, 75 stopped when asked to, everything saved (`RUN/status.json` says the same), 1 failed, 2 a
     user's mistake, 76 hung (`lamda.training.watchdog`), 130 interrupted at once.
@@ -46,7 +37,7 @@ def launch(argv: Sequence[str] | None, task: Callable[[], Task], framework: Fram
     from lamda.training.train import train
 
     try:
-        return train(config, world, task(), framework)
+        return train(config, world, task(), framework, open_benchmarks)
     except UserError as error:
         return _tell(error, quiet=isinstance(error, ReportedElsewhereError))
     except RunError as error:
@@ -67,7 +58,3 @@ def _tell(error: Exception, *, quiet: bool) -> int:
     if not quiet:
         print(error, file=sys.stderr, flush=True)
     return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,7 +13,8 @@ from lamda.training.progress import TrainingProgress
 from lamda.training.row import Row
 from lamda.training.run_directory import RunDirectory
 from lamda.training.state import RunState
-from lamda.training.wandb_mirror import WandbMirror
+from lamda.training.wandb_mirror import HANG_SECONDS, WandbMirror
+from lamda.training.watchdog import HANG_EXIT
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,9 @@ class SilentReport:
 
     def warn(self, title: str, text: str) -> None:
         """Something that a person should look at."""
+
+    def hang(self, verdict: str) -> None:
+        """The run hangs, and its process ends right after this."""
 
     def saved(self, path: Path) -> None:
         """A checkpoint is complete."""
@@ -58,7 +62,9 @@ class MainReport(SilentReport):
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.__exit__(kind, value, trace)
-        self._mirror.finish()
+        if isinstance(value, Exception):
+            self._mirror.alert("run failed", f"{type(value).__name__}: {value}")
+        self._mirror.finish(exit_code=int(value is not None))
 
     def row(self, row: Row) -> None:  # noqa: D102 - the methods mean what they mean above
         self._file.write(row)
@@ -74,6 +80,10 @@ class MainReport(SilentReport):
     def warn(self, title: str, text: str) -> None:  # noqa: D102
         log.warning("%s", text)
         self._mirror.alert(title, text)
+
+    def hang(self, verdict: str) -> None:  # noqa: D102
+        self._mirror.alert("run hangs", verdict)
+        self._mirror.finish(exit_code=HANG_EXIT, seconds=HANG_SECONDS)
 
     def saved(self, path: Path) -> None:  # noqa: D102
         self._progress.say(f"saved {path}")

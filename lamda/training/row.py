@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lamda.config.schema import Config
@@ -22,7 +22,7 @@ class FinishedStep:
     """A step that the device may still be computing; reading its figures waits for it.
 
     state: after the step. rate: its learning rate. Seconds: waited for data; stalled by saves since the
-    step before; the step's own, data included. more: figures of an evaluation after it.
+    step before; the step's own, data included. more: figures of evaluations after it.
     """
 
     state: RunState
@@ -31,7 +31,7 @@ class FinishedStep:
     waited: float
     stalled: float
     seconds: float
-    more: dict[str, float] | None = None
+    more: dict[str, float] = field(default_factory=dict)
 
     def signals(self) -> list[float]:
         """The ranks' sums of what they told with this step."""
@@ -58,7 +58,7 @@ class FinishedStep:
             "rollbacks": self.state.rollbacks,
             "batch_digest": self.result.batch_digest(),
             **self._domains(domains),
-            **(self.more or {}),
+            **self.more,
         }
 
     def _domains(self, domains: tuple[str, ...]) -> dict[str, float]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lamda.config.schema import Config
 from lamda.data.documents import Form
 from lamda.data.tokenizer import Tokenizer
+from lamda.distributed import World
 
 if TYPE_CHECKING:
+    from lamda.training.engine import Engine
     from lamda.training.framework import Scorer
     from lamda.training.loop import Run
+
+Mark = Callable[[], None]
+"""Tells the watchdog that something goes on."""
 
 
 class Scores(Protocol):
@@ -48,3 +53,22 @@ class Task(Protocol):
     def sample(self, run: Run, tokenizer: Tokenizer) -> str:
         """Something that the trained model wrote; every rank calls it."""
         ...
+
+
+class TaskError(Exception):
+    """A task of `eval.tasks` failed, with all ranks still in step: the run can go on without its figures."""
+
+
+class Benchmarks(Protocol):
+    """The tasks of `eval.tasks`, loaded."""
+
+    def score(self, engine: Engine, tokenizer: Tokenizer, *, mark: Mark) -> dict[str, float]:
+        """On rank 0 their figures as they stand in metrics.jsonl, `eval/<task>/<metric>`; every rank calls it.
+
+        Raises TaskError on rank 0.
+        """
+        ...
+
+
+OpenBenchmarks = Callable[[Config, World], Benchmarks | None]
+"""Loads the tasks of `eval.tasks`, if there are any; every rank calls it, at the start. Raises UserError."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from lamda import distributed
 from lamda.config.help import to_yaml
 from lamda.config.schema import Config
-from lamda.data.tokenizer import Tokenizer
 from lamda.distributed import World
 from lamda.training import manifest
 from lamda.training.framework import Engine, Framework
@@ -26,7 +25,7 @@ from lamda.training.saving import Saver
 from lamda.training.start import with_start
 from lamda.training.state import RunState
 from lamda.training.stopping import STOP_EXIT, StopRequests
-from lamda.training.task import Task
+from lamda.training.task import Benchmarks, OpenBenchmarks, Task
 from lamda.training.text import Text
 from lamda.training.watchdog import Watchdog
 
@@ -36,9 +35,10 @@ STOP_PATIENCE = 20.0
 """Seconds without progress after a signal: then another rank is dead, and a launcher kills after 30."""
 
 
-def train(config: Config, world: World, task: Task, framework: Framework) -> int:
+def train(config: Config, world: World, task: Task, framework: Framework, open_benchmarks: OpenBenchmarks) -> int:
     """Train `config` for `task` to its end, or until asked to stop, from wherever the run directory stands.
 
+    open_benchmarks: loads the tasks of `eval.tasks`.
     Returns the exit code: 0 finished, 75 stopped with everything saved. Raises UserError and RunError.
     """
     config, directory = with_start(config), RunDirectory(Path(config.run.dir))
@@ -55,12 +55,13 @@ def train(config: Config, world: World, task: Task, framework: Framework) -> int
             if world.is_main:
                 print(f"{directory.path}: finished, {start.state.step} steps; raise train.steps to go on")
             return 0
+        benchmarks = open_benchmarks(config, world)
         text = Text.open(config, directory, world, form=task.form(config))
         state = start.check_data(text.fingerprint(config))
         began = time.time()
         try:
             engine = framework.engine(config, world=world, device=device, domains=len(text.domains) + 1)
-            code = _run(engine, directory, start.path, state, text, task)
+            code = _run(engine, directory, start.path, state, text, task, benchmarks)
             distributed.barrier()  # a launcher whose first rank has left kills the others, who may have rows to send
             return code
         except BaseException as error:
@@ -82,6 +83,7 @@ def _run(
     state: RunState,
     text: Text,
     task: Task,
+    benchmarks: Benchmarks | None,
 ) -> int:
     config, world = engine.config, engine.world
     if checkpoint_path is not None:
@@ -106,7 +108,7 @@ def _run(
                 directory.heartbeats,
                 world=world,
                 seconds=config.run.hang_seconds,
-                tell=lambda verdict: _tell_hang(directory, verdict, since=began),
+                tell=lambda verdict: _tell_hang(directory, report, verdict, since=began),
             )
         )
         requests = stack.enter_context(
@@ -124,6 +126,8 @@ def _run(
             engine=engine,
             open_loader=lambda state: text.loader(config, world, state),
             held_out=task.held_out(config, text.tokenizer),
+            benchmarks=benchmarks,
+            tokenizer=text.tokenizer,
             domains=text.domains,
             saver=Saver(directory.checkpoints, engine=engine, tokenizer=directory.tokenizer),
             requests=requests,
@@ -133,14 +137,14 @@ def _run(
             profile=stack.enter_context(Profile(config.train.profile if world.is_main else None, directory.profile)),
         )
         run.train()
-        return _leave(run, task, text.tokenizer, progress)
+        return _leave(run, task, progress)
 
 
-def _leave(run: Run, task: Task, tokenizer: Tokenizer, progress: TrainingProgress) -> int:
+def _leave(run: Run, task: Task, progress: TrainingProgress) -> int:
     """Show what came out, tell how the run ended, and return its exit code."""
     stopped, steps = run.stopped, {"step": run.state.step, "steps": run.config.steps}
     if stopped is None:
-        _finish(run, task, tokenizer, progress)
+        _finish(run, task, progress)
     else:
         progress.say(f"stopped after step {run.state.step}, all of it saved: {stopped}; the same command goes on")
     run.requests.obeyed()
@@ -151,17 +155,20 @@ def _leave(run: Run, task: Task, tokenizer: Tokenizer, progress: TrainingProgres
     return 0 if stopped is None else STOP_EXIT
 
 
-def _tell_hang(directory: RunDirectory, verdict: str, *, since: float) -> None:
+def _tell_hang(directory: RunDirectory, report: SilentReport, verdict: str, *, since: float) -> None:
     log.error("the run hangs and ends: %s; stacks are in %s", verdict, directory.path / "hang")
     _tell_failure(directory, verdict, since=since)
+    report.hang(verdict)
 
 
-def _finish(run: Run, task: Task, tokenizer: Tokenizer, progress: TrainingProgress) -> None:
+def _finish(run: Run, task: Task, progress: TrainingProgress) -> None:
     """Show the last evaluation, a sample, and where everything is."""
     if run.scores is not None:
         for line in task.told(run):
             progress.say(line)
-    sample = task.sample(run, tokenizer)
+    for name, value in run.task_figures.items():
+        progress.say(f"{name} {value:.4f}")
+    sample = task.sample(run, run.tokenizer)
     if run.world.is_main:
         run.directory.samples.mkdir(exist_ok=True)
         file = run.directory.samples / f"step-{run.state.step:08d}.txt"

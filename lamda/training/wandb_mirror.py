@@ -38,6 +38,8 @@ UPLOAD_SECONDS = 40
 """How long the end waits for what is still to be sent."""
 END_SECONDS = 46
 """When the end gives up, whatever the library does."""
+HANG_SECONDS = 10
+"""The same for the end of a run that hangs: its other ranks wait for it to leave."""
 
 
 class WandbMirror:
@@ -52,6 +54,7 @@ class WandbMirror:
         self._queue: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
         self._seen = 0
         self._has_stopped = False
+        self._exit_code = 0
         self._thread: threading.Thread | None = None
         remembered = folder / "wandb" / "run-id"
         with suppress(OSError):
@@ -89,14 +92,20 @@ class WandbMirror:
         if way != "none":
             self._put(lambda run: _attempt(f"checkpoint {path}", lambda: log_checkpoint(run, path, way=way, best=best)))
 
-    def finish(self) -> None:
-        """Wait until everything is sent, for 50 s at most; what W&B did not get is sent at the next start."""
+    def finish(self, *, exit_code: int = 0, seconds: float | None = None) -> None:
+        """Wait until everything is sent, but hardly longer than `seconds` (END_SECONDS by default).
+
+        What W&B did not get is sent at the next start.
+
+        exit_code: 0 makes the run finished there, others failed.
+        """
         if self._thread is None:
             return
+        self._exit_code, seconds = exit_code, END_SECONDS if seconds is None else seconds
         self._queue.put(None)
-        self._thread.join(END_SECONDS)
+        self._thread.join(seconds)
         if self._thread.is_alive():
-            self._say_stopped(f"it does not end within {END_SECONDS} s")
+            self._say_stopped(f"it does not end within {seconds:g} s")
             _kill_service()
             self._thread.join(2)
 
@@ -114,7 +123,7 @@ class WandbMirror:
                         self._send(run, row)
             for action in iter(self._queue.get, None):
                 action(run)
-            run.finish()
+            run.finish(exit_code=self._exit_code)
         except Exception as error:
             self._say_stopped(_reason(error))
         with suppress(Exception):

@@ -1,12 +1,16 @@
 """Runs a list of short trainings on this rank; `test_engine.py` starts it and compares.
 
 A job: {"name", "stage", "bf16", "from": step, "steps": to step, "load": folder or null, "save": folder
-or null, "poison": step or null}. Results go to OUT/<name>.safetensors (plain weights and losses) from rank 0.
+or null, "poison": step or null, "asked": step or null}. Results go to OUT/<name>.safetensors (plain
+weights and losses) from rank 0.
 """
 
+import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +20,11 @@ from lamda import distributed
 from lamda.config.schema import Config
 from lamda.data.lanes import Cursor
 from lamda.data.loader import MicroBatch, Step
+from lamda.inference.sampling import Sampling
+from lamda.interop.harness.ranks import RanksDecoder
+from lamda.interop.harness.scoring import Prompt, Row
 from lamda.training import checkpoint
-from lamda.training.engine import Engine
+from lamda.training.engine import Engine, StepResult
 from lamda.training.saving import Saver
 from lamda.training.state import RunState
 
@@ -76,6 +83,48 @@ def batch(step: int, world: distributed.World, *, masked: bool = False) -> Step:
     return Step(tuple(parts), own, np.zeros((share, 32), np.uint8), BATCH * step)
 
 
+class Letters:
+    """A tokenizer whose ids are letters."""
+
+    def utf8(self, id: int) -> bytes:
+        return bytes([32 + id])
+
+
+def asked_rows(count: int) -> list[Row]:
+    """Rows of different lengths."""
+    return [Row(tokens(n)[0, : 4 + n].tolist(), 2 + n) for n in range(count)]
+
+
+def asked_prompts(count: int) -> list[Prompt]:
+    """Prompts of different lengths."""
+    return [
+        Prompt(tokens(n)[1, : 2 + n].tolist(), Sampling(max_new_tokens=5, temperature=0.0), ()) for n in range(count)
+    ]
+
+
+def asked_after(engine: Engine, step: int, file: Path) -> Callable[..., StepResult]:
+    """`engine.step`, and after the step of that number what `eval.tasks` asks of the ranks."""
+    compute, count = engine.step, itertools.count(1)
+
+    def stepped(*parts: Any, **how: Any) -> StepResult:
+        result = compute(*parts, **how)
+        if next(count) == step:
+            decoder = RanksDecoder(engine, Letters(), mark=lambda: None)
+            with engine.evaluating():
+                if engine.world.is_main:
+                    scores, texts = decoder.score(asked_rows(5)), decoder.generate(asked_prompts(3))
+                    decoder.dismiss()
+                    file.write_text(json.dumps([scores, texts]))
+                else:
+                    decoder.serve()
+            save = {name: weight.clone() for name, weight in engine.weights()}
+            if engine.world.is_main:
+                save_file(save, file.with_suffix(".weights"))
+        return result
+
+    return stepped
+
+
 def run(job: dict, world: distributed.World, device: torch.device, out: Path) -> None:
     """Train from one step to another and save what `test_engine.py` looks at."""
     engine = Engine(config(job, out, world.rank), world=world, device=device)
@@ -83,6 +132,8 @@ def run(job: dict, world: distributed.World, device: torch.device, out: Path) ->
     if job.get("load"):
         state = checkpoint.load(out / job["load"] / f"step-{job['from']:08d}", engine=engine)
     losses, norms = [], []
+    if "asked" in job:
+        engine.step = asked_after(engine, job["asked"], out / f"{job['name']}.json")
     for step in range(state.step + 1, job["steps"] + 1):
         poisoned = job.get("poison") == step and world.rank == world.size - 1
         hook = engine.model.final_norm.register_forward_hook(lambda *parts: parts[-1] * torch.nan) if poisoned else None

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from lamda import distributed
-from lamda.training.main import main
+from lamda.launch.pretrain import main
 
 if __name__ == "__main__":
     distributed.stop = lambda: None  # DeepSpeed keeps its groups for the life of a process

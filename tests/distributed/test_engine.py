@@ -9,10 +9,21 @@ from deepspeed.runtime.zero.muon.original_muon import ns_compute_dtype
 from safetensors.torch import load_file
 
 from lamda.config import ModelConfig
+from lamda.interop.harness.scoring import LocalDecoder
 from lamda.model import LaMDA
 from lamda.model.initialisation import initialise
 from lamda.model.loss import cross_entropy
-from tests.distributed.engine_worker import BATCH, LENGTH, MICRO, MODEL, counted, tokens
+from tests.distributed.engine_worker import (
+    BATCH,
+    LENGTH,
+    MICRO,
+    MODEL,
+    Letters,
+    asked_prompts,
+    asked_rows,
+    counted,
+    tokens,
+)
 from tests.launch import run_ranks
 
 WORKER = str(Path(__file__).with_name("engine_worker.py"))
@@ -35,6 +46,8 @@ OPTIMISERS = {
 
 OTHERS = {**OPTIMISERS, "lora": {"stage": 1, "bf16": True, "lora_rank": 3, "model": {"weights": "not read here"}}}
 
+ASKED = [(1, False), (3, False), (3, True)]
+
 ON_TWO = [
     *(job(f"straight-{label(*case)}", *case) for case in STAGES),
     *(job(f"half-{label(*case)}", *case, steps=2, save=f"from-two-{label(*case)}") for case in STAGES),
@@ -45,6 +58,7 @@ ON_TWO = [
     *(job(f"poison-{other}", **how, poison=2) for other, how in OTHERS.items()),
     *(job(f"two-{other}", **how, load=f"from-two-{other}", **{"from": 2}) for other, how in OTHERS.items()),
     job("straight-masked", 1, True, masked=True),
+    *(job(f"asked-{label(*case)}", *case, asked=2) for case in ASKED),
     job("other-stage", 2, True, load="from-two-1-bf16", **{"from": 2}),
     job("other-stage-3", 3, True, load="from-two-1-bf16", **{"from": 2}),
     job("other-stage-1", 1, True, load="from-two-3-bf16", **{"from": 2}),
@@ -66,7 +80,9 @@ def results(tmp_path_factory):
         (out / "jobs.json").write_text(json.dumps(jobs))
         ranks = run_ranks([WORKER, str(out / "jobs.json"), str(out)], world=world)
         assert all(rank.returncode == 0 for rank in ranks), "\n".join(rank.stderr[-2500:] for rank in ranks)
-    return lambda name: load_file(out / f"{name}.safetensors")
+    results = lambda name: load_file(out / f"{name}.safetensors")  # noqa: E731
+    results.folder = out
+    return results
 
 
 class PlainMuon(torch.optim.Optimizer):
@@ -223,3 +239,20 @@ def assert_same_weights(one, other):
     for name, tensor in one.items():
         if name not in ("losses", "norms", "updates"):
             assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("case", ASKED, ids=lambda case: label(*case))
+def test_tasks_between_two_steps_are_computed_by_all_ranks_and_change_nothing(results, case):
+    straight, asked = (results(f"{name}-{label(*case)}") for name in ("straight", "asked"))
+    assert straight.keys() == asked.keys()
+    assert all(torch.equal(straight[name], asked[name]) for name in straight)
+    scores, texts = json.loads((results.folder / f"asked-{label(*case)}.json").read_text())
+    weights = load_file(results.folder / f"asked-{label(*case)}.weights")
+    model = LaMDA(ModelConfig(**MODEL)).to(weights["embedding.weight"].dtype)
+    model.load_weights(weights)
+    alone = LocalDecoder(model.eval(), Letters(), batch=99)
+    expected = alone.score(asked_rows(5))
+    assert [nats for nats, _ in scores] == pytest.approx([nats for nats, _ in expected], abs=0.1 if case[1] else 1e-4)
+    if not case[1]:
+        assert texts == alone.generate(asked_prompts(3))
+    assert len(texts) == 3

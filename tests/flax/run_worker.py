@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 
-from lamda.flax.main import main
+from lamda.launch.pretrain_flax import main
 
 if __name__ == "__main__":
     codes = [main(arguments) for arguments in json.loads(sys.argv[1])]

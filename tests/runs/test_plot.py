@@ -10,7 +10,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from lamda.config.errors import UserError
-from lamda.runs.plot import COLOURS, NOT_FINITE, draw, main, read_curves, smoothed
+from lamda.runs.curves import read_curves, smoothed
+from lamda.runs.plot import COLOURS, NOT_FINITE, draw, main
 from lamda.training.metrics import MetricsFile
 from tests.runs.conftest import make_run
 

@@ -23,7 +23,7 @@ def ranks_of(run: Path) -> list[int]:
         except OSError:
             continue
         is_ours = any(word.startswith(f"{run}/submit/".encode()) for word in words)
-        if is_ours and words[1:4] == [b"-u", b"-m", b"lamda.training.main"]:
+        if is_ours and words[1:4] == [b"-u", b"-m", b"lamda.launch.pretrain"]:
             found.append(int(entry.name))
     return found
 

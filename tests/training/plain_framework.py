@@ -145,5 +145,5 @@ def pretraining():
 
 
 if __name__ == "__main__":
-    code = launch(sys.argv[1:], pretraining, Plain())
+    code = launch(sys.argv[1:], pretraining, Plain(), lambda config, world: None)
     sys.exit(3 if "deepspeed" in sys.modules else code)

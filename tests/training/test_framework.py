@@ -30,7 +30,7 @@ def test_a_run_is_imported_without_deepspeed(modules):
 
 
 def test_what_is_checked_early_needs_no_torch():
-    code = "import sys, lamda.training.main, lamda.dialog.main; sys.exit('torch' in sys.modules)"
+    code = "import sys, lamda.training.main, lamda.launch.pretrain; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

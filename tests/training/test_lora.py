@@ -8,13 +8,13 @@ from torch.func import functional_call
 from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.distributed import World
+from lamda.launch.pretrain import main
 from lamda.model import LaMDA
 from lamda.model.initialisation import initialise
 from lamda.model.loss import cross_entropy
 from lamda.training import checkpoint, deepspeed_config, lora
 from lamda.training.comparison import odd_ranks
 from lamda.training.engine import Engine
-from lamda.training.main import main
 from lamda.training.resume import choose_start
 from lamda.training.run_directory import RunDirectory
 from lamda.training.saving import Saver

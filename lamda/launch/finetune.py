@@ -1,4 +1,4 @@
-"""`scripts/finetune.py`: from a pre-trained model and conversations to a dialogue model."""
+"""`lamda finetune` and `scripts/finetune.py`: fine-tuning, with the harness for `eval.tasks` at hand."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lamda.interop.harness import open_benchmarks
 from lamda.training.deepspeed_framework import DeepSpeed
 from lamda.training.main import launch
 
@@ -15,10 +16,10 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run fine-tuning; returns the exit code, as `lamda.training.main.launch`."""
-    return launch(argv, _finetuning, DeepSpeed())
+    return launch(argv, _task, DeepSpeed(), open_benchmarks)
 
 
-def _finetuning() -> Task:
+def _task() -> Task:
     from lamda.dialog.finetuning import Finetuning
 
     return Finetuning()

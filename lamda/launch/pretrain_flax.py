@@ -6,7 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from lamda.flax.framework import Flax
-from lamda.training.main import launch, pretraining
+from lamda.interop.harness import open_benchmarks
+from lamda.launch.pretrain import pretraining
+from lamda.training.main import launch
 
 MULTIHOST = "--multihost"
 
@@ -17,8 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     With `--multihost` JAX itself finds the other processes (a TPU slice, a SLURM job).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    multihost = MULTIHOST in arguments
-    return launch([each for each in arguments if each != MULTIHOST], pretraining, Flax(multihost=multihost))
+    framework = Flax(multihost=MULTIHOST in arguments)
+    return launch([each for each in arguments if each != MULTIHOST], pretraining, framework, open_benchmarks)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,127 @@
+"""`lamda eval`: a trained model on tasks of lm-eval's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lamda.config.errors import UserError
+from lamda.interop.harness.tasks import Tasks, figures
+
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+ERROR = "_stderr"
+
+
+def main(argv: list[str]) -> int:
+    """As `lamda eval --help` says; raises UserError."""
+    options = _parser().parse_args(argv)
+    _check(options)
+    from lamda.inference.loading import find_checkpoint
+
+    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    find_checkpoint(options.path)
+    tasks = Tasks.load(names, folder=options.include_path)
+    report = evaluate_checkpoint(
+        options.path, tasks, batch=options.batch_size, limit=options.limit, num_fewshot=options.num_fewshot
+    )
+    if options.output is not None:
+        options.output.write_text(json.dumps(report, indent=1), "utf-8")
+    print(json.dumps(report, indent=1) if options.json else "\n".join(table(report)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lamda eval", allow_abbrev=False)
+    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", type=Path)
+    parser.add_argument("--tasks", required=True, metavar="NAME,NAME")
+    parser.add_argument("--limit", type=int, metavar="N")
+    parser.add_argument("--num-fewshot", type=int, metavar="N")
+    parser.add_argument("--batch-size", type=int, metavar="N")
+    parser.add_argument("--include-path", type=Path, metavar="DIR")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--output", type=Path, metavar="FILE")
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Before anything that takes time. Raises UserError."""
+    least = {"limit": 1, "num_fewshot": 0, "batch_size": 1}
+    wrong = [
+        f"--{name.replace('_', '-')} is {value}: give at least {lowest}"
+        for name, lowest in least.items()
+        if (value := getattr(options, name)) is not None and value < lowest
+    ]
+    if options.output is not None and not options.output.parent.is_dir():
+        wrong.append(f"--output {options.output}: there is no folder {options.output.parent}")
+    if wrong:
+        raise UserError("\n".join(wrong))
+
+
+def _error(named: dict[str, float], name: str) -> float | None:
+    """The standard error of a figure, if there is one."""
+    metric, slash, of_filter = name.partition("/")
+    return named.get(metric + ERROR + slash + of_filter)
+
+
+def evaluate_checkpoint(
+    path: Path, tasks: Tasks, *, batch: int | None, limit: int | None, num_fewshot: int | None
+) -> dict[str, Any]:
+    """The report of a checkpoint, or of a run's newest one.
+
+    batch: rows that go together, by default the run's micro-batch. Others: see `Tasks.run`. Raises UserError.
+    """
+    from lamda.inference.loading import load_run
+    from lamda.interop.harness.language_model import HarnessModel
+    from lamda.interop.harness.scoring import LocalDecoder
+
+    loaded = load_run(path)
+    batch = batch or loaded.config.train.micro_batch_size
+    with Progress(*COLUMNS, console=Console(file=sys.stderr), transient=True) as progress:
+        bars = {}
+
+        def heard(what: str, done: int, total: int) -> None:
+            if what not in bars or done < progress.tasks[bars[what]].completed:
+                bars[what] = progress.add_task(what, total=total)
+            progress.update(bars[what], completed=done)
+
+        model = HarnessModel(
+            LocalDecoder(loaded.model, loaded.tokenizer, batch),
+            loaded.tokenizer,
+            sequence_length=loaded.config.data.sequence_length,
+            heard=heard,
+        )
+        results = tasks.run(model, limit=limit, num_fewshot=num_fewshot)
+    return {
+        "checkpoint": str(loaded.path),
+        "lm_eval": version("lm-eval"),
+        "limit": limit,
+        "sequence_length": loaded.config.data.sequence_length,
+        "tasks": figures(results),
+        "num_fewshot": dict(results["n-shot"]),
+        "examples": {task: counts["effective"] for task, counts in results["n-samples"].items()},
+        "versions": dict(results["versions"]),
+    }
+
+
+def table(report: dict[str, Any]) -> Iterator[str]:
+    """The report as lines for a person."""
+    rows = [
+        (task, name, f"{value:.4f}", f"± {error:.4f}" if (error := _error(named, name)) is not None else "")
+        for task, named in report["tasks"].items()
+        for name, value in named.items()
+        if ERROR not in name
+    ]
+    width = max([len(task) for task, *_ in rows] + [4])
+    wide = max([len(name) for _, name, *_ in rows] + [6])
+    yield f"{'task':{width}}  {'metric':{wide}}{'value':>12}{'':12}{'shots':>6}{'examples':>10}"
+    for task, name, value, error in rows:
+        shots, examples = report["num_fewshot"].get(task, ""), report["examples"].get(task, "")
+        yield f"{task:{width}}  {name:{wide}}{value:>12} {error:11}{shots:>6}{examples:>10}"

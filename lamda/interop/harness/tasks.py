@@ -1,0 +1,163 @@
+"""Tasks of lm-eval's, and of folders of task files: found, loaded with their data, and run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lamda.config.errors import UserError, all_of
+from lamda.config.presets import nearest
+
+if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.model import LM
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+log = logging.getLogger(__name__)
+
+RESAMPLES = 1000
+"""Draws behind the standard error of a figure that is no mean, such as perplexity."""
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Loaded tasks, their data on this machine."""
+
+    _manager: TaskManager
+    _specs: list[Task | Group]
+
+    @classmethod
+    def load(cls, names: Sequence[str], *, folder: Path | None = None) -> Tasks:
+        """Tasks, groups and tags by name, from `folder` first; files that its task files name are looked for there.
+
+        Raises UserError for names that nobody has, and for data that cannot be had.
+        """
+        _require()
+        manager = _manager(names, folder)
+        unknown = [
+            f"there is no task {name!r}{nearest(name, manager.all_tasks)}"
+            for name in names
+            if name not in manager.task_index
+        ]
+        if unknown:
+            raise UserError("\n".join([*unknown, "`lm-eval ls tasks` lists those of lm-eval"]))
+        specs: list[Task | Group] = []
+        all_of(*(lambda name=name: specs.extend(_load(manager, name, folder)) for name in names))
+        try:
+            loaded = manager.load(specs)["tasks"]
+        except ValueError as error:
+            raise UserError(f"the tasks overlap: {error}") from error
+        refused = [problem for name, task in loaded.items() if (problem := _problem(name, task))]
+        if refused:
+            raise UserError("\n".join(refused))
+        return cls(manager, specs)
+
+    def run(self, model: LM, *, limit: int | None, num_fewshot: int | None) -> dict[str, Any]:
+        """lm-eval's results with standard errors. limit: examples a task. num_fewshot: in place of the tasks' own."""
+        from lm_eval import simple_evaluate
+
+        with quiet():
+            return simple_evaluate(
+                model,
+                tasks=list(self._specs),
+                task_manager=self._manager,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                bootstrap_iters=RESAMPLES,
+                log_samples=False,
+            )
+
+    def run_in_training(self, model: LM, *, limit: int | None) -> dict[str, Any]:
+        """The same results without standard errors and without what `simple_evaluate` adds.
+
+        It starts other programs to describe the machine, and seeds the process's random numbers: a process that
+        holds a GPU and a network does neither in the middle of its training.
+        """
+        from lm_eval.defaults import DEFAULT_OTHER_SEED
+        from lm_eval.evaluator import evaluate
+
+        loaded = self._manager.load(list(self._specs))
+        for task in loaded["tasks"].values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        with quiet():
+            return evaluate(model, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
+
+
+def figures(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """By task (or group), its figures by name; `metric/filter` where a task filters what was written.
+
+    A standard error stands beside its figure as `metric_stderr`.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for task, values in results["results"].items():
+        numbers = {key: value for key, value in values.items() if "," in key and isinstance(value, int | float)}
+        named = {key.removesuffix(",none").replace(",", "/"): float(value) for key, value in numbers.items()}
+        if named:
+            found[task] = named
+    return found
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Bars and notes of lm-eval's go to the log: ours tell the progress."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        yield
+    log.debug("lm-eval: %s", said.getvalue())
+
+
+def _require() -> None:
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"tasks need lm-eval ({error}); pip install 'lamda-pytorch[eval]'") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that a task file leaves to it
+
+
+def _manager(names: Sequence[str], folder: Path | None) -> TaskManager:
+    """What knows the names. The folder alone where it has them all: lm-eval's own index takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    if folder is not None:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: there is no such folder of task files")
+        own = TaskManager(include_path=folder, include_defaults=False)
+        if all(name in own.task_index for name in names):
+            return own
+    return TaskManager(include_path=folder)
+
+
+def _load(manager: TaskManager, name: str, folder: Path | None) -> list[Task | Group]:
+    """A task, a group, or the tasks of a tag. Raises UserError."""
+    try:
+        # Task files name their data relative to the working directory; a folder of tasks shall work from anywhere.
+        with contextlib.chdir(folder or Path()), quiet():
+            loaded = manager.load([name])
+    except OSError as error:
+        raise UserError(
+            f"task {name}: its data cannot be had ({_said(error)}). Run it once where the hub can be reached and bring "
+            "its cache (HF_HOME) here, or give a folder of task files with data of their own"
+        ) from error
+    except Exception as error:
+        raise UserError(f"task {name}: cannot be loaded ({_said(error)})") from error
+    return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
+
+
+def _problem(name: str, task: Task) -> str | None:
+    if getattr(task, "UNSAFE_CODE", False):
+        return f"task {name}: runs code that the model writes, which this project does not"
+    if getattr(task, "MULTIMODAL", False):
+        return f"task {name}: shows more than text, which LaMDA does not read"
+    return None
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,0 +1,30 @@
+"""`lamda pretrain` and `scripts/pretrain.py`: pre-training under DeepSpeed, with the harness of `eval.tasks`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lamda.interop.harness import open_benchmarks
+from lamda.training.deepspeed_framework import DeepSpeed
+from lamda.training.main import launch
+
+if TYPE_CHECKING:
+    from lamda.training.task import Task
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run pre-training; returns the exit code, as `lamda.training.main.launch`."""
+    return launch(argv, pretraining, DeepSpeed(), open_benchmarks)
+
+
+def pretraining() -> Task:
+    """The task, for any framework; it imports torch."""
+    from lamda.training.pretraining import Pretraining
+
+    return Pretraining()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

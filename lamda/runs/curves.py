@@ -1,0 +1,92 @@
+"""Curves of runs: the columns of metrics.jsonl over steps, tokens or time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lamda.config.errors import UserError
+from lamda.config.presets import nearest
+from lamda.runs.reading import Metrics, find_runs
+from lamda.training.run_directory import RunDirectory
+
+SCALES = {"step": ("step", "step"), "tokens": ("tokens", "tokens"), "time": ("step_seconds", "hours in steps")}
+"""What `--x` takes: the column it needs and the axis's label."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric of a run in step order, y NaN where it was not finite; empty where the run has no such column."""
+
+    run: str
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+
+
+def read_curves(runs: Sequence[Path], metrics: Sequence[str], *, x: str) -> dict[str, list[Curve]]:
+    """By metric, its curve of every run.
+
+    Raises UserError for a folder without a run and for a metric that no run has.
+    """
+    read = {path: read_metrics_of(path, {*metrics, SCALES[x][0]}) for path in runs}
+    names = dict.fromkeys(name for each in read.values() for name in each.names)
+    unknown = [f"--metric {name}: no run has it{nearest(name, names)}" for name in metrics if name not in names]
+    if unknown:
+        raise UserError("\n".join([*unknown, f"there are: {', '.join(names)}"]))
+    labels = labels_of(runs)
+    return {metric: [curve_of(labels[path], each, metric, x=x) for path, each in read.items()] for metric in metrics}
+
+
+def read_metrics_of(path: Path, columns: set[str] | None = None) -> Metrics:
+    """The rows of a run, all columns or those named. Raises UserError where there are none."""
+    metrics = Metrics(RunDirectory(path).metrics, keep=columns)
+    metrics.update()
+    if not metrics.rows:
+        near = nearest(path.name, (run.name for run in find_runs(path.parent, depth=1))) if path.parent.is_dir() else ""
+        raise UserError(f"{path}: no run with a finished step is here{near}")
+    return metrics
+
+
+def labels_of(runs: Sequence[Path]) -> dict[Path, str]:
+    """The runs' own names, or whole paths where two have the same."""
+    names = [path.resolve().name for path in runs]
+    return {path: name if names.count(name) == 1 else str(path) for path, name in zip(runs, names, strict=True)}
+
+
+def curve_of(run: str, metrics: Metrics, metric: str, *, x: str) -> Curve:
+    """A column of a run. Raises UserError where it holds no numbers."""
+    column = SCALES[x][0]
+    if column not in metrics.names:
+        raise UserError(f"--x {x}: {run} has no column {column}")
+    places = _numbers([row.get(column) for row in metrics.rows], column)
+    if x == "time":
+        places = np.nancumsum(places) / 3600
+    has = np.array([metric in row for row in metrics.rows])
+    return Curve(run, places[has], _numbers([row[metric] for row in metrics.rows if metric in row], metric))
+
+
+def _numbers(values: list[object], name: str) -> NDArray[np.float64]:
+    """Numbers, NaN for None. Raises UserError where the column holds something else."""
+    if not all(value is None or isinstance(value, int | float) for value in values):
+        raise UserError(f"--metric {name}: holds no numbers")
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def smoothed(values: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    """The mean of each value and up to `count` - 1 before it, those that are not finite left out; NaN stays NaN."""
+    finite = np.isfinite(values)
+    sums, counts = (np.cumsum(np.where(finite, each, 0.0)) for each in (values, 1.0))
+    sums[count:], counts[count:] = sums[count:] - sums[:-count], counts[count:] - counts[:-count]
+    return np.where(finite, sums / np.maximum(counts, 1), np.nan)
+
+
+def short(value: float, _place: int | None = None) -> str:
+    """A tick's label, `250B`."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"

@@ -1,0 +1,172 @@
+"""`lamda dashboard`: a workspace in W&B with the catalogue's panels, in its order."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lamda.config.errors import UserError
+from lamda.config.loading import load_config
+from lamda.runs.catalogue import SECTIONS, Panel
+from lamda.training.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from wandb_workspaces.reports.v2.interface import LinePlot
+    from wandb_workspaces.workspaces import Section, Workspace
+
+NAME = "LaMDA"
+GPUS = 8
+"""GPUs of the machine of rank 0, which W&B watches; those that are not there draw nothing."""
+SYSTEM = {
+    "GPU utilisation": "gpu.{}.gpu",
+    "GPU memory": "gpu.{}.memoryAllocated",
+    "GPU power": "gpu.{}.powerWatts",
+    "GPU temperature": "gpu.{}.temp",
+    "CPU": "cpu",
+    "Memory": "memory_percent",
+    "Disk": "disk./.usageGB",
+    "Network": "network.{}",
+}
+"""W&B's own figures by title; `{}` stands for the number of a GPU, or for `sent` and `recv`."""
+TASKS = "^eval/([^l]|l[^o]|lo[^s]|los[^s]|loss[^/])[^/]*/."
+"""`eval/<task>/<metric>`, without `eval/loss/<domain>`: W&B's server matches without looking ahead."""
+SMOOTHING = 20
+"""Weight of W&B's running average, where single steps are noisy."""
+
+
+def main(argv: list[str]) -> int:
+    """As `lamda dashboard --help` says; raises UserError."""
+    options = _parser().parse_args(argv)
+    project, entity = _address(options)
+    _require()
+    if options.dry_run or options.json:
+        workspace = build(entity=entity or "ENTITY", project=project)
+        print(json.dumps(specification(workspace), indent=1) if options.json else "\n".join(outline(workspace)))
+        return 0
+    print(save(entity=entity, project=project))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lamda dashboard", allow_abbrev=False)
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN")
+    parser.add_argument("--project", metavar="P")
+    parser.add_argument("--entity", metavar="E")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+def _address(options: argparse.Namespace) -> tuple[str, str | None]:
+    """Project and entity: the flags, else the run's own."""
+    if options.run is None:
+        if options.project is None:
+            raise UserError("give a RUN, whose project it is, or --project P")
+        return options.project, options.entity
+    file = RunDirectory(options.run).config
+    if not file.is_file():
+        raise UserError(f"{options.run}: no run is here")
+    ours = load_config(["--config", str(file)]).wandb
+    return options.project or ours.project, options.entity or ours.entity
+
+
+def _require() -> None:
+    try:
+        import wandb_workspaces  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"lamda dashboard needs wandb-workspaces ({error}); pip install 'lamda-pytorch[dashboard]'"
+        ) from error
+
+
+def build(*, entity: str, project: str) -> Workspace:
+    """The workspace, on this machine alone."""
+    from wandb_workspaces.workspaces import Section, SectionLayoutSettings, Workspace, WorkspaceSettings
+
+    def section(title: str, panels: list[LinePlot]) -> Section:
+        columns = min(3, len(panels))
+        layout = SectionLayoutSettings(columns=columns, rows=-(-len(panels) // columns))
+        return Section(name=title, panels=panels, is_open=True, layout_settings=layout)
+
+    sections = [section(each.title, [_plot(panel) for panel in each.panels]) for each in SECTIONS]
+    return Workspace(
+        entity=entity,
+        project=project,
+        name=NAME,
+        sections=[*sections, section("System", _system())],
+        settings=WorkspaceSettings(x_axis="tokens"),
+    )
+
+
+def _plot(panel: Panel) -> LinePlot:
+    from wandb_workspaces.reports.v2.interface import LinePlot
+
+    names = [column for column in panel.columns if not column.endswith("/*")]
+    # Domains and tasks are a run's own: their names are not known here.
+    below = [_regex(column) for column in panel.columns if column.endswith("/*")]
+    how: dict[str, Any] = {"metric_regex": "|".join(below)} if below else {"y": names}
+    if panel.is_noisy:
+        how |= {"smoothing_type": "average", "smoothing_factor": SMOOTHING, "smoothing_show_original": True}
+    return LinePlot(title=panel.title, x="tokens", title_x="tokens", title_y=panel.unit, **how)
+
+
+def _regex(column: str) -> str:
+    """What matches the columns that `column`, which ends in `/*`, stands for."""
+    return TASKS if column == "eval/*" else f"^{re.escape(column.removesuffix('*'))}."
+
+
+def _system() -> list[LinePlot]:
+    from wandb_workspaces.reports.v2.interface import LinePlot
+
+    return [
+        LinePlot(
+            title=title,
+            x="RelativeTime(Process)",
+            y=[f"system/{name.format(part)}" for part in _parts(name)],
+        )
+        for title, name in SYSTEM.items()
+    ]
+
+
+def _parts(name: str) -> list[object]:
+    if "{}" not in name:
+        return [""]
+    return ["sent", "recv"] if name.startswith("network") else list(range(GPUS))
+
+
+def specification(workspace: Workspace) -> dict[str, Any]:
+    """What W&B would be sent."""
+    return workspace._to_model().spec.model_dump(by_alias=True, exclude_none=True, mode="json")
+
+
+def outline(workspace: Workspace) -> list[str]:
+    """Sections and panels as lines for a person."""
+    lines = [f"{workspace.entity}/{workspace.project}: workspace {workspace.name!r}"]
+    for section in workspace.sections:
+        lines += [
+            section.name,
+            *(f"  {plot.title}: {plot.metric_regex or ', '.join(plot.y)}" for plot in section.panels),
+        ]
+    return lines
+
+
+def save(*, entity: str | None, project: str) -> str:
+    """Create the workspace in W&B; its address. Raises UserError where that cannot be."""
+    import wandb
+
+    from lamda.training.wandb_mirror import sign_in
+
+    try:
+        wandb.setup(wandb.Settings(silent=True))
+        sign_in()
+        workspace = build(entity=entity or wandb.Api().default_entity, project=project)
+        workspace.save()
+    except Exception as error:
+        raise UserError(
+            f"W&B did not take the workspace ({type(error).__name__}: {error}); `lamda dashboard --dry-run` shows it, "
+            "and `lamda report` needs no account"
+        ) from error
+    return workspace.url

@@ -1,0 +1,38 @@
+"""`lamda report`: one or more runs as a page of its own, for a browser without a network."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lamda.config.errors import UserError
+from lamda.runs.findings import Findings, read_run
+from lamda.runs.report_page import page
+
+SUFFIXES = (".html", ".htm")
+
+
+def main(argv: list[str]) -> int:
+    """`RUN [RUN ...] -o FILE`; raises UserError."""
+    parser = argparse.ArgumentParser(prog="lamda report", allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("-o", dest="file", type=Path, required=True, metavar="FILE")
+    options = parser.parse_args(argv)
+    if options.file.suffix not in SUFFIXES:
+        raise UserError(f"-o {options.file}: a report is a page, {' or '.join(SUFFIXES)}")
+    text = page(read_runs(options.runs))
+    try:
+        options.file.write_text(text, "utf-8")
+    except OSError as error:
+        raise UserError(f"-o {options.file}: cannot be written ({error.strerror})") from error
+    print(f"{options.file}: {', '.join(map(str, options.runs))}; {len(text) / 1000:.0f} kB, opens in any browser")
+    return 0
+
+
+def read_runs(paths: list[Path]) -> list[Findings]:
+    """What there is to tell of each run, a run that is named twice once. Raises UserError."""
+    from lamda.runs.curves import labels_of
+
+    different = list(dict.fromkeys(paths))
+    labels = labels_of(different)
+    return [read_run(path, label=labels[path]) for path in different]

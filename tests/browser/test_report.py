@@ -1,0 +1,153 @@
+"""A report in Chromium: what it shows, light and dark, wide and narrow, and that it asks no network for anything."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lamda.cli import main
+from tests.runs.conftest import save_checkpoint
+from tests.runs.test_report import MARKUP, write_run
+
+sync_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+PICTURES = os.environ.get("LAMDA_PICTURES")
+"""A folder for screenshots, for those who want to look at them."""
+LOOKS = [("light", 1400), ("dark", 1400), ("light", 380), ("dark", 380)]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium here")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """A report of one run and one of two, by name."""
+    folder = tmp_path_factory.mktemp("reports")
+    runs = [write_run(folder / name, status=status) for name, status in (("one", "failed"), ("other", "finished"))]
+    save_checkpoint(runs[0], 200, {})
+    for name, chosen in (("one", runs[:1]), ("both", runs)):
+        assert main(["report", *map(str, chosen), "-o", str(folder / f"{name}.html")]) == 0
+    return folder
+
+
+@pytest.fixture
+def visit(browser, reports):
+    """Opens a report; afterwards nobody may have complained, and nothing but the file may have been asked for."""
+    pages, complaints, asked = [], [], []
+
+    def open_page(name, *, scheme="light", width=1400):
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda line: complaints.append(line.text))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((reports / f"{name}.html").as_uri())
+        pages.append(page)
+        return page
+
+    yield open_page
+    for page in pages:
+        assert "LaMDA" in page.title(), "no markup has run"
+        page.close()
+    assert complaints == []
+    assert [url for url in asked if not url.startswith(("data:", reports.as_uri()))] == []
+    assert len([url for url in asked if url.startswith("file:")]) == len(pages)
+
+
+@pytest.mark.parametrize(("scheme", "width"), LOOKS)
+def test_every_panel_is_seen_in_light_and_dark_on_a_desk_and_on_a_phone(visit, scheme, width):
+    page = visit("one", scheme=scheme, width=width)
+    charts = page.locator("figure")
+    assert charts.count() == 9
+    for number in range(9):
+        chart = charts.nth(number)
+        sync_api.expect(chart.locator("h3")).to_be_visible()
+        sync_api.expect(chart.locator("path.line").first).to_be_attached()
+        box = chart.locator("svg").bounding_box()
+        assert box["width"] > 200
+        assert 0 <= box["x"] <= box["x"] + box["width"] <= width
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing hangs out at the right"
+    for told in ("failed", f"because {MARKUP}", "step-00000200"):
+        sync_api.expect(page.get_by_text(told, exact=True).first).to_be_visible()
+    sizes = page.evaluate("[...document.querySelectorAll('svg text')].map(e => e.getBoundingClientRect().height)")
+    assert min(sizes) > 7
+    if PICTURES:
+        page.screenshot(path=str(Path(PICTURES) / f"report-{scheme}-{width}.png"), full_page=True)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_and_curves_stand_out_from_what_is_behind_them(visit, scheme):
+    page = visit("both", scheme=scheme)
+    contrasts = page.evaluate(CONTRASTS)
+    assert {"h1", "h2", "dt", "svg text", ".status", "path.line"} - set(contrasts) <= {"dt"}
+    for what, contrast in contrasts.items():
+        assert contrast >= (3.0 if what == "path.line" else 4.5), (what, contrast)
+
+
+CONTRASTS = """() => {
+  const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+    .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const parse = text => text.match(/[0-9.]+/g).map(Number);
+  const behind = element => {
+    for (let e = element; e; e = e.parentElement) {
+      const [r, g, b, a = 1] = parse(getComputedStyle(e).backgroundColor);
+      if (a > 0) return [r, g, b];
+    }
+    return [255, 255, 255];
+  };
+  const found = {};
+  const all = ["h1", "h2", "h2 small", "dt", "th", "figcaption span", "svg text", ".status", "path.line", "footer"];
+  for (const what of all) {
+    for (const element of document.querySelectorAll(what)) {
+      const style = getComputedStyle(element);
+      const own = what === "path.line" ? style.stroke : what === "svg text" ? style.fill : style.color;
+      const [one, two] = [light(parse(own)), light(behind(element))].sort((a, b) => b - a);
+      found[what] = Math.min(found[what] ?? 99, (one + 0.05) / (two + 0.05));
+    }
+  }
+  return found;
+}"""
+
+
+def test_a_pointer_finds_the_values_below_it(visit):
+    page = visit("one")
+    chart = page.locator("figure").first
+    values = chart.locator(".values")
+    sync_api.expect(values).to_be_hidden()
+    box = chart.locator("svg").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] / 2)
+    sync_api.expect(values).to_have_text("113,000 tokens: 5.74")
+    sync_api.expect(chart.locator(".pointer")).to_have_attribute("visibility", "visible")
+    page.mouse.move(0, 0)
+    sync_api.expect(values).to_be_hidden()
+
+
+def test_what_is_folded_opens_and_what_a_run_wrote_stays_text(visit):
+    page = visit("one")
+    page.get_by_text("Configuration", exact=True).click()
+    sync_api.expect(page.get_by_text("global_batch_size")).to_be_visible()
+    assert MARKUP in page.locator("pre").first.inner_text()
+    assert page.locator("img").count() == 0
+
+
+def test_runs_side_by_side_are_told_apart_in_each_chart(visit):
+    page = visit("both")
+    assert page.locator("figure").first.locator(".legend li").all_inner_texts() == ["one", "other"]
+    colours = page.evaluate(
+        "[...document.querySelector('svg').querySelectorAll('.line')].map(e => getComputedStyle(e).stroke)"
+    )
+    assert len(set(colours)) == 2
