@@ -31,15 +31,15 @@ def initialise(model: LaMDA, *, seed: int, base_width: int | None = None) -> Non
     the CPU) or the order of modules. base_width: of the model whose rates are carried over
     (`lamda.training.optimiser`); logits then fall with the width as muP asks (arXiv 2203.03466, table 8).
     """
-    draws = _draws(model.config)
+    by_kind = draws(model.config)
     for name, weight in model.export_weights().items():
-        draw = draws[name.removesuffix(".weight").rpartition(".")[2]]
+        draw = by_kind[name.removesuffix(".weight").rpartition(".")[2]]
         weight.copy_(draw(torch.empty(weight.shape, device="cpu"), generator(seed, name)))
     if base_width is not None:
         model.final_norm.scale.mul_((base_width / model.config.d_model) ** 0.5)
 
 
-def _draws(config: ModelConfig) -> dict[str, Draw]:
+def draws(config: ModelConfig) -> dict[str, Draw]:
     """The distribution of each kind of weight. There is no 1/sqrt(K) in attention: the query's scale stands for it."""
     D, F, HK = config.d_model, config.d_ff, config.n_heads * config.d_head
     return {
