@@ -127,6 +127,20 @@ exit code: 0 where the run fits, 1 where it does not""",
 --log                  logarithmic vertical axes
 --smooth N             draw the mean of the last N points over the points themselves""",
     ),
+    "export": Command(
+        _main_of("lamda.interop.huggingface.export"),
+        "RUN_OR_CHECKPOINT --to DIR [--dtype bfloat16|float32] [--max-shard-size SIZE]",
+        "write a model as a Hugging Face folder: weights, fast tokenizer, chat template, model card",
+        """\
+--to DIR               a new folder; nothing is written over
+--dtype TYPE           default: as the checkpoint computes; float32 takes the optimiser's own weights
+--max-shard-size SIZE  of a file of weights, such as 500MB; default 5GB""",
+    ),
+    "import": Command(
+        _main_of("lamda.interop.huggingface.importing"),
+        "DIR --to RUNLIKE_DIR",
+        "take a Hugging Face folder of LaMDA's back, for model.weights, generate, serve and chat",
+    ),
     "checkpoint ls": Command(
         _main_of("lamda.runs.checkpoint_ls"), "RUN [--json]", "the checkpoints of a run: step, size, ranks, state"
     ),

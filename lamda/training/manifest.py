@@ -45,9 +45,7 @@ def commit(
     The `keep` newest stay, and those of steps that `keep_every` divides. at: told of each moment in
     between. Raises OSError.
     """
-    (temporary / MANIFEST).write_text(_sealed(manifest), "utf-8")
-    sync_and_describe(temporary / MANIFEST)
-    sync_folder(temporary)
+    seal(temporary, manifest)
     at("commit.manifest")
     temporary.rename(final)
     sync_folder(final.parent)
@@ -58,6 +56,13 @@ def commit(
         if keep_every is None or step_of(old) % keep_every:
             remove(old)
     at("commit.pruned")
+
+
+def seal(folder: Path, content: dict[str, object]) -> None:
+    """Write the manifest, which ends with its own hash, and bring it and the folder to the disk. Raises OSError."""
+    (folder / MANIFEST).write_text(_sealed(content), "utf-8")
+    sync_and_describe(folder / MANIFEST)
+    sync_folder(folder)
 
 
 def remove(path: Path) -> None:

@@ -1,8 +1,8 @@
 """LaMDA among transformers' models: importing this package registers it, and no remote code is needed.
 
-    import lamda.interop.huggingface
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(DIR), AutoTokenizer.from_pretrained(DIR)
+import lamda.interop.huggingface
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = AutoModelForCausalLM.from_pretrained(DIR), AutoTokenizer.from_pretrained(DIR)
 """
 
 from __future__ import annotations

@@ -143,7 +143,9 @@ class LamdaPreTrainedModel(PreTrainedModel):
         by_kind = draws(self.config.dimensions)
         for name, weight in module.named_parameters(recurse=False):
             kind = getattr(module, "kind", "embedding") if name == "weight" else name
-            initialization.copy_(weight, by_kind[kind](torch.empty(weight.shape, device="cpu"), torch.default_generator))
+            initialization.copy_(
+                weight, by_kind[kind](torch.empty(weight.shape, device="cpu"), torch.default_generator)
+            )
 
     def _name_kinds(self) -> None:
         """Let each matrix know its part, which is all that `_init_weights` is not told."""
