@@ -23,7 +23,7 @@ tags:
 
 
 def model_card(source: Source, folder: Path, *, dtype: str, masters: bool) -> str:
-    """README.md of an exported folder, whose other files are there. masters: whether the optimiser's weights were taken."""
+    """README.md of an exported folder, whose other files are there. masters: whether these are the optimiser's."""
     parts = {
         source.config.run.dir.rstrip("/").rpartition("/")[2]: _summary(source, dtype=dtype, masters=masters),
         "Use": _USE,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from graphlib import CycleError, TopologicalSorter
 from importlib import resources
 from pathlib import Path
 
@@ -72,21 +71,14 @@ def _pieces(model: Path) -> list[str]:
 
 
 def _merges(pieces: list[str]) -> Iterator[tuple[str, str]]:
-    """Pairs of pieces by rank: those that make piece 400 before those that make piece 401."""
+    """Pairs of pieces by rank: those that make piece 400 before those that make piece 401.
+
+    SentencePiece ranks the pairs that make one piece alike and takes the leftmost. That theirs differ here changes
+    nothing: where `an + a` and `a + na` could both make `ana`, whichever of `an` and `na` came first has left the
+    other none of its letters.
+    """
     learnt = {*pieces[len(RESERVED_PIECES) :]}
     for piece in pieces[len(RESERVED_PIECES) :]:
-        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        yield from _leftmost_first([(left, right) for left, right in pairs if left in learnt and right in learnt])
-
-
-def _leftmost_first(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Pairs that make one piece, in the order that gives what lies further left its way.
-
-    SentencePiece ranks all of them alike and takes the leftmost; here each has a rank of its own. Where `an + a` and
-    `a + na` overlap (an a na), the one whose right half is the other's left half is further left.
-    """
-    before = {pair: {other for other in pairs if other != pair and other[1] == pair[0]} for pair in pairs}
-    try:
-        return list(TopologicalSorter(before).static_order())
-    except CycleError:
-        return pairs
+        for cut in range(1, len(piece)):
+            if piece[:cut] in learnt and piece[cut:] in learnt:
+                yield piece[:cut], piece[cut:]
