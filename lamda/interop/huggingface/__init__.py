@@ -29,6 +29,6 @@ AutoModelForCausalLM.register(LamdaConfig, LamdaForCausalLM, exist_ok=True)
 # Files hold the plain names of weights, whichever of the two models wrote them.
 register_checkpoint_conversion_mapping(
     LamdaForCausalLM.__name__,
-    [WeightRenaming(f"^{part}", f"model.{part}") for part in ("embedding", "layers", "final_norm", "relative_bias")],
+    [WeightRenaming(r"^(embedding|layers|final_norm|relative_bias)", r"model.\1")],
     overwrite=True,
 )
