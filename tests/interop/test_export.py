@@ -120,6 +120,13 @@ def test_weights_come_back_byte_for_byte(saved, exported, tmp_path):
     assert manifest.problem_of(tmp_path / "back") is None
 
 
+def test_what_transformers_saved_comes_in(saved, exported, tmp_path):
+    AutoModelForCausalLM.from_pretrained(exported).save_pretrained(tmp_path / "theirs")
+    shutil.copy(exported / "tokenizer.model", tmp_path / "theirs")
+    bring_in(tmp_path / "theirs", tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (saved / "model.safetensors").read_bytes()
+
+
 def test_shards_come_back_as_one_file(saved, tmp_path):
     export(saved, tmp_path / "parts", max_shard_size="20KB")
     index = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text("utf-8"))

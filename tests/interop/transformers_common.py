@@ -4,8 +4,8 @@ They are run from a checkout of its repository at the installed version, nothing
 
     TRANSFORMERS_CHECKOUT=.../transformers make transformers-test
 
-It takes the package parameterized. Where a checkout lacks a part (the source distribution on the package index has the
-tests of models alone), that part is left out, and pytest's header names it. docs/huggingface.md says what passes.
+It takes the package parameterized. What a checkout lacks (the source distribution on the package index has the tests of
+models alone) is left out: of generation a skipped test says so. docs/huggingface.md says what passes.
 """
 
 from __future__ import annotations

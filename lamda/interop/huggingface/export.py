@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from lamda.config import Config
 from lamda.config.errors import UserError
-from lamda.data.tokenizer import Tokenizer
+from lamda.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
 from lamda.inference.loading import find_checkpoint
 from lamda.inference.sampling import Sampling
 from lamda.interop.huggingface import LamdaConfig, LamdaForCausalLM
@@ -52,7 +52,7 @@ def export(path: Path, to: Path, *, dtype: str | None = None, max_shard_size: st
         write_shards(folder, shapes_of(source.config.model), read, dtype=dtype, max_shard_size=max_shard_size)
         save_tokenizer(source.path / "tokenizer.model", folder)
         _configuration(source.config, dtype).save_pretrained(folder)
-        _generation(source.config.model.vocab_size).save_pretrained(folder)
+        _generation().save_pretrained(folder)
         (folder / "README.md").write_text(model_card(source, folder, dtype=dtype, masters=takes_masters), "utf-8")
     return dtype
 
@@ -66,7 +66,7 @@ def _configuration(config: Config, dtype: str) -> LamdaConfig:
     )
 
 
-def _generation(vocab_size: int) -> GenerationConfig:
+def _generation() -> GenerationConfig:
     """As `lamda generate` samples: among the 40 likeliest tokens, until any control symbol."""
     default = Sampling()
     return GenerationConfig(
@@ -74,9 +74,9 @@ def _generation(vocab_size: int) -> GenerationConfig:
         temperature=default.temperature,
         top_k=default.top_k,
         top_p=default.top_p,
-        bos_token_id=0,
-        eos_token_id=[*range(min(64, vocab_size))],
-        pad_token_id=1,
+        bos_token_id=CONTROL_SYMBOLS.index("end_of_document"),
+        eos_token_id=[*range(len(CONTROL_SYMBOLS))],
+        pad_token_id=CONTROL_SYMBOLS.index("padding"),
     )
 
 
