@@ -170,6 +170,20 @@ RUN                    whose project and entity are taken
 --dry-run              say what would be made, and make nothing
 --json                 the specification that W&B would get, and make nothing""",
     ),
+    "export": Command(
+        _main_of("lamda.interop.huggingface.export"),
+        "RUN_OR_CHECKPOINT --to DIR [--dtype bfloat16|float32] [--max-shard-size SIZE]",
+        "write a model as a Hugging Face folder: weights, fast tokenizer, chat template, model card",
+        """\
+--to DIR               a new folder; nothing is written over
+--dtype TYPE           default: as the checkpoint computes; float32 takes the optimiser's own weights
+--max-shard-size SIZE  of a file of weights, such as 500MB; default 5GB""",
+    ),
+    "import": Command(
+        _main_of("lamda.interop.huggingface.importing"),
+        "DIR --to RUNLIKE_DIR",
+        "take a Hugging Face folder of LaMDA's back, for model.weights, generate, serve and chat",
+    ),
     "checkpoint ls": Command(
         _main_of("lamda.runs.checkpoint_ls"), "RUN [--json]", "the checkpoints of a run: step, size, ranks, state"
     ),

@@ -38,16 +38,16 @@ def initial_weights(config: ModelConfig, *, seed: int, base_width: int | None = 
     model whose rates are carried over (`lamda.training.optimiser`); logits then fall with the width as muP asks
     (arXiv 2203.03466, table 8).
     """
-    draws = _draws(config)
+    by_kind = draws(config)
     for plain in (plain for plains in plain_slices(config).values() for plain in plains):
-        draw = draws[plain.name.removesuffix(".weight").rpartition(".")[2]]
+        draw = by_kind[plain.name.removesuffix(".weight").rpartition(".")[2]]
         weight = draw(torch.empty(plain.shape, device="cpu"), generator(seed, plain.name))
         if plain.name == "final_norm.scale" and base_width is not None:
             weight.mul_((base_width / config.d_model) ** 0.5)
         yield plain.name, weight
 
 
-def _draws(config: ModelConfig) -> dict[str, Draw]:
+def draws(config: ModelConfig) -> dict[str, Draw]:
     """The distribution of each kind of weight. There is no 1/sqrt(K) in attention: the query's scale stands for it."""
     D, F, HK = config.d_model, config.d_ff, config.n_heads * config.d_head
     return {

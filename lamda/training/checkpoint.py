@@ -33,7 +33,7 @@ def load(path: Path, *, engine: Engine) -> RunState:
     """Fill the engine from a verified checkpoint; every rank calls it. Raises UserError before anything is filled."""
     state = RunState.read(path / "run_state.json")
     slices = lora.slices(engine.config)
-    saved = _SavedState(path, state_sizes(engine.config))
+    saved = SavedState(path, state_sizes(engine.config))
     reset_state(engine.deepspeed, optimizer=engine.config.train.optimizer, updates=state.updates)
     with torch.no_grad():
         for fragment in fragments(engine.deepspeed):
@@ -101,7 +101,7 @@ def _named(fragment: Fragment, slices: dict[str, list[PlainSlice]]) -> Iterator[
         yield fragment.name, kind, 0, factor
 
 
-class _SavedState:
+class SavedState:
     """The optimiser files of a checkpoint, read by slices; only files that its manifest names."""
 
     def __init__(self, path: Path, sizes: Sizes) -> None:

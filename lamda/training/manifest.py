@@ -45,10 +45,7 @@ def commit(
     The `keep` newest stay, and those of steps that `keep_every` divides. at: told of each moment in
     between. Raises OSError.
     """
-    (temporary / MANIFEST).write_text(_sealed(manifest), "utf-8")
-    sync_and_describe(temporary / MANIFEST)
-    for folder in (*filter(Path.is_dir, temporary.rglob("*")), temporary):
-        sync_folder(folder)
+    seal(temporary, manifest)
     at("commit.manifest")
     temporary.rename(final)
     sync_folder(final.parent)
@@ -59,6 +56,14 @@ def commit(
         if keep_every is None or step_of(old) % keep_every:
             remove(old)
     at("commit.pruned")
+
+
+def seal(folder: Path, content: dict[str, object]) -> None:
+    """Write the manifest, which ends with its own hash, and bring it and the folders to the disk. Raises OSError."""
+    (folder / MANIFEST).write_text(_sealed(content), "utf-8")
+    sync_and_describe(folder / MANIFEST)
+    for each in (*filter(Path.is_dir, folder.rglob("*")), folder):
+        sync_folder(each)
 
 
 def remove(path: Path) -> None:

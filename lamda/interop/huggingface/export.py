@@ -1,0 +1,88 @@
+"""`lamda export`: a checkpoint as a folder of Hugging Face's."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from transformers import GenerationConfig
+
+from lamda.config import Config
+from lamda.config.errors import UserError
+from lamda.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
+from lamda.inference.loading import find_checkpoint
+from lamda.inference.sampling import Sampling
+from lamda.interop.huggingface import LamdaConfig, LamdaForCausalLM
+from lamda.interop.huggingface.card import model_card
+from lamda.interop.huggingface.folders import new_folder
+from lamda.interop.huggingface.source import Source
+from lamda.interop.huggingface.tokenization import save_tokenizer
+from lamda.interop.huggingface.weights import DTYPES, Stored, masters, shapes_of, write_shards
+
+
+def main(argv: list[str]) -> int:
+    """As `lamda export --help` says; raises UserError."""
+    parser = argparse.ArgumentParser(prog="lamda export", allow_abbrev=False)
+    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", type=Path)
+    parser.add_argument("--to", metavar="DIR", type=Path, required=True)
+    parser.add_argument("--dtype", choices=[*DTYPES])
+    parser.add_argument("--max-shard-size", default="5GB")
+    options = parser.parse_args(argv)
+    dtype = export(options.path, options.to, dtype=options.dtype, max_shard_size=options.max_shard_size)
+    weights = sorted(options.to.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in weights)
+    parts = f"{len(weights)} files" if len(weights) > 1 else "one file"
+    print(f"{options.to}: weights in {dtype}, {size / 1e6:,.1f} MB in {parts}")
+    return 0
+
+
+def export(path: Path, to: Path, *, dtype: str | None = None, max_shard_size: str = "5GB") -> str:
+    """Write the checkpoint at `path`, or the newest of the run there, to the new folder `to`.
+
+    dtype: a name of DTYPES; float32 takes the optimiser's own weights. Default: as they are stored. Returns it.
+    Raises UserError where something is missing, damaged, or in the way.
+    """
+    source = Source.of(find_checkpoint(path))
+    stored = Stored(source.path, source.config.model)
+    dtype = dtype or stored.dtype
+    takes_masters = dtype == "float32" and stored.dtype != dtype
+    read = masters(source.path, source.config) if takes_masters else stored.read
+    _check_tokenizer(source)
+    with new_folder(to, {"source": source.manifest.get("sha256"), "step": source.manifest.get("step")}) as folder:
+        write_shards(folder, shapes_of(source.config.model), read, dtype=dtype, max_shard_size=max_shard_size)
+        save_tokenizer(source.path / "tokenizer.model", folder)
+        _configuration(source.config, dtype).save_pretrained(folder)
+        _generation().save_pretrained(folder)
+        (folder / "README.md").write_text(model_card(source, folder, dtype=dtype, masters=takes_masters), "utf-8")
+    return dtype
+
+
+def _configuration(config: Config, dtype: str) -> LamdaConfig:
+    return LamdaConfig(
+        **config.model.dimensions,
+        max_position_embeddings=config.data.sequence_length,
+        architectures=[LamdaForCausalLM.__name__],
+        dtype=dtype,
+    )
+
+
+def _generation() -> GenerationConfig:
+    """As `lamda generate` samples: among the 40 likeliest tokens, until any control symbol."""
+    default = Sampling()
+    return GenerationConfig(
+        do_sample=True,
+        temperature=default.temperature,
+        top_k=default.top_k,
+        top_p=default.top_p,
+        bos_token_id=CONTROL_SYMBOLS.index("end_of_document"),
+        eos_token_id=[*range(len(CONTROL_SYMBOLS))],
+        pad_token_id=CONTROL_SYMBOLS.index("padding"),
+    )
+
+
+def _check_tokenizer(source: Source) -> None:
+    pieces = Tokenizer.load(source.path / "tokenizer.model").vocab_size
+    if pieces != source.config.model.vocab_size:
+        raise UserError(
+            f"{source.path}: the tokenizer has {pieces} pieces and the model {source.config.model.vocab_size} tokens"
+        )

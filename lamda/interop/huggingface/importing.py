@@ -1,0 +1,88 @@
+"""`lamda import`: a folder of Hugging Face's as one that `model.weights` and `lamda generate` take."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lamda.config import Config, ModelConfig
+from lamda.config.errors import UserError
+from lamda.config.help import to_yaml
+from lamda.data.tokenizer import Tokenizer
+from lamda.interop.huggingface.configuration import LamdaConfig
+from lamda.interop.huggingface.folders import new_folder
+from lamda.interop.huggingface.weights import Stored, shapes_of, write_shards
+from lamda.training import manifest
+
+_WHOLE = "1000000GB"
+
+
+def main(argv: list[str]) -> int:
+    """As `lamda import --help` says; raises UserError."""
+    parser = argparse.ArgumentParser(prog="lamda import", allow_abbrev=False)
+    parser.add_argument("path", metavar="DIR", type=Path)
+    parser.add_argument("--to", metavar="RUNLIKE_DIR", type=Path, required=True)
+    options = parser.parse_args(argv)
+    bring_in(options.path, options.to)
+    print(
+        f"{options.to}: set model.weights to {options.to / 'model.safetensors'}, or try `lamda generate {options.to}`"
+    )
+    return 0
+
+
+def bring_in(path: Path, to: Path) -> None:
+    """Write the model in the folder `path` to the new folder `to`: model.safetensors, config.yaml, tokenizer.model.
+
+    Weights stay as they are, byte for byte. Raises UserError where it is not LaMDA's, incomplete or damaged.
+    """
+    if (path / manifest.MANIFEST).is_file() and (problem := manifest.problem_of(path)):
+        raise UserError(
+            f"{path}: {problem}; export or download it again, or, if you changed it yourself, "
+            f"delete {manifest.MANIFEST}"
+        )
+    model, sequence_length = _configuration(path / "config.json")
+    stored = Stored(path, model)
+    tokenizer = path / "tokenizer.model"
+    pieces = Tokenizer.load(tokenizer).vocab_size
+    if pieces != model.vocab_size:
+        raise UserError(f"{tokenizer}: has {pieces} pieces and the model {model.vocab_size} tokens: they do not fit")
+    values = {
+        "model": model.dimensions,
+        "data": {"sequence_length": sequence_length},
+        # A run-like folder needs a length, though nothing will be trained by this file.
+        "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
+    }
+    with new_folder(to, {"source": None, "step": None}) as folder:
+        write_shards(folder, shapes_of(model), stored.read, dtype=stored.dtype, max_shard_size=_WHOLE)
+        (folder / "config.yaml").write_text(to_yaml(Config.model_validate(values)), "utf-8")
+        shutil.copyfile(tokenizer, folder / "tokenizer.model")
+
+
+def _configuration(path: Path) -> tuple[ModelConfig, int]:
+    """The dimensions and the row length in a config.json. Raises UserError with everything that does not fit."""
+    try:
+        values: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        kind = values.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give a folder that `lamda export` wrote") from error
+    if kind != LamdaConfig.model_type:
+        raise UserError(f"{path}: model_type is {kind!r}; only folders of {LamdaConfig.model_type!r} can be imported")
+    wanted = [*ModelConfig().dimensions, "max_position_embeddings"]
+    problems = [f"has no {key}" for key in wanted if key not in values]
+    if values.get("tie_word_embeddings") is not True:
+        problems.append("tie_word_embeddings is not true: LaMDA's output projection is its embedding")
+    if not problems:
+        try:
+            given = {key: values[key] for key in ModelConfig().dimensions}
+            Config.model_validate(
+                {"train": {"steps": 1}, "data": {"sequence_length": values["max_position_embeddings"]}}
+            )
+            return ModelConfig.model_validate(given), values["max_position_embeddings"]
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+    raise UserError("\n".join(f"{path}: {problem}" for problem in problems))

@@ -1,0 +1,261 @@
+"""The decoder as a model of transformers: its modules, cache, masks and outputs around this project's mathematics.
+
+Query, key and value, gate and up are matrices of their own here, so that modules have the names of the weights in
+files, and adapters find them. Distances are those between slots of the cache, which padding on the left moves
+alike. Dimensions: legend in `lamda/model/decoder.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import GenerationMixin, PreTrainedModel, initialization
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from lamda.interop.huggingface.configuration import LamdaConfig
+from lamda.model.attention.bias import causal_buckets
+from lamda.model.initialisation import draws
+from lamda.model.layers import Embedding, Linear, RMSNorm, bias_table
+
+
+def eager_attention(
+    module: nn.Module,
+    q_BHLK: Tensor,
+    k_BHMK: Tensor,
+    v_BHMK: Tensor,
+    mask_BHLM: Tensor | None,
+    *,
+    position_bias: Tensor,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention [B, L, H, K] and its shares [B, H, L, M]; scores and softmax in the bias's precision."""
+    scores_BHLM = (q_BHLK @ k_BHMK.mT).to(position_bias.dtype) + position_bias
+    if mask_BHLM is not None:
+        scores_BHLM = scores_BHLM + mask_BHLM
+    shares_BHLM = scores_BHLM.softmax(dim=-1).to(v_BHMK.dtype)
+    return (shares_BHLM @ v_BHMK).transpose(1, 2), shares_BHLM
+
+
+def position_bias(table_RH: Tensor, buckets_LM: Tensor) -> Tensor:
+    """The bias [1, H, L, M] of a table, in fp32 or wider."""
+    wide_RH = table_RH.to(torch.promote_types(table_RH.dtype, torch.float32))
+    return rearrange(functional.embedding(buckets_LM, wide_RH), "l m h -> 1 h l m")
+
+
+class LamdaAttention(nn.Module):
+    """Multi-head attention with a bias table of its own, or the one that all layers share."""
+
+    is_causal = True
+
+    def __init__(self, config: LamdaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        width = config.n_heads * config.d_head
+        self.query = Linear(config.d_model, width)
+        self.key = Linear(config.d_model, width)
+        self.value = Linear(config.d_model, width)
+        self.output = Linear(width, config.d_model)
+        self.relative_bias = bias_table(config) if config.bias_per_layer else None
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        shared_bias: Tensor | None,
+        buckets_LM: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, L, D] to [B, L, D], and the shares where the implementation gives them."""
+        q_BHLK, k_BHLK, v_BHLK = (
+            rearrange(matrix(x_BLD), "b l (h k) -> b h l k", k=self.config.d_head)
+            for matrix in (self.query, self.key, self.value)
+        )
+        if past_key_values is not None:
+            k_BHLK, v_BHLK = past_key_values.update(k_BHLK, v_BHLK, self.layer_idx)
+        bias = shared_bias if self.relative_bias is None else position_bias(self.relative_bias, buckets_LM)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        mixed_BLHK, shares_BHLM = attend(
+            self, q_BHLK, k_BHLK, v_BHLK, attention_mask, scaling=1.0, dropout=0.0, position_bias=bias, **kwargs
+        )
+        return self.output(rearrange(mixed_BLHK, "b l h k -> b l (h k)")), shares_BHLM
+
+
+class LamdaFeedForward(nn.Module):
+    """Gated GELU in its tanh form."""
+
+    def __init__(self, config: LamdaConfig) -> None:
+        super().__init__()
+        self.gate = Linear(config.d_model, config.d_ff)
+        self.up = Linear(config.d_model, config.d_ff)
+        self.down = Linear(config.d_ff, config.d_model)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """[B, L, D] to [B, L, D]."""
+        return self.down(functional.gelu(self.gate(x_BLD), approximate="tanh") * self.up(x_BLD))
+
+
+class LamdaBlock(GradientCheckpointingLayer):
+    """Attention, then the gated feed-forward layer, each on a normed copy of the residual stream."""
+
+    def __init__(self, config: LamdaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model)
+        self.attention = LamdaAttention(config, layer_idx)
+        self.feed_forward_norm = RMSNorm(config.d_model)
+        self.feed_forward = LamdaFeedForward(config)
+
+    def forward(self, x_BLD: Tensor, shared_bias: Tensor | None, **kwargs: Any) -> Tensor:
+        """The residual stream [B, L, D] after this block; what has a gradient comes by position, for checkpointing."""
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), shared_bias, **kwargs)[0]
+        return x_BLD + self.feed_forward(self.feed_forward_norm(x_BLD))
+
+
+class LamdaPreTrainedModel(PreTrainedModel):
+    """What transformers wants to know of both models."""
+
+    config: LamdaConfig
+    config_class = LamdaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("LamdaBlock",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _input_embed_layer = "embedding"
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": LamdaBlock, "attentions": LamdaAttention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw what a file did not bring, with the deviations of `lamda.model.initialisation`."""
+        by_kind = draws(self.config.dimensions)
+        for name, weight in module.named_parameters(recurse=False):
+            kind = getattr(module, "kind", "embedding") if name == "weight" else name
+            initialization.copy_(
+                weight, by_kind[kind](torch.empty(weight.shape, device="cpu"), torch.default_generator)
+            )
+
+    def _name_kinds(self) -> None:
+        """Let each matrix know its part, which is all that `_init_weights` is not told."""
+        for name, module in self.named_modules():
+            module.kind = name.rpartition(".")[2]
+
+
+class LamdaModel(LamdaPreTrainedModel):
+    """Tokens to the hidden states after the last norm."""
+
+    def __init__(self, config: LamdaConfig) -> None:
+        super().__init__(config)
+        self.embedding = Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(LamdaBlock(config, number) for number in range(config.n_layers))
+        self.final_norm = RMSNorm(config.d_model)
+        self.relative_bias = None if config.bias_per_layer else bias_table(config)
+        self.gradient_checkpointing = False
+        self._name_kinds()
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As every decoder of transformers. attention_mask: [B, M], 0 at padding, or whatever 4D mask they make."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        x_BLD = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x_BLD,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+        )
+        buckets_LM = _buckets(x_BLD, past_key_values)
+        shared_bias = None if self.relative_bias is None else position_bias(self.relative_bias, buckets_LM)
+        for layer in self.layers:
+            x_BLD = layer(
+                x_BLD,
+                shared_bias,
+                buckets_LM=buckets_LM,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.final_norm(x_BLD), past_key_values=past_key_values)
+
+
+def _buckets(x_BLD: Tensor, past_key_values: Cache | None) -> Tensor:
+    """The bucket [L, M] of each distance from a key's slot to a query's; those of later keys, hidden, do not matter."""
+    length, device = x_BLD.shape[1], x_BLD.device
+    past, keys = 0, length
+    if past_key_values is not None:
+        past, (keys, _) = past_key_values.get_seq_length(), past_key_values.get_mask_sizes(length, 0)
+    slots_L = past + torch.arange(length, device=device)
+    distances_LM = slots_L[:, None] - torch.arange(keys, device=device)
+    return causal_buckets(keys, device=device)[distances_LM.clamp(min=0)]
+
+
+class LamdaForCausalLM(LamdaPreTrainedModel, GenerationMixin):
+    """Tokens to the logits of the token after each. Files hold `LamdaModel`'s names; the head is its embedding."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # noqa: RUF012
+
+    def __init__(self, config: LamdaConfig) -> None:
+        super().__init__(config)
+        self.model = LamdaModel(config)
+        self.lm_head = Linear(config.d_model, config.vocab_size)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As every decoder of transformers. labels: the ids themselves, -100 where there is no loss."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        x_BLD = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep) * self.config.d_model**-0.5
+        logits_BLV = self.lm_head(x_BLD)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits_BLV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits_BLV,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

@@ -1,0 +1,144 @@
+"""Weights by plain name: out of a checkpoint into shards, out of shards into one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lamda.config import Config, ModelConfig
+from lamda.config.errors import UserError
+from lamda.inference.loading import WEIGHTS
+from lamda.model.weights import PlainSlice, check_shapes, part_of, plain_slices
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+INDEX = f"{WEIGHTS}.index.json"
+_STORED = {"BF16": "bfloat16", "F32": "float32"}
+
+Read = Callable[[str], Tensor]
+"""The weight of a name."""
+
+
+def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every plain weight, in the model's order."""
+    return {plain.name: plain.shape for plains in plain_slices(model).values() for plain in plains}
+
+
+def write_shards(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], read: Read, *, dtype: str, max_shard_size: str
+) -> None:
+    """model.safetensors, or numbered parts of it with their index; one part is in memory at a time.
+
+    max_shard_size: as `5GB`. Raises UserError where it is no size.
+    """
+    width = DTYPES[dtype].itemsize
+    try:
+        plan = split_state_dict_into_shards_factory(
+            dict(shapes),
+            get_storage_size=lambda shape: prod(shape) * width,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise UserError(f"--max-shard-size {max_shard_size}: is no size; write one as 5GB or 500MB") from error
+    for name, weights in plan.filename_to_tensors.items():
+        shard = {weight: read(weight).to(DTYPES[dtype]).contiguous() for weight in weights}
+        save_file(shard, folder / name, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
+
+
+class Stored:
+    """The weights in a folder, in one file or in shards, read when they are asked for.
+
+    Attributes:
+        dtype: of all of them, a name of DTYPES.
+    """
+
+    def __init__(self, folder: Path, model: ModelConfig) -> None:
+        """Look at every file. Raises UserError where they are not this model's weights, or cannot be read."""
+        self._place: dict[str, Path] = {}
+        shapes, dtypes = {}, set()
+        for file in _files(folder):
+            try:
+                with safe_open(file, "pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
+                        if name in self._place:
+                            raise UserError(f"{name} is twice there: in {self._place[name]} and in {file}")
+                        self._place[name] = file
+                        shapes[name] = tuple(opened.get_slice(name).get_shape())
+                        dtypes.add(opened.get_slice(name).get_dtype())
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{file}: cannot be read ({error})") from error
+        check_shapes(shapes_of(model), shapes)
+        if len(dtypes) != 1 or not dtypes <= _STORED.keys():
+            raise UserError(
+                f"{folder}: the weights are of type {', '.join(sorted(dtypes))}; save them all in bfloat16 or float32"
+            )
+        self.dtype = _STORED[dtypes.pop()]
+
+    def read(self, name: str) -> Tensor:
+        """The weight of that name."""
+        with safe_open(self._place[name], "pt") as opened:
+            return opened.get_tensor(name)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files that hold the weights. Raises UserError where there are none, or some lie elsewhere."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    try:
+        index: dict[str, Any] = json.loads((folder / INDEX).read_text("utf-8"))
+        names = sorted({*index["weight_map"].values()})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{folder}: there is no {WEIGHTS}, and {INDEX} cannot be read ({error})") from error
+    foreign = [name for name in names if Path(name).name != name]
+    if foreign:
+        raise UserError(f"{folder / INDEX}: names {foreign[0]!r}, which is not a plain file name")
+    return [folder / name for name in names]
+
+
+def masters(checkpoint: Path, config: Config) -> Read:
+    """The fp32 weights that the optimiser of a checkpoint holds, adapters added to what they adapt.
+
+    Raises UserError where they are not there.
+    """
+    # These bring DeepSpeed with them, which weights as they are stored do not need.
+    from lamda.training import manifest
+    from lamda.training.checkpoint import SavedState, state_sizes
+
+    if not (checkpoint / manifest.MANIFEST).is_file() or not [*checkpoint.glob("optimizer-*.safetensors")]:
+        raise UserError(
+            f"{checkpoint}: has no optimiser's state, whose fp32 weights --dtype float32 asks for; leave --dtype out"
+        )
+    saved = SavedState(checkpoint, state_sizes(config))
+    adapted = config.train.lora_rank > 0
+    places = {plain.name: (packed, plain) for packed, plains in plain_slices(config.model).items() for plain in plains}
+
+    def filled(name: str, kind: str, shape: tuple[int, ...]) -> Tensor:
+        target = torch.empty(shape)
+        saved.fill(target.view(-1), name=name, kind=kind, start=0)
+        return target
+
+    def adapter(packed: str, plain: PlainSlice) -> Tensor:
+        rank, (outputs, inputs) = config.train.lora_rank, plain.shape
+        stem = packed.removesuffix("weight")
+        b = torch.empty(outputs, rank)
+        saved.fill(b.view(-1), name=f"{stem}lora_b.weight", kind="weight", start=plain.start // inputs * rank)
+        return b @ filled(f"{stem}lora_a.weight", "weight", (rank, inputs))
+
+    def read(name: str) -> Tensor:
+        packed, plain = places[name]
+        weight = filled(name, "frozen" if adapted else "weight", plain.shape)
+        return weight + adapter(packed, plain) if adapted and part_of(packed) == "matrices" else weight
+
+    return read
