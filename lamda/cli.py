@@ -264,10 +264,10 @@ fish                   lamda completion fish > ~/.config/fish/completions/lamda.
 MAP: dict[str, tuple[str, ...]] = {
     "Before a run": ("doctor", "plan", "config show", "tokenizer train", "prepare"),
     "Train": ("pretrain", "finetune", "supervise", "submit", "prove-resume"),
-    "Look at runs": ("runs", "watch", "plot", "where"),
+    "Look at runs": ("runs", "watch", "plot", "report", "dashboard", "where"),
     "Checkpoints": ("checkpoint ls", "checkpoint show", "checkpoint verify", "checkpoint diff"),
-    "Measure": ("evaluate", "dialog evaluate"),
-    "Use a model": ("generate", "chat", "serve"),
+    "Measure": ("evaluate", "eval", "dialog evaluate"),
+    "Use a model": ("generate", "chat", "serve", "export", "import"),
     "Data for dialogue": ("dialog convert", "dialog research-data"),
     "Your shell": ("completion",),
 }
