@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -218,10 +219,16 @@ def test_what_is_written_is_what_greedy_decoding_without_a_cache_writes(loaded, 
 
 def test_progress_is_told_up_to_the_whole(loaded):
     told = []
+
+    @contextlib.contextmanager
+    def shows(what, total):
+        told.append((what, total))
+        yield told.append
+
     decoder = LocalDecoder(loaded.model, loaded.tokenizer, 2)
-    model = HarnessModel(decoder, loaded.tokenizer, sequence_length=LENGTH, heard=lambda *parts: told.append(parts))
+    model = HarnessModel(decoder, loaded.tokenizer, sequence_length=LENGTH, shows=shows)
     model.loglikelihood_rolling(ask("loglikelihood_rolling", ("the of",), ("and",), ("to in",)))
-    assert told == [("rows", 2, 3), ("rows", 3, 3)]
+    assert told == [("rows", 3), 2, 1]
 
 
 @pytest.fixture

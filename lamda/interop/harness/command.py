@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from lamda.config.errors import UserError
+from lamda.config.progress import Progress
 from lamda.interop.harness.tasks import Tasks, figures
 
-COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 ERROR = "_stderr"
 
 
@@ -84,21 +81,13 @@ def evaluate_checkpoint(
 
     loaded = load_run(path)
     batch = batch or loaded.config.train.micro_batch_size
-    with Progress(*COLUMNS, console=Console(file=sys.stderr), transient=True) as progress:
-        bars = {}
-
-        def heard(what: str, done: int, total: int) -> None:
-            if what not in bars or done < progress.tasks[bars[what]].completed:
-                bars[what] = progress.add_task(what, total=total)
-            progress.update(bars[what], completed=done)
-
-        model = HarnessModel(
-            LocalDecoder(loaded.model, loaded.tokenizer, batch),
-            loaded.tokenizer,
-            sequence_length=loaded.config.data.sequence_length,
-            heard=heard,
-        )
-        results = tasks.run(model, limit=limit, num_fewshot=num_fewshot)
+    model = HarnessModel(
+        LocalDecoder(loaded.model, loaded.tokenizer, batch),
+        loaded.tokenizer,
+        sequence_length=loaded.config.data.sequence_length,
+        shows=_progress,
+    )
+    results = tasks.run(model, limit=limit, num_fewshot=num_fewshot)
     return {
         "checkpoint": str(loaded.path),
         "lm_eval": version("lm-eval"),
@@ -109,6 +98,12 @@ def evaluate_checkpoint(
         "examples": {task: counts["effective"] for task, counts in results["n-samples"].items()},
         "versions": dict(results["versions"]),
     }
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    with Progress(what, total=total, unit="requests") as shown:
+        yield shown.advance
 
 
 def table(report: dict[str, Any]) -> Iterator[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 from lm_eval.api.instance import Instance
@@ -18,8 +19,14 @@ R = TypeVar("R")
 NEW_TOKENS = 256
 """What a model may write where a task does not say, as lm-eval has it."""
 
-Heard = Callable[[str, int, int], None]
-"""Is told of progress: (what is done, how much of it, of how much)."""
+Shows = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""(what is done, how many there are) -> what is told of so many more."""
+
+
+@contextmanager
+def _silently(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    del what, total
+    yield lambda more: None
 
 
 class HarnessModel(LM):
@@ -30,11 +37,11 @@ class HarnessModel(LM):
     """
 
     def __init__(
-        self, decoder: Decoder, tokenizer: Tokenizer, *, sequence_length: int, heard: Heard = lambda *told: None
+        self, decoder: Decoder, tokenizer: Tokenizer, *, sequence_length: int, shows: Shows = _silently
     ) -> None:
         super().__init__()
         self._decoder, self._tokenizer = decoder, tokenizer
-        self._length, self._heard = sequence_length, heard
+        self._length, self._shows = sequence_length, shows
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Of each (context, continuation): ln P(continuation | context), and whether greedy decoding writes it."""
@@ -95,8 +102,9 @@ class HarnessModel(LM):
         """The action's result for each item, given to it in batches of similar length, the longest first."""
         order = sorted(range(len(items)), key=lambda place: len(items[place].ids), reverse=True)
         found: dict[int, R] = {}
-        for start in range(0, len(order), self._decoder.batch):
-            places = order[start : start + self._decoder.batch]
-            found.update(zip(places, action([items[place] for place in places]), strict=True))
-            self._heard(what, len(found), len(items))
+        with self._shows(what, len(items)) as advance:
+            for start in range(0, len(order), self._decoder.batch):
+                places = order[start : start + self._decoder.batch]
+                found.update(zip(places, action([items[place] for place in places]), strict=True))
+                advance(len(places))
         return [found[place] for place in range(len(items))]
