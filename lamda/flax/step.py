@@ -59,7 +59,7 @@ def make_step(
 ) -> Step:
     """(state, batch, rate) -> (state, figures); the state that is given is used up.
 
-    state: arrays or their shapes. dtype: of the computation; gradients add up, and weights move, in fp32.
+    state: arrays or their shapes. dtype: of the computation; gradients add up in the weights' precision.
     """
     placement = MeshPlacement(mesh)
     lies = shardings_like(state, mesh, stacked_shapes(config.model))
@@ -81,13 +81,13 @@ def make_step(
 
         def add(total: tuple[Weights, Array, Array], part: Batch) -> tuple[tuple[Weights, Array, Array], None]:
             (loss, sums), gradients = jax.value_and_grad(losses, has_aux=True)(narrow, part, targets)
-            wide = jax.tree.map(lambda gradient: gradient.astype(jnp.float32), gradients)
+            wide = jax.tree.map(lambda gradient, weight: gradient.astype(weight.dtype), gradients, state.weights)
             return jax.tree.map(jnp.add, total, (wide, loss, sums)), None
 
         nothing = jax.tree.map(jnp.zeros_like, state.weights)
         start = (nothing, jnp.zeros(()), jnp.zeros((2, domains)))
         (gradients, loss, sums), _ = jax.lax.scan(add, start, batch)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         is_finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         moved = _update(optimizer, state, _clipped(gradients, norm, limit=config.train.gradient_clipping), rate)
         after = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), moved, state)
