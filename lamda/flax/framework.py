@@ -36,6 +36,7 @@ class Flax:
         _require_jax()
         import jax
 
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize()
         return World(rank=jax.process_index(), size=jax.process_count())
 

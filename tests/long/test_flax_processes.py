@@ -13,6 +13,26 @@ from tests.faults.harness import Place
 from tests.launch import ENVIRONMENT, ROOT, run_ranks
 
 
+def in_a_slurm_step(arguments: list[str]) -> list[subprocess.CompletedProcess[str]]:
+    """Two tasks of a step, as far as JAX looks to find them."""
+    step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env={**os.environ, **ENVIRONMENT, **step, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for task in range(2)
+    ]
+    told = [task.communicate(timeout=240) for task in tasks]
+    return [
+        subprocess.CompletedProcess(task.args, task.returncode, *each) for task, each in zip(tasks, told, strict=True)
+    ]
+
+
 def test_two_processes_train_as_one_and_one_goes_on(tmp_path, tokenizer_path):
     place = Place.make(tmp_path, tokenizer_path)
 
@@ -27,8 +47,9 @@ def test_two_processes_train_as_one_and_one_goes_on(tmp_path, tokenizer_path):
         assert done.returncode == 0, done.stderr[-3000:]
 
     alone(*arguments("one"))
-    for run, mesh in (("copies", []), ("cut", ["--flax.fsdp", "2"])):
-        ranks = run_ranks(arguments(run, *mesh, "--train.steps", "6"), world=2)
+    for run, more in (("copies", ["--multihost"]), ("cut", ["--flax.fsdp", "2"])):
+        words = arguments(run, *more, "--train.steps", "6")
+        ranks = in_a_slurm_step(words) if "--multihost" in more else run_ranks(words, world=2)
         assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr[-3000:]
         alone(*arguments(run))
         rows, expected = (read_metrics(place.folder / each / "metrics.jsonl") for each in (run, "one"))

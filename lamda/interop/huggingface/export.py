@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
+from lamda.distributed import choose_accelerator
 from lamda.inference.loading import find_checkpoint
 from lamda.inference.sampling import Sampling
 from lamda.interop.huggingface import LamdaConfig, LamdaForCausalLM
@@ -28,6 +29,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", choices=[*DTYPES])
     parser.add_argument("--max-shard-size", default="5GB")
     options = parser.parse_args(argv)
+    choose_accelerator()
     dtype = export(options.path, options.to, dtype=options.dtype, max_shard_size=options.max_shard_size)
     weights = sorted(options.to.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in weights)
