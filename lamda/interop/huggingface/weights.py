@@ -118,8 +118,8 @@ def masters(checkpoint: Path, config: Config) -> Read:
 
     if not (checkpoint / manifest.MANIFEST).is_file() or not [*checkpoint.glob("optimizer-*.safetensors")]:
         raise UserError(
-            f"{checkpoint}: has no optimiser's state of DeepSpeed's, whose fp32 weights --dtype float32 asks for (a Flax "
-            "run keeps them with Orbax); leave --dtype out"
+            f"{checkpoint}: has no optimiser's state of DeepSpeed's, whose fp32 weights --dtype float32 asks for (a "
+            "Flax run keeps them with Orbax); leave --dtype out"
         )
     saved = SavedState(checkpoint, state_sizes(config))
     adapted = config.train.lora_rank > 0
