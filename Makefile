@@ -5,6 +5,7 @@
 # make faults  two ranks through everything that may befall a run, each once (some 10 minutes)
 # make faults-full  the same in the numbers of docs/reliability.md (some 40 minutes)
 # make cluster  jobs on a SLURM and on two hosts that are made on this machine (needs root and Debian, else it skips)
+# make flax-test  JAX on meshes of devices, over processes, beside PyTorch's run, killed and gone on (some 3 minutes)
 # make transformers-test  transformers' own common tests on LaMDA, from TRANSFORMERS_CHECKOUT (docs/huggingface.md)
 # make package-test  build the package, install it into an empty environment, train with it (some 5 minutes);
 #                 DIST=FOLDER keeps what was built
@@ -16,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/tiny.yaml
 
-.PHONY: pretrain test serve-test test-long faults faults-full cluster transformers-test package-test docs docs-test lint clean
+.PHONY: pretrain test serve-test test-long faults faults-full cluster flax-test transformers-test package-test docs docs-test lint clean
 
 pretrain: $(VENV)/.installed
 	$(BIN)/deepspeed --num_gpus 1 scripts/pretrain.py --config $(CONFIG)
@@ -45,6 +46,9 @@ cluster: $(VENV)/.installed-dev
 	        slurm-wlm munge pdsh openssh-server iproute2; \
 	fi
 	$(BIN)/python -m pytest -rs tests/slurm
+
+flax-test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/devices
 
 transformers-test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -o addopts=-rs tests/interop/transformers_common.py

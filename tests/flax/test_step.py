@@ -68,26 +68,21 @@ def torch_losses() -> list[float]:
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_a_hundred_steps_in_float64_are_those_of_pytorch():
+def test_a_hundred_steps_in_float64_are_those_of_pytorch_and_one_that_is_not_finite_changes_nothing():
     step, state = compiled(jnp.float64)
     losses = []
     for number in range(STEPS):
         rate = learning_rate(number + 1, train=CONFIG.train, steps=STEPS)
         state, figures = step(state, batch_of(rows(number)), jnp.float64(rate))
+        assert figures.updated
         losses.append(float(figures.sums[0, 0] / figures.sums[1, 0]))
     expected = torch_losses()
     assert expected[-1] < expected[0] / 2
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-9)
 
-
-def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_does():
-    step, state = compiled(jnp.float32)
-    spoilt = {**state.weights, "final_norm.scale": state.weights["final_norm.scale"].at[3].set(jnp.inf)}
-    before = jax.tree.map(np.array, TrainState(spoilt, state.optimizer))
-    state, figures = step(TrainState(spoilt, state.optimizer), batch_of(rows(0)), jnp.float32(1e-2))
+    scale = state.weights["final_norm.scale"]
+    spoilt = TrainState({**state.weights, "final_norm.scale": scale.at[3].set(jnp.inf)}, state.optimizer)
+    before = jax.tree.map(np.array, spoilt)
+    state, figures = step(spoilt, batch_of(rows(0)), jnp.float64(1e-2))
     assert not figures.updated
     jax.tree.map(np.testing.assert_array_equal, state, before)
-    mended = {**state.weights, "final_norm.scale": jnp.ones_like(state.weights["final_norm.scale"])}
-    state, figures = step(TrainState(mended, state.optimizer), batch_of(rows(0)), jnp.float32(1e-2))
-    assert figures.updated
-    assert all((state.weights[name] != before.weights[name]).any() for name in state.weights)

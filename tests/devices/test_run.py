@@ -23,7 +23,11 @@ LAST = "checkpoints/step-00000010"
 
 
 def start(place: Place, *arguments: str, fault: str = "") -> subprocess.Popen[str]:
-    variables = {"LAMDA_ALLOW_FAULTS": "1", "LAMDA_FAULT": fault}
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(place.folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    variables = {**cache, "LAMDA_ALLOW_FAULTS": "1", "LAMDA_FAULT": fault}
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -49,7 +53,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> Pla
     assert len(rows_of(place, "killed")) < 10
     refused = arguments("straight", "--train.lora_rank", "4", "--model.weights", "x.safetensors")
     batches = [arguments("killed"), arguments("straight"), refused]
-    done = start(place, "tests/flax/run_worker.py", json.dumps(batches))
+    done = start(place, "tests/devices/run_worker.py", json.dumps(batches))
     assert done.wait(240) == 0, (place.folder / "out.log").read_text()
     assert json.loads((place.folder / "out.log").read_text().splitlines()[-1]) == [0, 0, 2]
     return place
