@@ -17,7 +17,7 @@ from lamda.training.state import RunState
 from lamda.training.train import _tell_hang
 from lamda.training.watchdog import HANG_EXIT
 from tests.conftest import make_text, write_shard
-from tests.wandb_run import environment
+from tests.wandb_run import environment, forgotten
 from tests.wandb_server import WandbServer
 
 KEY = {"WANDB_API_KEY": "k" * 40, "WANDB_MODE": "online"}
@@ -36,7 +36,8 @@ def server(tmp_path, monkeypatch):
     with WandbServer() as server:
         for name, value in {**environment(tmp_path / "home"), **KEY, "WANDB_BASE_URL": server.url}.items():
             monkeypatch.setenv(name, value)
-        yield server
+        with forgotten():
+            yield server
 
 
 @pytest.fixture

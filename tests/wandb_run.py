@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import wandb
 
 from lamda.config import Config
 from lamda.training.metrics import MetricsFile, read_metrics
@@ -53,6 +55,21 @@ class Run:
 def row(step: int) -> dict[str, Any]:
     """A step's metrics, which the step alone decides."""
     return {"step": step, "loss": 1 / step, "tokens": 100 * step, "mfu": None, "grad_norm": float("nan")}
+
+
+@contextmanager
+def forgotten() -> Iterator[None]:
+    """Nothing that the library keeps in this process, and tells those it starts, comes from before or stays after."""
+    _forget()
+    try:
+        yield
+    finally:
+        _forget()
+
+
+def _forget() -> None:
+    wandb.teardown()
+    os.environ.pop("WANDB_SERVICE", None)
 
 
 def environment(home: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
     folder = BlockFolder.of(config.data.blocks, fingerprint(corpus, config, tokenizer))
     summary = prepare(corpus, folder, config=config, tokenizer=target)
     if as_json:
-        print(json.dumps({"folder": str(folder.path), **asdict(summary)}, indent=1))
+        print(json.dumps({"folder": str(folder.path), **vars(summary)}, indent=1))
     else:
         print("\n".join(summary.table()))
         print(f"ready in {folder.path}")

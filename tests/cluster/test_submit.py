@@ -1,5 +1,6 @@
 """What `lamda submit` would start: scripts, hostfiles and manifests; and what it refuses before."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api import models
 
+from lamda.cluster.environment import passed_on
 from lamda.cluster.submit import main
 from lamda.config.errors import UserError
 
@@ -21,8 +23,8 @@ CONFIG = "train: {steps: 4, global_batch_size: 32, micro_batch_size: 2}\n"
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    for name in ("PYTHONPATH", "HF_HOME", "OMP_NUM_THREADS", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in passed_on(os.environ):
+        monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_API_KEY", "canary-key")
     monkeypatch.setenv("HF_TOKEN", "canary-token")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0 'x'")

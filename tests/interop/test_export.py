@@ -26,6 +26,7 @@ from lamda.training import checkpoint, manifest
 from lamda.training.engine import Engine
 from lamda.training.metrics import MetricsFile
 from lamda.training.saving import Saver
+from lamda.training.start import check_weights
 from lamda.training.state import RunState
 from tests.distributed.engine_worker import batch, config
 from tests.random_run import write_run
@@ -150,7 +151,7 @@ def test_what_came_back_generates_trains_and_goes_out_again(run, exported, tmp_p
     assert said[0] == said[1]
     loaded = load_run(tmp_path / "back")
     assert loaded.config.data.sequence_length == 12
-    checkpoint.check_weights(tmp_path / "back" / "model.safetensors", loaded.config.model)
+    check_weights(tmp_path / "back" / "model.safetensors", loaded.config.model)
     export(tmp_path / "back", tmp_path / "again")
     assert (tmp_path / "again/model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
     assert "Unknown: these weights came without their run." in (tmp_path / "again/README.md").read_text("utf-8")

@@ -13,7 +13,7 @@ from lamda.config.help import to_yaml
 from lamda.config.schema import Config
 from lamda.runs.catalogue import PANELS, SECTIONS, panel_of
 from lamda.runs.dashboard import build, specification
-from tests.wandb_run import environment
+from tests.wandb_run import environment, forgotten
 from tests.wandb_server import WandbServer
 
 COLUMNS = {
@@ -29,6 +29,12 @@ COLUMNS = {
     "eval/losses/acc": "Tasks and ratings",
 }  # fmt: skip
 """Every column that a run may write, but the axes and the digest."""
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    with forgotten():
+        yield
 
 
 @pytest.fixture

@@ -309,7 +309,8 @@ def test_disabled_touches_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "wandb").exists()
 
 
-def test_a_missing_library_is_said_once_and_the_id_is_kept(tmp_path, monkeypatch, caplog):
+def test_a_library_that_does_not_load_is_said_once_and_the_id_is_kept(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(wandb_mirror, "is_installed", lambda: True)
     monkeypatch.setitem(sys.modules, "wandb", None)
     with Run(tmp_path, run_id="0badcafe") as run:
         run.train(2)
