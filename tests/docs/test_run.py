@@ -77,7 +77,7 @@ def execute(text, folder):
 
 def small(text):
     """The command, with keys that make training short."""
-    return f"{text} {SMALL}" if text.startswith("lamda pretrain") else text
+    return f"{text} {SMALL}" if text.startswith(("lamda pretrain", "python scripts/pretrain_flax.py")) else text
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: page.name)
