@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import pytest
 
 from lamda.cli import main
+from tests.chromium import PICTURES, browser, sync_api  # noqa: F401 - a fixture
 from tests.runs.conftest import save_checkpoint
 from tests.runs.test_report import MARKUP, write_run
 
-sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-PICTURES = os.environ.get("LAMDA_PICTURES")
-"""A folder for screenshots, for those who want to look at them."""
 LOOKS = [("light", 1400), ("dark", 1400), ("light", 380), ("dark", 380)]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium here")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +26,7 @@ def reports(tmp_path_factory):
 
 
 @pytest.fixture
-def visit(browser, reports):
+def visit(browser, reports):  # noqa: F811
     """Opens a report; afterwards nobody may have complained, and nothing but the file may have been asked for."""
     pages, complaints, asked = [], [], []
 

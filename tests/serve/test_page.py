@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import socket
 import threading
 import time
@@ -22,17 +20,10 @@ from lamda.dialog.speaker import REFUSAL, Manner, Reply
 from lamda.dialog.tools.result import Result
 from lamda.inference.loading import load_run
 from lamda.inference.sampling import Sampling
+from tests.chromium import PICTURES, browser, sync_api  # noqa: F401 - a fixture
 from tests.random_run import write_run
 
-sync_api = pytest.importorskip("playwright.sync_api")
 uvicorn = pytest.importorskip("uvicorn")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-PICTURES = os.environ.get("LAMDA_PICTURES")
-"""A folder for screenshots, for those who want to look at them."""
 
 MARKUP = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
 
@@ -102,18 +93,8 @@ def address(service):
     yield from _serve(service, key=None)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium here")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def page(browser, address):
+def page(browser, address):  # noqa: F811
     page = browser.new_page(viewport={"width": 900, "height": 900})
     complaints: list[str] = []
     page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -217,7 +198,7 @@ def test_escape_stops_a_request_and_gives_the_message_back(page):
 
 
 @pytest.mark.parametrize(("name", "scheme", "width"), [("dark", "dark", 900), ("narrow", "light", 400)])
-def test_dark_and_narrow_screens(browser, address, name, scheme, width):
+def test_dark_and_narrow_screens(browser, address, name, scheme, width):  # noqa: F811
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page.goto(address)
     sync_api.expect(page.locator("#model")).to_have_text("tiny")
@@ -234,7 +215,7 @@ def test_dark_and_narrow_screens(browser, address, name, scheme, width):
     page.close()
 
 
-def test_a_server_with_a_key_asks_for_it(browser, service):
+def test_a_server_with_a_key_asks_for_it(browser, service):  # noqa: F811
     for address in _serve(service, key="open sesame"):
         page = browser.new_page()
         page.goto(address)
