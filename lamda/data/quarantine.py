@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lamda.data.errors import DataError
+from lamda.durable import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +54,7 @@ def write_first(path: Path, found: Iterable[Quarantined]) -> list[Quarantined]:
     known = [_from_json(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
     kept = first_of([*known, *found])
     if kept != known:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(_to_json(each) + "\n" for each in kept), "utf-8")
-        temporary.replace(path)
+        replace_file(path, "".join(_to_json(each) + "\n" for each in kept))
     return sorted(set(kept) - set(known))
 
 

@@ -7,7 +7,6 @@ A source file is a document; training and held-out documents are kept apart by f
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import sys
 import sysconfig
@@ -18,6 +17,7 @@ import orjson
 import zstandard
 
 from lamda.config.errors import UserError
+from lamda.durable import write_file
 
 _HELD_OUT = 32  # one file in so many is held out
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
@@ -49,10 +49,10 @@ def write_corpus(folder: str | Path, *, shards: int = 8) -> None:
     documents = {f"train/{shard:02}.jsonl.zst": train[shard::shards] for shard in range(shards)}
     documents["val.jsonl.zst"] = held_out
     for name, lines in documents.items():
-        _write(partial / name, zstandard.ZstdCompressor().compress(b"".join(lines)))
+        write_file(partial / name, zstandard.ZstdCompressor().compress(b"".join(lines)))
     files = {name: {"documents": len(lines), "bytes": sum(map(len, lines))} for name, lines in documents.items()}
     manifest = {"python": sys.version, "files": files}
-    _write(partial / "manifest.json", orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+    write_file(partial / "manifest.json", orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
     partial.rename(folder)
 
 
@@ -88,10 +88,3 @@ def _split(sources: dict[PurePath, str]) -> tuple[list[bytes], list[bytes]]:
 
 def _digest(name: PurePath) -> bytes:
     return hashlib.sha256(name.as_posix().encode()).digest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

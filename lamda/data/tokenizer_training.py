@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from lamda.data.tokenizer import (
     UNKNOWN_PIECE,
     WHITE_SPACE_PIECES,
 )
+from lamda.durable import replace_file
 
 # No piece reaches across these: the symbols of their own, U+2581, and what SentencePiece's trainer keeps for
 # itself (NUL and U+2585: it drops a sentence that holds the latter).
@@ -74,7 +74,9 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, *, vocab_size: int) 
         if failures:
             raise failures[0] from None
         raise _explained(error, vocab_size) from error
-    _write_atomically(Path(path), model.getvalue())
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, model.getvalue())
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
@@ -116,13 +118,3 @@ def _explained(error: RuntimeError, vocab_size: int) -> Exception:
     if "!sentences_.empty()" in message:
         return UserError("data.files: there is no text to train a tokenizer on; give files that have some")
     return error
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

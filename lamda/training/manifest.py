@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -18,7 +17,7 @@ from typing import Any
 
 from lamda.config.errors import UserError
 from lamda.distributed import World, gather, on_main
-from lamda.training.run_directory import replace_text, sync_folder
+from lamda.durable import replace_file, sync_file, sync_folder, write_file
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ def commit(
     temporary.rename(final)
     sync_folder(final.parent)
     at("commit.renamed")
-    replace_text(final.parent / "LATEST", final.name)
+    replace_file(final.parent / "LATEST", final.name)
     at("commit.latest")
     for old in complete(final.parent)[:-keep]:
         if keep_every is None or step_of(old) % keep_every:
@@ -60,8 +59,7 @@ def commit(
 
 def seal(folder: Path, content: dict[str, object]) -> None:
     """Write the manifest, which ends with its own hash, and bring it and the folders to the disk. Raises OSError."""
-    (folder / MANIFEST).write_text(_sealed(content), "utf-8")
-    sync_and_describe(folder / MANIFEST)
+    write_file(folder / MANIFEST, _sealed(content))
     for each in (*filter(Path.is_dir, folder.rglob("*")), folder):
         sync_folder(each)
 
@@ -87,8 +85,7 @@ def step_of(path: Path) -> int:
 
 def sync_and_describe(file: Path) -> dict[str, str | int]:
     """Bring a file to the disk; its entry in the manifest: size and sha256."""
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
+    sync_file(file)
     return {"size": file.stat().st_size, "sha256": _sha256(file)}
 
 
@@ -104,7 +101,7 @@ def find_valid(folder: Path, *, world: World) -> Path | None:
         problem = verify(path, world=world)
         if problem is None:
             if name != names[-1]:
-                on_main(world, lambda path=path: replace_text(folder / "LATEST", path.name))
+                on_main(world, lambda path=path: replace_file(folder / "LATEST", path.name))
             return path
         on_main(world, lambda path=path, problem=problem: _set_aside(path, problem))
     if names:

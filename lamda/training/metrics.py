@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lamda.training.run_directory import replace_text
+from lamda.durable import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -88,4 +88,4 @@ def _discard_after(step: int, path: Path, discarded: Path) -> None:
     if void:
         with discarded.open("a", encoding="utf-8") as stream:
             stream.writelines(line + "\n" for line in void)
-        replace_text(path, "".join(line + "\n" for line in kept))
+        replace_file(path, "".join(line + "\n" for line in kept))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lamda.config.errors import UserError
+from lamda.durable import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class RunDirectory:
         """
         content = {"status": status, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid(), **details}
         try:
-            replace_text(self.path / "status.json", json.dumps(content, indent=1))
+            replace_file(self.path / "status.json", json.dumps(content, indent=1))
         except OSError as error:
             log.warning("status.json cannot say that the run is %s (%s)", status, error.strerror)
 
@@ -121,7 +122,7 @@ class RunDirectory:
     def note_skipped(self, window: tuple[int, int], *, step: int, reason: str) -> None:
         """Keep a window of the order that the run jumps over from now on, before any checkpoint tells of it."""
         noted = {"from": window[0], "to": window[1], "step": step, "reason": reason}
-        replace_text(self._skipped, json.dumps([*self._notes(), noted], indent=1))
+        replace_file(self._skipped, json.dumps([*self._notes(), noted], indent=1))
 
     def skipped(self) -> tuple[tuple[int, int], ...]:
         """Every window that was noted here."""
@@ -171,26 +172,6 @@ class RunDirectory:
             stopped.set()
             beat.join()
             path.unlink(missing_ok=True)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that readers see the old or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames in a folder last through a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _create(path: Path, content: str) -> bool:

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from lamda.config.schema import Config
+from lamda.durable import replace_file
 from lamda.training.metrics import read_metrics
-from lamda.training.run_directory import RunDirectory, replace_text
+from lamda.training.run_directory import RunDirectory
 from lamda.training.wandb_artifacts import log_checkpoint
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class WandbMirror:
         self.run_id = run_id or secrets.token_hex(4)
         try:
             remembered.parent.mkdir(exist_ok=True)
-            replace_text(remembered, self.run_id)
+            replace_file(remembered, self.run_id)
         except OSError as error:
             log.warning("W&B: %s cannot be written (%s)", remembered, error.strerror)
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)

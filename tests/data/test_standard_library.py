@@ -92,7 +92,7 @@ def test_finished_corpus_is_left_alone(library, tmp_path):
 
 
 def test_interrupted_corpus_is_completed(library, tmp_path, monkeypatch):
-    write = standard_library._write
+    write = standard_library.write_file
 
     def interrupted(path, content):
         if path.name == "02.jsonl.zst":
@@ -100,11 +100,11 @@ def test_interrupted_corpus_is_completed(library, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         write(path, content)
 
-    monkeypatch.setattr(standard_library, "_write", interrupted)
+    monkeypatch.setattr(standard_library, "write_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_corpus(tmp_path / "corpus", shards=SHARDS)
     assert not (tmp_path / "corpus").exists()
-    monkeypatch.setattr(standard_library, "_write", write)
+    monkeypatch.setattr(standard_library, "write_file", write)
     write_corpus(tmp_path / "corpus", shards=SHARDS)
     write_corpus(tmp_path / "reference", shards=SHARDS)
     assert contents(tmp_path / "corpus") == contents(tmp_path / "reference")

@@ -141,7 +141,7 @@ def test_an_index_that_could_not_be_finished_is_not_used(tmp_path, monkeypatch, 
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(retrieval, "_flush", full)
+    monkeypatch.setattr(retrieval, "sync_file", full)
     with caplog.at_level(logging.WARNING):
         assert Retrieval.open(tmp_path)("zebra")
     assert "is not kept (No space left on device)" in caplog.text

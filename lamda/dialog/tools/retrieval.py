@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ import orjson
 from lamda.config.errors import UserError
 from lamda.dialog.tools.passages import LENGTH, Passage, find_files, read_passages
 from lamda.dialog.tools.result import Result
+from lamda.durable import sync_file
 
 if TYPE_CHECKING:
     from bm25s import BM25
@@ -97,7 +97,7 @@ class Retrieval:
                 lines = (orjson.dumps([passage.text, passage.source]) + b"\n" for passage in self.passages)
                 (written / "passages.jsonl").write_bytes(b"".join(lines))
                 for path in written.iterdir():
-                    _flush(path)
+                    sync_file(path)
                 written.rename(kept)
             finally:
                 shutil.rmtree(written, ignore_errors=True)
@@ -121,11 +121,6 @@ def _digest(contents: Iterable[tuple[Path, bytes]]) -> str:
     for path, data in contents:
         digest.update(f"\0{path}\0{hashlib.sha256(data).hexdigest()}".encode())
     return digest.hexdigest()[:32]
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _bm25():  # noqa: ANN202  a module

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lamda.config.errors import UserError
+from lamda.durable import sync_folder
 from lamda.training.manifest import make_fresh, seal, sync_and_describe
-from lamda.training.run_directory import sync_folder
 
 UNSEALED = ("README.md",)
 """What people may change afterwards."""
