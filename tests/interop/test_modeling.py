@@ -109,6 +109,34 @@ def test_padding_changes_nothing(theirs, ids_BL, attention):
         torch.testing.assert_close(found, wanted, **CLOSE)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(ours, theirs, ids_BL, attention):
+    """Padding-free batches of transformers tell documents by positions that begin anew."""
+    theirs.set_attn_implementation(attention)
+    lengths = torch.tensor([60, 1, LENGTH - 61])
+    positions_BL = torch.cat([torch.arange(length) for length in lengths])[None]
+    documents_BL = torch.arange(3).repeat_interleave(lengths)[None]
+    found = theirs(ids_BL[:1], position_ids=positions_BL, use_cache=False).logits
+    torch.testing.assert_close(found, ours(ids_BL[:1], documents_BL), **CLOSE)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_branches_of_a_row_are_as_far_from_their_trunk_as_alone(ours, theirs, ids_BL, attention):
+    """A 4D mask lets two continuations share a beginning, as trees of proposed tokens do."""
+    theirs.set_attn_implementation(attention)
+    trunk, first, second = 80, 30, 40
+    positions_L = torch.cat([torch.arange(trunk + first), trunk + torch.arange(second)])
+    branch_L = torch.tensor([0, 1, 2]).repeat_interleave(torch.tensor([trunk, first, second]))
+    sees_LM = torch.ones(LENGTH, LENGTH).tril() * ((branch_L == branch_L[:, None]) | (branch_L == 0))
+    mask = torch.zeros(1, 1, LENGTH, LENGTH).double().masked_fill(sees_LM == 0, -torch.inf)
+    found = theirs(ids_BL[:1], attention_mask=mask, position_ids=positions_L[None]).logits[0]
+    alone = torch.cat([ids_BL[:1, :trunk], ids_BL[:1, trunk + first :]], dim=1)
+    torch.testing.assert_close(found[: trunk + first], ours(ids_BL[:1, : trunk + first])[0], **CLOSE)
+    torch.testing.assert_close(found[trunk + first :], ours(alone)[0, trunk:], **CLOSE)
+
+
 def padded_prompts() -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(1)
     prompts = [torch.randint(2, V, (length,), generator=draw).tolist() for length in (9, 1, 40)]

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
@@ -90,7 +91,7 @@ class LamdaTester:
 
     def prepare_config_and_inputs_for_common(self):
         ids_BL = ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
-        mask_BL = ids_BL.new_ones(ids_BL.shape).to(torch_device)
+        mask_BL = torch.tril(ids_BL.new_ones(ids_BL.shape)).to(torch_device)
         return self.get_config(), {"input_ids": ids_BL, "attention_mask": mask_BL}
 
     prepare_config_and_inputs = prepare_config_and_inputs_for_common

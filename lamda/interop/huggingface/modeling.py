@@ -24,7 +24,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from lamda.interop.huggingface.configuration import LamdaConfig
-from lamda.model.attention.bias import causal_buckets
+from lamda.model.attention.bias import MAX_DISTANCE, causal_buckets
 from lamda.model.initialisation import draws
 from lamda.model.layers import Embedding, Linear, RMSNorm, bias_table
 
@@ -47,10 +47,10 @@ def eager_attention(
     return (shares_BHLM @ v_BHMK).transpose(1, 2), shares_BHLM
 
 
-def position_bias(table_RH: Tensor, buckets_LM: Tensor) -> Tensor:
-    """The bias [1, H, L, M] of a table, in fp32 or wider."""
+def position_bias(table_RH: Tensor, buckets_BLM: Tensor) -> Tensor:
+    """The bias [B, H, L, M] of a table, in fp32 or wider."""
     wide_RH = table_RH.to(torch.promote_types(table_RH.dtype, torch.float32))
-    return rearrange(functional.embedding(buckets_LM, wide_RH), "l m h -> 1 h l m")
+    return rearrange(functional.embedding(buckets_BLM, wide_RH), "b l m h -> b h l m")
 
 
 class LamdaAttention(nn.Module):
@@ -72,7 +72,7 @@ class LamdaAttention(nn.Module):
         self,
         x_BLD: Tensor,
         shared_bias: Tensor | None,
-        buckets_LM: Tensor,
+        buckets_BLM: Tensor,
         attention_mask: Tensor | None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
@@ -84,7 +84,7 @@ class LamdaAttention(nn.Module):
         )
         if past_key_values is not None:
             k_BHLK, v_BHLK = past_key_values.update(k_BHLK, v_BHLK, self.layer_idx)
-        bias = shared_bias if self.relative_bias is None else position_bias(self.relative_bias, buckets_LM)
+        bias = shared_bias if self.relative_bias is None else position_bias(self.relative_bias, buckets_BLM)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         mixed_BLHK, shares_BHLM = attend(
             self, q_BHLK, k_BHLK, v_BHLK, attention_mask, scaling=1.0, dropout=0.0, position_bias=bias, **kwargs
@@ -172,15 +172,23 @@ class LamdaModel(LamdaPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As every decoder of transformers. attention_mask: [B, M], 0 at padding, or whatever 4D mask they make."""
+        """As every decoder of transformers. attention_mask: [B, M], 0 at padding, or whatever 4D mask they make.
+
+        position_ids: without a cache they tell documents of a packed row apart where there is no mask (each begins
+        anew), and how far apart tokens are where the mask is 4D. Else slots tell.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         x_BLD = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        # A mask of the caller's own may let a row branch: then slots do not tell how far apart tokens are.
+        is_own_mask = attention_mask is not None and attention_mask.ndim == 4
+        has_branches = is_own_mask and position_ids is not None and past_key_values is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         mask = create_causal_mask(
@@ -188,14 +196,18 @@ class LamdaModel(LamdaPreTrainedModel):
             inputs_embeds=x_BLD,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
+            position_ids=position_ids,
         )
-        buckets_LM = _buckets(x_BLD, past_key_values)
-        shared_bias = None if self.relative_bias is None else position_bias(self.relative_bias, buckets_LM)
+        if has_branches:
+            buckets_BLM = _buckets(position_ids, position_ids)
+        else:
+            buckets_BLM = _buckets(*_slots(x_BLD, past_key_values))
+        shared_bias = None if self.relative_bias is None else position_bias(self.relative_bias, buckets_BLM)
         for layer in self.layers:
             x_BLD = layer(
                 x_BLD,
                 shared_bias,
-                buckets_LM=buckets_LM,
+                buckets_BLM=buckets_BLM,
                 attention_mask=mask,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
@@ -204,15 +216,19 @@ class LamdaModel(LamdaPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.final_norm(x_BLD), past_key_values=past_key_values)
 
 
-def _buckets(x_BLD: Tensor, past_key_values: Cache | None) -> Tensor:
-    """The bucket [L, M] of each distance from a key's slot to a query's; those of later keys, hidden, do not matter."""
+def _slots(x_BLD: Tensor, past_key_values: Cache | None) -> tuple[Tensor, Tensor]:
+    """The places [1, L] of the tokens and [1, M] of the keys, from the first that the cache holds."""
     length, device = x_BLD.shape[1], x_BLD.device
     past, keys = 0, length
     if past_key_values is not None:
         past, (keys, _) = past_key_values.get_seq_length(), past_key_values.get_mask_sizes(length, 0)
-    slots_L = past + torch.arange(length, device=device)
-    distances_LM = slots_L[:, None] - torch.arange(keys, device=device)
-    return causal_buckets(keys, device=device)[distances_LM.clamp(min=0)]
+    return (past + torch.arange(length, device=device))[None], torch.arange(keys, device=device)[None]
+
+
+def _buckets(places_BL: Tensor, places_BM: Tensor) -> Tensor:
+    """The bucket [B, L, M] of each distance from a key to a query; those of later keys, hidden, do not matter."""
+    distances_BLM = places_BL[:, :, None] - places_BM[:, None, :]
+    return causal_buckets(MAX_DISTANCE + 1, device=places_BM.device)[distances_BLM.clamp(0, MAX_DISTANCE)]
 
 
 class LamdaForCausalLM(LamdaPreTrainedModel, GenerationMixin):
@@ -231,6 +247,7 @@ class LamdaForCausalLM(LamdaPreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
@@ -242,6 +259,7 @@ class LamdaForCausalLM(LamdaPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
