@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
 
 from lamda.config.errors import UserError
+from lamda.config.progress import waiting
 from lamda.data.tokenizer import (
     CONTROL_PIECES,
     RESERVED_PIECES,
@@ -40,43 +43,52 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, *, vocab_size: int) 
     """
     if vocab_size <= len(RESERVED_PIECES):
         raise UserError(f"model.vocab_size: {vocab_size} is too small, {len(RESERVED_PIECES)} symbols are reserved")
-    model = io.BytesIO()
     failures: list[Exception] = []
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_recording(_sentences(texts), failures),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            max_sentencepiece_length=16,
-            byte_fallback=True,
-            character_coverage=0.9999,
-            required_chars=SPACE_PIECE,
-            eos_id=0,
-            eos_piece=CONTROL_PIECES[0],
-            pad_id=1,
-            pad_piece=CONTROL_PIECES[1],
-            control_symbols=list(CONTROL_PIECES[2:]),
-            unk_id=len(CONTROL_PIECES),
-            unk_piece=UNKNOWN_PIECE,
-            bos_id=-1,
-            user_defined_symbols=list(WHITE_SPACE_PIECES),
-            input_sentence_size=0,  # its sampling differs from process to process
-            num_threads=4,  # a constant: it is written into the model
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        if failures:
-            raise failures[0] from None
-        raise _explained(error, vocab_size) from error
+    with ExitStack() as learning:
+        sentences = _recording(_sentences(texts), failures)
+        begin = partial(learning.enter_context, waiting(f"learning {vocab_size:,} pieces"))
+        try:
+            model = _learn(_then(sentences, begin), vocab_size=vocab_size)
+        except RuntimeError as error:
+            if failures:
+                raise failures[0] from None
+            raise _explained(error, vocab_size) from error
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, model.getvalue())
+    replace_file(path, model)
+
+
+def _learn(sentences: Iterator[str], *, vocab_size: int) -> bytes:
+    """The model file. Raises RuntimeError with SentencePiece's words."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences,
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        max_sentencepiece_length=16,
+        byte_fallback=True,
+        character_coverage=0.9999,
+        required_chars=SPACE_PIECE,
+        eos_id=0,
+        eos_piece=CONTROL_PIECES[0],
+        pad_id=1,
+        pad_piece=CONTROL_PIECES[1],
+        control_symbols=list(CONTROL_PIECES[2:]),
+        unk_id=len(CONTROL_PIECES),
+        unk_piece=UNKNOWN_PIECE,
+        bos_id=-1,
+        user_defined_symbols=list(WHITE_SPACE_PIECES),
+        input_sentence_size=0,  # its sampling differs from process to process
+        num_threads=4,  # a constant: it is written into the model
+        minloglevel=2,
+    )
+    return model.getvalue()
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
@@ -100,6 +112,12 @@ def _recording(sentences: Iterator[str], failures: list[Exception]) -> Iterator[
     except Exception as error:
         failures.append(error)
         raise
+
+
+def _then(sentences: Iterator[str], begin: Callable[[], object]) -> Iterator[str]:
+    """The same sentences, and after the last of them the call: SentencePiece begins to learn then."""
+    yield from sentences
+    begin()
 
 
 def _explained(error: RuntimeError, vocab_size: int) -> Exception:

@@ -52,8 +52,7 @@ def evaluate_checkpoint(
     tokenizer = Tokenizer.load(path / "tokenizer.model")
     held_out = HeldOut(sources, tokenizer, config.data.sequence_length, Conversations.of(config))
     dialogues = HeldOutDialogues(held_out)
-    count = len(dialogues.items[:examples])
-    with torch.no_grad(), Progress("evaluating", total=count, unit="examples") as shown:
+    with torch.no_grad(), Progress("evaluating", total=dialogues.rows(examples), unit="examples") as shown:
         scores = dialogues.score(
             model, device=device, micro_batch=config.train.micro_batch_size, rows=examples, scored=shown.advance
         )

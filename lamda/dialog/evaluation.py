@@ -102,6 +102,10 @@ class HeldOutDialogues:
                 found.append(Item(example.kind, encoded, rating, number))
         return [found[place] for place in permutation(len(found), 0)]
 
+    def rows(self, limit: int | None) -> Sequence[object]:
+        """See `lamda.training.task.Evaluation`."""
+        return self.items[:limit]
+
     def score(
         self,
         model: Scorer,

@@ -39,10 +39,7 @@ def evaluate_checkpoint(path: Path, *, files: str | None) -> dict[str, Any]:
         raise UserError(f"card {config.data.corpus!r} has no validation text; give --files")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = LoadedModel(load_model(path, config.model).to(device))
-    held_out = HeldOut(sources, Tokenizer.load(path / "tokenizer.model"), config.data.sequence_length)
-    rows = sum(1 for _ in held_out.rows([]))  # encoding takes a small part of the time that the model takes
-    with torch.no_grad(), Progress("evaluating", total=rows, unit="rows") as shown:
-        scores = HeldOutText(held_out).score(
-            model, device=device, micro_batch=config.train.micro_batch_size, scored=shown.advance
-        )
+    held_out = HeldOutText(HeldOut(sources, Tokenizer.load(path / "tokenizer.model"), config.data.sequence_length))
+    with torch.no_grad(), Progress("evaluating", total=held_out.rows(None), unit="rows") as shown:
+        scores = held_out.score(model, device=device, micro_batch=config.train.micro_batch_size, scored=shown.advance)
     return {"checkpoint": str(path), **scores.report()}

@@ -27,6 +27,10 @@ class HeldOutText:
 
     text: HeldOut
 
+    def rows(self, limit: int | None) -> Iterator[object]:
+        """See `lamda.training.task.Evaluation`."""
+        return islice(self.text.rows([]), limit)
+
     def score(self, model: Scorer, **how: Any) -> Scores:
         """See `evaluate`."""
         return evaluate(self.text, model.nats, **how)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -78,7 +79,8 @@ class Run:
     def evaluate(self) -> Scores:
         """Score the held-out text: all of it at the last step, the first `eval.batches` batches before."""
         rows = None if self._is_last else self.config.eval.batches * self.config.train.global_batch_size
-        with self.engine.evaluating():
+        job = self.report.long_job("evaluating", total=self.held_out.rows(rows), unit="rows")
+        with job as advance, self.engine.evaluating():
             return self.held_out.score(
                 _Watched(self.engine, at=lambda: self._at("evaluate")),
                 device=self.engine.device,
@@ -87,13 +89,16 @@ class Run:
                 world=self.world.size,
                 rows=rows,
                 total=self._total,
+                scored=lambda own: advance(own * self.world.size),
             )
 
     def score_tasks(self) -> dict[str, float]:
         """The figures of `eval.tasks`, on rank 0; none where a task fails, which is told."""
         try:
             with self.engine.evaluating():
-                return self.benchmarks.score(self.engine, self.tokenizer, mark=lambda: self._at("evaluate"))
+                return self.benchmarks.score(
+                    self.engine, self.tokenizer, mark=lambda: self._at("evaluate"), shows=self._shows
+                )
         except TaskError as error:
             self.report.warn("evaluation failed", f"step {self.state.step}: eval.tasks: {error}; training goes on")
             return {}
@@ -239,6 +244,9 @@ class Run:
         step = step or self.state.step + 1
         self.watchdog.mark(point, step=step)
         faults.reach(point, rank=self.world.rank, step=step, tensor=tensor)
+
+    def _shows(self, what: str, total: int) -> AbstractContextManager[Callable[[float], None]]:
+        return self.report.long_job(f"eval.tasks, {what}", total=total, unit="requests")
 
     def _batches(self, loader: Loader) -> Iterator[tuple[Step, float, float]]:
         """Batches with the seconds that they were waited for, and when the waiting began."""

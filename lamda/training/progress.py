@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from lamda.config.progress import Progress
 
 LINE_SECONDS = 10.0
 
@@ -21,10 +26,10 @@ class TrainingProgress:
         self._first, self._steps, self._visible = done, steps, visible
         self._began = time.monotonic()
         self._last_line = float("-inf")
-        self._bar: Progress | None = None
+        self._bar: Bar | None = None
         console = Console()
         if visible and console.is_terminal:
-            self._bar = Progress(
+            self._bar = Bar(
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(),
@@ -63,6 +68,16 @@ class TrainingProgress:
             self._bar.console.print(text, markup=False, highlight=False)
         else:
             print(text, flush=True, file=sys.stdout)
+
+    @contextmanager
+    def long_job(self, name: str, *, total: float | Iterable[object], unit: str) -> Iterator[Callable[[float], None]]:
+        """A job between two steps, with its own bar or lines (see `Progress`); gives what is told how many are done."""
+        if self._bar:
+            self._bar.stop()
+        with Progress(name, total=total, unit=unit) if self._visible else nullcontext() as shown:
+            yield shown.advance if shown else lambda more: None
+        if self._bar:
+            self._bar.start()
 
     def _figures(self, row: dict[str, Any]) -> str:
         done = row["step"] - self._first

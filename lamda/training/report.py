@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 
@@ -38,6 +40,13 @@ class SilentReport:
 
     def saved(self, path: Path) -> None:
         """A checkpoint is complete."""
+
+    def long_job(
+        self, name: str, *, total: float | Iterable[object], unit: str
+    ) -> AbstractContextManager[Callable[[float], None]]:
+        """A job between two steps; gives what is told how many more are done. See `TrainingProgress.long_job`."""
+        del name, total, unit
+        return nullcontext(lambda more: None)
 
     def rewind(self, step: int) -> None:
         """The rows after `step` are void."""
@@ -89,6 +98,11 @@ class MainReport(SilentReport):
         self._progress.say(f"saved {path}")
         self._mirror.checkpoint(path, best=self._is_best)
         self._is_best = False
+
+    def long_job(  # noqa: D102
+        self, name: str, *, total: float | Iterable[object], unit: str
+    ) -> AbstractContextManager[Callable[[float], None]]:
+        return self._progress.long_job(name, total=total, unit=unit)
 
     def rewind(self, step: int) -> None:  # noqa: D102
         self._file.rewind(step)

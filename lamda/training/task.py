@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lamda.config.schema import Config
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 Mark = Callable[[], None]
 """Tells the watchdog that something goes on."""
 
+Shows = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""(what is done, how many there are) -> what is told of so many more."""
+
 
 class Scores(Protocol):
     """What an evaluation found."""
@@ -29,6 +33,10 @@ class Scores(Protocol):
 
 class Evaluation(Protocol):
     """Held-out data of a run."""
+
+    def rows(self, limit: int | None) -> Iterable[object]:
+        """As many things as `score` will tell `scored` of, over all ranks."""
+        ...
 
     def score(self, model: Scorer, **how: Any) -> Scores:
         """Score the model; every rank calls it. `how`: as the keywords of `lamda.training.evaluation.evaluate`."""
@@ -62,7 +70,7 @@ class TaskError(Exception):
 class Benchmarks(Protocol):
     """The tasks of `eval.tasks`, loaded."""
 
-    def score(self, engine: Engine, tokenizer: Tokenizer, *, mark: Mark) -> dict[str, float]:
+    def score(self, engine: Engine, tokenizer: Tokenizer, *, mark: Mark, shows: Shows) -> dict[str, float]:
         """On rank 0 their figures as they stand in metrics.jsonl, `eval/<task>/<metric>`; every rank calls it.
 
         Raises TaskError on rank 0.

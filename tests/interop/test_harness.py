@@ -18,6 +18,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lamda.cli import main
+from lamda.config import progress
 from lamda.data.card import Source
 from lamda.data.held_out import HeldOut
 from lamda.inference.loading import LoadedModel, load_run
@@ -241,9 +242,12 @@ def test_the_command_runs_local_tasks_without_a_network(
     run, loaded, task_folder, tmp_path, capsys, monkeypatch, no_look_at_the_machine
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
     flags = ["--include-path", str(task_folder), "--output", "report.json"]
     assert main(["eval", str(run), "--tasks", "local_choice, local_rolling,local_writing", *flags, "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
+    written, told = capsys.readouterr()
+    assert "continuations: 4 of 4 requests, 100%, ETA 0:00:00" in told.splitlines()
+    report = json.loads(written)
     assert report == json.loads((tmp_path / "report.json").read_text())
     model = harness(loaded, length=256)
     right = 0

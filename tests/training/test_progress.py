@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from lamda.config import progress as long_jobs
 from lamda.training import progress
 from lamda.training.progress import TrainingProgress
 
@@ -59,3 +60,26 @@ def test_other_ranks_are_silent(clock, capsys):
     run(clock, done=0, steps=3, seconds=60, visible=False)
     TrainingProgress(done=0, steps=3, visible=False).say("saved")
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("visible", [True, False])
+def test_a_long_job_between_two_steps_has_lines_of_its_own(clock, capsys, monkeypatch, visible):
+    monkeypatch.setattr(long_jobs, "LINE_SECONDS", 0)
+    with TrainingProgress(done=0, steps=2, visible=visible) as shown:
+        with shown.long_job("evaluating", total=64, unit="rows") as advance:
+            advance(64)
+        shown.show({"step": 2, "loss": 2.5, "lr": 1e-3, "tokens_per_second": 1234.0, "mfu": None})
+    told = capsys.readouterr()
+    assert told.err.splitlines() == ["evaluating: 64 of 64 rows, 100%, ETA 0:00:00"] * visible
+    assert steps_of(told.out.splitlines()) == [2] * visible
+
+
+def test_at_a_terminal_the_bar_of_the_run_goes_on_after_a_long_job(capsys, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    with TrainingProgress(done=0, steps=2, visible=True) as shown:
+        with shown.long_job("evaluating", total=64, unit="rows") as advance:
+            advance(64)
+        shown.show({"step": 2, "loss": 2.5, "lr": 1e-3, "tokens_per_second": 1234.0, "mfu": None})
+    told = capsys.readouterr()
+    assert "64 of 64 rows" in told.err
+    assert "2/2" in told.out.rpartition("0/2")[2]

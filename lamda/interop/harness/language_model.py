@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TypeVar
 
 from lm_eval.api.instance import Instance
@@ -13,14 +14,24 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lamda.data.tokenizer import Tokenizer
 from lamda.inference.sampling import Sampling
 from lamda.interop.harness.scoring import Decoder, Prompt, Row, Score, windows
+from lamda.training.task import Shows
 
 R = TypeVar("R")
 
 NEW_TOKENS = 256
 """What a model may write where a task does not say, as lm-eval has it."""
 
-Shows = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""(what is done, how many there are) -> what is told of so many more."""
+
+def _aloud(shows: Shows) -> Shows:
+    """The same into the streams of now, whatever is redirected when it is used: lm-eval itself is kept quiet."""
+    out, err = sys.stdout, sys.stderr
+
+    @contextmanager
+    def shown(what: str, total: int) -> Iterator[Callable[[int], None]]:
+        with redirect_stdout(out), redirect_stderr(err), shows(what, total) as advance:
+            yield advance
+
+    return shown
 
 
 @contextmanager
@@ -41,7 +52,7 @@ class HarnessModel(LM):
     ) -> None:
         super().__init__()
         self._decoder, self._tokenizer = decoder, tokenizer
-        self._length, self._shows = sequence_length, shows
+        self._length, self._shows = sequence_length, _aloud(shows)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Of each (context, continuation): ln P(continuation | context), and whether greedy decoding writes it."""

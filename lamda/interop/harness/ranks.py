@@ -16,7 +16,7 @@ from lamda.distributed import World, broadcast, gather, on_main
 from lamda.interop.harness.scoring import Prompt, Row, Score, continue_prompts, score_rows
 from lamda.interop.harness.tasks import Tasks, figures
 from lamda.training.engine import Engine
-from lamda.training.task import Mark, TaskError
+from lamda.training.task import Mark, Shows, TaskError
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -45,7 +45,7 @@ class TasksOfRun:
         on_main(world, load)
         return cls(config, world, held[0] if held else None)
 
-    def score(self, engine: Engine, tokenizer: Tokenizer, *, mark: Mark) -> dict[str, float]:
+    def score(self, engine: Engine, tokenizer: Tokenizer, *, mark: Mark, shows: Shows) -> dict[str, float]:
         """Score the model as it stands, on rank 0 with the figures; the other ranks get none."""
         decoder = RanksDecoder(engine, tokenizer, mark=mark)
         if self.tasks is None:
@@ -53,7 +53,7 @@ class TasksOfRun:
             return {}
         from lamda.interop.harness.language_model import HarnessModel
 
-        model = HarnessModel(decoder, tokenizer, sequence_length=self.config.data.sequence_length)
+        model = HarnessModel(decoder, tokenizer, sequence_length=self.config.data.sequence_length, shows=shows)
         try:
             results = self.tasks.run_in_training(model, limit=self.config.eval.tasks_limit)
         except Exception as error:
