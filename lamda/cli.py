@@ -219,8 +219,14 @@ RUN                    whose project and entity are taken
     ),
     "submit": Command(
         _main_of("lamda.cluster.submit"),
-        f"--cluster FILE [--nodes N] [--doctor] [--dry-run] {_CONFIG}",
+        f"--cluster FILE [--nodes N] [--doctor] [--dry-run | --json] {_CONFIG}",
         "start a run on SLURM, on machines over ssh or on Kubernetes, or show what would be started",
+        """\
+--cluster FILE         the site: scheduler, partition, what a node has (configs/cluster/)
+--nodes N              default 1
+--doctor               examine all ranks in place of training
+--dry-run              print what would be started, and start nothing
+--json                 of a job in the queue one JSON object: scheduler, job, run, nodes, ranks""",
     ),
     "chat": Command(
         _main_of("lamda.dialog.chat"),
@@ -230,12 +236,12 @@ RUN                    whose project and entity are taken
     ),
     "dialog research-data": Command(
         _main_of("lamda.dialog.research_data"),
-        "CORPUS -o OUT [--count N] [--seed N]",
+        "CORPUS -o OUT [--count N] [--seed N] [--json]",
         "make conversations that teach a model to use its tools, from a corpus and from arithmetic",
     ),
     "dialog convert": Command(
         _main_of("lamda.dialog.convert"),
-        "FORMAT IN [IN ...] -o OUT",
+        "FORMAT IN [IN ...] -o OUT [--json]",
         "turn published dialogue sets into conversations, one JSON object a line",
         """\
 FORMAT                 topical-chat, hh-rlhf, taskmaster, oasst1 or chat (messages of role and content)

@@ -20,6 +20,14 @@ TRAINING, DOCTOR = "lamda.launch.pretrain", "lamda.cluster.doctor"
 
 
 @dataclass(frozen=True)
+class Submitted:
+    """A job that waits in a scheduler's queue, by its name there, and what to tell a person of it."""
+
+    name: str
+    told: str
+
+
+@dataclass(frozen=True)
 class Job:
     """`module` on `nodes` nodes of a site.
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from lamda.cluster.environment import is_secret, passed_on
-from lamda.cluster.job import Job
+from lamda.cluster.job import Job, Submitted
 from lamda.config.errors import UserError
 from lamda.config.help import to_yaml
 from lamda.training.stopping import STOP_EXIT
@@ -57,7 +57,7 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 
 def script(job: Job) -> str:
     """The manifest as YAML."""
-    return yaml.dump_all(manifest(job), Dumper=_Dumper, sort_keys=False, width=120)
+    return _as_yaml(manifest(job))
 
 
 def manifest(job: Job) -> list[dict[str, Any]]:
@@ -98,16 +98,21 @@ def check(job: Job) -> None:
         raise UserError("\n".join(problems))
 
 
-def submit(job: Job) -> str:
-    """Hand the manifest to kubectl; what to tell the user. Raises UserError."""
+def submit(job: Job) -> Submitted:
+    """Hand the manifest to kubectl. Raises UserError."""
     if not shutil.which("kubectl"):
         raise UserError("there is no kubectl on this machine; see the manifest with --dry-run, and create it elsewhere")
+    documents = manifest(job)
     answer = subprocess.run(
-        ["kubectl", "create", "-f", "-"], input=script(job), capture_output=True, text=True, check=False
+        ["kubectl", "create", "-f", "-"], input=_as_yaml(documents), capture_output=True, text=True, check=False
     )
     if answer.returncode:
         raise UserError(f"kubectl does not take the job: {answer.stderr.strip()}")
-    return answer.stdout.strip()
+    return Submitted(documents[-1]["metadata"]["name"], answer.stdout.strip())
+
+
+def _as_yaml(documents: list[dict[str, Any]]) -> str:
+    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def _runtime(job: Job) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 
 from lamda.cluster.environment import passed_on
-from lamda.cluster.job import Job
+from lamda.cluster.job import Job, Submitted
 from lamda.cluster.restarts import REQUEUE_EXIT
 from lamda.cluster.site import seconds
 from lamda.config.errors import UserError
@@ -121,8 +121,8 @@ def check(job: Job) -> None:
         )
 
 
-def submit(job: Job) -> str:
-    """Write the script and hand it to sbatch; what to tell the user. Raises UserError."""
+def submit(job: Job) -> Submitted:
+    """Write the script and hand it to sbatch. Raises UserError."""
     if not shutil.which("sbatch"):
         raise UserError(
             "there is no sbatch on this machine; submit from a login node, or see the script with --dry-run"
@@ -139,4 +139,4 @@ def submit(job: Job) -> str:
     lines += [f"          {job.folder}/{number}/node-*.log", f"cancel    scancel {number}"]
     if job.is_training:
         lines += [f"stop      touch {job.run}/STOP", "continue  the same command; it goes on from the last checkpoint"]
-    return "\n".join(lines)
+    return Submitted(number, "\n".join(lines))

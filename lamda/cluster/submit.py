@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from datetime import datetime
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--doctor", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--json", action="store_true")
     options, flags = parser.parse_known_args(argv)
     site, config = _read(options.cluster, flags)
     job = Job(
@@ -33,15 +35,24 @@ def main(argv: list[str]) -> int:
         folder=Path(config.run.dir).absolute() / "submit" / f"{datetime.now():%Y%m%d-%H%M%S}",
     )
     scheduler = SCHEDULERS[site.cluster.scheduler]
-    all_of(job.check, lambda: scheduler.check(job))
+    all_of(job.check, lambda: scheduler.check(job), lambda: _check_json(job, is_asked=options.json))
     if options.dry_run:
         print(scheduler.script(job), end="")
         return 0
-    told = scheduler.submit(job)
-    if isinstance(told, int):
-        return told
-    print(told)
+    submitted = scheduler.submit(job)
+    if isinstance(submitted, int):
+        return submitted
+    facts = {"job": submitted.name, "run": str(job.run), "nodes": job.nodes, "ranks": job.ranks}
+    print(json.dumps({"scheduler": site.cluster.scheduler, **facts}) if options.json else submitted.told)
     return 0
+
+
+def _check_json(job: Job, *, is_asked: bool) -> None:
+    if is_asked and job.site.cluster.scheduler == "hostfile":
+        raise UserError(
+            "--json: over ssh there is no job to tell of, the command stays until the run has ended; its exit code and "
+            f"{job.run}/status.json tell how"
+        )
 
 
 def _read(cluster: str | None, flags: list[str]) -> tuple[Site, Config]:

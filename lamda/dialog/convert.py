@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("format", metavar="FORMAT")
     parser.add_argument("files", metavar="IN", nargs="+", type=Path)
     parser.add_argument("-o", dest="target", metavar="OUT", type=Path, required=True)
+    parser.add_argument("--json", action="store_true")
     options = parser.parse_args(argv)
     count = convert(options.format, options.files, options.target)
-    print(f"{options.target}: {count:,} conversations")
+    told = {"file": str(options.target), "conversations": count}
+    print(json.dumps(told) if options.json else f"{options.target}: {count:,} conversations")
     return 0
 
 

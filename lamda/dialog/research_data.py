@@ -9,6 +9,7 @@ needs no tool. The questions are templates: they teach the loop's form, not conv
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("-o", dest="out", type=Path, required=True, metavar="OUT", help="conversations, JSON lines")
     parser.add_argument("--count", type=int, default=1000, metavar="N", help="conversations; default 1000")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--json", action="store_true", help="what was made as one JSON object")
     options = parser.parse_args(argv)
     toolset = open_toolset(["calculator", "retrieval"], corpus=options.corpus)
     conversations = list(make_conversations(toolset, count=options.count, seed=options.seed))
@@ -56,7 +58,11 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         raise UserError(f"{options.out}: cannot be written ({error.strerror})") from error
     asking = [sum(message.to == "TS" for message in conversation.messages) for conversation in conversations]
-    print(f"{options.out}: {len(asking)} conversations, {sum(asking)} queries, {asking.count(0)} without one")
+    made = {"conversations": len(asking), "queries": sum(asking), "without_queries": asking.count(0)}
+    if options.json:
+        print(json.dumps({"file": str(options.out), **made}))
+    else:
+        print(f"{options.out}: {len(asking)} conversations, {sum(asking)} queries, {asking.count(0)} without one")
     return 0
 
 

@@ -1,5 +1,6 @@
 """What `lamda submit` would start: scripts, hostfiles and manifests; and what it refuses before."""
 
+import json
 import os
 import re
 import shutil
@@ -171,6 +172,29 @@ def test_a_machine_without_the_scheduler_says_so(submit, monkeypatch, tmp_path):
         run = "/data/x" if scheduler == "kubernetes" else str(tmp_path / "run")
         with pytest.raises(UserError, match=f"there is no {tool}"):
             main(["--cluster", str(tmp_path / "site.yaml"), "--config", str(tmp_path / "run.yaml"), "--run.dir", run])
+
+
+@pytest.mark.parametrize(("scheduler", "tool", "job"), [("slurm", "sbatch", "4711"), ("kubernetes", "kubectl", None)])
+def test_a_program_is_told_the_job_that_waits_in_the_queue(submit, monkeypatch, capsys, tmp_path, scheduler, tool, job):
+    """sbatch answers JOB;CLUSTER; kubectl has the name from the manifest that it gets."""
+    submit(scheduler)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / tool).write_text(f"#!/bin/sh\ncat > {tmp_path}/given\necho '4711;main'\n", "utf-8")
+    (tools / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setattr("lamda.training.run_directory.RunDirectory.create", lambda self: None)
+    monkeypatch.setattr("lamda.cluster.job.Job.write", lambda self, **files: None)
+    files = ["--cluster", str(tmp_path / "site.yaml"), "--config", str(tmp_path / "run.yaml")]
+    assert main([*files, "--nodes", "2", "--run.dir", "/data/x", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    name = job or [*yaml.safe_load_all((tmp_path / "given").read_text("utf-8"))][1]["metadata"]["name"]
+    assert told == {"scheduler": scheduler, "job": name, "run": "/data/x", "nodes": 2, "ranks": 16}
+
+
+def test_over_ssh_there_is_no_job_to_tell_a_program_of(submit):
+    with pytest.raises(UserError, match=r"--json: over ssh .*status\.json"):
+        submit("hostfile", "--json")
 
 
 def test_a_model_that_does_not_fit_is_told_with_what_would(submit):

@@ -114,3 +114,11 @@ def test_mistakes_on_the_command_line_are_told(tmp_path):
     ):
         with pytest.raises(UserError, match=told):
             main(words)
+
+
+def test_a_program_is_told_how_many_conversations_there_are(tmp_path, capsys):
+    record = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello!"}]}
+    (tmp_path / "in.jsonl").write_text(f"{json.dumps(record)}\n" * 3)
+    target = tmp_path / "out.jsonl"
+    assert main(["chat", str(tmp_path / "in.jsonl"), "-o", str(target), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"file": str(target), "conversations": 3}

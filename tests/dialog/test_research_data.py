@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from contextlib import redirect_stdout
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,10 +22,24 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")
-def conversations(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "loop.jsonl"
-    assert main(["dialog", "research-data", str(DOCS), "-o", str(path), "--count", "60"]) == 0
-    return [parse_conversation(json.loads(line)) for line in path.read_text().splitlines()]
+def made(tmp_path_factory):
+    """The conversations, and what the command told a program of them."""
+    path, told = tmp_path_factory.mktemp("data") / "loop.jsonl", io.StringIO()
+    with redirect_stdout(told):
+        assert main(["dialog", "research-data", str(DOCS), "-o", str(path), "--count", "60", "--json"]) == 0
+    return [parse_conversation(json.loads(line)) for line in path.read_text().splitlines()], json.loads(told.getvalue())
+
+
+@pytest.fixture(scope="module")
+def conversations(made):
+    return made[0]
+
+
+def test_a_program_is_told_what_was_made(made, conversations):
+    asking = [sum(message.to == "TS" for message in conversation.messages) for conversation in conversations]
+    counts = {"conversations": 60, "queries": sum(asking), "without_queries": asking.count(0)}
+    assert {name: made[1][name] for name in counts} == counts
+    assert Path(made[1]["file"]).is_file()
 
 
 def test_every_conversation_is_a_question_a_base_the_steps_and_a_response(conversations):
