@@ -26,6 +26,8 @@ from lamda.flax.bias import bias_at, row_bias
 from lamda.model.weights import BUCKETS
 
 Module = TypeVar("Module", bound=nnx.Module)
+Layer = Callable[["Block", Array], Array]
+"""A block's weights and the residual stream before it -> the stream after it."""
 
 
 class Placement:
@@ -38,6 +40,10 @@ class Placement:
     def whole(self, module: Module, name: str) -> Module:
         """A module whose weights are as whole as it computes with them. name: what their names begin with."""
         return module
+
+    def again(self, layer: Layer) -> Layer:
+        """A layer whose backward pass makes its weights whole once more, in place of keeping them."""
+        return layer
 
 
 class KeyValues(NamedTuple):
@@ -107,10 +113,10 @@ class LaMDA(nnx.Module):
         if self.relative_bias is not None:
             seen = seen.replace(shared=seen.bias(self.relative_bias[...]))
 
-        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-        def through(block: Block, x_BLD: Array) -> Array:
+        def layer(block: Block, x_BLD: Array) -> Array:
             return place.rows(place.whole(block, "layers")(x_BLD, seen))
 
+        through = nnx.scan(place.again(layer), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
         return self._scaled(through(self.layers, place.rows(place.whole(self.embedding, "embedding")(tokens_BL))))
 
     def _scaled(self, x_BLD: Array) -> Array:

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -14,7 +16,8 @@ import jax
 DEVICES = int(sys.argv[1])
 jax.config.update("jax_num_cpu_devices", DEVICES)
 
-import numpy as np  # noqa: E402 - devices first
+import jax.numpy as jnp  # noqa: E402 - devices first
+import numpy as np  # noqa: E402
 
 from lamda.config.schema import Config, FlaxConfig  # noqa: E402
 from lamda.data.loader import MicroBatch, Step  # noqa: E402
@@ -60,6 +63,16 @@ def trained(engine: FlaxEngine, *, micro_batch: int) -> dict[str, object]:
     }
 
 
+def of_program(engine: FlaxEngine, *, micro_batch: int) -> dict[str, object]:
+    """What the compiled step gathers, and which weights of all layers it has whole, both by shape."""
+    batch = engine._placed_batch(batch_of(0, micro_batch=micro_batch))
+    text = engine._step.lower(engine.state, batch, jnp.float32(1e-4)).compile().as_text()
+    gathered = re.findall(r"= \(?\w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", text)
+    cut = [weight for weight in engine.state.weights.values() if weight.ndim == 3 and "fsdp" in weight.sharding.spec]
+    whole = {",".join(map(str, weight.shape)) for weight in cut}
+    return {"gathered": Counter(gathered), "whole": sorted(shape for shape in whole if f"[{shape}]" in text)}
+
+
 def odd_after_a_flip(engine: FlaxEngine) -> list[int]:
     """The odd processes after one bit of one device's copy of a weight has turned over."""
     name = "final_norm.scale"
@@ -85,6 +98,7 @@ def main(folder: Path) -> None:
         found["moved"] = {name: each.tolist() for name, each in plain_weights(engines["2x4x1"].state.weights)}
         found["moved on"] = trained(engines["2x4x1"], micro_batch=2)
         found["on"] = trained(engines["2x2x2"], micro_batch=2)
+        found["program"] = of_program(engines["2x4x1"], micro_batch=2)
         found["odd"] = engines["8x1x1"].odd_ranks()
         found["odd after a flip"] = odd_after_a_flip(engines["8x1x1"])
     stop()

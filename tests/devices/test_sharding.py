@@ -47,6 +47,12 @@ def test_a_checkpoint_goes_on_on_another_mesh(found):
     np.testing.assert_allclose(found["moved on"]["losses"], found["on"]["losses"], rtol=0, atol=1e-5)
 
 
+def test_a_device_has_one_layer_whole_at_a_time(found):
+    """Each of its matrices comes together in the forward pass and again in the backward pass, the embedding once."""
+    layer = {"1,32,32": 2 * 4, "1,64,32": 2 * 2, "1,32,64": 2 * 1}
+    assert found["program"] == {"gathered": {**layer, "96,32": 1}, "whole": []}
+
+
 def test_a_bit_that_turns_over_in_one_devices_copy_is_noticed(found):
     assert found["odd"] == []
     assert found["odd after a flip"] == [0]
