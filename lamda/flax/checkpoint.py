@@ -44,7 +44,7 @@ class Checkpointer:
     def take(self, state: TrainState, folder: Path) -> Callable[[], list[Path]]:
         """Copy the state to host memory; what finishes writing it into `folder`, from any thread."""
         weights = {name: weight.astype(self._dtype) for name, weight in state.weights.items()}
-        plain = dict(plain_weights(weights)) if self._is_main or jax.process_count() > 1 else {}
+        plain = {name: whole for name, whole in plain_weights(weights) if self._is_main}
         target = (folder / STATE).absolute()
         self._orbax.save(target, state)
 

@@ -86,6 +86,7 @@ class FlaxEngine:
     def __init__(self, config: Config, *, world: World, is_bf16: bool, domains: int) -> None:
         self.config, self.world, self.device, self.is_compiled = config, world, torch.device("cpu"), True
         self.mesh = make_mesh(config.flax, config.model)
+        self._placement = MeshPlacement(self.mesh)
         self.devices = self.mesh.size
         self.peak_flops = peak_flops(jax.devices()[0].device_kind)
         self.micro_batches = micro_batches_per_rank(config.train, world=row_ranks(self.mesh))
@@ -98,9 +99,7 @@ class FlaxEngine:
         self._step = make_step(config, optimizer, state=self.state, mesh=self.mesh, dtype=self._dtype, domains=domains)
         self._checkpointer = Checkpointer(dtype=self._dtype, is_main=world.is_main)
         self._rows = NamedSharding(self.mesh, PartitionSpec(ROWS))
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
         self._narrow = jax.jit(lambda weights: {name: each.astype(self._dtype) for name, each in weights.items()})
-        self._whole = jax.jit(self._narrow, out_shardings=everywhere)
         self._logits = jax.jit(self._logits_of, out_shardings=self._rows)
         self._nats = jax.jit(self._nats_of, out_shardings=self._rows)
 
@@ -139,8 +138,9 @@ class FlaxEngine:
         return self._of_rows(self._nats, inputs_BL, targets_BL)
 
     def generate(self, ids: Sequence[int], sampling: Sampling) -> list[int]:
-        """What the model writes after `ids`, the same on every rank; every device computes all of it."""
-        (new,) = generate(self.config.model, self._whole(self.state.weights), [ids], sampling)
+        """What the model writes after `ids`, the same on every rank."""
+        weights = self._narrow(self.state.weights)
+        (new,) = generate(self.config.model, weights, [ids], sampling, placement=self._placement)
         return new
 
     def load(self, path: Path) -> None:
@@ -202,7 +202,7 @@ class FlaxEngine:
         return torch.from_numpy(own[:count])
 
     def _logits_of(self, weights: Weights, inputs_BL: Array) -> Array:
-        return bind(self.config.model, weights, placement=MeshPlacement(self.mesh))(inputs_BL)
+        return bind(self.config.model, weights, placement=self._placement)(inputs_BL)
 
     def _nats_of(self, weights: Weights, inputs_BL: Array, targets_BL: Array) -> Array:
-        return bind(self.config.model, weights, placement=MeshPlacement(self.mesh)).losses(inputs_BL, targets_BL)[0]
+        return bind(self.config.model, weights, placement=self._placement).losses(inputs_BL, targets_BL)[0]

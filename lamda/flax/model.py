@@ -37,6 +37,10 @@ class Placement:
         """The residual stream, cut by rows."""
         return x_BLD
 
+    def everywhere(self, logits_BV: Array) -> Array:
+        """Logits that every process reads."""
+        return logits_BV
+
     def whole(self, module: Module, name: str) -> Module:
         """A module whose weights are as whole as it computes with them. name: what their names begin with."""
         return module
@@ -94,6 +98,7 @@ class LaMDA(nnx.Module):
 
         What comes after it in a row is padding, which does not count as cached.
         """
+        place, embedding = self.placement, self.placement.whole(self.embedding, "embedding")
         places_BL = cache.lengths_B[:, None] + jnp.arange(tokens_BL.shape[1])
         seen = _Cached(cache.keys_SBMHK.shape[2], places_BL)
         if self.relative_bias is not None:
@@ -101,11 +106,12 @@ class LaMDA(nnx.Module):
 
         @nnx.scan(in_axes=(0, nnx.Carry, 0), out_axes=(nnx.Carry, 0))
         def through(block: Block, x_BLD: Array, before: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-            return block.extend(x_BLD, seen, before)
+            return place.whole(block, "layers").extend(x_BLD, seen, before)
 
-        x_BLD, after = through(self.layers, self.embedding(tokens_BL), (cache.keys_SBMHK, cache.values_SBMHK))
+        x_BLD, after = through(self.layers, embedding(tokens_BL), (cache.keys_SBMHK, cache.values_SBMHK))
         last_B1D = jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)
-        return self.embedding.logits(self._scaled(last_B1D))[:, 0], KeyValues(*after, cache.lengths_B + last_B + 1)
+        logits_BV = place.everywhere(embedding.logits(self._scaled(last_B1D))[:, 0])
+        return logits_BV, KeyValues(*after, cache.lengths_B + last_B + 1)
 
     def _hidden(self, tokens_BL: Array, documents_BL: Array | None) -> Array:
         """What the output projection takes, [B, L, D]."""

@@ -85,6 +85,9 @@ class MeshPlacement(Placement):
     def rows(self, x_BLD: Array) -> Array:  # noqa: D102 - as above
         return jax.lax.with_sharding_constraint(x_BLD, NamedSharding(self._mesh, PartitionSpec(ROWS)))
 
+    def everywhere(self, logits_BV: Array) -> Array:  # noqa: D102 - as above
+        return jax.lax.with_sharding_constraint(logits_BV, NamedSharding(self._mesh, PartitionSpec()))
+
     def whole(self, module: Module, name: str) -> Module:  # noqa: D102 - as above
         graph, state = nnx.split(module)
         gathered = [

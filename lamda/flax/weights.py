@@ -85,14 +85,13 @@ def load_weights(
 
 
 def plain_weights(weights: Mapping[str, Array]) -> Iterator[tuple[str, NDArray[np.generic]]]:
-    """Host copies of whole weights by plain name, one at a time."""
+    """Host copies of whole weights by plain name, one at a time on the devices too; every process goes through all."""
     for name, array in weights.items():
-        whole = _whole(array)
         if name.startswith("layers."):
             rest = name.removeprefix("layers.")
-            yield from ((f"layers.{layer}.{rest}", part) for layer, part in enumerate(whole))
+            yield from ((f"layers.{layer}.{rest}", _whole(_layer(array, layer))) for layer in range(len(array)))
         else:
-            yield name, whole
+            yield name, _whole(array)
 
 
 def save_weights(weights: Mapping[str, NDArray[np.generic]], path: Path) -> None:
@@ -114,6 +113,11 @@ def bind(
     flat = nnx.to_flat_state(state)
     filled = [(path, variable.replace(weights[".".join(map(str, path))])) for path, variable in flat]
     return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+@jax.jit
+def _layer(array: Array, layer: int) -> Array:
+    return array[layer]
 
 
 def _whole(array: Array) -> NDArray[np.generic]:

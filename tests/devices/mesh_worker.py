@@ -24,6 +24,7 @@ from lamda.data.loader import MicroBatch, Step  # noqa: E402
 from lamda.distributed import World, start_hosts, stop  # noqa: E402
 from lamda.flax.engine import FlaxEngine  # noqa: E402
 from lamda.flax.weights import plain_weights  # noqa: E402
+from lamda.inference.sampling import Sampling  # noqa: E402
 
 STEPS, BATCH, LENGTH, VOCABULARY = 3, 16, 12, 96
 MESHES = {1: {"1x1x1": (1, 1, 8)}, 8: {"8x1x1": (1, 1, 1), "2x4x1": (4, 1, 2), "2x2x2": (2, 2, 2)}}
@@ -59,6 +60,7 @@ def trained(engine: FlaxEngine, *, micro_batch: int) -> dict[str, object]:
         "losses": [result.loss() for result in results],
         "norms": [result.grad_norm for result in results],
         "domains": [result.by_domain() for result in results],
+        "written": engine.generate([3, 1, 4], Sampling(max_new_tokens=8, temperature=0)),
         "weights": {name: weight.tolist() for name, weight in plain_weights(engine.state.weights)},
     }
 

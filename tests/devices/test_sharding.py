@@ -37,6 +37,7 @@ def test_a_mesh_computes_what_one_device_does(found, mesh):
     one, many = found["1x1x1"], found[mesh]
     for figures in ("losses", "norms", "domains"):
         np.testing.assert_allclose(many[figures], one[figures], rtol=0, atol=1e-5)
+    assert many["written"] == one["written"]
     assert set(many["weights"]) == set(one["weights"])
     for name, weight in one["weights"].items():
         np.testing.assert_allclose(many["weights"][name], weight, rtol=0, atol=1e-5, err_msg=name)
