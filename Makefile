@@ -23,7 +23,7 @@ pretrain: $(VENV)/.installed
 	$(BIN)/deepspeed --num_gpus 1 scripts/pretrain.py --config $(CONFIG)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 serve-test: $(VENV)/.installed-dev
 	if [ "$$(id -u)" = 0 ] && command -v apt-get && ! command -v chromium; then \

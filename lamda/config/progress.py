@@ -15,6 +15,8 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from rich.progress import Progress as Bar
 
 LINE_SECONDS = 10.0
+PATIENCE = 5.0
+"""Seconds that a job which has ended waits for its counting: a network may keep it."""
 
 
 class Progress:
@@ -30,7 +32,9 @@ class Progress:
         self._done, self._began = 0.0, time.monotonic()
         self._last_line = self._began
         self._ended = threading.Event()
-        self._counting = None if isinstance(total, int | float) else threading.Thread(target=self._count, args=[total])
+        self._counting = (
+            None if isinstance(total, int | float) else threading.Thread(target=self._count, args=[total], daemon=True)
+        )
         console = Console(stderr=True)
         self._bar: Bar | None = None
         if console.is_terminal:
@@ -50,7 +54,7 @@ class Progress:
     ) -> None:
         self._ended.set()
         if self._counting:
-            self._counting.join()
+            self._counting.join(PATIENCE)
         if self._bar:
             self._bar.stop()
 

@@ -63,6 +63,7 @@ class Run:
     _health: Health = field(init=False)
     _stop_is_agreed: bool = False
     _stalled: float = 0.0
+    _rows_scored: dict[int | None, int] = field(default_factory=dict)
 
     def train(self) -> None:
         """Go on to the last step, or to where the run was asked to stop; either way a checkpoint holds it all.
@@ -79,9 +80,15 @@ class Run:
     def evaluate(self) -> Scores:
         """Score the held-out text: all of it at the last step, the first `eval.batches` batches before."""
         rows = None if self._is_last else self.config.eval.batches * self.config.train.global_batch_size
-        job = self.report.long_job("evaluating", total=self.held_out.rows(rows), unit="rows")
-        with job as advance, self.engine.evaluating():
-            return self.held_out.score(
+        total, done = self._rows_scored.get(rows) or self.held_out.rows(rows), 0
+
+        def scored(own: int) -> None:
+            nonlocal done
+            done += own * self.world.size
+            advance(own * self.world.size)
+
+        with self.report.long_job("evaluating", total=total, unit="rows") as advance, self.engine.evaluating():
+            scores = self.held_out.score(
                 _Watched(self.engine, at=lambda: self._at("evaluate")),
                 device=self.engine.device,
                 micro_batch=self.config.train.micro_batch_size,
@@ -89,8 +96,10 @@ class Run:
                 world=self.world.size,
                 rows=rows,
                 total=self._total,
-                scored=lambda own: advance(own * self.world.size),
+                scored=scored,
             )
+        self._rows_scored[rows] = done
+        return scores
 
     def score_tasks(self) -> dict[str, float]:
         """The figures of `eval.tasks`, on rank 0; none where a task fails, which is told."""
