@@ -67,6 +67,13 @@ def test_logits_in_float32_are_ours_to_a_hundred_thousandth(ours, ids_BL, attent
     torch.testing.assert_close(model(ids_BL).logits, mine(ids_BL), rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_the_head_alone_makes_logits_of_the_last_hidden_states(theirs, ids_BL):
+    """Trainers and engines that never make all logits at once multiply the two themselves."""
+    x_BLD = theirs.model(ids_BL).last_hidden_state
+    torch.testing.assert_close(functional.linear(x_BLD, theirs.lm_head.weight), theirs(ids_BL).logits, **CLOSE)
+
+
 @pytest.mark.parametrize("recompute", [None, False, True], ids=["kept", "recomputed", "reentrant"])
 def test_gradients_are_ours(ours, theirs, ids_BL, recompute):
     nats_BL, _ = ours(ids_BL[:, :-1], targets_BL=ids_BL[:, 1:])

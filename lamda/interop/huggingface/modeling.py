@@ -154,7 +154,7 @@ class LamdaPreTrainedModel(PreTrainedModel):
 
 
 class LamdaModel(LamdaPreTrainedModel):
-    """Tokens to the hidden states after the last norm."""
+    """Tokens to the hidden states that the head takes: after the last norm, and scaled."""
 
     def __init__(self, config: LamdaConfig) -> None:
         super().__init__(config)
@@ -213,7 +213,9 @@ class LamdaModel(LamdaPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.final_norm(x_BLD), past_key_values=past_key_values)
+        # Scaled here and not before the head: losses that never make all logits (trl's, Liger's) multiply this by it.
+        x_BLD = self.final_norm(x_BLD) * self.config.d_model**-0.5
+        return BaseModelOutputWithPast(last_hidden_state=x_BLD, past_key_values=past_key_values)
 
 
 def _slots(x_BLD: Tensor, past_key_values: Cache | None) -> tuple[Tensor, Tensor]:
@@ -265,8 +267,7 @@ class LamdaForCausalLM(LamdaPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        x_BLD = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep) * self.config.d_model**-0.5
-        logits_BLV = self.lm_head(x_BLD)
+        logits_BLV = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_BLV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
