@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -26,6 +27,8 @@ from lamda.interop.harness import command
 from lamda.interop.harness.language_model import HarnessModel
 from lamda.interop.harness.scoring import LocalDecoder, windows
 from lamda.interop.harness.tasks import Tasks, figures
+from lamda.interop.huggingface import LamdaConfig, LamdaForCausalLM
+from lamda.interop.huggingface.tokenization import fast_tokenizer
 from lamda.model.loss import token_nats
 from lamda.training.evaluation import evaluate
 from tests.conftest import WORDS, write_shard
@@ -192,6 +195,22 @@ def test_rolling_loglikelihood_is_that_of_a_walk_in_float64(loaded, wide):
         expected = rolling_by_hand(wide, loaded.tokenizer.end_of_document, loaded.tokenizer.encode(text), LENGTH)
         assert total == pytest.approx(expected, abs=1e-3)
     assert found[1] == 0
+
+
+def test_lm_evals_own_model_finds_the_same_on_what_was_exported(loaded):
+    """Its Hugging Face model begins a text with the end symbol only if told so, but a rolled one always."""
+    theirs = LamdaForCausalLM(LamdaConfig(**loaded.config.model.dimensions)).eval()
+    theirs.model.load_state_dict(loaded.model.export_weights())
+    given = {"pretrained": theirs, "tokenizer": fast_tokenizer(loaded.path / "tokenizer.model"), "max_length": LENGTH}
+    rolled, paired = (HFLM(**given, device="cpu", batch_size=4, add_bos_token=each) for each in (False, True))
+    texts = ask("loglikelihood_rolling", *((text,) for text in DOCUMENTS))
+    pairs = ask("loglikelihood", *((each["question"], f" {each['choices'][0]}") for each in QUESTIONS))
+    found = harness(loaded)
+    assert found.loglikelihood_rolling(texts) == pytest.approx(rolled.loglikelihood_rolling(texts), abs=1e-3)
+    for (ours, is_greedy), (expected, expected_greedy) in zip(
+        found.loglikelihood(pairs), paired.loglikelihood(pairs), strict=True
+    ):
+        assert (ours, is_greedy) == (pytest.approx(expected, abs=1e-4), expected_greedy)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
