@@ -26,8 +26,9 @@ from lamda.flax.bias import bias_at, row_bias
 from lamda.model.weights import BUCKETS
 
 Module = TypeVar("Module", bound=nnx.Module)
-Layer = Callable[["Block", Array], Array]
-"""A block's weights and the residual stream before it -> the stream after it."""
+
+PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+"""What a matrix of weights makes of activations: dear to compute, and small beside scores and shares, [B, H, L, M]."""
 
 
 class Placement:
@@ -45,10 +46,6 @@ class Placement:
         """A module whose weights are as whole as it computes with them. name: what their names begin with."""
         return module
 
-    def again(self, layer: Layer) -> Layer:
-        """A layer whose backward pass makes its weights whole once more, in place of keeping them."""
-        return layer
-
 
 class KeyValues(NamedTuple):
     """Keys and values [S, B, M, H, K] of the tokens so far, and how many a row has: [B]."""
@@ -61,7 +58,8 @@ class KeyValues(NamedTuple):
 class LaMDA(nnx.Module):
     """Tokens to logits. Its weights are NaN until `lamda.flax.weights` fills them.
 
-    dtype: of the weights, and so of the computation. recompute: as of the PyTorch model, by `jax.checkpoint`.
+    dtype: of the weights, and so of the computation. recompute: as of the PyTorch model, by `jax.checkpoint`; "none"
+    still makes again what is cheap: scores and shares, and what stands between two matrices.
     placement: where things lie on more than one device.
     """
 
@@ -76,7 +74,9 @@ class LaMDA(nnx.Module):
         self.config, self.recompute = config, recompute
         self.placement = placement or Placement()
         self.embedding = Embedding(config.vocab_size, config.d_model, dtype)
-        self.layers = nnx.vmap(lambda: Block(config, dtype, recompute), in_axes=(), axis_size=config.n_layers)()
+        self.layers = nnx.vmap(
+            lambda: Block(config, dtype, recompute, self.placement), in_axes=(), axis_size=config.n_layers
+        )()
         self.final_norm = RMSNorm(config.d_model, dtype)
         self.relative_bias = None if config.bias_per_layer else _bias_table(config, dtype)
 
@@ -106,7 +106,7 @@ class LaMDA(nnx.Module):
 
         @nnx.scan(in_axes=(0, nnx.Carry, 0), out_axes=(nnx.Carry, 0))
         def through(block: Block, x_BLD: Array, before: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-            return place.whole(block, "layers").extend(x_BLD, seen, before)
+            return block.extend(x_BLD, seen, before)
 
         x_BLD, after = through(self.layers, embedding(tokens_BL), (cache.keys_SBMHK, cache.values_SBMHK))
         last_B1D = jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)
@@ -119,10 +119,10 @@ class LaMDA(nnx.Module):
         if self.relative_bias is not None:
             seen = seen.replace(shared=seen.bias(self.relative_bias[...]))
 
-        def layer(block: Block, x_BLD: Array) -> Array:
-            return place.rows(place.whole(block, "layers")(x_BLD, seen))
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        def through(block: Block, x_BLD: Array) -> Array:
+            return place.rows(block(x_BLD, seen))
 
-        through = nnx.scan(place.again(layer), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
         return self._scaled(through(self.layers, place.rows(place.whole(self.embedding, "embedding")(tokens_BL))))
 
     def _scaled(self, x_BLD: Array) -> Array:
@@ -132,8 +132,8 @@ class LaMDA(nnx.Module):
 class Block(nnx.Module):
     """Attention, then the gated feed-forward layer, each on a normed copy of the residual stream."""
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike, recompute: Recompute) -> None:
-        self.recompute = recompute
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, recompute: Recompute, placement: Placement) -> None:
+        self.recompute, self.placement = recompute, placement
         self.attention_norm = RMSNorm(config.d_model, dtype)
         self.attention = Attention(config, dtype)
         self.feed_forward_norm = RMSNorm(config.d_model, dtype)
@@ -141,24 +141,32 @@ class Block(nnx.Module):
 
     def __call__(self, x_BLD: Array, seen: _Row) -> Array:
         """The residual stream [B, L, D] after this block."""
-        return _remat(Block._whole, self.recompute == "block")(self, x_BLD, seen)
+        whole = _again(Block._whole) if self.recompute == "block" else Block._whole
+        return whole(self, x_BLD, seen)
 
     def extend(self, x_BLD: Array, seen: _Cached, before: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         """The same of tokens that follow cached ones, and this layer's keys and values with them."""
-        q_BLHK, k_BLHK, v_BLHK = self.attention.project(self.attention_norm(x_BLD))
+        attention = self.placement.whole(self.attention, "attention")
+        q_BLHK, k_BLHK, v_BLHK = attention.project(self.attention_norm(x_BLD))
         rows = jnp.arange(len(x_BLD))[:, None]
         k_BMHK, v_BMHK = (
             cached.at[rows, seen.places_BL].set(new) for cached, new in zip(before, (k_BLHK, v_BLHK), strict=True)
         )
-        x_BLD = x_BLD + self.attention.mix(q_BLHK, k_BMHK, v_BMHK, seen)
+        x_BLD = x_BLD + attention.mix(q_BLHK, k_BMHK, v_BMHK, seen)
         return x_BLD + self._gated(x_BLD), (k_BMHK, v_BMHK)
 
     def _whole(self, x_BLD: Array, seen: _Row) -> Array:
-        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), seen)
-        return x_BLD + _remat(Block._gated, self.recompute == "ffn")(self, x_BLD)
+        # Where such functions are nested JAX heeds the outermost alone, so the halves stand beside each other.
+        mixed = _again(Block._mixed, keep=PRODUCTS)
+        gated = _again(Block._gated, keep=None if self.recompute == "ffn" else PRODUCTS)
+        x_BLD = x_BLD + mixed(self, x_BLD, seen)
+        return x_BLD + gated(self, x_BLD)
+
+    def _mixed(self, x_BLD: Array, seen: _Row) -> Array:
+        return self.placement.whole(self.attention, "attention")(self.attention_norm(x_BLD), seen)
 
     def _gated(self, x_BLD: Array) -> Array:
-        return self.feed_forward(self.feed_forward_norm(x_BLD))
+        return self.placement.whole(self.feed_forward, "feed_forward")(self.feed_forward_norm(x_BLD))
 
 
 class Attention(nnx.Module):
@@ -307,8 +315,12 @@ def _others(documents_BL: Array | None) -> Array | None:
     return None if documents_BL is None else documents_BL[:, :, None] != documents_BL[:, None, :]
 
 
-def _remat(function: Callable[..., Array], is_wanted: bool) -> Callable[..., Array]:  # noqa: FBT001
-    return nnx.remat(function) if is_wanted else function
+def _again(method: Callable[..., Array], keep: Callable[..., bool] | None = None) -> Callable[..., Array]:
+    """The same, whose backward pass computes all again but what `keep` says; its weights come together again as well.
+
+    Inside a scan nothing could be merged with the forward pass, which prevent_cse is against.
+    """
+    return nnx.remat(method, policy=keep, prevent_cse=False)
 
 
 def _wide(x: Array) -> Array:

@@ -16,12 +16,11 @@ import jax
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.extend.core import Primitive
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lamda.config.errors import UserError
 from lamda.config.schema import FlaxConfig, ModelConfig
-from lamda.flax.model import Layer, Module, Placement
+from lamda.flax.model import Module, Placement
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
@@ -96,21 +95,10 @@ class MeshPlacement(Placement):
         ]
         return nnx.merge(graph, nnx.from_flat_state(gathered))
 
-    def again(self, layer: Layer) -> Layer:  # noqa: D102 - as above
-        if self._mesh.shape["fsdp"] == 1:
-            return layer
-        # Inside a scan nothing could be merged with the forward pass, which prevent_cse is against.
-        return nnx.remat(layer, policy=_is_kept, prevent_cse=False)
-
     def _gathered(self, name: str, weight: Array) -> Array:
         """Left to itself XLA may send activations instead, or whole rows."""
         spec = [None if axis == "fsdp" else axis for axis in _spec(name)]
         return jax.lax.with_sharding_constraint(weight, NamedSharding(self._mesh, PartitionSpec(*spec)))
-
-
-def _is_kept(primitive: Primitive, *_: Any, **__: Any) -> bool:
-    """All that a layer computes, but what a constraint lets it have from other devices."""
-    return primitive.name != "sharding_constraint"
 
 
 def weight_sharding(name: str, mesh: Mesh) -> NamedSharding:

@@ -66,13 +66,19 @@ def trained(engine: FlaxEngine, *, micro_batch: int) -> dict[str, object]:
 
 
 def of_program(engine: FlaxEngine, *, micro_batch: int) -> dict[str, object]:
-    """What the compiled step gathers, and which weights of all layers it has whole, both by shape."""
+    """What the compiled step gathers, and what of all layers it has at once: whole weights, and scores; by shape."""
     batch = engine._placed_batch(batch_of(0, micro_batch=micro_batch))
     text = engine._step.lower(engine.state, batch, jnp.float32(1e-4)).compile().as_text()
     gathered = re.findall(r"= \(?\w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", text)
     cut = [weight for weight in engine.state.weights.values() if weight.ndim == 3 and "fsdp" in weight.sharding.spec]
     whole = {",".join(map(str, weight.shape)) for weight in cut}
-    return {"gathered": Counter(gathered), "whole": sorted(shape for shape in whole if f"[{shape}]" in text)}
+    model = engine.config.model
+    scores = re.findall(rf"\[({model.n_layers},\d+,{model.n_heads},{LENGTH},{LENGTH})\]", text)
+    return {
+        "gathered": Counter(gathered),
+        "whole": sorted(shape for shape in whole if f"[{shape}]" in text),
+        "scores": sorted(set(scores)),
+    }
 
 
 def odd_after_a_flip(engine: FlaxEngine) -> list[int]:

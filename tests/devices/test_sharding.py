@@ -48,10 +48,10 @@ def test_a_checkpoint_goes_on_on_another_mesh(found):
     np.testing.assert_allclose(found["moved on"]["losses"], found["on"]["losses"], rtol=0, atol=1e-5)
 
 
-def test_a_device_has_one_layer_whole_at_a_time(found):
-    """Each of its matrices comes together in the forward pass and again in the backward pass, the embedding once."""
+def test_a_device_has_one_layers_weights_and_scores_at_a_time(found):
+    """Each matrix comes together in the forward pass and again in the backward pass, the embedding once."""
     layer = {"1,32,32": 2 * 4, "1,64,32": 2 * 2, "1,32,64": 2 * 1}
-    assert found["program"] == {"gathered": {**layer, "96,32": 1}, "whole": []}
+    assert found["program"] == {"gathered": {**layer, "96,32": 1}, "whole": [], "scores": []}
 
 
 def test_a_bit_that_turns_over_in_one_devices_copy_is_noticed(found):
