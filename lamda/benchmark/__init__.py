@@ -16,7 +16,18 @@ from typing import Any
 from lamda.config.errors import UserError
 from lamda.distributed import choose_accelerator
 
-BENCHMARKS = ("attention", "coordinates", "data", "flax", "generate", "month", "ranking", "summation", "train")
+BENCHMARKS = (
+    "attention",
+    "coordinates",
+    "data",
+    "flax",
+    "flax_memory",
+    "generate",
+    "month",
+    "ranking",
+    "summation",
+    "train",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
