@@ -1,4 +1,4 @@
-"""`benchmark.py flax_memory`: what a step in JAX needs on each device of a mesh, by XLA's own account.
+"""`benchmark.py flax_memory`: what a step in JAX needs on each device of a mesh, without the mesh.
 
 The step is compiled for devices of the CPU and not run: no weight is made, and no other device need be there. XLA's CPU
 computes products of bf16 in fp32, so that another device needs less than is told: compare settings by it.
@@ -11,21 +11,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax import Array, ShapeDtypeStruct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
 from lamda.benchmark import environment
-from lamda.config.batches import micro_batches_per_rank
+from lamda.config.errors import UserError
 from lamda.config.loading import load_config
-from lamda.config.schema import Config
-from lamda.flax.optimiser import make_optimizer
-from lamda.flax.sharding import ROWS, make_mesh, row_ranks, shardings_like, weight_sharding
-from lamda.flax.step import Batch, TrainState, make_step
-from lamda.flax.weights import stacked_shapes
-from lamda.model.counts import parameters
-from lamda.training import deepspeed_config
+from lamda.flax.framework import require_jax
 
 PACKAGES = ("jax", "flax", "optax")
 
@@ -40,36 +29,21 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--devices", type=int, default=8, help="in all (%(default)s)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="keep the report")
     options, rest = parser.parse_known_args(argv)
+    if options.devices < 1:
+        raise UserError(f"--devices is {options.devices}: give at least 1")
+    require_jax()
     config = load_config(rest)
+    import jax
+
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", options.devices)
+    from lamda.flax.memory import measure
+
     report = environment(["flax_memory", *argv], PACKAGES) | measure(config)
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     print(told(report))
     return 0
-
-
-def measure(config: Config) -> dict[str, Any]:
-    """Bytes on a device: of the state, and of all else that is there at some moment of a step."""
-    mesh = make_mesh(config.flax, config.model)
-    is_bf16 = deepspeed_config.is_bf16(deepspeed_config.read(config))
-    state, batch = _state(config, mesh), _batch(config, mesh)
-    step = make_step(
-        config, make_optimizer(config.train, config.model), state=state, mesh=mesh,
-        dtype=jnp.bfloat16 if is_bf16 else jnp.float32, domains=1,
-    )  # fmt: skip
-    needed = step.lower(state, batch, ShapeDtypeStruct((), jnp.float32)).compile().memory_analysis()
-    return {
-        "mesh": dict(mesh.shape),
-        "parameters": parameters(config.model),
-        "micro_batch": config.train.micro_batch_size,
-        "length": config.data.sequence_length,
-        "recompute": config.train.recompute,
-        "bf16": is_bf16,
-        "state_bytes": needed.argument_size_in_bytes,
-        "step_bytes": needed.temp_size_in_bytes,
-    }
 
 
 def told(report: dict[str, Any]) -> str:
@@ -81,29 +55,3 @@ def told(report: dict[str, Any]) -> str:
         f"a device holds {report['state_bytes'] / 1e9:.1f} GB of state and rows, and in a step "
         f"{report['step_bytes'] / 1e9:.1f} GB beside it"
     )
-
-
-def _state(config: Config, mesh: Mesh) -> TrainState:
-    """The shapes of a state and where they lie."""
-    shapes = stacked_shapes(config.model)
-    weights = {
-        name: ShapeDtypeStruct(shape, jnp.float32, sharding=weight_sharding(name, mesh))
-        for name, shape in shapes.items()
-    }
-    kept = jax.eval_shape(make_optimizer(config.train, config.model).init, weights)
-    lies = shardings_like(kept, mesh, shapes)
-    return TrainState(
-        weights, jax.tree.map(lambda each, lie: ShapeDtypeStruct(each.shape, each.dtype, sharding=lie), kept, lies)
-    )
-
-
-def _batch(config: Config, mesh: Mesh) -> Batch:
-    """The shapes of a step's rows, with document ids where attention stays inside documents."""
-    train, length = config.train, config.data.sequence_length
-    shape = (micro_batches_per_rank(train, world=row_ranks(mesh)), train.micro_batch_size * row_ranks(mesh))
-
-    def rows(length: int, dtype: Any) -> Array:
-        return ShapeDtypeStruct((*shape, length), dtype, sharding=NamedSharding(mesh, PartitionSpec(None, ROWS)))
-
-    documents = rows(length + 1, jnp.int32) if config.data.separates_documents else None
-    return Batch(rows(length + 1, jnp.int32), rows(length, jnp.bool_), rows(length, jnp.int32), documents)

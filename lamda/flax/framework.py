@@ -33,7 +33,7 @@ class Flax:
         """The place that the launcher, or JAX, gave this process."""
         if not self._multihost:
             return distributed.read_world()
-        _require_jax()
+        require_jax()
         import jax
 
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -42,7 +42,7 @@ class Flax:
 
     def check(self, config: Config, world: World) -> None:
         """What the JAX side has no equal of; devices are not known yet."""
-        _require_jax()
+        require_jax()
         deepspeed_config.read(config)
         train = config.train
         given = {
@@ -88,7 +88,8 @@ class Flax:
         return FlaxEngine(config, world=world, is_bf16=is_bf16, domains=domains)
 
 
-def _require_jax() -> None:
+def require_jax() -> None:
+    """Raises UserError where the extra is not installed."""
     if missing := [name for name in ("jax", "flax", "optax", "orbax") if find_spec(name) is None]:
         raise UserError(
             f"{', '.join(missing)}: not installed; `pip install 'lamda-pytorch[flax]'` brings what the JAX side needs"
