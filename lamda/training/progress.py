@@ -74,10 +74,12 @@ class TrainingProgress:
         """A job between two steps, with its own bar or lines (see `Progress`); gives what is told how many are done."""
         if self._bar:
             self._bar.stop()
-        with Progress(name, total=total, unit=unit) if self._visible else nullcontext() as shown:
-            yield shown.advance if shown else lambda more: None
-        if self._bar:
-            self._bar.start()
+        try:
+            with Progress(name, total=total, unit=unit) if self._visible else nullcontext() as shown:
+                yield shown.advance if shown else lambda more: None
+        finally:  # a task of `eval.tasks` may fail, and training goes on
+            if self._bar:
+                self._bar.start()
 
     def _figures(self, row: dict[str, Any]) -> str:
         done = row["step"] - self._first

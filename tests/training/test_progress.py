@@ -1,6 +1,7 @@
 """Without a terminal a run shows its first and last step, and others at intervals."""
 
 import re
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -74,11 +75,14 @@ def test_a_long_job_between_two_steps_has_lines_of_its_own(clock, capsys, monkey
     assert steps_of(told.out.splitlines()) == [2] * visible
 
 
-def test_at_a_terminal_the_bar_of_the_run_goes_on_after_a_long_job(capsys, monkeypatch):
+@pytest.mark.parametrize("fails", [False, True])
+def test_at_a_terminal_the_bar_of_the_run_goes_on_after_a_long_job(capsys, monkeypatch, fails):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     with TrainingProgress(done=0, steps=2, visible=True) as shown:
-        with shown.long_job("evaluating", total=64, unit="rows") as advance:
+        with suppress(ValueError), shown.long_job("evaluating", total=64, unit="rows") as advance:
             advance(64)
+            if fails:
+                raise ValueError
         shown.show({"step": 2, "loss": 2.5, "lr": 1e-3, "tokens_per_second": 1234.0, "mfu": None})
     told = capsys.readouterr()
     assert "64 of 64 rows" in told.err
