@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import orjson
 from datasets import IterableDataset, load_dataset
+from datasets.iterable_dataset import ExamplesIterable
 
 from lamda.config.errors import UserError
 from lamda.data.card import Source
@@ -65,8 +67,11 @@ class Lane:
     form: Form = RAW_TEXT
 
     def documents(self, start: Cursor) -> IterableDataset:
-        """Documents from the one that holds the cursor, for ever; rows as `Document._asdict()`."""
-        return IterableDataset.from_generator(_rows, gen_kwargs={"lane": self, "start": start})
+        """Documents from the one that holds the cursor, endless; rows as `Document._asdict()`.
+
+        Not by `from_generator`, which makes a folder in the Hugging Face cache: that may be read-only.
+        """
+        return IterableDataset(ExamplesIterable(_rows, {"lane": self, "start": start}))
 
 
 def cut_into_lanes(
@@ -103,9 +108,9 @@ def cut_into_lanes(
     return cut
 
 
-def _rows(lane: Lane, start: Cursor) -> Iterator[dict[str, Any]]:
-    for document in read_lane(lane, start):
-        yield document._asdict()
+def _rows(lane: Lane, start: Cursor) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, document in enumerate(read_lane(lane, start)):
+        yield number, document._asdict()
 
 
 def read_lane(lane: Lane, start: Cursor) -> Iterator[Document]:
@@ -162,7 +167,8 @@ def _read_share(share: Share, lane: Lane, *, line: int, byte: int) -> Iterator[t
         if line == 0:
             yield 0, 0, _Fit(_decoded(read_all(file), file.url), lane.source.name)
     elif file.url.endswith(".parquet"):
-        rows = load_dataset("parquet", data_files=file.url, split="train", streaming=True)
+        with TemporaryDirectory() as scratch:  # opening makes a folder in the Hugging Face cache: it may be read-only
+            rows = load_dataset("parquet", data_files=file.url, split="train", streaming=True, cache_dir=scratch)
         for number, record in enumerate(rows.skip(line), start=line):
             if number % share.modulus == share.residue:
                 yield number, 0, _of_record(record, lane, None)

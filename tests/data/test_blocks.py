@@ -154,3 +154,15 @@ def test_an_empty_lane_is_an_error_that_says_what_to_do(tmp_path, tokenizer):
     lanes = lanes_of(tmp_path, [["a", "b"]], lanes=3)
     with pytest.raises(UserError, match=r"set data\.lanes lower"):
         next(read_blocks(lanes[2], Cursor(), packing=Packing(rows=1, row_length=9, seed=0), tokenizer=tokenizer))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_local_text_needs_no_cache_that_can_be_written(tmp_path, monkeypatch, suffix):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path("/proc/no-folder"))
+    path, texts = tmp_path / f"0.{suffix}", [make_text(n, 9) for n in range(5)]
+    write_shard(path, texts) if suffix == "jsonl" else pq.write_table(pa.table({"text": texts}), path)
+    (lane,) = cut_into_lanes(source(), [File(str(path), path.stat().st_size)], lanes=1)
+    assert [row["text"] for row in islice(lane.documents(Cursor()), 5)] == texts
