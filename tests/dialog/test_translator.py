@@ -34,6 +34,7 @@ def glossary(tmp_path: Path) -> Path:
         ("Translate 'Good morning' into German?", "guten Morgen"),
         ("translate bonjour from French to English", "hello"),
         ('"hello" to french', "bonjour"),
+        ("translate\nhello  FROM english\tINTO French ?", "bonjour"),
     ],
 )
 def test_a_glossary_answers(glossary, query, expected):
@@ -41,7 +42,20 @@ def test_a_glossary_answers(glossary, query, expected):
 
 
 @pytest.mark.parametrize(
-    "query", ["hello", "hello in Paris", "135+7721", "in French", "'' in French", "goodbye in French"]
+    "query",
+    [
+        "",
+        "?",
+        "hello",
+        "hello in Paris",
+        "135+7721",
+        "in French",
+        "'' in French",
+        "goodbye in French",
+        "from French to English",
+        "x" + " " * 100_000 + "y",
+        "x " * 100_000 + "in French in",
+    ],
 )
 def test_what_asks_for_no_translation_or_has_none_gives_nothing(glossary, query):
     assert Translator(Glossary(glossary))(query) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ RECORDS = ".jsonl"
 LENGTH = 500
 """Characters after which a passage ends with its paragraph; one of twice the length is cut."""
 
+_log = logging.getLogger(__name__)
+
 _HEADING = re.compile(r"#{1,6} ")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\s+")
 
@@ -30,21 +34,25 @@ class Passage:
 
 
 def find_files(corpus: Path) -> list[Path]:
-    """The file itself, or the readable files of a folder by name; what lies in hidden folders is left out.
+    """The file itself, or the readable files of a folder by name.
 
-    Raises UserError where there is none.
+    What lies in hidden folders is left out, and so is a link that leads there or out of the folder.
+
+    Raises UserError where there is none, or where a folder cannot be read.
     """
     if corpus.is_file():
         if corpus.suffix in (*TEXT, RECORDS):
             return [corpus]
         raise UserError(f"--corpus {corpus}: cannot be searched; files end in {', '.join((*TEXT, RECORDS))}")
-    files = sorted(
-        path
-        for path in corpus.rglob("*")
-        if path.suffix in (*TEXT, RECORDS)
-        and not any(part.startswith(".") for part in path.relative_to(corpus).parts)
-        and path.is_file()
-    )
+    try:
+        named = sorted(path for path in corpus.rglob("*") if path.suffix in (*TEXT, RECORDS) and path.is_file())
+    except OSError as error:
+        raise UserError(f"--corpus {corpus}: cannot be read ({error})") from error
+    shown = [path for path in named if not _is_hidden(path.relative_to(corpus))]
+    root = corpus.resolve()
+    files = [path for path in shown if _lies_in(path.resolve(), root)]
+    if len(files) < len(shown):
+        _log.warning("--corpus %s: %d links that lead out of it are not read", corpus, len(shown) - len(files))
     if not files:
         wrong = (
             "nothing in it ends in " + ", ".join((*TEXT, RECORDS))
@@ -55,6 +63,19 @@ def find_files(corpus: Path) -> list[Path]:
     return files
 
 
+def _lies_in(path: Path, root: Path) -> bool:
+    return path.is_relative_to(root) and not _is_hidden(path.relative_to(root))
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def name_of(path: Path) -> str:
+    """The path as text that UTF-8 can express: bytes of a file's name that are none become U+FFFD."""
+    return os.fsencode(path).decode(errors="replace")
+
+
 def read_passages(path: Path, data: bytes) -> Iterator[Passage]:
     """The passages of a file in order. Raises UserError where a record is none, by file and line.
 
@@ -62,13 +83,14 @@ def read_passages(path: Path, data: bytes) -> Iterator[Passage]:
         path: what the source is called, and by its suffix how the file is read.
         data: its bytes; what is not UTF-8 in a text becomes U+FFFD.
     """
+    name = name_of(path)
     if path.suffix == RECORDS:
         for number, line in enumerate(data.splitlines(), 1):
             if line.strip():
-                yield from _record(line, f"{path}:{number}")
+                yield from _record(line, f"{name}:{number}")
         return
     for number, text in _cut(data.decode(errors="replace").split("\n"), headings=path.suffix == ".md"):
-        yield Passage(text, f"{path}:{number}")
+        yield Passage(text, f"{name}:{number}")
 
 
 def _record(line: bytes, place: str) -> Iterator[Passage]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from lamda.config.errors import UserError
-from lamda.dialog.tools.passages import LENGTH, Passage, find_files, read_passages
+from lamda.dialog.tools.passages import LENGTH, Passage, find_files, name_of, read_passages
 from lamda.dialog.tools.result import Result
 from lamda.durable import sync_file
 
@@ -46,15 +48,16 @@ class Retrieval:
 
         Raises UserError where there is no text, where a record is wrong, or where bm25s is not installed.
         """
-        contents = [(path, path.read_bytes()) for path in find_files(corpus)]
+        contents = _read(find_files(corpus))
         if sum(len(data) for _, data in contents) < KEPT_FROM:
             return cls._made(contents, corpus)
         folder = (corpus if corpus.is_dir() else corpus.parent) / ".lamda-index"
-        kept = folder / f"{corpus.resolve().name}-{_digest(contents)}"
+        name = corpus.resolve().name[:40]
+        kept = folder / f"{name}-{_digest(contents)}"
         if kept.is_dir():
             return cls._load(kept)
         made = cls._made(contents, corpus)
-        made._keep(kept, stale=f"{corpus.resolve().name}-" + "?" * 32)
+        made._keep(kept, stale=f"{glob.escape(name)}-" + "?" * 32)
         return made
 
     def __call__(self, query: str, *, again: int = 0) -> list[Result]:
@@ -81,11 +84,14 @@ class Retrieval:
     @classmethod
     def _load(cls, kept: Path) -> Retrieval:
         try:
-            lines = (kept / "passages.jsonl").read_bytes().splitlines()
             index = _bm25().BM25.load(kept, mmap=True, verbosity=0)
-        except (OSError, ValueError, EOFError) as error:
+            lines = (kept / "passages.jsonl").read_bytes().splitlines()
+            passages = [Passage(*orjson.loads(line)) for line in lines]
+            if len(passages) != index.scores["num_docs"]:
+                raise ValueError(f"{len(passages)} passages for an index of {index.scores['num_docs']}")
+        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
             raise UserError(f"{kept}: cannot be read ({error}); remove it, and it is made again") from error
-        return cls([Passage(*orjson.loads(line)) for line in lines], index)
+        return cls(passages, index)
 
     def _keep(self, kept: Path, *, stale: str) -> None:
         """Write the index under a temporary name and rename it; others that match `stale` go."""
@@ -110,6 +116,16 @@ class Retrieval:
                 shutil.rmtree(other, ignore_errors=True)
 
 
+def _read(files: Iterable[Path]) -> list[tuple[Path, bytes]]:
+    contents = []
+    for path in files:
+        try:
+            contents.append((path, path.read_bytes()))
+        except OSError as error:
+            raise UserError(f"--corpus: {name_of(path)}: cannot be read ({error.strerror})") from error
+    return contents
+
+
 def _words(texts: list[str]) -> list[list[str]]:
     """The words of each text in small letters, without the commonest English ones."""
     return _bm25().tokenize(texts, return_ids=False, show_progress=False)
@@ -119,7 +135,7 @@ def _digest(contents: Iterable[tuple[Path, bytes]]) -> str:
     """A name for all that passages and index follow from."""
     digest = hashlib.sha256(f"{_FORMAT} {LENGTH} {_bm25().__version__}".encode())
     for path, data in contents:
-        digest.update(f"\0{path}\0{hashlib.sha256(data).hexdigest()}".encode())
+        digest.update(b"\0" + os.fsencode(path) + b"\0" + hashlib.sha256(data).hexdigest().encode())
     return digest.hexdigest()[:32]
 
 

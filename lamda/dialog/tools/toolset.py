@@ -28,7 +28,7 @@ class Toolset:
     def __call__(self, query: str, *, again: int = 0) -> list[Result]:
         """What the tools have to say, in their order; `again` is how often the query was asked before.
 
-        A tool that lacks something (a package, a language) is said in the log, and the others answer.
+        A tool that lacks something (a package, a language) or fails is said in the log, and the others answer.
         """
         results: list[Result] = []
         for tool in self.tools:
@@ -36,6 +36,8 @@ class Toolset:
                 results += tool(query, again=again)
             except UserError as error:
                 _log.warning("%s: %s", tool.name, error)
+            except Exception:  # a defect in the tool, or in what it calls, costs its answer alone
+                _log.exception("%s: failed on a query of %d characters", tool.name, len(query))
         return results
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 
@@ -24,11 +23,6 @@ LANGUAGES: Mapping[str, str] = {
 }  # fmt: skip
 """English names and ISO 639-1 codes."""
 
-_NAME = "|".join(LANGUAGES)
-_ASKED = re.compile(
-    rf"^(?:translate\s+)?(?P<text>.+?)(?:\s+from\s+(?P<source>{_NAME}))?\s+(?:in|to|into)\s+(?P<target>{_NAME})\s*\??$",
-    re.IGNORECASE | re.DOTALL,
-)
 _QUOTES = "\"'“”‘’«» "
 
 
@@ -50,15 +44,42 @@ class Translator:
 
     def __call__(self, query: str, *, again: int = 0) -> list[Result]:
         """The translation; nothing where the query asks for none. Raises UserError where the languages are absent."""
-        asked = _ASKED.match(query.strip())
-        if asked is None:
+        asked = _asked(query)
+        if asked is None or asked.source == asked.target:
             return []
-        text, target = asked["text"].strip(_QUOTES), LANGUAGES[asked["target"].lower()]
-        source = LANGUAGES[(asked["source"] or "english").lower()]
-        if not text or source == target:
-            return []
-        translation = self._backend.translate(text, source=source, target=target)
+        translation = self._backend.translate(asked.text, source=asked.source, target=asked.target)
         return [] if translation is None else [Result(translation)]
+
+
+class _Asked(NamedTuple):
+    """A text and the codes of its language and of the one that is asked for."""
+
+    text: str
+    source: str
+    target: str
+
+
+def _asked(query: str) -> _Asked | None:
+    """What a query asks for, read from its end, in time that grows with its length alone; None where it is none."""
+    text, preposition, target = _last_two(query.strip().removesuffix("?"))
+    if preposition not in ("in", "to", "into") or target not in LANGUAGES:
+        return None
+    before, preposition, source = _last_two(text)
+    if preposition == "from" and source in LANGUAGES:
+        text = before
+    else:
+        source = "english"
+    verb, *rest = text.split(maxsplit=1)
+    if rest and verb.lower() == "translate":
+        text = rest[0]
+    text = text.strip(_QUOTES)
+    return _Asked(text, LANGUAGES[source], LANGUAGES[target]) if text else None
+
+
+def _last_two(text: str) -> tuple[str, str, str]:
+    """A text without its last two words, and these in small letters; empty words where it has no more than two."""
+    parts = text.rsplit(maxsplit=2)
+    return (parts[0], parts[1].lower(), parts[2].lower()) if len(parts) == 3 else (text, "", "")
 
 
 class Glossary:

@@ -13,12 +13,21 @@ from lamda.dialog.tools.decimals import show
 if TYPE_CHECKING:
     from pint import Unit, UnitRegistry
 
-_UNIT = r"[^\W\d_][^\W\d_ ]*(?:[ */]+[^\W\d_]+|(?:\^|\*\*)[1-9]){0,5}"
+LONGEST = 200
+"""Characters of a query; anything longer asks for no conversion."""
+LARGEST = 1024
+"""Bits of a result's numerator; a larger one is not said."""
+
+_WORD = r"°?[^\W\d_²³]+(?:(?:\^|\*\*)[1-9](?!\d)|[²³])?"
+"""A unit and at most one power of one digit: pint computes whatever stands there exactly, and `m^9^9^9` for hours."""
+_UNIT = rf"{_WORD}(?:(?: *[*/] *| +){_WORD}){{0,5}}"
 _ASKED = re.compile(
     rf"^(?:what is |what's |convert )?([-+]?(?:\d{{1,15}}|\d{{1,3}}(?:,\d{{3}}){{1,4}})(?:\.\d{{1,15}})?)\s*"
-    rf"(°?{_UNIT})\s+(?:in|to|into|as)\s+(°?{_UNIT})\s*\??$",
+    rf"({_UNIT})\s+(?:in|to|into|as)\s+({_UNIT})\s*\??$",
     re.IGNORECASE,
 )
+_POWER_WORD = re.compile(r"(?:sq|square|cubic)(?= )|(?<= )(?:squared|cubed)", re.IGNORECASE)
+_POWER = re.compile(rf"{_POWER_WORD.pattern}|\^|\*\*|[²³]", re.IGNORECASE)
 _TEMPERATURES = {
     name: unit
     for unit, names in {
@@ -33,17 +42,32 @@ _TEMPERATURES = {
 def convert(text: str) -> str | None:
     """The quantity in the unit that is asked for, such as `8.04672 km`; None where the text asks for none.
 
-    Exact where the units are defined exactly. Raises UserError where pint is not installed.
+    Powers of powers and results beyond `LARGEST` are none. Exact where the units are defined exactly. Raises
+    UserError where pint is not installed.
     """
-    asked = _ASKED.match(text.strip())
+    asked = _ASKED.match(text.strip()) if len(text) <= LONGEST else None
     if asked is None:
         return None
     number, *units = asked.groups()
+    if not all(map(_is_plain, units)):
+        return None
     temperatures = [_TEMPERATURES.get(unit.lower()) for unit in units]
     if all(temperatures):  # C alone is a coulomb, F a farad
         units = [str(unit) for unit in temperatures]
     value = _converted(Fraction(number.replace(",", "")), *units)
     return None if value is None else f"{show(value)} {asked[3]}"
+
+
+def _is_plain(unit: str) -> bool:
+    """Whether a unit is letters and operators, and none of its parts has a power in words beside another power.
+
+    Pint reads `sq cubic m squared` as m**2**3**2, `msq m^9` as mm**2**9, and other raised digits than ² and ³ as
+    powers of any size.
+    """
+    parts = re.split(r"/|(?<!\*)\*(?!\*)|\bper\b", unit, flags=re.IGNORECASE)
+    return all(letter.isalpha() or letter in " °*/^123456789²³" for letter in unit) and all(
+        len(_POWER.findall(part)) == 1 for part in parts if _POWER_WORD.search(part)
+    )
 
 
 def _converted(number: Fraction, unit: str, target: str) -> Fraction | None:
@@ -52,9 +76,10 @@ def _converted(number: Fraction, unit: str, target: str) -> Fraction | None:
 
     try:
         converted = registry.Quantity(number, _parsed(unit)).to(_parsed(target)).magnitude
-    except (PintError, ArithmeticError):
-        return None
-    return Fraction(converted).limit_denominator(10**30)
+        value = Fraction(converted).limit_denominator(10**30)
+    except (PintError, ArithmeticError, AssertionError, TypeError, ValueError):
+        return None  # the last three are what pint raises for units that are no factors: dBm, octave, nan
+    return value if value.numerator.bit_length() <= LARGEST else None
 
 
 def _parsed(name: str) -> Unit:
