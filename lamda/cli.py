@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from lamda import __version__
 from lamda.config.completion import SHELLS, script
-from lamda.config.errors import UserError
+from lamda.config.errors import RunError, UserError
 from lamda.config.help import help_text, to_yaml
 from lamda.config.loading import load_config, wants_help
 from lamda.config.presets import nearest
@@ -282,17 +282,18 @@ MAP: dict[str, tuple[str, ...]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `lamda ARGV`.
 
-    Returns 0 on success, 2 where the user can mend something (told on stderr), 130 on Ctrl-C, 141 where the reader
-    of standard output has left (`lamda runs DIR | head -1`), or what the command gives.
+    Returns 0 on success, 1 where a run or a model failed and 2 where the user can fix something (both reported on
+    stderr), 130 on Ctrl-C, 141 where the reader of standard output has left
+    (`lamda runs DIR | head -1`), or what the command gives.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         code = _run(words) or 0
         sys.stdout.flush()
         return code
-    except UserError as error:
+    except (RunError, UserError) as error:
         print(error, file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf, isfinite
 from types import MappingProxyType
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from lamda.dialog.encoding import Encoding
 from lamda.inference.cache import Prefix
-from lamda.inference.generation import Candidates, score
+from lamda.inference.generation import Candidates, Pieces, Run, score_pieces, whole
 from lamda.model import LaMDA
 
 WEIGHTS: Mapping[str, float] = MappingProxyType({"sensible": 3.0, "specific": 1.0, "interesting": 1.0})
@@ -28,7 +29,8 @@ class Scored:
     """A candidate and why it was chosen, passed over or dropped.
 
     scores: P(attribute) by its name, and `log_likelihood`, the mean over its tokens and its end.
-    value: what it is ranked by, higher is better. rank: 1 is the best; None where it was dropped.
+    A number that is not finite is None in `to_record`. value: what it is ranked by, higher is better. rank: 1 is the
+    best; None where it was dropped.
     dropped: why it cannot be said, or None.
     """
 
@@ -42,19 +44,20 @@ class Scored:
         """As JSON."""
         return {
             "text": self.text,
-            "scores": {name: round(value, 6) for name, value in self.scores.items()},
-            "value": round(self.value, 6),
+            "scores": {name: _number(value) for name, value in self.scores.items()},
+            "value": _number(self.value),
             "rank": self.rank,
             "dropped": self.dropped,
         }
 
 
-def rank_by_attributes(candidates: Candidates, encoding: Encoding, *, threshold: float) -> tuple[Scored, ...]:
+def rank_by_attributes(
+    candidates: Candidates, encoding: Encoding, *, threshold: float, run: Run = whole
+) -> tuple[Scored, ...]:
     """The candidates that may be said, the best first, then those that were dropped."""
     judged = []
-    for text, mean, judgement in zip(
-        _texts(candidates, encoding), _means(candidates), _judgements(candidates, encoding), strict=True
-    ):
+    judgements = run(_judgement_pieces(candidates, encoding))
+    for text, mean, judgement in zip(_texts(candidates, encoding), _means(candidates), judgements, strict=True):
         value = sum(weight * judgement[name] for name, weight in WEIGHTS.items())
         dropped = why_dropped(text, judgement, threshold=threshold)
         judged.append(Scored(text, {**judgement, "log_likelihood": mean}, value, dropped=dropped))
@@ -72,25 +75,32 @@ def rank_by_likelihood(candidates: Candidates, encoding: Encoding) -> tuple[Scor
 
 
 def why_dropped(text: str, judgement: Mapping[str, float], *, threshold: float) -> str | None:
-    """Why a response cannot be said, or None."""
+    """Why a response cannot be said, or None. One whose judgement is NaN was not judged, and cannot either."""
     if not text.strip():
         return "empty"
+    if not all(map(isfinite, judgement.values())):
+        return "its scores are not finite"
     unsafe = judgement.get("unsafe", 0.0)
     return f"P(unsafe) {unsafe:.3f} is above {threshold:g}" if unsafe > threshold else None
 
 
-def judge(model: LaMDA, prefix: Prefix, response: Sequence[int], encoding: Encoding) -> dict[str, float]:
+def judge(
+    model: LaMDA, prefix: Prefix, response: Sequence[int], encoding: Encoding, *, run: Run = whole
+) -> dict[str, float]:
     """P(attribute) of a given response (not empty) after its context."""
     continuations = [[*response, encoding.attribute(name), rating] for name in JUDGED for rating in encoding.rating_ids]
-    logs = torch.tensor(score(model, prefix, continuations), dtype=torch.float64).view(len(JUDGED), 2)
+    scores = run(score_pieces(model, prefix, continuations), tokens=sum(map(len, continuations)))
+    logs = torch.tensor(scores, dtype=torch.float64).view(len(JUDGED), 2)
     return dict(zip(JUDGED, (logs[:, 1] - logs[:, 0]).sigmoid().tolist(), strict=True))
 
 
-def _judgements(candidates: Candidates, encoding: Encoding) -> list[dict[str, float]]:
+def _judgement_pieces(candidates: Candidates, encoding: Encoding) -> Pieces[list[dict[str, float]]]:
     """P(attribute) of each candidate: the share of "1" against "0" after the attribute's symbol."""
     zero, one = encoding.rating_ids
     columns = []
-    for name in JUDGED:
+    for number, name in enumerate(JUDGED):
+        if number:
+            yield
         logits_NV = candidates.next_logits([encoding.attribute(name)]).double()
         columns.append((logits_NV[:, one] - logits_NV[:, zero]).sigmoid().tolist())
     return [dict(zip(JUDGED, row, strict=True)) for row in zip(*columns, strict=True)]
@@ -108,8 +118,12 @@ def _means(candidates: Candidates) -> list[float]:
     ]
 
 
+def _number(value: float) -> float | None:
+    return round(value, 6) if isfinite(value) else None
+
+
 def _ranked(candidates: Sequence[Scored]) -> tuple[Scored, ...]:
-    best_first = sorted(candidates, key=lambda candidate: -candidate.value)
+    best_first = sorted(candidates, key=lambda candidate: -candidate.value if isfinite(candidate.value) else inf)
     kept = [candidate for candidate in best_first if candidate.dropped is None]
     dropped = [candidate for candidate in best_first if candidate.dropped is not None]
     return (*(replace(candidate, rank=rank) for rank, candidate in enumerate(kept, 1)), *dropped)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -16,7 +16,7 @@ from lamda.dialog.research import MAX_QUERIES, Step, research, sources
 from lamda.dialog.tools.toolset import Toolset
 from lamda.inference import generation
 from lamda.inference.cache import Prefix
-from lamda.inference.generation import Candidates, OnToken, prefill
+from lamda.inference.generation import Candidates, OnToken, Run, prefill_pieces, whole
 from lamda.inference.loading import LoadedModel
 from lamda.inference.sampling import Sampling
 from lamda.inference.text import TextStream
@@ -56,6 +56,8 @@ class Manner:
 class Reply:
     """What is said, and all that led to it.
 
+    context_tokens: that the model read before the answer. left_out: messages that had no room among them. cut: whether
+    the last message was too long by itself, so that its beginning had none either.
     candidates: of the base answer, the best first, the dropped ones last. steps: of the research loop.
     sources: of the results that the text rests on. refused: the text is the refusal, none of the candidates.
     """
@@ -65,6 +67,9 @@ class Reply:
     steps: tuple[Step, ...] = ()
     sources: tuple[str, ...] = ()
     refused: bool = False
+    context_tokens: int = 0
+    left_out: int = 0
+    cut: bool = False
 
     def to_record(self) -> dict[str, Any]:
         """Everything but the text, as JSON."""
@@ -73,6 +78,11 @@ class Reply:
             "steps": [step.to_record() for step in self.steps],
             "sources": list(self.sources),
             "refused": self.refused,
+            "context": {
+                "tokens": self.context_tokens,
+                "messages_left_out": self.left_out,
+                "last_message_cut": self.cut,
+            },
         }
 
 
@@ -106,8 +116,12 @@ class Speaker:
         toolset: Toolset | None = None,
         manner: Manner | None = None,
         sample: Sample | None = None,
+        run: Run = whole,
     ) -> None:
-        """Tools make it research; `sample` is that of `lamda.inference.generation` where none is given."""
+        """Tools make it research; `sample` is that of `lamda.inference.generation` where none is given.
+
+        run: how everything else is run on the model.
+        """
         self.encoding = Encoding(tokenizer)
         self.manner = manner or Manner()
         self.is_tuned = is_tuned
@@ -116,6 +130,7 @@ class Speaker:
         self._sequence_length = sequence_length
         self._toolset = toolset
         self._sample = sample or partial(generation.sample, model)
+        self._run = run
         if toolset is not None and not is_tuned:
             raise UserError("the tools are for a model that was fine-tuned to use them; leave them out")
 
@@ -153,7 +168,8 @@ class Speaker:
         if not messages:
             raise UserError("there is no message to answer")
         manner = manner or self.manner
-        prefix = prefill(self._model, self._context(messages, manner))
+        ids, left_out, is_cut = self._context(messages, manner)
+        prefix = self._prefill(ids)
         sampling = replace(manner.sampling, stop_ids=self._stop_ids)
         stream = _Stream(self._tokenizer, on_text) if on_text is not None and self.streams(manner) else None
         candidates = self._sample(prefix, count=manner.candidates, sampling=sampling, on_token=stream)
@@ -162,10 +178,12 @@ class Speaker:
         if not self.is_tuned:
             ranked = rank_by_likelihood(candidates, self.encoding)
         else:
-            ranked = rank_by_attributes(candidates, self.encoding, threshold=manner.threshold)
+            ranked = rank_by_attributes(candidates, self.encoding, threshold=manner.threshold, run=self._run)
+        del candidates  # their keys and values: research takes room of its own
+        read = {"context_tokens": len(ids), "left_out": left_out, "cut": is_cut}
         if ranked[0].dropped is not None:
-            return Reply(manner.refusal, ranked, refused=True)
-        base = Reply(ranked[0].text, ranked)
+            return Reply(manner.refusal, ranked, refused=True, **read)
+        base = Reply(ranked[0].text, ranked, **read)
         return base if self._toolset is None else self._researched(base, messages, prefix, manner)
 
     def _researched(self, base: Reply, messages: Sequence[Message], prefix: Prefix, manner: Manner) -> Reply:
@@ -173,7 +191,7 @@ class Speaker:
         ask = partial(self._next_step, messages=messages, base=base.text, manner=manner)
         *queries, last = research(ask, self._toolset, max_queries=manner.max_queries)
         ids = self.encoding.response(last.text)
-        judgement = judge(self._model, prefix, ids, self.encoding) if ids else {}
+        judgement = judge(self._model, prefix, ids, self.encoding, run=self._run) if ids else {}
         dropped = why_dropped(last.text, judgement, threshold=manner.threshold)
         steps = (*queries, replace(last, dropped=dropped))
         if dropped is not None:
@@ -189,18 +207,33 @@ class Speaker:
         ids = encoding.research_context(messages, base, pairs, max_tokens=self._room(manner) - 1)
         asks = False
         if may_ask:
-            logits_V = prefill(self._model, ids).logits_V
+            logits_V = self._prefill(ids).logits_V
             asks = bool(logits_V[encoding.ts] > logits_V[encoding.user])
-        prefix = prefill(self._model, [*ids, encoding.ts if asks else encoding.user])
+        prefix = self._prefill([*ids, encoding.ts if asks else encoding.user])
         sampling = Sampling(max_new_tokens=manner.sampling.max_new_tokens, temperature=0.0, stop_ids=encoding.stop_ids)
         candidates = self._sample(prefix, count=1, sampling=sampling)
         return ("TS" if asks else "user"), encoding.decode(candidates.ids[0]).strip()
 
-    def _context(self, messages: Sequence[Message], manner: Manner) -> list[int]:
+    def _prefill(self, ids: Sequence[int]) -> Prefix:
+        return self._run(prefill_pieces(self._model, ids), tokens=len(ids))
+
+    def _context(self, messages: Sequence[Message], manner: Manner) -> tuple[list[int], int, bool]:
+        """What the model reads, how many messages had no room, and whether the last one was cut."""
+        encoding, room = self.encoding, self._room(manner)
         if self.is_tuned:
-            return self.encoding.context(messages, max_tokens=self._room(manner))
-        said = "".join(" ".join(message.content.split()) + "\n" for message in messages)
-        return [self.encoding.end, *self.encoding.text(said)[1 - self._room(manner) :]]
+            ids = encoding.context(messages, max_tokens=room)
+            places = [place for place, id in enumerate(ids) if id in encoding.stop_ids][
+                1:
+            ]  # of each message, and RESPONSE
+            kept = len(places) - 1
+            is_cut = places[-1] - places[-2] - 1 < len(encoding.text(messages[-1].content))
+            return ids, len(messages) - kept, is_cut
+        first = encoding.text(_lines(m for m in messages if m.role == "system"))[: room // 2]
+        said = encoding.text(_lines(m for m in messages if m.role != "system"))
+        kept_ids = said[max(len(said) - (room - 1 - len(first)), 0) :]
+        lines = encoding.decode(kept_ids).count("\n") + sum(m.role == "system" for m in messages)
+        is_cut = len(kept_ids) < len(encoding.text(_lines(messages[-1:])))
+        return [encoding.end, *first, *kept_ids], len(messages) - max(lines, 1), is_cut
 
     def _room(self, manner: Manner) -> int:
         """Tokens of a context, so that the response still fits the length of the training rows."""
@@ -210,6 +243,11 @@ class Speaker:
     def _stop_ids(self) -> frozenset[int]:
         """Every control symbol; of a model that continues lines of text also the end of one."""
         return self.encoding.stop_ids if self.is_tuned else self.encoding.stop_ids | {*self.encoding.text("\n")}
+
+
+def _lines(messages: Iterable[Message]) -> str:
+    """A line of text a message."""
+    return "".join(" ".join(message.content.split()) + "\n" for message in messages)
 
 
 class _Stream:

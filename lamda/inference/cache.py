@@ -44,16 +44,17 @@ class Rows:
     """N sequences after one prefix.
 
     lengths: own tokens of each row, which whoever feeds the rows advances: what was fed and not counted is
-    written over. Memory is taken for `capacity` own tokens a row, and again where that does not do.
+    written over. Memory grows with the tokens that come, by half each time, and up to `most` own tokens a row not
+    beyond that: a request that may write much and writes little takes little.
     """
 
-    def __init__(self, model: LaMDA, *, count: int, capacity: int, prefix: Prefix | None = None) -> None:
+    def __init__(self, model: LaMDA, *, count: int, most: int, prefix: Prefix | None = None) -> None:
         config, weight = model.config, model.final_norm.scale
         heads = (config.n_heads, 0, config.d_head)
         self.lengths = [0] * count
         self._prefix = weight.new_empty(config.n_layers, 2, *heads) if prefix is None else prefix.key_values_SNHPK
-        self._own = weight.new_empty(config.n_layers, 2, count, config.n_heads, capacity, config.d_head)
-        self._cleared = 0
+        self._own = weight.new_empty(config.n_layers, 2, count, config.n_heads, min(most, CHUNK), config.d_head)
+        self._most, self._cleared = most, 0
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -100,7 +101,8 @@ class Rows:
         """Room for that many own tokens, cleared: hidden keys have no weight, but 0 times NaN is NaN."""
         if longest > self._own.shape[-2]:
             shape = list(self._own.shape)
-            shape[-2] = longest + longest // 2
+            grown = longest + longest // 2
+            shape[-2] = grown if longest > self._most else min(grown, self._most)
             larger = self._own.new_empty(shape)
             larger[..., : self._cleared, :] = self._own[..., : self._cleared, :]
             self._own = larger

@@ -9,7 +9,8 @@ Several groups of candidates go through the model together (`advance`); they may
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,8 +20,10 @@ from lamda.inference.cache import CHUNK, Prefix, Rows, feed, layers
 from lamda.inference.sampling import Sampler, Sampling
 from lamda.model import LaMDA
 
+Result = TypeVar("Result")
+
 _JUDGED = 4
-"""Tokens after a candidate that there is room for without taking memory again."""
+"""Tokens after a candidate that there is room for without copying its keys and values."""
 
 OnToken = Callable[[int, int], bool | None]
 """Is told each new id as it comes: (number of the candidate, id); True ends the candidate with it."""
@@ -44,10 +47,10 @@ class Candidates:
         self.ids: list[list[int]] = [[] for _ in range(count)]
         self.log_probabilities = [0.0] * count
         self.stopped = [False] * count
-        self.rows = Rows(model, count=count, capacity=sampling.max_new_tokens + _JUDGED, prefix=prefix)
+        self.rows = Rows(model, count=count, most=sampling.max_new_tokens + _JUDGED, prefix=prefix)
         self._model, self._sampling, self._on_token, self._steps = model, sampling, on_token, 0
         self._sampler = Sampler(sampling, prompt=prefix.ids, count=count, logits=prefix.logits_V)
-        self._take(prefix.logits_V.expand(count, -1))
+        self.take(prefix.logits_V.expand(count, -1))
 
     @property
     def finished(self) -> bool:
@@ -65,8 +68,9 @@ class Candidates:
         """The ids of each candidate that the model was not given yet: at most the last."""
         return [ids[length:] for ids, length in zip(self.ids, self.rows.lengths, strict=True)]
 
-    def _take(self, logits_NV: Tensor) -> None:
-        """Choose a token for each candidate that goes on."""
+    def take(self, logits_NV: Tensor) -> None:
+        """Choose a token for each candidate that goes on, from what `forward` gives. Raises NotFiniteError."""
+        self.rows.lengths = [len(ids) for ids in self.ids]
         chosen, log_probabilities = self._sampler.choose(logits_NV, self._steps)
         self._steps += 1
         for number, (id, log_probability) in enumerate(zip(chosen, log_probabilities, strict=True)):
@@ -80,22 +84,57 @@ class Candidates:
 
 
 @torch.no_grad()
-def advance(model: LaMDA, groups: Sequence[Candidates]) -> None:
-    """A token more for every candidate that goes on; the groups, none of them finished, share each product."""
+def forward(model: LaMDA, groups: Sequence[Candidates]) -> Sequence[Tensor]:
+    """The logits [count, V] of each group's next tokens; the groups, none of them finished, share each product.
+
+    Each group is to `take` its own. Until it did, nothing has changed, and the same can be asked again.
+    """
     tokens = [missing or [0] for group in groups for missing in group._missing()]
     logits_NV = feed(model, [group.rows for group in groups], tokens)
-    for group, own_NV in zip(groups, logits_NV.split([len(group.rows) for group in groups]), strict=True):
-        group.rows.lengths = [len(ids) for ids in group.ids]
-        group._take(own_NV)
+    return logits_NV.split([len(group.rows) for group in groups])
+
+
+def advance(model: LaMDA, groups: Sequence[Candidates]) -> None:
+    """A token more for every candidate that goes on; the groups, none of them finished, share each product."""
+    for group, own_NV in zip(groups, forward(model, groups), strict=True):
+        group.take(own_NV)
+
+
+Pieces = Generator[None, None, Result]
+"""Work on the model in pieces of at most CHUNK tokens a row: whoever runs it may do other things, or stop, between."""
+
+
+class Run(Protocol):
+    """How pieces are run; a server runs those of several requests in turn."""
+
+    def __call__(self, pieces: Pieces[Result], *, tokens: int = 0) -> Result:
+        """What the pieces give. tokens: how many they compute, about, by which the work of several is ordered."""
+        ...
+
+
+def whole(pieces: Pieces[Result], *, tokens: int = 0) -> Result:
+    """Run all pieces, one after another."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            return cast(Result, end.value)
+
+
+def prefill(model: LaMDA, ids: Sequence[int]) -> Prefix:
+    """Compute a prompt. Raises UserError where it is empty."""
+    return whole(prefill_pieces(model, ids))
 
 
 @torch.no_grad()
-def prefill(model: LaMDA, ids: Sequence[int]) -> Prefix:
-    """Compute a prompt. Raises UserError where it is empty."""
+def prefill_pieces(model: LaMDA, ids: Sequence[int]) -> Pieces[Prefix]:
+    """The same in pieces."""
     if not ids:
         raise UserError("the prompt is empty: give at least one token")
-    rows = Rows(model, count=1, capacity=len(ids))
+    rows = Rows(model, count=1, most=len(ids))
     for start in range(0, len(ids), CHUNK):
+        if start:
+            yield
         chunk = ids[start : start + CHUNK]
         logits_NV = feed(model, [rows], [chunk])
         rows.lengths[0] += len(chunk)
@@ -129,9 +168,14 @@ def generate(model: LaMDA, prompts: Sequence[Sequence[int]], sampling: Sampling)
     return [group.ids[0] for group in groups]
 
 
-@torch.no_grad()
 def score(model: LaMDA, prefix: Prefix, continuations: Sequence[Sequence[int]]) -> list[float]:
     """The log probability of each continuation after the prefix. Raises ValueError where one is empty."""
+    return whole(score_pieces(model, prefix, continuations))
+
+
+@torch.no_grad()
+def score_pieces(model: LaMDA, prefix: Prefix, continuations: Sequence[Sequence[int]]) -> Pieces[list[float]]:
+    """The same in pieces."""
     if not all(continuations):
         raise ValueError("a continuation without tokens has nothing to score")
     device, longest = prefix.logits_V.device, max(map(len, continuations)) - 1
@@ -140,8 +184,10 @@ def score(model: LaMDA, prefix: Prefix, continuations: Sequence[Sequence[int]]) 
     wide_V = prefix.logits_V.to(torch.promote_types(prefix.logits_V.dtype, torch.float32))
     scores_N = wide_V.log_softmax(-1)[ids_NL[:, 0]]
     scored_NL = torch.tensor([[place < len(ids) for place in range(longest + 1)] for ids in continuations])[:, 1:]
-    rows = Rows(model, count=len(continuations), capacity=longest, prefix=prefix)
+    rows = Rows(model, count=len(continuations), most=longest, prefix=prefix)
     for start in range(0, longest, CHUNK):
+        if start:
+            yield
         chunk = slice(start, min(start + CHUNK, longest))
         cache = layers(model, [rows], new=chunk.stop - start)
         nats_NL, _ = model(ids_NL[:, chunk], cache=cache, targets_BL=ids_NL[:, 1:][:, chunk])

@@ -14,9 +14,6 @@ from torch.nn import functional
 from lamda.model import LaMDA
 from lamda.model.layers import Embedding, Linear
 
-FEW_ROWS = 8
-"""Up to so many rows the CPU's 8-bit kernel is faster than widening the matrix for a product in bf16."""
-
 
 def to_int8(model: LaMDA) -> LaMDA:
     """The same model with its matrices and its embedding in 8 bits, changed in place; for inference alone."""
@@ -44,9 +41,13 @@ class Int8Matrix(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """The product with x [..., inputs]: [..., outputs]."""
-        rows = x_BLD.flatten(0, -2)
-        if x_BLD.device.type == "cpu" and len(rows) <= FEW_ROWS:
+        """The product with x [..., inputs]: [..., outputs].
+
+        On a CPU always by the same kernel, whatever the number of rows: another one for larger batches would
+        round differently, and a request's text would depend on its company.
+        """
+        if x_BLD.device.type == "cpu":
+            rows = x_BLD.flatten(0, -2)
             return torch._weight_int8pack_mm(rows, self.weight, self.scale).unflatten(0, x_BLD.shape[:-1])
         return functional.linear(x_BLD, self.weight.to(x_BLD.dtype)) * self.scale
 

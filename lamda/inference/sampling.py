@@ -5,22 +5,33 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
 
-from lamda.config.errors import UserError
+from lamda.config.errors import RunError, UserError
+
+TEMPERATURES = (1e-3, 1e3)
+"""The smallest and the largest temperature beside 0. Below, shares are 0 and 1 anyway, and divided logits overflow."""
+
+PENALTIES = (1e-2, 1e2)
+"""The smallest and the largest repetition penalty, for the same reason."""
+
+
+class NotFiniteError(RunError):
+    """The model's logits are NaN or infinite, so that no token can be chosen."""
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How continuations are sampled. Raises UserError with everything that cannot be sampled with.
 
-    max_new_tokens: at the most. temperature: divides the logits; 0 takes the likeliest token each time. top_k: tokens
+    max_new_tokens: at the most. temperature: divides the logits, 0.001 to 1000; 0 takes the likeliest. top_k: tokens
     that are drawn from, the likeliest ones (the paper's 40); 0 for all. top_p: only the fewest likeliest that together
     have this share of what top-k leaves (Holtzman et al., arXiv 1904.09751). repetition_penalty: divides positive and
     multiplies negative logits of tokens that are in the prompt or came since, but never of stop_ids (Keskar
-    et al., arXiv 1909.05858). seed: the same gives the same ids. stop_ids: what ends a continuation.
+    et al., arXiv 1909.05858); 0.01 to 100. seed: the same gives the same ids. stop_ids: what ends a continuation.
     """
 
     max_new_tokens: int = 128
@@ -35,14 +46,14 @@ class Sampling:
         wrong = (
             (self.max_new_tokens < 1, f"max_new_tokens is {self.max_new_tokens}: give at least 1"),
             (
-                not 0 <= self.temperature < float("inf"),
-                f"temperature is {self.temperature}: give 0 (likeliest) or more",
+                self.temperature != 0 and not TEMPERATURES[0] <= self.temperature <= TEMPERATURES[1],
+                f"temperature is {self.temperature}: give 0 (likeliest), or {TEMPERATURES[0]:g} to {TEMPERATURES[1]:g}",
             ),
             (self.top_k < 0, f"top_k is {self.top_k}: give at least 1, or 0 for all"),
             (not 0 < self.top_p <= 1, f"top_p is {self.top_p}: give more than 0 and at most 1"),
             (
-                not 0 < self.repetition_penalty < float("inf"),
-                f"repetition_penalty is {self.repetition_penalty}: give more than 0; 1 is none",
+                not PENALTIES[0] <= self.repetition_penalty <= PENALTIES[1],
+                f"repetition_penalty is {self.repetition_penalty}: give {PENALTIES[0]} to {PENALTIES[1]}; 1 is none",
             ),
         )
         problems = [message for is_wrong, message in wrong if is_wrong]
@@ -67,13 +78,19 @@ class Sampler:
         self._kept = torch.tensor(sorted(sampling.stop_ids), dtype=torch.long, device=logits.device)
 
     def choose(self, logits_NV: Tensor, step: int) -> tuple[list[int], list[float]]:
-        """The candidates' ids number `step`, and their log probabilities under the model itself."""
+        """The candidates' ids number `step`, and their log probabilities under the model itself.
+
+        Raises NotFiniteError where the logits are.
+        """
         wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         chosen_N1 = self._choose(self._penalised(wide_NV), step)
         log_probabilities_N = wide_NV.gather(-1, chosen_N1)[:, 0] - wide_NV.logsumexp(-1)
         if self._seen_NV is not None:
             self._seen_NV.scatter_(-1, chosen_N1, value=True)
-        return chosen_N1[:, 0].tolist(), log_probabilities_N.tolist()
+        log_probabilities = log_probabilities_N.tolist()
+        if not all(map(isfinite, log_probabilities)):
+            raise NotFiniteError("the model's logits are NaN or infinite: its weights are damaged or have diverged")
+        return chosen_N1[:, 0].tolist(), log_probabilities
 
     def _penalised(self, logits_NV: Tensor) -> Tensor:
         if self._seen_NV is None:
@@ -92,6 +109,9 @@ class Sampler:
         before_NK = shares_NK.cumsum(dim=-1) - shares_NK
         line_NK = shares_NK.where(before_NK < self._sampling.top_p, 0.0).cumsum(dim=-1)
         place_N1 = torch.searchsorted(line_NK, self._draws_NT[:, step, None] * line_NK[:, -1:], right=True)
+        place_N1 = place_N1.clamp(
+            max=line_NK.shape[-1] - 1
+        )  # of NaN it lies behind the end: on CUDA that ends the process
         return best.indices.gather(-1, place_N1.to(logits_NV.device))
 
 

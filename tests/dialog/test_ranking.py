@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 from lamda.dialog.conversation import Message
 from lamda.dialog.encoding import Encoding
-from lamda.dialog.ranking import JUDGED, judge, rank_by_attributes, rank_by_likelihood
+from lamda.dialog.ranking import JUDGED, Scored, judge, rank_by_attributes, rank_by_likelihood, why_dropped
 from lamda.dialog.speaker import REFUSAL, Manner, Speaker
 from lamda.dialog.tools.toolset import Toolset
 from lamda.inference.generation import prefill, sample
@@ -167,3 +168,41 @@ def test_manners_that_cannot_be_are_refused_together():
 def test_nothing_to_answer_is_said(model, tokenizer):
     with pytest.raises(UserError, match="no message to answer"):
         speaker(model, tokenizer).reply([])
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_a_candidate_that_could_not_be_judged_is_dropped(name):
+    judgement = dict.fromkeys(JUDGED, 0.1) | {name: float("nan")}
+    assert why_dropped("fine", judgement, threshold=1.0) == "its scores are not finite"
+    assert why_dropped("fine", dict.fromkeys(JUDGED, 0.1), threshold=1.0) is None
+    record = Scored("fine", judgement, float("nan")).to_record()
+    assert json.loads(json.dumps(record, allow_nan=False))["scores"][name] is None
+
+
+@pytest.mark.parametrize("is_tuned", [True, False])
+def test_a_reply_says_what_of_the_conversation_was_read(model, tokenizer, is_tuned):
+    answers = speaker(model, tokenizer, is_tuned=is_tuned, manner=replace(MANNER, candidates=1))
+    turn = Message("user", "the of")
+    whole = answers.reply([turn] * 3)
+    assert (whole.left_out, whole.cut) == (0, False)
+    grown = answers.reply([turn] * 100)
+    assert 50 < grown.left_out < 100
+    assert not grown.cut
+    assert whole.context_tokens < grown.context_tokens <= 56
+    long = answers.reply([turn, Message("user", "the of and to " * 100)])
+    assert (long.context_tokens, long.left_out, long.cut) == (56, 1, True)
+    assert long.to_record()["context"] == {"tokens": 56, "messages_left_out": 1, "last_message_cut": True}
+
+
+def test_a_line_of_the_system_stays_when_an_untuned_models_conversation_has_grown(model, tokenizer):
+    read = []
+
+    def watched(prefix, **options):
+        read.append(tokenizer.decode(prefix.ids))
+        return sample(model, prefix, **options)
+
+    talk = [Message("system", "be kind"), *[Message("user", "the of and")] * 100]
+    manner = replace(MANNER, candidates=1)
+    reply = speaker(model, tokenizer, is_tuned=False, sample=watched, manner=manner).reply(talk)
+    assert read[0].startswith("be kind\n")
+    assert 50 < reply.left_out < 100

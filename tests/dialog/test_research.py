@@ -197,7 +197,7 @@ def test_a_snippet_that_spells_a_command_is_never_obeyed(taught, tokenizer, snip
 
 
 def test_a_response_that_fails_the_filter_is_not_said(taught, tokenizer, monkeypatch):
-    monkeypatch.setattr("lamda.dialog.speaker.judge", lambda *_: {"unsafe": 0.9})
+    monkeypatch.setattr("lamda.dialog.speaker.judge", lambda *_, **__: {"unsafe": 0.9})
     answered = reply(taught, tokenizer, Recorder(SNIPPET))
     assert (answered.text, answered.sources) == (BASE, ())
     assert answered.steps[-1].dropped == "P(unsafe) 0.900 is above 0.5"

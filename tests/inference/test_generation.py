@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lamda.config.errors import UserError
-from lamda.inference.cache import Rows, feed
-from lamda.inference.generation import Candidates, advance, generate, prefill, sample, score
+from lamda.inference.cache import CHUNK, Rows, feed
+from lamda.inference.generation import Candidates, advance, forward, generate, prefill, sample, score
 from lamda.inference.sampling import Sampling
 from tests.inference.conftest import make_model
 
@@ -43,7 +43,7 @@ def test_prefilled_logits_equal_a_full_forward_pass(model, prompts):
 
 
 def test_rows_of_different_lengths_after_a_shared_prefix_each_have_their_own_logits(model, prompts):
-    groups = [Rows(model, count=3, capacity=1, prefix=prefill(model, prompts[2])), Rows(model, count=1, capacity=0)]
+    groups = [Rows(model, count=3, most=1, prefix=prefill(model, prompts[2])), Rows(model, count=1, most=0)]
     shares = [[[5], [6, 7, 8], [9, 10]], [[11] * 5, [12], [13]], [[14, 15], [16] * 140, [17]]]
     alone = [[1, 2], [3], [4]]
     own = [[], [], [], []]
@@ -157,3 +157,27 @@ def test_an_empty_prompt_and_no_candidates_are_refused(model):
         sample(model, prefill(model, [1]), count=0, sampling=GREEDY)
     with pytest.raises(ValueError, match="nothing to score"):
         score(model, prefill(model, [1]), [[1], []])
+
+
+def test_memory_grows_with_the_tokens_that_come_and_not_with_those_that_may(model, prompts):
+    def size(most, written):
+        sampling = Sampling(max_new_tokens=most, seed=1)
+        candidates = Candidates(model, prefill(model, prompts[0]), count=2, sampling=sampling)
+        for _ in range(written):
+            advance(model, [candidates])
+        return candidates.rows._own.shape[-2]
+
+    assert size(20_000, 3) <= CHUNK
+    assert size(CHUNK + 30, CHUNK + 20) == CHUNK + 34, "and never beyond what may come"
+
+
+def test_a_step_that_failed_can_be_asked_again(model, prompts):
+    groups = [Candidates(model, prefill(model, prompt), count=2, sampling=GREEDY) for prompt in prompts]
+    others = [Candidates(model, prefill(model, prompt), count=2, sampling=GREEDY) for prompt in prompts]
+    for _ in range(5):
+        forward(model, groups)  # nobody takes it
+        for group in groups:
+            (own_NV,) = forward(model, [group])
+            group.take(own_NV)
+        advance(model, others)
+    assert [group.ids for group in groups] == [other.ids for other in others]

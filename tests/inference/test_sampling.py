@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from math import exp
+import sys
+from math import exp, inf, nan
 
 import pytest
 import torch
 
 from lamda.config.errors import UserError
 from lamda.inference.generation import prefill, sample
-from lamda.inference.sampling import Sampler, Sampling
+from lamda.inference.sampling import PENALTIES, TEMPERATURES, NotFiniteError, Sampler, Sampling
 
 DRAWS = 4000
 LOGITS = [2.0, 1.5, 1.4, 0.3, -0.2, -1.0, -3.0]
@@ -93,3 +94,30 @@ def test_impossible_settings_are_told_all_at_once():
         Sampling(max_new_tokens=0, temperature=-1.0, top_k=-1, top_p=0.0, repetition_penalty=0.0)
     for name in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty"):
         assert name in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["temperature", "repetition_penalty"])
+@pytest.mark.parametrize("value", [5e-324, 1e-308, 1e-40, sys.float_info.max, inf, nan, -0.5])
+def test_values_with_which_logits_overflow_are_refused(name, value):
+    with pytest.raises(UserError, match=f"{name} is "):
+        Sampling(**{name: value})
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e4, 1e30])
+def test_every_value_that_is_allowed_chooses_an_id_whatever_the_logits(scale):
+    logits = scale * torch.tensor(LOGITS)
+    for temperature in (0, *TEMPERATURES):
+        for penalty in PENALTIES:
+            for top_p in (5e-324, 1.0):
+                sampling = Sampling(max_new_tokens=1, temperature=temperature, repetition_penalty=penalty, top_p=top_p)
+                ids, _ = Sampler(sampling, prompt=PROMPT, count=9, logits=logits).choose(logits.expand(9, -1), 0)
+                assert {*ids} <= {*range(len(LOGITS))}
+
+
+@pytest.mark.parametrize("wrong", [nan, inf, -inf])
+def test_logits_that_are_not_finite_are_told_and_not_drawn_from(wrong):
+    logits = torch.full((2, 50), wrong)
+    for temperature in (0, 1):
+        sampler = Sampler(Sampling(temperature=temperature), prompt=PROMPT, count=2, logits=logits[0])
+        with pytest.raises(NotFiniteError, match="NaN or infinite"):
+            sampler.choose(logits, 0)
