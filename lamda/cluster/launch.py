@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -14,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lamda.config.errors import UserError
+from lamda.storage.lock import Owner
 from lamda.training.run_directory import RunDirectory
 
 MARK = "LAMDA_LAUNCH"
@@ -104,15 +104,15 @@ class Launch:
         process began after this launch and before the file was last touched.
         """
         found = set()
-        for file in (self._run / "lock.json", *self._run.glob("heartbeats/rank-*.json")):
+        for file in (*self._run.glob("lock*.json"), *self._run.glob("heartbeats/rank-*.json")):
             try:
-                owner, touched = json.loads(file.read_text("utf-8")), file.stat().st_mtime
-            except (OSError, ValueError):
+                owner, touched = Owner.read(file), file.stat().st_mtime
+            except OSError:
                 continue
-            if owner["host"] == socket.gethostname():
-                began = _beginning(owner["pid"])
+            if owner.host == socket.gethostname():
+                began = _beginning(owner.pid)
                 if began and self._began - SLACK_SECONDS <= began <= touched + SLACK_SECONDS:
-                    found.add(owner["pid"])
+                    found.add(owner.pid)
         return found
 
 

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 from lamda.cluster.outcome import MISTAKE_EXIT, RESTARTS, outcome, saved_step, status_of
-from lamda.training.run_directory import STALE_SECONDS, RunDirectory
+from lamda.storage.lock import STALE_SECONDS
+from lamda.training.run_directory import RunDirectory
 from lamda.training.stopping import STOP_EXIT
 
 REQUEUE_EXIT = 99

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, get_args
+from typing import Any, BinaryIO
 
 import orjson
 
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
-from lamda.training.run_directory import STALE_SECONDS, RunDirectory, Status
+from lamda.storage import lock
+from lamda.training.run_directory import RunDirectory
 
 DEPTH = 4
 """Folders below the given one in which runs are looked for."""
@@ -40,10 +39,10 @@ class Standing:
 
 def read_standing(directory: RunDirectory) -> Standing:
     """The truth about a run: what status.json says, checked against the lock and the process that holds it."""
-    told, writer = _last_word(directory), _Writer.of(directory)
+    told, writer = directory.read_status(), _Writer.of(directory)
     if told.get("status") == "running" and not (writer and writer.lives):
         # It may have ended, and gone, between the two looks.
-        told = _last_word(directory)
+        told = directory.read_status()
         status = "died" if told.get("status") == "running" else told.get("status", "unknown")
     elif not told and writer:
         status = "starting" if writer.lives else "died"
@@ -63,43 +62,16 @@ class _Writer:
 
     @classmethod
     def of(cls, directory: RunDirectory) -> _Writer | None:
-        path = directory.path / "lock.json"
-        owner = _read_object(path)
+        """The one that lives, else one that has died; None where no lock is there."""
         try:
-            age = time.time() - path.stat().st_mtime
-            here = owner["host"] == socket.gethostname()
-            return cls(owner["pid"], lives=_process_lives(owner["pid"]) if here else age < STALE_SECONDS)
-        except (OSError, KeyError):
+            found = [cls(owner.pid, lives=owner.lives()) for owner in lock.owners(directory.path)]
+        except OSError:
             return None
+        return max(found, key=lambda writer: writer.lives, default=None)
 
     def follows(self, ended: dict[str, Any]) -> bool:
         """Whether this is a new start of a run that had ended, and not the end of that one."""
         return self.lives and self.pid != ended.get("pid") and time.time() - ended.get("time", 0.0) > ENDING_SECONDS
-
-
-def _process_lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _last_word(directory: RunDirectory) -> dict[str, Any]:
-    """What status.json says; nothing where it is not there, or not a run's."""
-    told = _read_object(directory.path / "status.json")
-    return told if told.get("status") in get_args(Status) else {}
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; nothing where there is none."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _configured_steps(directory: RunDirectory) -> int | None:

@@ -6,23 +6,19 @@ import json
 import logging
 import os
 import socket
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lamda.config.errors import UserError
-from lamda.durable import replace_file
+from lamda.durable import read_object, replace_file, sync_file
+from lamda.storage import lock
+from lamda.storage.lock import RunLock
 
 log = logging.getLogger(__name__)
 
 Status = Literal["running", "finished", "preempted", "failed"]
-
-HEARTBEAT_SECONDS = 10
-STALE_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -113,11 +109,18 @@ class RunDirectory:
             log.warning("status.json cannot say that the run is %s (%s)", status, error.strerror)
 
     def read_status(self) -> dict[str, Any]:
-        """What status.json says; nothing where it is not there."""
+        """What status.json says; nothing where it is not there, or holds no status."""
         try:
-            return json.loads((self.path / "status.json").read_text("utf-8"))
-        except FileNotFoundError:
+            told = read_object(self.path / "status.json")
+        except (OSError, ValueError):
             return {}
+        is_status = told.get("status") in (*get_args(Status),) and isinstance(told.get("time", 0.0), int | float)
+        return told if is_status else {}
+
+    def sync_metrics(self) -> None:
+        """Bring the rows so far to the disk. Raises OSError."""
+        if self.metrics.exists():
+            sync_file(self.metrics)
 
     def note_skipped(self, window: tuple[int, int], *, step: int, reason: str) -> None:
         """Keep a window of the order that the run jumps over from now on, before any checkpoint tells of it."""
@@ -135,84 +138,17 @@ class RunDirectory:
     def _notes(self) -> list[dict[str, Any]]:
         return json.loads(self._skipped.read_text("utf-8")) if self._skipped.exists() else []
 
-    @property
-    def _lock(self) -> Path:
-        return self.path / "lock.json"
-
     def require_no_writer(self) -> None:
         """Raises UserError while a process that holds the lock lives."""
-        _refuse_living(self._lock)
+        if owner := lock.living_owner(self.path):
+            raise lock.refusal(owner, owner.age())
 
     def writer_elsewhere(self) -> str | None:
         """The other machine whose rank 0 writes here, if one does."""
-        try:
-            host, age = json.loads(self._lock.read_text("utf-8"))["host"], time.time() - self._lock.stat().st_mtime
-        except (OSError, ValueError):
-            return None
-        return host if host != socket.gethostname() and age < STALE_SECONDS else None
+        host = socket.gethostname()
+        others = (owner for owner in lock.owners(self.path) if owner.host != host)
+        return next((owner.host for owner in others if owner.lives()), None)
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Be the one writer, as told by lock.json with host, process and a heartbeat.
-
-        A lock whose process is gone (this host) or silent for two minutes (another) is taken over.
-        Raises UserError while its owner lives.
-        """
-        path = self._lock
-        owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
-        while not _create(path, owner):
-            _refuse_living(path)
-            path.unlink(missing_ok=True)
-        stopped = threading.Event()
-        beat = threading.Thread(target=_beat, args=(path, stopped), daemon=True)
-        beat.start()
-        try:
-            yield
-        finally:
-            stopped.set()
-            beat.join()
-            path.unlink(missing_ok=True)
-
-
-def _create(path: Path, content: str) -> bool:
-    try:
-        with path.open("x", encoding="utf-8") as stream:
-            stream.write(content)
-    except FileExistsError:
-        return False
-    return True
-
-
-def _refuse_living(path: Path) -> None:
-    try:
-        owner = json.loads(path.read_text("utf-8"))
-        age = time.time() - path.stat().st_mtime
-    except (FileNotFoundError, json.JSONDecodeError):
-        return
-    here = owner["host"] == socket.gethostname()
-    alive = _is_running(owner["pid"]) if here else age < STALE_SECONDS
-    if alive:
-        raise UserError(
-            f"run.dir {path.parent}: another process writes here (host {owner['host']}, process {owner['pid']}, last "
-            f"sign {age:.0f} s ago); stop it, or choose another run.dir"
-        )
-
-
-def _is_running(pid: int) -> bool:
-    if pid == os.getpid():
-        # A restarted container gives the new process the number of the old one.
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _beat(path: Path, stopped: threading.Event) -> None:
-    while not stopped.wait(HEARTBEAT_SECONDS):
-        # A network file system that fails once must not end the heartbeat.
-        with suppress(OSError):
-            os.utime(path)
+    def lock(self) -> RunLock:
+        """Be the one writer while it is entered (`lamda.storage.lock`)."""
+        return RunLock(self.path)

@@ -19,6 +19,7 @@ from typing import Any
 
 from lamda.config.help import to_yaml
 from lamda.distributed import gather, on_main
+from lamda.storage.lock import LostLockError
 from lamda.training import faults
 from lamda.training.framework import Engine
 from lamda.training.manifest import commit, make_fresh, sync_and_describe
@@ -40,7 +41,19 @@ class Saved:
 class Saver:
     """Saves one checkpoint at a time. Every rank has one and makes the same calls at the same steps."""
 
-    def __init__(self, folder: Path, *, engine: Engine, tokenizer: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        engine: Engine,
+        tokenizer: Path,
+        require_lock: Callable[[], None] = lambda: None,
+        sync_rows: Callable[[], None] = lambda: None,
+    ) -> None:
+        """require_lock: raises LostLockError on rank 0 where another process writes the run by now; then every rank
+        does. sync_rows: brings the rows up to a checkpoint to the disk, before the checkpoint is complete.
+        """
+        self._require_lock, self._sync_rows = require_lock, sync_rows
         self._folder, self._engine, self._tokenizer = folder, engine, tokenizer
         self._world, self._config = engine.world, engine.config
         self._state = RunState()
@@ -62,6 +75,8 @@ class Saver:
         self._at("save.begin")
         size = sum(gather(self._engine.checkpoint_bytes()))
         problem = on_main(self._world, lambda: self._make_room(size))
+        if isinstance(problem, LostLockError):
+            raise problem
         if problem is not None:
             return Saved(state.step, self._final, problem)
         write = self._engine.copy(self._temporary)
@@ -105,6 +120,9 @@ class Saver:
         self._at("save.done" if self._is_written else "save.settled")
         failures = [f"rank {rank} {problem}" for rank, (_, problem) in enumerate(found) if problem is not None]
         if failures:
+            lost = [problem for _, problem in found if isinstance(problem, LostLockError)]
+            if lost:  # the folder is another process's by now
+                raise lost[0]
             if self._world.is_main:
                 shutil.rmtree(self._temporary, ignore_errors=True)
             return Saved(self._state.step, self._final, "; ".join(failures))
@@ -115,13 +133,16 @@ class Saver:
         self._start(lambda: self._commit(files) if self._world.is_main else {})
         return None
 
-    def _make_room(self, size: int) -> str | None:
+    def _make_room(self, size: int) -> str | LostLockError | None:
         """An empty temporary folder on a disk with room enough; what is wrong, or None."""
         try:
+            self._require_lock()
             make_fresh(self._temporary)
             free = shutil.disk_usage(self._folder).free
         except OSError as error:
             return f"cannot write to {self._folder} ({error.strerror})"
+        except LostLockError as error:
+            return error
         if free < SPARE * size:
             shutil.rmtree(self._temporary, ignore_errors=True)
             return f"{free / 1e9:.2f} GB are free; a checkpoint of {size / 1e9:.2f} GB asks for {SPARE} times its size"
@@ -142,6 +163,8 @@ class Saver:
         return described
 
     def _commit(self, files: dict[str, Any]) -> dict[str, Any]:
+        self._require_lock()
+        self._sync_rows()
         content = {
             "step": self._state.step,
             "ranks": self._world.size,
@@ -164,7 +187,7 @@ class _Job:
 
     def __init__(self, work: Callable[[], dict[str, Any]]) -> None:
         self.result: dict[str, Any] = {}
-        self.problem: str | None = None
+        self.problem: str | LostLockError | None = None
         self._work = work
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
@@ -179,6 +202,8 @@ class _Job:
     def _run(self) -> None:
         try:
             self.result = self._work()
+        except LostLockError as error:
+            self.problem = error
         except OSError as error:
             self.problem = f"cannot write ({error.strerror or error})"
         except Exception as error:

@@ -13,6 +13,7 @@ from lamda import distributed
 from lamda.config.help import to_yaml
 from lamda.config.schema import Config
 from lamda.distributed import World
+from lamda.storage.lock import LostLockError, RunLock
 from lamda.training import manifest
 from lamda.training.framework import Engine, Framework
 from lamda.training.loop import Run
@@ -48,7 +49,8 @@ def train(config: Config, world: World, task: Task, framework: Framework, open_b
         distributed.on_main(world, directory.create)
         if world.is_main:
             _log_to(directory.log)
-        distributed.on_main(world, lambda: stack.enter_context(directory.lock()) and None)
+        lock = directory.lock()
+        distributed.on_main(world, lambda: stack.enter_context(lock) and None)
         distributed.on_main(world, lambda: manifest.sweep(directory.checkpoints))
         start = choose_start(config, directory, world, framework=framework.name)
         if start.state.step >= config.steps:
@@ -61,9 +63,11 @@ def train(config: Config, world: World, task: Task, framework: Framework, open_b
         began = time.time()
         try:
             engine = framework.engine(config, world=world, device=device, domains=len(text.domains) + 1)
-            code = _run(engine, directory, start.path, state, text, task, benchmarks)
+            code = _run(engine, directory, lock, start.path, state, text, task, benchmarks)
             distributed.barrier()  # a launcher whose first rank has left kills the others, who may have rows to send
             return code
+        except LostLockError:
+            raise  # status.json is another process's by now
         except BaseException as error:
             _tell_failure(directory, f"rank {world.rank}: {type(error).__name__}: {error}", since=began)
             raise
@@ -72,13 +76,14 @@ def train(config: Config, world: World, task: Task, framework: Framework, open_b
 def _tell_failure(directory: RunDirectory, reason: str, *, since: float) -> None:
     """Write why the run failed; any rank may. The first failure stays: the others follow from it."""
     told = directory.read_status()
-    if told.get("status") != "failed" or told["time"] < since:
+    if told.get("status") != "failed" or told.get("time", 0.0) < since:
         directory.write_status("failed", reason=reason)
 
 
 def _run(
     engine: Engine,
     directory: RunDirectory,
+    lock: RunLock,
     checkpoint_path: Path | None,
     state: RunState,
     text: Text,
@@ -129,7 +134,13 @@ def _run(
             benchmarks=benchmarks,
             tokenizer=text.tokenizer,
             domains=text.domains,
-            saver=Saver(directory.checkpoints, engine=engine, tokenizer=directory.tokenizer),
+            saver=Saver(
+                directory.checkpoints,
+                engine=engine,
+                tokenizer=directory.tokenizer,
+                require_lock=lock.require,
+                sync_rows=directory.sync_metrics,
+            ),
             requests=requests,
             watchdog=watchdog,
             report=report,

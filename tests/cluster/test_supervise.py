@@ -284,9 +284,9 @@ status('finished', step=10)
 def test_processes_of_another_run_in_the_same_folder_are_left_alone(run):
     """A second supervisor for one run, whose command fails while the first one's ranks hold the lock."""
     run.create()
-    with run.lock():
+    with run.lock() as held:
         other = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(30)"])
-        lock = run.path / "lock.json"
+        lock = held.path
         lock.write_text(lock.read_text().replace(str(os.getpid()), str(other.pid)))
         time.sleep(1.2)
         try:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from lamda.distributed import World
+from lamda.storage.lock import LostLockError
 from lamda.training import manifest, saving, snapshot
 from lamda.training.checkpoint import load, own_tensors
 from lamda.training.engine import Engine
@@ -145,3 +146,33 @@ def test_without_room_it_does_not_begin(saver, monkeypatch, tmp_path):
 def test_a_folder_that_cannot_be_made_is_told(saver, tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
     assert saver.begin(RunState(step=1)).problem == f"cannot write to {tmp_path}/checkpoints (Not a directory)"
+
+
+def test_a_run_that_another_process_has_taken_over_saves_no_more(tmp_path, engine):
+    """Neither begins a save, whose folder may be the other's, nor commits the one under way."""
+    calls = []
+
+    def require_lock():
+        calls.append("lock")
+        if len(calls) >= lost_at:
+            raise LostLockError("lock gone")
+
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    saver = Saver(
+        tmp_path / "checkpoints",
+        engine=engine,
+        tokenizer=tmp_path / "tokenizer.model",
+        require_lock=require_lock,
+        sync_rows=lambda: calls.append("rows"),
+    )
+    lost_at = 4
+    assert saver.begin(RunState(step=1)) is None
+    assert saver.finish().problem is None
+    assert calls == ["lock", "lock", "rows"]
+    with pytest.raises(LostLockError):
+        saver.begin(RunState(step=2))
+    lost_at = len(calls) + 2
+    assert saver.begin(RunState(step=3)) is None
+    with pytest.raises(LostLockError):
+        saver.finish()
+    assert [path.name for path in manifest.complete(tmp_path / "checkpoints")] == ["step-00000001"]

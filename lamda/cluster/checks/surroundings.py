@@ -17,8 +17,9 @@ from lamda.config.batches import micro_batches_per_rank
 from lamda.config.errors import UserError
 from lamda.data.errors import DataError
 from lamda.model.counts import parameters
+from lamda.storage.lock import STALE_SECONDS
 from lamda.training import deepspeed_config
-from lamda.training.run_directory import STALE_SECONDS, RunDirectory
+from lamda.training.run_directory import RunDirectory
 
 Answer = TypeVar("Answer")
 

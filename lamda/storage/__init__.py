@@ -1,0 +1,1 @@
+"""What a run leaves on disk: names, formats, atomicity, and who may write."""
