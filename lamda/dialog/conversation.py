@@ -51,7 +51,10 @@ class Conversation:
 
 
 def parse_conversation(record: object) -> Conversation:
-    """A conversation from its JSON record. Raises ValueError that names everything that is wrong."""
+    """A conversation from its JSON record; a key of a message that is null counts as absent, whatever its name.
+
+    Raises ValueError that names everything that is wrong.
+    """
     entries = record.get("messages") if isinstance(record, Mapping) else None
     if not isinstance(entries, list) or not entries:
         raise ValueError("it has no list of messages")
@@ -72,9 +75,14 @@ def to_record(conversation: Conversation) -> dict[str, Any]:
 
 
 def _message(entry: Mapping[str, Any]) -> Message:
-    labels = MappingProxyType({name: bool(rating) for name, rating in (entry.get("labels") or {}).items()})
+    given = {key: value for key, value in entry.items() if value is not None}
+    labels = {name: bool(rating) for name, rating in given.get("labels", {}).items() if rating is not None}
     return Message(
-        entry["role"], entry["content"], entry.get("to") or "user", labels, tuple(entry.get("knowledge") or ())
+        given["role"],
+        given["content"],
+        given.get("to", "user"),
+        MappingProxyType(labels),
+        tuple(given.get("knowledge", ())),
     )
 
 
@@ -92,8 +100,9 @@ def _entry(message: Message) -> dict[str, Any]:
 def _problems(entry: object, before: list[Message]) -> list[str]:
     if not isinstance(entry, Mapping):
         return ["is no JSON object"]
+    entry = {key: value for key, value in entry.items() if value is not None}
     problems = [f"there is no key {key!r}{nearest(str(key), _KEYS)}" for key in entry if key not in _KEYS]
-    role, to, labels = entry.get("role"), entry.get("to") or "user", entry.get("labels") or {}
+    role, to, labels = entry.get("role"), entry.get("to", "user"), entry.get("labels", {})
     if role not in ROLES:
         problems.append(f"role is {role!r}, not one of {', '.join(ROLES)}")
     if not _is_text(entry.get("content")):
@@ -102,16 +111,21 @@ def _problems(entry: object, before: list[Message]) -> list[str]:
         problems.append(f"to is {to!r}; an assistant's message is to 'user' or to 'TS', others have no such key")
     if role == "tool" and not (before and (before[-1].to == "TS" or before[-1].role == "tool")):
         problems.append("a tool speaks where nothing was asked of it (no message to 'TS' before it)")
-    return problems + _label_problems(labels, role) + _knowledge_problems(entry.get("knowledge") or [])
+    return problems + _label_problems(labels, role) + _knowledge_problems(entry.get("knowledge", []))
 
 
 def _label_problems(labels: object, role: object) -> list[str]:
     if not isinstance(labels, Mapping):
         return ["labels is no JSON object"]
+    labels = {name: rating for name, rating in labels.items() if rating is not None}
     problems = [
         f"there is no attribute {name!r}{nearest(str(name), ATTRIBUTES)}" for name in labels if name not in ATTRIBUTES
     ]
-    problems += [f"label {name} is {rating!r}, not 0 or 1" for name, rating in labels.items() if rating not in (0, 1)]
+    problems += [
+        f"label {name} is {rating!r}, not 0 or 1"
+        for name, rating in labels.items()
+        if name in ATTRIBUTES and rating not in (0, 1)
+    ]
     return (
         [*problems, f"labels rate an assistant's message, not one of {role!r}"]
         if labels and role != "assistant"

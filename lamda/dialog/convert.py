@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import gzip
 import json
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from lamda.data.errors import DataError
 from lamda.data.files import File, read_all, read_lines
 from lamda.dialog.conversation import to_record
 from lamda.dialog.formats import FORMATS, Numbered
+from lamda.durable import replace_file
 
 TOLD = 20
 """Bad records that are named; the others are counted."""
@@ -47,6 +49,8 @@ def convert(name: str, files: list[Path], target: Path) -> int:
         raise UserError(f"-o {target}: name a file that ends in {', '.join(_LINES)}")
     problems, lines = [], []
     for file in files:
+        if target.exists() and file.exists() and target.samefile(file):
+            raise UserError(f"-o {target}: is the file that is read; name another one")
         for number, found in FORMATS[name](read_records(file)):
             if isinstance(found, ValueError):
                 problems.append(f"{file}, line {number}: {found}")
@@ -54,43 +58,48 @@ def convert(name: str, files: list[Path], target: Path) -> int:
                 lines.append(orjson.dumps(to_record(found), option=orjson.OPT_APPEND_NEWLINE))
     if problems:
         more = [f"and {len(problems) - TOLD:,} more"] if len(problems) > TOLD else []
-        raise UserError(
-            "\n".join([*problems[:TOLD], *more, "nothing was written: mend these records, or take them out"])
-        )
+        raise UserError("\n".join([*problems[:TOLD], *more, "nothing was written: fix these records, or remove them"]))
     if not lines:
         raise UserError(f"{', '.join(map(str, files))}: no conversation is there")
     data = b"".join(lines)
     packed = {".zst": zstandard.compress, ".gz": lambda data: gzip.compress(data, mtime=0)}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(packed.get(target.suffix, bytes)(data))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(target, packed.get(target.suffix, bytes)(data))
+    except OSError as error:
+        raise UserError(f"-o {target}: cannot be written ({error.strerror})") from error
     return len(lines)
 
 
 def read_records(path: Path) -> Iterator[Numbered]:
     """The records of JSON lines, or of a JSON file that is a list or an object of them (numbered as they come).
 
-    Raises UserError for a file that cannot be read or a line that is not JSON.
+    A line that is not JSON comes as the ValueError that says so. Raises UserError for a file that cannot be read.
     """
     if not path.is_file() or not path.name.endswith((*_LINES, ".json")):
         raise UserError(f"{path}: no such file; records come from {', '.join((*_LINES, '.json'))}")
     file = File(str(path), path.stat().st_size)
     try:
         if path.suffix == ".json":
-            whole = _parsed(read_all(file), path, 1)
+            whole = _parsed(read_all(file))
             records = list(whole.values()) if isinstance(whole, dict) else whole
             if not isinstance(records, list):
-                raise UserError(f"{path}: is neither a list nor an object of records")
+                why = f": {records}" if isinstance(records, ValueError) else ""
+                raise UserError(f"{path}: is neither a list nor an object of records{why}")
             yield from (Numbered(number, record) for number, record in enumerate(records, start=1))
             return
         for line in read_lines(file):
             if line.data and not line.data.isspace():
-                yield Numbered(line.number + 1, _parsed(line.data, path, line.number + 1))
+                yield Numbered(line.number + 1, _parsed(line.data))
     except DataError as error:
         raise UserError(str(error)) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _parsed(data: bytes, path: Path, line: int) -> Any:
+def _parsed(data: bytes) -> Any:
+    """The JSON value, or the ValueError that says why there is none. A byte order mark is no part of it."""
     try:
-        return orjson.loads(data)
+        return orjson.loads(data.removeprefix(codecs.BOM_UTF8))
     except orjson.JSONDecodeError as error:
-        raise UserError(f"{path}, line {line}: not JSON ({error})") from error
+        return ValueError(f"not JSON ({error})")

@@ -70,7 +70,7 @@ class Rating:
 def examples_of(conversation: Conversation) -> tuple[list[Response | ResearchStep], list[Rating]]:
     """All generative and all discriminative examples of a conversation, in its order.
 
-    A message that is rated unsafe or not sensible is no generative target. Context is what the user has
+    A message that is blank, or rated unsafe or not sensible, is no generative target. Context is what the user has
     read: of a turn with research only its last message, not its base answer, queries and snippets.
     """
     generative: list[Response | ResearchStep] = []
@@ -118,7 +118,8 @@ def _of_turn(context: tuple[Message, ...], turn: Sequence[Message]) -> Iterator[
 
 
 def _is_good(message: Message) -> bool:
-    return not message.labels.get("unsafe", False) and message.labels.get("sensible", True)
+    said = bool(message.content.strip())
+    return said and not message.labels.get("unsafe", False) and message.labels.get("sensible", True)
 
 
 @dataclass(frozen=True)

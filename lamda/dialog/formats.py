@@ -26,11 +26,12 @@ from lamda.dialog.conversation import Conversation, Message, parse_conversation
 _RATINGS = {"Poor": (0, 0, 0), "Not Good": (0, 0, 0), "Passable": (1, 0, 0), "Good": (1, 1, 0), "Excellent": (1, 1, 1)}
 _READING_SET = re.compile(r"[AF]S\d")
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_OASST1_OPTIONAL = {"parent_id": (str,), "rank": (int, float), "deleted": (bool,), "review_result": (bool,)}
 _SPEAKERS = {"USER": "user", "user": "user", "ASSISTANT": "assistant", "assistant": "assistant"}
 
 
 class Numbered(NamedTuple):
-    """A record and its line, from 1."""
+    """A record, or the ValueError that says why there is none, and its line, from 1."""
 
     line: int
     record: Any
@@ -46,34 +47,46 @@ def _each(convert: Callable[[Any], Iterable[Conversation]]) -> Converter:
     def converter(records: Iterable[Numbered]) -> Iterator[tuple[int, Conversation | ValueError]]:
         for line, record in records:
             try:
-                yield from [(line, conversation) for conversation in convert(record)]
+                yield from [(line, conversation) for conversation in convert(_checked(record))]
             except ValueError as error:
                 yield line, error
 
     return converter
 
 
+def _checked(record: Any) -> Any:
+    """The record. Raises it where it is a ValueError, which stands for a line that could not be read."""
+    if isinstance(record, ValueError):
+        raise record
+    return record
+
+
 def _topical_chat(record: Any) -> Iterator[Conversation]:
-    messages = _list(record, "messages", "content")
+    said = [
+        _topical_message(entry, f"message {number}")
+        for number, entry in enumerate(_list(record, "messages", "content"), start=1)
+    ]
     for me in ("agent_1", "agent_2"):
-        said = []
-        for number, entry in enumerate(messages, start=1):
-            text, rating, who = entry.get("content", entry.get("message")), entry.get("rating"), entry.get("role")
-            who = who or entry.get("agent")
-            if who not in ("agent_1", "agent_2") or not isinstance(text, str):
-                raise ValueError(f"message {number}: it has no text of agent_1 or agent_2")
-            if who != me:
-                said.append(Message("user", text))
-                continue
-            sources = entry.get("knowledge", entry.get("knowledge_source")) or []
-            if rating and rating not in _RATINGS:
-                raise ValueError(f"message {number}: rating is {rating!r}, not one of {', '.join(_RATINGS)}")
-            labels = dict(
-                zip(("sensible", "specific", "interesting"), map(bool, _RATINGS.get(rating, ())), strict=False)
-            )
-            labels["grounded"] = any(_READING_SET.fullmatch(str(source)) for source in sources)
-            said.append(Message("assistant", text, labels=labels))
-        yield _joined(said)
+        yield _joined([message if who == me else Message("user", message.content) for who, message in said])
+
+
+def _topical_message(entry: Mapping[str, Any], place: str) -> tuple[str, Message]:
+    """Who said a message, and the message as the assistant's."""
+    text, who = _given(entry, "content", "message"), _given(entry, "role", "agent")
+    if who not in ("agent_1", "agent_2") or not isinstance(text, str):
+        raise ValueError(f"{place}: it has no text of agent_1 or agent_2")
+    rating = _given(entry, "rating")
+    if rating in (None, ""):
+        labels = {}
+    elif isinstance(rating, str) and rating in _RATINGS:
+        labels = dict(zip(("sensible", "specific", "interesting"), map(bool, _RATINGS[rating]), strict=True))
+    else:
+        raise ValueError(f"{place}: rating is {rating!r}, not one of {', '.join(_RATINGS)}")
+    sources = _given(entry, "knowledge", "knowledge_source")
+    if sources is not None and not (isinstance(sources, list) and all(isinstance(each, str) for each in sources)):
+        raise ValueError(f"{place}: knowledge is no list of texts")
+    labels["grounded"] = any(_READING_SET.fullmatch(source) for source in sources or ())
+    return who, Message("assistant", text, labels=labels)
 
 
 def _hh_rlhf(record: Any) -> Iterator[Conversation]:
@@ -97,7 +110,8 @@ def _hh_rlhf(record: Any) -> Iterator[Conversation]:
 def _taskmaster(record: Any) -> Iterator[Conversation]:
     said = []
     for number, entry in enumerate(_list(record, "utterances", "text"), start=1):
-        role, text = _SPEAKERS.get(entry.get("speaker")), entry.get("text")
+        speaker, text = entry.get("speaker"), entry.get("text")
+        role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
         if role is None or not isinstance(text, str):
             raise ValueError(f"utterance {number}: it has no text of a USER or ASSISTANT")
         said.append(Message(role, text))
@@ -118,7 +132,7 @@ def _oasst1(records: Iterable[Numbered]) -> Iterator[tuple[int, Conversation | V
     children: dict[str | None, list[Numbered]] = {}
     for numbered in records:
         row = numbered.record
-        problem = _oasst1_problem(row, rows)
+        problem = row if isinstance(row, ValueError) else _oasst1_problem(row, rows)
         if problem is not None:
             yield numbered.line, ValueError(problem)
             continue
@@ -128,6 +142,8 @@ def _oasst1(records: Iterable[Numbered]) -> Iterator[tuple[int, Conversation | V
         parent = numbered.record.get("parent_id")
         if parent is not None and parent not in rows:
             yield numbered.line, ValueError(f"parent_id {parent!r} is no row's message_id")
+    for numbered in _circular(rows):
+        yield numbered.line, ValueError(f"message_id {numbered.record['message_id']!r} is among its own ancestors")
     for root in children.get(None, []):
         thread: list[Message] = []
         current: Numbered | None = root
@@ -149,16 +165,40 @@ def _oasst1_problem(row: Any, known: Mapping[str, Numbered]) -> str | None:
         return f"message_id {row['message_id']!r} is line {known[row['message_id']].line}'s already"
     if row.get("role") not in ("prompter", "assistant"):
         return f"role is {row.get('role')!r}, not prompter or assistant"
-    return None if isinstance(row.get("text"), str) else "it has no text"
+    if not isinstance(row.get("text"), str):
+        return "it has no text"
+    for key, kind in _OASST1_OPTIONAL.items():
+        if row.get(key) is not None and type(row[key]) not in kind:
+            return f"{key} is {row[key]!r}, not {' or '.join(each.__name__ for each in kind)}"
+    return None
+
+
+def _circular(rows: Mapping[str, Numbered]) -> Iterator[Numbered]:
+    """The rows whose line of parents comes back to them, each once."""
+    seen: set[str] = set()
+    for name in rows:
+        path: dict[str, None] = {}
+        current: str | None = name
+        while current in rows and current not in seen and current not in path:
+            path[current] = None
+            current = rows[current].record.get("parent_id")
+        if current in path:
+            yield from (rows[each] for each in [*path][[*path].index(current) :])
+        seen.update(path)
 
 
 def _is_fit(row: Mapping[str, Any]) -> bool:
-    return not row.get("deleted", False) and row.get("review_result", True) is not False
+    return not row.get("deleted") and row.get("review_result") is not False
 
 
 def _rank(numbered: Numbered) -> tuple[float, int]:
     rank = numbered.record.get("rank")
     return (float("inf") if rank is None else rank, numbered.line)
+
+
+def _given(entry: Mapping[str, Any], *names: str) -> Any:
+    """What stands under the first of these names that is there and not null."""
+    return next((entry[name] for name in names if entry.get(name) is not None), None)
 
 
 def _list(record: Any, *names: str) -> Sequence[Mapping[str, Any]]:

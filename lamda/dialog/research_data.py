@@ -20,10 +20,11 @@ import orjson
 from lamda.config.errors import UserError
 from lamda.dialog.conversation import Conversation, Message, to_record
 from lamda.dialog.research import MAX_QUERIES
-from lamda.dialog.tools.passages import Passage
+from lamda.dialog.tools.passages import Passage, find_files
 from lamda.dialog.tools.result import Result
 from lamda.dialog.tools.retrieval import Retrieval
 from lamda.dialog.tools.toolset import Toolset, open_toolset
+from lamda.durable import replace_file
 
 _COURTESIES = (
     ("Hello!", "Hello! What would you like to know?"),
@@ -51,10 +52,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--json", action="store_true", help="what was made as one JSON object")
     options = parser.parse_args(argv)
+    if options.count < 1:
+        raise UserError(f"--count {options.count}: give a number of at least 1")
     toolset = open_toolset(["calculator", "retrieval"], corpus=options.corpus)
+    if options.out.exists() and any(options.out.samefile(path) for path in find_files(options.corpus)):
+        raise UserError(f"-o {options.out}: is a file of the corpus; name another one")
     conversations = list(make_conversations(toolset, count=options.count, seed=options.seed))
     try:
-        options.out.write_bytes(b"".join(orjson.dumps(to_record(each)) + b"\n" for each in conversations))
+        replace_file(options.out, b"".join(orjson.dumps(to_record(each)) + b"\n" for each in conversations))
     except OSError as error:
         raise UserError(f"{options.out}: cannot be written ({error.strerror})") from error
     asking = [sum(message.to == "TS" for message in conversation.messages) for conversation in conversations]

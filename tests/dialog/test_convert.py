@@ -1,13 +1,19 @@
 """Published records become the conversations that their formats' rules say; bad ones are refused, all at once."""
 
+import codecs
 import gzip
 import json
+import re
 
 import pytest
 import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lamda.config.errors import UserError
+from lamda.dialog.conversation import parse_conversation
 from lamda.dialog.convert import convert, main
+from lamda.dialog.formats import FORMATS
 
 
 def converted(tmp_path, name, records, *, file="in.jsonl", out="out.jsonl"):
@@ -93,6 +99,16 @@ def test_chat_keeps_what_is_in_our_format(tmp_path):
         ("oasst1", {"message_id": "1", "role": "bot", "text": "y"}, "role is 'bot'"),
         ("chat", {"messages": [{"role": "user", "content": 3}]}, "content is no text"),
         ("chat", [], "no list of messages"),
+        ("taskmaster", {"utterances": [{"speaker": ["USER"], "text": "x"}]}, "no text of a USER or ASSISTANT"),
+        ("topical-chat", {"messages": [{"role": "agent_1", "content": "x", "rating": ["Good"]}]}, "rating is ['Good']"),
+        ("topical-chat", {"messages": [{"role": "agent_1", "content": "x", "knowledge": 5}]}, "no list of texts"),
+        ("topical-chat", {"messages": [{"role": "agent_1", "content": "x", "knowledge": "FS1"}]}, "no list of texts"),
+        ("oasst1", {"message_id": "1", "role": "prompter", "text": "y", "parent_id": ["x"]}, "parent_id is ['x']"),
+        ("oasst1", {"message_id": "1", "role": "prompter", "text": "y", "rank": "1"}, "rank is '1', not int or float"),
+        ("oasst1", {"message_id": "1", "role": "prompter", "text": "y", "deleted": 1}, "deleted is 1, not bool"),
+        ("chat", {"messages": [{"role": "assistant", "content": "x", "to": False}]}, "to is False"),
+        ("chat", {"messages": [{"role": "user", "content": "x", "knowledge": {}}]}, "knowledge is no list of texts"),
+        ("chat", {"messages": [{"role": "assistant", "content": "x", "labels": 0}]}, "labels is no JSON object"),
     ],
 )
 def test_all_bad_records_are_refused_by_file_and_line_and_nothing_is_written(tmp_path, name, bad, told):
@@ -102,6 +118,113 @@ def test_all_bad_records_are_refused_by_file_and_line_and_nothing_is_written(tmp
     assert "in.jsonl, line 2: " in str(refused.value)
     assert told in str(refused.value)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_rows_that_are_their_own_ancestors_are_named(tmp_path):
+    def row(name, parent):
+        return {"message_id": name, "parent_id": parent, "role": "prompter", "text": "x"}
+
+    rows = [row("1", "3"), row("2", "1"), row("3", "2"), row("4", "1"), row("5", "5"), row("6", None)]
+    with pytest.raises(UserError) as refused:
+        converted(tmp_path, "oasst1", rows)
+    named = [line for line in str(refused.value).splitlines() if "is among its own ancestors" in line]
+    assert [line.split(", line ")[1][0] for line in sorted(named)] == ["1", "2", "3", "5"]
+
+
+def test_lines_that_are_not_json_are_named_with_all_others(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"messages": 3}\n{\n\n[]\nNaN\n')
+    with pytest.raises(UserError) as refused:
+        convert("chat", [tmp_path / "in.jsonl"], tmp_path / "out.jsonl")
+    assert [line.split(", line ")[1][0] for line in str(refused.value).splitlines()[:-1]] == ["1", "2", "4", "5"]
+
+
+def test_a_byte_order_mark_and_nulls_of_other_programs_are_no_fault(tmp_path):
+    absent = dict.fromkeys(("name", "tool_calls", "to", "labels", "knowledge"))
+    record = {
+        "messages": [said("user", "a", **absent), said("assistant", "b", **absent | {"labels": {"unsafe": None}})]
+    }
+    (tmp_path / "in.jsonl").write_bytes(codecs.BOM_UTF8 + json.dumps(record).encode() + b"\n")
+    convert("chat", [tmp_path / "in.jsonl"], tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text())["messages"] == [said("user", "a"), said("assistant", "b")]
+
+
+def test_the_source_is_never_the_target_and_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"messages": [{"role": "assistant", "content": "x"}]}\n')
+    before = source.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(source)
+    for same in (source, tmp_path / "link.jsonl"):
+        with pytest.raises(UserError, match="is the file that is read"):
+            convert("chat", [source], same)
+    assert source.read_bytes() == before
+    (tmp_path / "folder.jsonl").mkdir()
+    for bad in (tmp_path / "folder.jsonl", source / "out.jsonl"):
+        with pytest.raises(UserError, match="cannot be written"):
+            convert("chat", [source], bad)
+    target.write_text("old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lamda.durable.os.fsync", full)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left"):
+        convert("chat", [source], target)
+    assert target.read_text() == "old"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=3)
+    | st.sampled_from(["agent_1", "USER", "prompter", "1", "Good", "TS", "\n\nHuman: a\n\nAssistant: b"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)  # fmt: skip
+SOUND = {
+    "topical-chat": {"messages": [
+        {"role": "agent_1", "content": "x", "rating": "Good", "knowledge": ["FS1"]},
+        {"agent": "agent_2", "message": "y", "rating": "", "knowledge_source": []},
+    ]},
+    "hh-rlhf": {name: "\n\nHuman: a\n\nAssistant: b" for name in ("chosen", "rejected")},
+    "taskmaster": {"utterances": [{"speaker": "USER", "text": "x"}, {"speaker": "ASSISTANT", "text": "y"}]},
+    "oasst1": {"message_id": "1", "parent_id": None, "role": "assistant", "text": "x", "rank": 1, "deleted": False,
+               "review_result": True},
+    "chat": {"messages": [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "x", "to": "TS", "labels": {"unsafe": 0}, "knowledge": ["k"]},
+    ]},
+}  # fmt: skip
+
+
+def _places(value, place=()):
+    yield place
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from _places(inner, (*place, key))
+
+
+def _with(value, place, other):
+    if not place:
+        return other
+    copy = value.copy()
+    copy[place[0]] = _with(value[place[0]], place[1:], other)
+    return copy
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_json_in_any_field_converts_or_is_refused_by_file_and_line(tmp_path, name, data):
+    records = [SOUND[name]]
+    for _ in range(data.draw(st.integers(1, 3))):
+        record = data.draw(st.sampled_from(records))
+        records.append(_with(record, data.draw(st.sampled_from([*_places(record)])), data.draw(JSON)))
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    try:
+        convert(name, [tmp_path / "in.jsonl"], tmp_path / "out.jsonl")
+    except UserError as error:
+        *problems, last = str(error).splitlines()
+        assert all(re.match(re.escape(f"{tmp_path}/in.jsonl, line ") + "[1-4]: ", problem) for problem in problems)
+        assert "nothing was written" in last or "no conversation is there" in last
+    else:
+        assert [parse_conversation(json.loads(line)) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
 
 
 def test_mistakes_on_the_command_line_are_told(tmp_path):

@@ -163,6 +163,9 @@ def test_a_record_is_read_and_written_back():
         ({"role": "user", "content": "x", "labels": {"unsafe": 1}}, "labels rate an assistant's message"),
         ({"role": "tool", "content": "x"}, "nothing was asked of it"),
         ({"role": "user", "content": "x", "knowledge": "y"}, "knowledge is no list of texts"),
+        ({"role": "assistant", "content": None}, "content is no text"),
+        ({"role": None, "content": "x"}, "role is None"),
+        ({"role": "user", "content": "x", "name": "Bob"}, "no key 'name'"),
     ],
 )
 def test_a_bad_message_is_refused_with_its_reason(entry, told):

@@ -77,6 +77,19 @@ def test_masks_of_ten_thousand_dialogues_are_exact(tokenizer):
     assert min(seen[kind] for kind in (Response, ResearchStep, Rating)) > 500
 
 
+@pytest.mark.parametrize("blank", ["", "  ", "\n\u3000"])
+def test_blank_messages_are_no_targets(blank):
+    user, nothing, query = Message("user", "a"), Message("assistant", blank), Message("assistant", blank, to="TS")
+    assert examples_of(Conversation((user, nothing)))[0] == []
+    last = Message("assistant", "c")
+    (step,) = examples_of(Conversation((user, nothing, query, Message("tool", "b"), last)))[0]
+    assert (step.action, step.base, step.steps) == (last, blank, ((blank, "b"),))
+    with pytest.raises(ValueError, match="nothing to learn"):
+        Conversations(row_length=LENGTH, seed=0, generative=1, discriminative=1).text_of(
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": blank}]}, SOURCE
+        )
+
+
 def test_bad_messages_are_no_targets_and_the_user_never_hears_research():
     user, base = Message("user", "u"), Message("assistant", "b", labels={"unsafe": True, "sensible": True})
     query, result = Message("assistant", "q", to="TS"), Message("tool", "r")

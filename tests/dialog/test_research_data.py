@@ -106,3 +106,17 @@ def test_a_corpus_with_nothing_to_ask_about_is_refused(tmp_path):
     toolset = open_toolset(["calculator", "retrieval"], corpus=tmp_path)
     with pytest.raises(UserError, match="no Markdown heading"):
         list(make_conversations(toolset, count=1, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(["-o", "docs/a.md"], "is a file of the corpus"), (["-o", "out.jsonl", "--count", "0"], "at least 1")],
+)
+def test_a_file_of_the_corpus_is_never_written_over(tmp_path, monkeypatch, capsys, words, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.md").write_text("# Paris\n\nParis is the capital and largest city of France.\n")
+    assert main(["dialog", "research-data", "docs", *words]) == 2
+    assert told in capsys.readouterr().err
+    assert (tmp_path / "docs" / "a.md").read_text().startswith("# Paris")
+    assert not (tmp_path / "out.jsonl").exists()
