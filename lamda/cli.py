@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
-import select
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
-from lamda import __version__
+from lamda import __version__, console
 from lamda.config.completion import SHELLS, script
 from lamda.config.errors import RunError, UserError
 from lamda.config.help import help_text, to_yaml
@@ -282,10 +281,11 @@ MAP: dict[str, tuple[str, ...]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `lamda ARGV`.
 
-    Returns 0 on success, 1 where a run or a model failed and 2 where the user can fix something (both reported on
-    stderr), 130 on Ctrl-C, 141 where the reader of standard output has left
+    Returns 0 on success, 1 where a run or a model failed, or the output cannot be written, 2 where the user can fix
+    something (all reported on stderr), 130 on Ctrl-C, 141 where the reader of standard output has left
     (`lamda runs DIR | head -1`), or what the command gives.
     """
+    console.end_with_output()
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         code = _run(words) or 0
@@ -296,11 +296,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        if not _reader_has_left():
-            raise  # a connection of the command's own
-        _silence()
-        return 141
+    except OSError:
+        problem = console.output_problem()
+        if problem is None:
+            raise  # a file or a connection of the command's own
+        if isinstance(problem, BrokenPipeError):
+            return 141
+        print(f"standard output cannot be written ({problem.strerror})", file=sys.stderr)
+        return 1
 
 
 def _run(words: list[str]) -> int | None:
@@ -320,21 +323,8 @@ def _run(words: list[str]) -> int | None:
 
 
 def _say(text: str) -> None:
-    try:
+    with suppress(BrokenPipeError):  # the reader, `head` perhaps, has seen enough
         print(text, flush=True)
-    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
-        _silence()
-
-
-def _reader_has_left() -> bool:
-    standard_output = select.poll()
-    standard_output.register(sys.stdout.fileno(), 0)  # errors are always reported
-    return bool(standard_output.poll(0))
-
-
-def _silence() -> None:
-    """Send what is still buffered nowhere, so that nothing fails at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _help(command: Command, name: str) -> str:

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from lamda import console
 from lamda.cluster.outcome import MISTAKE_EXIT, RESTARTS, outcome, saved_step, status_of
 from lamda.storage.lock import STALE_SECONDS
 from lamda.training.run_directory import RunDirectory
@@ -31,6 +32,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("number", type=int)
     parser.add_argument("--warned", action="store_true")
     options = parser.parse_args(argv)
+    console.outlive()
     directory = RunDirectory(options.run)
     if options.moment == "begin":
         begin(directory, options.state, restarts=options.number)

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lamda import console
 from lamda.cluster.launch import POLL_SECONDS, Launch
 from lamda.cluster.outcome import MISTAKE_EXIT, RESTARTS, Outcome, outcome, saved_step, signal_name, status_of
 from lamda.config.errors import UserError
@@ -30,6 +31,7 @@ def main(argv: list[str]) -> int:
     Raises UserError.
     """
     run, command = _parse(argv)
+    console.outlive()
     return supervise(command, RunDirectory(run))
 
 
@@ -182,5 +184,4 @@ def _noted(numbers: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _say(text: str, *, to: Any = None) -> None:
-    with suppress(OSError):  # whoever read this may have gone; the run must not end for it
-        print(f"supervise: {text}", file=to or sys.stdout, flush=True)
+    print(f"supervise: {text}", file=to or sys.stdout, flush=True)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from lamda import console
 from lamda.config.errors import RunError, UserError
 from lamda.config.loading import load_config, wants_help
 from lamda.distributed import ReportedElsewhereError
@@ -25,6 +26,7 @@ def launch(
     0 finished, 75 stopped when asked to, everything saved (`RUN/status.json` says the same), 1 failed, 2 a
     user's mistake, 76 hung (`lamda.training.watchdog`), 130 interrupted at once.
     """
+    console.outlive()  # before a library takes the streams
     world = framework.world()
     arguments = sys.argv[1:] if argv is None else argv
     try:

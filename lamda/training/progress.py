@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,8 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from lamda.config.progress import Progress
+from lamda.console import SHOWN
 
 LINE_SECONDS = 10.0
+
+log = logging.getLogger(SHOWN)
 
 
 class TrainingProgress:
@@ -56,14 +60,21 @@ class TrainingProgress:
         figures = self._figures(row)
         if self._bar:
             self._bar.update(self._task, completed=row["step"], figures=figures)
-        elif time.monotonic() - self._last_line >= LINE_SECONDS or row["step"] in (self._first + 1, self._steps):
+        if time.monotonic() - self._last_line >= LINE_SECONDS or row["step"] in (self._first + 1, self._steps):
             self._last_line = time.monotonic()
-            self.say(f"step {row['step']}/{self._steps}  {figures}")
+            line = f"step {row['step']}/{self._steps}  {figures}"
+            log.info("%s", line)
+            if not self._bar:
+                self._print(line)
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
+        """A line of its own, above the bar; in the log, too."""
         if not self._visible:
             return
+        log.info("%s", text)
+        self._print(text)
+
+    def _print(self, text: str) -> None:
         if self._bar:
             self._bar.console.print(text, markup=False, highlight=False)
         else:

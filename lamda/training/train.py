@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,6 +21,7 @@ from lamda.training.progress import TrainingProgress
 from lamda.training.report import MainReport, SilentReport
 from lamda.training.resume import choose_start
 from lamda.training.run_directory import RunDirectory
+from lamda.training.run_log import run_log
 from lamda.training.saving import Saver
 from lamda.training.start import with_start
 from lamda.training.state import RunState
@@ -48,7 +48,7 @@ def train(config: Config, world: World, task: Task, framework: Framework, open_b
         device = framework.start(config, world)
         distributed.on_main(world, directory.create)
         if world.is_main:
-            _log_to(directory.log)
+            stack.enter_context(run_log(directory.log))
         lock = directory.lock()
         distributed.on_main(world, lambda: stack.enter_context(lock) and None)
         distributed.on_main(world, lambda: manifest.sweep(directory.checkpoints))
@@ -189,15 +189,3 @@ def _finish(run: Run, task: Task, progress: TrainingProgress) -> None:
             f"everything is in {run.directory.path}; to go on, run the same command with a larger train.steps or "
             "train.tokens"
         )
-
-
-def _log_to(path: Path) -> None:
-    """Warnings go to the console and to train.log."""
-    formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    root = logging.getLogger("lamda")
-    file = logging.FileHandler(path, encoding="utf-8")
-    file.handleError = lambda record: None  # a disk that takes no more: the console has said it
-    for handler in (file, logging.StreamHandler(sys.stderr)):
-        handler.setFormatter(formatter)
-        root.addHandler(handler)
-    root.setLevel(logging.INFO)

@@ -9,6 +9,7 @@ import socket
 from importlib.util import find_spec
 from pathlib import Path
 
+from lamda import console
 from lamda.config.errors import UserError, all_of
 from lamda.dialog.options import add_options, manner_of, toolset_of
 from lamda.inference.loading import load_run
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> int:
         ),
     )
     app = create_app(service, hosts=LOOPBACK | {options.host, *options.allow_host}, key=key)
+    console.outlive()
     listening = _listen(options.host, options.port)
     print(f"{loaded.path.name} of {options.run} answers on {_address(options.host, options.port)}", flush=True)
     config = uvicorn.Config(
