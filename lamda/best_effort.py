@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class BestEffort:
-    """A context for one kind of side work: its failure is a warning, one for as long as it keeps failing.
+    """A context, to be entered as often as needed, for one kind of side work: its first failure is a warning.
 
     failure: what a failure means, the beginning of the warning: "samples/ cannot be written". then: what follows from
     it. errors: those that are caught; for a foreign library, `Exception`. Every other one passes.
@@ -29,7 +29,7 @@ class BestEffort:
     ) -> None:
         self._failure, self._then = failure, then
         self._errors = errors if isinstance(errors, type) else tuple(errors)
-        self._is_failing = False
+        self._has_warned = False
 
     def __enter__(self) -> None:
         pass
@@ -37,14 +37,12 @@ class BestEffort:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        if value is None:
-            self._is_failing = False
-        elif isinstance(value, self._errors):
-            if not self._is_failing:
-                self._is_failing = True
-                log.warning("%s (%s); %s", self._failure, reason_of(value), self._then)
-            return True
-        return False
+        if not isinstance(value, self._errors):
+            return False
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning("%s (%s); %s", self._failure, reason_of(value), self._then)
+        return True
 
 
 def reason_of(error: BaseException) -> str:

@@ -6,7 +6,9 @@ import importlib
 import json
 import os
 import random
+import resource
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
@@ -70,6 +72,17 @@ def write_shard(path: Path, texts: Sequence[str], *, domain: str = "words") -> P
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(zstandard.compress(lines) if path.suffix == ".zst" else lines)
     return path
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Every write to a file fails, whoever asks for it and wherever; folders and empty files can be made."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture(scope="session")

@@ -2,24 +2,29 @@
 
 A folder holds, for each lane, files of consecutive blocks: `lane-0003/00000128-00000192.blocks`. A file is
 written under a temporary name and renamed when it is whole, so that every file there is complete; each
-block in it has a checksum. Two writers of the same blocks write the same bytes.
+block in it has a checksum. Two writers of the same blocks write the same bytes. A writer locks its temporary
+file (`flock`), so that the next one in its folder deletes what a killed one left.
 
     file = block data | index (JSON) | length of the index, 8 bytes | sha256 of the index, 32 bytes | MAGIC
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lamda.best_effort import reason_of
 from lamda.config.errors import UserError
 from lamda.data.blocks import RUN, Block, Packing, read_blocks
 from lamda.data.documents import Document
@@ -27,6 +32,7 @@ from lamda.data.errors import DataError
 from lamda.data.lanes import Cursor, Lane
 from lamda.data.quarantine import BadLine
 from lamda.data.tokenizer import Tokenizer
+from lamda.durable import replace_file
 
 MAGIC = b"LAMDABLK"
 GROUP = 64
@@ -37,32 +43,41 @@ DOCUMENT = np.dtype([("epoch", "<i4"), ("file", "<i4"), ("line", "<i8"), ("byte"
 
 @dataclass(frozen=True)
 class BlockFolder:
-    """The blocks of one fingerprint under `data.blocks`."""
+    """The blocks of one fingerprint under `data.blocks`.
+
+    keeping: entered around everything that is done with the folder; an OSError there is its matter.
+    """
 
     path: Path
+    keeping: AbstractContextManager[object]
 
     @classmethod
-    def of(cls, folder: str, fingerprint: dict[str, Any]) -> BlockFolder:
-        """The part of `folder` for everything that blocks depend on: the fingerprint but for the weights."""
+    def of(
+        cls, folder: str, fingerprint: dict[str, Any], *, keeping: AbstractContextManager[object] | None = None
+    ) -> BlockFolder:
+        """The part of `folder` for everything that blocks depend on: the fingerprint but for the weights.
+
+        keeping: what an OSError of the folder means; by default a UserError.
+        """
         parts = {key: value for key, value in fingerprint.items() if key != "weights"}
         name = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-        path = Path(folder) / name
-        try:
+        path, keeping = Path(folder) / name, keeping or _Demanded(folder)
+        with keeping:
             path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"data.blocks {folder}: cannot be written to ({error.strerror})") from error
-        if not (path / "fingerprint.json").exists():
-            (path / "fingerprint.json").write_text(json.dumps(fingerprint, indent=1), "utf-8")
-        return cls(path)
+            if not (path / "fingerprint.json").exists():
+                replace_file(path / "fingerprint.json", json.dumps(fingerprint, indent=1))
+        return cls(path, keeping)
 
     def blocks(
         self, lane: Lane, cursor: Cursor, *, packing: Packing, tokenizer: Tokenizer
     ) -> Generator[tuple[Block, Cursor]]:
         """As `read_blocks`; ready blocks are mapped, the others made and kept."""
         while True:
-            file = self._file_with(lane.index, cursor.block)
-            found = file.read_from(cursor.block) if file else self._make(lane, cursor, packing, tokenizer)
-            for block, after in found:
+            found: Iterator[tuple[Block, Cursor]] | None = None
+            with self.keeping:
+                file = self._file_with(lane.index, cursor.block)
+                found = file.read_from(cursor.block) if file else None
+            for block, after in found or self._make(lane, cursor, packing, tokenizer):
                 yield block, after
                 cursor = after
 
@@ -97,12 +112,33 @@ class BlockFolder:
         writer = _Writer(self._lane(lane.index), cursor.block, narrow=tokenizer.vocab_size <= 1 << 16)
         try:
             for block, after in read_blocks(lane, cursor, packing=packing, tokenizer=tokenizer):
-                writer.add(block, after)
+                with self.keeping:
+                    writer.add(block, after)
                 yield block, after
                 if after.block % GROUP == 0:
                     return
         finally:
-            writer.close()
+            with self.keeping:
+                writer.close()
+
+
+@dataclass(frozen=True)
+class _Demanded:
+    """The folder is what is wanted: without it, nothing goes on."""
+
+    folder: str
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(value, OSError):
+            raise UserError(
+                f"data.blocks {self.folder}: cannot be read or written ({reason_of(value)}); what is complete there "
+                "stays, and the same command continues"
+            ) from value
 
 
 @dataclass(frozen=True)
@@ -111,12 +147,11 @@ class _BlockFile:
     stop: int
 
     def read_from(self, number: int) -> Iterator[tuple[Block, Cursor]]:
-        """Blocks from `number` to the end of the file. Raises DataError where the file is damaged."""
+        """Blocks from `number` to the end of the file. Raises DataError where the file is damaged, OSError now."""
         data = np.memmap(self.path, np.uint8, mode="r")
         index = self._index(data)
-        for entry in index["blocks"]:
-            if entry["number"] >= number:
-                yield self._block(data, entry, index["domains"])
+        entries = [entry for entry in index["blocks"] if entry["number"] >= number]
+        return (self._block(data, entry, index["domains"]) for entry in entries)
 
     def _index(self, data: NDArray[np.uint8]) -> dict[str, Any]:
         if len(data) < 48 or data[-8:].tobytes() != MAGIC:
@@ -161,35 +196,79 @@ class _BlockFile:
 
 
 class _Writer:
-    """Writes a file of consecutive blocks; it appears when `close` is called."""
+    """Writes a file of consecutive blocks; it appears when `close` is called, unless anything failed before."""
 
     def __init__(self, folder: Path, start: int, *, narrow: bool) -> None:
         self._folder, self._start, self._narrow = folder, start, narrow
         self._entries: list[dict[str, Any]] = []
         self._domains: dict[str, int] = {}
         self._stream: IO[bytes] | None = None
+        self._has_failed = False
         self._temporary = folder / f".{start:08}-{os.getpid()}-{os.urandom(4).hex()}.tmp"
 
     def add(self, block: Block, after: Cursor) -> None:
-        """Append a block and the cursor of the next."""
+        """Append a block and the cursor of the next. Raises OSError once; what comes after that is dropped."""
+        if self._has_failed:
+            return
+        try:
+            if self._stream is None:
+                self._stream = self._open()
+            self._stream.write(self._entry_of(block, after, start=self._stream.tell()))
+        except OSError:
+            self._give_up()
+            raise
+
+    def close(self) -> None:
+        """Bring what was added to the disk, under its final name. Raises OSError."""
         if self._stream is None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._stream = self._temporary.open("wb")
+            return
+        index = json.dumps({"domains": list(self._domains), "blocks": self._entries}).encode()
+        try:
+            self._stream.write(index + len(index).to_bytes(8, "little") + sha256(index).digest() + MAGIC)
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            stop = self._start + len(self._entries)
+            self._temporary.replace(self._folder / f"{self._start:08}-{stop:08}.blocks")
+            self._stream.close()
+            self._stream = None
+        except OSError:
+            self._give_up()
+            raise
+
+    def _open(self) -> IO[bytes]:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self._folder.glob(".*.tmp"):
+            _delete_if_abandoned(leftover)
+        stream = self._temporary.open("wb")
+        with suppress(OSError):  # a file system without locks: there nobody takes the file for abandoned
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return stream
+
+    def _give_up(self) -> None:
+        self._has_failed, stream, self._stream = True, self._stream, None
+        with suppress(OSError):
+            self._temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # closing writes what is still buffered
+            if stream is not None:
+                stream.close()
+
+    def _entry_of(self, block: Block, after: Cursor, *, start: int) -> bytes:
+        """A block's data, which lies at `start`; the index gets its entry."""
         arrays = {"ids": block.ids.astype("<u2" if self._narrow else "<u4"), "runs": block.runs}
         arrays["documents"] = self._documents(block.documents)
         if block.loss_mask is not None:
             arrays["loss_mask"] = block.loss_mask
-        places, parts, start = {}, [], 0
+        places, parts, size = {}, [], 0
         for name, array in arrays.items():
             kind = {RUN: "RUN", DOCUMENT: "DOCUMENT"}.get(array.dtype, array.dtype.str)
-            places[name] = (kind, array.shape, start)
+            places[name] = (kind, array.shape, size)
             parts.append(array.tobytes() + b"\0" * (-array.nbytes % 8))
-            start += len(parts[-1])
+            size += len(parts[-1])
         data = b"".join(parts)
         self._entries.append(
             {
                 "number": block.number,
-                "start": self._stream.tell(),
+                "start": start,
                 "length": len(data),
                 "sha256": sha256(data).hexdigest(),
                 "arrays": places,
@@ -197,20 +276,7 @@ class _Writer:
                 "after": asdict(after),
             }
         )
-        self._stream.write(data)
-
-    def close(self) -> None:
-        """Bring what was added to the disk, under its final name."""
-        if self._stream is None:
-            return
-        index = json.dumps({"domains": list(self._domains), "blocks": self._entries}).encode()
-        with self._stream as stream:
-            stream.write(index + len(index).to_bytes(8, "little") + sha256(index).digest() + MAGIC)
-            stream.flush()
-            os.fsync(stream.fileno())
-        stop = self._start + len(self._entries)
-        self._temporary.replace(self._folder / f"{self._start:08}-{stop:08}.blocks")
-        self._stream = None
+        return data
 
     def _documents(self, documents: tuple[Document, ...]) -> NDArray[np.void]:
         return np.array(
@@ -220,3 +286,10 @@ class _Writer:
             ],
             DOCUMENT,
         )
+
+
+def _delete_if_abandoned(temporary: Path) -> None:
+    """Delete a writer's temporary file whose writer has died. A living one that this misses only loses its cache."""
+    with suppress(OSError), temporary.open("rb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError while the writer lives
+        temporary.unlink()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lamda.data.documents import Document
 from lamda.data.hashing import permutation
-from lamda.data.lanes import Cursor, Lane
+from lamda.data.lanes import Cursor, Lane, read_lane
 from lamda.data.packing import Method, arrange
 from lamda.data.quarantine import BadLine
 from lamda.data.tokenizer import Tokenizer
@@ -173,9 +173,9 @@ def _stretches(lane: Lane, cursor: Cursor, tokenizer: Tokenizer, *, characters: 
 
 def _batches(lane: Lane, cursor: Cursor, *, characters: int) -> Iterator[list[Document]]:
     batch, held = [], 0
-    for row in lane.documents(cursor):
-        batch.append(Document(**row))
-        held += 4 + len(row["text"])
+    for document in read_lane(lane, cursor):
+        batch.append(document)
+        held += 4 + len(document.text)
         if held >= characters:
             yield batch
             batch, held = [], 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lamda import distributed
+from lamda.best_effort import BestEffort
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.data.block_files import BlockFolder
@@ -71,8 +72,15 @@ class Text:
             threads=config.data.threads,
             domains=self.domains,
             document_mask=config.data.separates_documents,
-            ready=BlockFolder.of(config.data.blocks, state.fingerprint) if config.data.blocks else None,
+            ready=self._ready_blocks(config, state),
         )
+
+    def _ready_blocks(self, config: Config, state: RunState) -> BlockFolder | None:
+        folder = config.data.blocks
+        if folder is None:
+            return None
+        keeping = BestEffort(f"data.blocks {folder}: not all blocks are kept", then="training continues without them")
+        return BlockFolder.of(folder, state.fingerprint, keeping=keeping)
 
 
 def validation(config: Config) -> tuple[Source, ...]:

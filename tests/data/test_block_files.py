@@ -1,11 +1,16 @@
 """Ready blocks are the same blocks, kept once; a damaged or half-written file is never taken for one."""
 
+import subprocess
+import sys
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lamda.best_effort import BestEffort
+from lamda.config.errors import UserError
 from lamda.data import block_files
 from lamda.data.block_files import BlockFolder
 from lamda.data.blocks import Packing, read_blocks
@@ -13,7 +18,7 @@ from lamda.data.card import Source
 from lamda.data.errors import DataError
 from lamda.data.files import File
 from lamda.data.lanes import Cursor, cut_into_lanes
-from tests.conftest import make_text, write_shard
+from tests.conftest import full_disk, make_text, write_shard
 
 PACKING = Packing(rows=3, row_length=17, seed=2)
 
@@ -99,3 +104,64 @@ def test_blocks_of_other_text_go_elsewhere_and_weights_do_not_matter(tmp_path):
     first = BlockFolder.of(str(tmp_path), {"files": "these", "weights": 1})
     assert BlockFolder.of(str(tmp_path), {"files": "these", "weights": 2}) == first
     assert BlockFolder.of(str(tmp_path), {"files": "others", "weights": 1}) != first
+
+
+@pytest.mark.parametrize(("first", "end", "kept"), [(1, 30, []), (8, 9, [8, 16, 24]), (16, 17, [0, 16, 24])])
+def test_blocks_that_the_disk_does_not_take_are_made_and_not_kept(
+    tmp_path, lane, tokenizer, monkeypatch, caplog, first, end, kept
+):
+    monkeypatch.setattr(block_files, "GROUP", 8)
+    folder = BlockFolder.of(str(tmp_path / "blocks"), {}, keeping=BestEffort("blocks cannot be kept"))
+    expected = take(read_blocks(lane, Cursor(), packing=PACKING, tokenizer=tokenizer), 30)
+    made = []
+    with full_disk() if end == 30 else nullcontext():
+        blocks = folder.blocks(lane, Cursor(), packing=PACKING, tokenizer=tokenizer)
+        for number in range(30):
+            with full_disk() if first <= number < end else nullcontext():
+                made.append(next(blocks))
+        blocks.close()
+    assert_same(made, expected)
+    assert [record.getMessage() for record in caplog.records if record.name == "lamda.best_effort"] == [
+        "blocks cannot be kept (File too large); training continues"
+    ]
+    assert sorted(int(file.name[:8]) for file in folder.path.glob("lane-0000/*.blocks")) == kept
+    assert not [*folder.path.rglob("*.tmp")]
+
+
+def test_a_folder_that_cannot_be_made_costs_a_run_its_blocks_and_a_preparation_itself(
+    tmp_path, lane, tokenizer, caplog
+):
+    place = tmp_path / "file"
+    place.write_bytes(b"")
+    folder = BlockFolder.of(str(place), {}, keeping=BestEffort("blocks cannot be kept"))
+    assert len(take(folder.blocks(lane, Cursor(), packing=PACKING, tokenizer=tokenizer), 3)) == 3
+    assert "blocks cannot be kept (Not a directory)" in caplog.text
+    with pytest.raises(UserError, match=r"data\.blocks .*Not a directory"):
+        BlockFolder.of(str(place), {})
+
+
+def test_a_preparation_on_a_full_disk_is_told_where_and_why(lane, folder, tokenizer):
+    with full_disk(), pytest.raises(UserError, match=r"data\.blocks .*cannot be read or written \(File too large\)"):
+        take(folder.blocks(lane, Cursor(), packing=PACKING, tokenizer=tokenizer), 9)
+
+
+WRITER = "import fcntl, sys; file = open(sys.argv[1], 'wb'); fcntl.flock(file, fcntl.LOCK_EX); print(); input()"
+
+
+def test_a_writer_deletes_what_killed_ones_left_and_nothing_of_living_ones(lane, folder, tokenizer):
+    place = folder.path / "lane-0000"
+    place.mkdir()
+    names = [".00000000-1-a.tmp", ".00000000-2-b.tmp"]
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-u", "-c", WRITER, place / name], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for name in names
+    ]
+    for writer in writers:
+        writer.stdout.readline()
+    writers[0].kill()
+    writers[0].communicate()
+    take(folder.blocks(lane, Cursor(), packing=PACKING, tokenizer=tokenizer), 2)
+    writers[1].communicate(b"\n")
+    assert sorted(file.name for file in place.iterdir()) == [names[1], "00000000-00000002.blocks"]
