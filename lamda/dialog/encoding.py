@@ -24,6 +24,10 @@ RESULT = "spare_12"
 _OF_ROLE = {"system": "SYSTEM", "user": "USER", "assistant": "ASSISTANT", "tool": RESULT}
 
 
+_FEW = 8
+"""Ids of a research step's query or snippet; one that must be cut to fewer is not worth its place."""
+
+
 class Example(NamedTuple):
     """Ids to train on, and for each whether it is a target: [n] both; the first never is one."""
 
@@ -72,20 +76,13 @@ class Encoding:
     def context(self, messages: Sequence[Message], *, max_tokens: int | None = None) -> list[int]:
         """Ids of what was said so far, from the end symbol to RESPONSE.
 
-        Where they are more than `max_tokens` (at least 4), the oldest messages are left out; of a last
-        message that is too long by itself the end stays.
+        Where they are more than `max_tokens` (at least 4), the oldest messages are left out, but never system
+        messages or the last one. Where even these are too many, each of the two may have half, and what the
+        other does not need: of system messages the beginning stays, of the last message the end.
         """
-        room = None if max_tokens is None else max_tokens - 2
-        kept: list[list[int]] = []
-        for message in reversed(messages):
-            symbol, ids = self._symbol(message), self.text(message.content)
-            if room is not None and 1 + len(ids) > room:
-                if not kept:
-                    kept.append([symbol, *ids[len(ids) - (room - 1) :]])
-                break
-            kept.append([symbol, *ids])
-            room = None if room is None else room - 1 - len(ids)
-        return [self.end, *chain.from_iterable(reversed(kept)), self.response_symbol]
+        whole = max_tokens is None
+        pieces = map(self._piece, messages) if whole else self._fitting(messages, max_tokens - 2)
+        return [self.end, *chain.from_iterable(pieces), self.response_symbol]
 
     def research_context(
         self,
@@ -97,16 +94,22 @@ class Encoding:
     ) -> list[int]:
         """Ids up to the symbol that routes a research step: the context, the base answer and (query, snippet) pairs.
 
-        Where they are more than `max_tokens`, the oldest messages are left out; where base, queries and
-        snippets alone take more than half, each of them is first cut at its end to an equal share of it.
+        Where they are more than `max_tokens`, base, queries and snippets may have half, and what the context does
+        not need. Short ones stay whole, the others are cut at their ends to equal shares; where a share would be
+        of few ids, the oldest pairs are left out.
         """
         pieces = [self.text(base)]
         for query, snippet in steps:
             pieces += [[self.ts, *self.text(query)], [self.result, *self.text(snippet)]]
-        if max_tokens is not None and sum(map(len, pieces)) > max_tokens // 2:
-            pieces = [piece[: max_tokens // 2 // len(pieces)] for piece in pieces]
-        said = list(chain.from_iterable(pieces))
-        return self.context(messages, max_tokens=None if max_tokens is None else max_tokens - len(said)) + said
+        if max_tokens is None:
+            return self.context(messages) + list(chain.from_iterable(pieces))
+        room = max(max_tokens // 2, max_tokens - len(self.context(messages, max_tokens=max_tokens)))
+        shares = _shares([len(piece) for piece in pieces], room)
+        while len(pieces) > 3 and any(share < min(_FEW, len(p)) for share, p in zip(shares, pieces, strict=True)):
+            del pieces[1:3]
+            shares = _shares([len(piece) for piece in pieces], room)
+        said = [id for piece, share in zip(pieces, shares, strict=True) for id in piece[:share]]
+        return self.context(messages, max_tokens=max_tokens - len(said)) + said
 
     def generative(self, context: Sequence[Message], response: str, *, max_tokens: int) -> Example:
         """A response and its end as targets after their context.
@@ -146,6 +149,34 @@ class Encoding:
         room = max(max_tokens - len(targets), max_tokens // 2)
         return _fitted(self.research_context(context, base, steps, max_tokens=room), targets, max_tokens)
 
+    def _fitting(self, messages: Sequence[Message], room: int) -> list[list[int]]:
+        """The ids of each message, or none of them, as `context` says; `room` ids in all."""
+        kept: list[list[int]] = [[] for _ in messages]
+        if not messages:
+            return kept
+        *earlier, last = range(len(messages))
+        ids = self._piece(messages[last])
+        for_system = max(room // 2, room - len(ids))
+        for number in earlier:
+            if messages[number].role == "system":
+                piece = self._piece(messages[number])
+                kept[number] = piece[:for_system] if len(piece) <= for_system or for_system > 1 else []
+                for_system -= len(kept[number])
+        room -= sum(map(len, kept))
+        kept[last] = [ids[0], *ids[max(1, len(ids) - room + 1) :]]
+        room -= len(kept[last])
+        for number in reversed(earlier):
+            if messages[number].role != "system":
+                ids = self._piece(messages[number])
+                room -= len(ids)
+                if room < 0:
+                    break
+                kept[number] = ids
+        return kept
+
+    def _piece(self, message: Message) -> list[int]:
+        return [self._symbol(message), *self.text(message.content)]
+
     def _symbol(self, message: Message) -> int:
         return self._tokenizer.symbols["TS" if message.to == "TS" else _OF_ROLE[message.role]]
 
@@ -156,6 +187,15 @@ class Encoding:
                 f"the tokenizer writes {digit!r} as {len(ids)} ids; ratings need one: use another tokenizer"
             )
         return ids[0]
+
+
+def _shares(needs: Sequence[int], room: int) -> list[int]:
+    """How much of the room each need gets: all, or else an equal share of what smaller ones leave, later ones more."""
+    shares = [0] * len(needs)
+    for rank, number in enumerate(sorted(range(len(needs)), key=lambda number: (needs[number], number))):
+        shares[number] = min(needs[number], room // (len(needs) - rank))
+        room -= shares[number]
+    return shares
 
 
 def _fitted(given: list[int], targets: list[int], max_tokens: int) -> Example:

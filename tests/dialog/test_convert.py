@@ -183,7 +183,7 @@ SOUND = {
         {"role": "agent_1", "content": "x", "rating": "Good", "knowledge": ["FS1"]},
         {"agent": "agent_2", "message": "y", "rating": "", "knowledge_source": []},
     ]},
-    "hh-rlhf": {name: "\n\nHuman: a\n\nAssistant: b" for name in ("chosen", "rejected")},
+    "hh-rlhf": dict.fromkeys(("chosen", "rejected"), "\n\nHuman: a\n\nAssistant: b"),
     "taskmaster": {"utterances": [{"speaker": "USER", "text": "x"}, {"speaker": "ASSISTANT", "text": "y"}]},
     "oasst1": {"message_id": "1", "parent_id": None, "role": "assistant", "text": "x", "rank": 1, "deleted": False,
                "review_result": True},

@@ -119,6 +119,68 @@ def test_what_is_too_long_loses_its_oldest_messages_and_fits(encoding, texts, ro
     assert not example.scored[0]
 
 
+ROLE = st.sampled_from(["system", "user", "assistant"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(said=st.lists(st.tuples(ROLE, TEXT), min_size=1, max_size=8), room=st.integers(4, 60))
+def test_system_messages_stay_and_the_oldest_others_leave_first(encoding, tokenizer, said, room):
+    messages = [Message(role, text) for role, text in said]
+    pieces = [encoding.context([message])[1:-1] for message in messages]
+    context = encoding.context(messages, max_tokens=room)
+    assert len(context) <= room
+    needed = sum(len(p) for p, m in zip(pieces[:-1], messages, strict=False) if m.role == "system") + len(pieces[-1])
+    if needed <= room - 2:
+        fits = [
+            [p for n, (p, m) in enumerate(zip(pieces, messages, strict=True)) if m.role == "system" or n >= first]
+            for first in range(len(messages))
+        ]
+        best = next(kept for kept in fits if sum(map(len, kept)) <= room - 2)
+        assert context == [encoding.end, *(id for piece in best for id in piece), encoding.response_symbol]
+    elif room >= 8:
+        names = [CONTROL_SYMBOLS[id] for id in context if id in encoding.stop_ids]
+        assert names[-2] == {"system": "SYSTEM", "user": "USER", "assistant": "ASSISTANT"}[messages[-1].role]
+        assert set(names[1:-2]) <= {"SYSTEM"}
+        assert ("SYSTEM" in names[1:-2]) == any(message.role == "system" for message in messages[:-1])
+
+
+def test_a_system_message_outlives_a_long_conversation(encoding, tokenizer):
+    talk = [Message("user" if n % 2 else "assistant", f"the of {n}") for n in range(13)]
+    context = encoding.context([TALK[0], *talk], max_tokens=64)
+    parts = shown(encoding, tokenizer, context)
+    assert parts[1:3] == ["SYSTEM", "Be brief."]
+    assert parts[-3:] == ["ASSISTANT", "the of 12", "RESPONSE"]
+    example = encoding.generative([TALK[0], *talk], "it was", max_tokens=64)
+    assert shown(encoding, tokenizer, example.ids)[1:3] == ["SYSTEM", "Be brief."]
+
+
+def test_research_takes_the_room_that_the_conversation_leaves(encoding, tokenizer):
+    snippet = "the of and to in is was that for it " * 5
+    base, query, length = "for it", "the", len(tokenizer.encode(snippet))
+
+    def symbols(ids):
+        return [CONTROL_SYMBOLS[id] for id in ids if id in encoding.stop_ids]
+
+    for count in (1, 2, 4):
+        for room in (96, 200, 400):
+            ids = encoding.research_context(TALK[1:2], base, [(query, snippet)] * count, max_tokens=room)
+            whole = encoding.research_context(TALK[1:2], base, [(query, snippet)] * count)
+            assert symbols(ids) == symbols(whole)
+            assert len(ids) == min(room, len(whole))
+    long = [Message("user", snippet)] * 9
+    ids = encoding.research_context(long, base, [(query, snippet)] * 4, max_tokens=200)
+    begun = ids.index(encoding.response_symbol) + 1
+    assert len(ids) - begun == 100
+    assert begun > 100 - (length + 1)
+    ids = encoding.research_context(TALK[1:2], base, [(query, f"{n} {snippet}") for n in range(20)], max_tokens=128)
+    kept = symbols(ids).count("TS")
+    assert 2 <= kept < 20
+    assert symbols(ids) == ["end_of_document", "USER", "RESPONSE", *["TS", RESULT] * kept]
+    assert len(ids) <= 128
+    found = [part.split()[0] for part in shown(encoding, tokenizer, ids) if part[0].isdigit()]
+    assert found == [str(n) for n in range(20 - kept, 20)]
+
+
 def test_a_tokenizer_without_single_digits_is_refused(tokenizer):
     class Odd(Tokenizer):
         def encode(self, text):
