@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from lamda.best_effort import BestEffort
 from lamda.config.errors import RunError
 from lamda.config.schema import Config
 from lamda.data.loader import Loader, Step, merge_cursors
@@ -63,6 +64,11 @@ class Run:
     _health: Health = field(init=False)
     _stop_is_agreed: bool = False
     _stalled: float = 0.0
+    _quarantining: BestEffort = field(
+        default_factory=lambda: BestEffort(
+            "quarantine.jsonl cannot be updated", errors=(OSError, ValueError, KeyError, TypeError)
+        )
+    )
     _rows_scored: dict[int | None, int] = field(default_factory=dict)
 
     def train(self) -> None:
@@ -180,7 +186,8 @@ class Run:
         cursors = merge_cursors(gather(loader.cursors(self.state.consumed)))
         quarantined = gather(loader.quarantined())
         if self.world.is_main:
-            self._tell_quarantined(write_first(self.directory.quarantine, chain.from_iterable(quarantined)))
+            with self._quarantining:
+                self._tell_quarantined(write_first(self.directory.quarantine, chain.from_iterable(quarantined)))
         self._tell(self.saver.finish())
         ended = self.saver.begin(replace(self.state, cursors=cursors)) or (self.saver.finish() if wait else None)
         self._stalled += time.monotonic() - began

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
+import os
+from contextlib import AbstractContextManager, nullcontext
 from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lamda.durable import replace_file
-
-log = logging.getLogger(__name__)
+from lamda.best_effort import BestEffort
+from lamda.durable import sync_file
 
 PEAK_FLOPS = {
     "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12,
@@ -34,6 +34,8 @@ class MetricsFile:
     def __init__(self, path: Path, *, discarded: Path, step: int) -> None:
         self._path, self._discarded = path, discarded
         self._waiting = b""
+        self._writing = BestEffort(f"{path} takes no row", then="rows wait in memory, and training continues")
+        self._discarding = BestEffort(f"{discarded} cannot be written", then="the rows that are void now are lost")
         _discard_after(step, path, discarded)
         self._stream = path.open("ab", buffering=0)
 
@@ -44,7 +46,8 @@ class MetricsFile:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._flush()
-        self._stream.close()
+        with self._writing:
+            self._stream.close()
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one step; NaN and infinities, which JSON has not, become null."""
@@ -59,15 +62,13 @@ class MetricsFile:
         self._flush()
         self._stream.close()
         self._waiting = b""
-        _discard_after(step, self._path, self._discarded)
+        _discard_after(step, self._path, self._discarded, keeping=self._discarding)
         self._stream = self._path.open("ab", buffering=0)
 
     def _flush(self) -> None:
-        try:
+        with self._writing:
             while self._waiting:
                 self._waiting = self._waiting[self._stream.write(self._waiting) :]
-        except OSError as error:
-            log.warning("%s: a row waits for the disk (%s)", self._path, error.strerror)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -77,8 +78,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
 
 
-def _discard_after(step: int, path: Path, discarded: Path) -> None:
-    """Move the lines after `step`, and a torn last one, out of the way."""
+def _discard_after(
+    step: int, path: Path, discarded: Path, *, keeping: AbstractContextManager[object] | None = None
+) -> None:
+    """Move the lines after `step`, and a torn last one, out of the way: a full disk does not stand in it.
+
+    keeping: entered around the writing of `discarded`.
+    """
     if not path.exists():
         return
     lines = path.read_text("utf-8").split("\n")
@@ -86,6 +92,7 @@ def _discard_after(step: int, path: Path, discarded: Path) -> None:
     kept = [line for line in lines if json.loads(line)["step"] <= step]
     void = lines[len(kept) :] + ([torn] if torn else [])
     if void:
-        with discarded.open("a", encoding="utf-8") as stream:
+        with keeping or nullcontext(), discarded.open("a", encoding="utf-8") as stream:
             stream.writelines(line + "\n" for line in void)
-        replace_file(path, "".join(line + "\n" for line in kept))
+        os.truncate(path, sum(len(line.encode()) + 1 for line in kept))
+        sync_file(path)

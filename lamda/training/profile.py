@@ -8,6 +8,8 @@ from types import TracebackType
 import torch
 from torch.profiler import ProfilerActivity
 
+from lamda.best_effort import BestEffort
+
 
 class Profile:
     """Records steps `steps[0]` to `steps[1]`; use it as a context, which writes what it has at the end of a run."""
@@ -40,7 +42,8 @@ class Profile:
         if self._running is None:
             return
         first, last = self._steps
-        self._folder.mkdir(exist_ok=True)
-        self._running.stop()
-        self._running.export_chrome_trace(str(self._folder / f"steps-{first}-to-{last}.json.gz"))
-        self._running = None
+        running, self._running = self._running, None
+        with BestEffort(f"{self._folder}: the trace cannot be written", errors=Exception):
+            running.stop()
+            self._folder.mkdir(exist_ok=True)
+            running.export_chrome_trace(str(self._folder / f"steps-{first}-to-{last}.json.gz"))

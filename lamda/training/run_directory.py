@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import socket
 import time
@@ -11,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lamda.best_effort import BestEffort
 from lamda.config.errors import UserError
 from lamda.durable import read_object, replace_file, sync_file
 from lamda.storage import lock
 from lamda.storage.lock import RunLock
-
-log = logging.getLogger(__name__)
 
 Status = Literal["running", "finished", "preempted", "failed"]
 
@@ -98,15 +96,10 @@ class RunDirectory:
             raise UserError(f"run.dir {self.path}: cannot be written to ({error.strerror}); choose another") from error
 
     def write_status(self, status: Status, **details: Any) -> None:
-        """Tell in status.json how the run stands; the launcher's exit code does not.
-
-        A disk that takes no more is told in the log, and does not end the run.
-        """
+        """Tell in status.json how the run stands; the launcher's exit code does not."""
         content = {"status": status, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid(), **details}
-        try:
+        with BestEffort(f"status.json cannot say that the run is {status}"):
             replace_file(self.path / "status.json", json.dumps(content, indent=1))
-        except OSError as error:
-            log.warning("status.json cannot say that the run is %s (%s)", status, error.strerror)
 
     def read_status(self) -> dict[str, Any]:
         """What status.json says; nothing where it is not there, or holds no status."""
@@ -125,7 +118,9 @@ class RunDirectory:
     def note_skipped(self, window: tuple[int, int], *, step: int, reason: str) -> None:
         """Keep a window of the order that the run jumps over from now on, before any checkpoint tells of it."""
         noted = {"from": window[0], "to": window[1], "step": step, "reason": reason}
-        replace_file(self._skipped, json.dumps([*self._notes(), noted], indent=1))
+        then = "a run that ends before its next checkpoint meets these samples again, and goes back again"
+        with BestEffort(f"{self._skipped} cannot be written", then=then):
+            replace_file(self._skipped, json.dumps([*self._notes(), noted], indent=1))
 
     def skipped(self) -> tuple[tuple[int, int], ...]:
         """Every window that was noted here."""
