@@ -50,7 +50,10 @@ def first_of(found: Iterable[Quarantined]) -> list[Quarantined]:
 
 
 def write_first(path: Path, found: Iterable[Quarantined]) -> list[Quarantined]:
-    """Keep the first of what `path` holds already and what was found, a JSON object a line; returns what is new."""
+    """Keep the first of what `path` holds already and what was found, a JSON object a line; returns what is new.
+
+    In the file lines are counted from 1, as in every message.
+    """
     known = [_from_json(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
     kept = first_of([*known, *found])
     if kept != known:
@@ -59,11 +62,12 @@ def write_first(path: Path, found: Iterable[Quarantined]) -> list[Quarantined]:
 
 
 def _to_json(each: Quarantined) -> str:
-    return json.dumps({"lane": each.lane, "block": each.block, **each.bad._asdict()})
+    return json.dumps({"lane": each.lane, "block": each.block, **each.bad._asdict(), "line": each.bad.line + 1})
 
 
 def _from_json(line: str) -> Quarantined:
     values = json.loads(line)
+    values["line"] -= 1
     return Quarantined(values.pop("lane"), values.pop("block"), BadLine(**values))
 
 

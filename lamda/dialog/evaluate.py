@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--length", metavar="L", type=int, help="of rows, to compare runs that differ in it")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args(argv)
+    if options.examples is not None and options.examples < 1:
+        raise UserError(f"--examples {options.examples}: give a number of at least 1")
     report = evaluate_checkpoint(
         find_checkpoint(options.path), files=options.files, examples=options.examples, length=options.length
     )
-    print(json.dumps(report, indent=1) if options.json else "\n".join(table(report)))
+    print(json.dumps(_finite(report), indent=1, allow_nan=False) if options.json else "\n".join(table(report)))
     return 0
+
+
+def _finite(value: Any) -> Any:
+    """The report with null for what is no number, as where an attribute has ratings of one class alone."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def evaluate_checkpoint(

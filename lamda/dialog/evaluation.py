@@ -174,13 +174,18 @@ def _summed(items: Sequence[Item], found: NDArray[np.float64]) -> DialogScores:
 def table(report: dict[str, Any]) -> Iterator[str]:
     """The report as lines for a person."""
     loss, perplexity = report["loss"], report["perplexity"]
-    yield f"responses: {loss:.4f} nats a token, perplexity {perplexity:.2f} ({report['tokens']:,} tokens)"
+    if report["tokens"]:
+        yield f"responses: {loss:.4f} nats a token, perplexity {perplexity:.2f} ({report['tokens']:,} tokens)"
+    else:
+        yield "responses: none among these examples"
     if report["attributes"]:
         heads = {"AUC": 7, "95% interval": 18, "accuracy": 10, "commoner": 10, "ECE": 8, "of 1": 8, "of 0": 8}
         yield f"{'rating':14}" + "".join(f"{head:>{width}}" for head, width in heads.items())
     for name, part in report["attributes"].items():
         low, high = part["auc_interval"]
+        interval = "one class alone" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
+        area = "-" if math.isnan(part["auc"]) else f"{part['auc']:.3f}"
         yield (
-            f"{name:14}{part['auc']:7.3f}{f'{low:.3f} to {high:.3f}':>18}{part['accuracy']:10.3f}"
+            f"{name:14}{area:>7}{interval:>18}{part['accuracy']:10.3f}"
             f"{part['commoner_class']:10.3f}{part['calibration_error']:8.3f}{part['positives']:8,}{part['negatives']:8,}"
         )

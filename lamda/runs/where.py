@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,20 @@ from lamda.training.state import RunState
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of a dialogue's example: a control symbol with the text after it, or text where targets begin or end."""
+
+    symbol: str | None
+    text: str
+    is_target: bool
+
+
+@dataclass(frozen=True)
 class Piece:
-    """A stretch of a row: tokens `first` to `last` of the document at a file's line (counted from 1)."""
+    """A stretch of a row: tokens `first` to `last` of the document at a file's line (counted from 1).
+
+    parts: of an example of a dialogue, in order; empty for text.
+    """
 
     file: str
     line: int
@@ -35,6 +48,7 @@ class Piece:
     first: int
     last: int
     text: str
+    parts: tuple[Part, ...] = ()
 
 
 def main(argv: list[str]) -> int:
@@ -47,12 +61,13 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     for row, pieces in where(RunDirectory(options.run), step=options.step, row=options.row):
         if options.json:
-            print(json.dumps({"step": options.step, "row": row, "pieces": [vars(piece) for piece in pieces]}))
+            print(json.dumps({"step": options.step, "row": row, "pieces": [asdict(piece) for piece in pieces]}))
         else:
             print(f"step {options.step}, row {row}")
             for piece in pieces:
                 place = f"{piece.file}, line {piece.line}, tokens {piece.first} to {piece.last}"
-                print(f"--- {place} ({piece.domain}, epoch {piece.epoch})\n{piece.text}")
+                print(f"--- {place} ({piece.domain}, epoch {piece.epoch})")
+                print("\n".join(map(_line, piece.parts)) if piece.parts else piece.text)
     return 0
 
 
@@ -103,7 +118,9 @@ def _pieces(block: Block, row: int, corpus: Corpus, lane: int, tokenizer: Tokeni
     pieces = []
     for run in block.runs[(block.runs["row"] == row) & (block.runs["document"] >= 0)]:
         document = block.documents[run["document"]]
-        ids = block.ids[row, run["start"] : run["start"] + run["length"]]
+        place = slice(run["start"], run["start"] + run["length"])
+        ids = block.ids[row, place]
+        mask = None if block.loss_mask is None else block.loss_mask[row, place]
         pieces.append(
             Piece(
                 file=corpus.lanes[lane].shares[document.file].file.url,
@@ -113,6 +130,22 @@ def _pieces(block: Block, row: int, corpus: Corpus, lane: int, tokenizer: Tokeni
                 first=int(run["token"]),
                 last=int(run["token"] + run["length"] - 1),
                 text=tokenizer.decode(ids),
+                parts=() if mask is None else tuple(_parts(ids, mask, tokenizer)),
             )
         )
     return pieces
+
+
+def _parts(ids: np.ndarray, is_target: np.ndarray, tokenizer: Tokenizer) -> Iterator[Part]:
+    """Ids in parts that begin with each control symbol, and where targets begin or end."""
+    names = {id: name for name, id in tokenizer.symbols.items()}
+    starts = [n for n, id in enumerate(ids) if n == 0 or int(id) in names or is_target[n] != is_target[n - 1]]
+    for start, stop in pairwise([*starts, len(ids)]):
+        symbol = names.get(int(ids[start]))
+        yield Part(symbol, tokenizer.decode(ids[start:stop]), bool(is_target[start]))
+
+
+def _line(part: Part) -> str:
+    """A part for a person: `*` before what is a target, the symbol, the text with its further lines indented."""
+    text = part.text.replace("\n", "\n" + " " * 18)
+    return f"{'*' if part.is_target else ' '} {part.symbol or '':15} {text}".rstrip()

@@ -1,15 +1,18 @@
 """A whole fine-tuning: from a checkpoint's weights, on two ranks, stopped and gone on with on one, the same run."""
 
+import io
 import json
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from lamda.cli import main
 from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.dialog.conversation import ATTRIBUTES
 from lamda.dialog.evaluate import evaluate_checkpoint
+from lamda.dialog.evaluate import main as evaluate
 from lamda.model import LaMDA
 from lamda.model.initialisation import initialise
 from lamda.runs.where import where
@@ -56,7 +59,7 @@ def finetune(place, run, *more, world):
     return ranks[0].stdout
 
 
-def test_a_stopped_run_goes_on_with_other_ranks_to_the_same_weights(place):
+def test_a_stopped_run_goes_on_with_other_ranks_to_the_same_weights(place, monkeypatch):
     finetune(place, "broken", "--train.steps", "4", "--train.schedule", "wsd", "--train.decay_fraction", "0", world=2)
     finetune(place, "broken", "--train.schedule", "wsd", "--train.decay_fraction", "0", world=1)
     told = finetune(place, "alone", "--train.schedule", "wsd", "--train.decay_fraction", "0", world=1)
@@ -74,12 +77,30 @@ def test_a_stopped_run_goes_on_with_other_ranks_to_the_same_weights(place):
         (entry["line"], entry["reason"])
         for entry in map(json.loads, (place / "alone/quarantine.jsonl").read_text().splitlines())
     }
-    assert bad == (7, "message 1: role is 'bot', not one of system, user, assistant, tool")
+    assert bad == (8, "message 1: role is 'bot', not one of system, user, assistant, tool")
+    for count, text in (("0", "at least 1"), ("-3", "at least 1")):
+        with pytest.raises(UserError, match=text):
+            evaluate([str(place / "alone"), "--examples", count])
     report = evaluate_checkpoint(place / "alone/checkpoints/step-00000006", files=None, examples=None)
     assert report["perplexity"] == pytest.approx(final["eval/perplexity"], rel=1e-4)
     (_, pieces), *_ = where(RunDirectory(place / "alone"), step=6, row=0)
     assert {piece.domain for piece in pieces} <= {"generative", "research", *ATTRIBUTES}
     assert all(piece.file == f"{place}/train.jsonl" for piece in pieces)
+    for piece in pieces:
+        assert "".join(part.text for part in piece.parts) == piece.text
+        symbols = [part.symbol for part in piece.parts]
+        assert "RESPONSE" in symbols
+        assert [part.is_target for part in piece.parts] == sorted(part.is_target for part in piece.parts)
+        targets = [part for part in piece.parts if part.is_target]
+        if piece.domain in ATTRIBUTES:
+            assert [(part.symbol, part.text) for part in targets] in ([(None, "0")], [(None, "1")])
+            assert symbols[-2] == piece.domain.upper()
+        else:
+            assert len(targets) >= 1
+    monkeypatch.setattr("sys.stdout", shown := io.StringIO())
+    assert main(["where", str(place / "alone"), "--step", "6", "--row", "0"]) == 0
+    assert "\n* " in shown.getvalue()
+    assert "\n  RESPONSE" in shown.getvalue()
 
 
 def test_a_start_gives_its_dimensions_and_tokenizer_and_refuses_others(place):
@@ -91,3 +112,18 @@ def test_a_start_gives_its_dimensions_and_tokenizer_and_refuses_others(place):
     other = {"model": {"weights": str(place / "pretrained"), "d_model": 64}, "train": {"steps": 1}}
     with pytest.raises(UserError, match="d_model is 64, there 32; leave these model keys out"):
         with_start(Config.model_validate(other))
+
+
+def test_ratings_of_one_class_alone_are_null_for_a_program_and_named_for_a_person(place, tmp_path, capsys):
+    entry = {"role": "assistant", "content": "", "labels": {"unsafe": 0}}
+    (tmp_path / "one.jsonl").write_text(json.dumps({"messages": [entry]}) + "\n")
+    words = [str(place / "pretrained"), "--files", str(tmp_path / "one.jsonl")]
+    assert evaluate([*words, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert (report["loss"], report["perplexity"], report["tokens"]) == (None, None, 0)
+    assert report["attributes"]["unsafe"]["auc_interval"] == [None, None]
+    assert evaluate(words) == 0
+    shown = capsys.readouterr().out
+    assert "responses: none" in shown
+    assert "one class alone" in shown
+    assert "nan" not in shown
