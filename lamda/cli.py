@@ -102,8 +102,11 @@ COMMANDS = {
 --without-key          let other machines in without one
 --allow-host NAME      a name beside localhost by which clients call this server; may be given again
 --max-tokens N         of a prompt and of an answer at the most; default 2048
+--chat-only            without /v1/completions, whose texts no filter sees
 --requests N           at work at the same time, one more is refused; default 64
---seconds S            that a request may take; default 120
+--total-tokens N       whose keys and values all requests may hold together; default 262144
+--connections N        open at the same time; default 1024
+--seconds S            that the work for a request may take; default 120
 {usage.DETAILS}""",
     ),
     "plan": Command(

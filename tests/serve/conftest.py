@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import uvicorn
 
-from lamda.dialog.server.app import create_app
+from lamda.dialog.server.app import App
+from lamda.dialog.server.connections import Server
 from lamda.dialog.server.guard import LOOPBACK
-from lamda.dialog.server.service import Limits, Service
+from lamda.dialog.server.limits import Limits
+from lamda.dialog.server.service import Service
 from lamda.dialog.speaker import Manner
 from lamda.inference.loading import LoadedModel, load_run
 from lamda.inference.sampling import Sampling
@@ -46,21 +47,20 @@ def make_service(loaded: LoadedModel, **limits: float) -> Service:
 
 
 @contextmanager
-def serving(service: Service, *, key: str | None = KEY) -> Iterator[str]:
+def serving(service: Service, *, key: str | None = KEY, **options: bool) -> Iterator[str]:
     """Its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    config = uvicorn.Config(create_app(service, hosts=LOOPBACK, key=key), port=port, log_level="warning")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = Server(App(service, hosts=LOOPBACK, key=key, **options))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.fixture(scope="session")

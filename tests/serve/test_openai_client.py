@@ -107,7 +107,7 @@ def test_models_are_listed(client):
         ("text", {"stream": True, "max_tokens": 601}, openai.BadRequestError, "at most 600"),
         ("chat", {"n": 2}, openai.BadRequestError, "a chat has one answer"),
         ("chat", {"stop": "x"}, openai.BadRequestError, "stop: not supported here"),
-        ("chat", {"tools": [{"type": "function"}]}, openai.BadRequestError, "tools: is not a parameter"),
+        ("chat", {"tools": [{"type": "function"}]}, openai.BadRequestError, "tools: is not supported"),
         ("chat", {"messages": [{"role": "tool", "content": "x"}]}, openai.BadRequestError, "messages.0.role"),
         ("chat", {"messages": [{"role": "assistant", "content": "x"}]}, openai.BadRequestError, "end with the user's"),
         ("chat", {"messages": []}, openai.BadRequestError, "messages: "),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,17 +11,14 @@ import pytest
 
 from lamda.dialog.ranking import Scored
 from lamda.dialog.research import Step
-from lamda.dialog.server.app import create_app
-from lamda.dialog.server.guard import LOOPBACK
-from lamda.dialog.server.service import Service
+from lamda.dialog.server.service import Service, Spoken
 from lamda.dialog.speaker import REFUSAL, Manner, Reply
 from lamda.dialog.tools.result import Result
 from lamda.inference.loading import load_run
 from lamda.inference.sampling import Sampling
 from tests.chromium import PICTURES, browser, sync_api  # noqa: F401 - a fixture
 from tests.random_run import write_run
-
-uvicorn = pytest.importorskip("uvicorn")
+from tests.serve.conftest import serving
 
 MARKUP = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
 
@@ -58,12 +53,12 @@ class Prepared(Service):
     """Some messages have a prepared reply; `wait` takes its time; all others are the model's."""
 
     def reply(self, asked, *, ticket):
-        text = asked.messages[-1].content
+        text = asked.messages[-1].to_message().content
         if text == "wait":
             while True:
                 ticket.check()
                 time.sleep(0.05)
-        return (REPLIES[text], "stop") if text in REPLIES else super().reply(asked, ticket=ticket)
+        return Spoken(REPLIES[text], "stop", 0) if text in REPLIES else super().reply(asked, ticket=ticket)
 
 
 @pytest.fixture(scope="module")
@@ -74,18 +69,8 @@ def service(tmp_path_factory, tokenizer_path):
 
 
 def _serve(service: Service, *, key: str | None) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    app = create_app(service, hosts=LOOPBACK, key=key)
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{port}/"
-    server.should_exit = True
-    thread.join(timeout=10)
+    with serving(service, key=key) as address:
+        yield f"{address}/"
 
 
 @pytest.fixture(scope="module")

@@ -2,275 +2,183 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
-from lamda.config.errors import UserError
-from lamda.dialog.server.guard import Guard
+from lamda.dialog.server.admission import Admission, Place
+from lamda.dialog.server.answering import Answer, Endpoint, OnText, Record
+from lamda.dialog.server.guard import Guard, Receive, Scope, Send
 from lamda.dialog.server.metrics import Metrics
-from lamda.dialog.server.protocol import ChatRequest, CompletionRequest, Refused, parse
-from lamda.dialog.server.scheduler import Abandoned, Ticket, TooLong
+from lamda.dialog.server.protocol import ChatRequest, CompletionRequest, Refused, shortened
 from lamda.dialog.server.service import Service
-
-log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "static"
 
-Answer = TypeVar("Answer")
-Emit = Callable[[dict[str, Any]], None]
 
+class App:
+    """The whole server as an ASGI application.
 
-def create_app(service: Service, *, hosts: frozenset[str], key: str | None) -> Guard:
-    """The whole server as an ASGI application. hosts, key: as `Guard`."""
-    server = Server(service)
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=server.lifespan)
-    app.post("/v1/completions", response_model=None)(server.completions)
-    app.post("/v1/chat/completions", response_model=None)(server.chat)
-    app.get("/v1/models")(server.models)
-    app.get("/v1/models/{name:path}", response_model=None)(server.model)
-    app.get("/health")(server.health)
-    app.get("/metrics", response_model=None)(server.metrics_text)
-    app.get("/", response_model=None)(_page)
-    app.mount("/static", StaticFiles(directory=PAGE, check_dir=False))
-    app.exception_handler(Refused)(_refused)
-    app.exception_handler(HTTPException)(_not_here)
-    return Guard(app, hosts=hosts, key=key, max_bytes=service.limits.bytes)
+    Attributes:
+        limits: of its service.
+        metrics: its figures.
+    """
 
-
-class Server:
-    """The routes of one service."""
-
-    def __init__(self, service: Service) -> None:
-        self._service, self._metrics = service, Metrics(service.scheduler)
+    def __init__(self, service: Service, *, hosts: frozenset[str], key: str | None, chat_only: bool = False) -> None:
+        """hosts, key: as `Guard`. chat_only: without /v1/completions, whose texts no filter sees."""
+        self.limits = service.limits
+        self._service, self._admission = service, Admission(service.limits)
+        self.metrics = Metrics(service.scheduler, self._admission)
         self._pool = ThreadPoolExecutor(service.limits.requests, thread_name_prefix="request")
-        self._started, self._requests = int(time.time()), 0
+        self._started = int(time.time())
+        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=self._lifespan)
+        for path, kind, answerer in (
+            ("/v1/chat/completions", ChatRequest, _Chat),
+            *([] if chat_only else [("/v1/completions", CompletionRequest, _Completion)]),
+        ):
+            app.routes.append(Route(path, self._endpoint(kind, answerer), methods=["POST"]))
+        app.get("/v1/models")(self._models)
+        app.get("/v1/models/{name:path}", response_model=None)(self._one_model)
+        app.get("/health")(self._health)
+        app.get("/metrics", response_model=None)(self._metrics_text)
+        app.get("/", response_model=None)(_page)
+        app.mount("/static", StaticFiles(directory=PAGE, check_dir=False))
+        app.exception_handler(Refused)(_refused)
+        app.exception_handler(HTTPException)(_not_here)
+        self._guard = Guard(app, hosts=hosts, key=key, limits=service.limits, metrics=self.metrics)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        await self._guard(scope, receive, send)
+
+    def end(self) -> int:
+        """Whoever is at work or comes from now on gets 503; how many are at work."""
+        self._guard.end()
+        return self._admission.end()
+
+    def _endpoint(self, kind: Any, answerer: type[_Answerer]) -> Endpoint:
+        def understood(asked: Any) -> _Answerer:
+            self._check_name(asked.model)
+            return answerer(self._service, self.metrics, asked)
+
+        return Endpoint(kind, understood, self._admission, self._pool, self.limits, self.metrics)
 
     @asynccontextmanager
-    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+    async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Ends the scheduler with the server."""
         yield
         self._service.scheduler.close()
         self._pool.shutdown(cancel_futures=True)
 
-    async def completions(self, request: Request) -> Response:
-        """`POST /v1/completions`."""
-        asked = parse(CompletionRequest, await request.body())
-        head = self._head("text_completion", "cmpl", asked.model)
-
-        def record(choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-            return {**head, "choices": choices, **more}
-
-        def choice(index: int, text: str, reason: str | None = None) -> dict[str, Any]:
-            return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
-
-        def streamed(ticket: Ticket, emit: Emit) -> dict[str, int]:
-            found, given = self._service.complete(
-                asked, ticket=ticket, on_text=lambda number, text: emit(record([choice(number, text)]))
-            )
-            for number, each in enumerate(found):
-                emit(record([choice(number, "", each.reason)]))
-            return self._usage(given, sum(each.tokens for each in found))
-
-        if asked.stream:
-            return await self._stream(request, streamed, record, asked)
-        found, given = await self._answer(request, lambda ticket: self._service.complete(asked, ticket=ticket))
-        usage = self._usage(given, sum(each.tokens for each in found))
-        choices = [choice(number, each.text, each.reason) for number, each in enumerate(found)]
-        return JSONResponse(record(choices, usage=usage))
-
-    async def chat(self, request: Request) -> Response:
-        """`POST /v1/chat/completions`; the field `lamda` has candidates, scores, steps and sources."""
-        asked = parse(ChatRequest, await request.body())
-        kind = "chat.completion.chunk" if asked.stream else "chat.completion"
-        head = self._head(kind, "chatcmpl", asked.model)
-
-        def record(choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-            return {**head, "choices": choices, **more}
-
-        def answer(ticket: Ticket) -> tuple[str, dict[str, Any], str, dict[str, int]]:
-            reply, reason = self._service.reply(asked, ticket=ticket)
-            spoken = self._service.count_tokens(reply.text)
-            usage = self._usage(self._service.count_tokens(*(m.to_message().content for m in asked.messages)), spoken)
-            return reply.text, reply.to_record(), reason, usage
-
-        def streamed(ticket: Ticket, emit: Emit) -> dict[str, int]:
-            text, lamda, reason, usage = answer(ticket)
-            delta = {"role": "assistant", "content": text}
-            emit(record([{"index": 0, "delta": delta, "finish_reason": None}]))
-            emit(record([{"index": 0, "delta": {}, "finish_reason": reason}], lamda=lamda))
-            return usage
-
-        if asked.stream:
-            return await self._stream(request, streamed, record, asked)
-        text, lamda, reason, usage = await self._answer(request, answer)
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choices = [{"index": 0, "message": message, "logprobs": None, "finish_reason": reason}]
-        return JSONResponse(record(choices, usage=usage, lamda=lamda))
-
-    async def models(self) -> dict[str, Any]:
-        """`GET /v1/models`."""
+    async def _models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self._model()]}
 
-    async def model(self, name: str) -> dict[str, Any]:
-        """`GET /v1/models/NAME`."""
+    async def _one_model(self, name: str) -> dict[str, Any]:
         self._check_name(name)
         return self._model()
 
-    async def health(self) -> dict[str, str]:
-        """`GET /health`."""
+    async def _health(self) -> dict[str, str]:
         return {"status": "ok"}
 
-    async def metrics_text(self) -> Response:
-        """`GET /metrics`, in Prometheus' text form."""
-        return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    async def _metrics_text(self) -> Response:
+        """In Prometheus' text form."""
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     def _model(self) -> dict[str, Any]:
         return {"id": self._service.name, "object": "model", "created": self._started, "owned_by": "open-lamda"}
 
     def _check_name(self, name: str) -> None:
         if name != self._service.name:
-            raise Refused(404, f"there is no model {name!r}; this server has {self._service.name!r}", param="model")
+            raise Refused(
+                404, f"there is no model {shortened(name)}; this server has {self._service.name!r}", param="model"
+            )
 
-    def _head(self, kind: str, prefix: str, name: str) -> dict[str, Any]:
-        self._check_name(name)
-        return {
-            "id": f"{prefix}-{uuid.uuid4().hex}",
-            "object": kind,
+
+class _Answerer:
+    """What both kinds of answers share."""
+
+    kind: str
+    prefix: str
+
+    def __init__(self, service: Service, metrics: Metrics, asked: Any) -> None:
+        self.service, self.metrics, self.asked = service, metrics, asked
+        self._head = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "object": self.kind + (".chunk" if asked.stream and self.kind == "chat.completion" else ""),
             "created": int(time.time()),
-            "model": name,
+            "model": asked.model,
         }
 
-    def _usage(self, prompt: int, completion: int) -> dict[str, int]:
-        self._metrics.tokens.labels("prompt").inc(prompt)
-        self._metrics.tokens.labels("completion").inc(completion)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    def record(self, choices: list[Record], **more: Any) -> Record:
+        """An answer, or an event of a stream."""
+        return {**self._head, "choices": choices, **more}
 
-    @contextmanager
-    def _place(self) -> Iterator[Ticket]:
-        """A place among the requests at work. Raises Refused where all are taken."""
-        limits = self._service.limits
-        if self._requests >= limits.requests:
-            self._metrics.requests.labels("429").inc()
-            raise Refused(429, f"{limits.requests} requests are at work: try again soon")
-        self._requests += 1
-        self._metrics.at_work.inc()
-        ticket = Ticket(seconds=limits.seconds)
-        try:
-            yield ticket
-        finally:
-            ticket.abandon()
-            self._requests -= 1
-            self._metrics.at_work.dec()
-
-    async def _answer(self, request: Request, work: Callable[[Ticket], Answer]) -> Answer:
-        """What `work` gives, done in a thread, unless the client leaves."""
-        with self._place() as ticket, self._metrics.seconds.time():
-            working = asyncio.get_running_loop().run_in_executor(self._pool, work, ticket)
-            leaving = asyncio.create_task(_leaving(request))
-            try:
-                await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-                if not working.done():
-                    ticket.abandon()
-                answer = await working
-            except Exception as error:
-                raise self._told(error) from error
-            finally:
-                leaving.cancel()
-        self._metrics.requests.labels("200").inc()
-        return answer
-
-    async def _stream(
-        self,
-        request: Request,
-        work: Callable[[Ticket, Emit], dict[str, int]],
-        record: Callable[..., dict[str, Any]],
-        asked: ChatRequest | CompletionRequest,
-    ) -> Response:
-        """Server-sent events of what `work` emits. What fails before the first one has a status of its own."""
-        events = self._events(request, work, record, asked)
-        first = await anext(events)
-
-        async def lines() -> AsyncIterator[str]:
-            try:
-                yield f"data: {json.dumps(first)}\n\n"
-                async for event in events:
-                    yield f"data: {json.dumps(event)}\n\n"
-                yield "data: [DONE]\n\n"
-            except Refused as refused:
-                yield f"data: {json.dumps(refused.to_record())}\n\n"
-            finally:
-                await events.aclose()
-
-        return StreamingResponse(lines(), media_type="text/event-stream")
-
-    async def _events(
-        self,
-        request: Request,
-        work: Callable[[Ticket, Emit], dict[str, int]],
-        record: Callable[..., dict[str, Any]],
-        asked: ChatRequest | CompletionRequest,
-    ) -> AsyncIterator[dict[str, Any]]:
-        loop, emitted = asyncio.get_running_loop(), asyncio.Queue[dict[str, Any] | None]()
-
-        def put(event: dict[str, Any] | None) -> None:
-            loop.call_soon_threadsafe(emitted.put_nowait, event)
-
-        def run(ticket: Ticket) -> dict[str, int]:
-            try:
-                return work(ticket, put)
-            finally:
-                put(None)
-
-        with self._place() as ticket, self._metrics.seconds.time():
-            working = loop.run_in_executor(self._pool, run, ticket)
-            leaving = asyncio.create_task(_leaving(request, ticket))
-            try:
-                while (event := await emitted.get()) is not None:
-                    yield event
-                usage = await working
-            except Exception as error:
-                raise self._told(error) from error
-            finally:
-                leaving.cancel()
-        self._metrics.requests.labels("200").inc()
-        if asked.stream_options is not None and asked.stream_options.include_usage:
-            yield record([], usage=usage)
-
-    def _told(self, error: Exception) -> Refused:
-        """What the client is told of a failure; a defect of ours goes to the log."""
-        if isinstance(error, UserError):
-            error = Refused(400, str(error))
-        elif isinstance(error, TooLong):
-            error = Refused(504, f"the request took longer than {self._service.limits.seconds:g} seconds")
-        elif isinstance(error, Abandoned):
-            error = Refused(499, "the client has gone")
-        elif not isinstance(error, Refused):
-            log.error("a request failed", exc_info=error)
-            error = Refused(500, "the server failed; its log says why")
-        self._metrics.requests.labels(str(error.status)).inc()
-        return error
+    def answer(self, choices: list[Record], events: list[Record], prompt: int, completion: int, **more: Any) -> Answer:
+        """With its usage, which is counted here."""
+        self.metrics.tokens.labels("prompt").inc(prompt)
+        self.metrics.tokens.labels("completion").inc(completion)
+        usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        if self.asked.stream_options is not None and self.asked.stream_options.include_usage:
+            events = [*events, self.record([], usage=usage)]
+        return Answer(self.record(choices, usage=usage, **more), events)
 
 
-async def _leaving(request: Request, ticket: Ticket | None = None) -> None:
-    """Returns when the client has gone, and tells the ticket."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    if ticket is not None:
-        ticket.abandon()
+class _Completion(_Answerer):
+    """Of `POST /v1/completions`."""
+
+    kind, prefix = "text_completion", "cmpl"
+
+    def __call__(self, place: Place, on_text: OnText | None) -> Answer:
+        found, given = self.service.complete(self.asked, ticket=place, on_text=on_text)
+        return self.answer(
+            [_choice(number, each.text, each.reason) for number, each in enumerate(found)],
+            [self.record([_choice(number, "", each.reason)]) for number, each in enumerate(found)],
+            given,
+            sum(each.tokens for each in found),
+        )
+
+    def piece(self, number: int, text: str) -> Record:
+        """An event."""
+        return self.record([_choice(number, text, None)])
+
+
+class _Chat(_Answerer):
+    """Of `POST /v1/chat/completions`; the field `lamda` has candidates, scores, steps, sources and the context."""
+
+    kind, prefix = "chat.completion", "chatcmpl"
+
+    def __call__(self, place: Place, _: OnText | None) -> Answer:
+        spoken = self.service.reply(self.asked, ticket=place)
+        text, lamda = spoken.reply.text, spoken.reply.to_record()
+        message = {"role": "assistant", "content": text, "refusal": None}
+        end = {"index": 0, "delta": {}, "finish_reason": spoken.reason}
+        return self.answer(
+            [{"index": 0, "message": message, "logprobs": None, "finish_reason": spoken.reason}],
+            [self.piece(0, text), self.record([end], lamda=lamda)],
+            spoken.reply.context_tokens,
+            spoken.tokens,
+            lamda=lamda,
+        )
+
+    def piece(self, number: int, text: str) -> Record:
+        """An event."""
+        delta = {"role": "assistant", "content": text}
+        return self.record([{"index": number, "delta": delta, "finish_reason": None}])
+
+
+def _choice(number: int, text: str, reason: str | None) -> Record:
+    return {"index": number, "text": text, "logprobs": None, "finish_reason": reason}
 
 
 async def _page() -> Response:
@@ -286,7 +194,5 @@ async def _refused(_: Request, refused: Exception) -> Response:
 
 async def _not_here(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse(
-        Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}").to_record(),
-        error.status_code,
-    )
+    refused = Refused(error.status_code, f"{request.method} {shortened(request.scope['path'])}: {error.detail}")
+    return JSONResponse(refused.to_record(), error.status_code)

@@ -12,6 +12,7 @@ from pathlib import Path
 from lamda import console
 from lamda.config.errors import UserError, all_of
 from lamda.dialog.options import add_options, manner_of, toolset_of
+from lamda.dialog.server.limits import Limits
 from lamda.inference.loading import load_run
 
 KEY_VARIABLE = "LAMDA_API_KEY"
@@ -28,13 +29,13 @@ def main(argv: list[str]) -> int:
         lambda: check_exposure(options.host, key=key, is_meant=options.without_key),
         lambda: _check_limits(options),
     )
-    import uvicorn
-
-    from lamda.dialog.server.app import create_app
+    from lamda.dialog.server.app import App
+    from lamda.dialog.server.connections import Server
     from lamda.dialog.server.guard import LOOPBACK
-    from lamda.dialog.server.service import Limits, Service
+    from lamda.dialog.server.service import Service
 
     manner, toolset = manner_of(options), toolset_of(options)
+    listening = _listen(options.host, options.port)
     loaded = load_run(options.run, int8=options.int8)
     service = Service(
         loaded.model,
@@ -49,17 +50,22 @@ def main(argv: list[str]) -> int:
             candidates=max(options.candidates, Limits.candidates),
             seconds=options.seconds,
             requests=options.requests,
+            total_tokens=options.total_tokens,
+            connections=options.connections,
         ),
     )
-    app = create_app(service, hosts=LOOPBACK | {options.host, *options.allow_host}, key=key)
+    hosts = LOOPBACK | {options.host, *options.allow_host}
+    app = App(service, hosts=hosts, key=key, chat_only=options.chat_only)
     console.outlive()
-    listening = _listen(options.host, options.port)
-    print(f"{loaded.path.name} of {options.run} answers on {_address(options.host, options.port)}", flush=True)
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5
-    )
-    uvicorn.Server(config).run(sockets=[listening])
+    gigabytes = options.total_tokens * service.token_bytes / 1e9
+    print(f"{loaded.path.name} of {options.run} answers on {_address(options.host, options.port)}")
+    print(f"{options.total_tokens:,} tokens of all requests together take up to {gigabytes:.1f} GB", flush=True)
+    Server(app, on_end=_say_end).run(sockets=[listening])
     return 0
+
+
+def _say_end(at_work: int) -> None:
+    print(f"ending: {at_work} requests at work get 503", flush=True)
 
 
 def read_key(file: Path | None) -> str | None:
@@ -73,9 +79,12 @@ def read_key(file: Path | None) -> str | None:
             raise UserError(f"--key-file {file}: cannot be read ({error})") from error
     if key is None:
         return None
-    if not key.strip():
+    key = key.strip()
+    if not key:
         raise UserError(f"{place}: the key is empty; put one in, or take the option away")
-    return key.strip()
+    if not all("!" <= character <= "~" or character == " " for character in key):
+        raise UserError(f"{place}: a header cannot carry this key: use one line of printable ASCII characters")
+    return key
 
 
 def check_exposure(host: str, *, key: str | None, is_meant: bool) -> None:
@@ -104,7 +113,7 @@ def _listen(host: str, port: int) -> socket.socket:
 def _check_limits(options: argparse.Namespace) -> None:
     problems = [
         f"--{name.replace('_', '-')} is {value}: give at least 1"
-        for name in ("max_tokens", "requests", "seconds")
+        for name in ("max_tokens", "requests", "seconds", "total_tokens", "connections")
         if not (value := getattr(options, name)) >= 1
     ]
     if problems:
@@ -124,8 +133,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--key-file", type=Path)
     parser.add_argument("--without-key", action="store_true")
     parser.add_argument("--allow-host", action="append", default=[])
-    parser.add_argument("--max-tokens", type=int, default=2048)
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--chat-only", action="store_true")
+    limits = Limits()
+    parser.add_argument("--max-tokens", type=int, default=limits.tokens)
+    parser.add_argument("--requests", type=int, default=limits.requests)
+    parser.add_argument("--total-tokens", type=int, default=limits.total_tokens)
+    parser.add_argument("--connections", type=int, default=limits.connections)
+    parser.add_argument("--seconds", type=float, default=limits.seconds)
     add_options(parser)
     return parser

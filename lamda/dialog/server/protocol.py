@@ -2,29 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from lamda.dialog.conversation import Message
-
-Stops = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=4)]
+from lamda.dialog.server.limits import KEYS, MESSAGES, PARTS, PROBLEMS, STOPS, STRUCTURE
+from lamda.inference.sampling import PENALTIES, TEMPERATURES
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0,),
+    "frequency_penalty": (0, 0.0),
     "function_call": ("none",),
+    "functions": ([],),
     "logit_bias": ({},),
     "logprobs": (False,),
+    "metadata": ({},),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
-    "presence_penalty": (0,),
+    "prediction": (),
+    "presence_penalty": (0, 0.0),
+    "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
     "store": (False,),
-    "tool_choice": ("none",),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
 }
-"""Parameters that are not supported, and the values that ask for nothing."""
+"""OpenAI's parameters that are not supported, and the values of each that ask for nothing, as null does."""
+
+_NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "refusal": (),
+    "tool_calls": ([],),
+}
+"""The same inside a message, as the official client writes an answer that it sends back."""
 
 
 class Refused(Exception):  # noqa: N818 - an answer, not a defect
@@ -41,41 +72,78 @@ class Refused(Exception):  # noqa: N818 - an answer, not a defect
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": None}}
 
 
+def shortened(text: str) -> str:
+    """A client's own text as a message repeats it: in quotes, and its beginning alone where it is long."""
+    return repr(text if len(text) <= 100 else text[:100] + "...")
+
+
+def _asking(values: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """The values that ask for something. 0 and False are not the same: `logprobs: 0` does ask. Raises ValueError."""
+    if len(values) > KEYS:
+        raise ValueError(f"has {len(values):,} keys: at most {KEYS}")
+
+    def asks(name: str, value: object) -> bool:
+        return not any(type(value) is type(none) and value == none for none in (None, *neutral.get(name, ())))
+
+    return {name: value for name, value in values.items() if asks(name, value)}
+
+
+def _at_most(most: int) -> BeforeValidator:
+    """Refuses a longer list before its elements are looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list) and len(value) > most:
+            raise ValueError(f"has {len(value):,} elements: at most {most:,}")
+        return value
+
+    return BeforeValidator(check)
+
+
+# The first wrong element ends the search (FailFast): the work is not proportional to what is wrong.
+Stops = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], FailFast(), _at_most(STOPS)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class StreamOptions(_Strict):
-    """How a stream ends."""
+    """How a stream ends; `include_obfuscation` asks for padding, which there is none of."""
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class _Asked(_Strict):
-    """What both kinds of requests share; `user` names the end user and changes nothing."""
+    """What both kinds of requests share; what names the end user or a cache changes nothing."""
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(40, ge=0)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=PENALTIES[0], le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int = Field(1, ge=1)
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: Stops = Field(default_factory=list)
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _without_neutral(cls, values: Any) -> Any:
         """Null is OpenAI's word for the default, and so are values that ask for nothing."""
-        if not isinstance(values, dict):
-            return values
-        return {
-            name: value for name, value in values.items() if value is not None and value not in _NEUTRAL.get(name, ())
-        }
+        return _asking(values, _NEUTRAL) if isinstance(values, dict) else values
+
+    @field_validator("temperature")
+    @classmethod
+    def _not_denormal(cls, value: float) -> float:
+        if 0 < value < TEMPERATURES[0]:
+            raise ValueError(f"give 0 (likeliest), or at least {TEMPERATURES[0]:g}")
+        return value
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -93,10 +161,23 @@ class _Asked(_Strict):
 Asked = TypeVar("Asked", bound=_Asked)
 
 
-class CompletionRequest(_Asked):
-    """`POST /v1/completions`: continue a text."""
+def _prompts(value: Any) -> list[str] | list[list[int]]:
+    """One or more, from OpenAI's four forms. Raises ValueError, with one message in place of one for each form."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(each, str) for each in value):
+            return value
+        lists = value if isinstance(value[0], list) else [value]
+        if all(isinstance(ids, list) and all(type(id) is int for id in ids) for ids in lists):
+            return lists
+    raise ValueError("give a text, a list of texts, a list of ids or a list of lists of ids, not empty")
 
-    prompt: str
+
+class CompletionRequest(_Asked):
+    """`POST /v1/completions`: continue texts, or ids; choice number `p * n + c` continues prompt p."""
+
+    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts)]
 
 
 class TextPart(_Strict):
@@ -107,23 +188,34 @@ class TextPart(_Strict):
 
 
 class ChatMessage(_Strict):
-    """A message; tools are the server's own, so that no client can speak for them."""
+    """A message; tools are the server's own, so that no client can speak for them. `name` changes nothing."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: None = None
-    refusal: None = None
+    content: Annotated[list[TextPart], FailFast(), _at_most(PARTS)]
+    name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, values: Any) -> Any:
+        return _asking(values, _NEUTRAL_IN_MESSAGE) if isinstance(values, dict) else values
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _parts(cls, value: Any) -> Any:
+        if not isinstance(value, (str, list)):
+            raise ValueError("give a text, or a list of parts of it")
+        return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
     def to_message(self) -> Message:
         """As the dialogue model knows it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return Message("system" if self.role == "developer" else self.role, text)
+        role = "system" if self.role == "developer" else self.role
+        return Message(role, "".join(part.text for part in self.content))
 
 
 class ChatRequest(_Asked):
     """`POST /v1/chat/completions`: answer the last message."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1), _at_most(MESSAGES)]
     max_completion_tokens: int | None = Field(None, ge=1)
     candidates: int | None = Field(None, ge=1)
     threshold: float | None = Field(None, ge=0, le=1)
@@ -144,16 +236,22 @@ class ChatRequest(_Asked):
 
 
 def parse(kind: type[Asked], body: bytes) -> Asked:
-    """A request from its JSON. Raises Refused that names everything that is wrong."""
+    """A request from its JSON. Raises Refused that names what is wrong, the first `PROBLEMS` of many."""
+    if (structure := sum(map(body.count, (b",", b"[", b"{")))) > STRUCTURE:
+        raise Refused(400, f"the body has {structure:,} commas and opening brackets: at most {STRUCTURE:,}")
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        problems = [(".".join(map(str, each["loc"])), each) for each in error.errors()]
-    lines = [f"{place or 'the body'}: {_told(place, each)}" for place, each in problems]
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+    problems = [(".".join(str(part)[:100] for part in each["loc"]), each) for each in found[:PROBLEMS]]
+    lines = [f"{place or 'the body'}: {_problem(place, each)}" for place, each in problems]
+    if len(found) > PROBLEMS:
+        lines.append(f"and {len(found) - PROBLEMS:,} more")
     raise Refused(400, "; ".join(lines), param=problems[0][0] or None)
 
 
-def _told(name: str, problem: Any) -> str:
+def _problem(name: str, problem: Any) -> str:
     if problem["type"] != "extra_forbidden":
-        return str(problem["msg"]).removeprefix("Value error, ")
-    return "is not supported" if name in _NEUTRAL else "is not a parameter of this server"
+        return str(problem["msg"]).removeprefix("Value error, ")[:500]
+    is_openais = name in _NEUTRAL or name.rpartition(".")[2] in _NEUTRAL_IN_MESSAGE
+    return "is not supported" if is_openais else "is not a parameter of this server"

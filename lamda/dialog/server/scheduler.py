@@ -1,58 +1,63 @@
-"""One thread that continues all requests together, a token each at a time; they come and go between steps.
+"""One thread that does all work on the model: a piece of a prompt, then a token for each request, and again.
 
-What a request gets does not depend on its company: draws are its own, and rows do not see each other.
+Requests come and go between steps. What one gets does not depend on its company: draws are its own, and rows do
+not see each other. What it fails with is its own, too.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
-import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import Any, TypeVar
 
+from torch import Tensor
+
+from lamda.config.errors import RunError, UserError
+from lamda.dialog.server.admission import Abandoned, Ending, Ticket, TooLong
 from lamda.inference.cache import Prefix
-from lamda.inference.generation import Candidates, OnToken, advance
+from lamda.inference.generation import Candidates, OnToken, Pieces, forward
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
 
+log = logging.getLogger(__name__)
 
-class Abandoned(Exception):  # noqa: N818 - no error, but what ends a request whose client has left
-    """The client has gone."""
-
-
-class TooLong(Exception):  # noqa: N818 - told to the client as such
-    """The request has taken longer than is allowed."""
-
-
-class Ticket:
-    """A request's right to go on: until its time is over or its client has gone."""
-
-    def __init__(self, *, seconds: float) -> None:
-        self._ends = time.monotonic() + seconds
-        self._abandoned = threading.Event()
-
-    def abandon(self) -> None:
-        """The client has gone: what is generated for it ends with the next token."""
-        self._abandoned.set()
-
-    def check(self) -> None:
-        """Raises Abandoned or TooLong where the request may not go on."""
-        if self._abandoned.is_set():
-            raise Abandoned
-        if time.monotonic() > self._ends:
-            raise TooLong
+Result = TypeVar("Result")
 
 
 @dataclass(eq=False)
 class _Job:
-    prefix: Prefix
-    count: int
-    sampling: Sampling
-    on_token: OnToken | None
+    """A request that waits for the thread.
+
+    pieces: work that ends with a result; or else `candidates` are continued. The future holds no frames: a
+    traceback in it would keep keys and values until a garbage collection.
+    """
+
     ticket: Ticket
-    done: Future[Candidates] = field(default_factory=Future)
+    tokens: int = 0
+    pieces: Pieces[Any] | None = None
+    prefix: Prefix | None = None
+    count: int = 0
+    sampling: Sampling | None = None
+    on_token: OnToken | None = None
     candidates: Candidates | None = None
+    done: Future[Any] = field(default_factory=Future)
+
+    def end(self, result: object) -> None:
+        """Nothing is held from here on but the result."""
+        self.pieces = self.prefix = self.candidates = self.on_token = None
+        self.done.set_result(result)
+
+    def fail(self, error: Exception) -> None:
+        """The same with an error, which `Scheduler` raises in the request's own thread."""
+        if not isinstance(error, (Abandoned, Ending, TooLong, UserError)):
+            log.error("a request failed", exc_info=error)
+            error = RunError(f"{type(error).__name__}: {error}")
+        self.pieces = self.prefix = self.candidates = self.on_token = None
+        self.done.set_exception(error.with_traceback(None))
 
 
 class Scheduler:
@@ -60,7 +65,7 @@ class Scheduler:
 
     Attributes:
         rows: candidates that the last step continued.
-        steps: how often the model was run.
+        steps: how often the model was run for all of them.
     """
 
     def __init__(self, model: LaMDA) -> None:
@@ -76,14 +81,22 @@ class Scheduler:
     ) -> Candidates:
         """As `lamda.inference.generation.sample`, with all who ask at the same time; waits for the end.
 
-        `on_token` is called in the scheduler's thread. Raises what `ticket.check` does, and Abandoned after `close`.
+        `on_token` is called in the scheduler's thread. Raises what `ticket.check` does, Abandoned after `close`, and
+        RunError where the model failed, which the log then has.
         """
-        job = _Job(prefix, count, sampling, on_token, ticket)
-        with self._entrance:  # behind the one that closes, a job would wait for ever
-            if self._is_closed:
-                raise Abandoned
-            self._arrived.put(job)
-        return job.done.result()
+        job = _Job(ticket, prefix=prefix, count=count, sampling=sampling, on_token=on_token)
+        try:
+            return self._put(job).result()
+        finally:
+            del job, prefix, on_token  # of an error, the traceback keeps this frame
+
+    def run(self, pieces: Pieces[Result], *, tokens: int = 0, ticket: Ticket) -> Result:
+        """As `lamda.inference.generation.whole`, one request after another, the shortest first. Raises as `sample`."""
+        job = _Job(ticket, tokens=tokens, pieces=pieces)
+        try:
+            return self._put(job).result()
+        finally:
+            del job, pieces
 
     def close(self) -> None:
         """End after the current step; what is running ends as if its clients had gone."""
@@ -92,46 +105,92 @@ class Scheduler:
             self._arrived.put(None)
         self._thread.join()
 
+    def _put(self, job: _Job) -> Future[Any]:
+        with self._entrance:  # behind the one that closes, a job would wait without end
+            if self._is_closed:
+                raise Abandoned
+            self._arrived.put(job)
+        return job.done
+
     def _work(self) -> None:
-        running: list[_Job] = []
-        while True:
-            for job in self._newcomers(wait=not running):
-                if job is None:
-                    for left in running:
-                        left.done.set_exception(Abandoned())
-                    return
-                running.append(job)
-            running = [job for job in running if self._goes_on(job)]
-            self.rows = sum(job.count for job in running)
-            if running:
-                self._step(running)
-                running = [job for job in running if not job.done.done()]
+        jobs: list[_Job] = []
+        while self._receive(jobs):
+            jobs = [job for job in jobs if _may_continue(job)]
+            self._piece(jobs)
+            self._step([job for job in jobs if job.pieces is None and not job.done.done()])
+            jobs = [job for job in jobs if not job.done.done()]
 
-    def _newcomers(self, *, wait: bool) -> list[_Job | None]:
-        found = [self._arrived.get()] if wait else []
-        while not self._arrived.empty():
-            found.append(self._arrived.get())
-        return found
+    def _receive(self, jobs: list[_Job]) -> bool:
+        """Add who has arrived, after waiting where there is nothing else to do; whether the thread continues."""
+        while not jobs or not self._arrived.empty():
+            job = self._arrived.get()
+            if job is None:
+                for left in jobs:
+                    left.fail(Abandoned())
+                return False
+            jobs.append(job)
+        return True
 
-    def _goes_on(self, job: _Job) -> bool:
-        """Whether a job, begun here where it is new, has tokens to come; else it is told its end."""
+    def _piece(self, jobs: Sequence[_Job]) -> None:
+        """A piece of the shortest work that waits; of equally short ones, of the first."""
+        job = min((job for job in jobs if job.pieces is not None), key=lambda job: job.tokens, default=None)
+        if job is None or job.pieces is None:
+            return
         try:
-            job.ticket.check()
-            if job.candidates is None:
+            next(job.pieces)
+        except StopIteration as end:
+            job.end(end.value)
+        except Exception as error:  # what happens to one request is that one's
+            job.fail(error)
+
+    def _step(self, jobs: Sequence[_Job]) -> None:
+        """Continue all by a token."""
+        running = [job for job in jobs if self._has_begun(job)]
+        self.rows = sum(job.count for job in running)
+        if not running:
+            return
+        for job, logits_NV in self._forward(running):
+            try:
+                job.candidates.take(logits_NV)
+            except Exception as error:
+                job.fail(error)
+            else:
+                _end_if_finished(job)
+        self.steps += 1
+
+    def _has_begun(self, job: _Job) -> bool:
+        """Whether it has tokens to come; a new one begins here."""
+        if job.candidates is None:
+            try:
                 job.candidates = Candidates(
                     self._model, job.prefix, count=job.count, sampling=job.sampling, on_token=job.on_token
                 )
-        except Exception as error:  # whatever befalls one request is told to that one
-            job.done.set_exception(error)
-            return False
-        if job.candidates.finished:
-            job.done.set_result(job.candidates)
-        return not job.candidates.finished
+            except Exception as error:
+                job.fail(error)
+                return False
+        return not _end_if_finished(job)
 
-    def _step(self, running: list[_Job]) -> None:
+    def _forward(self, running: Sequence[_Job]) -> list[tuple[_Job, Tensor]]:
+        """The logits of each job. Where that fails for all (no memory, say), each is tried alone, and fails alone."""
         try:
-            advance(self._model, [job.candidates for job in running])
-        except Exception as error:  # a step that fails (no memory, say) fails for all in it, and the server goes on
-            for job in running:
-                job.done.set_exception(error)
-        self.steps += 1
+            found = forward(self._model, [job.candidates for job in running])
+            return list(zip(running, found, strict=True))
+        except Exception as error:
+            if len(running) == 1:
+                running[0].fail(error)
+                return []
+        return [pair for job in running for pair in self._forward([job])]
+
+
+def _may_continue(job: _Job) -> bool:
+    try:
+        job.ticket.check()
+    except Exception as error:
+        job.fail(error)
+    return not job.done.done()
+
+
+def _end_if_finished(job: _Job) -> bool:
+    if job.candidates.finished:
+        job.end(job.candidates)
+    return job.done.done()

@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 from lamda.data.tokenizer import Tokenizer
 from lamda.dialog.encoding import Encoding
+from lamda.dialog.server.admission import Ticket
 from lamda.dialog.server.choices import ChoiceText
+from lamda.dialog.server.limits import Limits
 from lamda.dialog.server.protocol import ChatRequest, CompletionRequest, Refused
-from lamda.dialog.server.scheduler import Scheduler, Ticket
+from lamda.dialog.server.scheduler import Scheduler
 from lamda.dialog.speaker import Manner, Reply, Speaker
 from lamda.dialog.tools.toolset import Toolset
 from lamda.inference.cache import Prefix
-from lamda.inference.generation import Candidates, OnToken, prefill
+from lamda.inference.generation import Candidates, OnToken, prefill_pieces
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
 
-
-@dataclass(frozen=True)
-class Limits:
-    """What one client cannot exceed, and all together not either.
-
-    tokens: of a prompt and of what is generated, each. candidates: of a request. seconds: a request, waiting included.
-    requests: at the same time; one more is refused with 429. bytes: of a body.
-    """
-
-    tokens: int = 2048
-    candidates: int = 64
-    seconds: float = 120.0
-    requests: int = 64
-    bytes: int = 1_000_000
+_JUDGED = 9
+"""Rows of a research step's response and its judgement: P(attribute) of four attributes, two ratings each."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +35,23 @@ class Choice:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Spoken:
+    """A reply, why it ends where it does, and how many tokens were generated for its text: none for a refusal."""
+
+    reply: Reply
+    reason: Literal["stop", "length", "content_filter"]
+    tokens: int
+
+
 class Service:
     """One model behind a scheduler. Its methods block and may be called from many threads.
 
     Attributes:
         name: what clients call the model.
         limits: see `Limits`.
-        scheduler: the thread that generates.
+        scheduler: the thread that does all work on the model.
+        token_bytes: of a token's keys and values.
     """
 
     def __init__(
@@ -68,8 +68,11 @@ class Service:
     ) -> None:
         self.name, self.limits = name, limits or Limits()
         self.scheduler = Scheduler(model)
+        config = model.config
+        self.token_bytes = 2 * config.n_layers * config.n_heads * config.d_head * model.final_norm.scale.element_size()
         self._model, self._tokenizer = model, tokenizer
-        self._manner = manner or Manner()
+        self._manner, self._has_tools = manner or Manner(), toolset is not None
+        self._sequence_length = sequence_length
         self._stop_ids = Encoding(tokenizer).stop_ids
         self._speaker = partial(
             Speaker, model, tokenizer, sequence_length=sequence_length, is_tuned=is_tuned, toolset=toolset
@@ -78,62 +81,80 @@ class Service:
     def complete(
         self, asked: CompletionRequest, *, ticket: Ticket, on_text: Callable[[int, str], None] | None = None
     ) -> tuple[list[Choice], int]:
-        """The choices and the number of the prompt's tokens; `on_text` gets (number, text) as it comes."""
-        self._check_count("n", asked.n)
-        ids = [self._tokenizer.end_of_document, *self._encode("prompt", asked.prompt)]
+        """The choices and the number of the prompts' tokens; `on_text` gets (number, text) as it comes."""
+        self._check_count("prompt, times n," if len(asked.prompt) > 1 else "n", asked.n * len(asked.prompt), param="n")
+        prompts = [self._ids(prompt) for prompt in asked.prompt]
         sampling = replace(self._sampling(asked, asked.max_tokens), stop_ids=self._stop_ids)
-        ticket.check()
-        texts = [ChoiceText(self._tokenizer, asked.stop) for _ in range(asked.n)]
+        ticket.reserve(max(map(len, prompts)) + asked.n * sampling.max_new_tokens)
+        choices: list[Choice] = []
+        for ids in prompts:
+            texts = [ChoiceText(self._tokenizer, asked.stop) for _ in range(asked.n)]
+            choices += self._choices(ids, texts, sampling, ticket, partial(_tell, on_text, len(choices)))
+        return choices, sum(map(len, prompts))
 
-        def tell(number: int, text: str) -> None:
-            if text and on_text is not None:
-                on_text(number, text)
+    def _choices(
+        self,
+        ids: Sequence[int],
+        texts: Sequence[ChoiceText],
+        sampling: Sampling,
+        ticket: Ticket,
+        tell: Callable[[int, str], None],
+    ) -> list[Choice]:
+        """Those of one prompt."""
 
         def on_token(number: int, id: int) -> bool:
             tell(number, texts[number].add(id))
             return texts[number].stopped
 
         found = self.scheduler.sample(
-            prefill(self._model, ids), count=asked.n, sampling=sampling, ticket=ticket, on_token=on_token
+            self.scheduler.run(prefill_pieces(self._model, ids), tokens=len(ids), ticket=ticket),
+            count=len(texts),
+            sampling=sampling,
+            ticket=ticket,
+            on_token=on_token,
         )
         for number, text in enumerate(texts):
             tell(number, text.end())
         ends = zip(texts, found.stopped, found.ids, strict=True)
-        return [Choice(t.text, "stop" if s or t.stopped else "length", len(own)) for t, s, own in ends], len(ids)
+        return [Choice(t.text, "stop" if s or t.stopped else "length", len(own)) for t, s, own in ends]
 
-    def reply(self, asked: ChatRequest, *, ticket: Ticket) -> tuple[Reply, Literal["stop", "length", "content_filter"]]:
-        """The speaker's reply to the conversation, and why it ends where it does."""
+    def reply(self, asked: ChatRequest, *, ticket: Ticket) -> Spoken:
+        """The speaker's reply to the conversation."""
         if asked.messages[-1].role == "assistant":
             raise Refused(400, "messages: the last one is the assistant's own; end with the user's", param="messages")
-        messages = [message.to_message() for message in asked.messages]
-        for number, message in enumerate(messages):
-            self._encode(f"messages.{number}.content", message.content)
         count = asked.candidates or self._manner.candidates
-        self._check_count("candidates", count)
+        self._check_count("candidates", count, param="candidates")
         manner = replace(
             self._manner,
             candidates=count,
-            threshold=self._manner.threshold if asked.threshold is None else asked.threshold,
+            threshold=self._threshold(asked.threshold),
             sampling=self._sampling(asked, asked.max_completion_tokens or asked.max_tokens),
         )
-        ticket.check()
-        ended: dict[str, bool] = {}
+        rows = count + (_JUDGED if self._has_tools else 0)
+        prefixes = 3 if self._has_tools else 1
+        ticket.reserve(prefixes * self._sequence_length + rows * manner.sampling.max_new_tokens)
+        ended: dict[str, tuple[bool, int]] = {}
 
         def sample(prefix: Prefix, *, count: int, sampling: Sampling, on_token: OnToken | None = None) -> Candidates:
             found = self.scheduler.sample(prefix, count=count, sampling=sampling, ticket=ticket, on_token=on_token)
             for ids, stopped in zip(found.ids, found.stopped, strict=True):
                 text = self._tokenizer.decode(ids).strip()
-                ended[text] = stopped or ended.get(text, False)
+                ended[text] = max((stopped, len(ids)), ended.get(text, (False, 0)))
             return found
 
-        reply = self._speaker(sample=sample).reply(messages, manner)
+        speaker = self._speaker(sample=sample, run=partial(self.scheduler.run, ticket=ticket))
+        reply = speaker.reply([message.to_message() for message in asked.messages], manner)
         if reply.refused:
-            return reply, "content_filter"
-        return reply, "stop" if ended[reply.text] else "length"
+            return Spoken(reply, "content_filter", 0)
+        stopped, tokens = ended[reply.text]
+        return Spoken(reply, "stop" if stopped else "length", tokens)
 
-    def count_tokens(self, *texts: str) -> int:
-        """Tokens of the texts together."""
-        return sum(len(self._tokenizer.encode(text)) for text in texts)
+    def _threshold(self, asked: float | None) -> float:
+        """The operator's is an upper bound: a client may ask for a stricter filter, and not for a weaker one."""
+        most = self._manner.threshold
+        if asked is not None and asked > most:
+            raise Refused(400, f"threshold is {asked:g}: at most {most:g} on this server", param="threshold")
+        return most if asked is None else asked
 
     def _sampling(self, asked: ChatRequest | CompletionRequest, max_tokens: int | None) -> Sampling:
         longest = min(self._manner.sampling.max_new_tokens, self.limits.tokens) if max_tokens is None else max_tokens
@@ -148,15 +169,26 @@ class Service:
             seed=secrets.randbits(62) if asked.seed is None else asked.seed,
         )
 
-    def _encode(self, param: str, text: str) -> list[int]:
-        try:
-            ids = self._tokenizer.encode(text)
-        except UnicodeEncodeError as error:
-            raise Refused(400, f"{param}: half a character (a lone surrogate)", param=param) from error
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """A prompt's, after the symbol that begins every document; ids may have it already, and no other symbol."""
+        end = self._tokenizer.end_of_document
+        if isinstance(prompt, str):
+            ids = self._tokenizer.encode(prompt)
+        else:
+            ids = prompt[1:] if prompt and prompt[0] == end else prompt
         if len(ids) >= self.limits.tokens:
-            raise Refused(400, f"{param} has {len(ids)} tokens: less than {self.limits.tokens}, please", param=param)
-        return ids
+            raise Refused(400, f"prompt has {len(ids)} tokens: less than {self.limits.tokens}, please", param="prompt")
+        if not isinstance(prompt, str):
+            for id in ids:
+                if not 0 <= id < self._tokenizer.vocab_size or id in self._stop_ids:
+                    raise Refused(400, f"prompt: {id} is not the id of a text's token", param="prompt")
+        return [end, *ids]
 
-    def _check_count(self, param: str, count: int) -> None:
+    def _check_count(self, name: str, count: int, *, param: str) -> None:
         if count > self.limits.candidates:
-            raise Refused(400, f"{param} is {count}: at most {self.limits.candidates}", param=param)
+            raise Refused(400, f"{name} is {count}: at most {self.limits.candidates}", param=param)
+
+
+def _tell(on_text: Callable[[int, str], None] | None, first: int, number: int, text: str) -> None:
+    if text and on_text is not None:
+        on_text(first + number, text)

@@ -1,0 +1,46 @@
+"""Every limit of the server; `docs/serving.md` has them in one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client cannot exceed, and all together not either.
+
+    tokens: of a prompt's text and of each choice that is generated. candidates: of a request, and prompts times
+    choices. bytes: of a body.
+    requests: at work together. total_tokens: of keys and values that all of them may come to hold. total_bytes: of the
+    bodies over `SMALL_BODY` that are being read. connections: open together.
+    head_seconds: for the head of a request, and between two. body_seconds: for its body. seconds: for its work,
+    waiting included. delivery_seconds: in which a client that does not keep up must have read something.
+    """
+
+    tokens: int = 2048
+    candidates: int = 64
+    bytes: int = 1_000_000
+    requests: int = 64
+    total_tokens: int = 262_144
+    total_bytes: int = 64_000_000
+    connections: int = 1024
+    head_seconds: float = 10.0
+    body_seconds: float = 30.0
+    seconds: float = 120.0
+    delivery_seconds: float = 30.0
+
+
+SMALL_BODY = 65_536
+"""Bytes of a body that are not counted in `total_bytes`: a few large ones do not keep ordinary requests out."""
+
+STRUCTURE = 100_000
+"""Commas and opening brackets of a body, counted before it is parsed."""
+
+KEYS = 100
+"""Keys of a JSON object, more than any of OpenAI's has."""
+
+MESSAGES, PARTS, STOPS = 4096, 1000, 4
+"""Messages of a conversation, parts of a message, stop strings of a request."""
+
+PROBLEMS = 20
+"""Problems of a request that an answer names; it counts the others."""
