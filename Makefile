@@ -2,6 +2,7 @@
 # make test       install, then run the whole test suite
 # make test-long longer suites: runs killed at random on real text (needs LAMDA_TEST_DATA)
 # make serve-test  the HTTP server under the official client; its page and reports in Chromium (Debian's, else they skip)
+# make serve-attack  1,000 hostile clients against the HTTP server for ten minutes (SECONDS=60: for one), and four honest ones
 # make faults  two ranks through everything that may befall a run, each once (some 10 minutes)
 # make faults-full  the same in the numbers of docs/reliability.md (some 40 minutes)
 # make cluster  jobs on a SLURM and on two hosts that are made on this machine (needs root and Debian, else it skips)
@@ -17,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/tiny.yaml
 
-.PHONY: pretrain test serve-test test-long faults faults-full cluster flax-test transformers-test package-test docs docs-test lint clean
+.PHONY: pretrain test serve-test serve-attack test-long faults faults-full cluster flax-test transformers-test package-test docs docs-test lint clean
 
 pretrain: $(VENV)/.installed
 	$(BIN)/deepspeed --num_gpus 1 scripts/pretrain.py --config $(CONFIG)
@@ -30,6 +31,9 @@ serve-test: $(VENV)/.installed-dev
 	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends chromium; \
 	fi
 	$(BIN)/python -m pytest -rs tests/serve tests/browser
+
+serve-attack: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.serve.attack --seconds $(or $(SECONDS),600)
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/long
