@@ -270,7 +270,9 @@ class EvalConfig(Section):
 class WandbConfig(Section):
     """The mirror of metrics.jsonl in Weights & Biases."""
 
-    mode: Literal["online", "offline", "disabled"] = Field("online", description="where the mirror goes")
+    mode: Literal["online", "offline", "disabled"] = Field(
+        "online", description="where the mirror goes; WANDB_MODE may ask for less"
+    )
     project: str = Field("lamda", description="W&B project")
     entity: str | None = Field(None, description="W&B user or team; default: the account's own")
     name: str | None = Field(None, description="display name; default: the run directory's name")

@@ -10,26 +10,35 @@ from pathlib import Path
 
 from lamda.best_effort import BestEffort
 from lamda.console import SHOWN
+from lamda.data import quarantine
 
 LOGGERS = ("lamda", "DeepSpeed", "py.warnings")
 
 
 @contextmanager
-def run_log(path: Path) -> Iterator[None]:
-    """While this is entered, warnings go to the console and to `path`, what the console shows to `path`, too."""
+def run_log(path: Path, *, is_main: bool) -> Iterator[None]:
+    """While this is entered, warnings go to the console and to `path`, what the console shows to `path`, too.
+
+    is_main: rank 0, which alone writes `path` and warns of bad lines: it hears of the others' at each save.
+    """
     handlers: list[logging.Handler] = [_console_handler()]
-    with BestEffort(f"{path} cannot be written"):
-        handlers.append(_file_handler(path))
+    if is_main:
+        with BestEffort(f"{path} cannot be written"):
+            handlers.append(_file_handler(path))
+    bad_lines = logging.getLogger(quarantine.__name__)
+    each_once = _EachOnce() if is_main else _none
     loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [(logger, logger.handlers, logger.level) for logger in loggers]
     for logger in loggers:
         logger.handlers = list(handlers)
         logger.setLevel(logging.INFO if logger.name == "lamda" else logging.WARNING)
+    bad_lines.addFilter(each_once)
     logging.captureWarnings(True)  # noqa: FBT003 - the name is the library's
     try:
         yield
     finally:
         logging.captureWarnings(False)  # noqa: FBT003
+        bad_lines.removeFilter(each_once)
         for logger, own, level in before:
             logger.handlers = own
             logger.setLevel(level)
@@ -49,6 +58,26 @@ def _console_handler() -> logging.Handler:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     handler.addFilter(lambda record: record.name != SHOWN)
     return handler
+
+
+class _EachOnce(logging.Filter):
+    """A bad line is met by whoever reads it: the tokenizer's training, the run, the run again after a rollback."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the message is new."""
+        message = record.getMessage()
+        is_new = message not in self._known
+        self._known.add(message)
+        return is_new
+
+
+def _none(record: logging.LogRecord) -> bool:
+    del record
+    return False
 
 
 class _StandardError(logging.StreamHandler):

@@ -47,8 +47,7 @@ def train(config: Config, world: World, task: Task, framework: Framework, open_b
         stack.callback(distributed.stop)
         device = framework.start(config, world)
         distributed.on_main(world, directory.create)
-        if world.is_main:
-            stack.enter_context(run_log(directory.log))
+        stack.enter_context(run_log(directory.log, is_main=world.is_main))
         lock = directory.lock()
         distributed.on_main(world, lambda: stack.enter_context(lock) and None)
         distributed.on_main(world, lambda: manifest.sweep(directory.checkpoints))

@@ -25,6 +25,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from lamda.best_effort import BestEffort, reason_of
 from lamda.config.schema import Config
 from lamda.durable import replace_file
 from lamda.training.metrics import read_metrics
@@ -33,6 +34,8 @@ from lamda.training.wandb_artifacts import log_checkpoint
 
 log = logging.getLogger(__name__)
 
+MODES = ("online", "offline", "disabled")
+"""What W&B is sent: all, later, nothing."""
 INIT_SECONDS = 30
 """How long a start waits for W&B before it goes offline."""
 UPLOAD_SECONDS = 40
@@ -61,7 +64,8 @@ class WandbMirror:
         with suppress(OSError):
             run_id = run_id or remembered.read_text("utf-8")
         self.run_id = run_id
-        if config.wandb.mode == "disabled":
+        self._mode = mirror_mode(config)
+        if self._mode == "disabled":
             return
         if not is_installed():
             log.warning(
@@ -70,11 +74,9 @@ class WandbMirror:
             )
             return
         self.run_id = run_id or secrets.token_hex(4)
-        try:
+        with BestEffort(f"W&B: {remembered} cannot be written"):
             remembered.parent.mkdir(exist_ok=True)
             replace_file(remembered, self.run_id)
-        except OSError as error:
-            log.warning("W&B: %s cannot be written (%s)", remembered, error.strerror)
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
@@ -85,13 +87,13 @@ class WandbMirror:
 
     def alert(self, title: str, text: str) -> None:
         """Tell the run's owner of something to look at."""
-        self._put(lambda run: _attempt(f"the alert {title!r}", lambda: run.alert(title[:63], text, level="WARN")))
+        self._put_alone(f"the alert {title!r}", lambda run: run.alert(title[:63], text, level="WARN"))
 
     def checkpoint(self, path: Path, *, best: bool) -> None:
         """Make a complete checkpoint known as an artifact, in the way that `wandb.checkpoints` says."""
         way = self._config.wandb.checkpoints
         if way != "none":
-            self._put(lambda run: _attempt(f"checkpoint {path}", lambda: log_checkpoint(run, path, way=way, best=best)))
+            self._put_alone(f"checkpoint {path}", lambda run: log_checkpoint(run, path, way=way, best=best))
 
     def finish(self, *, exit_code: int = 0, seconds: float | None = None) -> None:
         """Wait until everything is sent, but hardly longer than `seconds` (END_SECONDS by default).
@@ -114,6 +116,15 @@ class WandbMirror:
         if self._thread is not None and self._thread.is_alive():
             self._queue.put(action)
 
+    def _put_alone(self, what: str, action: Callable[[Any], object]) -> None:
+        """Put what may fail alone, without the rows after it."""
+
+        def attempt(run: Any) -> None:
+            with BestEffort(f"W&B has not got {what}", errors=Exception):
+                action(run)
+
+        self._put(attempt)
+
     def _work(self) -> None:
         """The thread: start, replay, then whatever the queue holds, until its end."""
         try:
@@ -126,7 +137,7 @@ class WandbMirror:
                 action(run)
             run.finish(exit_code=self._exit_code)
         except Exception as error:
-            self._say_stopped(_reason(error))
+            self._say_stopped(reason_of(error))
         with suppress(Exception):
             # Nothing of the library shall wait when the interpreter exits.
             import wandb
@@ -149,11 +160,11 @@ class WandbMirror:
 
         wandb.setup(wandb.Settings(silent=True))
         logs = self._logs()
-        if self._config.wandb.mode == "online":
+        if self._mode == "online":
             try:
                 run = self._start_online()
             except Exception as error:
-                self._go_offline(_reason(error), logs)
+                self._go_offline(reason_of(error), logs)
             else:
                 self._seen = max(0, run.starting_step - 1) if run.resumed else 0
                 for old in logs:
@@ -224,6 +235,18 @@ class WandbMirror:
         return sorted(found, key=lambda file: file.stat().st_mtime_ns, reverse=True)
 
 
+def mirror_mode(config: Config) -> str:
+    """`online`, `offline` or `disabled`: of wandb.mode and the environment's WANDB_MODE what sends less.
+
+    A WANDB_MODE that is not known sends nothing.
+    """
+    said = os.environ.get("WANDB_MODE", "").lower()
+    known = {"": MODES[0], "run": "online", "shared": "online", "dryrun": "offline", **{mode: mode for mode in MODES}}
+    if said not in known:
+        log.warning("WANDB_MODE is %r, none of %s: W&B is sent nothing", said, ", ".join(MODES))
+    return max(config.wandb.mode, known.get(said, "disabled"), key=MODES.index)
+
+
 def is_installed() -> bool:
     """Whether the library is there; a run's own folder `wandb/` in the working directory is not it."""
     found = importlib.util.find_spec("wandb")
@@ -250,7 +273,7 @@ def _last_step(transactions: Path) -> int:
     try:
         step, damage = _inspect(transactions)
     except (OSError, ValueError, KeyError) as error:
-        step, damage = 0, _reason(error)
+        step, damage = 0, reason_of(error)
     if damage and transactions.parent.name.startswith("offline-"):
         transactions.rename(transactions.with_suffix(".wandb.damaged"))
         log.warning("%s is set aside (%s); its rows are written again", transactions, damage)
@@ -269,14 +292,6 @@ def _inspect(transactions: Path) -> tuple[int, str]:
         said = reader.stderr.read().strip()
     step = json.loads(last)["history"]["step"]["num"] if last else 0
     return step, said if reader.returncode or "incomplete" in said else ""
-
-
-def _attempt(what: str, action: Callable[[], object]) -> None:
-    """Do what may fail alone, without the rows after it."""
-    try:
-        action()
-    except Exception as error:
-        log.warning("W&B has not got %s (%s)", what, _reason(error))
 
 
 def _is_shown(value: object) -> bool:
@@ -300,8 +315,3 @@ def _git_commit() -> str | None:
     except OSError:
         return None
     return found.stdout.strip() or None
-
-
-def _reason(error: Exception) -> str:
-    """The error's first line, and its kind."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -20,7 +20,7 @@ import wandb
 from lamda.config.loading import load_config
 from lamda.training import wandb_mirror
 from lamda.training.metrics import read_metrics
-from lamda.training.wandb_mirror import WandbMirror
+from lamda.training.wandb_mirror import WandbMirror, mirror_mode
 from tests.wandb_run import Run, environment, kill_and_resume, row
 from tests.wandb_server import WandbServer
 
@@ -415,3 +415,25 @@ def test_a_run_without_the_package_says_so_once_and_goes_on(tmp_path, caplog):
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["W&B is not installed"]
     assert "pip install wandb" in caplog.text
     assert mirror.run_id is None
+
+
+@pytest.mark.parametrize(("asked", "variable", "mode"), [
+    ("online", None, "online"), ("online", "", "online"), ("online", "online", "online"), ("online", "run", "online"),
+    ("online", "offline", "offline"), ("online", "dryrun", "offline"), ("online", "disabled", "disabled"),
+    ("offline", "online", "offline"), ("offline", "disabled", "disabled"), ("disabled", "online", "disabled"),
+    ("online", "Disabled", "disabled"), ("online", "nonsense", "disabled"),
+])  # fmt: skip
+def test_of_the_configuration_and_the_environment_the_one_that_sends_less_holds(monkeypatch, asked, variable, mode):
+    if variable is not None:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    assert mirror_mode(load_config(["--train.steps", "1", "--wandb.mode", asked])) == mode
+
+
+@pytest.mark.parametrize(("variable", "kept"), [("disabled", 0), ("offline", 1)])
+def test_a_run_that_the_environment_keeps_from_the_server_sends_nothing(tmp_path, server, monkeypatch, variable, kept):
+    monkeypatch.setenv("WANDB_MODE", variable)
+    with Run(tmp_path, mode="online") as run:
+        run.train(2)
+    assert server.runs == {}
+    assert server.received == []
+    assert len(logs(tmp_path)) == kept

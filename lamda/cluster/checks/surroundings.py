@@ -105,13 +105,14 @@ def data(subject: Subject) -> Finding:
 
 def weights_and_biases(subject: Subject) -> Finding:
     """That the mirror can be sent; training never waits for it."""
-    mode = subject.config.wandb.mode
-    from lamda.training.wandb_mirror import is_installed, sign_in
+    from lamda.training.wandb_mirror import is_installed, mirror_mode, sign_in
 
+    mode = mirror_mode(subject.config)
     if mode != "disabled" and not is_installed():
         return warning("the package is not installed: nothing is mirrored", "pip install wandb, or wandb.mode disabled")
     if mode != "online":
-        return ok(f"wandb.mode is {mode}")
+        origin = "wandb.mode" if mode == subject.config.wandb.mode else "WANDB_MODE"
+        return ok(f"{origin} is {mode}")
     import wandb
 
     advice = "rows are kept in RUN/wandb for `wandb sync`; wandb.mode offline says that this is meant"

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from lamda.config.errors import UserError, all_of
 from lamda.config.presets import nearest
@@ -60,9 +61,10 @@ class Tasks:
 
     def run(self, model: LM, *, limit: int | None, num_fewshot: int | None) -> dict[str, Any]:
         """lm-eval's results with standard errors. limit: examples a task. num_fewshot: in place of the tasks' own."""
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluator, simple_evaluate
 
-        with quiet():
+        # It asks git for the working directory's commit, whose complaint no redirection of Python's catches.
+        with quiet(), patch.object(evaluator, "get_git_commit_hash", lambda: None):
             return simple_evaluate(
                 model,
                 tasks=list(self._specs),
