@@ -29,7 +29,7 @@ INTERPRETED = {"TRITON_INTERPRET": "1"} if DEVICE.type == "cpu" else {}
 # Here, before any test's imports: PyTorch's counter of FLOPs and others import Triton too.
 if find_spec("triton") is not None:
     with patch.dict(os.environ, INTERPRETED):
-        importlib.import_module("lamda.model.attention.kernels")
+        importlib.import_module("lamda.model.attention.launch")
 
 WORDS = [
     "the",

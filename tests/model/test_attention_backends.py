@@ -12,12 +12,17 @@ from importlib.util import find_spec
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lamda.config.errors import UserError
-from lamda.model.attention.backends import backend_for
+from lamda.model.attention import sdpa
+from lamda.model.attention.backends import backend_for, check_backend
 from lamda.model.attention.bias import BAND, causal_buckets
 from tests.conftest import DEVICE
 from tests.model.conftest import needs_kernels
+
+if find_spec("triton") is not None:
+    from lamda.model.attention import kernels, launch
 
 WAYS = ["sdpa", pytest.param("fused", marks=needs_kernels), pytest.param("split", marks=needs_kernels)]
 if DEVICE.type == "cuda":
@@ -40,11 +45,17 @@ class Case:
 
     @classmethod
     def random(
-        cls, shape: tuple[int, int, int, int], dtype: torch.dtype, *, documents: str = "none", sharpness: int = 1
+        cls,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        *,
+        documents: str = "none",
+        sharpness: int = 1,
+        steepness: int = 1,
     ) -> Case:
         """Float64 values that `dtype` holds exactly; q, k and v views of one projection, as the model has them.
 
-        sharpness: a power of 2 that multiplies the scores.
+        sharpness, steepness: powers of 2 that multiply the scores and the bias.
         """
         B, H, L, K = shape
         generator = torch.Generator().manual_seed(0)
@@ -58,7 +69,7 @@ class Case:
         q, k, v = packed.permute(2, 0, 3, 1, 4).unbind()
         ids = {"none": None, "runs": torch.arange(L) // 41, "returning": torch.arange(L) // 29 % 3}[documents]
         ids = None if ids is None else ids.expand(B, L).contiguous()
-        return cls(sharpness * q, k, v, table, d_out.transpose(1, 2), ids)
+        return cls(sharpness * q, k, v, steepness * table, d_out.transpose(1, 2), ids)
 
     def run(self, way: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """Output and gradients, in float64 on the CPU."""
@@ -103,10 +114,32 @@ def test_float32_gives_output_and_gradients_of_math_in_float64(way, shape, docum
 def test_bf16_is_no_worse_than_twice_math(way, shape, documents, sharpness):
     """Nor with scores of 100 and more, which bf16 rounds to halves: a model's grow so in training."""
     case = Case.random(shape, torch.bfloat16, documents=documents, sharpness=sharpness)
+    assert_no_worse_than_twice_math(way, case)
+
+
+def assert_no_worse_than_twice_math(way: str, case: Case) -> None:
     exact = case.run("math", torch.float64)
     allowed = {name: 2 * error for name, error in errors(case.run("math", torch.bfloat16), exact).items()}
     found = errors(case.run(way, torch.bfloat16), exact)
     assert all(found[name] <= allowed[name] for name in found), (found, allowed)
+
+
+@pytest.mark.parametrize("large", [{}, {"sharpness": 32}, {"steepness": 32}], ids=str)
+@pytest.mark.parametrize("widened", [("cpu",), ()], ids=["by the kernel", "as on a GPU"])
+def test_sdpa_keeps_large_biases_and_gives_a_gpu_no_mask_of_another_dtype(monkeypatch, widened, large):
+    """A bias of 32 and more, which bf16 rounds to quarters. A CPU can compute as a GPU does."""
+    kernel = functional.scaled_dot_product_attention
+
+    def strict(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor, scale: float) -> Tensor:
+        assert attn_mask.dtype == q.dtype or q.device.type in sdpa.KERNEL_WIDENS_MASK
+        return kernel(q, k, v, attn_mask=attn_mask, scale=scale)
+
+    monkeypatch.setattr(sdpa, "KERNEL_WIDENS_MASK", widened)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", strict)
+    for documents in ("none", "returning"):
+        case = Case.random((2, 3, 307, 13), torch.bfloat16, documents=documents, **large)
+        assert_no_worse_than_twice_math("sdpa", case)
+        assert case.run("sdpa", torch.float32)
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -125,6 +158,39 @@ def test_a_models_logits_and_gradients_are_those_of_math(way, model, documents):
         found[each] = {"logits": logits, **dict(zip(dict(model.named_parameters()), gradients, strict=True))}
     for name, exact in found["math"].items():
         torch.testing.assert_close(found[way][name], exact, rtol=1e-9, atol=1e-9 * exact.abs().max().item(), msg=name)
+
+
+@needs_kernels
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU has its own tiles")
+def test_the_tiles_of_smaller_gpus_give_the_same(monkeypatch):
+    """The interpreter takes Hopper's; elsewhere a walk's steps and the band's tiles are smaller."""
+    tiles = launch.tiles_for((8, 0), element_size=2)
+    monkeypatch.setattr(launch, "_tiles", lambda _: tiles)
+    case = Case.random((1, 1, 133, 5), torch.float32, documents="returning")
+    found = errors(case.run("fused", torch.float32), case.run("math", torch.float64))
+    assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize(
+    ("way", "capability", "shape", "dtype", "message"),
+    [
+        ("fused", (7, 5), (1, 1, 9, 8), torch.float32, r"compute capability 8\.0 or newer, and this one's is 7\.5"),
+        ("fused", (9, 0), (1, 1, 9, 256), torch.bfloat16, r"model\.d_head of up to 128 in 16 or 32 bits, not 256"),
+        ("fused", (9, 0), (1, 1, 9, 8), torch.float64, r"in 16 or 32 bits, not 8 in torch\.float64: choose `sdpa`"),
+    ],
+)
+@needs_kernels
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="GPUs that this one is not")
+def test_what_no_kernel_was_compiled_for_is_refused(monkeypatch, way, capability, shape, dtype, message):
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+
+    def start() -> None:
+        check_backend(way, torch.device("cuda"), training=True)
+        launch._tiles(torch.empty(shape, dtype=dtype))
+
+    with pytest.raises(UserError, match=message):
+        start()
 
 
 @pytest.mark.parametrize("way", WAYS)

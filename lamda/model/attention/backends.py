@@ -13,6 +13,9 @@ from lamda.config.errors import UserError
 
 _KERNELS = ("fused", "split")
 
+OLDEST = (8, 0)
+"""The oldest compute capability that the kernels were compiled for; older ones have no bf16."""
+
 
 class Backend(Protocol):
     """A module of this package. Every one gives the numbers of `math`, up to rounding.
@@ -58,6 +61,11 @@ def _missing_for_kernels(device: torch.device) -> str | None:
         return "the package triton, which is not installed"
     from lamda.model.attention.kernels import INTERPRETED
 
-    if device.type != "cuda" and not INTERPRETED:
+    if INTERPRETED:
+        return None
+    if device.type != "cuda":
         return f"a GPU, and the model is on {device}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < OLDEST:
+        return f"a GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or newer, and this one's is {major}.{minor}"
     return None

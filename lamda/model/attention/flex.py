@@ -1,7 +1,8 @@
 """`flex`: PyTorch's FlexAttention, which reads the band in its score and skips blocks of hidden keys.
 
-It is compiled, once a shape. The band enters without a gradient, since FlexAttention would add one up
-score by score with atomics; `with_band_gradient` gives it one, and so training needs Triton and a GPU.
+It is compiled, once a shape, also where a run's blocks are not: uncompiled it would hold [B, H, L, L] in fp32.
+The band enters without a gradient, since FlexAttention would add one up score by score with atomics;
+`with_band_gradient` gives it one, and so training needs Triton and a GPU.
 FlexAttention has no backward pass on the CPU.
 """
 
@@ -15,8 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
+from lamda.config.errors import UserError
 from lamda.model.attention.backends import check_backend
 from lamda.model.attention.bias import BAND, bias_band
+
+MIN_WIDTH = 16
+"""The narrowest head of FlexAttention's kernels for GPUs."""
 
 
 def bias(table_RH: Tensor, buckets_N: Tensor, *, queries: int, keys: int) -> Tensor:
@@ -40,7 +45,15 @@ def mask(tokens_BL: Tensor, documents_BL: Tensor | None) -> tuple[BlockMask, Ten
 def attend(
     q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, band_HN: Tensor, seen: tuple[BlockMask, Tensor | None]
 ) -> Tensor:
-    """Attention [B, H, L, K] of all L positions. Raises UserError where a gradient is wanted and there is none."""
+    """Attention [B, H, L, K] of all L positions.
+
+    Raises UserError where a gradient is wanted and there is none, or where a GPU's kernel takes no such K.
+    """
+    if q_BHLK.device.type == "cuda" and q_BHLK.shape[-1] < MIN_WIDTH:
+        raise UserError(
+            f"model.attention is flex, which takes a model.d_head of {MIN_WIDTH} and more on a GPU, not "
+            f"{q_BHLK.shape[-1]}: choose `sdpa`"
+        )
     blocks, documents_BL = seen
     band = band_HN.detach()
 
@@ -48,18 +61,25 @@ def attend(
         distance = query - key
         return score + torch.where(distance < BAND, band[h, distance.clamp(0, BAND - 1)], 0.0)
 
-    flex = _compiled()
     if not (torch.is_grad_enabled() and q_BHLK.requires_grad):
-        return flex(q_BHLK, k_BHLK, v_BHLK, biased, blocks, scale=1.0)
+        return _flex(q_BHLK, k_BHLK, v_BHLK, biased, blocks, scale=1.0)
     check_backend("flex", q_BHLK.device, training=True)
     from lamda.model.attention.fused import with_band_gradient
 
-    out_BHLK, aux = flex(q_BHLK, k_BHLK, v_BHLK, biased, blocks, scale=1.0, return_aux=AuxRequest(lse=True))
+    out_BHLK, aux = _flex(q_BHLK, k_BHLK, v_BHLK, biased, blocks, scale=1.0, return_aux=AuxRequest(lse=True))
     return with_band_gradient(out_BHLK, aux.lse, q_BHLK, k_BHLK, v_BHLK, band_HN, documents_BL)
 
 
 def _causal(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return query >= key
+
+
+def _flex(*inputs: Any, **options: Any) -> Any:
+    """FlexAttention, compiled: with the block that calls it, or by itself, whatever the stance around it."""
+    if torch.compiler.is_compiling():
+        return flex_attention(*inputs, **options)
+    with torch.compiler.set_stance("default"):
+        return _compiled()(*inputs, **options)
 
 
 @cache

@@ -5,17 +5,57 @@ out and lse are [B, H, L, K] and [B, H, L]; band [H, BAND] fp32 or wider; docume
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from lamda.config.errors import UserError
 from lamda.model.attention import band_kernel, kernels
 from lamda.model.attention.bias import BAND, sum_by_distance
 
 SHARES = 8
 """Programs that share the tiles of one head and place in the gradient of the band."""
+
+MAX_WIDTH = 128
+"""The widest head that the kernels were compiled for; at 256 they outgrow the shared memory of many GPUs."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the kernels are launched.
+
+    owned: rows of the tile that a program owns. walked: rows of those that it walks along. band: rows and
+    columns of a tile in the gradient of the band. warps, stages: Triton's options for all but the last.
+    """
+
+    owned: int
+    walked: int
+    band: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Triton's options."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+def tiles_for(capability: tuple[int, int], *, element_size: int) -> Tiles:
+    """Tiles that fit on a GPU of that compute capability, for q, k, v of `element_size` bytes, K up to 128.
+
+    Compiled ahead of time for 8.0, 8.6, 8.9, 9.0, 10.0, 10.3 and 12.0, where each kernel fits into a program's
+    shared memory: at most 194 of 227 KiB on 9.0 and 10.x, 68 of 99 elsewhere (tests/long/kernel_resources.py).
+    """
+    if element_size > 2:
+        return Tiles(owned=32, walked=32, band=32, warps=4, stages=1)
+    if capability[0] == 9:
+        return Tiles(owned=128, walked=64, band=64, warps=8, stages=3)
+    if capability[0] == 10:
+        return Tiles(owned=128, walked=64, band=64, warps=8, stages=2)
+    return Tiles(owned=64, walked=32, band=32, warps=4, stages=2)
 
 
 @torch.library.custom_op("lamda::band_attention", mutates_args=())
@@ -26,10 +66,10 @@ def band_attention(
     dtype = q.dtype
     q, k, v = _strided(*_held(q, k, v))
     out, lse = _new_output(q, band)
-    queries, keys, options = _tiles(q)
-    kernels.forward[_grid(q, queries)](
+    tiles = _tiles(q)
+    kernels.forward[_grid(q, tiles.owned)](
         q, k, v, band, _ids(documents, q), out, lse, *_strides(q, k, out),
-        **_sizes(q, band, documents), T=queries, S=keys, NEAR=near, ROUND=dtype != q.dtype, **options,
+        **_sizes(q, band, documents), T=tiles.owned, S=tiles.walked, NEAR=near, ROUND=dtype != q.dtype, **tiles.options,
     )  # fmt: skip
     return out.to(dtype), lse
 
@@ -57,15 +97,14 @@ def band_attention_backward(
     out, d_out = _rows_of_heads(*_held(out, d_out))
     d_q, d_k, d_v = (torch.empty_like(out) for _ in range(3))
     delta = torch.empty_like(lse)
-    queries, keys, options = _tiles(q)
-    ids, strides = _ids(documents, q), _strides(q, k, out)
-    sizes = _sizes(q, band, documents) | {"NEAR": near, "ROUND": dtype != q.dtype}
-    kernels.backward_queries[_grid(q, queries)](
-        q, k, v, band, ids, out, lse, d_out, delta, d_q, *strides, **sizes, T=queries, S=keys, **options
+    tiles = _tiles(q)
+    grid, ids, strides = _grid(q, tiles.owned), _ids(documents, q), _strides(q, k, out)
+    how = _sizes(q, band, documents) | {"NEAR": near, "ROUND": dtype != q.dtype} | tiles.options
+    kernels.backward_queries[grid](
+        q, k, v, band, ids, out, lse, d_out, delta, d_q, *strides, **how, T=tiles.owned, S=tiles.walked
     )
-    queries, keys = keys, queries
-    kernels.backward_keys[_grid(q, keys)](
-        q, k, v, band, ids, lse, d_out, delta, d_k, d_v, *strides, **sizes, T=queries, S=keys, **options
+    kernels.backward_keys[grid](
+        q, k, v, band, ids, lse, d_out, delta, d_k, d_v, *strides, **how, T=tiles.walked, S=tiles.owned
     )
     return d_q.to(dtype), d_k.to(dtype), d_v.to(dtype)
 
@@ -101,7 +140,7 @@ def band_gradient(
     q, k, v = _strided(*_held(q, k, v))
     out, d_out = _rows_of_heads(*_held(out, d_out))
     B, H, L, _ = q.shape
-    T = 64 if kernels.INTERPRETED or q.element_size() == 2 else 32
+    T = _tiles(q).band
     places = BAND // T + 1
     shares = min(SHARES, B * triton.cdiv(L, T))
     tiles = band.new_empty(shares, H, places, T, T)
@@ -110,7 +149,7 @@ def band_gradient(
         **_sizes(q, band, documents), T=T, num_warps=4, num_stages=1,
     )  # fmt: skip
     near_HTN = tiles.sum(0).flip(1).permute(0, 2, 1, 3).flatten(2)
-    return sum_by_distance(near_HTN, BAND)
+    return sum_by_distance(near_HTN, BAND).contiguous()
 
 
 @band_gradient.register_fake
@@ -127,21 +166,16 @@ def _(
     return torch.empty_like(band, memory_format=torch.contiguous_format)
 
 
-def _tiles(q: Tensor) -> tuple[int, int, dict[str, int]]:
-    """Rows of the tile that a program owns, rows of those it walks along, and how Triton shall compile it.
-
-    The first is for Hopper: 194 KiB of shared memory at most, and no spilled registers but a few for
-    the gradients of keys at K = 128. The others fit into 99 KiB.
-    """
-    small = q.element_size() == 2
-    if kernels.INTERPRETED or (small and q.shape[-1] <= 128 and _is_hopper(q.device)):
-        return 128, 64, {"num_warps": 8, "num_stages": 3}
-    return (64, 32, {"num_warps": 4, "num_stages": 2}) if small else (32, 32, {"num_warps": 4, "num_stages": 1})
-
-
-def _is_hopper(device: torch.device) -> bool:
-    """A data centre's GPU, Hopper or Blackwell; 12.0, of smaller shared memory, is none."""
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+def _tiles(q: Tensor) -> Tiles:
+    """Raises UserError where no kernel takes these queries."""
+    if kernels.INTERPRETED:
+        return tiles_for((9, 0), element_size=2)
+    if q.shape[-1] > MAX_WIDTH or q.element_size() > 4:
+        raise UserError(
+            f"model.attention: the kernels take a model.d_head of up to {MAX_WIDTH} in 16 or 32 bits, not "
+            f"{q.shape[-1]} in {q.dtype}: choose `sdpa`"
+        )
+    return tiles_for(torch.cuda.get_device_capability(q.device), element_size=q.element_size())
 
 
 def _sizes(q: Tensor, band: Tensor, documents: Tensor | None) -> dict[str, Any]:

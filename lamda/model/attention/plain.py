@@ -26,41 +26,41 @@ def check_plain(q: Tensor) -> None:
 
 
 @torch.library.custom_op("lamda::plain_attention", mutates_args=())
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output [B, H, L, K], log-sum-exp [B, H, L], and two tensors that the backward pass wants back."""
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Output [B, H, L, K] and log-sum-exp [B, H, L]."""
     if q.device.type == "cpu":
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=1.0)
-        seed, offset = q.new_empty(0), q.new_empty(0)
     elif _prefers_cudnn(q):
-        out, lse, _, _, _, _, seed, offset, _ = _aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, True, scale=1.0
-        )
+        out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, scale=1.0)
     else:
-        out, lse, _, _, _, _, seed, offset, _ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=1.0)
-    return out.contiguous(), lse.reshape(q.shape[:3]).contiguous(), seed, offset
+        out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=1.0)
+    return out.contiguous(), lse.reshape(q.shape[:3]).contiguous()
 
 
 @plain_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide), q.new_empty(0), q.new_empty(0)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)
 
 
 @torch.library.custom_op("lamda::plain_attention_backward", mutates_args=())
 def plain_attention_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seed: Tensor, offset: Tensor
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; out and lse as the module says."""
     no_lengths = (None, None, q.shape[2], k.shape[2])
+    # Where dropout's random numbers begin, in each kernel's own form; without dropout no kernel reads them.
     if q.device.type == "cpu":
         gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             d_out, q, k, v, out, lse, 0.0, True, scale=1.0
         )
     elif _prefers_cudnn(q):
+        seed, offset = (torch.empty((), dtype=torch.int64, device=q.device) for _ in range(2))
         gradients = _aten._scaled_dot_product_cudnn_attention_backward(
             d_out, q, k, v, out, lse[..., None], seed, offset, None, *no_lengths, 0.0, True, scale=1.0
         )
     else:
+        seed, offset = (torch.empty(shape, dtype=torch.uint64, device=q.device) for shape in (2, ()))
         gradients = _aten._scaled_dot_product_flash_attention_backward(
             d_out, q, k, v, out, lse, *no_lengths, 0.0, True, seed, offset, scale=1.0
         )
@@ -69,9 +69,7 @@ def plain_attention_backward(
 
 
 @plain_attention_backward.register_fake
-def _(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seed: Tensor, offset: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

@@ -4,12 +4,17 @@ A mask that requires a gradient drives SDPA into its slowest kernel, and its gra
 scores. So the mask enters without one, and the backward pass is ours. Both take a tile of queries at a time with
 the keys up to it; near keys have the bias, far keys have none. Runs on every device; nothing of
 [B, H, L, L] is built but the mask of documents.
+
+The bias stays in fp32: rounded to bf16, a large one makes output and gradients several times as wrong as
+`math`'s. But SDPA's kernels for GPUs take a mask of the queries' dtype alone. There bf16 needs no kernel:
+probabilities are computed as in the backward pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +28,9 @@ __all__ = ["attend", "bias", "mask"]
 
 TILE = 128
 """Queries at a time."""
+
+KERNEL_WIDENS_MASK = ("cpu",)
+"""Devices whose kernel takes a mask in fp32 beside queries in bf16."""
 
 
 def bias(table_RH: Tensor, buckets_N: Tensor, *, queries: int, keys: int) -> Tensor:
@@ -51,16 +59,10 @@ class _Attention(torch.autograd.Function):
 def _forward(q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None) -> Tensor:
     """The output. One node of a compiled block: Inductor's code of it is slower."""
     out = _new_output(q)
-    past = k.shape[2] - q.shape[2]
-    for first in range(0, q.shape[2], TILE):
-        rows = slice(first, min(first + TILE, q.shape[2]))
-        seen = past + rows.stop
-        added = band_bias(band, queries=rows.stop - rows.start, keys=seen)[None]
-        if hidden is not None:
-            added = added.masked_fill(hidden[:, None, rows, :seen], -inf)
-        out[:, :, rows] = functional.scaled_dot_product_attention(
-            q[:, :, rows], k[:, :, :seen], v[:, :, :seen], attn_mask=added, scale=1.0
-        )
+    takes_mask = q.dtype == band.dtype or q.device.type in KERNEL_WIDENS_MASK
+    mix = _mix_by_kernel if takes_mask else _mix
+    for tile in _tiles(q, k):
+        out[:, :, tile.rows] = mix(tile, q, k, v, band, hidden)
     return out
 
 
@@ -75,33 +77,75 @@ def _new_output(q: Tensor) -> Tensor:
     return q.new_empty(B, L, H, K).transpose(1, 2)
 
 
+class _Tile(NamedTuple):
+    """Queries, and the keys up to them.
+
+    rows, seen: the queries' and the keys' places. near: those keys that may be nearer than BAND. band: these rows and
+    keys in [H, TILE, BAND + TILE], where near keys have the bias that `_near` gives.
+    """
+
+    rows: slice
+    seen: slice
+    near: slice
+    band: tuple[Any, ...]
+
+
+def _tiles(q: Tensor, k: Tensor) -> Iterator[_Tile]:
+    queries, past = q.shape[2], k.shape[2] - q.shape[2]
+    for first in range(0, queries, TILE):
+        rows = slice(first, min(first + TILE, queries))
+        count, seen = rows.stop - rows.start, past + rows.stop
+        border = max(seen - count - BAND, 0)
+        band = (..., slice(0, count), slice(BAND + count - (seen - border), BAND + count))
+        yield _Tile(rows, slice(0, seen), slice(border, seen), band)
+
+
+def _near(band: Tensor) -> Tensor:
+    return band_bias(band, queries=TILE, keys=BAND + TILE)
+
+
+def _mix_by_kernel(tile: _Tile, q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None) -> Tensor:
+    """A tile's output by PyTorch's kernel."""
+    queries, seen = q[:, :, tile.rows], k[:, :, tile.seen]
+    added = band_bias(band, queries=queries.shape[2], keys=seen.shape[2])[None]
+    if hidden is not None:
+        added = added.masked_fill(hidden[:, None, tile.rows, tile.seen], -inf)
+    return functional.scaled_dot_product_attention(queries, seen, v[:, :, tile.seen], attn_mask=added, scale=1.0)
+
+
+def _mix(tile: _Tile, q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None) -> Tensor:
+    """A tile's output from the probabilities that the backward pass has."""
+    return _probabilities(tile, q, k, _near(band), hidden).to(v.dtype) @ v[:, :, tile.seen]
+
+
+def _probabilities(tile: _Tile, q: Tensor, k: Tensor, near_HTN: Tensor, hidden: Tensor | None) -> Tensor:
+    """[B, H, rows, seen] in the bias's precision. Each row adds up to 1, however far bf16 rounds large scores."""
+    scores = (q[:, :, tile.rows] @ k[:, :, tile.seen].mT).to(near_HTN.dtype)
+    scores[..., tile.near] += near_HTN[tile.band]
+    if hidden is not None:
+        scores.masked_fill_(hidden[:, None, tile.rows, tile.seen], -inf)
+    return scores.softmax(-1)
+
+
 @torch.library.custom_op("lamda::sdpa_attention_backward", mutates_args=())
 def _backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the band."""
-    queries, past = q.shape[2], k.shape[2] - q.shape[2]
-    near_HTN = band_bias(band, queries=TILE, keys=BAND + TILE)
+    near_HTN = _near(band)
     d_near_HTN = torch.zeros_like(near_HTN, memory_format=torch.contiguous_format)
     d_q, d_k, d_v = (torch.zeros_like(each, dtype=band.dtype) for each in (q, k, v))
-    for first in range(0, queries, TILE):
-        rows = slice(first, min(first + TILE, queries))
-        count, seen = rows.stop - rows.start, past + rows.stop
-        border = max(seen - count - BAND, 0)
-        near, tile = slice(border, seen), (..., slice(0, count), slice(BAND + count - (seen - border), BAND + count))
-        scores = (q[:, :, rows] @ k[:, :, :seen].mT).to(band.dtype)
-        scores[..., near] += near_HTN[tile]
-        if hidden is not None:
-            scores.masked_fill_(hidden[:, None, rows, :seen], -inf)
-        # From the forward pass's log-sum-exp they would not add up to 1, as far as bf16 rounds large scores here.
-        p = scores.softmax(-1)
-        d_p = (d_out[:, :, rows] @ v[:, :, :seen].mT).to(band.dtype)
+    for tile in _tiles(q, k):
+        rows, seen = tile.rows, tile.seen
+        # Not from a log-sum-exp of the forward pass: rows would not add up to 1, as far as bf16 rounds large scores.
+        p = _probabilities(tile, q, k, near_HTN, hidden)
+        d_p = (d_out[:, :, rows] @ v[:, :, seen].mT).to(band.dtype)
         d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, band.dtype)
-        d_near_HTN[tile] += d_scores[..., near].sum(0)
+        d_near_HTN[tile.band] += d_scores[..., tile.near].sum(0)
         p, d_scores = p.to(q.dtype), d_scores.to(q.dtype)
-        d_q[:, :, rows] = d_scores @ k[:, :, :seen]
-        d_k[:, :, :seen] += d_scores.mT @ q[:, :, rows]
-        d_v[:, :, :seen] += p.mT @ d_out[:, :, rows]
+        d_q[:, :, rows] = d_scores @ k[:, :, seen]
+        d_k[:, :, seen] += d_scores.mT @ q[:, :, rows]
+        d_v[:, :, seen] += p.mT @ d_out[:, :, rows]
     d_q, d_k, d_v = (each.to(q.dtype) for each in (d_q, d_k, d_v))
     return d_q, d_k, d_v, sum_by_distance(d_near_HTN, BAND).contiguous()
 

@@ -40,25 +40,24 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = launch.band_attention(q, k, v, band, None, near=True)
-        kept = ()
         if q.shape[2] > BAND:
-            far_out, far_lse, *kept = plain_attention(q[:, :, BAND:], k[:, :, :-BAND], v[:, :, :-BAND])
+            far_out, far_lse = plain_attention(q[:, :, BAND:], k[:, :, :-BAND], v[:, :, :-BAND])
             near_out, near_lse = out[:, :, BAND:], lse[:, :, BAND:].clone()
             lse[:, :, BAND:] = torch.logaddexp(near_lse, far_lse)
             near_share, far_share = ((each - lse[:, :, BAND:]).exp()[..., None] for each in (near_lse, far_lse))
             near_out.copy_(near_share * near_out + far_share * far_out)
-        ctx.save_for_backward(q, k, v, band, out, lse, *kept)
+        ctx.save_for_backward(q, k, v, band, out, lse)
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, band, out, lse, *kept = ctx.saved_tensors
+        q, k, v, band, out, lse = ctx.saved_tensors
         d_q, d_k, d_v = launch.band_attention_backward(d_out, q, k, v, band, None, out, lse, near=True)
         if q.shape[2] > BAND:
             d_out, q, out, lse = (each[:, :, BAND:].contiguous() for each in (d_out, q, out, lse))
-            far = plain_attention_backward(d_out, q, k[:, :, :-BAND], v[:, :, :-BAND], out, lse, *kept)
+            far = plain_attention_backward(d_out, q, k[:, :, :-BAND], v[:, :, :-BAND], out, lse)
             d_q[:, :, BAND:] += far[0]
             d_k[:, :, :-BAND] += far[1]
             d_v[:, :, :-BAND] += far[2]
