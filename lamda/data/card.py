@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core.core_schema import ValidationInfo
 
 from lamda.config.errors import UserError
+from lamda.config.presets import nearest
 from lamda.config.resources import card_path
 from lamda.config.schema import DataConfig, Patterns
 
@@ -79,6 +82,14 @@ class Card(_Part):
     domains: tuple[str, ...] = Field((), description="names that the domain field holds; default: those found first")
     changes: tuple[Change, ...] = ()
 
+    @field_validator("sources")
+    @classmethod
+    def _named_once(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        names = [source.name for source in sources]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two sources are called {twice[0]!r}, and weights go by name; give each its own")
+        return sources
+
     @field_validator("changes")
     @classmethod
     def _in_order(cls, changes: tuple[Change, ...], info: ValidationInfo) -> tuple[Change, ...]:
@@ -123,9 +134,78 @@ def load_card(config: DataConfig) -> Card:
 
 def _read(path: Path) -> Card:
     try:
-        return Card.model_validate(yaml.safe_load(path.read_text("utf-8")))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {error}") from error
+        root = yaml.compose(path.read_text("utf-8"), Loader=yaml.SafeLoader)
+        card = {} if root is None else yaml.constructor.SafeConstructor().construct_document(root)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not, for one
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: this is not YAML: {getattr(error, 'problem', None) or error}") from error
+    problems = [f"{path}:{line}: {name}: stands there already; remove one" for name, line in _repeated(root)]
+    try:
+        if not problems:
+            return Card.model_validate(card)
     except ValidationError as error:
-        lines = [f"{path}: {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
-        raise UserError("\n".join(lines)) from error
+        problems = [_told(path, root, each) for each in error.errors()]
+    raise UserError("\n".join(problems))
+
+
+def _repeated(root: yaml.Node | None) -> list[tuple[str, int]]:
+    """Keys that stand twice in one mapping, of which YAML would silently take the last, with their lines."""
+    found: list[tuple[str, int]] = []
+    left, seen = [root], set[int]()
+    while left:
+        node = left.pop()
+        if node is None or id(node) in seen:  # an anchor can lead back
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            left += node.value
+        elif isinstance(node, yaml.MappingNode):
+            left += [value for _, value in node.value]
+            names = [key.value for key, _ in node.value]
+            found += [
+                (name, node.value[place][0].start_mark.line + 1)
+                for place, name in enumerate(names)
+                if name in names[:place] and name != "<<"
+            ]
+    return sorted(found, key=lambda each: each[1])
+
+
+def _told(path: Path, root: yaml.Node | None, error: Mapping[str, Any]) -> str:
+    """One of pydantic's errors, with the line that it is in and the nearest key for one that there is not."""
+    place = error["loc"]
+    name = ".".join(map(str, place))
+    if error["type"] == "extra_forbidden":
+        told = f"there is no such key{nearest(str(place[-1]), _part_at(place[:-1]).model_fields)}"
+    elif error["type"] == "value_error":
+        told = str(error["ctx"]["error"])
+    else:
+        told = error["msg"] if place else "a card holds `key: value` lines"
+    return f"{path}:{_line_of(root, place)}: {f'{name}: ' if name else ''}{told}"
+
+
+def _part_at(place: tuple[str | int, ...]) -> type[_Part]:
+    """The part of a card that a place in it belongs to."""
+    parts: dict[str, type[_Part]] = {"sources": Source, "validation": Source, "changes": Change, "dataset": HubDataset}
+    if len(place) > 1 and place[-2] == "checksums":
+        return Checksum
+    return next((parts[name] for name in reversed(place) if isinstance(name, str) and name in parts), Card)
+
+
+def _line_of(node: yaml.Node | None, place: tuple[str | int, ...]) -> int:
+    """The line of a place in a card, or of what is there of the way to it."""
+    line = 1 if node is None else node.start_mark.line + 1
+    for step in place:
+        if isinstance(node, yaml.MappingNode):
+            found = next(((key, value) for key, value in node.value if key.value == str(step)), None)
+            if found is None:
+                break
+            line, node = found[0].start_mark.line + 1, found[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+            node = node.value[step]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
