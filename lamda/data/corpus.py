@@ -13,9 +13,9 @@ from lamda.config.schema import Config, DataConfig
 from lamda.data.blocks import Packing
 from lamda.data.card import Card, load_card
 from lamda.data.documents import Document, Form
-from lamda.data.files import resolve
 from lamda.data.lanes import RAW_TEXT, Cursor, Lane, cut_into_lanes, read_lane
 from lamda.data.order import Order, Table, make_table
+from lamda.data.resolving import resolve
 from lamda.data.tokenizer import Tokenizer
 
 SCANNED = 1000

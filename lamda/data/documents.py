@@ -59,6 +59,10 @@ class Form(Protocol):
         """The domains of its examples, where not the documents' own."""
         ...
 
+    def keys_of(self, source: Source) -> tuple[str, ...] | None:
+        """The keys of a record that its text is made of; None: all of them."""
+        ...
+
     def text_of(self, record: Any, source: Source) -> str:
         """What a document keeps of its record. Raises ValueError that says why a record holds no document."""
         ...
@@ -80,6 +84,10 @@ class RawText:
         """Nothing: a source's rules are in the fingerprint already."""
         return {}
 
+    def keys_of(self, source: Source) -> tuple[str, ...]:
+        """See `Form`."""
+        return (first_key(source.text),)
+
     def text_of(self, record: Any, source: Source) -> str:
         """See `Form`."""
         text = at(record, source.text)
@@ -100,3 +108,8 @@ def at(record: Any, path: str) -> Any:
     for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     return value
+
+
+def first_key(path: str) -> str:
+    """The key of a record that a dotted path goes through."""
+    return path.split(".", 1)[0]

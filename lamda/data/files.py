@@ -1,29 +1,37 @@
-"""Files to lines: local or remote, plain or compressed, never shorter than they are.
+"""Files to lines: local or remote, plain or compressed, never shorter than they are, and the same while they are read.
 
-`datasets` and `huggingface_hub` resolve names, revisions and globs. Bytes are read and decompressed
-here and in `remote`, because a reader that retries or ends above its decompressor loses text without a word.
+Bytes are read and decompressed here and in `remote`, because a reader that retries or ends above its decompressor
+loses text without a word.
 """
 
 from __future__ import annotations
 
+import codecs
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import zstandard
 
 from lamda.config.errors import UserError
-from lamda.data.card import HubDataset, Source
 from lamda.data.errors import DataError
-from lamda.data.remote import CHUNK, RemoteFile
-from lamda.data.standard_library import write_corpus
+from lamda.data.identity import Stored, cannot_open, content_of, wrong_sha256
+from lamda.data.remote import CHUNK, RemoteFile, Version
 
 LONGEST_LINE = 1 << 26
 HTTP = ("http://", "https://")
-SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".txt")
+BOM = codecs.BOM_UTF8
+
+MORSEL = 1 << 11
+"""Compressed bytes that are inflated at a time: 4 bytes of zstd can stand for 128 KiB, so these for 64 MiB at most."""
+
+MOST_WINDOW = 1 << 31
+"""Bytes that a zstd frame may look back, `zstd --long=31`; memory is taken for what the frame itself asks."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +39,16 @@ class File:
     """A resolved file and its size in bytes as stored.
 
     sha256: of the stored bytes, where the card states it. address: where the bytes of a file with an
-    `hf://` name come from.
+    `hf://` name come from. content: says whether the text is still the same: a hash of pieces of a local file,
+    the tag of a server; None where nothing says so. version: what the server said of it.
     """
 
     url: str
     size: int
     sha256: str | None = None
     address: str | None = field(default=None, compare=False)
+    content: str | None = field(default=None, compare=False)
+    version: Version | None = field(default=None, compare=False)
 
     @property
     def is_remote(self) -> bool:
@@ -45,10 +56,14 @@ class File:
         return "://" in self.url
 
     @property
+    def name(self) -> str:
+        """Its remote address or local name: what a corpus that has moved keeps."""
+        return self.url if self.is_remote else Path(self.url).name
+
+    @property
     def identity(self) -> tuple[str | int, ...]:
-        """What the order of samples depends on: remote address or local name, size, and sha256 where known."""
-        name = self.url if self.is_remote else Path(self.url).name
-        return (name, self.size) if self.sha256 is None else (name, self.size, self.sha256)
+        """What the order of samples depends on: name, size, and sha256 where known."""
+        return (self.name, self.size) if self.sha256 is None else (self.name, self.size, self.sha256)
 
 
 class Line(NamedTuple):
@@ -59,85 +74,14 @@ class Line(NamedTuple):
     data: bytes
 
 
-def resolve(source: Source) -> list[File]:
-    """All files of a source, sorted by address.
-
-    Raises UserError where a pattern names none, and DataError where a size is not the card's.
-    """
-    if source.dataset is not None:
-        return _checked(_with_sizes(_hub_files(source.dataset)), source)
-    if source.standard_library is not None:
-        write_corpus(Path(source.standard_library))
-    from datasets.data_files import resolve_pattern
-
-    found: set[str] = set()
-    for pattern in source.files:
-        if pattern.startswith(HTTP):
-            found.add(pattern)
-            continue
-        try:
-            urls = resolve_pattern(pattern, base_path=str(Path.cwd()))
-        except FileNotFoundError as error:
-            raise UserError(f"source {source.name!r}: no file matches {pattern!r} (from {Path.cwd()})") from error
-        found.update(urls)
-    unknown = sorted(url for url in found if not url.endswith(SUFFIXES))
-    if unknown:
-        raise UserError(f"source {source.name!r}: cannot read {unknown[0]}; files end in {', '.join(SUFFIXES)}")
-    return _checked(_with_sizes(sorted(found)), source)
-
-
-def _hub_files(dataset: HubDataset) -> list[str]:
-    from datasets import load_dataset_builder
-
-    builder = load_dataset_builder(dataset.path, name=dataset.name, revision=dataset.revision)
-    return sorted(builder.config.data_files[dataset.split])
-
-
-def _with_sizes(urls: list[str]) -> list[File]:
-    import fsspec
-
-    files = []
-    for url in urls:
-        if url.startswith(HTTP):
-            size = RemoteFile(url, url).size()
-        else:
-            size = fsspec.core.url_to_fs(url)[0].size(url) if "://" in url else Path(url).stat().st_size
-        if size is None:
-            raise DataError(f"{url}: the server does not say how long the file is")
-        files.append(File(url, size, address=_address(url)))
-    return files
-
-
-def _address(url: str) -> str | None:
-    """Where an http server gives the file; None for a local file or another kind of store."""
-    if url.startswith("hf://"):
-        from huggingface_hub import HfFileSystem
-
-        return HfFileSystem().url(url)
-    return url if url.startswith(HTTP) else None
-
-
-def _checked(files: list[File], source: Source) -> list[File]:
-    """The files with the card's hashes, their sizes compared with the card's."""
-    known = dict.fromkeys(files)
-    for name, stated in source.checksums.items():
-        named = [file for file in known if f"/{file.url}".endswith(f"/{name}")]
-        if len(named) != 1:
-            raise UserError(f"source {source.name!r}: its checksums name {name!r}, which is {len(named)} of its files")
-        (file,) = named
-        if file.size != stated.size:
-            raise DataError(f"{file.url}: has {file.size} bytes, but the card says {stated.size}")
-        known[file] = replace(file, sha256=stated.sha256)
-    return [checked or file for file, checked in known.items()]
-
-
 def read_lines(file: File, *, number: int = 0, byte: int = 0) -> Iterator[Line]:
     """The lines of a file from line `number`, which begins at decompressed offset `byte`.
 
-    A line longer than LONGEST_LINE comes as its first LONGEST_LINE + 1 bytes. Raises DataError where
-    the file is shorter than its size or ends inside a compressed frame.
+    A line longer than LONGEST_LINE comes as its first LONGEST_LINE + 1 bytes. A byte order mark is no part of a
+    line: files that have one are often joined. Raises DataError where the file is shorter than its size, ends inside
+    a compressed frame, or is not the one that was resolved.
     """
-    begun, length = bytearray(), 0  # of a line that goes on in the next chunk
+    begun, length = bytearray(), 0  # of a line that continues in the next chunk
     for chunk in _decompressed(file, skip=byte):
         *complete, rest = chunk.split(b"\n")
         for data in complete:
@@ -145,24 +89,24 @@ def read_lines(file: File, *, number: int = 0, byte: int = 0) -> Iterator[Line]:
             if length:
                 begun += data[: LONGEST_LINE + 1 - len(begun)]
                 data, begun, length = bytes(begun), bytearray(), 0
-            yield Line(number, byte, data[: LONGEST_LINE + 1])
+            yield Line(number, byte, data[: LONGEST_LINE + 1].removeprefix(BOM))
             number, byte = number + 1, end
         begun += rest[: LONGEST_LINE + 1 - len(begun)]
         length += len(rest)
     if length:
-        yield Line(number, byte, bytes(begun))
+        yield Line(number, byte, bytes(begun).removeprefix(BOM))
 
 
 def read_all(file: File) -> bytes:
-    """The whole decompressed file; raises as `read_lines`."""
-    return b"".join(_decompressed(file, skip=0))
+    """The whole decompressed file without a byte order mark; raises as `read_lines`."""
+    return b"".join(_decompressed(file, skip=0)).removeprefix(BOM)
 
 
 def _decompressed(file: File, *, skip: int) -> Iterator[bytes]:
     if file.url.endswith(".zst"):
-        chunks = _inflate(_raw(file), lambda: zstandard.ZstdDecompressor().decompressobj(), file)
+        chunks = _inflate(_raw(file), _zstd, file)
     elif file.url.endswith(".gz"):
-        chunks = _inflate(_raw(file), lambda: zlib.decompressobj(wbits=31), file)
+        chunks = _inflate(_raw(file), lambda: zlib.decompressobj(wbits=31), file, padding=b"\0")
     else:
         yield from _raw(file, start=skip)
         return
@@ -170,6 +114,10 @@ def _decompressed(file: File, *, skip: int) -> Iterator[bytes]:
         if skip < len(chunk):
             yield chunk[skip:] if skip else chunk
         skip = max(0, skip - len(chunk))
+
+
+def _zstd() -> _Decompressor:
+    return zstandard.ZstdDecompressor(max_window_size=MOST_WINDOW).decompressobj()
 
 
 class _Decompressor(Protocol):
@@ -180,45 +128,97 @@ class _Decompressor(Protocol):
     def decompress(self, data: bytes, /) -> bytes: ...
 
 
-def _inflate(raw: Iterable[bytes], new: Callable[[], _Decompressor], file: File) -> Iterator[bytes]:
+def _inflate(
+    raw: Iterable[bytes], new: Callable[[], _Decompressor], file: File, *, padding: bytes = b""
+) -> Iterator[bytes]:
+    """The content of all frames, in bounded chunks; `padding` may stand after a frame, as gzip's tools allow."""
     frame: _Decompressor | None = None
+    begun = False
     try:
-        for compressed in raw:
+        for compressed in chain.from_iterable(map(_morsels, raw)):
             while compressed:
-                frame = frame or new()
+                if frame is None:
+                    compressed = compressed.lstrip(padding) if begun else compressed
+                    if not compressed:
+                        break
+                    frame, begun = new(), True
                 yield frame.decompress(compressed)
                 compressed, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
     except (zstandard.ZstdError, zlib.error) as error:
-        raise DataError(f"{file.url}: damaged compressed data ({error})") from error
+        raise DataError(f"{file.url}: cannot be decompressed, is damaged or of another kind ({error})") from error
     if frame is not None:
         raise DataError(f"{file.url}: ends inside a compressed frame; the file is truncated")
 
 
+def _morsels(chunk: bytes) -> Iterator[bytes]:
+    return (chunk[start : start + MORSEL] for start in range(0, len(chunk), MORSEL))
+
+
 def _raw(file: File, *, start: int = 0) -> Iterator[bytes]:
-    read, digest = start, sha256()
-    hashed = file.sha256 is not None and start == 0
-    for chunk in _stored(file, start):
-        read += len(chunk)
+    """The stored bytes from `start` on; a local file's are hashed from its first byte, wherever reading begins."""
+    hashed = file.sha256 is not None and (start == 0 or not file.is_remote)
+    read, digest = (0 if hashed else start), sha256()
+    for chunk in _stored(file, read):
         if hashed:
             digest.update(chunk)
-        yield chunk
+        wanted = chunk[max(0, start - read) :]
+        read += len(chunk)
+        if wanted:
+            yield wanted
     if read != file.size:
         raise DataError(f"{file.url}: {read} bytes could be read, but the file has {file.size}")
     if hashed and digest.hexdigest() != file.sha256:
-        raise DataError(f"{file.url}: its sha256 is {digest.hexdigest()}, but the card says {file.sha256}")
+        raise DataError(wrong_sha256(file.url, digest.hexdigest(), str(file.sha256)))
 
 
 def _stored(file: File, start: int) -> Iterator[bytes]:
-    address = file.address or _address(file.url)
-    if address is not None:
-        yield from RemoteFile(file.url, address, _headers(file)).read(size=file.size, start=start)
+    if not file.is_remote:
+        with opened(file) as (stream, require_same):
+            stream.seek(start)
+            while chunk := stream.read(CHUNK):
+                require_same()
+                yield chunk
+        return
+    if (remote := remote_file(file)) is not None:
+        yield from remote.read(size=file.size, start=start)
         return
     import fsspec
 
-    with fsspec.open(file.url, "rb") as stream:
+    with foreign(file.url), fsspec.open(file.url, "rb") as stream:
         stream.seek(start)
         while chunk := stream.read(CHUNK):
             yield chunk
+
+
+@contextmanager
+def opened(file: File) -> Iterator[tuple[BinaryIO, Callable[[], None]]]:
+    """A local file that is still the one that was resolved, and a call that raises DataError if it is no longer."""
+    try:
+        with Path(file.url).open("rb") as stream:
+            before = Stored.of(stream)
+            if before.size != file.size:
+                raise DataError(
+                    f"{file.url}: {before.size} bytes could be read, but the file has {file.size}; it was changed"
+                )
+            if file.content is not None and content_of(stream, file.size) != file.content:
+                raise DataError(f"{file.url}: was changed since this run began; put the former file back")
+
+            def require_same() -> None:
+                if Stored.of(stream) != before:
+                    raise DataError(f"{file.url}: was written to while it was read; put the former file back")
+
+            stream.seek(0)
+            yield stream, require_same
+    except OSError as error:
+        raise cannot_open(file.url, error) from error
+
+
+def remote_file(file: File) -> RemoteFile | None:
+    """A file on an http(s) server, the hub's among them; None for another kind of store."""
+    address = file.address or address_of(file.url)
+    if address is None:
+        return None
+    return RemoteFile(file.url, address, _headers(file), version=file.version)
 
 
 def _headers(file: File) -> dict[str, str]:
@@ -228,3 +228,28 @@ def _headers(file: File) -> dict[str, str]:
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     return build_hf_headers()
+
+
+def address_of(url: str) -> str | None:
+    """Where an http server gives the file; None for a local file or another kind of store."""
+    if url.startswith("hf://"):
+        from huggingface_hub import HfFileSystem
+
+        with foreign(url):
+            return HfFileSystem().url(url)
+    return url if url.startswith(HTTP) else None
+
+
+@contextmanager
+def foreign(what: str) -> Iterator[None]:
+    """Turns what the hub's and other stores' libraries raise into a DataError: they have no class in common."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"{what}: cannot be looked up ({type(error).__name__}: {cause}); look at the address, the network (behind "
+            "a proxy, https_proxy) and, for what is not public, `hf auth login`"
+        ) from error

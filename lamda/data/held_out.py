@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from lamda.data.card import Source
 from lamda.data.documents import Document, Form
-from lamda.data.files import resolve
 from lamda.data.lanes import RAW_TEXT, Cursor, Lane, cut_into_lanes, read_lane
+from lamda.data.resolving import resolve
 from lamda.data.tokenizer import Tokenizer
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import orjson
-from datasets import IterableDataset, load_dataset
+from datasets import IterableDataset
 from datasets.iterable_dataset import ExamplesIterable
 
 from lamda.config.errors import UserError
 from lamda.data.card import Source
-from lamda.data.documents import Document, Form, RawText, at
+from lamda.data.documents import Document, Form, RawText, at, first_key
 from lamda.data.errors import DataError
 from lamda.data.files import LONGEST_LINE, File, read_all, read_lines
+from lamda.data.parquet import read_rows
 from lamda.data.quarantine import BadLine, Tally, bad_line
 
 FEWEST, MOST = 8, 64
@@ -65,6 +66,13 @@ class Lane:
     shares: tuple[Share, ...]
     max_bad_fraction: float
     form: Form = RAW_TEXT
+
+    @property
+    def columns(self) -> tuple[str, ...] | None:
+        """The keys of a record that are read, where it has columns; None: all."""
+        keys = self.form.keys_of(self.source)
+        domain = () if self.source.domain is None else (first_key(self.source.domain),)
+        return None if keys is None else (*keys, *domain)
 
     def documents(self, start: Cursor) -> IterableDataset:
         """Documents from the one that holds the cursor, endless; rows as `Document._asdict()`.
@@ -142,12 +150,19 @@ def _empty(lane: Lane, tally: Tally) -> str:
     share = lane.shares[0]
     if tally.bad:
         return f"lane {lane.index} is empty: all its {tally.bad} lines are bad. {tally.examples()}"
-    if share.modulus > 1:
+    if share.modulus > 1 and not _holds_nothing(share.file):
         return (
             f"{share.file.url}: lane {lane.index} is empty: the file has too few documents to be cut into "
             f"{share.modulus} lanes; set data.lanes lower, or give more text"
         )
-    return f"{share.file.url}: holds no document (lane {lane.index})"
+    return f"{share.file.url}: holds no document (lane {lane.index}); take the file out, or fetch it again"
+
+
+def _holds_nothing(file: File) -> bool:
+    """Whether no lane finds anything in it, so that fewer lanes do not help."""
+    if file.url.endswith(".parquet"):
+        return next(read_rows(file, first=0, columns=()), None) is None
+    return not any(line.data.strip() for line in read_lines(file))
 
 
 class _Fit(NamedTuple):
@@ -167,11 +182,9 @@ def _read_share(share: Share, lane: Lane, *, line: int, byte: int) -> Iterator[t
         if line == 0:
             yield 0, 0, _Fit(_decoded(read_all(file), file.url), lane.source.name)
     elif file.url.endswith(".parquet"):
-        with TemporaryDirectory() as scratch:  # opening makes a folder in the Hugging Face cache: it may be read-only
-            rows = load_dataset("parquet", data_files=file.url, split="train", streaming=True, cache_dir=scratch)
-        for number, record in enumerate(rows.skip(line), start=line):
+        for number, record in read_rows(file, first=line, columns=lane.columns):
             if number % share.modulus == share.residue:
-                yield number, 0, _of_record(record, lane, None)
+                yield number, 0, _of_row(record, lane)
     else:
         for number, offset, data in read_lines(file, number=line, byte=byte):
             if number % share.modulus == share.residue and data and not data.isspace():
@@ -184,8 +197,27 @@ def _of_json(data: bytes, lane: Lane) -> _Fit | _Unfit:
     try:
         record = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        return _Unfit(f"not JSON ({error})", data)
+        found = _of_record(_with_nan(data), lane, data)
+        return found if isinstance(found, _Fit) else _Unfit(f"not JSON ({error})", data)
     return _of_record(record, lane, data)
+
+
+def _with_nan(data: bytes) -> Any:
+    """A record in which NaN or Infinity stands, as Python and pandas write them, read as null; or None."""
+    if b"NaN" not in data and b"Infinity" not in data:
+        return None
+    try:
+        record = json.loads(data.decode(), parse_constant=lambda _: None)
+        json.dumps(record, ensure_ascii=False).encode()  # no lone surrogates
+    except (ValueError, RecursionError):
+        return None
+    return record
+
+
+def _of_row(record: Any, lane: Lane) -> _Fit | _Unfit:
+    if isinstance(record, ValueError):
+        return _Unfit(str(record), b"")
+    return _of_record(record, lane, None)
 
 
 def _of_record(record: Any, lane: Lane, data: bytes | None) -> _Fit | _Unfit:

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException, HTTPResponse, InvalidURL
 from random import Random
 from ssl import SSLCertVerificationError
 from time import sleep
+from typing import NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -24,6 +25,9 @@ from lamda.data.errors import DataError
 CHUNK = 1 << 18
 TRANSIENT = {408, 425, 429}
 """Client errors that pass; every 5xx does too."""
+
+STORED_ENCODINGS = {"gzip": ".gz", "x-gzip": ".gz", "zstd": ".zst"}
+"""Content-Encoding by which some servers describe a file that is stored so: its bytes come as they are."""
 
 log = logging.getLogger(__name__)
 
@@ -44,56 +48,118 @@ class Patience:
     timeout: float = 60.0
 
 
+class Version(NamedTuple):
+    """What a server says of a file's content: its ETag, strong or weak (`W/"..."`), and when it was modified."""
+
+    etag: str | None = None
+    modified: str | None = None
+
+    @property
+    def is_strong(self) -> bool:
+        """Whether the ETag stands for these very bytes."""
+        return self.etag is not None and not self.etag.startswith("W/")
+
+    @property
+    def told(self) -> str | None:
+        """The best of it, for people and fingerprints: a strong tag, else the modification, else a weak tag."""
+        if self.modified is not None and not self.is_strong:
+            return f"Last-Modified {self.modified}"
+        return None if self.etag is None else f"ETag {self.etag}"
+
+    def difference(self, now: Version) -> str | None:
+        """Why both cannot be of one content, or None. What only one of them has says nothing."""
+        tags, times = ("ETag", self.etag, now.etag), ("Last-Modified", self.modified, now.modified)
+        if self.is_strong and now.is_strong:
+            pairs = [tags]
+        else:
+            pairs = [times] if self.is_strong or now.is_strong else [tags, times]
+        found = (f"{name} {old}, now {new}" for name, old, new in pairs if None not in (old, new) and old != new)
+        return next(found, None)
+
+    def with_missing_of(self, other: Version) -> Version:
+        """This, and of `other` what this does not say."""
+        return Version(self.etag or other.etag, self.modified or other.modified)
+
+
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file by its http(s) address; `name` is what errors call it. `headers` stay with the first host."""
+    """A file by its http(s) address; `name` is what errors call it. `headers` stay with the first host.
+
+    version: what the server said of the file when it was resolved; each read must be of the same one.
+    """
 
     name: str
     address: str
     headers: Mapping[str, str] = field(default_factory=dict)
     patience: Patience = Patience()
+    version: Version | None = None
 
-    def size(self) -> int:
-        """Bytes that the server has. Raises DataError where it does not say, and as `read`."""
+    def look_up(self) -> tuple[int, Version]:
+        """Bytes that the server has, and what it says of them. Raises DataError where it says none, and as `read`."""
         attempts = _Attempts(self)
         while True:
             try:
                 with self._open(None) as response:
-                    length = response.headers.get("Content-Length")
+                    length = response.headers.get("Content-Length", "")
+                    version = _version(response)
             except (OSError, HTTPException) as error:
                 attempts.failed(error, 0)
                 continue
-            if length is None:
-                raise DataError(f"{self.name}: the server does not say how long the file is")
-            return int(length)
+            if not re.fullmatch(r"[0-9]+", length):
+                said = f" (Content-Length: {length})" if length else ""
+                raise DataError(f"{self.name}: the server does not say how long the file is{said}")
+            return int(length), version
 
-    def read(self, *, size: int, start: int = 0) -> Iterator[bytes]:
-        """The bytes from `start` on of a file of `size` bytes.
+    def read(self, *, size: int, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        """The bytes from `start` to `stop`, or to the end, of a file of `size` bytes.
 
         Resets, timeouts, early ends, 429 and 5xx are tried again from the byte where they struck. Raises
         DataError for any other answer, a file that changes, and a server that stays silent.
         """
-        position, tag, attempts = start, None, _Attempts(self)
-        while position < size:
+        position, version, attempts = start, self.version or Version(), _Attempts(self)
+        stop = size if stop is None else min(stop, size)
+        while position < stop:
             try:
-                with self._open(position) as response:
+                with self._open(position, None if stop == size else stop) as response:
                     self._require_range(response, position, size)
-                    tag = self._require_version(response, tag)
+                    version = self._require_version(response, version)
                     for chunk in _body(response, skip=position if response.status != 206 else 0):
                         attempts.failures = 0
                         position += len(chunk)
-                        if position > size:
+                        if position > stop and (stop == size or response.status == 206):
                             raise DataError(f"{self.name}: the server sends more than the file's {size} bytes")
-                        yield chunk
-                if position < size:
+                        yield chunk[: len(chunk) + min(0, stop - position)]
+                        if position >= stop < size:
+                            return
+                if position < stop:
                     raise ConnectionError("the answer ended early")
             except (OSError, HTTPException) as error:
                 attempts.failed(error, position)
 
-    def _open(self, position: int | None) -> HTTPResponse:
+    def _open(self, position: int | None, stop: int | None = None) -> HTTPResponse:
+        try:
+            response = self._answer(position, stop)
+        except (InvalidURL, ValueError) as error:
+            if isinstance(error, OSError):  # a certificate's error is both
+                raise
+            raise DataError(
+                f"{self.name}: is not an address that a server can be asked for ({error}); write spaces and letters "
+                "outside ASCII as %XX"
+            ) from error
+        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+        suffix = STORED_ENCODINGS.get(encoding)
+        if encoding not in ("identity", "") and (suffix is None or not self.name.endswith(suffix)):
+            response.close()
+            raise DataError(
+                f"{self.name}: the server sends Content-Encoding {encoding}, which was not asked for: its bytes are "
+                "not the file's. Turn the compression off there, or name the compressed file"
+            )
+        return response
+
+    def _answer(self, position: int | None, stop: int | None) -> HTTPResponse:
         request = Request(self.address, headers={"User-Agent": "lamda", "Accept-Encoding": "identity"})
         if position is not None:
-            request.add_header("Range", f"bytes={position}-")
+            request.add_header("Range", f"bytes={position}-{'' if stop is None else stop - 1}")
         for key, value in self.headers.items():
             # A redirect leads to another host, which neither needs nor may see the token.
             request.add_unredirected_header(key, value)
@@ -107,6 +173,8 @@ class RemoteFile:
         except URLError as error:
             if isinstance(error.reason, SSLCertVerificationError):
                 raise DataError(f"{self.name}: the server's certificate is refused ({error.reason})") from error
+            if isinstance(error.reason, str):  # urllib's own words: no host, a scheme that it does not know
+                raise ValueError(error.reason) from error
             raise
 
     def _require_range(self, response: HTTPResponse, position: int, size: int) -> None:
@@ -121,13 +189,15 @@ class RemoteFile:
         if total not in ("*", str(size)):
             raise DataError(f"{self.name}: has {total} bytes on the server now, but had {size}; it was changed")
 
-    def _require_version(self, response: HTTPResponse, before: str | None) -> str | None:
-        tag = response.headers.get("ETag")
-        if tag is None or tag.startswith("W/"):
-            return before
-        if before not in (None, tag):
-            raise DataError(f"{self.name}: was changed on the server while it was read (ETag {before}, now {tag})")
-        return tag
+    def _require_version(self, response: HTTPResponse, before: Version) -> Version:
+        now = _version(response)
+        if (difference := before.difference(now)) is not None:
+            raise DataError(f"{self.name}: was changed on the server ({difference}); put the former file back")
+        return now.with_missing_of(before)
+
+
+def _version(response: HTTPResponse) -> Version:
+    return Version(response.headers.get("ETag") or None, response.headers.get("Last-Modified") or None)
 
 
 class _Attempts:

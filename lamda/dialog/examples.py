@@ -148,6 +148,9 @@ class Conversations:
         """See `Form`."""
         return {"dialog": {"generative": self.generative, "discriminative": self.discriminative}}
 
+    def keys_of(self, source: Source) -> None:
+        """See `Form`: a conversation is the whole record."""
+
     def text_of(self, record: Any, source: Source) -> str:
         """The record as JSON. Raises ValueError where it is none, or holds nothing to learn."""
         conversation = parse_conversation(record)

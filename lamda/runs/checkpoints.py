@@ -17,8 +17,7 @@ from lamda.training.run_directory import RunDirectory
 
 NAME = "CHECKPOINT_OR_RUN"
 NAME_HELP = "a checkpoint's folder, a run's (its newest checkpoint), or RUN@STEP"
-SET_ASIDE = {".damaged": "was set aside when the run went on", ".spoilt": "the run rolled back from it"}
-"""What a checkpoint's suffix tells of it."""
+SET_ASIDE = ".damaged"
 PRUNED = "pruned meanwhile"
 """Said of a checkpoint that a running run deleted while it was looked at."""
 
@@ -38,13 +37,6 @@ class Saved:
     zero_stage: int | None
     age_seconds: float | None
     problem: str | None
-
-    @property
-    def state(self) -> str:
-        """`complete`, or what is wrong."""
-        if self.problem is None:
-            return "complete"
-        return f"{'spoilt' if self.path.suffix == '.spoilt' else 'damaged'}, {self.problem}"
 
 
 def find_checkpoint(name: str) -> Path:
@@ -75,11 +67,9 @@ def _find_checkpoints(name: str) -> list[Path]:
 
 
 def all_checkpoints(run: Path) -> list[Path]:
-    """A run's complete checkpoints and those that were set aside, oldest first."""
+    """A run's complete checkpoints and those that a resume set aside as damaged, oldest first."""
     folder = RunDirectory(run).checkpoints
-    return sorted(
-        [*manifest.complete(folder), *(path for suffix in SET_ASIDE for path in folder.glob(f"step-*{suffix}"))]
-    )
+    return sorted([*manifest.complete(folder), *folder.glob(f"step-*{SET_ASIDE}")])
 
 
 def glance(path: Path) -> Saved:
@@ -103,7 +93,7 @@ def glance(path: Path) -> Saved:
         framework=manifest.framework_of(content) if content else None,
         zero_stage=content.get("zero_stage"),
         age_seconds=None if changed is None else round(time.time() - changed, 1),
-        problem=SET_ASIDE.get(path.suffix, problem),
+        problem="was set aside when the run went on" if path.suffix == SET_ASIDE else problem,
     )
 
 

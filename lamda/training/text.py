@@ -14,8 +14,8 @@ from lamda.data.block_files import BlockFolder
 from lamda.data.card import Source, load_card
 from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of, require_a_batch
 from lamda.data.documents import Form
-from lamda.data.files import resolve
 from lamda.data.loader import Loader
+from lamda.data.resolving import resolve
 from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
 from lamda.distributed import World

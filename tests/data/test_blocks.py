@@ -12,7 +12,7 @@ from lamda.config.errors import UserError
 from lamda.data.blocks import Packing, read_blocks
 from lamda.data.card import Source
 from lamda.data.files import File
-from lamda.data.lanes import Cursor, cut_into_lanes
+from lamda.data.lanes import Cursor, cut_into_lanes, read_lane
 from tests.conftest import make_text, write_shard
 
 LENGTHS = st.lists(st.one_of(st.just(0), st.integers(1, 5), st.integers(6, 150)), min_size=3, max_size=9)
@@ -129,6 +129,9 @@ def test_a_text_file_is_one_document(tmp_path, tokenizer):
     (lane,) = cut_into_lanes(source(), [File(str(path), path.stat().st_size)], lanes=None)
     block, _ = next(read_blocks(lane, Cursor(), packing=Packing(rows=1, row_length=40, seed=0), tokenizer=tokenizer))
     assert tokenizer.decode(block.ids[0]).startswith("of the\nand to\nof the\nand to\n")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    (marked,) = cut_into_lanes(source(), [File(str(path), path.stat().st_size)], lanes=None)
+    assert next(read_lane(marked, Cursor())).text.startswith("of the\n")
     with pytest.raises(UserError, match=r"data\.lanes 2"):
         cut_into_lanes(source(), [File(str(path), 1)], lanes=2)
 

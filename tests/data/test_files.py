@@ -1,6 +1,9 @@
 """Lines come whole, from any place, and a file that is too short is an error."""
 
 import gzip
+import os
+import resource
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -9,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamda.config.errors import UserError
+from lamda.data import files
 from lamda.data.card import Source
-from lamda.data.files import DataError, File, read_lines, resolve
+from lamda.data.files import DataError, File, read_lines
+from lamda.data.resolving import resolve
 
 SUFFIXES = [".jsonl", ".jsonl.gz", ".jsonl.zst"]
 LINES = [b'{"text": "a"}', b"", b"x" * 700_000, "zwölf ▁ 字".encode(), b"last without newline"]
@@ -92,3 +97,93 @@ def test_missing_and_unreadable_files_are_named(tmp_path):
     (tmp_path / "text.doc").write_bytes(b"")
     with pytest.raises(UserError, match=r"text\.doc"):
         resolve(Source(name="s", licence="none", files=(f"{tmp_path}/text.doc",)))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_byte_order_mark_is_no_text_and_moves_no_offset(tmp_path, suffix):
+    content = b"\xef\xbb\xbf" + b'{"text": "a"}\n' * 2 + b"\xef\xbb\xbf" + b'{"text": "b"}'  # two files, joined
+    file = store(tmp_path, content, suffix)
+    whole = list(read_lines(file))
+    assert [line.data for line in whole] == [b'{"text": "a"}'] * 2 + [b'{"text": "b"}']
+    assert [line.byte for line in whole] == [0, 17, 31]
+    for place, line in enumerate(whole):
+        assert list(read_lines(file, number=line.number, byte=line.byte)) == whole[place:]
+
+
+def test_a_frame_with_a_long_window_is_read(tmp_path):
+    path = tmp_path / "long.jsonl.zst"
+    window = bytes([31 - 10 << 3])
+    block = (4 << 3 | 1).to_bytes(3, "little") + b"a\nb\n"  # stored as it is, the last
+    path.write_bytes(b"\x28\xb5\x2f\xfd\0" + window + block)
+    with pytest.raises(zstandard.ZstdError, match="too much memory"):
+        zstandard.ZstdDecompressor().decompressobj().decompress(path.read_bytes())
+    assert [line.data for line in read_lines(File(str(path), path.stat().st_size))] == [b"a", b"b"]
+
+
+@pytest.mark.parametrize("zeros", [1, 512, 9000])
+def test_zeros_after_a_gzip_member_are_padding(tmp_path, zeros):
+    path = tmp_path / "padded.jsonl.gz"
+    member = gzip.compress(b"a\n")
+    path.write_bytes(member + bytes(zeros) + member + bytes(zeros))
+    assert [line.data for line in read_lines(File(str(path), path.stat().st_size))] == [b"a", b"a"]
+    path.write_bytes(member + b"\1")
+    with pytest.raises(DataError, match=r"padded\.jsonl\.gz"):
+        list(read_lines(File(str(path), path.stat().st_size)))
+
+
+def test_a_line_that_inflates_enormously_takes_bounded_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LONGEST_LINE", 1 << 20)
+    file = store(tmp_path, bytes(1 << 28), ".jsonl.zst")
+    assert file.size < 1 << 15
+    tracemalloc.start()
+    try:
+        (line,) = read_lines(file)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(line.data) == (1 << 20) + 1
+    assert peak < 150 << 20
+
+
+def test_names_are_taken_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    odd = tmp_path / "a[1]::b__" / "__c"
+    odd.mkdir(parents=True)
+    for name in ("part[1].jsonl", "x::y.jsonl", ".hidden.jsonl", "README.md"):
+        (odd / name).write_bytes(b'{"text": "a"}\n')
+    monkeypatch.chdir(odd)
+    seen = [str(odd / "part[1].jsonl"), str(odd / "x::y.jsonl")]
+
+    def found(*patterns):
+        return [file.url for file in resolve(Source(name="s", licence="none", files=patterns))]
+
+    assert found("*.jsonl") == found("*") == seen
+    assert found("part[1].jsonl", str(odd / "x::y.jsonl")) == seen
+    assert found("~/*/__c/part*") == seen[:1]
+    assert found(".*.jsonl") == [str(odd / ".hidden.jsonl")]
+    with pytest.raises(UserError, match="no file matches"):
+        found("~/*/*/part*")  # as `__pycache__`: only where the pattern says so
+    assert [line.data for file in seen for line in read_lines(File(file, 14))] == [b'{"text": "a"}'] * 2
+
+
+def test_too_many_open_files_say_what_helps(tmp_path):
+    file = store(tmp_path, b"a", ".jsonl")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = os.open(tmp_path, os.O_RDONLY)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (taken, hard))
+        with pytest.raises(DataError, match=r"file\.jsonl: .*`ulimit -n`, or set data\.lanes lower"):
+            list(read_lines(file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        os.close(taken)
+
+
+def test_what_a_library_raises_on_a_look_up_is_one_sentence(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("[Errno -3] Temporary failure in name resolution\nmore")
+
+    monkeypatch.setattr("datasets.data_files.resolve_pattern", fail)
+    with pytest.raises(DataError, match=r"a/b/\*: cannot be looked up \(RuntimeError: \[Errno -3\].*proxy"):
+        resolve(Source(name="s", licence="none", files=("hf://datasets/a/b/*",)))

@@ -103,6 +103,70 @@ def test_a_row_of_parquet_without_text_is_bad(tmp_path):
     assert second.bad[0].beginning == "{'text': None}"
 
 
+@pytest.mark.parametrize("number", [b"NaN", b"-Infinity", b"[Infinity, NaN]"])
+def test_a_number_that_json_does_not_know_costs_no_document(tmp_path, number):
+    line = b'{"text": "a \xc3\xbc NaN", "id": 123456789012345678901234567890, "score": ' + number
+    (lane,) = lanes_of(tmp_path, [[line + b"}", line, line[:-1] + b'"\\ud800", "x": NaN}', good("b")]], count=1)
+    first, second = islice(read_lane(lane, Cursor()), 2)
+    assert (first.text, first.bad, second.text) == ("a \u00fc NaN", (), "b")
+    assert [(bad.line, bad.reason[:8]) for bad in second.bad] == [(1, "not JSON"), (2, "not JSON")]
+
+
+def parquet(path: Path, columns, **fields) -> File:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns), path, **fields)
+    return File(str(path), path.stat().st_size)
+
+
+def test_only_the_needed_columns_of_parquet_are_read(tmp_path):
+    import pyarrow as pa
+
+    odd = {
+        "pairs": pa.array([[("k", 1)]] * 3, pa.map_(pa.string(), pa.int64())),
+        "id": pa.ExtensionArray.from_storage(pa.uuid(), pa.array([b"0" * 16] * 3, pa.binary(16))),
+        "day": pa.array([2**60] * 3, pa.timestamp("us")),
+    }
+    file = parquet(
+        tmp_path / "part[1]::x.parquet", {"text": ["a", "b", "c"], "meta": [{"pile_set_name": "p"}] * 3} | odd
+    )
+    (lane,) = cut_into_lanes(SOURCE, [file], lanes=1)
+    assert [(row.text, row.domain) for row in islice(read_lane(lane, Cursor()), 4)] == [(text, "p") for text in "abca"]
+
+
+def test_text_of_parquet_that_cannot_be_decoded_is_one_bad_line(tmp_path):
+    import pyarrow as pa
+
+    text = pa.Array.from_buffers(
+        pa.string(), 3, [None, pa.array([0, 1, 2, 3], pa.int32()).buffers()[1], pa.py_buffer(b"a\xffb")]
+    )
+    (lane,) = cut_into_lanes(SOURCE, [parquet(tmp_path / "0.parquet", {"text": text})], lanes=1, max_bad_fraction=1)
+    first, second = islice(read_lane(lane, Cursor()), 2)
+    assert (first.text, second.text) == ("a", "b")
+    assert [(bad.line, bad.reason[:17]) for bad in second.bad] == [(1, "cannot be decoded")]
+
+
+def test_a_parquet_file_without_rows_or_whole_is_named_with_what_to_do(tmp_path):
+    import pyarrow as pa
+
+    empty = parquet(tmp_path / "0.parquet", {"text": pa.array([], pa.string())})
+    lanes = cut_into_lanes(SOURCE, [empty], lanes=2)
+    with pytest.raises(DataError, match=r"0\.parquet: holds no document .*take the file out"):
+        next(read_lane(lanes[0], Cursor()))
+    Path(empty.url).write_bytes(Path(empty.url).read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match=r"0\.parquet: cannot be read as parquet"):
+        next(read_lane(lanes[0], Cursor()))
+
+
+@pytest.mark.parametrize(("suffix", "content"), [(".jsonl", b""), (".jsonl.gz", gzip.compress(b" \n\n"))])
+def test_no_number_of_lanes_helps_a_file_without_text(tmp_path, suffix, content):
+    (tmp_path / f"0{suffix}").write_bytes(content)
+    lanes = cut_into_lanes(SOURCE, [File(str(tmp_path / f"0{suffix}"), len(content))], lanes=2)
+    with pytest.raises(DataError, match="take the file out"):
+        next(read_lane(lanes[0], Cursor()))
+
+
 LINES = st.lists(st.sampled_from(["good", "empty", "long", "bad", "blank"]), min_size=1, max_size=14)
 
 
@@ -236,4 +300,5 @@ def test_the_file_holds_the_first_ones_once_whatever_the_order_of_finding(tmp_pa
     rows = [json.loads(line) for line in straight.read_text().splitlines()]
     assert len(rows) == 100
     assert rows == sorted(rows, key=lambda row: (row["lane"], row["block"], row["line"]))
+    assert rows[0]["line"] == found[0].bad.line + 1  # as in the warning
     assert not list(tmp_path.glob(".*"))

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import random
 import socket
 import struct
@@ -15,11 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lamda.config.errors import UserError
-from lamda.data import remote
+from lamda.data import identity, remote
 from lamda.data.card import Checksum, Source
 from lamda.data.errors import DataError
-from lamda.data.files import File, read_all, read_lines, resolve
-from lamda.data.remote import Patience, RemoteFile
+from lamda.data.files import File, read_all, read_lines
+from lamda.data.parquet import read_rows
+from lamda.data.remote import Patience, RemoteFile, Version
+from lamda.data.resolving import resolve
 
 CONTENT = random.Random(1).randbytes(300_000)
 QUICK = Patience(attempts=4, first_wait=0.0, longest_wait=0.0, timeout=0.3)
@@ -35,8 +38,10 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.reset()
 
-    def reset(self, content=CONTENT, faults=(), *, ranges=True, tags=()):
+    def reset(self, content=CONTENT, faults=(), *, ranges=True, tags=(), versions=()):
+        """versions: the content and headers of request n; the last of them also of all later ones."""
         self.content, self.faults, self.ranges, self.tags = content, list(faults), ranges, list(tags)
+        self.versions = list(versions)
         self.requests: list[tuple[str, dict[str, str]]] = []
 
     @property
@@ -63,15 +68,20 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(amount, {"Content-Length": "0", "Retry-After": "0"})
         if kind == "redirect":
             return self.answer(302, {"Content-Length": "0", "Location": f"http://localhost:{server.server_port}/cdn"})
+        content, said = server.content, {}
+        if server.versions:
+            content, said = server.versions[min(number, len(server.versions) - 1)]
         ranges = server.ranges and kind != "unmeasured" and "Range" in self.headers
-        start = int(self.headers["Range"][6:-1]) if ranges else None
-        body = server.content[start or 0 :]
+        start, stop = self.headers["Range"][6:].split("-") if ranges else (None, "")
+        start, stop = int(start) if ranges else None, int(stop) + 1 if stop else len(content)
+        body = content[start or 0 : stop]
         headers = {"Content-Length": str(len(body))}
         if start is not None:
             shift = amount if kind == "other range" else 0
-            headers["Content-Range"] = f"bytes {start + shift}-{len(server.content) - 1}/{len(server.content)}"
+            headers["Content-Range"] = f"bytes {start + shift}-{stop - 1}/{len(content)}"
         if number < len(server.tags):
             headers["ETag"] = server.tags[number]
+        headers |= said
         if kind == "unmeasured":
             headers = {"Connection": "close"}
         self.answer(200 if start is None else 206, headers)
@@ -196,6 +206,118 @@ def test_another_file_than_the_one_begun_is_an_error(server, setting, message):
         list(server.file().read(size=len(CONTENT)))
 
 
+TAGS = {
+    "strong": ({"ETag": '"a"'}, {"ETag": '"b"'}),
+    "weak": ({"ETag": 'W/"a"'}, {"ETag": 'W/"b"'}),
+    "time": ({"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"}, {"Last-Modified": "Tue, 02 Jan 2024 00:00:00 GMT"}),
+}
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    cuts=st.lists(st.integers(1, len(CONTENT) - 1), min_size=1, max_size=4),
+    switch=st.integers(1, 4),
+    kinds=st.sets(st.sampled_from(sorted(TAGS)), min_size=1),
+    ranges=st.booleans(),
+)
+def test_halves_of_two_versions_are_never_joined(server, cuts, switch, kinds, ranges):
+    before, after = ({k: v for kind in kinds - {"weak"} or kinds for k, v in TAGS[kind][n].items()} for n in (0, 1))
+    other = CONTENT[::-1]
+    switch = min(switch, len(cuts))
+    versions = [(CONTENT, before)] * switch + [(other, after)]
+    server.reset(faults=[("short", cut) for cut in cuts], ranges=ranges, versions=versions)
+    read, told = bytearray(), None
+    try:
+        for chunk in server.file(Patience(attempts=9, first_wait=0.0)).read(size=len(CONTENT)):
+            read += chunk
+    except DataError as error:
+        told = str(error)
+    assert CONTENT.startswith(read)
+    assert "changed on the server" in told if told else len(read) == len(CONTENT)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "differs"),
+    [
+        (Version('"a"', "x"), Version('"a"', "y"), False),  # the tag stands for the bytes
+        (Version('W/"a"', "x"), Version('W/"a"', "y"), True),
+        (Version('W/"a"', "x"), Version('W/"b"', "x"), True),
+        (Version('"a"'), Version('W/"b"'), False),
+        (Version('"a"', "x"), Version(None, "y"), True),
+        (Version('"a"', "x"), Version(), False),  # an answer that says nothing: the size is compared all the same
+        (Version(), Version('"a"', "x"), False),
+    ],
+)
+def test_what_two_answers_say_of_one_file(before, now, differs):
+    assert (before.difference(now) is not None) == differs
+
+
+def test_a_file_that_was_changed_since_it_was_looked_up_is_not_read(server):
+    address = f"{server.address}.jsonl"
+    server.reset(versions=[(CONTENT, TAGS["time"][0]), (CONTENT[::-1], TAGS["time"][1])])
+    (file,) = resolve(Source(name="s", licence="none", files=(address,)))
+    assert file.content == "Last-Modified Mon, 01 Jan 2024 00:00:00 GMT"
+    with pytest.raises(DataError, match=r"\.jsonl: was changed on the server \(Last-Modified Mon.*, now Tue"):
+        read_all(file)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize(("start", "stop"), [(0, 5), (70_000, 200_001), (299_999, 300_000), (9, 9)])
+def test_a_part_is_asked_for_by_its_end(server, start, stop, ranges):
+    server.reset(faults=[("short", 3)], ranges=ranges)
+    assert b"".join(server.file().read(size=len(CONTENT), start=start, stop=stop)) == CONTENT[start:stop]
+    ends = [int(headers["Range"].rpartition("-")[2] or len(CONTENT) - 1) for _, headers in server.requests]
+    assert set(ends) <= {stop - 1}
+
+
+@pytest.mark.parametrize(("encoding", "name", "refused"), [
+    ("gzip", "a.jsonl", True), ("br", "a.jsonl.gz", True), ("gzip", "a.jsonl.gz", False),
+    ("Identity", "a.jsonl", False), ("zstd", "a.jsonl.zst", False), ("gzip", "a.jsonl.zst", True),
+])  # fmt: skip
+def test_an_encoding_that_was_not_asked_for_is_refused(server, encoding, name, refused):
+    server.reset(versions=[(CONTENT, {"Content-Encoding": encoding})])
+    file = RemoteFile(name, server.address, patience=QUICK)
+    if not refused:
+        assert b"".join(file.read(size=len(CONTENT))) == CONTENT
+        return
+    for call in (file.look_up, lambda: list(file.read(size=len(CONTENT)))):
+        with pytest.raises(DataError, match=rf"{name}: the server sends Content-Encoding {encoding}"):
+            call()
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("length", ["12abc", "-5", "+5", ""])
+def test_a_length_that_is_no_number_is_no_size(server, length):
+    server.reset(versions=[(b"", {"Content-Length": length})])
+    with pytest.raises(DataError, match="does not say how long"):
+        server.file().look_up()
+
+
+@pytest.mark.parametrize("address", [
+    "http://127.0.0.1:9/a b", "http://127.0.0.1:port/a", "http://[::1/a", "http://127.0.0.1:9/\u00fc", "http:///a",
+])  # fmt: skip
+def test_an_address_that_is_none_is_refused_without_a_wait(address, monkeypatch):
+    monkeypatch.setattr(remote, "sleep", lambda seconds: pytest.fail("waited"))
+    with pytest.raises(DataError, match="is not an address"):
+        RemoteFile(address, address, patience=QUICK).look_up()
+
+
+def test_a_remote_parquet_file_is_read_through_a_failing_server(server, monkeypatch):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(remote, "sleep", lambda seconds: None)
+    stored, address = io.BytesIO(), f"{server.address}.parquet"
+    texts = [CONTENT[n * 1000 : (n + 1) * 1000].hex() for n in range(60)]
+    pq.write_table(pa.table({"text": texts, "other": texts[::-1]}), stored, row_group_size=20)
+    faults = [("none", 0), ("status", 503), ("none", 0), ("reset", 3_000), ("status", 500), ("short", 777)]
+    server.reset(stored.getvalue(), faults=faults)
+    (file,) = resolve(Source(name="s", licence="none", files=(address,)))
+    rows = list(read_rows(file, first=25, columns=["text"]))
+    assert rows == [(number, {"text": texts[number]}) for number in range(25, 60)]
+    server.reset(stored.getvalue(), faults=[("status", 404)])
+    with pytest.raises(DataError, match=r"\.parquet: the server answers 404"):
+        list(read_rows(file, first=0, columns=["text"]))
+
+
 def test_waits_double_within_bounds_and_heed_the_server(server, monkeypatch):
     waits: list[float] = []
     monkeypatch.setattr(remote, "sleep", waits.append)
@@ -244,7 +366,8 @@ def test_compressed_lines_come_through_a_failing_server(server, monkeypatch):
     assert len(server.requests) >= 5
 
 
-def test_a_card_states_sizes_and_hashes(tmp_path):
+def test_a_card_states_sizes_and_hashes(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="lamda")
     content = b'{"text": "a"}\n' * 9
     paths = [tmp_path / folder / "0.jsonl" for folder in ("train", "other")]
     for path in paths:
@@ -256,12 +379,18 @@ def test_a_card_states_sizes_and_hashes(tmp_path):
     def files(checksums):
         return resolve(Source(name="s", licence="none", files=(f"{tmp_path}/*/*",), checksums=checksums))
 
-    other, train = files({"train/0.jsonl": right, "other/0.jsonl": wrong})
+    _, train = files({"train/0.jsonl": right})
     assert read_all(train) == content
     assert train.identity == ("0.jsonl", len(content), right.sha256)
-    with pytest.raises(DataError, match=r"other/0\.jsonl: its sha256 is"):
-        read_all(other)
-    assert len(list(read_lines(other, number=1, byte=14))) == 8  # not from its beginning
+    assert "not yet verified" not in caplog.text
+    with pytest.raises(DataError, match=r"other/0\.jsonl: its sha256 is"):  # before a row of it is used
+        files({"train/0.jsonl": right, "other/0.jsonl": wrong})
+    monkeypatch.setattr(identity, "VERIFIED_AT_START", len(content) - 1)
+    other, _ = files({"other/0.jsonl": wrong})
+    assert "not yet verified: the card's sha256 of 1 files (the first is" in caplog.text
+    for start in (0, 1, 8):  # a resumed run too finds it at the file's end
+        with pytest.raises(DataError, match=r"other/0\.jsonl: its sha256 is"):
+            list(read_lines(other, number=start, byte=14 * start))
     with pytest.raises(DataError, match=r"train/0\.jsonl: has 126 bytes, but the card says 125"):
         files({"train/0.jsonl": Checksum(size=125)})
     for name, count in (("0.jsonl", 2), ("1.jsonl", 0)):

@@ -1,0 +1,106 @@
+"""What says that a file is still the text it was: a hash of pieces of it, a server's tag, or a card's sha256.
+
+A name and a size do not: text that is edited in place, or another corpus with the same shard names, has both.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from lamda.data.errors import DataError
+
+PIECES = 16
+PIECE = 1 << 16
+"""Bytes of each piece. A file of PIECES * PIECE bytes or less is hashed whole."""
+
+VERIFIED_AT_START = 1 << 32
+"""Bytes of local files whose sha256 is compared with the card's before a row of them is used."""
+
+
+def content_of(stream: BinaryIO, size: int) -> str:
+    """A hash of `size` and of evenly spaced pieces from the first byte to the last; the stream is left anywhere."""
+    if size <= PIECES * PIECE:
+        starts, length = [0], size
+    else:
+        starts, length = [(size - PIECE) * place // (PIECES - 1) for place in range(PIECES)], PIECE
+    digest = sha256(f"{size} ".encode())
+    for start in starts:
+        stream.seek(start)
+        digest.update(stream.read(length))
+    return f"sample {digest.hexdigest()[:32]}"
+
+
+class Stored(NamedTuple):
+    """A local file at one moment; anything that is written to it changes this."""
+
+    size: int
+    modified: int
+    inode: int
+
+    @classmethod
+    def of(cls, file: BinaryIO | Path) -> Stored:
+        """Of an open file, or of a path. Raises OSError."""
+        found = file.stat() if isinstance(file, Path) else os.fstat(file.fileno())
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+def require_sha256(path: str, expected: str) -> None:
+    """Raise DataError where a local file does not have the sha256 of its card; it is read once as long as it stays."""
+    try:
+        found = _sha256(path, Stored.of(Path(path)))
+    except OSError as error:
+        raise cannot_open(path, error) from error
+    if found != expected:
+        raise DataError(wrong_sha256(path, found, expected))
+
+
+def wrong_sha256(name: str, found: str, expected: str) -> str:
+    """The message of a file that is not the card's."""
+    return f"{name}: its sha256 is {found}, but the card says {expected}; fetch the file again, or correct the card"
+
+
+@cache
+def _sha256(path: str, _: Stored) -> str:
+    with Path(path).open("rb") as stream:
+        return file_digest(stream, "sha256").hexdigest()
+
+
+def verify_some(stated: Sequence[tuple[str, int, str]]) -> list[str]:
+    """Compare local files with their sha256, up to VERIFIED_AT_START bytes; returns those that are left for later.
+
+    stated: (path, size, sha256). Raises DataError, naming a file that differs.
+    """
+    chosen, left, total = [], [], 0
+    for path, size, expected in sorted(stated, key=lambda each: each[1]):
+        total += size
+        if total <= VERIFIED_AT_START:
+            chosen.append((path, expected))
+        else:
+            left.append(path)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(lambda each: require_sha256(*each), chosen))
+    return left
+
+
+def changed_files(before: Sequence[Sequence[str | None]], now: Sequence[Sequence[str | None]]) -> list[str]:
+    """Names of the files, the same ones in both, whose content is known to differ; each of them a (name, content)."""
+    pairs = zip(before, now, strict=False)
+    return [str(name) for (_, old), (name, new) in pairs if old is not None and new is not None and old != new]
+
+
+def cannot_open(name: str, error: OSError) -> DataError:
+    """The error for a file that the system does not open, with what helps."""
+    told = f"{name}: cannot be read ({error.strerror or error})"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        told += f"; each lane keeps a file open, and this process may have {limit}: raise it with `ulimit -n`, or set "
+        told += "data.lanes lower"
+    return DataError(told)

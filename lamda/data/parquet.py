@@ -1,0 +1,102 @@
+"""Rows of a parquet file, local or remote: only the columns that are needed, from any row on."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lamda.data.errors import DataError
+from lamda.data.files import File, foreign, opened, remote_file
+from lamda.data.identity import require_sha256
+from lamda.data.remote import CHUNK, RemoteFile
+
+BATCH = 256
+"""Rows that are decoded at a time."""
+
+
+def read_rows(file: File, *, first: int, columns: Sequence[str] | None) -> Iterator[tuple[int, Any]]:
+    """Number and record of each row from row `first` on; a ValueError in place of a record that cannot be decoded.
+
+    columns: keys of a record, of which those that the file has are read; all of them where it is None. Raises
+    DataError where the file cannot be read as parquet, or is not the one that was resolved.
+    """
+    with _seekable(file) as (source, require_same):
+        try:
+            # A remote column comes in one request; a local one need not be in memory whole.
+            table = pq.ParquetFile(source, buffer_size=0 if file.is_remote else CHUNK)
+            number = 0
+            for group in range(table.num_row_groups):
+                length = table.metadata.row_group(group).num_rows
+                if number + length > first:
+                    rows = table.iter_batches(BATCH, row_groups=[group], columns=columns, use_threads=False)
+                    for place, record in enumerate(_records(rows), start=number):
+                        if place >= first:
+                            require_same()
+                            yield place, record
+                number += length
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{file.url}: cannot be read as parquet ({str(error).splitlines()[0]})") from error
+
+
+def _records(batches: Iterator[pa.RecordBatch]) -> Iterator[Any]:
+    for batch in batches:
+        try:
+            yield from batch.to_pylist()
+        except (ValueError, OverflowError):  # text that is not UTF-8, a date that Python does not know
+            for row in range(batch.num_rows):
+                yield _record(batch.slice(row, 1))
+
+
+def _record(row: pa.RecordBatch) -> Any:
+    try:
+        return row.to_pylist()[0]
+    except (ValueError, OverflowError) as error:
+        return ValueError(f"cannot be decoded ({error})")
+
+
+@contextmanager
+def _seekable(file: File) -> Iterator[tuple[BinaryIO | io.RawIOBase, Callable[[], None]]]:
+    if not file.is_remote:
+        if file.sha256 is not None:  # it is not read in order, so that its hash cannot come with its rows
+            require_sha256(file.url, file.sha256)
+        with opened(file) as found:
+            yield found
+    elif (remote := remote_file(file)) is not None:
+        yield _RemoteStream(remote, file.size), lambda: None
+    else:
+        import fsspec
+
+        with foreign(file.url), fsspec.open(file.url, "rb") as stream:
+            yield stream, lambda: None
+
+
+class _RemoteStream(io.RawIOBase):
+    """A remote file that can be sought; each read is a request of its own."""
+
+    def __init__(self, file: RemoteFile, size: int) -> None:
+        self._file, self._size, self._position = file, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        stop = self._size if size < 0 else min(self._size, self._position + size)
+        found = b"".join(self._file.read(size=self._size, start=self._position, stop=stop))
+        self._position += len(found)
+        return found
