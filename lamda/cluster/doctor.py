@@ -66,11 +66,14 @@ def together(subject: Subject) -> dict[str, Finding]:
 
 
 def run(check: Check, subject: Subject) -> Finding:
-    """A check's finding; what it cannot do is a failure."""
+    """A check's finding; what it cannot do is a failure, and the other checks go on."""
     try:
         return check.look(subject)
     except (UserError, OSError) as error:
         return failure(str(error), "")
+    except Exception as error:  # whatever a library raises, the other findings are worth more than its traceback
+        said = " ".join(str(error).split())[:300]
+        return failure(f"the check itself failed ({type(error).__name__}: {said})", "")
 
 
 def merged(findings: Sequence[Finding | None], places: Sequence[str]) -> Finding:

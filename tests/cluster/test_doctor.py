@@ -17,7 +17,7 @@ import torch
 
 from lamda.cluster import doctor
 from lamda.cluster.checks import hardware, ranks, software, surroundings
-from lamda.cluster.checks.finding import Finding, Subject, failure, ok, warning
+from lamda.cluster.checks.finding import Check, Finding, Subject, failure, ok, warning
 from lamda.config import Config
 from lamda.distributed import World
 from tests.conftest import make_text, write_shard
@@ -179,6 +179,20 @@ def test_a_server_that_never_answers_does_not_hold_up_the_doctor(subject, monkey
     monkeypatch.setattr(surroundings, "PATIENCE", 0.1)
     monkeypatch.setattr("lamda.data.corpus.open_corpus", lambda _: time.sleep(30))
     assert surroundings.data(subject) == failure("no answer for 0.1 s", surroundings.data(subject).advice)
+
+
+def test_a_check_that_fails_with_anything_costs_no_other_finding(subject, monkeypatch):
+    class ConnectError(Exception):
+        """As of a library whose errors are no OSError."""
+
+    def look(subject):
+        raise ConnectError("no\n  route")
+
+    checks = [Check("first", "main", look), Check("second", "main", lambda subject: ok("fine"))]
+    monkeypatch.setattr(doctor, "checks", lambda: checks)
+    found = doctor.alone(subject)
+    assert found["first"] == failure("the check itself failed (ConnectError: no route)", "")
+    assert found["second"].level == "ok"
 
 
 def test_a_run_without_wandb_is_warned_and_not_failed(subject, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -286,6 +287,15 @@ def test_the_command_runs_local_tasks_without_a_network(
     during = Tasks.load(["local_choice", "local_rolling"], folder=task_folder).run_in_training(model, limit=None)
     for task, named in figures(during).items():
         assert named == {name: report["tasks"][task][name] for name in named}, "the same without standard errors"
+
+
+def test_a_folder_named_from_where_one_stands_works_with_files_that_include_others(task_folder, tmp_path, monkeypatch):
+    shutil.copytree(task_folder, tmp_path / "mine")
+    (tmp_path / "mine" / "derived.yaml").write_text("include: local_choice.yaml\ntask: derived\n")
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path("mine"), Path("mine/../mine")):
+        tasks = Tasks.load(["derived"], folder=folder)
+        assert [task.config.task for task in tasks._specs] == ["derived"]
 
 
 def test_filters_and_standard_errors_keep_their_names():

@@ -40,6 +40,7 @@ class Tasks:
         Raises UserError for names that nobody has, and for data that cannot be had.
         """
         _require()
+        folder = None if folder is None else folder.absolute()  # loading works inside it
         manager = _manager(names, folder)
         unknown = [
             f"there is no task {name!r}{nearest(name, manager.all_tasks)}"
