@@ -16,6 +16,9 @@ from lamda.config.presets import PRESETS, nearest
 
 Positive = Annotated[int, Field(gt=0)]
 
+FEWEST_LOSSES = 8
+"""Losses that the judgment of a loss needs at least: the spread of fewer says nothing."""
+
 
 def _without_password(pattern: str) -> str:
     if "@" in urlsplit(pattern).netloc:
@@ -186,7 +189,12 @@ class TrainConfig(Section):
         description="the embedding's rate / lr: its weights are an order of magnitude larger than a matrix's; "
         "adafactor, which measures weights itself, does without",
     )
-    weight_decay: float = Field(0.1, ge=0, description="decay of matrices; norms and bias tables have none")
+    weight_decay: float = Field(
+        0.1,
+        ge=0,
+        description="decay of matrices and embedding, each at its own rate, so that the embedding's is "
+        "embedding_lr_scale times a matrix's (adafactor: the same); norms and bias tables have none",
+    )
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0 is no clipping")
     schedule: Literal["cosine", "wsd", "inverse_sqrt"] = Field(
         "cosine", description="warm-up, then: cosine; wsd (stable, then linear decay); inverse_sqrt (LaMDA's)"
@@ -201,7 +209,9 @@ class TrainConfig(Section):
     spike_threshold: float | None = Field(
         None, gt=0, description="robust z-score of a loss that makes the run go back; default: never for a finite loss"
     )
-    spike_window: Positive = Field(128, description="finite losses before it that a loss is judged by")
+    spike_window: int = Field(
+        128, ge=FEWEST_LOSSES, description="finite losses before it that a loss is judged by, at least 8"
+    )
     rollbacks: int = Field(3, ge=0, description="how often the run may go back and jump over the samples in between")
 
     @field_validator("tokens")

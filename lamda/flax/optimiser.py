@@ -17,7 +17,7 @@ from optax import GradientTransformation, GradientTransformationExtraArgs
 from lamda.config.schema import ModelConfig, TrainConfig
 from lamda.flax.weights import Weights, stacked_shapes
 from lamda.model.weights import Part, part_of
-from lamda.training.rates import ADAMW_RMS, MUON_MOMENTUM, rate_scales, weight_decays
+from lamda.training.rates import ADAFACTOR_EPS, ADAMW_RMS, MUON_MOMENTUM, rate_scales, weight_decays
 
 
 def make_optimizer(train: TrainConfig, model: ModelConfig) -> GradientTransformationExtraArgs:
@@ -67,7 +67,7 @@ def _adafactor(scale: float) -> GradientTransformation:
     return optax.chain(
         optax.scale_by_factored_rms(min_dim_size_to_factor=1),
         optax.clip_by_block_rms(1.0),
-        optax.scale_by_param_block_rms(min_scale=1e-3),
+        optax.scale_by_param_block_rms(min_scale=ADAFACTOR_EPS[1]),
         _at_most_inverse_sqrt(scale),
     )
 

@@ -24,13 +24,24 @@ def parameters(config: ModelConfig) -> int:
     return sum(parameters_by_part(config).values())
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
+def flops_per_token(config: ModelConfig, sequence_length: int, *, lora_rank: int = 0) -> int:
     """FLOPs of a training step for each target, forward and backward, in rows of L = sequence_length.
 
     6 x (matrices, the embedding once as output projection) + 3 x layers x 4 L H K / 2: a
     multiply-add is 2, the backward pass twice the forward, and causal attention counts half.
-    Norms, softmax, bias and recomputation count nothing.
+    Norms, softmax, bias and recomputation count nothing. With adapters of `lora_rank` a matrix is frozen and has no
+    gradient of its own, so it counts 4; the adapters count 6.
     """
     part = parameters_by_part(config)
     matrices = part["embedding"] + part["attention"] + part["feed_forward"]
-    return 6 * matrices + 6 * config.n_layers * sequence_length * config.n_heads * config.d_head
+    attention = 6 * config.n_layers * sequence_length * config.n_heads * config.d_head
+    if lora_rank:
+        return 4 * matrices + 6 * adapter_parameters(config, lora_rank=lora_rank) + attention
+    return 6 * matrices + attention
+
+
+def adapter_parameters(config: ModelConfig, *, lora_rank: int) -> int:
+    """Parameters of the adapters beside the blocks' matrices (`lamda.training.lora`)."""
+    D, F, heads = config.d_model, config.d_ff, config.n_heads * config.d_head
+    inputs_and_outputs = (D + 3 * heads) + (heads + D) + (D + 2 * F) + (F + D)
+    return config.n_layers * lora_rank * inputs_and_outputs

@@ -40,7 +40,7 @@ def _kept_every(directory: RunDirectory) -> int | None:
 
 
 def _cells(saved: Saved, *, kept: bool) -> tuple[str, ...]:
-    state = f"damaged, {saved.problem}" if saved.problem else "complete" + ", kept for good" * kept
+    state = saved.state + ", kept for good" * (kept and saved.problem is None)
     age = NONE if saved.age_seconds is None else duration(saved.age_seconds)
     stage = saved.zero_stage if saved.framework == "deepspeed" else saved.framework
     ranks, stage = (NONE if value is None else str(value) for value in (saved.ranks, stage))

@@ -17,7 +17,8 @@ from lamda.training.run_directory import RunDirectory
 
 NAME = "CHECKPOINT_OR_RUN"
 NAME_HELP = "a checkpoint's folder, a run's (its newest checkpoint), or RUN@STEP"
-SET_ASIDE = ".damaged"
+SET_ASIDE = {".damaged": "was set aside when the run went on", ".spoilt": "the run rolled back from it"}
+"""What a checkpoint's suffix tells of it."""
 PRUNED = "pruned meanwhile"
 """Said of a checkpoint that a running run deleted while it was looked at."""
 
@@ -37,6 +38,13 @@ class Saved:
     zero_stage: int | None
     age_seconds: float | None
     problem: str | None
+
+    @property
+    def state(self) -> str:
+        """`complete`, or what is wrong."""
+        if self.problem is None:
+            return "complete"
+        return f"{'spoilt' if self.path.suffix == '.spoilt' else 'damaged'}, {self.problem}"
 
 
 def find_checkpoint(name: str) -> Path:
@@ -67,9 +75,11 @@ def _find_checkpoints(name: str) -> list[Path]:
 
 
 def all_checkpoints(run: Path) -> list[Path]:
-    """A run's complete checkpoints and those that a resume set aside as damaged, oldest first."""
+    """A run's complete checkpoints and those that were set aside, oldest first."""
     folder = RunDirectory(run).checkpoints
-    return sorted([*manifest.complete(folder), *folder.glob(f"step-*{SET_ASIDE}")])
+    return sorted(
+        [*manifest.complete(folder), *(path for suffix in SET_ASIDE for path in folder.glob(f"step-*{suffix}"))]
+    )
 
 
 def glance(path: Path) -> Saved:
@@ -93,7 +103,7 @@ def glance(path: Path) -> Saved:
         framework=manifest.framework_of(content) if content else None,
         zero_stage=content.get("zero_stage"),
         age_seconds=None if changed is None else round(time.time() - changed, 1),
-        problem="was set aside when the run went on" if path.suffix == SET_ASIDE else problem,
+        problem=SET_ASIDE.get(path.suffix, problem),
     )
 
 

@@ -124,8 +124,7 @@ def _rest(run: Findings, *, is_only: bool) -> str:
 def _checkpoint(saved: Saved) -> list[str]:
     age = NONE if saved.age_seconds is None else duration(saved.age_seconds)
     ranks, stage = (NONE if value is None else str(value) for value in (saved.ranks, saved.zero_stage))
-    state = f"damaged, {saved.problem}" if saved.problem else "complete"
-    return [escape(each) for each in (saved.path.name, size_of(saved.bytes), ranks, stage, age, state)]
+    return [escape(each) for each in (saved.path.name, size_of(saved.bytes), ranks, stage, age, saved.state)]
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from lamda.config.loading import load_config
 from lamda.data.blocks import Block, read_blocks
 from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of
 from lamda.data.lanes import Cursor
+from lamda.data.loader import batch_digest, row_digest
 from lamda.data.order import next_samples
 from lamda.data.tokenizer import Tokenizer
 from lamda.dialog.examples import form_of
@@ -86,32 +88,49 @@ def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
     tokenizer = Tokenizer.load(directory.tokenizer)
     if states and states[-1].fingerprint != fingerprint(corpus, config, tokenizer):
         raise UserError(f"{directory.path}: the text or its settings are not those of the run any more")
-    samples = _samples_of(directory, step, states[-1].skipped if states else ())
+    known = states[-1].skipped if states else ()
+    samples, digest = _samples_of(directory, step, {*known, *directory.skipped()}, batch=config.train.global_batch_size)
     if row is not None and not 0 <= row < len(samples):
         raise UserError(f"--row {row}: step {step} has rows 0 to {len(samples) - 1}")
     chosen = range(len(samples)) if row is None else [row]
     lanes, numbers = corpus.order.rows(samples)
     packing = packing_of(config)
+
+    @cache
+    def block_at(lane: int, number: int) -> Block:
+        start = max((s.cursors[lane] for s in states if lane in s.cursors and s.cursors[lane].block <= number),
+                    key=lambda cursor: cursor.block, default=Cursor())  # fmt: skip
+        blocks = read_blocks(corpus.lanes[lane], start, packing=packing, tokenizer=tokenizer)
+        return next(block for block, _ in blocks if block.number == number)
+
+    found, digests = [], []
     for place in chosen:
         lane = int(lanes[place])
         block_number, block_row = divmod(int(numbers[place]), packing.rows)
-        start = max((s.cursors[lane] for s in states if lane in s.cursors and s.cursors[lane].block <= block_number),
-                    key=lambda cursor: cursor.block, default=Cursor())  # fmt: skip
-        blocks = read_blocks(corpus.lanes[lane], start, packing=packing, tokenizer=tokenizer)
-        block = next(block for block, _ in blocks if block.number == block_number)
-        yield place, _pieces(block, block_row, corpus, lane, tokenizer)
+        block = block_at(lane, block_number)
+        found.append((place, _pieces(block, block_row, corpus, lane, tokenizer)))
+        digests.append(row_digest(block.ids[block_row]))
+    if row is None and batch_digest(np.stack(digests)) != digest:
+        raise UserError(
+            f"{directory.path}: the rows that step {step} should have read are not those of its batch_digest in "
+            f"{directory.metrics}: the text, skipped.json or the batch size of that step is another"
+        )
+    yield from found
 
 
-def _samples_of(directory: RunDirectory, step: int, skipped: Sequence[tuple[int, int]]) -> np.ndarray:
-    """The samples of a step, in global order."""
-    rows = {row["step"]: row["samples"] for row in read_metrics(directory.metrics)}
+def _samples_of(
+    directory: RunDirectory, step: int, skipped: Iterable[tuple[int, int]], *, batch: int
+) -> tuple[np.ndarray, str]:
+    """The samples of a step, in global order, and their digest. batch: of a step whose row before is not there."""
+    rows = {row["step"]: row for row in read_metrics(directory.metrics)}
     if step not in rows:
         raise UserError(
             f"--step {step}: {directory.metrics} has steps {min(rows, default=0)} to {max(rows, default=0)}"
         )
-    before = rows.get(step - 1, 0)
-    consumed = next_samples(0, before, skipped)[1] if before else 0
-    return next_samples(consumed, rows[step] - before, skipped)[0]
+    after, windows = rows[step]["samples"], tuple(skipped)
+    before = rows[step - 1]["samples"] if step - 1 in rows else 0 if step == 1 else after - batch
+    consumed = next_samples(0, before, windows)[1] if before else 0
+    return next_samples(consumed, after - before, windows)[0], rows[step]["batch_digest"]
 
 
 def _pieces(block: Block, row: int, corpus: Corpus, lane: int, tokenizer: Tokenizer) -> list[Piece]:

@@ -32,7 +32,8 @@ def is_worthwhile(config: Config, device: torch.device, *, stage: int) -> bool:
 def run_flops(config: Config) -> float:
     """FLOPs of the whole run."""
     tokens = config.steps * config.train.global_batch_size * config.data.sequence_length
-    return float(tokens * flops_per_token(config.model, config.data.sequence_length))
+    length, rank = config.data.sequence_length, config.train.lora_rank
+    return float(tokens * flops_per_token(config.model, length, lora_rank=rank))
 
 
 def compile_blocks(model: LaMDA) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+import orjson
 import torch
 
 from lamda.config.errors import UserError
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args(argv)
     report = evaluate_checkpoint(find_checkpoint(options.path), files=options.files)
-    print(json.dumps(report, indent=1) if options.json else "\n".join(table(report)))
+    print(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode() if options.json else "\n".join(table(report)))
     return 0
 
 
@@ -42,4 +42,6 @@ def evaluate_checkpoint(path: Path, *, files: str | None) -> dict[str, Any]:
     held_out = HeldOutText(HeldOut(sources, Tokenizer.load(path / "tokenizer.model"), config.data.sequence_length))
     with torch.no_grad(), Progress("evaluating", total=held_out.rows(None), unit="rows") as shown:
         scores = held_out.score(model, device=device, micro_batch=config.train.micro_batch_size, scored=shown.advance)
+    if not scores.targets.sum():
+        raise UserError(f"the text has no token to score: {files or 'data.eval_files'} has empty documents alone")
     return {"checkpoint": str(path), **scores.report()}

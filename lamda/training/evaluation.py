@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from math import log
+from math import log, nan
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,10 @@ class Scores:
     utf8_bytes: NDArray[np.int64]
 
     def metrics(self) -> dict[str, float]:
-        """`eval/loss`, `eval/bits_per_byte` and `eval/loss/<domain>` as they stand in metrics.jsonl."""
+        """`eval/loss`, `eval/bits_per_byte` and `eval/loss/<domain>` as they stand in metrics.jsonl.
+
+        NaN where there is nothing to score.
+        """
         rows = {"eval/loss": self.loss(), "eval/bits_per_byte": self.bits_per_byte()}
         if len(self.domains) > 1:
             rows.update(
@@ -86,15 +89,19 @@ class Scores:
 
     def loss(self) -> float:
         """Nats a scored target."""
-        return float(self.nats.sum() / self.targets.sum())
+        return _ratio(self.nats.sum(), self.targets.sum())
 
     def bits_per_byte(self) -> float:
         """All nats, end symbols included, in bits over the UTF-8 bytes of the text."""
-        return float(self.nats.sum() / log(2) / self.utf8_bytes.sum())
+        return _ratio(self.nats.sum() / log(2), self.utf8_bytes.sum())
 
     def _only(self, index: int) -> Scores:
         part = slice(index, index + 1)
         return Scores(self.domains[part], self.nats[part], self.targets[part], self.utf8_bytes[part])
+
+
+def _ratio(sum_: float, count: int) -> float:
+    return float(sum_ / count) if count else nan
 
 
 def evaluate(

@@ -12,19 +12,18 @@ from collections.abc import Iterable
 from statistics import median
 from typing import NamedTuple
 
-from lamda.config.schema import TrainConfig
+from lamda.config.schema import FEWEST_LOSSES, TrainConfig
 
-FEWEST = 8
-"""Losses that a judgement needs at least, where the window is not shorter."""
 NORMAL = 1.4826
 """Standard deviation of a normal distribution / its median absolute deviation."""
 
 
 class Trouble(NamedTuple):
-    """A reason to go back; a fatal one also ends a run that cannot."""
+    """A reason to go back; a fatal one also ends a run that cannot. steps: the bad ones in a row, up to the newest."""
 
     text: str
     is_fatal: bool
+    steps: int
 
 
 class Health:
@@ -54,11 +53,11 @@ class Health:
         self._take(loss, refused=refused)
         if self._bad_steps >= self._train.max_bad_steps:
             text = f"{self._bad_steps} steps in a row had a loss or gradient that is not finite"
-            return Trouble(text, is_fatal=True)
+            return Trouble(text, is_fatal=True, steps=self._bad_steps)
         threshold = self._train.spike_threshold
         if threshold is not None and score > threshold:
             text = f"the loss {loss:.4f} is a spike, {score:.1f} robust deviations above the steps before it"
-            return Trouble(text, is_fatal=False)
+            return Trouble(text, is_fatal=False, steps=1)
         return None
 
     def _take(self, loss: float | None, *, refused: bool) -> None:
@@ -68,7 +67,7 @@ class Health:
 
     def _score(self, loss: float) -> float:
         """Distance above the window's median in robust standard deviations."""
-        if len(self._losses) < min(FEWEST, self._train.spike_window) or not math.isfinite(loss):
+        if len(self._losses) < FEWEST_LOSSES or not math.isfinite(loss):
             return 0.0
         middle = median(self._losses)
         spread = NORMAL * median(abs(other - middle) for other in self._losses)

@@ -20,16 +20,17 @@ from lamda.data.loader import Loader, Step, merge_cursors
 from lamda.data.quarantine import Quarantined, write_first
 from lamda.data.tokenizer import Tokenizer
 from lamda.distributed import World, broadcast, gather, on_main
-from lamda.training import faults, manifest
+from lamda.training import faults, manifest, rollback
 from lamda.training.framework import Engine, Scorer
-from lamda.training.health import Health, Trouble
+from lamda.training.health import Health
 from lamda.training.metrics import read_metrics
 from lamda.training.profile import Profile
 from lamda.training.report import SilentReport
+from lamda.training.rollback import Setback
 from lamda.training.row import FinishedStep
 from lamda.training.run_directory import RunDirectory
 from lamda.training.saving import Saved, Saver
-from lamda.training.schedule import learning_rate
+from lamda.training.schedule import next_learning_rate, total_steps
 from lamda.training.state import RunState
 from lamda.training.stopping import StopRequests
 from lamda.training.task import Benchmarks, Evaluation, Scores, TaskError
@@ -79,9 +80,9 @@ class Run:
         self._health = self._history()
         while not self._is_last and self.stopped is None:
             with self.open_loader(self.state) as loader:
-                trouble = self._go_on(loader)
-            if trouble is not None:
-                self._go_back(trouble)
+                setback = self._go_on(loader)
+            if setback is not None:
+                self._go_back(setback)
 
     def evaluate(self) -> Scores:
         """Score the held-out text: all of it at the last step, the first `eval.batches` batches before."""
@@ -118,13 +119,13 @@ class Run:
             self.report.warn("evaluation failed", f"step {self.state.step}: eval.tasks: {error}; training goes on")
             return {}
 
-    def _go_on(self, loader: Loader) -> Trouble | None:
-        """Train until the end, a stop, or trouble. A step's figures are read while the next one is computed."""
+    def _go_on(self, loader: Loader) -> Setback | None:
+        """Train until the end, a stop, or a setback. A step's figures are read while the next one is computed."""
         pending: FinishedStep | None = None
         for batch, waited, began in self._batches(loader):
             current = self._step(batch, waited=waited, began=began)
-            if pending is not None and (trouble := self._close(pending)):
-                return trouble
+            if pending is not None and (setback := self._close(pending)):
+                return setback
             pending = current
             self._compare()
             if self._evaluation_is_due:
@@ -134,8 +135,8 @@ class Run:
                 self.task_figures = self.score_tasks()
                 pending.more |= self.task_figures
             if self._checkpoint_is_due or self._stop_is_agreed:
-                if trouble := self._close(pending):
-                    return trouble
+                if setback := self._close(pending):
+                    return setback
                 pending = None
                 self._save(loader, wait=self._is_last or self._stop_is_agreed)
             if self._stop_is_agreed and not self._is_last:
@@ -146,12 +147,11 @@ class Run:
     def _step(self, batch: Step, *, waited: float, began: float) -> FinishedStep:
         config = self.config
         self.profile.begin(self.state.step + 1)
-        rate = learning_rate(self.state.step + 1, train=config.train, steps=config.steps)
+        rate = next_learning_rate(config, self.state)
         signals = (int(self.requests.reason() is not None), self.saver.settled)
         result = self.engine.step(batch, learning_rate=rate, signals=signals, at=self._at)
-        rows = config.train.global_batch_size
         self.state = self.state.after(
-            consumed=batch.consumed, rows=rows, targets=rows * config.data.sequence_length, updated=result.updated
+            consumed=batch.consumed, rows=config.train.global_batch_size, updated=result.updated
         )
         self.profile.end(self.state.step)
         stalled, self._stalled = self._stalled, 0.0
@@ -159,8 +159,10 @@ class Run:
             self.state, result, rate=rate, waited=waited, stalled=stalled, seconds=time.monotonic() - began
         )
 
-    def _close(self, finished: FinishedStep) -> Trouble | None:
+    def _close(self, finished: FinishedStep) -> Setback | None:
         """Read a step's figures, tell them, and do what the ranks have agreed on with them."""
+        self.state = self.state.with_targets(finished.targets())
+        finished.state = replace(finished.state, tokens=self.state.tokens)
         row = finished.row(self.config, self.domains, peak_flops=self.engine.peak_flops, devices=self.engine.devices)
         self.report.row(row)
         self._at("report", step=finished.state.step)
@@ -173,8 +175,10 @@ class Run:
                 "step refused", f"step {row['step']}: its loss or gradient is not finite; the weights stay as they are"
             )
         trouble = self._health.judge(row["loss"], refused=refused)
-        if trouble is None or (obstacle := self._obstacle()) is None:
-            return trouble
+        if trouble is None:
+            return None
+        if (obstacle := self._obstacle()) is None:
+            return Setback(trouble.text, step=row["step"], first=row["step"] - trouble.steps + 1)
         if trouble.is_fatal:
             raise RunError(f"step {row['step']}: {trouble.text}, and the run cannot go back: {obstacle}")
         self.report.warn("loss spike", f"step {row['step']}: {trouble.text}; the run goes on, for {obstacle}")
@@ -195,12 +199,13 @@ class Run:
         if wait and ended.problem is not None:
             raise RunError(f"the last checkpoint could not be written: {ended.problem}. {_ADVICE}")
 
-    def _go_back(self, trouble: Trouble) -> None:
-        """Return to the last checkpoint; the samples from there to here are never used again."""
-        path = manifest.find_valid(self.directory.checkpoints, world=self.world)
+    def _go_back(self, setback: Setback) -> None:
+        """Return to a sound checkpoint; the samples from there to here are never used again."""
+        path = rollback.find_sound(self.directory, first=setback.first, world=self.world)
         there, here = RunState.read(path / "run_state.json"), self.state
         window = (there.consumed, here.consumed)
-        on_main(self.world, lambda: self.directory.note_skipped(window, step=here.step, reason=trouble.text))
+        on_main(self.world, lambda: self.directory.note_skipped(window, step=setback.step, reason=setback.reason))
+        on_main(self.world, lambda: rollback.set_spoilt_aside(self.directory))
         self.engine.load(path)
         self.state = replace(
             there, skipped=(*here.skipped, window), rollbacks=here.rollbacks + 1, wandb_id=here.wandb_id
@@ -208,8 +213,8 @@ class Run:
         self.report.rewind(there.step)
         self.report.warn(
             "went back",
-            f"step {here.step}: {trouble.text}; back to {path.name}, without samples {window[0]} to {window[1] - 1} "
-            f"(time {self.state.rollbacks} of {self.config.train.rollbacks})",
+            f"step {setback.step}: {setback.reason}; back to {path.name}, without samples {window[0]} to "
+            f"{window[1] - 1} (time {self.state.rollbacks} of {self.config.train.rollbacks})",
         )
         self._health = self._history()
 
@@ -275,7 +280,7 @@ class Run:
 
     @property
     def _is_last(self) -> bool:
-        return self.state.step >= self.config.steps
+        return self.state.step >= total_steps(self.config, self.state)
 
     @property
     def _evaluation_is_due(self) -> bool:

@@ -176,11 +176,16 @@ def _is_inside(path: Path, name: str) -> bool:
         return False
 
 
-def _set_aside(path: Path, problem: str) -> None:
-    target = path.with_name(path.name + ".damaged")
-    count = 1
+def free_name(path: Path, *, suffix: str) -> Path:
+    """A checkpoint's name with a suffix that tells why it is none any more; numbered where there is one already."""
+    target, count = path.with_name(path.name + suffix), 1
     while target.exists():
-        target, count = path.with_name(f"{path.name}.{count}.damaged"), count + 1
+        target, count = path.with_name(f"{path.name}.{count}{suffix}"), count + 1
+    return target
+
+
+def _set_aside(path: Path, problem: str) -> None:
+    target = free_name(path, suffix=".damaged")
     path.rename(target)
     log.warning("checkpoint %s is damaged: %s; it is now %s, the one before it is taken", path, problem, target.name)
 

@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 from lamda.config.schema import TrainConfig
 from lamda.model import LaMDA
 from lamda.model.weights import Part, part_of
-from lamda.training.rates import ADAMW_RMS, MUON_MOMENTUM, rate_scales, weight_decays
+from lamda.training.rates import ADAFACTOR_EPS, ADAMW_RMS, MUON_MOMENTUM, rate_scales, weight_decays
 
 State = dict[str, torch.Tensor]
 
@@ -33,7 +33,7 @@ def make_optimizer(model: LaMDA, train: TrainConfig) -> torch.optim.Optimizer:
     if train.optimizer == "muon":
         return _muon(groups, train)
     if train.optimizer == "adafactor":
-        return torch.optim.Adafactor(groups.values(), lr=0.0)
+        return torch.optim.Adafactor(groups.values(), lr=0.0, eps=ADAFACTOR_EPS)
     return torch.optim.AdamW(groups.values(), lr=0.0, **_adamw_numbers(train))
 
 

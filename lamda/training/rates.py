@@ -12,6 +12,14 @@ ADAMW_RMS = 0.2
 """What Muon's updates are brought to: the usual RMS of AdamW's (Liu et al., arXiv 2502.16982, section 2.2)."""
 
 
+ADAFACTOR_EPS = (2.0**-63, 1e-3)
+"""PyTorch's two epsilons of Adafactor. The first bounds a row's mean square, and its square, the least normal number
+
+of fp32, bounds the variance: weights move alike for gradients down to 1e-9, and one that is always 0 moves nothing.
+PyTorch's own, fp32's resolution, stops what has gradients below 1e-7; the paper's 1e-30 has no square in fp32.
+"""
+
+
 def rate_scales(train: TrainConfig, *, d_model: int) -> dict[Part, float]:
     """The rate of each part of the model / the run's; the final norm is one of the others where it has none.
 

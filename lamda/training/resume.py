@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lamda.config.errors import UserError
+from lamda.config.loading import load_config
 from lamda.config.schema import Config
 from lamda.distributed import World, on_main
 from lamda.training import manifest
+from lamda.training.rollback import set_spoilt_aside
 from lamda.training.run_directory import RunDirectory
 from lamda.training.state import RunState
 
@@ -47,12 +49,14 @@ def choose_start(config: Config, directory: RunDirectory, world: World, *, frame
     if wish == "never":
         return Start(None, RunState())
     if wish in ("auto", "required"):
+        on_main(world, lambda: set_spoilt_aside(directory))
         path = manifest.find_valid(directory.checkpoints, world=world)
     else:
         path = Path(wish)
         problem = manifest.verify(path, world=world)
         if problem is not None:
             raise UserError(f"checkpoint.resume {wish}: {problem}")
+        on_main(world, lambda: _inherit_windows(path, directory))
     if path is None:
         return Start(None, RunState())
 
@@ -64,6 +68,14 @@ def choose_start(config: Config, directory: RunDirectory, world: World, *, frame
 
     on_main(world, check)
     return Start(path, _with_noted_windows(RunState.read(path / "run_state.json"), directory))
+
+
+def settings_of(path: Path) -> Config | None:
+    """The configuration that a checkpoint was made with; None where this version does not take it any more."""
+    try:
+        return load_config(["--config", str(path / "config.yaml")])
+    except UserError:
+        return None
 
 
 def _check_wish(config: Config, directory: RunDirectory) -> None:
@@ -130,9 +142,15 @@ def _check_adapters(config: Config, path: Path) -> None:
 
 def _with_noted_windows(state: RunState, directory: RunDirectory) -> RunState:
     """The state, jumping over what the run went back from after this checkpoint was written."""
-    noted = directory.skipped()
-    skipped = (*state.skipped, *(window for window in noted if window not in state.skipped))
-    return replace(state, skipped=skipped, rollbacks=max(state.rollbacks, len(noted)))
+    skipped = (*state.skipped, *(window for window in directory.skipped() if window not in state.skipped))
+    return replace(state, skipped=skipped, rollbacks=max(state.rollbacks, directory.rollbacks))
+
+
+def _inherit_windows(path: Path, directory: RunDirectory) -> None:
+    """Skip what the run that `path` is a checkpoint of has noted since it was written."""
+    folder = path.resolve().parent
+    if folder.name == directory.checkpoints.name and folder.parent != directory.path.resolve():
+        directory.inherit_skipped(RunDirectory(folder.parent))
 
 
 def _short(value: Any) -> str:

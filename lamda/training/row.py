@@ -21,8 +21,8 @@ Row = dict[str, Any]
 class FinishedStep:
     """A step that the device may still be computing; reading its figures waits for it.
 
-    state: after the step. rate: its learning rate. Seconds: waited for data; stalled by saves since the
-    step before; the step's own, data included. more: figures of evaluations after it.
+    state: after the step, its targets counted. rate: its learning rate. Seconds: waited for data; stalled by saves
+    since the step before; the step's own, data included. more: figures of evaluations after it.
     """
 
     state: RunState
@@ -33,14 +33,19 @@ class FinishedStep:
     seconds: float
     more: dict[str, float] = field(default_factory=dict)
 
+    def targets(self) -> int:
+        """The targets of this step that had a loss."""
+        return sum(targets for _, targets in self.result.by_domain())
+
     def signals(self) -> list[float]:
         """The ranks' sums of what they told with this step."""
         return self.result.signals()
 
     def row(self, config: Config, domains: tuple[str, ...], *, peak_flops: float | None, devices: int) -> Row:
         """This step's metrics. domains: names in the order of their numbers. peak_flops: of each of the devices."""
-        tokens_per_second = config.train.global_batch_size * config.data.sequence_length / self.seconds
-        flops = tokens_per_second * flops_per_token(config.model, config.data.sequence_length) / devices
+        positions_per_second = config.train.global_batch_size * config.data.sequence_length / self.seconds
+        per_token = flops_per_token(config.model, config.data.sequence_length, lora_rank=config.train.lora_rank)
+        flops = positions_per_second * per_token / devices
         return {
             "step": self.state.step,
             "loss": self.result.loss(),
@@ -48,7 +53,7 @@ class FinishedStep:
             "grad_norm": float(self.result.grad_norm),
             "tokens": self.state.tokens,
             "samples": self.state.samples,
-            "tokens_per_second": tokens_per_second,
+            "tokens_per_second": self.targets() / self.seconds,
             "model_flops_per_second": flops,
             "mfu": flops / peak_flops if peak_flops else None,
             "step_seconds": self.seconds,
@@ -65,6 +70,10 @@ class FinishedStep:
         """`loss/<domain>` and `tokens/<domain>` of this step, where there is more than one domain."""
         if len(domains) < 2:
             return {}
-        parts = {name: part for name, part in zip((*domains, OTHER), self.result.by_domain(), strict=True) if part[1]}
-        losses = {f"loss/{name}": loss for name, (loss, _) in parts.items()}
-        return losses | {f"tokens/{name}": targets for name, (_, targets) in parts.items()}
+        nats: dict[str, float] = {}
+        targets: dict[str, int] = {}
+        for name, (loss, count) in zip((*domains, OTHER), self.result.by_domain(), strict=True):
+            if count:  # a domain of the corpus may be called `other` as well
+                nats[name], targets[name] = nats.get(name, 0.0) + loss * count, targets.get(name, 0) + count
+        losses = {f"loss/{name}": nats[name] / count for name, count in targets.items()}
+        return losses | {f"tokens/{name}": count for name, count in targets.items()}

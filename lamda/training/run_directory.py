@@ -127,6 +127,19 @@ class RunDirectory:
         return tuple((noted["from"], noted["to"]) for noted in self._notes())
 
     @property
+    def rollbacks(self) -> int:
+        """How many of the windows are of this run's own rollbacks."""
+        return sum("inherited_from" not in noted for noted in self._notes())
+
+    def inherit_skipped(self, other: RunDirectory) -> None:
+        """Note the windows of the run whose checkpoint this one begins with, as they are read in the same order."""
+        known = self.skipped()
+        new = [noted for noted in other._notes() if (noted["from"], noted["to"]) not in known]
+        if new:
+            inherited = [{"inherited_from": str(other.path), **noted} for noted in new]
+            replace_file(self._skipped, json.dumps([*self._notes(), *inherited], indent=1))
+
+    @property
     def _skipped(self) -> Path:
         return self.path / "skipped.json"
 

@@ -15,8 +15,8 @@ class RunState:
     """The run after `step` finished steps.
 
     updates: steps that changed the weights (a refused one did not). consumed: place in the order of
-    samples. samples, tokens: cumulative rows and targets. skipped: windows [from, to) of the order that
-    are jumped over. rollbacks: how often the run went back. cursors: where each lane's next block
+    samples. samples: cumulative rows. tokens: cumulative targets that had a loss. skipped: windows [from, to)
+    of the order that are jumped over. rollbacks: how often the run went back. cursors: where each lane's next block
     begins. fingerprint: what the order depends on. wandb_id: the run's one id in Weights & Biases.
     """
 
@@ -31,16 +31,19 @@ class RunState:
     fingerprint: dict[str, Any] = field(default_factory=dict)
     wandb_id: str | None = None
 
-    def after(self, *, consumed: int, rows: int, targets: int, updated: bool) -> RunState:
-        """The state one step later."""
+    def after(self, *, consumed: int, rows: int, updated: bool) -> RunState:
+        """The state one step later; its targets are added when they are known (`with_targets`)."""
         return replace(
             self,
             step=self.step + 1,
             updates=self.updates + updated,
             consumed=consumed,
             samples=self.samples + rows,
-            tokens=self.tokens + targets,
         )
+
+    def with_targets(self, targets: int) -> RunState:
+        """The state with the targets of a step that had a loss."""
+        return replace(self, tokens=self.tokens + targets)
 
     def write(self, path: Path) -> None:
         """Save as JSON."""

@@ -19,10 +19,11 @@ from lamda.training.loop import Run
 from lamda.training.profile import Profile
 from lamda.training.progress import TrainingProgress
 from lamda.training.report import MainReport, SilentReport
-from lamda.training.resume import choose_start
+from lamda.training.resume import choose_start, settings_of
 from lamda.training.run_directory import RunDirectory
 from lamda.training.run_log import run_log
 from lamda.training.saving import Saver
+from lamda.training.schedule import remarks, total_steps
 from lamda.training.start import with_start
 from lamda.training.state import RunState
 from lamda.training.stopping import STOP_EXIT, StopRequests
@@ -52,7 +53,7 @@ def train(config: Config, world: World, task: Task, framework: Framework, open_b
         distributed.on_main(world, lambda: stack.enter_context(lock) and None)
         distributed.on_main(world, lambda: manifest.sweep(directory.checkpoints))
         start = choose_start(config, directory, world, framework=framework.name)
-        if start.state.step >= config.steps:
+        if start.state.step >= total_steps(config, start.state):
             if world.is_main:
                 print(f"{directory.path}: finished, {start.state.step} steps; raise train.steps to go on")
             return 0
@@ -96,10 +97,12 @@ def _run(
         engine.load_weights(Path(config.model.weights))
     if world.is_main:
         directory.config.write_text(to_yaml(config), "utf-8")
-        directory.write_status("running", step=state.step, steps=config.steps)
+        directory.write_status("running", step=state.step, steps=total_steps(config, state))
     began = time.time()
     with ExitStack() as stack:
-        progress = stack.enter_context(TrainingProgress(done=state.step, steps=config.steps, visible=world.is_main))
+        progress = stack.enter_context(
+            TrainingProgress(done=state.step, steps=total_steps(config, state), visible=world.is_main)
+        )
         if checkpoint_path is not None:
             progress.say(f"going on from {checkpoint_path}")
         if engine.is_compiled:
@@ -107,6 +110,9 @@ def _run(
         report = SilentReport()
         if world.is_main:
             report = stack.enter_context(MainReport(config, directory, state, progress))
+        before = None if checkpoint_path is None else settings_of(checkpoint_path)
+        for remark in remarks(config, state, before=before) if world.is_main else ():
+            log.warning("%s", remark)
         watchdog = stack.enter_context(
             Watchdog(
                 directory.heartbeats,
@@ -152,7 +158,7 @@ def _run(
 
 def _leave(run: Run, task: Task, progress: TrainingProgress) -> int:
     """Show what came out, tell how the run ended, and return its exit code."""
-    stopped, steps = run.stopped, {"step": run.state.step, "steps": run.config.steps}
+    stopped, steps = run.stopped, {"step": run.state.step, "steps": total_steps(run.config, run.state)}
     if stopped is None:
         _finish(run, task, progress)
     else:
@@ -186,5 +192,8 @@ def _finish(run: Run, task: Task, progress: TrainingProgress) -> None:
         progress.say(f"a continuation, as it came:\n{sample}")
         progress.say(
             f"everything is in {run.directory.path}; to go on, run the same command with a larger train.steps or "
-            "train.tokens"
+            f"train.tokens{_HIGHER_AGAIN.get(run.config.train.schedule, '')}"
         )
+
+
+_HIGHER_AGAIN = dict.fromkeys(("cosine", "wsd"), " (the learning rate then rises again: docs/faq.md)")

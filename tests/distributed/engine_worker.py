@@ -142,7 +142,7 @@ def run(job: dict, world: distributed.World, device: torch.device, out: Path) ->
             hook.remove()
         losses.append(result.loss())
         norms.append(float(result.grad_norm))
-        state = state.after(consumed=step, rows=BATCH, targets=BATCH * LENGTH, updated=result.updated)
+        state = state.after(consumed=step, rows=BATCH, updated=result.updated).with_targets(BATCH * LENGTH)
     if job.get("save"):
         model = out / "tokenizer.model"
         model.touch()

@@ -15,7 +15,7 @@ import torch
 from lamda.config.schema import ModelConfig, TrainConfig
 from lamda.flax.optimiser import make_optimizer
 from lamda.flax.weights import stacked_shapes
-from lamda.training.rates import rate_scales, weight_decays
+from lamda.training.rates import ADAFACTOR_EPS, rate_scales, weight_decays
 
 MODEL = ModelConfig(vocab_size=19, d_model=12, n_layers=3, n_heads=2, d_head=5, d_ff=14)
 RATES = [0.3, 0.2, 0.4, 0.05]
@@ -31,38 +31,42 @@ def normal(shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 @cache
-def moved_by_optax(name: str) -> dict[str, np.ndarray]:
+def moved_by_optax(name: str, size: float = 1.0) -> dict[str, np.ndarray]:
     optimizer = make_optimizer(train_config(name), MODEL)
     weights = {name: jnp.asarray(normal(shape, 0)) for name, shape in stacked_shapes(MODEL).items()}
     state = optimizer.init(weights)
     update = jax.jit(lambda gradients, state, weights, rate: optimizer.update(gradients, state, weights, rate=rate))
     for step, rate in enumerate(RATES):
-        gradients = {name: jnp.asarray(normal(weight.shape, 1 + step)) for name, weight in weights.items()}
+        gradients = {name: size * jnp.asarray(normal(weight.shape, 1 + step)) for name, weight in weights.items()}
         updates, state = update(gradients, state, weights, rate)
         weights = optax.apply_updates(weights, updates)
     return {name: np.asarray(weight) for name, weight in weights.items()}
 
 
-def moved_by_torch(shape: tuple[int, ...], make: Callable, *, scale: float, layer: int | None) -> np.ndarray:
+def moved_by_torch(
+    shape: tuple[int, ...], make: Callable, *, scale: float, layer: int | None, size: float = 1.0
+) -> np.ndarray:
     def of_layer(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array if layer is None else array[layer])
 
     weight = torch.nn.Parameter(of_layer(normal(shape, 0)).clone())
     optimizer = make([weight])
     for step, rate in enumerate(RATES):
-        weight.grad = of_layer(normal(shape, 1 + step))
+        weight.grad = size * of_layer(normal(shape, 1 + step))
         optimizer.param_groups[0]["lr"] = rate * scale
         optimizer.step()
     return weight.detach().numpy()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize(
+    ("optimizer", "size"), [("adamw", 1.0), ("adamw", 1e-8), *(("adafactor", size) for size in (1.0, 1e-6, 1e-7, 1e-9))]
+)
 @pytest.mark.parametrize(
     ("name", "part", "layer"),
     [(SINGLE, "embedding", None), (STACKED, "matrices", 2), ("layers.attention.relative_bias", "others", 0),
      ("layers.attention_norm.scale", "others", 1), ("final_norm.scale", "final_norm", None)],
 )  # fmt: skip
-def test_each_part_moves_as_with_pytorch(optimizer, name, part, layer):
+def test_each_part_moves_as_with_pytorch(optimizer, size, name, part, layer):
     train = train_config(optimizer)
     scales = rate_scales(train, d_model=MODEL.d_model)
     part = part if part in scales else "others"
@@ -70,12 +74,12 @@ def test_each_part_moves_as_with_pytorch(optimizer, name, part, layer):
 
     def make(weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         if optimizer == "adafactor":
-            return torch.optim.Adafactor(weights, weight_decay=decay)
+            return torch.optim.Adafactor(weights, eps=ADAFACTOR_EPS, weight_decay=decay)
         return torch.optim.AdamW(weights, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=decay)
 
     shape = stacked_shapes(MODEL)[name]
-    expected = moved_by_torch(shape, make, scale=scales[part], layer=layer)
-    found = moved_by_optax(optimizer)[name]
+    expected = moved_by_torch(shape, make, scale=scales[part], layer=layer, size=size)
+    found = moved_by_optax(optimizer, size)[name]
     np.testing.assert_allclose(found if layer is None else found[layer], expected, rtol=1e-4, atol=1e-5)
 
 

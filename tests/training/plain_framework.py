@@ -1,12 +1,13 @@
 """Pre-training in plain PyTorch on one rank, by the contract of `lamda.training.framework` and the loop of all runs.
 
 `python -m tests.training.plain_framework ARGUMENTS` as `scripts/pretrain.py ARGUMENTS`; it ends with 3 where the run
-has loaded DeepSpeed.
+has loaded DeepSpeed. TEST_SPOIL_AFTER=N: the N-th step of the process spoils the weights.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -54,6 +55,7 @@ class Engine:
         self.model = LaMDA(config.model)
         initialise(self.model, seed=config.run.seed)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0)
+        self.steps, self.spoilt_after = 0, int(os.environ.get("TEST_SPOIL_AFTER") or -1)
 
     def step(self, batch, *, learning_rate, signals, at):
         self.optimizer.param_groups[0]["lr"] = learning_rate
@@ -76,12 +78,16 @@ class Engine:
             self.optimizer.step()
         self.optimizer.zero_grad()
         at("update", self.model.embedding.weight)
+        self.steps += 1
+        if self.steps == self.spoilt_after:
+            with torch.no_grad():
+                self.model.embedding.weight.mul_(4)
         return SimpleNamespace(
             grad_norm=norm,
             updated=updated,
             loss=lambda: float(sums[0].sum() / sums[1].sum()),
             by_domain=lambda: [(nats / n if n else math.nan, int(n)) for nats, n in sums.T.tolist()],
-            batch_digest=lambda: batch_digest(batch.digests),
+            batch_digest=lambda: batch_digest(batch.digests[batch.positions.argsort()]),
             signals=lambda: [float(number) for number in signals],
         )
 

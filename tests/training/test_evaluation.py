@@ -135,6 +135,15 @@ def test_a_diverged_model_still_gets_its_report(loss):
     assert len(list(table(report))) == 3
 
 
+@pytest.mark.filterwarnings("error")
+def test_text_without_a_token_to_score_has_no_figures_and_no_warning(tmp_path, tokenizer):
+    write_shard(tmp_path / "empty.jsonl", ["", ""])
+    source = Source(name="s", licence="none", files=f"{tmp_path}/*.jsonl")
+    scores = evaluate(HeldOut((source,), tokenizer, LENGTH), nats, device=CPU, micro_batch=2)
+    assert np.isnan([scores.loss(), scores.bits_per_byte(), *scores.metrics().values()]).all()
+    assert len(list(table(scores.report()))) == 2
+
+
 def test_held_out_bytes_are_the_text_or_none_where_it_is_long(held_out):
     text = "".join(text for texts in TEXTS.values() for text in texts).encode()
     assert held_out_bytes(held_out, limit=len(text)) == text

@@ -4,6 +4,7 @@ import math
 import random
 
 import pytest
+from pydantic import ValidationError
 
 from lamda.config.schema import TrainConfig
 from lamda.training.health import Health
@@ -50,6 +51,12 @@ def test_without_a_threshold_no_finite_loss_is_trouble():
 def test_a_spike_needs_some_losses_before_it():
     judge = health(spike_threshold=6.0)
     assert judged(judge, [3.0] * 7 + [99.0]) == [None] * 8
+
+
+@pytest.mark.parametrize("window", range(1, 8))
+def test_a_window_that_is_too_short_to_judge_by_is_refused(window):
+    with pytest.raises(ValidationError, match="greater than or equal to 8"):
+        health(spike_threshold=6.0, spike_window=window)
 
 
 def test_losses_that_never_vary_make_any_rise_a_spike():

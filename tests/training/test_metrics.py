@@ -72,7 +72,29 @@ def test_a_loss_that_is_not_finite_is_null_to_any_json_parser(paths, loss):
     assert row == {"step": 1, "loss": None, "lr": 0.5, "mfu": None, "batch_digest": "nan"}
 
 
-def test_the_peak_is_that_of_the_device_or_unknown():
-    assert peak_flops("NVIDIA H200") == 989e12
-    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert peak_flops("AMD EPYC") is None
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100-PCIE-40GB", 312e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("TPU v4", 275e12),
+        ("TPU v4 lite", None),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("AMD EPYC", None),
+    ],
+)
+def test_the_peak_is_that_of_the_device_or_unknown(name, peak):
+    assert peak_flops(name) == peak

@@ -69,3 +69,14 @@ def test_at_the_base_width_nothing_changes():
 
     as_given, tuned_here = weights(None), weights(SHAPE["d_model"])
     assert all(torch.equal(tuned_here[name], weight) for name, weight in as_given.items())
+
+
+@pytest.mark.parametrize("gradient", [1e-3, 1e-6, 1e-8, 1e-9])
+def test_adafactor_moves_a_weight_alike_however_small_its_gradients_are(gradient):
+    moves = moved("adafactor", weight_decay=0, gradient=gradient)
+    for name, (way, _) in moved("adafactor", weight_decay=0, gradient=1.0).items():
+        torch.testing.assert_close(moves[name][0], way, rtol=1e-2, atol=1e-7, msg=name)
+
+
+def test_adafactor_leaves_a_weight_without_a_gradient_where_it_is():
+    assert not any(way.any() for way, _ in moved("adafactor", weight_decay=0, gradient=0.0).values())

@@ -32,8 +32,8 @@ def test_a_new_state_comes_back_too(tmp_path):
 
 
 def test_a_refused_step_counts_and_consumes_but_is_no_update():
-    done = STATE.after(consumed=2**40 + 33, rows=32, targets=8192, updated=True)
-    refused = STATE.after(consumed=2**40 + 33, rows=32, targets=8192, updated=False)
+    done = STATE.after(consumed=2**40 + 33, rows=32, updated=True).with_targets(8192)
+    refused = STATE.after(consumed=2**40 + 33, rows=32, updated=False).with_targets(8192)
     assert (done.step, done.consumed, done.samples, done.tokens) == (8, 2**40 + 33, 256, 65536)
     assert (done.updates, refused.updates) == (7, 6)
     assert refused.step == 8

@@ -1,0 +1,77 @@
+"""A run rolls back to a checkpoint that is sound, and sets the others aside."""
+
+import pytest
+
+from lamda.training import manifest
+from lamda.training.rollback import find_sound, set_spoilt_aside
+from lamda.training.run_directory import RunDirectory
+from lamda.training.state import RunState
+
+BATCH = 8
+
+
+@pytest.fixture
+def directory(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.create()
+    return directory
+
+
+def save(directory, step, *, skipped=(), consumed=None):
+    final = directory.checkpoints / f"step-{step:08d}"
+    temporary = directory.checkpoints / f".{final.name}.tmp"
+    manifest.make_fresh(temporary)
+    consumed = BATCH * step if consumed is None else consumed
+    RunState(step=step, consumed=consumed, skipped=tuple(skipped)).write(temporary / "run_state.json")
+    files = {"run_state.json": manifest.sync_and_describe(temporary / "run_state.json")}
+    manifest.commit(temporary, final, {"step": step, "files": files}, keep=99)
+    return final
+
+
+def names(directory):
+    return sorted(path.name for path in directory.checkpoints.glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("saved", "first", "noted", "expected"),
+    [
+        ((9, 12), 20, [], 12),
+        ((9, 12), 14, [], 12),
+        ((9, 12), 13, [], 9),  # the weights of step 12 gave the spike of step 13
+        ((9, 12), 12, [], 9),  # refused steps change nothing: step 12's weights are step 11's
+        ((12,), 13, [], 12),  # there is no other
+        ((3, 6, 9), 4, [], 3),  # none is older: the oldest
+        ((6, 9, 12), 20, [(96, 160)], 9),  # the run rolled back to step 12 before
+        ((6, 9, 12), 20, [(96, 160), (72, 160)], 6),
+        ((6, 9), 20, [(72, 160), (48, 160)], 6),
+    ],
+)
+def test_a_run_rolls_back_to_the_newest_checkpoint_that_nothing_speaks_against(
+    directory, world, saved, first, noted, expected
+):
+    for step in saved:
+        save(directory, step)
+    for window in noted:
+        directory.note_skipped(window, step=first, reason="a test")
+    assert manifest.step_of(find_sound(directory, first=first, world=world)) == expected
+
+
+def test_a_damaged_checkpoint_is_passed_over(directory, world):
+    older, newer = save(directory, 3), save(directory, 6)
+    (newer / "run_state.json").write_text((newer / "run_state.json").read_text() + " ")
+    assert find_sound(directory, first=20, world=world) == older
+
+
+def test_only_checkpoints_that_have_seen_skipped_samples_are_set_aside(directory):
+    for step in (6, 9, 12):
+        save(directory, step)
+    directory.note_skipped((48, 80), step=10, reason="a test")
+    set_spoilt_aside(directory)
+    assert names(directory) == ["step-00000006", "step-00000009.spoilt", "step-00000012.spoilt"]
+    assert (directory.checkpoints / "LATEST").read_text() == "step-00000006"
+    save(directory, 9, skipped=[(48, 80)], consumed=104)
+    set_spoilt_aside(directory)
+    assert names(directory)[1] == "step-00000009"
+    directory.note_skipped((48, 112), step=12, reason="a test")
+    set_spoilt_aside(directory)
+    assert names(directory)[:3] == ["step-00000006", "step-00000009.1.spoilt", "step-00000009.spoilt"]

@@ -1,0 +1,36 @@
+"""A step's row adds up: what belongs to one name stands under it once."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from lamda.config.schema import Config
+from lamda.training.row import FinishedStep
+from lamda.training.state import RunState
+
+PARTS = {("a", "other"): [(2.0, 10), (3.0, 50), (9.0, 1)], ("a", "b"): [(2.0, 10), (3.0, 50), (9.0, 1)]}
+
+
+def row_of(domains, parts, **train):
+    result = SimpleNamespace(
+        loss=lambda: 1.0, grad_norm=1.0, updated=True, by_domain=lambda: parts, batch_digest=lambda: "0"
+    )
+    config = Config.model_validate(
+        {"data": {"sequence_length": 32}, "train": {"steps": 9, "global_batch_size": 8, **train}}
+    )
+    finished = FinishedStep(RunState(step=1, updates=1), result, rate=0.1, waited=0.0, stalled=0.0, seconds=2.0)
+    return finished.row(config, domains, peak_flops=None, devices=1)
+
+
+@pytest.mark.parametrize("domains", PARTS)
+def test_tokens_and_nats_by_domain_are_those_of_all_targets(domains):
+    parts = PARTS[domains]
+    row = row_of(domains, parts)
+    names = [name.removeprefix("loss/") for name in row if name.startswith("loss/")]
+    assert sum(row[f"tokens/{name}"] for name in names) == 61
+    assert sum(row[f"tokens/{name}"] * row[f"loss/{name}"] for name in names) == pytest.approx(20 + 150 + 9)
+
+
+def test_a_domain_called_other_is_told_with_the_names_that_are_not_known():
+    row = row_of(("a", "other"), PARTS["a", "other"])
+    assert (row["tokens/other"], row["loss/other"]) == (51, pytest.approx(159 / 51))
