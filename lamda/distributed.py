@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from lamda.config.errors import UserError
+from lamda.config.errors import RunError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,10 @@ JOIN_SECONDS = 600.0
 
 class ReportedElsewhereError(UserError):
     """An error that rank 0 tells; this rank only ends."""
+
+
+class FailedElsewhereError(RunError):
+    """A failure that rank 0 tells; this rank only ends."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ def start(world: World, *, threads: int | None) -> torch.device:
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
     for name, value in _defaults(world).items():
         os.environ.setdefault(name, value)
-    with patience("for all ranks to come", world):
+    with _joining(world):
         deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=30), dist_init_required=True)
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank)
@@ -151,7 +155,7 @@ def start_hosts(world: World, *, threads: int | None, address: str | None = None
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
     for name, value in _defaults(world).items():
         os.environ.setdefault(name, value)
-    with patience("for all ranks to come", world):
+    with _joining(world):
         dist.init_process_group(
             "gloo",
             init_method=f"tcp://{address}" if address else "env://",
@@ -208,6 +212,24 @@ def patience(waiting: str, world: World, *, seconds: float = JOIN_SECONDS) -> It
         timer.cancel()
 
 
+@contextmanager
+def _joining(world: World) -> Iterator[None]:
+    """The ranks come together within JOIN_SECONDS. Raises RunError where they cannot: another try may find it cured."""
+    import torch.distributed as dist
+
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        with patience("for all ranks to come", world):
+            yield
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise RunError(
+                f"{place} is in use by another process, so that the ranks cannot meet there. Give the launcher another "
+                "port (deepspeed --master_port PORT, torchrun --master_port PORT), or end that process"
+            ) from error
+        raise RunError(f"the ranks cannot meet at {place}: {str(error).splitlines()[0]}") from error
+
+
 def _defaults(world: World) -> dict[str, str]:
     """What a launcher would set, for a run without one."""
     if world.size > 1:
@@ -254,31 +276,41 @@ def gather(value: T) -> list[T]:
 
 
 def on_main(world: World, action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 alone; every rank gets its result, or ends with its UserError."""
-    failure: UserError | None = None
+    """Run `action` on rank 0 alone; every rank gets its result, or ends with its UserError or RunError."""
+    failure: UserError | RunError | None = None
     result = None
     if world.is_main:
         try:
             result = action()
-        except UserError as error:
+        except (UserError, RunError) as error:
             failure = error
-    result, failed = broadcast((result, failure is not None))
+    result, elsewhere = broadcast((result, _elsewhere(failure)))
     if failure is not None:
         raise failure
-    if failed:
-        raise ReportedElsewhereError("rank 0 tells the reason")
+    if elsewhere is not None:
+        raise elsewhere("rank 0 tells the reason")
     return cast("T", result)
 
 
 def agree(world: World, action: Callable[[], T]) -> T:
-    """Run `action` on every rank; a UserError on any of them ends all, told once."""
-    failure = result = None
+    """Run `action` on every rank; a UserError or RunError on any of them ends all, told once."""
+    failure: UserError | RunError | None = None
+    result = None
     try:
         result = action()
-    except UserError as error:
+    except (UserError, RunError) as error:
         failure = error
-    failures = gather(None if failure is None else str(failure))
-    first = next((message for message in failures if message is not None), None)
-    if first is None:
+    failures = gather((_elsewhere(failure), str(failure)))
+    kind, message = next((each for each in failures if each[0] is not None), (None, ""))
+    if kind is None:
         return cast("T", result)
-    raise UserError(first) if world.is_main else ReportedElsewhereError(first)
+    if not world.is_main:
+        raise kind(message)
+    raise (UserError if kind is ReportedElsewhereError else RunError)(message)
+
+
+def _elsewhere(failure: UserError | RunError | None) -> type[ReportedElsewhereError | FailedElsewhereError] | None:
+    """What the ranks raise that do not tell a failure."""
+    if failure is None:
+        return None
+    return ReportedElsewhereError if isinstance(failure, UserError) else FailedElsewhereError

@@ -28,6 +28,7 @@ from lamda.config.loading import load_config
 from lamda.config.schema import Config
 from lamda.training.metrics import read_metrics
 from lamda.training.run_directory import RunDirectory
+from lamda.training.stopping import interrupting_signals
 
 if TYPE_CHECKING:
     from lamda.cluster.compare import Difference
@@ -54,7 +55,8 @@ def main(argv: list[str]) -> int:
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
     proof = Proof(flags, config, folder=_make_folder(config), steps=options.steps, seed=seed, keep=options.keep)
     try:
-        trials = proof.run(ranks, others)
+        with interrupting_signals():
+            trials = proof.run(ranks, others)
     except KeyboardInterrupt:
         if not options.keep:
             shutil.rmtree(proof.folder, ignore_errors=True)

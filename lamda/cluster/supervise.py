@@ -18,7 +18,7 @@ from lamda.cluster.outcome import MISTAKE_EXIT, RESTARTS, Outcome, outcome, save
 from lamda.config.errors import UserError
 from lamda.config.loading import KEYS, load_config
 from lamda.training.run_directory import RunDirectory
-from lamda.training.stopping import SIGNALS, STOP_EXIT
+from lamda.training.stopping import STOP_EXIT, heeded_signals
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 ORPHAN_SECONDS = 30.0
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
 
 def supervise(command: Sequence[str], directory: RunDirectory) -> int:
     """Run a command that trains, as `main`."""
-    with _noted(SIGNALS) as signals:
+    with noted(heeded_signals()) as signals:
         return Supervisor(command, directory, signals).supervise()
 
 
@@ -123,6 +123,7 @@ class Supervisor:
             _say(f"finished, {status_of(self._directory).get('step')} steps")
             return 0
         if ended.kind == "mistake":
+            _say(f"not started again, for it would be refused again: {ended.reason}", to=sys.stderr)
             return MISTAKE_EXIT
         if not self._signals and ended.kind != "stopped":
             return None
@@ -172,7 +173,7 @@ def _run_of(command: list[str]) -> Path:
 
 
 @contextmanager
-def _noted(numbers: Sequence[int]) -> Iterator[list[int]]:
+def noted(numbers: Sequence[int]) -> Iterator[list[int]]:
     """Signals, noted as they come instead of what they would do."""
     came: list[int] = []
     before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}

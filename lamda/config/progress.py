@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
@@ -17,6 +17,9 @@ from rich.progress import Progress as Bar
 LINE_SECONDS = 10.0
 PATIENCE = 5.0
 """Seconds that a job which has ended waits for its counting: a network may keep it."""
+
+COMPUTING = 0.1
+"""Seconds of processor a second from which on a process computes; the threads that only watch take less."""
 
 
 class Progress:
@@ -117,3 +120,27 @@ def _tell_time(name: str, ended: threading.Event) -> None:
     while not ended.wait(LINE_SECONDS):
         so_far = timedelta(seconds=round(time.monotonic() - began))
         print(f"{name}: {so_far} so far", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def computing(progress: Callable[[], object], *, seconds: float = 1.0) -> Iterator[None]:
+    """Calls `progress` about once in so many seconds while the process computes.
+
+    For a library's long call that says nothing: one that waits for a disk, a network or a lock takes no processor.
+    """
+    ended = threading.Event()
+    watching = threading.Thread(target=_watch_processor, args=[progress, seconds, ended], daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watching.join()
+
+
+def _watch_processor(progress: Callable[[], object], seconds: float, ended: threading.Event) -> None:
+    used = time.process_time()
+    while not ended.wait(seconds):
+        before, used = used, time.process_time()
+        if used - before >= COMPUTING * seconds:
+            progress()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lamda.config.errors import UserError
@@ -14,9 +14,12 @@ from lamda.data.tokenizer import Tokenizer
 from lamda.data.tokenizer_training import train_tokenizer
 
 
-def ensure_tokenizer(config: Config, *, target: Path, corpus: Corpus) -> Tokenizer:
+def ensure_tokenizer(
+    config: Config, *, target: Path, corpus: Corpus, progress: Callable[[], object] = lambda: None
+) -> Tokenizer:
     """The run's tokenizer, brought to `target`: copied from tokenizer.path, or trained where neither exists.
 
+    progress: called as text is read and learned from.
     Raises UserError where its size is not the model's, or where `target` holds another one.
     """
     if config.tokenizer.path is not None:
@@ -30,7 +33,8 @@ def ensure_tokenizer(config: Config, *, target: Path, corpus: Corpus) -> Tokeniz
             shutil.copyfile(config.tokenizer.path, target)
         return given
     if not target.exists():
-        train_tokenizer(_sample(corpus, limit=config.tokenizer.train_bytes), target, vocab_size=config.model.vocab_size)
+        sample = _sample(corpus, limit=config.tokenizer.train_bytes, progress=progress)
+        train_tokenizer(sample, target, vocab_size=config.model.vocab_size, progress=progress)
     return _checked(Tokenizer.load(target), config, target)
 
 
@@ -51,11 +55,12 @@ def train_run_tokenizer(config: Config) -> Path:
     return target
 
 
-def _sample(corpus: Corpus, *, limit: int) -> Iterator[str]:
+def _sample(corpus: Corpus, *, limit: int, progress: Callable[[], object] = lambda: None) -> Iterator[str]:
     """Documents from all lanes in turn, until `limit` bytes of them."""
     left = limit
     with Progress("reading text for the tokenizer", total=limit, unit="bytes") as shown:
         for document in corpus.documents_once():
+            progress()
             yield document.text
             size = len(document.text.encode())
             shown.advance(min(size, left))

@@ -12,7 +12,7 @@ from pathlib import Path
 import sentencepiece
 
 from lamda.config.errors import UserError
-from lamda.config.progress import waiting
+from lamda.config.progress import computing, waiting
 from lamda.data.tokenizer import (
     CONTROL_PIECES,
     RESERVED_PIECES,
@@ -28,7 +28,9 @@ _BOUNDARIES = re.compile("[\n\t\r\0\u2581\u2585]+")
 _SENTENCE_CHARACTERS = 1024  # at most 4096 bytes; SentencePiece skips sentences longer than 4192
 
 
-def train_tokenizer(texts: Iterable[str], path: str | Path, *, vocab_size: int) -> None:
+def train_tokenizer(
+    texts: Iterable[str], path: str | Path, *, vocab_size: int, progress: Callable[[], object] = lambda: None
+) -> None:
     """Learn a vocabulary from all of `texts` and write it to `path`, complete or not at all.
 
     The same texts in the same order give the same file, byte for byte.
@@ -37,6 +39,7 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, *, vocab_size: int) 
         texts: documents without lone surrogates; they are read once, but SentencePiece keeps them in memory.
         path: where the model goes; its folder is made where it is not there.
         vocab_size: V, with the reserved symbols.
+        progress: called while the library computes.
 
     Raises:
         UserError: there is no text, too little of it for so many pieces, or too few pieces for its characters.
@@ -45,6 +48,7 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, *, vocab_size: int) 
         raise UserError(f"model.vocab_size: {vocab_size} is too small, {len(RESERVED_PIECES)} symbols are reserved")
     failures: list[Exception] = []
     with ExitStack() as learning:
+        learning.enter_context(computing(progress))
         sentences = _recording(_sentences(texts), failures)
         begin = partial(learning.enter_context, waiting(f"learning {vocab_size:,} pieces"))
         try:

@@ -21,6 +21,7 @@ from lamda.config.batches import micro_batches_per_rank
 from lamda.config.schema import Config
 from lamda.data.loader import Step, batch_digest
 from lamda.distributed import World, gather
+from lamda.durable import Progress
 from lamda.flax.checkpoint import Checkpointer
 from lamda.flax.comparison import odd_processes
 from lamda.flax.generation import generate
@@ -83,7 +84,9 @@ class FlaxEngine:
     The state is fp32; dtype, of the computation, is bf16 where DeepSpeed's file says so.
     """
 
-    def __init__(self, config: Config, *, world: World, is_bf16: bool, domains: int) -> None:
+    def __init__(
+        self, config: Config, *, world: World, is_bf16: bool, domains: int, progress: Progress = lambda: None
+    ) -> None:
         self.config, self.world, self.device, self.is_compiled = config, world, torch.device("cpu"), True
         self.mesh = make_mesh(config.flax, config.model)
         self._placement = MeshPlacement(self.mesh)
@@ -92,7 +95,10 @@ class FlaxEngine:
         self.micro_batches = micro_batches_per_rank(config.train, world=row_ranks(self.mesh))
         self._dtype = jnp.bfloat16 if is_bf16 else jnp.float32
         optimizer = make_optimizer(config.train, config.model)
-        drawn = dict(initial_weights(config.model, seed=config.run.seed, base_width=config.train.base_width))
+        drawn = {}
+        for name, weight in initial_weights(config.model, seed=config.run.seed, base_width=config.train.base_width):
+            drawn[name] = weight
+            progress()
         weights = self._placed(lambda name, index: drawn[name].numpy()[index])
         self.state = self._with_fresh_optimizer(weights, optimizer.init)
         self._optimizer = optimizer
@@ -126,8 +132,10 @@ class FlaxEngine:
     def evaluating(self) -> Iterator[None]:
         """The weights in the computation's precision, made once."""
         self._evaluated = self._narrow(self.state.weights)
-        yield
-        del self._evaluated
+        try:
+            yield
+        finally:
+            del self._evaluated
 
     def logits(self, inputs_BL: torch.Tensor) -> torch.Tensor:
         """[B, L, V] of this rank's rows."""

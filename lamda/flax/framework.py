@@ -9,6 +9,7 @@ from lamda import distributed
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.distributed import World
+from lamda.durable import Progress
 from lamda.training import deepspeed_config
 
 if TYPE_CHECKING:
@@ -79,13 +80,21 @@ class Flax:
             jax.config.update("jax_default_matmul_precision", "highest")  # a TPU would take fp32 for bf16
         return torch.device("cpu")
 
-    def engine(self, config: Config, *, world: World, device: torch.device, domains: int) -> FlaxEngine:
+    def engine(
+        self,
+        config: Config,
+        *,
+        world: World,
+        device: torch.device,
+        domains: int,
+        progress: Progress = lambda: None,
+    ) -> FlaxEngine:
         """The model on all devices that JAX has."""
         from lamda.flax.engine import FlaxEngine
 
         del device
         is_bf16 = deepspeed_config.is_bf16(deepspeed_config.read(config))
-        return FlaxEngine(config, world=world, is_bf16=is_bf16, domains=domains)
+        return FlaxEngine(config, world=world, is_bf16=is_bf16, domains=domains, progress=progress)
 
 
 def require_jax() -> None:

@@ -24,11 +24,14 @@ Draw = Callable[[Tensor, torch.Generator], Tensor]
 
 
 @torch.no_grad()
-def initialise(model: LaMDA, *, seed: int, base_width: int | None = None) -> None:
-    """Give a model its `initial_weights`, rounded to its precision."""
+def initialise(
+    model: LaMDA, *, seed: int, base_width: int | None = None, progress: Callable[[], object] = lambda: None
+) -> None:
+    """Give a model its `initial_weights`, rounded to its precision. progress: called after each."""
     weights = model.export_weights()
     for name, drawn in initial_weights(model.config, seed=seed, base_width=base_width):
         weights[name].copy_(drawn)
+        progress()
 
 
 def initial_weights(config: ModelConfig, *, seed: int, base_width: int | None = None) -> Iterator[tuple[str, Tensor]]:

@@ -14,6 +14,7 @@ import orjson
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.storage import lock
+from lamda.training.attempt import STARTING
 from lamda.training.run_directory import RunDirectory
 
 DEPTH = 4
@@ -46,7 +47,7 @@ def read_standing(directory: RunDirectory) -> Standing:
         status = "died" if told.get("status") == "running" else told.get("status", "unknown")
     elif not told and writer:
         status = "starting" if writer.lives else "died"
-    elif told.get("status") != "running" and writer and writer.follows(told):
+    elif told.get("phase") == STARTING or (told.get("status") != "running" and writer and writer.follows(told)):
         status = "starting"
     else:
         status = told.get("status", "unknown")

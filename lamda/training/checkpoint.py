@@ -39,6 +39,7 @@ def load(path: Path, *, engine: Engine) -> RunState:
         for fragment in fragments(engine.deepspeed):
             for name, kind, start, tensor in _named(fragment, slices):
                 saved.fill(tensor, name=name, kind=kind, start=start)
+                engine.progress()
     engine.publish_weights()
     barrier()
     return state
@@ -55,6 +56,7 @@ def load_weights_alone(path: Path, *, engine: Engine) -> None:
             for name, kind, start, tensor in _named(fragment, slices):
                 if kind in ("weight", "frozen") and not lora.is_adapter(name):
                     tensor.copy_(file.get_tensor(name).flatten()[start : start + tensor.numel()])
+                    engine.progress()
     engine.publish_weights()
 
 

@@ -8,6 +8,7 @@ from lamda import distributed
 from lamda.config.batches import micro_batches_per_rank
 from lamda.config.schema import Config
 from lamda.distributed import World
+from lamda.durable import Progress
 from lamda.training import deepspeed_config
 
 if TYPE_CHECKING:
@@ -39,8 +40,16 @@ class DeepSpeed:
         distributed.on_main(world, lambda: check_backend(config.model.attention, device, training=True))
         return device
 
-    def engine(self, config: Config, *, world: World, device: torch.device, domains: int) -> Engine:
+    def engine(
+        self,
+        config: Config,
+        *,
+        world: World,
+        device: torch.device,
+        domains: int,
+        progress: Progress = lambda: None,
+    ) -> Engine:
         """The model under DeepSpeed."""
         from lamda.training.engine import Engine
 
-        return Engine(config, world=world, device=device, domains=domains)
+        return Engine(config, world=world, device=device, domains=domains, progress=progress)

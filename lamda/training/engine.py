@@ -22,7 +22,8 @@ from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.data.loader import MicroBatch, Step, batch_digest
 from lamda.distributed import World
-from lamda.inference.generation import generate
+from lamda.durable import Progress
+from lamda.inference.generation import prefill, sample
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
 from lamda.model.initialisation import initialise
@@ -72,7 +73,16 @@ class StepResult:
 class Engine:
     """A LaMDA, its optimiser and the ranks that share them (`lamda.training.framework.Engine`)."""
 
-    def __init__(self, config: Config, *, world: World, device: torch.device, domains: int = 1) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        world: World,
+        device: torch.device,
+        domains: int = 1,
+        progress: Progress = lambda: None,
+    ) -> None:
+        self.progress = progress
         self.config, self.world, self.device, self.domains = config, world, device, domains
         self.peak_flops = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.devices = world.size
@@ -83,7 +93,7 @@ class Engine:
         if self._is_unguarded:
             own["gradient_clipping"] = 0.0
         model = LaMDA(config.model, recompute=config.train.recompute)
-        initialise(model, seed=config.run.seed, base_width=config.train.base_width)
+        initialise(model, seed=config.run.seed, base_width=config.train.base_width, progress=progress)
         if config.train.lora_rank:
             lora.adapt(model, rank=config.train.lora_rank, seed=config.run.seed)
             if self.is_bf16:
@@ -182,8 +192,11 @@ class Engine:
     def generate(self, ids: Sequence[int], sampling: Sampling) -> list[int]:
         """What the model writes after `ids`; every rank calls it."""
         with self.evaluating(), self.whole(*self.model.parameters()):
-            (new,) = generate(self.model, [ids], sampling)
-        return new
+            written = sample(self.model, prefill(self.model, ids), sampling=sampling, on_token=self._on_token)
+        return written.ids[0]
+
+    def _on_token(self, candidate: int, token: int) -> None:
+        self.progress()
 
     @contextmanager
     def whole(self, *parameters: torch.nn.Parameter) -> Iterator[None]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lamda.config.schema import Config
     from lamda.data.loader import Step
     from lamda.distributed import World
+    from lamda.durable import Progress
     from lamda.inference.sampling import Sampling
 
 
@@ -149,6 +150,9 @@ class Framework(Protocol):
         """Join the process group (`lamda.distributed`) and return this rank's `Engine.device`. Raises UserError."""
         ...
 
-    def engine(self, config: Config, *, world: World, device: torch.device, domains: int) -> Engine:
-        """An engine with fresh weights. domains: those whose losses are told apart. Raises UserError."""
+    def engine(self, config: Config, *, world: World, device: torch.device, domains: int, progress: Progress) -> Engine:
+        """An engine with fresh weights. domains: those whose losses are told apart. Raises UserError.
+
+        progress: called by the engine as it makes or loads weights, and for each token that it writes.
+        """
         ...

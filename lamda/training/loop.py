@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lamda.best_effort import BestEffort
 from lamda.config.errors import RunError
 from lamda.config.schema import Config
+from lamda.data.errors import DataError, DataUnavailableError
 from lamda.data.loader import Loader, Step, merge_cursors
 from lamda.data.quarantine import Quarantined, write_first
 from lamda.data.tokenizer import Tokenizer
@@ -35,6 +36,10 @@ from lamda.training.state import RunState
 from lamda.training.stopping import StopRequests
 from lamda.training.task import Benchmarks, Evaluation, Scores, TaskError
 from lamda.training.watchdog import Watchdog
+
+
+class EvaluationLeftError(Exception):
+    """The ranks have agreed to stop, in the middle of an evaluation; all of them are in step."""
 
 
 @dataclass
@@ -64,6 +69,7 @@ class Run:
     stopped: str | None = None
     _health: Health = field(init=False)
     _stop_is_agreed: bool = False
+    _left_evaluation: bool = False
     _stalled: float = 0.0
     _quarantining: BestEffort = field(
         default_factory=lambda: BestEffort(
@@ -78,15 +84,25 @@ class Run:
         Raises RunError where that cannot be.
         """
         self._health = self._history()
-        while not self._is_last and self.stopped is None:
+        self._make_up()
+        while not self.is_over and self.stopped is None:
             with self.open_loader(self.state) as loader:
                 setback = self._go_on(loader)
             if setback is not None:
                 self._go_back(setback)
 
+    def agreed_stop(self) -> str | None:
+        """Why a rank was asked to stop, the same on every rank, which all call it; None where none was."""
+        return next(filter(None, gather(self.requests.reason())), None)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last step is done."""
+        return self.state.step >= total_steps(self.config, self.state)
+
     def evaluate(self) -> Scores:
         """Score the held-out text: all of it at the last step, the first `eval.batches` batches before."""
-        rows = None if self._is_last else self.config.eval.batches * self.config.train.global_batch_size
+        rows = None if self.is_over else self.config.eval.batches * self.config.train.global_batch_size
         total, done = self._rows_scored.get(rows) or self.held_out.rows(rows), 0
 
         def scored(own: int) -> None:
@@ -96,7 +112,7 @@ class Run:
 
         with self.report.long_job("evaluating", total=total, unit="rows") as advance, self.engine.evaluating():
             scores = self.held_out.score(
-                _Watched(self.engine, at=lambda: self._at("evaluate")),
+                _Watched(self.engine, at=self._at_batch),
                 device=self.engine.device,
                 micro_batch=self.config.train.micro_batch_size,
                 rank=self.world.rank,
@@ -112,9 +128,7 @@ class Run:
         """The figures of `eval.tasks`, on rank 0; none where a task fails, which is told."""
         try:
             with self.engine.evaluating():
-                return self.benchmarks.score(
-                    self.engine, self.tokenizer, mark=lambda: self._at("evaluate"), shows=self._shows
-                )
+                return self.benchmarks.score(self.engine, self.tokenizer, mark=self._at_batch, shows=self._shows)
         except TaskError as error:
             self.report.warn("evaluation failed", f"step {self.state.step}: eval.tasks: {error}; training goes on")
             return {}
@@ -128,21 +142,45 @@ class Run:
                 return setback
             pending = current
             self._compare()
-            if self._evaluation_is_due:
-                self.scores = self.evaluate()
-                pending.more |= self.scores.metrics()
-            if self._tasks_are_due:
-                self.task_figures = self.score_tasks()
-                pending.more |= self.task_figures
+            pending.more |= self._evaluated()
             if self._checkpoint_is_due or self._stop_is_agreed:
                 if setback := self._close(pending):
                     return setback
                 pending = None
-                self._save(loader, wait=self._is_last or self._stop_is_agreed)
-            if self._stop_is_agreed and not self._is_last:
-                self.stopped = next(filter(None, gather(self.requests.reason())), "asked to stop")
+                self._save(loader, wait=self.is_over or self._stop_is_agreed)
+            if self._stop_is_agreed and (not self.is_over or self._left_evaluation):
+                self.stopped = self.agreed_stop() or "asked to stop"
                 return None
         return None
+
+    def _evaluated(self) -> dict[str, float]:
+        """The figures that are due at this step; none where the run is asked to stop meanwhile."""
+        figures: dict[str, float] = {}
+        try:
+            if self._evaluation_is_due:
+                self.scores = self.evaluate()
+                figures |= self.scores.metrics()
+            if self._tasks_are_due:
+                self.task_figures = self.score_tasks()
+                figures |= self.task_figures
+        except EvaluationLeftError:
+            self._stop_is_agreed = self._left_evaluation = True
+            self.scores, self.task_figures = None, {}
+            self.report.say(f"step {self.state.step}: the evaluation was left; the same command makes up for it")
+            return {}
+        return figures
+
+    def _make_up(self) -> None:
+        """Evaluate the step that the run begins with, where it was left by a stop and its row has no figures."""
+        if not (self._evaluation_is_due or self._tasks_are_due):
+            return
+        rows = on_main(self.world, lambda: read_metrics(self.directory.metrics)[-1:])
+        if not rows or rows[0]["step"] != self.state.step or any(name.startswith("eval/") for name in rows[0]):
+            return
+        if figures := self._evaluated():
+            self.report.amend(self.state.step, figures)
+        if self._left_evaluation:
+            self.stopped = self.agreed_stop() or "asked to stop"
 
     def _step(self, batch: Step, *, waited: float, began: float) -> FinishedStep:
         config = self.config
@@ -187,6 +225,7 @@ class Run:
     def _save(self, loader: Loader, *, wait: bool) -> None:
         """Save this step in the background, or now. Raises RunError where a save that is waited for fails."""
         began = time.monotonic()
+        self._at("save", step=self.state.step)
         cursors = merge_cursors(gather(loader.cursors(self.state.consumed)))
         quarantined = gather(loader.quarantined())
         if self.world.is_main:
@@ -260,6 +299,12 @@ class Run:
                 f"({bad.reason}) among them; see {self.directory.quarantine}",
             )
 
+    def _at_batch(self) -> None:
+        """Before each batch of an evaluation, of which all ranks have equally many. Raises EvaluationLeftError."""
+        self._at("evaluate", step=self.state.step)
+        if self._total(np.array([float(self.requests.reason() is not None)]))[0]:
+            raise EvaluationLeftError
+
     def _at(self, point: str, tensor: torch.Tensor | None = None, *, step: int | None = None) -> None:
         """Every moment of a step passes here: the watchdog sees progress, a test puts its faults."""
         step = step or self.state.step + 1
@@ -272,29 +317,34 @@ class Run:
     def _batches(self, loader: Loader) -> Iterator[tuple[Step, float, float]]:
         """Batches with the seconds that they were waited for, and when the waiting began."""
         batches = iter(loader)
-        while not self._is_last:
+        while not self.is_over:
             self._at("fetch")
             began = time.monotonic()
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except DataError as error:
+                # The text could be read when the run began: another try may find it whole again.
+                raise DataUnavailableError(f"step {self.state.step + 1}: {error}") from error
             yield batch, time.monotonic() - began, began
-
-    @property
-    def _is_last(self) -> bool:
-        return self.state.step >= total_steps(self.config, self.state)
 
     @property
     def _evaluation_is_due(self) -> bool:
         every = self.config.eval.every
-        return self.held_out is not None and (self._is_last or (every is not None and self.state.step % every == 0))
+        return self.held_out is not None and self._is_at(every)
 
     @property
     def _tasks_are_due(self) -> bool:
         every = self.config.eval.tasks_every
-        return self.benchmarks is not None and (self._is_last or (every is not None and self.state.step % every == 0))
+        return self.benchmarks is not None and self._is_at(every)
+
+    def _is_at(self, every: int | None) -> bool:
+        """Whether the last step is done, or one that `every` divides."""
+        step = self.state.step
+        return self.is_over or (every is not None and step > 0 and step % every == 0)
 
     @property
     def _checkpoint_is_due(self) -> bool:
-        return self._is_last or self.state.step % self.config.checkpoint.every == 0
+        return self.is_over or self.state.step % self.config.checkpoint.every == 0
 
     def _total(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
         tensor = torch.from_numpy(sums).to(self.engine.device)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from lamda import console
 from lamda.config.errors import RunError, UserError
 from lamda.config.loading import load_config, wants_help
+from lamda.data.errors import DataUnavailableError
 from lamda.distributed import ReportedElsewhereError
+from lamda.training.stopping import Signals
 
 if TYPE_CHECKING:
     from lamda.training.framework import Framework
@@ -24,10 +26,24 @@ def launch(
     open_benchmarks: loads the tasks of `eval.tasks`.
 
     0 finished, 75 stopped when asked to, everything saved (`RUN/status.json` says the same), 1 failed, 2 a
-    user's mistake, 76 hung (`lamda.training.watchdog`), 130 interrupted at once.
+    user's mistake, 76 hung (`lamda.training.watchdog`), 130 interrupted at once. A signal before the first step
+    changes nothing and ends the process with 75.
     """
     console.outlive()  # before a library takes the streams
+    with Signals() as signals:
+        return _launch(argv, task, framework, open_benchmarks, signals)
+
+
+def _launch(
+    argv: Sequence[str] | None,
+    task: Callable[[], Task],
+    framework: Framework,
+    open_benchmarks: OpenBenchmarks,
+    signals: Signals,
+) -> int:
     world = framework.world()
+    if world.is_main:
+        signals.leave_at_once(report=lambda name: print(f"{name}: nothing has begun", file=sys.stderr, flush=True))
     arguments = sys.argv[1:] if argv is None else argv
     try:
         if wants_help(arguments):
@@ -39,11 +55,12 @@ def launch(
     from lamda.training.train import train
 
     try:
-        return train(config, world, task(), framework, open_benchmarks)
+        return train(config, world, task(), framework, open_benchmarks, signals)
     except UserError as error:
         return _tell(error, quiet=isinstance(error, ReportedElsewhereError))
     except RunError as error:
-        _tell(error, quiet=not world.is_main)
+        # Every rank raises it, but for text that only this one cannot read.
+        _tell(error, quiet=not world.is_main and not isinstance(error, DataUnavailableError))
         return 1
     except KeyboardInterrupt:
         return 130

@@ -17,7 +17,7 @@ from typing import Any
 
 from lamda.config.errors import UserError
 from lamda.distributed import World, gather, on_main
-from lamda.durable import replace_file, sync_file, sync_folder, write_file
+from lamda.durable import Progress, hash_file, replace_file, sync_file, sync_folder, write_file
 
 log = logging.getLogger(__name__)
 
@@ -83,13 +83,13 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def sync_and_describe(file: Path) -> dict[str, str | int]:
-    """Bring a file to the disk; its entry in the manifest: size and sha256."""
-    sync_file(file)
-    return {"size": file.stat().st_size, "sha256": _sha256(file)}
+def sync_and_describe(file: Path, *, progress: Progress = lambda: None) -> dict[str, str | int]:
+    """Bring a file to the disk; its entry in the manifest: size and sha256. progress: called as it goes on."""
+    sync_file(file, progress=progress)
+    return {"size": file.stat().st_size, "sha256": hash_file(file, progress=progress)}
 
 
-def find_valid(folder: Path, *, world: World) -> Path | None:
+def find_valid(folder: Path, *, world: World, progress: Progress = lambda: None) -> Path | None:
     """The newest checkpoint that passes its manifest; damaged ones are set aside as `.damaged`.
 
     LATEST then names the one that was found. Raises UserError where there are checkpoints and none is
@@ -98,7 +98,7 @@ def find_valid(folder: Path, *, world: World) -> Path | None:
     names = on_main(world, lambda: [path.name for path in complete(folder)])
     for name in reversed(names):
         path = folder / name
-        problem = verify(path, world=world)
+        problem = verify(path, world=world, progress=progress)
         if problem is None:
             if name != names[-1]:
                 on_main(world, lambda path=path: replace_file(folder / "LATEST", path.name))
@@ -114,13 +114,13 @@ def complete(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir() and not path.suffix)
 
 
-def verify(path: Path, *, world: World) -> str | None:
+def verify(path: Path, *, world: World, progress: Progress = lambda: None) -> str | None:
     """What is wrong with a checkpoint, or None. The ranks share the work of hashing."""
-    found = problem_of(path, part=world.rank, parts=world.size)
+    found = problem_of(path, part=world.rank, parts=world.size, progress=progress)
     return next((problem for problem in gather(found) if problem is not None), None)
 
 
-def problem_of(path: Path, *, part: int = 0, parts: int = 1) -> str | None:
+def problem_of(path: Path, *, part: int = 0, parts: int = 1, progress: Progress = lambda: None) -> str | None:
     """What is wrong with a checkpoint, or None, by the `part`-th of every `parts` of its files."""
     try:
         text = (path / MANIFEST).read_text("utf-8")
@@ -131,7 +131,8 @@ def problem_of(path: Path, *, part: int = 0, parts: int = 1) -> str | None:
         return f"{MANIFEST} cannot be read ({error})"
     if text != _sealed(manifest):
         return f"{MANIFEST} has changed since it was written"
-    return next((problem for name, entry in entries[part::parts] if (problem := _check(path, name, entry))), None)
+    checked = (_check(path, name, entry, progress) for name, entry in entries[part::parts])
+    return next(filter(None, checked), None)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -150,7 +151,7 @@ def _sealed(manifest: dict[str, object]) -> str:
     return json.dumps({**manifest, "sha256": digest}, indent=1)
 
 
-def _check(path: Path, name: str, entry: dict[str, str | int]) -> str | None:
+def _check(path: Path, name: str, entry: dict[str, str | int], progress: Progress) -> str | None:
     file = path / name
     if not _is_inside(path, name):
         return f"{MANIFEST} names {name!r}, which is no file inside the checkpoint"
@@ -159,7 +160,7 @@ def _check(path: Path, name: str, entry: dict[str, str | int]) -> str | None:
     if file.stat().st_size != entry["size"]:
         return f"{name} has {file.stat().st_size} bytes instead of {entry['size']}"
     try:
-        changed = _sha256(file) != entry["sha256"]
+        changed = hash_file(file, progress=progress) != entry["sha256"]
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
     return f"{name} has changed since it was written (sha256)" if changed else None
@@ -188,8 +189,3 @@ def _set_aside(path: Path, problem: str) -> None:
     target = free_name(path, suffix=".damaged")
     path.rename(target)
     log.warning("checkpoint %s is damaged: %s; it is now %s, the one before it is taken", path, problem, target.name)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from lamda.best_effort import BestEffort
-from lamda.durable import sync_file
+from lamda.durable import replace_file, sync_file
 
 PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "A100": 312e12,
@@ -57,11 +57,19 @@ class MetricsFile:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one step; NaN and infinities, which JSON has not, become null."""
-        finite = {
-            key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()
-        }
-        self._waiting += json.dumps(finite, allow_nan=False).encode() + b"\n"
+        self._waiting += _line(row).encode()
         self._flush()
+
+    def amend(self, step: int, figures: dict[str, Any]) -> None:
+        """Add figures to the row of `step`, if it is the last one."""
+        self._flush()
+        *before, last = read_metrics(self._path)
+        if last["step"] != step:
+            return
+        with BestEffort(f"{self._path} cannot take the figures of step {step}"):
+            replace_file(self._path, "".join(map(_line, [*before, last | figures])))
+        self._stream.close()
+        self._stream = self._path.open("ab", buffering=0)
 
     def rewind(self, step: int) -> None:
         """Make the rows after `step` void."""
@@ -75,6 +83,11 @@ class MetricsFile:
         with self._writing:
             while self._waiting:
                 self._waiting = self._waiting[self._stream.write(self._waiting) :]
+
+
+def _line(row: dict[str, Any]) -> str:
+    finite = {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from lamda.config.progress import computing
 from lamda.config.schema import Config
 from lamda.data.compression import compressed_bits_per_byte
 from lamda.data.documents import Form
@@ -35,7 +36,9 @@ class Pretraining:
         """The table of losses, and what compressors make of the same text."""
         yield from table(run.scores.report())
         if run.world.is_main and (text := held_out_bytes(run.held_out.text, limit=COMPARED_BYTES)):
-            others = ", ".join(f"{name} {bits:.4f}" for name, bits in compressed_bits_per_byte(text).items())
+            with computing(run.watchdog.progress):
+                compressed = compressed_bits_per_byte(text)
+            others = ", ".join(f"{name} {bits:.4f}" for name, bits in compressed.items())
             yield f"bits per byte on the same text: {others}"
 
     def sample(self, run: Run, tokenizer: Tokenizer) -> str:

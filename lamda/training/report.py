@@ -29,6 +29,9 @@ class SilentReport:
     def row(self, row: Row) -> None:
         """A finished step's metrics."""
 
+    def amend(self, step: int, figures: Row) -> None:
+        """Figures that the row of the last step did not have yet."""
+
     def say(self, text: str) -> None:
         """A line for the person who watches."""
 
@@ -79,9 +82,12 @@ class MainReport(SilentReport):
         self._file.write(row)
         self._mirror.log(row)
         self._progress.show(row)
-        if (loss := row.get("eval/loss")) is not None:
-            self._is_best = loss < self._best
-            self._best = min(self._best, loss)
+        self._judge(row)
+
+    def amend(self, step: int, figures: Row) -> None:  # noqa: D102
+        self._file.amend(step, figures)
+        self._mirror.amend(figures)
+        self._judge(figures)
 
     def say(self, text: str) -> None:  # noqa: D102
         self._progress.say(text)
@@ -106,3 +112,9 @@ class MainReport(SilentReport):
 
     def rewind(self, step: int) -> None:  # noqa: D102
         self._file.rewind(step)
+
+    def _judge(self, row: Row) -> None:
+        """Whether it is the best so far."""
+        if (loss := row.get("eval/loss")) is not None:
+            self._is_best = loss < self._best
+            self._best = min(self._best, loss)

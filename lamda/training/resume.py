@@ -10,6 +10,7 @@ from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
 from lamda.distributed import World, on_main
+from lamda.durable import Progress
 from lamda.training import manifest
 from lamda.training.rollback import set_spoilt_aside
 from lamda.training.run_directory import RunDirectory
@@ -39,10 +40,12 @@ class Start:
         return replace(self.state, fingerprint=current)
 
 
-def choose_start(config: Config, directory: RunDirectory, world: World, *, framework: str) -> Start:
+def choose_start(
+    config: Config, directory: RunDirectory, world: World, *, framework: str, progress: Progress = lambda: None
+) -> Start:
     """What `checkpoint.resume` asks for, verified. Every rank calls it. Raises UserError.
 
-    framework: the name of the one that is to go on from it.
+    framework: the name of the one that is to go on from it. progress: called while files are hashed.
     """
     wish = config.checkpoint.resume
     on_main(world, lambda: _check_wish(config, directory))
@@ -50,10 +53,10 @@ def choose_start(config: Config, directory: RunDirectory, world: World, *, frame
         return Start(None, RunState())
     if wish in ("auto", "required"):
         on_main(world, lambda: set_spoilt_aside(directory))
-        path = manifest.find_valid(directory.checkpoints, world=world)
+        path = manifest.find_valid(directory.checkpoints, world=world, progress=progress)
     else:
         path = Path(wish)
-        problem = manifest.verify(path, world=world)
+        problem = manifest.verify(path, world=world, progress=progress)
         if problem is not None:
             raise UserError(f"checkpoint.resume {wish}: {problem}")
         on_main(world, lambda: _inherit_windows(path, directory))

@@ -97,8 +97,13 @@ class RunDirectory:
 
     def write_status(self, status: Status, **details: Any) -> None:
         """Tell in status.json how the run stands; the launcher's exit code does not."""
-        content = {"status": status, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid(), **details}
-        with BestEffort(f"status.json cannot say that the run is {status}"):
+        self.restore_status(
+            {"status": status, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid(), **details}
+        )
+
+    def restore_status(self, content: dict[str, Any]) -> None:
+        """Write what `read_status` gave once."""
+        with BestEffort(f"status.json cannot say that the run is {content['status']}"):
             replace_file(self.path / "status.json", json.dumps(content, indent=1))
 
     def read_status(self) -> dict[str, Any]:

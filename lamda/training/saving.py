@@ -12,6 +12,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 from lamda.config.help import to_yaml
 from lamda.distributed import gather, on_main
+from lamda.durable import Progress
 from lamda.storage.lock import LostLockError
 from lamda.training import faults
 from lamda.training.framework import Engine
@@ -27,6 +29,8 @@ from lamda.training.state import RunState
 
 SPARE = 1.2
 """Free space that a save asks for / its own size."""
+POLL_SECONDS, POLL_SECONDS_A_RANK = 1.0, 0.02
+"""Between two looks at a save that is waited for; with more ranks fewer, for each looks at all files."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,11 @@ class Saver:
         tokenizer: Path,
         require_lock: Callable[[], None] = lambda: None,
         sync_rows: Callable[[], None] = lambda: None,
+        progress: Progress = lambda: None,
     ) -> None:
         """require_lock: raises LostLockError on rank 0 where another process writes the run by now; then every rank
-        does. sync_rows: brings the rows up to a checkpoint to the disk, before the checkpoint is complete.
+        does. sync_rows: brings the rows up to a checkpoint to the disk, before the checkpoint is complete. progress:
+        called while a save that is waited for makes progress.
         """
         self._require_lock, self._sync_rows = require_lock, sync_rows
         self._folder, self._engine, self._tokenizer = folder, engine, tokenizer
@@ -60,6 +66,7 @@ class Saver:
         self._job: _Job | None = None
         self._is_written = False
         self._jobs = 0
+        self._progress, self._pieces = progress, 0
 
     @property
     def settled(self) -> int:
@@ -94,9 +101,21 @@ class Saver:
         """Wait for the save that is under way, if one is; how it ended."""
         saved = None
         while self._job is not None:
-            self._job.wait()
+            self._wait(self._job)
             saved = self._next_part()
         return saved
+
+    def _wait(self, job: _Job) -> None:
+        """Wait for a part, and tell of its progress: pieces that are synced and hashed, files that grow or go."""
+        before = None
+        while not job.wait(max(POLL_SECONDS, POLL_SECONDS_A_RANK * self._world.size)):
+            now = self._pieces, _sizes(self._folder)
+            if now != before:
+                self._progress()
+            before = now
+
+    def _count_piece(self) -> None:
+        self._pieces += 1
 
     @property
     def _final(self) -> Path:
@@ -158,7 +177,9 @@ class Saver:
             files = [*files, *(folder / name for name in ("run_state.json", "config.yaml", "tokenizer.model"))]
         first = next(iter(files), None)
         self._at("save.written", first)
-        described = {file.relative_to(folder).as_posix(): sync_and_describe(file) for file in files}
+        described = {
+            file.relative_to(folder).as_posix(): sync_and_describe(file, progress=self._count_piece) for file in files
+        }
         self._at("save.synced", first)
         return described
 
@@ -182,6 +203,15 @@ class Saver:
         return {}
 
 
+def _sizes(folder: Path) -> list[int]:
+    """Bytes on the disk of each file of checkpoints that are being written or deleted."""
+    sizes = []
+    for file in folder.glob(".step-*.tmp/**/*"):
+        with suppress(OSError):  # it has gone meanwhile
+            sizes.append(file.stat().st_blocks)
+    return sizes
+
+
 class _Job:
     """Work in a thread, and how it ended."""
 
@@ -196,8 +226,10 @@ class _Job:
     def is_done(self) -> bool:
         return not self._thread.is_alive()
 
-    def wait(self) -> None:
-        self._thread.join()
+    def wait(self, seconds: float) -> bool:
+        """Wait so long at the most; whether it is done."""
+        self._thread.join(seconds)
+        return self.is_done
 
     def _run(self) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lamda.data.resolving import resolve
 from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
 from lamda.distributed import World
+from lamda.durable import Progress
 from lamda.training.run_directory import RunDirectory
 from lamda.training.start import check_weights
 from lamda.training.state import RunState
@@ -33,19 +35,43 @@ class Text:
     domains: tuple[str, ...]
 
     @classmethod
-    def open(cls, config: Config, directory: RunDirectory, world: World, *, form: Form) -> Text:
-        """Rank 0 goes first and makes what is missing. Raises UserError for whatever the run would fail on later."""
+    def open(
+        cls,
+        config: Config,
+        directory: RunDirectory,
+        world: World,
+        *,
+        form: Form,
+        at: Callable[[str], object] = lambda phase: None,
+        progress: Progress = lambda: None,
+    ) -> Text:
+        """Rank 0 goes first and makes what is missing. Raises UserError for whatever the run would fail on later.
 
-        def prepare() -> list[str]:
+        at: called on every rank with the name of each part of the work. progress: called as a part goes on.
+        """
+
+        def open_all() -> Corpus:
             corpus = open_corpus(config.data, form=form)
             for source in validation(config):
                 resolve(source)
             if config.model.weights is not None:
                 check_weights(Path(config.model.weights), config.model)
-            tokenizer = ensure_tokenizer(config, target=directory.tokenizer, corpus=corpus)
-            require_a_batch(corpus, config, tokenizer)
-            return corpus.domains()
+            return corpus
 
+        def prepare() -> list[str]:
+            tokenizer = Tokenizer.load(directory.tokenizer)
+            require_a_batch(opened[0], config, tokenizer)
+            return opened[0].domains()
+
+        at("corpus")
+        opened: list[Corpus] = []
+        distributed.on_main(world, lambda: opened.append(open_all()))
+        at("tokenizer")
+        distributed.on_main(
+            world,
+            lambda: ensure_tokenizer(config, target=directory.tokenizer, corpus=opened[0], progress=progress) and None,
+        )
+        at("text")
         domains = distributed.on_main(world, prepare)
         corpus, tokenizer = distributed.agree(
             world, lambda: (open_corpus(config.data, form=form), Tokenizer.load(directory.tokenizer))

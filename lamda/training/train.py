@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import logging
-import time
-from contextlib import ExitStack
-from dataclasses import replace
+import os
+import signal
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lamda import distributed
+from lamda.config.errors import RunError, UserError
 from lamda.config.help import to_yaml
+from lamda.config.progress import computing
 from lamda.config.schema import Config
-from lamda.distributed import World
+from lamda.distributed import FailedElsewhereError, ReportedElsewhereError, World
 from lamda.storage.lock import LostLockError, RunLock
 from lamda.training import manifest
+from lamda.training.attempt import Attempt
+from lamda.training.faults import STEP_POINTS
 from lamda.training.framework import Engine, Framework
 from lamda.training.loop import Run
 from lamda.training.profile import Profile
@@ -26,21 +32,33 @@ from lamda.training.saving import Saver
 from lamda.training.schedule import remarks, total_steps
 from lamda.training.start import with_start
 from lamda.training.state import RunState
-from lamda.training.stopping import STOP_EXIT, StopRequests
+from lamda.training.stopping import STOP_EXIT, Signals, StopRequests
 from lamda.training.task import Benchmarks, OpenBenchmarks, Task
 from lamda.training.text import Text
-from lamda.training.watchdog import Watchdog
+from lamda.training.watchdog import Watchdog, clear_heartbeats
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
 STOP_PATIENCE = 20.0
-"""Seconds without progress after a signal: then another rank is dead, and a launcher kills after 30."""
+"""Seconds without progress of a step after a signal: then another rank is dead, and a launcher kills after 30."""
+FINISH = "finish"
+"""The phase in which what came out is shown."""
 
 
-def train(config: Config, world: World, task: Task, framework: Framework, open_benchmarks: OpenBenchmarks) -> int:
+def train(
+    config: Config,
+    world: World,
+    task: Task,
+    framework: Framework,
+    open_benchmarks: OpenBenchmarks,
+    signals: Signals,
+) -> int:
     """Train `config` for `task` to its end, or until asked to stop, from wherever the run directory stands.
 
-    open_benchmarks: loads the tasks of `eval.tasks`.
+    open_benchmarks: loads the tasks of `eval.tasks`. signals: entered, and ending the process so far.
     Returns the exit code: 0 finished, 75 stopped with everything saved. Raises UserError and RunError.
     """
     config, directory = with_start(config), RunDirectory(Path(config.run.dir))
@@ -51,139 +69,190 @@ def train(config: Config, world: World, task: Task, framework: Framework, open_b
         stack.enter_context(run_log(directory.log, is_main=world.is_main))
         lock = directory.lock()
         distributed.on_main(world, lambda: stack.enter_context(lock) and None)
-        distributed.on_main(world, lambda: manifest.sweep(directory.checkpoints))
-        start = choose_start(config, directory, world, framework=framework.name)
-        if start.state.step >= total_steps(config, start.state):
-            if world.is_main:
-                print(f"{directory.path}: finished, {start.state.step} steps; raise train.steps to go on")
-            return 0
-        benchmarks = open_benchmarks(config, world)
-        text = Text.open(config, directory, world, form=task.form(config))
-        state = start.check_data(text.fingerprint(config))
-        began = time.time()
+        distributed.on_main(world, lambda: clear_heartbeats(directory.heartbeats))
+        attempt = Attempt(directory, world)
+        signals.leave_at_once(report=attempt.leave_by_signal())
         try:
-            engine = framework.engine(config, world=world, device=device, domains=len(text.domains) + 1)
-            code = _run(engine, directory, lock, start.path, state, text, task, benchmarks)
+            code = _Start(config, world, task, framework, open_benchmarks, signals, directory, lock, attempt).run(
+                device
+            )
             distributed.barrier()  # a launcher whose first rank has left kills the others, who may have rows to send
             return code
-        except LostLockError:
-            raise  # status.json is another process's by now
+        except (LostLockError, ReportedElsewhereError, FailedElsewhereError):
+            raise  # status.json is another process's by now, or rank 0 writes it
+        except UserError as error:
+            if world.is_main and not attempt.is_training:
+                attempt.refuse(str(error))
+            else:
+                attempt.end("failed", reason=f"rank {world.rank}: {error}")
+            raise
         except BaseException as error:
-            _tell_failure(directory, f"rank {world.rank}: {type(error).__name__}: {error}", since=began)
+            if not isinstance(error, RunError) and (code := attempt.exit_code()) in (0, STOP_EXIT):
+                log.info("rank %d: another rank has ended the run", world.rank)
+                return code
+            attempt.end("failed", reason=f"rank {world.rank}: {type(error).__name__}: {error}")
             raise
 
 
-def _tell_failure(directory: RunDirectory, reason: str, *, since: float) -> None:
-    """Write why the run failed; any rank may. The first failure stays: the others follow from it."""
-    told = directory.read_status()
-    if told.get("status") != "failed" or told.get("time", 0.0) < since:
-        directory.write_status("failed", reason=reason)
+@dataclass
+class _Start:
+    """A start of a run whose directory is this process's own: everything is opened, then it trains."""
 
+    config: Config
+    world: World
+    task: Task
+    framework: Framework
+    open_benchmarks: OpenBenchmarks
+    signals: Signals
+    directory: RunDirectory
+    lock: RunLock
+    attempt: Attempt
+    report: SilentReport = field(default_factory=SilentReport)
 
-def _run(
-    engine: Engine,
-    directory: RunDirectory,
-    lock: RunLock,
-    checkpoint_path: Path | None,
-    state: RunState,
-    text: Text,
-    task: Task,
-    benchmarks: Benchmarks | None,
-) -> int:
-    config, world = engine.config, engine.world
-    if checkpoint_path is not None:
-        engine.load(checkpoint_path)
-    elif config.model.weights is not None:
-        engine.load_weights(Path(config.model.weights))
-    if world.is_main:
-        directory.config.write_text(to_yaml(config), "utf-8")
-        directory.write_status("running", step=state.step, steps=total_steps(config, state))
-    began = time.time()
-    with ExitStack() as stack:
-        progress = stack.enter_context(
-            TrainingProgress(done=state.step, steps=total_steps(config, state), visible=world.is_main)
-        )
-        if checkpoint_path is not None:
-            progress.say(f"going on from {checkpoint_path}")
-        if engine.is_compiled:
-            progress.say("the first step compiles the model, a minute or so")
-        report = SilentReport()
+    def run(self, device: torch.device) -> int:
+        """The exit code. Raises UserError and RunError."""
+        config, directory, world = self.config, self.directory, self.world
+        with Watchdog(directory.heartbeats, world=world, seconds=config.run.hang_seconds, tell=self._tell_hang) as dog:
+            requests = StopRequests(
+                directory.stop, world=world, margin=config.run.stop_before_end, signals=self.signals
+            )
+            requests.discard_old()
+
+            def at(phase: str) -> None:
+                dog.mark(phase, step=0)
+
+            # A GPU's collectives spin while they wait: there a busy processor is no sign of progress.
+            with computing(dog.progress) if device.type == "cpu" else nullcontext():
+                at("resume")
+                distributed.on_main(world, lambda: manifest.sweep(directory.checkpoints))
+                start = choose_start(config, directory, world, framework=self.framework.name, progress=dog.progress)
+                if start.state.step >= total_steps(config, start.state) and self._was_finished(start.state.step):
+                    return 0
+                at("benchmarks")
+                benchmarks = self.open_benchmarks(config, world)
+                text = Text.open(config, directory, world, form=self.task.form(config), at=at, progress=dog.progress)
+                state = start.check_data(text.fingerprint(config))
+                at("engine")
+                engine = self.framework.engine(
+                    config, world=world, device=device, domains=len(text.domains) + 1, progress=dog.progress
+                )
+                at("load")
+                if start.path is not None:
+                    engine.load(start.path)
+                elif config.model.weights is not None:
+                    engine.load_weights(Path(config.model.weights))
+                at("start")
+            return self._train(engine, start.path, state, text, benchmarks, dog, requests)
+
+    def _was_finished(self, step: int) -> bool:
+        """Whether the run had come to its end, and said so; that is said again."""
+
+        def say_again() -> bool:
+            found = self.attempt.found
+            if found.get("status") != "finished" or found.get("step") != step:
+                return False
+            print(f"{self.directory.path}: finished, {step} steps; raise train.steps to go on")
+            self.attempt.end("finished", step=step, steps=found.get("steps"))
+            return True
+
+        return distributed.on_main(self.world, say_again)
+
+    def _train(
+        self,
+        engine: Engine,
+        checkpoint_path: Path | None,
+        state: RunState,
+        text: Text,
+        benchmarks: Benchmarks | None,
+        watchdog: Watchdog,
+        requests: StopRequests,
+    ) -> int:
+        config, world, directory = self.config, self.world, self.directory
         if world.is_main:
-            report = stack.enter_context(MainReport(config, directory, state, progress))
-        before = None if checkpoint_path is None else settings_of(checkpoint_path)
-        for remark in remarks(config, state, before=before) if world.is_main else ():
-            log.warning("%s", remark)
-        watchdog = stack.enter_context(
-            Watchdog(
-                directory.heartbeats,
+            directory.config.write_text(to_yaml(config), "utf-8")
+        steps = total_steps(config, state)
+        self.attempt.train(step=state.step, steps=steps)
+        self.signals.note(lambda number: self._hurry(number, watchdog))
+        with ExitStack() as stack:
+            progress = stack.enter_context(TrainingProgress(done=state.step, steps=steps, visible=world.is_main))
+            if checkpoint_path is not None:
+                progress.say(f"going on from {checkpoint_path}")
+            if engine.is_compiled:
+                progress.say("the first step compiles the model, a minute or so")
+            if world.is_main:
+                self.report = stack.enter_context(MainReport(config, directory, state, progress))
+            before = None if checkpoint_path is None else settings_of(checkpoint_path)
+            for remark in remarks(config, state, before=before) if world.is_main else ():
+                log.warning("%s", remark)
+            stack.callback(watchdog.close)  # what W&B is still to get has a time limit of its own
+            run = Run(
+                config=config,
                 world=world,
-                seconds=config.run.hang_seconds,
-                tell=lambda verdict: _tell_hang(directory, report, verdict, since=began),
-            )
-        )
-        requests = stack.enter_context(
-            StopRequests(
-                directory.stop,
-                world=world,
-                margin=config.run.stop_before_end,
-                hurry=lambda: watchdog.hurry(STOP_PATIENCE),
-            )
-        )
-        run = Run(
-            config=config,
-            world=world,
-            directory=directory,
-            engine=engine,
-            open_loader=lambda state: text.loader(config, world, state),
-            held_out=task.held_out(config, text.tokenizer),
-            benchmarks=benchmarks,
-            tokenizer=text.tokenizer,
-            domains=text.domains,
-            saver=Saver(
-                directory.checkpoints,
+                directory=directory,
                 engine=engine,
-                tokenizer=directory.tokenizer,
-                require_lock=lock.require,
-                sync_rows=directory.sync_metrics,
-            ),
-            requests=requests,
-            watchdog=watchdog,
-            report=report,
-            state=replace(state, wandb_id=report.wandb_id),
-            profile=stack.enter_context(Profile(config.train.profile if world.is_main else None, directory.profile)),
-        )
-        run.train()
-        return _leave(run, task, progress)
+                open_loader=lambda state: text.loader(config, world, state),
+                held_out=self.task.held_out(config, text.tokenizer),
+                benchmarks=benchmarks,
+                tokenizer=text.tokenizer,
+                domains=text.domains,
+                saver=Saver(
+                    directory.checkpoints,
+                    engine=engine,
+                    tokenizer=directory.tokenizer,
+                    require_lock=self.lock.require,
+                    sync_rows=directory.sync_metrics,
+                    progress=watchdog.progress,
+                ),
+                requests=requests,
+                watchdog=watchdog,
+                report=self.report,
+                state=replace(state, wandb_id=self.report.wandb_id),
+                profile=stack.enter_context(
+                    Profile(config.train.profile if world.is_main else None, directory.profile)
+                ),
+            )
+            run.train()
+            return self._leave(run, progress)
+
+    def _leave(self, run: Run, progress: TrainingProgress) -> int:
+        """Show what came out, tell how the run ended, and return its exit code."""
+        steps = {"step": run.state.step, "steps": total_steps(run.config, run.state)}
+        stopped = run.stopped or _finish(run, self.task, progress)
+        if stopped is not None:
+            rest = "; what is left to show is made then" if run.is_over else ""
+            progress.say(
+                f"stopped after step {run.state.step}, all of it saved: {stopped}; the same command goes on{rest}"
+            )
+        run.requests.obeyed()
+        if run.world.is_main and stopped is None:
+            self.attempt.end("finished", **steps)
+        elif run.world.is_main:
+            self.attempt.end("preempted", **steps, reason=stopped)
+        code = 0 if stopped is None else STOP_EXIT
+        self.signals.leave_at_once(exit_code=code)
+        return code
+
+    def _hurry(self, number: signal.Signals, watchdog: Watchdog) -> None:
+        watchdog.hurry(STOP_PATIENCE, during=STEP_POINTS)
+        if number == signal.SIGINT and self.world.is_main:
+            os.write(2, b"\nstopping after this step, with a checkpoint; press Ctrl-C again to leave at once\n")
+
+    def _tell_hang(self, verdict: str) -> None:
+        log.error("the run hangs and ends: %s; stacks are in %s", verdict, self.directory.path / "hang")
+        self.attempt.end("failed", reason=verdict)
+        self.report.hang(verdict)
 
 
-def _leave(run: Run, task: Task, progress: TrainingProgress) -> int:
-    """Show what came out, tell how the run ended, and return its exit code."""
-    stopped, steps = run.stopped, {"step": run.state.step, "steps": total_steps(run.config, run.state)}
-    if stopped is None:
-        _finish(run, task, progress)
-    else:
-        progress.say(f"stopped after step {run.state.step}, all of it saved: {stopped}; the same command goes on")
-    run.requests.obeyed()
-    if run.world.is_main and stopped is None:
-        run.directory.write_status("finished", **steps)
-    elif run.world.is_main:
-        run.directory.write_status("preempted", **steps, reason=stopped)
-    return 0 if stopped is None else STOP_EXIT
-
-
-def _tell_hang(directory: RunDirectory, report: SilentReport, verdict: str, *, since: float) -> None:
-    log.error("the run hangs and ends: %s; stacks are in %s", verdict, directory.path / "hang")
-    _tell_failure(directory, verdict, since=since)
-    report.hang(verdict)
-
-
-def _finish(run: Run, task: Task, progress: TrainingProgress) -> None:
-    """Show the last evaluation, a sample, and where everything is."""
+def _finish(run: Run, task: Task, progress: TrainingProgress) -> str | None:
+    """Show the last evaluation, a sample, and where everything is; why it was left before, if it was asked to stop."""
+    run.watchdog.mark(FINISH, step=run.state.step)
     if run.scores is not None:
         for line in task.told(run):
             progress.say(line)
     for name, value in run.task_figures.items():
         progress.say(f"{name} {value:.4f}")
+    if (reason := run.agreed_stop()) is not None:
+        return reason
     sample = task.sample(run, run.tokenizer)
     if run.world.is_main:
         run.directory.samples.mkdir(exist_ok=True)
@@ -194,6 +263,7 @@ def _finish(run: Run, task: Task, progress: TrainingProgress) -> None:
             f"everything is in {run.directory.path}; to go on, run the same command with a larger train.steps or "
             f"train.tokens{_HIGHER_AGAIN.get(run.config.train.schedule, '')}"
         )
+    return None
 
 
 _HIGHER_AGAIN = dict.fromkeys(("cosine", "wsd"), " (the learning rate then rises again: docs/faq.md)")

@@ -85,6 +85,10 @@ class WandbMirror:
         row = dict(row)
         self._put(lambda run: self._send(run, row))
 
+    def amend(self, figures: dict[str, Any]) -> None:
+        """Figures of a step that is mirrored already: they go to the run's summary, for W&B takes no row twice."""
+        self._put_alone("figures of an evaluation", lambda run: run.summary.update(figures))
+
     def alert(self, title: str, text: str) -> None:
         """Tell the run's owner of something to look at."""
         self._put_alone(f"the alert {title!r}", lambda run: run.alert(title[:63], text, level="WARN"))

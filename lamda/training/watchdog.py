@@ -2,7 +2,8 @@
 
 Every rank writes a heartbeat file into the run directory. A rank whose main thread makes no progress
 looks at all of them twice: those whose heart stopped in between are silent (stopped, dead, or caught in
-C code with the interpreter's lock); where all hearts beat, the ranks that are furthest behind are named.
+C code with the interpreter's lock); where all hearts beat and no rank makes progress, the ranks that are furthest
+behind are named. A rank that waits for another one's long work does not end the run while that work progresses.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +34,10 @@ OTHERS_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """A rank's sign of life: `beat` grows with time, `marks` with the main thread's progress."""
+    """A rank's sign of life: `beat` grows with time, `marks` with the phases that the main thread reaches.
+
+    Marks are comparable between ranks. progress: grows while a phase that takes long makes progress.
+    """
 
     rank: int
     host: str
@@ -42,6 +46,7 @@ class Heartbeat:
     marks: int
     phase: str
     step: int
+    progress: int = 0
 
     @property
     def where(self) -> str:
@@ -55,13 +60,14 @@ class Heartbeat:
 class Watchdog:
     """Watches this rank's main thread while it is entered.
 
-    folder: of the heartbeats; stacks go to `hang` beside it. seconds: the longest time without a mark.
+    folder: of the heartbeats; stacks go to `hang` beside it. seconds: the longest time without progress.
     tell: called with the verdict, on the lowest rank that lives, before the process ends.
     """
 
     def __init__(self, folder: Path, *, world: World, seconds: float, tell: Callable[[str], None]) -> None:
         self._folder, self._world, self._seconds, self._tell = folder, world, seconds, tell
-        self._marks, self._phase, self._step = 0, "start", 0
+        self._marks, self._progress, self._phase, self._step = 0, 0, "start", 0
+        self._hurried: Mapping[str, float] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._beats = 0
@@ -78,6 +84,12 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Watch no longer."""
+        if self._ended.is_set():
+            return
         self._ended.set()
         self._thread.join()
         faulthandler.unregister(STACKS)
@@ -90,47 +102,64 @@ class Watchdog:
         self._phase, self._step = phase, step
         self._marks += 1
 
-    def hurry(self, seconds: float) -> None:
-        """Be patient no longer than `seconds` from now on."""
-        self._seconds = min(self._seconds, seconds)
+    def progress(self) -> None:
+        """The phase goes on: more bytes are written, hashed or read, another attempt is made. For any thread."""
+        self._progress += 1
+
+    def progress_during(self, phases: Collection[str]) -> None:
+        """The same, for work that counts only while the main thread may be waiting for it."""
+        if self._phase in phases:
+            self.progress()
+
+    def hurry(self, seconds: float, *, during: Collection[str]) -> None:
+        """Wait no longer than `seconds` in these phases from now on; others keep their time."""
+        self._hurried = dict.fromkeys(during, seconds)
 
     @property
     def _stacks(self) -> Path:
         return self._folder.parent / "hang" / f"rank-{self._world.rank:05d}.txt"
 
     @property
+    def _timeout(self) -> float:
+        return min(self._seconds, self._hurried.get(self._phase, self._seconds))
+
+    @property
     def _interval(self) -> float:
-        return min(self._seconds / 5, LONGEST_BEAT)
+        return min(self._timeout / 5, LONGEST_BEAT)
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        return self._marks, self._progress
 
     def _path(self, rank: int) -> Path:
         return self._folder / f"rank-{rank:05d}.json"
 
     def _watch(self) -> None:
-        marks, since = self._marks, time.monotonic()
+        place, since = self._place, time.monotonic()
         beaten = since
         while not self._ended.wait(min(self._interval, 1.0)):
             now = time.monotonic()
             if now - beaten >= self._interval:
                 self._beat()
                 beaten = now
-            if self._marks != marks:
-                marks, since = self._marks, now
-            elif now - since >= self._seconds:
-                self._judge(marks)
-                marks, since = self._marks, time.monotonic()
+            if self._place != place:
+                place, since = self._place, now
+            elif now - since >= self._timeout:
+                self._judge(place)
+                place, since = self._place, time.monotonic()
 
-    def _judge(self, marks: int) -> None:
-        """Look at all ranks twice; end the process unless the main thread has moved on in between."""
+    def _judge(self, place: tuple[int, int]) -> None:
+        """Look at all ranks twice; end the process unless this rank or another has made progress in between."""
         before = self._look()
         for _ in range(3):
             if self._ended.wait(self._interval / 2):
                 return
             self._beat()
-        if self._marks != marks:
-            return
         now = self._look()
+        if self._place != place or any(_has_moved(before.get(rank), heart) for rank, heart in now.items()):
+            return
         silent = [heart for rank, heart in now.items() if rank in before and heart.beat == before[rank].beat]
-        text = verdict(list(now.values()), silent, seconds=self._seconds)
+        text = verdict(list(now.values()), silent, seconds=self._timeout)
         faulthandler.dump_traceback(file=self._file, all_threads=True)
         here = [heart for heart in silent if heart.host == socket.gethostname() and heart.rank != self._world.rank]
         living = [rank for rank in now if rank not in {heart.rank for heart in silent}]
@@ -149,7 +178,14 @@ class Watchdog:
     def _beat(self) -> None:
         self._beats += 1
         beat = Heartbeat(
-            self._world.rank, socket.gethostname(), os.getpid(), self._beats, self._marks, self._phase, self._step
+            rank=self._world.rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            beat=self._beats,
+            marks=self._marks,
+            phase=self._phase,
+            step=self._step,
+            progress=self._progress,
         )
         temporary = self._path(self._world.rank).with_suffix(".tmp")
         # A file system that fails once must not end the watch.
@@ -174,6 +210,16 @@ class Watchdog:
         if not file.exists() or file.stat().st_size == before:
             with file.open("a", encoding="utf-8") as stream:
                 stream.write(f"{heart} does not answer. {kernel_state(heart.pid)}\n")
+
+
+def clear_heartbeats(folder: Path) -> None:
+    """Delete the signs of life of ranks that have ended; none of this run's may beat yet."""
+    for file in folder.glob("rank-*.json"):
+        file.unlink(missing_ok=True)
+
+
+def _has_moved(before: Heartbeat | None, now: Heartbeat) -> bool:
+    return before is not None and (before.marks, before.progress) != (now.marks, now.progress)
 
 
 def verdict(hearts: Sequence[Heartbeat], silent: Sequence[Heartbeat], *, seconds: float) -> str:

@@ -41,7 +41,7 @@ class Plain:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         return torch.device("cpu")
 
-    def engine(self, config, *, world, device, domains):
+    def engine(self, config, *, world, device, domains, progress):
         return Engine(config, world, domains)
 
 

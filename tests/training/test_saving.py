@@ -37,9 +37,9 @@ def held(monkeypatch):
     """Files are synced only when the event is set."""
     event, sync = threading.Event(), saving.sync_and_describe
 
-    def wait(file):
+    def wait(file, **more):
         assert event.wait(60)
-        return sync(file)
+        return sync(file, **more)
 
     monkeypatch.setattr(saving, "sync_and_describe", wait)
     return event

@@ -6,18 +6,22 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 
 from lamda.distributed import Launcher, World, read_world
-from lamda.training.stopping import StopRequests
+from lamda.training.stopping import Signals, StopRequests
 
 
-def requests(tmp_path, world=World(), *, margin=0.0, hurry=lambda: None):  # noqa: B008 - frozen
-    return StopRequests(tmp_path / "STOP", world=world, margin=margin, hurry=hurry)
+@contextmanager
+def requests(tmp_path, world=World(), *, margin=0.0, react=lambda number: None):  # noqa: B008 - frozen
+    with Signals() as signals:
+        signals.note(react)
+        yield StopRequests(tmp_path / "STOP", world=world, margin=margin, signals=signals)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
 def test_a_signal_is_noted_and_does_not_end_the_process(tmp_path, name):
     before = signal.getsignal(getattr(signal, name))
     with requests(tmp_path) as listening:
@@ -37,9 +41,41 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
 
 def test_a_signal_is_heard_while_the_main_thread_is_deep_in_a_call(tmp_path):
     heard = threading.Event()
-    with requests(tmp_path, hurry=heard.set):
+    with requests(tmp_path, react=lambda number: heard.set()):
         os.kill(os.getpid(), signal.SIGTERM)
         assert heard.wait(5)
+
+
+LEAVES = """
+import os, signal, sys, threading
+from lamda.training.stopping import Signals
+if sys.argv[2] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+with Signals() as signals:
+    if sys.argv[2] == "report":
+        signals.leave_at_once(report=lambda name: print("told of", name, flush=True))
+    if sys.argv[2] == "end":
+        signals.leave_at_once(exit_code=0)
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    threading.Event().wait(0.5 if sys.argv[2] == "nohup" else 60)
+    print("outlived it", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "code", "said"),
+    [
+        ("SIGTERM", "start", 75, ""),
+        ("SIGHUP", "start", 75, ""),
+        ("SIGUSR1", "report", 75, "told of SIGUSR1\n"),
+        ("SIGINT", "report", 130, "told of SIGINT\n"),
+        ("SIGTERM", "end", 0, ""),
+        ("SIGHUP", "nohup", 0, "outlived it\n"),
+    ],
+)
+def test_before_the_first_step_and_after_the_last_save_a_signal_ends_the_process(name, how, code, said):
+    done = subprocess.run([sys.executable, "-c", LEAVES, name, how], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (code, said, "")
 
 
 def test_the_stop_file_is_obeyed_by_rank_0_and_then_gone(tmp_path):
@@ -56,6 +92,7 @@ def test_the_stop_file_is_obeyed_by_rank_0_and_then_gone(tmp_path):
 def test_a_stop_file_of_an_earlier_run_is_not_obeyed(tmp_path):
     (tmp_path / "STOP").touch()
     with requests(tmp_path) as listening:
+        listening.discard_old()
         assert listening.reason() is None
         assert not (tmp_path / "STOP").exists()
 
