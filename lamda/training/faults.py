@@ -30,9 +30,12 @@ SAVE_POINTS = ("save.begin", "save.copied", "save.written", "save.synced", "save
 """Moments of a save, reached on every rank."""
 COMMIT_POINTS = ("commit.manifest", "commit.renamed", "commit.latest", "commit.pruned")
 """Moments between a checkpoint's last file and its end, reached on rank 0."""
-POINTS = (*STEP_POINTS, *SAVE_POINTS, *COMMIT_POINTS)
+WORK_POINTS = ("save", "evaluate", "finish")
+"""The beginning of long work between two steps or after the last one, reached on every rank."""
+POINTS = (*STEP_POINTS, *SAVE_POINTS, *COMMIT_POINTS, *WORK_POINTS)
 
 SLOW_SECONDS = 3.0
+TRICKLE_SECONDS = 24
 
 
 class InjectedError(RuntimeError):
@@ -110,6 +113,16 @@ def _truncate(tensor: torch.Tensor | None, path: Path | None) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+def _trickle(tensor: torch.Tensor | None, path: Path | None) -> None:
+    """A disk that takes a piece in a second."""
+    slow = path.with_name("trickle")
+    for _ in range(TRICKLE_SECONDS):
+        with slow.open("ab") as stream:
+            stream.write(bytes(1 << 14))
+        time.sleep(1)
+    slow.unlink()
+
+
 def _cut_network(tensor: torch.Tensor | None, path: Path | None) -> None:
     """Shut every connection of this process to another."""
     for descriptor in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
@@ -126,11 +139,13 @@ KINDS: dict[str, Act] = {
     "kill": _signal(signal.SIGKILL),
     "term": _signal(signal.SIGTERM),
     "usr1": _signal(signal.SIGUSR1),
+    "hup": _signal(signal.SIGHUP),
     "hang": _signal(signal.SIGSTOP),
     "gil": _hold_the_gil,
     "exception": _raise(InjectedError("a fault on purpose")),
     "full": _raise(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
     "slow": lambda tensor, path: time.sleep(SLOW_SECONDS),
+    "trickle": _trickle,
     "nan": _nan,
     "flip": _flip,
     "truncate": _truncate,

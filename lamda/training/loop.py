@@ -100,6 +100,10 @@ class Run:
         """Whether the last step is done."""
         return self.state.step >= total_steps(self.config, self.state)
 
+    def begin_finish(self) -> None:
+        """The last step is saved, and what came out is shown."""
+        self._at("finish", step=self.state.step)
+
     def evaluate(self) -> Scores:
         """Score the held-out text: all of it at the last step, the first `eval.batches` batches before."""
         rows = None if self.is_over else self.config.eval.batches * self.config.train.global_batch_size

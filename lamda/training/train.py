@@ -44,8 +44,6 @@ log = logging.getLogger(__name__)
 
 STOP_PATIENCE = 20.0
 """Seconds without progress of a step after a signal: then another rank is dead, and a launcher kills after 30."""
-FINISH = "finish"
-"""The phase in which what came out is shown."""
 
 
 def train(
@@ -245,7 +243,7 @@ class _Start:
 
 def _finish(run: Run, task: Task, progress: TrainingProgress) -> str | None:
     """Show the last evaluation, a sample, and where everything is; why it was left before, if it was asked to stop."""
-    run.watchdog.mark(FINISH, step=run.state.step)
+    run.begin_finish()
     if run.scores is not None:
         for line in task.told(run):
             progress.say(line)
