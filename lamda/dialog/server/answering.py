@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from traceback import format_exception
 from typing import Any, Protocol, TypeVar
 
 from fastapi.responses import JSONResponse
@@ -109,7 +110,7 @@ class Endpoint:
         if isinstance(error, Ending):
             return ending()
         if not isinstance(error, RunError):  # the scheduler has logged those
-            log.error("a request failed", exc_info=error)
+            log.error("a request failed\n%s", "".join(format_exception(error)))
         return Refused(500, "the server failed; its log says why")
 
     async def _stream(self, answerer: Answerer, place: Place, scope: Scope, receive: Receive, send: Send) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -108,6 +108,8 @@ class Guard:
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise Refused(415, f"the content type is {shortened(kind) if kind else 'missing'}: send application/json")
+        if "transfer-encoding" in headers:
+            raise Refused(411, "the body is chunked: send its content-length")
         body = bytearray()
         try:
             async with asyncio.timeout(0 if self._is_ending else self._limits.body_seconds) as timeout:
@@ -142,6 +144,11 @@ class Guard:
         return bool(message.get("more_body", False))
 
 
+def is_chunked(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether a body comes in chunks."""
+    return any(name == b"transfer-encoding" for name, _ in headers)
+
+
 def _counted(body: bytearray) -> int:
     return len(body) if len(body) > SMALL_BODY else 0
 
@@ -169,10 +176,10 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 async def refuse(refused: Refused, send: Send) -> None:
-    """Answer with an error. Where the body took too long, the connection ends with it."""
+    """Answer with an error. Where the body is not read to its end, the connection ends with it."""
     body = json.dumps(refused.to_record()).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if refused.status == 408:
+    if refused.status in (408, 411):
         headers.append((b"connection", b"close"))
     if refused.status == 429:
         headers.append((b"retry-after", b"1"))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from traceback import format_exception
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -54,7 +55,7 @@ class _Job:
     def fail(self, error: Exception) -> None:
         """The same with an error, which `Scheduler` raises in the request's own thread."""
         if not isinstance(error, (Abandoned, Ending, TooLong, UserError)):
-            log.error("a request failed", exc_info=error)
+            log.error("a request failed\n%s", "".join(format_exception(error)))  # text: a record would keep the frames
             error = RunError(f"{type(error).__name__}: {error}")
         self.pieces = self.prefix = self.candidates = self.on_token = None
         self.done.set_exception(error.with_traceback(None))

@@ -1,0 +1,369 @@
+"""What a hostile client cannot do to the others: each limit by itself, and what is left behind."""
+
+from __future__ import annotations
+
+import gc
+import json
+import socket
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+
+import httpx
+import pytest
+import torch
+
+from lamda.config.errors import RunError
+from lamda.dialog.server.admission import Abandoned, Ticket, TooLong
+from lamda.dialog.server.limits import SMALL_BODY
+from lamda.dialog.server.scheduler import Scheduler
+from lamda.inference import generation
+from lamda.inference.generation import prefill, prefill_pieces
+from lamda.inference.sampling import Sampling
+from tests.serve.conftest import KEY, make_service, serving
+
+AUTHORIZED = {"authorization": f"Bearer {KEY}"}
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+def post(address, path, body, **options):
+    return httpx.post(f"{address}{path}", json=body, headers=AUTHORIZED, timeout=60, **options)
+
+
+def asked(**more):
+    return {"model": "random", "prompt": "the of", "max_tokens": 4, "seed": 1, **more}
+
+
+def figures(address):
+    lines = httpx.get(f"{address}/metrics", headers=AUTHORIZED).text.splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
+
+
+def refusals(address):
+    return {
+        name.split('"')[1]: int(value)
+        for name, value in figures(address).items()
+        if name[:22] == "lamda_requests_total{s"
+    }
+
+
+@contextmanager
+def connected(address):
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        yield connection
+
+
+def head(path, *, length):
+    return (
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {KEY}\r\n"
+        f"content-type: application/json\r\ncontent-length: {length}\r\n\r\n"
+    ).encode()
+
+
+def is_closed(connection):
+    """Whether the server has closed it, once it does."""
+    try:
+        while connection.recv(65536):
+            pass
+    except ConnectionResetError:
+        pass
+    except TimeoutError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def hasty(loaded):
+    """A server that waits for nobody."""
+    service = make_service(loaded, head_seconds=0.3, body_seconds=0.3, delivery_seconds=0.3, bytes=300_000)
+    with serving(service) as address:
+        yield address
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /hea", head(TEXT, length=9)[:60]], ids=["nothing", "half", "most"])
+def test_a_head_that_does_not_come_ends_its_connection(hasty, sent):
+    with connected(hasty) as connection:
+        connection.sendall(sent)
+        assert is_closed(connection)
+
+
+def test_a_body_that_does_not_come_is_refused_and_ends_its_connection(hasty):
+    with connected(hasty) as connection:
+        connection.sendall(head(TEXT, length=900) + b"{")
+        answer = b""
+        while data := connection.recv(65536):
+            answer += data
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"longer than 0.3 seconds" in answer
+
+
+def test_a_client_that_does_not_read_gives_its_place_back(loaded):
+    service = make_service(loaded, requests=1, delivery_seconds=0.3)
+    complete = service.complete
+
+    def talkative(request, *, ticket, on_text):
+        if on_text is not None:
+            on_text(0, "x" * 20_000_000)  # more than the sockets' buffers hold
+        return complete(request, ticket=ticket, on_text=on_text)
+
+    service.complete = talkative
+    with serving(service) as address, connected(address) as connection:
+        body = json.dumps(asked(stream=True)).encode()
+        connection.sendall(head(TEXT, length=len(body)) + body)
+        assert connection.recv(10)
+        end = time.monotonic() + 20
+        while (found := post(address, TEXT, asked())).status_code == 429 and time.monotonic() < end:
+            time.sleep(0.05)
+        assert found.status_code == 200
+        assert figures(address)['lamda_connections_closed_total{limit="delivery_seconds"}'] == 1
+
+
+def test_one_connection_too_many_closes_the_one_that_waits_longest(loaded):
+    with serving(make_service(loaded, connections=4)) as address, ExitStack() as stack:
+        first, *_ = [stack.enter_context(connected(address)) for _ in range(6)]
+        for _ in range(3):
+            assert httpx.get(f"{address}/health").status_code == 200
+        assert is_closed(first)
+
+
+def test_large_bodies_that_do_not_come_keep_no_ordinary_request_out(loaded):
+    limits = {"total_bytes": 2 * SMALL_BODY, "bytes": 300_000}
+    with serving(make_service(loaded, **limits)) as address, connected(address) as one, connected(address) as other:
+        for connection in (one, other):
+            connection.sendall(head(CHAT, length=250_000) + b" " * 100_000)
+        assert other.recv(65536).startswith(b"HTTP/1.1 429")
+        assert post(address, TEXT, asked()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model": "random", "messages": [{}] * 90_000},
+        {"model": "random", "messages": [0] * 100_000},
+        {"model": "random", "messages": [{"role": "user", "content": [0] * 90_000}]},
+        {"model": "random", "messages": [{"role": "user", "content": "x", "a": 1, "b": 2}] * 4000},
+        {"model": "random", "messages": [{"role": "user", "content": "x"}], **{f"key{n}": 0 for n in range(20_000)}},
+        {"model": "x" * 200_000, "messages": [{"role": "user", "content": "x"}]},
+        {"model": "random", "messages": [{"role": "user", "content": "x"}], "y" * 200_000: 1},
+    ],
+    ids=["empty", "zeros", "parts", "unknown", "keys", "model", "key"],
+)
+def test_an_answer_is_short_whatever_is_wrong(hasty, body):
+    found = post(hasty, CHAT, body)
+    assert found.status_code in (400, 404)
+    assert len(found.content) < 2000
+
+
+def test_twenty_problems_are_named_and_the_others_counted(hasty):
+    message = post(hasty, TEXT, asked(**{f"key{number}": 0 for number in range(50)})).json()["error"]["message"]
+    assert message.count("is not a parameter") == 20
+    assert message.endswith("and 30 more")
+
+
+def test_the_tokens_of_all_requests_together_are_bounded(loaded):
+    service = make_service(loaded, total_tokens=2000)
+    with serving(service) as address:
+        found = post(address, TEXT, asked(n=64, max_tokens=100))
+        assert found.status_code == 400
+        assert "at most 2,000" in found.json()["error"]["message"]
+        with httpx.stream("POST", f"{address}{TEXT}", json=asked(n=3, max_tokens=590, stream=True), headers=AUTHORIZED):
+            found = post(address, TEXT, asked(n=1, max_tokens=590))
+            assert (found.status_code, found.headers["retry-after"]) == (429, "1")
+        end = time.monotonic() + 20
+        while figures(address)["lamda_tokens_reserved"] and time.monotonic() < end:
+            time.sleep(0.02)
+        assert post(address, TEXT, asked(n=1, max_tokens=590)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"temperature": 5e-324}, {"temperature": 1e-308}, {"repetition_penalty": 1e-40}, {"repetition_penalty": 1e-3}],
+    ids=str,
+)
+def test_values_with_which_logits_overflow_are_refused_by_name(address, values):
+    found = post(address, TEXT, asked(prompt="", **values))
+    assert found.status_code == 400
+    assert found.json()["error"]["param"] in values
+
+
+def test_every_refusal_is_counted(loaded):
+    with serving(make_service(loaded)) as address:
+        url = f"{address}{TEXT}"
+        for headers in ({}, {**AUTHORIZED, "host": "evil.example"}, {**AUTHORIZED, "origin": "http://evil.example"}):
+            httpx.post(url, json=asked(), headers=headers)
+        httpx.post(url, content=b"x", headers={**AUTHORIZED, "content-type": "text/plain"})
+        httpx.post(url, json=asked(prompt="x" * 60_000), headers=AUTHORIZED)
+        post(address, TEXT, asked(model="other"))
+        post(address, TEXT, {})
+        with connected(address) as connection:
+            connection.sendall(b"\x00\r\n\r\n")
+            assert is_closed(connection)
+        found = refusals(address)
+    expected = {"401": 1, "421": 1, "403": 1, "415": 1, "413": 1, "404": 1, "400": 2}
+    assert {status: found.get(status) for status in expected} == expected
+
+
+@pytest.mark.parametrize("origin", ["http://[", "http://[::1", "x", "://", "http://\xe9", ""])
+def test_an_origin_that_nobody_can_read_is_refused(address, origin):
+    headers = {**AUTHORIZED, "origin": origin.encode("latin-1")}
+    found = httpx.get(f"{address}/v1/models", headers=headers)
+    assert found.status_code == 403
+    assert "content-security-policy" in found.headers
+
+
+@pytest.fixture
+def scheduler(loaded):
+    scheduler = Scheduler(loaded.model)
+    yield scheduler
+    scheduler.close()
+
+
+@pytest.fixture
+def collector_off():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.fixture
+def alive(monkeypatch):
+    """The keys and values that are alive."""
+    found = weakref.WeakSet()
+    begin = generation.Rows.__init__
+
+    def watched(rows, *arguments, **options):
+        begin(rows, *arguments, **options)
+        found.add(rows)
+
+    monkeypatch.setattr(generation.Rows, "__init__", watched)
+    return found
+
+
+@pytest.mark.parametrize("end", ["finished", "abandoned", "failed"])
+def test_keys_and_values_are_free_without_a_garbage_collection(scheduler, loaded, alive, collector_off, end):
+    def one(seed):
+        ticket = Ticket(seconds=60)
+
+        def on_token(number, id):
+            if end == "abandoned":
+                ticket.abandon()
+            if end == "failed":
+                raise KeyError(id)
+
+        prefix = scheduler.run(prefill_pieces(loaded.model, [0, 70, seed]), ticket=ticket)
+        sampling = Sampling(max_new_tokens=5, seed=seed)
+        try:
+            scheduler.sample(prefix, count=2, sampling=sampling, ticket=ticket, on_token=on_token)
+        except (Abandoned, RunError):
+            assert end != "finished"
+
+    for seed in range(3):
+        one(seed)
+    deadline = time.monotonic() + 10
+    while len(alive) and time.monotonic() < deadline:  # the thread may be at its last line
+        time.sleep(0.01)
+    assert len(alive) == 0
+
+
+def test_a_client_that_left_leaves_no_keys_and_values_behind(loaded, alive, collector_off):
+    service = make_service(loaded)
+    with serving(service) as address:
+        for stream in (True, False, True):
+            with connected(address) as connection:
+                body = json.dumps(asked(n=16, max_tokens=590, stream=stream)).encode()
+                connection.sendall(head(TEXT, length=len(body)) + body)
+                before = service.scheduler.steps
+                while service.scheduler.steps == before:
+                    time.sleep(0.01)
+        deadline = time.monotonic() + 20
+        while len(alive) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(alive) == 0
+        assert refusals(address)["499"] == 3
+
+
+def test_what_one_request_fails_with_is_not_the_others(scheduler, loaded):
+    model, good = loaded.model, prefill(loaded.model, [0, 70])
+    sampling = Sampling(max_new_tokens=40, seed=2)
+    alone = generation.sample(model, good, count=2, sampling=sampling).ids
+
+    def fails(number, id):
+        raise ZeroDivisionError
+
+    broken = prefill(model, [0, 71])
+    broken.key_values_SNHPK.fill_(torch.nan)
+    with ThreadPoolExecutor() as pool:
+        asks = [(good, None), (broken, None), (good, fails), (good, None)]
+        works = [
+            pool.submit(
+                scheduler.sample, prefix, count=2, sampling=sampling, ticket=Ticket(seconds=60), on_token=on_token
+            )
+            for prefix, on_token in asks
+        ]
+        found = [type(work.exception()) if work.exception() else work.result().ids for work in works]
+    assert found == [alone, RunError, RunError, alone]
+
+
+def test_a_step_that_fails_for_one_request_is_taken_by_the_others(scheduler, loaded, monkeypatch):
+    model, prefix = loaded.model, prefill(loaded.model, [0, 70])
+    alone = generation.sample(model, prefix, count=3, sampling=Sampling(max_new_tokens=9)).ids
+    whole = generation.forward
+
+    def forward(model, groups):
+        if any(len(group.rows) == 2 for group in groups):
+            raise torch.OutOfMemoryError("none left")
+        return whole(model, groups)
+
+    monkeypatch.setattr("lamda.dialog.server.scheduler.forward", forward)
+    with ThreadPoolExecutor() as pool:
+        works = [
+            pool.submit(
+                scheduler.sample,
+                prefix,
+                count=count,
+                sampling=Sampling(max_new_tokens=9),
+                ticket=Ticket(seconds=60),
+            )
+            for count in (3, 2, 3)
+        ]
+        found = [str(work.exception()) if work.exception() else work.result().ids for work in works]
+    assert found == [alone, "OutOfMemoryError: none left", alone]
+
+
+def test_the_time_limit_holds_for_prompts_and_short_ones_do_not_wait_for_long(scheduler):
+    order = []
+
+    def pieces(name, count):
+        for number in range(count):
+            order.append(name)
+            time.sleep(0.01)
+            if number < count - 1:
+                yield
+        return name
+
+    with ThreadPoolExecutor() as pool:
+        begun = time.monotonic()
+        late = [
+            pool.submit(scheduler.run, pieces(f"late{n}", 1000), tokens=9000, ticket=Ticket(seconds=0.5))
+            for n in range(20)
+        ]
+        while not order:
+            time.sleep(0.001)
+        assert scheduler.run(pieces("short", 2), tokens=1, ticket=Ticket(seconds=60)) == "short"
+        assert all(isinstance(work.exception(), TooLong) for work in late)
+        assert time.monotonic() - begun < 10  # and not 20 x 1000 x 0.01 s
+    assert order.index("short") < 50
+    assert {*order} == {"late0", "short"}, "one long prompt after another"
+
+
+def test_candidates_that_the_client_left_are_not_begun(scheduler, loaded, monkeypatch):
+    begun = []
+    monkeypatch.setattr("lamda.dialog.server.scheduler.Candidates", lambda *given, **options: begun.append(given))
+    ticket = Ticket(seconds=60)
+    ticket.abandon()
+    with pytest.raises(Abandoned):
+        scheduler.sample(prefill(loaded.model, [0]), count=1, sampling=Sampling(), ticket=ticket)
+    assert begun == []
