@@ -21,7 +21,7 @@ CONFIG ?= configs/tiny.yaml
 .PHONY: pretrain test serve-test serve-attack test-long faults faults-full cluster flax-test transformers-test package-test docs docs-test lint clean
 
 pretrain: $(VENV)/.installed
-	$(BIN)/deepspeed --num_gpus 1 scripts/pretrain.py --config $(CONFIG)
+	$(BIN)/lamda pretrain --config $(CONFIG)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile

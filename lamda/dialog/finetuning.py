@@ -6,14 +6,16 @@ from collections.abc import Iterator
 
 import orjson
 
+from lamda.best_effort import BestEffort
 from lamda.config.schema import Config
 from lamda.data.documents import Form
 from lamda.data.held_out import HeldOut
 from lamda.data.tokenizer import Tokenizer
-from lamda.dialog.conversation import parse_conversation
+from lamda.dialog.conversation import Message, parse_conversation
 from lamda.dialog.encoding import Encoding
 from lamda.dialog.evaluation import HeldOutDialogues, table
 from lamda.dialog.examples import Conversations, Response, examples_of
+from lamda.distributed import on_main
 from lamda.training.loop import Run
 from lamda.training.pretraining import continuation
 from lamda.training.text import validation
@@ -39,12 +41,22 @@ class Finetuning:
 
     def sample(self, run: Run, tokenizer: Tokenizer) -> str:
         """What the model answers to the first held-out message that has an answer, or to nothing."""
-        encoding, context = Encoding(tokenizer), ()
+        encoding = Encoding(tokenizer)
+
+        def prompt() -> tuple[str, list[int]]:
+            context = _context(run)
+            said = "".join(f"{message.role}: {message.content}\n" for message in context)
+            return said, encoding.context(context, max_tokens=run.config.data.sequence_length)
+
+        said, ids = on_main(run.world, prompt)
+        return f"{said}assistant⟫ {tokenizer.decode(continuation(run, ids, stop_ids=tuple(encoding.stop_ids)))}\n"
+
+
+def _context(run: Run) -> tuple[Message, ...]:
+    with BestEffort("no held-out message to answer", then="nothing is answered", errors=Exception):
         for document in run.held_out.text.documents() if run.held_out is not None else ():
             generative, _ = examples_of(parse_conversation(orjson.loads(document.text)))
-            context = next((each.context for each in generative if isinstance(each, Response) and each.context), ())
-            if context:
-                break
-        ids = encoding.context(context, max_tokens=run.config.data.sequence_length)
-        said = "".join(f"{message.role}: {message.content}\n" for message in context)
-        return f"{said}assistant⟫ {tokenizer.decode(continuation(run, ids, stop_ids=tuple(encoding.stop_ids)))}\n"
+            for each in generative:
+                if isinstance(each, Response) and each.context:
+                    return each.context
+    return ()

@@ -240,7 +240,7 @@ class Run:
         self._stalled += time.monotonic() - began
         self._tell(ended)
         if wait and ended.problem is not None:
-            raise RunError(f"the last checkpoint could not be written: {ended.problem}. {_ADVICE}")
+            raise RunError(f"the last checkpoint could not be written: {ended.problem}. {self._kept()}")
 
     def _go_back(self, setback: Setback) -> None:
         """Return to a sound checkpoint; the samples from there to here are never used again."""
@@ -279,7 +279,7 @@ class Run:
         if every is not None and self.state.step % every == 0 and (odd := self.engine.odd_ranks()):
             raise RunError(
                 f"step {self.state.step}: the weights of rank {', '.join(map(str, odd))} of {self.world.size} are not "
-                f"what the optimiser computed: memory or a device is faulty. {_ADVICE}"
+                f"what the optimiser computed: memory or a device is faulty. {self._kept()}"
             )
 
     def _tell(self, saved: Saved | None) -> None:
@@ -290,9 +290,16 @@ class Run:
         else:
             self.report.warn(
                 "checkpoint failed",
-                f"checkpoint of step {saved.step}: {saved.problem}; training goes on, the last complete one is safe, "
-                "and the next save tries again",
+                f"checkpoint of step {saved.step}: {saved.problem}; training goes on, and the next save tries again. "
+                f"{self._kept()}",
             )
+
+    def _kept(self) -> str:
+        """What the same command would continue from, in a sentence; it is for rank 0."""
+        found = manifest.complete(self.directory.checkpoints) if self.world.is_main else []
+        if not found:
+            return "No checkpoint is complete yet: the same command would begin with step 1"
+        return f"{found[-1].name} is complete: the same command would continue from it"
 
     def _tell_quarantined(self, new: Sequence[Quarantined]) -> None:
         if new:
@@ -370,6 +377,3 @@ class _Watched:
     def nats(self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
         self.at()
         return self.model.nats(inputs_BL, targets_BL)
-
-
-_ADVICE = "The checkpoints before it are complete; the same command goes on from the newest"

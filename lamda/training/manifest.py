@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lamda.best_effort import BestEffort
 from lamda.config.errors import UserError
 from lamda.distributed import World, gather, on_main
 from lamda.durable import Progress, hash_file, replace_file, sync_file, sync_folder, write_file
@@ -51,9 +52,10 @@ def commit(
     at("commit.renamed")
     replace_file(final.parent / "LATEST", final.name)
     at("commit.latest")
-    for old in complete(final.parent)[:-keep]:
-        if keep_every is None or step_of(old) % keep_every:
-            remove(old)
+    with BestEffort(f"{final.parent}: an old checkpoint cannot be deleted"):
+        for old in complete(final.parent)[:-keep]:
+            if keep_every is None or step_of(old) % keep_every:
+                remove(old)
     at("commit.pruned")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from lamda.best_effort import BestEffort
 from lamda.config.progress import computing
 from lamda.config.schema import Config
 from lamda.data.compression import compressed_bits_per_byte
@@ -11,6 +12,7 @@ from lamda.data.documents import Form
 from lamda.data.held_out import HeldOut
 from lamda.data.lanes import RAW_TEXT
 from lamda.data.tokenizer import Tokenizer
+from lamda.distributed import on_main
 from lamda.inference.sampling import Sampling
 from lamda.training.evaluation import HeldOutText, held_out_bytes, table
 from lamda.training.loop import Run
@@ -43,12 +45,17 @@ class Pretraining:
 
     def sample(self, run: Run, tokenizer: Tokenizer) -> str:
         """A continuation of the first held-out words, or of an empty document."""
-        prompt = ""
-        if run.held_out is not None:
-            beginning = next(iter(run.held_out.text.documents())).text[:200]
-            prompt = "".join(beginning.splitlines(keepends=True)[:-1]) or beginning
+        prompt = on_main(run.world, lambda: _prompt(run))
         ids = [tokenizer.end_of_document, *tokenizer.encode(prompt)]
         return f"{prompt}⟫{tokenizer.decode(continuation(run, ids, stop_ids=(tokenizer.end_of_document,)))}\n"
+
+
+def _prompt(run: Run) -> str:
+    with BestEffort("no held-out text to continue", then="an empty document is continued", errors=Exception):
+        if run.held_out is not None:
+            beginning = next(iter(run.held_out.text.documents())).text[:200]
+            return "".join(beginning.splitlines(keepends=True)[:-1]) or beginning
+    return ""
 
 
 def continuation(run: Run, ids: Sequence[int], *, stop_ids: Sequence[int]) -> list[int]:

@@ -18,6 +18,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from rich import filesize
+
 from lamda.config.help import to_yaml
 from lamda.distributed import gather, on_main
 from lamda.durable import Progress
@@ -164,7 +166,8 @@ class Saver:
             return error
         if free < SPARE * size:
             shutil.rmtree(self._temporary, ignore_errors=True)
-            return f"{free / 1e9:.2f} GB are free; a checkpoint of {size / 1e9:.2f} GB asks for {SPARE} times its size"
+            sizes = filesize.decimal(free), filesize.decimal(size)
+            return f"{sizes[0]} are free; a checkpoint of {sizes[1]} asks for {SPARE} times its size"
         return None
 
     def _write(self, write: Callable[[], list[Path]]) -> dict[str, Any]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lamda import distributed
+from lamda.best_effort import BestEffort
 from lamda.config.errors import RunError, UserError
 from lamda.config.help import to_yaml
 from lamda.config.progress import computing
 from lamda.config.schema import Config
 from lamda.distributed import FailedElsewhereError, ReportedElsewhereError, World
+from lamda.durable import replace_file
 from lamda.storage.lock import LostLockError, RunLock
 from lamda.training import manifest
 from lamda.training.attempt import Attempt
@@ -167,7 +169,8 @@ class _Start:
     ) -> int:
         config, world, directory = self.config, self.world, self.directory
         if world.is_main:
-            directory.config.write_text(to_yaml(config), "utf-8")
+            with BestEffort(f"{directory.config} cannot be written"):
+                replace_file(directory.config, to_yaml(config))
         steps = total_steps(config, state)
         self.attempt.train(step=state.step, steps=steps)
         self.signals.note(lambda number: self._hurry(number, watchdog))
@@ -233,7 +236,8 @@ class _Start:
     def _hurry(self, number: signal.Signals, watchdog: Watchdog) -> None:
         watchdog.hurry(STOP_PATIENCE, during=STEP_POINTS)
         if number == signal.SIGINT and self.world.is_main:
-            os.write(2, b"\nstopping after this step, with a checkpoint; press Ctrl-C again to leave at once\n")
+            with suppress(OSError):  # not `print`: a signal may come in the middle of one
+                os.write(2, b"\nstopping after this step, with a checkpoint; press Ctrl-C again to leave at once\n")
 
     def _tell_hang(self, verdict: str) -> None:
         log.error("the run hangs and ends: %s; stacks are in %s", verdict, self.directory.path / "hang")
@@ -244,19 +248,21 @@ class _Start:
 def _finish(run: Run, task: Task, progress: TrainingProgress) -> str | None:
     """Show the last evaluation, a sample, and where everything is; why it was left before, if it was asked to stop."""
     run.begin_finish()
-    if run.scores is not None:
-        for line in task.told(run):
+    then = "the run is complete without it"
+    with BestEffort("the last table cannot be made", errors=Exception, then=then):
+        for line in task.told(run) if run.scores is not None else ():
             progress.say(line)
     for name, value in run.task_figures.items():
         progress.say(f"{name} {value:.4f}")
     if (reason := run.agreed_stop()) is not None:
         return reason
-    sample = task.sample(run, run.tokenizer)
+    sample = task.sample(run, run.tokenizer)  # work of all ranks: where one fails alone, the others would wait for it
     if run.world.is_main:
-        run.directory.samples.mkdir(exist_ok=True)
-        file = run.directory.samples / f"step-{run.state.step:08d}.txt"
-        file.write_text(sample, "utf-8")
         progress.say(f"a continuation, as it came:\n{sample}")
+        file = run.directory.samples / f"step-{run.state.step:08d}.txt"
+        with BestEffort(f"{file} cannot be written", then=then):
+            file.parent.mkdir(exist_ok=True)
+            replace_file(file, sample)
         progress.say(
             f"everything is in {run.directory.path}; to go on, run the same command with a larger train.steps or "
             f"train.tokens{_HIGHER_AGAIN.get(run.config.train.schedule, '')}"
