@@ -129,7 +129,9 @@ class DataConfig(Section):
         None, description="folder of ready blocks: those there are mapped, those made are kept (`lamda prepare`)"
     )
     document_mask: bool = Field(
-        default=False, description="attention and loss stay inside a document (packed rows hold many)"
+        default=False,
+        description="attention and loss stay inside a document (packed rows hold many), which the end symbol before it "
+        "begins",
     )
     max_bad_fraction: float = Field(
         0.001, ge=0, le=1, description="share of a lane's lines that may hold no document; judged from 10,000 lines on"
@@ -146,7 +148,10 @@ class TrainConfig(Section):
     """Length, batch, optimiser and schedule."""
 
     steps: Positive | None = Field(None, description="optimiser steps; this or train.tokens")
-    tokens: Positive | None = Field(None, description="targets to train on; rounded up to whole steps")
+    tokens: Positive | None = Field(
+        None,
+        description="targets to train on, a row counting data.sequence_length of them; rounded up to whole steps",
+    )
     global_batch_size: Positive = Field(256, description="rows a step over all ranks")
     micro_batch_size: Positive = Field(8, description="rows a rank computes at a time")
     recompute: Recompute = Field(
@@ -268,7 +273,9 @@ class EvalConfig(Section):
     """Evaluation on held-out text, and on tasks of lm-eval's (docs/evaluation.md)."""
 
     every: Positive | None = Field(None, description="steps between evaluations; default: only at the end")
-    batches: Positive = Field(50, description="rows in evaluations during training / train.global_batch_size")
+    batches: Positive = Field(
+        50, description="rows of each evaluation / train.global_batch_size; the last step scores all the text as well"
+    )
     tasks: Names | None = Field(None, description="tasks of lm-eval's, by name: lambada_openai, hellaswag ...")
     tasks_every: Positive | None = Field(
         None, description="steps between evaluations on eval.tasks; default: only at the end"

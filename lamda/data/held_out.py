@@ -10,48 +10,83 @@ from numpy.typing import NDArray
 
 from lamda.data.card import Source
 from lamda.data.documents import Document, Form
+from lamda.data.files import File
 from lamda.data.lanes import RAW_TEXT, Cursor, Lane, cut_into_lanes, read_lane
 from lamda.data.resolving import resolve
 from lamda.data.tokenizer import Tokenizer
+
+MOST_SHARES = 64
+"""Files that are read side by side, about."""
 
 
 @dataclass(frozen=True)
 class Row:
     """A row of held-out text.
 
-    ids: [L+1] uint32. scored: [L] bool, the targets that count: all but a document's first token and
-    the padding of the last row. domains: [L] int32, of the targets. utf8_bytes: [number of domains
-    so far] int64, the text that this row is the first to show.
+    ids: [L+1] uint32. scored: [L] bool, the targets that count: all but a document's first token and the padding of
+    the last row. domains: [L] int32, of the targets. utf8_bytes: [number of domains so far] int64, the text that this
+    row is the first to show. documents: [L] int32, of the inputs, where attention stays inside a document: an end
+    symbol is the first input of the next, as in training.
     """
 
     ids: NDArray[np.uint32]
     scored: NDArray[np.bool_]
     domains: NDArray[np.int32]
     utf8_bytes: NDArray[np.int64]
+    documents: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The validation text of a run."""
+    """The validation text of a run. document_mask: attention stays inside a document."""
 
     sources: tuple[Source, ...]
     tokenizer: Tokenizer
     sequence_length: int
     form: Form = RAW_TEXT
+    document_mask: bool = False
 
     def documents(self) -> Iterator[Document]:
         """Every document once, source by source, file by file."""
         for source in self.sources:
             for file in resolve(source):
-                (lane,) = cut_into_lanes(source, [file], lanes=1, form=self.form)
-                yield from _first_epoch(lane)
+                yield from self._documents_of(source, file)
 
     def rows(self, domains: list[str]) -> Iterator[Row]:
-        """All rows; names of domains are added to `domains` as they appear."""
+        """All rows, one of each file in turn (of each share of a source's files, where there are many).
+
+        So the first ones are of all the text that there is. Names of domains are added to `domains` as they appear.
+        """
+        streams = [self._rows_of(documents, domains) for documents in self._shares()]
+        while streams:
+            going_on = []
+            for stream in streams:
+                row = next(stream, None)
+                if row is not None:
+                    yield row
+                    going_on.append(stream)
+            streams = going_on
+
+    def _shares(self) -> Iterator[Iterator[Document]]:
+        """The documents of each file, or of each share of a source's many files, so that few are open at a time."""
+        for source in self.sources:
+            files = resolve(source)
+            count = min(len(files), max(1, MOST_SHARES // len(self.sources)))
+            yield from (self._documents_in(source, files[share::count]) for share in range(count))
+
+    def _documents_in(self, source: Source, files: Sequence[File]) -> Iterator[Document]:
+        for file in files:
+            yield from self._documents_of(source, file)
+
+    def _documents_of(self, source: Source, file: File) -> Iterator[Document]:
+        (lane,) = cut_into_lanes(source, [file], lanes=1, form=self.form)
+        return _first_epoch(lane)
+
+    def _rows_of(self, documents: Iterator[Document], domains: list[str]) -> Iterator[Row]:
         length = self.sequence_length
         stream = _Stream.empty()
         fresh = True
-        for chunk in self._encoded(domains):
+        for chunk in self._encoded(documents, domains):
             stream = stream + chunk
             while len(stream.ids) > length:
                 yield self._row(stream.head(length + 1), fresh, len(domains))
@@ -59,8 +94,8 @@ class HeldOut:
         if len(stream.ids) > 1 or (fresh and len(stream.ids)):
             yield self._row(stream, fresh, len(domains))
 
-    def _encoded(self, domains: list[str]) -> Iterator[_Stream]:
-        for document in self.documents():
+    def _encoded(self, documents: Iterator[Document], domains: list[str]) -> Iterator[_Stream]:
+        for document in documents:
             if document.domain not in domains:
                 domains.append(document.domain)
             (ids,) = self.tokenizer.encode_documents([document.text], threads=1)
@@ -80,7 +115,14 @@ class HeldOut:
             scored=np.pad(~stream.first[1:], (0, missing)),
             domains=np.pad(stream.domains[1:], (0, missing)),
             utf8_bytes=shown.astype(np.int64),
+            documents=self._documents_of_inputs(stream, missing) if self.document_mask else None,
         )
+
+    @staticmethod
+    def _documents_of_inputs(stream: _Stream, missing: int) -> NDArray[np.int32]:
+        """An input is of its target's document, so that the end symbol begins the next; padding is of none."""
+        number = np.cumsum(stream.first, dtype=np.int32)
+        return np.pad(number[1:], (0, missing), constant_values=len(stream.ids) + 1)
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ class MicroBatch:
     """Rows that a rank computes at a time.
 
     ids: [b, L+1] uint32. scored: [b, L] bool, the targets that count. domains: [b, L] int16, each
-    target's domain. documents: [b, L+1] int32, an id a token, where attention is to stay inside a
-    document or an example.
+    target's domain. documents: [b, L+1] int32, an id a token as an input, where attention is to stay inside
+    a document or an example.
     """
 
     ids: NDArray[np.uint32]
@@ -108,8 +108,9 @@ class Loader:
 
     `cursors` are starting points of lanes (missing ones start at their beginning); with them or
     without, the samples are the same. domains: their names in the order of their numbers; every
-    other name counts as one more. document_mask: targets in another document than the token before do
-    not count, and documents are handed on. ready: where blocks are kept. Close it, or use it as a
+    other name counts as one more. document_mask: attention stays inside a document, and its documents are handed
+    on; the end symbol before a document is its first input, as where inference begins a text, and other targets in
+    another document than the token before do not count. ready: where blocks are kept. Close it, or use it as a
     context, to end its threads.
     """
 
@@ -211,16 +212,33 @@ class Loader:
 
     def _row(self, block: Block, domain_of: NDArray[np.int16], place: int) -> MicroBatch:
         """One row, without the dimension of the batch."""
-        documents = block.run_of[place]
-        scored = np.ones(len(documents) - 1, bool) if block.loss_mask is None else block.loss_mask[place, 1:]
+        ids, documents = block.ids[place], None
+        scored = np.ones(len(ids) - 1, bool) if block.loss_mask is None else block.loss_mask[place, 1:]
         if self._document_mask:
-            scored = scored & (documents[1:] == documents[:-1])
-        return MicroBatch(
-            ids=block.ids[place],
-            scored=scored,
-            domains=domain_of[place, 1:],
-            documents=documents if self._document_mask else None,
-        )
+            documents, is_inside = separated(
+                block, place, packing=self._packing, end_of_document=self._tokenizer.end_of_document
+            )
+            scored = scored & is_inside
+        return MicroBatch(ids, scored, domain_of[place, 1:], documents)
+
+
+def separated(
+    block: Block, place: int, *, packing: Packing, end_of_document: int
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Of a row: [L+1] the document of each token as an input, [L] whether a target is of its input's document.
+
+    The end symbol before a document's first token is that document's first input. Examples that are packed whole
+    bring one of their own, where they want one.
+    """
+    runs = block.run_of[place]
+    is_inside = runs[1:] == runs[:-1]
+    if packing.method == "whole":
+        return runs, is_inside
+    begins = block.runs["token"][runs[1:]] == 0
+    opens = ~is_inside & begins & (block.ids[place, :-1] == end_of_document)
+    documents = runs.copy()
+    documents[:-1][opens] = runs[1:][opens]
+    return documents, is_inside | opens
 
 
 def _stacked(rows: Sequence[MicroBatch]) -> MicroBatch:

@@ -141,9 +141,12 @@ class FlaxEngine:
         """[B, L, V] of this rank's rows."""
         return self._of_rows(self._logits, inputs_BL)
 
-    def nats(self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
+    def nats(
+        self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor, documents_BL: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """[B, L], the cross-entropy of each target of this rank's rows."""
-        return self._of_rows(self._nats, inputs_BL, targets_BL)
+        documents = () if documents_BL is None else (documents_BL,)
+        return self._of_rows(self._nats, inputs_BL, targets_BL, *documents)
 
     def generate(self, ids: Sequence[int], sampling: Sampling) -> list[int]:
         """What the model writes after `ids`, the same on every rank."""
@@ -212,5 +215,9 @@ class FlaxEngine:
     def _logits_of(self, weights: Weights, inputs_BL: Array) -> Array:
         return bind(self.config.model, weights, placement=self._placement)(inputs_BL)
 
-    def _nats_of(self, weights: Weights, inputs_BL: Array, targets_BL: Array) -> Array:
-        return bind(self.config.model, weights, placement=self._placement).losses(inputs_BL, targets_BL)[0]
+    def _nats_of(
+        self, weights: Weights, inputs_BL: Array, targets_BL: Array, documents_BL: Array | None = None
+    ) -> Array:
+        return bind(self.config.model, weights, placement=self._placement).losses(inputs_BL, targets_BL, documents_BL)[
+            0
+        ]

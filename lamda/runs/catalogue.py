@@ -48,7 +48,7 @@ def _matches(name: str, column: str) -> bool:
 
 def is_held_out(name: str) -> bool:
     """Whether a column tells of held-out text, and not of tasks."""
-    return name in SPECIAL or name.startswith("eval/loss/")
+    return name in SPECIAL or name.startswith(("eval/loss/", "eval/full/"))
 
 
 SECTIONS = (

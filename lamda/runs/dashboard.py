@@ -31,8 +31,8 @@ SYSTEM = {
     "Network": "network.{}",
 }
 """W&B's own figures by title; `{}` stands for the number of a GPU, or for `sent` and `recv`."""
-TASKS = "^eval/([^l]|l[^o]|lo[^s]|los[^s]|loss[^/])[^/]*/."
-"""`eval/<task>/<metric>`, without `eval/loss/<domain>`: W&B's server matches without looking ahead."""
+TASKS = "^eval/([^fl]|l[^o]|lo[^s]|los[^s]|loss[^/]|f[^u]|fu[^l]|ful[^l]|full[^/])[^/]*/."
+"""`eval/<task>/<metric>`, without `eval/loss/<domain>` and `eval/full/...`: W&B's server does not look ahead."""
 SMOOTHING = 20
 """Weight of W&B's running average, where single steps are noisy."""
 

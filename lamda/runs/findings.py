@@ -59,9 +59,10 @@ class Findings:
         yield "step", of_total(self.last["step"], self.standing.steps)
         yield "tokens", short_of(self.last.get("tokens"))
         yield "loss", _shown(self._recent("loss"), ".4f")
-        yield "held-out loss", figure(held_out, "eval/loss", ".4f")
+        evaluated = "eval/full/" if held_out and "eval/full/loss" in held_out else "eval/"
+        yield "held-out loss", figure(held_out, f"{evaluated}loss", ".4f")
         if held_out and "eval/bits_per_byte" in held_out:
-            yield "bits per byte", figure(held_out, "eval/bits_per_byte", ".4f")
+            yield "bits per byte", figure(held_out, f"{evaluated}bits_per_byte", ".4f")
         yield "tokens/s", short_of(self._recent("tokens_per_second"))
         if (mfu := self._recent("mfu")) is not None:
             yield "MFU", f"{mfu:.1%}"

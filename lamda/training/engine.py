@@ -185,9 +185,11 @@ class Engine:
         """[B, L, V]; every rank calls it."""
         return self.deepspeed(inputs_BL)
 
-    def nats(self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
+    def nats(
+        self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor, documents_BL: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """[B, L], the cross-entropy of each target; every rank calls it."""
-        return token_nats(self.logits(inputs_BL), targets_BL)
+        return token_nats(self.deepspeed(inputs_BL, documents_BL), targets_BL)
 
     def generate(self, ids: Sequence[int], sampling: Sampling) -> list[int]:
         """What the model writes after `ids`; every rank calls it."""

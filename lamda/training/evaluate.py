@@ -39,7 +39,13 @@ def evaluate_checkpoint(path: Path, *, files: str | None) -> dict[str, Any]:
         raise UserError(f"card {config.data.corpus!r} has no validation text; give --files")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = LoadedModel(load_model(path, config.model).to(device))
-    held_out = HeldOutText(HeldOut(sources, Tokenizer.load(path / "tokenizer.model"), config.data.sequence_length))
+    text = HeldOut(
+        sources,
+        Tokenizer.load(path / "tokenizer.model"),
+        config.data.sequence_length,
+        document_mask=config.data.separates_documents,
+    )
+    held_out = HeldOutText(text)
     with torch.no_grad(), Progress("evaluating", total=held_out.rows(None), unit="rows") as shown:
         scores = held_out.score(model, device=device, micro_batch=config.train.micro_batch_size, scored=shown.advance)
     if not scores.targets.sum():

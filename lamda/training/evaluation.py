@@ -17,8 +17,8 @@ from lamda.model import LaMDA
 from lamda.model.loss import token_nats
 from lamda.training.framework import Scorer
 
-Nats = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(inputs_BL, targets_BL) -> nats_BL on the model's device."""
+Nats = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""(inputs_BL, targets_BL, documents_BL) -> nats_BL on the model's device."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,11 @@ class LoadedModel:
         """[B, L, V]."""
         return self.model(inputs_BL)
 
-    def nats(self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
+    def nats(
+        self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor, documents_BL: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """[B, L], the cross-entropy of each target."""
-        return token_nats(self.model(inputs_BL), targets_BL)
+        return token_nats(self.model(inputs_BL, documents_BL), targets_BL)
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,13 @@ def evaluate(
     for batch in micro_batches(stream, size=micro_batch, rank=rank, world=world):
         sums = _padded(sums, len(domains))
         sums += _score(
-            batch, nats, device=device, size=micro_batch, length=held_out.sequence_length, domains=len(domains)
+            batch,
+            nats,
+            device=device,
+            size=micro_batch,
+            length=held_out.sequence_length,
+            domains=len(domains),
+            separated=held_out.document_mask,
         )
         scored(len(batch))
     nats_sum, targets, utf8_bytes = total(_padded(sums, len(domains)))
@@ -135,14 +143,25 @@ def evaluate(
 
 
 def _score(
-    batch: Sequence[Row], nats: Nats, *, device: torch.device, size: int, length: int, domains: int
+    batch: Sequence[Row],
+    nats: Nats,
+    *,
+    device: torch.device,
+    size: int,
+    length: int,
+    domains: int,
+    separated: bool,
 ) -> NDArray[np.float64]:
     """[3, domains]: nats, scored targets and bytes of a micro-batch, filled up with empty rows to `size`."""
     ids = np.zeros((size, length + 1), np.int64)
+    documents = np.zeros((size, length), np.int64) if separated else None
     for place, row in enumerate(batch):
         ids[place] = row.ids
+        if documents is not None:
+            documents[place] = row.documents
     tokens = torch.from_numpy(ids).to(device)
-    losses = nats(tokens[:, :-1], tokens[:, 1:]).double().cpu().numpy()
+    documents_BL = None if documents is None else torch.from_numpy(documents).to(device)
+    losses = nats(tokens[:, :-1], tokens[:, 1:], documents_BL).double().cpu().numpy()
     sums = np.zeros((3, domains))
     for place, row in enumerate(batch):
         scored = row.domains[row.scored]

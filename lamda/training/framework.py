@@ -54,8 +54,13 @@ class Scorer(Protocol):
         """[B, L, V] of token ids."""
         ...
 
-    def nats(self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
-        """[B, L], the cross-entropy of each target; the logits need not leave the device."""
+    def nats(
+        self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor, documents_BL: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[B, L], the cross-entropy of each target; the logits need not leave the device.
+
+        documents: an id an input, where attention stays inside a document.
+        """
         ...
 
 

@@ -37,6 +37,9 @@ from lamda.training.stopping import StopRequests
 from lamda.training.task import Benchmarks, Evaluation, Scores, TaskError
 from lamda.training.watchdog import Watchdog
 
+FULL = "eval/full/"
+"""What begins the names of the figures of all the held-out text."""
+
 
 class EvaluationLeftError(Exception):
     """The ranks have agreed to stop, in the middle of an evaluation; all of them are in step."""
@@ -104,9 +107,18 @@ class Run:
         """The last step is saved, and what came out is shown."""
         self._at("finish", step=self.state.step)
 
-    def evaluate(self) -> Scores:
-        """Score the held-out text: all of it at the last step, the first `eval.batches` batches before."""
-        rows = None if self.is_over else self.config.eval.batches * self.config.train.global_batch_size
+    def score_held_out(self) -> dict[str, float]:
+        """`eval/...` of the same `eval.batches` batches each time; at the last step `eval/full/...` of all the text."""
+        self.scores = self.evaluate(whole=False)
+        figures = self.scores.metrics()
+        if self.is_over:
+            self.scores = self.evaluate(whole=True)
+            figures |= {FULL + name.removeprefix("eval/"): value for name, value in self.scores.metrics().items()}
+        return figures
+
+    def evaluate(self, *, whole: bool) -> Scores:
+        """Score the held-out text, the `whole` of it or its first rows."""
+        rows = None if whole else self.config.eval.batches * self.config.train.global_batch_size
         total, done = self._rows_scored.get(rows) or self.held_out.rows(rows), 0
 
         def scored(own: int) -> None:
@@ -162,8 +174,7 @@ class Run:
         figures: dict[str, float] = {}
         try:
             if self._evaluation_is_due:
-                self.scores = self.evaluate()
-                figures |= self.scores.metrics()
+                figures |= self.score_held_out()
             if self._tasks_are_due:
                 self.task_figures = self.score_tasks()
                 figures |= self.task_figures
@@ -374,6 +385,8 @@ class _Watched:
         self.at()
         return self.model.logits(inputs_BL)
 
-    def nats(self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
+    def nats(
+        self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor, documents_BL: torch.Tensor | None = None
+    ) -> torch.Tensor:
         self.at()
-        return self.model.nats(inputs_BL, targets_BL)
+        return self.model.nats(inputs_BL, targets_BL, documents_BL)

@@ -32,7 +32,10 @@ class Pretraining:
     def held_out(self, config: Config, tokenizer: Tokenizer) -> HeldOutText | None:
         """The validation text, if there is one."""
         sources = validation(config)
-        return HeldOutText(HeldOut(sources, tokenizer, config.data.sequence_length)) if sources else None
+        if not sources:
+            return None
+        length, is_masked = config.data.sequence_length, config.data.separates_documents
+        return HeldOutText(HeldOut(sources, tokenizer, length, document_mask=is_masked))
 
     def told(self, run: Run) -> Iterator[str]:
         """The table of losses, and what compressors make of the same text."""

@@ -1,6 +1,7 @@
 """Held-out text is read once, in order; every token but a document's first is scored once."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,24 +21,64 @@ def held_out(tmp_path, tokenizer):
     return HeldOut((source,), tokenizer, 17)
 
 
-def test_every_token_but_a_documents_first_is_scored_once_in_order(held_out, tokenizer):
+FILES = [TEXTS[:2], TEXTS[2:]]
+
+
+def by_file(rows, domains=("a", "b")):
+    """The rows of each file, whose texts are of one domain each."""
+    return [[row for row in rows if row.domains[row.scored].size and row.domains[0] == n] for n in range(len(domains))]
+
+
+def test_every_token_but_a_documents_first_is_scored_once_in_the_order_of_its_file(held_out, tokenizer):
     domains: list[str] = []
     rows = list(held_out.rows(domains))
-    documents = [[*tokenizer.encode(text), tokenizer.end_of_document] for text in TEXTS]
-    scored = [int(token) for row in rows for token in row.ids[1:][row.scored]]
-    assert scored == [token for document in documents for token in document[1:]]
     assert domains == ["a", "b"]
-    by_domain = np.concatenate([row.domains[row.scored] for row in rows])
-    assert by_domain.tolist() == [int(n >= 2) for n, document in enumerate(documents) for _ in document[1:]]
+    for number, (texts, own) in enumerate(zip(FILES, by_file(rows), strict=True)):
+        documents = [[*tokenizer.encode(text), tokenizer.end_of_document] for text in texts]
+        scored = [int(token) for row in own for token in row.ids[1:][row.scored]]
+        assert scored == [token for document in documents for token in document[1:]]
+        assert {n for row in own for n in row.domains[row.scored].tolist()} == {number}
 
 
-def test_rows_overlap_by_one_token_and_the_last_is_padded(held_out, tokenizer):
-    rows = list(held_out.rows([]))
-    for row, following in itertools.pairwise(rows):
-        assert row.ids[-1] == following.ids[0]
-    assert all(len(row.ids) == 18 for row in rows)
-    assert rows[-1].ids[-1] == tokenizer.padding
-    assert not rows[-1].scored[-1]
+def test_rows_come_from_all_files_in_turn(held_out):
+    rows = [row.domains[0] for row in held_out.rows([])]
+    shorter = min(rows.count(0), rows.count(1))
+    assert shorter > 1
+    assert rows[: 2 * shorter] == [0, 1] * shorter
+
+
+def test_many_files_are_shared_out_and_read_once(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("lamda.data.held_out.MOST_SHARES", 3)
+    for number in range(8):
+        write_shard(tmp_path / f"{number}.jsonl", [make_text(number, 60)], domain=str(number))
+    source = Source(name="s", licence="none", files=f"{tmp_path}/*.jsonl", domain="meta.pile_set_name")
+    domains: list[str] = []
+    rows = list(HeldOut((source,), tokenizer, 17).rows(domains))
+    assert domains[:3] == ["0", "1", "2"]
+    assert sorted(domains) == sorted(map(str, range(8)))
+    scored = sum(int(row.scored.sum()) for row in rows)
+    assert scored == sum(len(tokenizer.encode(make_text(number, 60))) for number in range(8))
+
+
+def test_rows_of_a_file_overlap_by_one_token_and_its_last_is_padded(held_out, tokenizer):
+    for rows in by_file(list(held_out.rows([]))):
+        for row, following in itertools.pairwise(rows):
+            assert row.ids[-1] == following.ids[0]
+        assert all(len(row.ids) == 18 for row in rows)
+        assert rows[-1].ids[-1] == tokenizer.padding
+        assert not rows[-1].scored[-1]
+
+
+def test_under_a_document_mask_an_input_is_of_its_targets_document(held_out, tokenizer):
+    plain = list(held_out.rows([]))
+    masked = list(replace(held_out, document_mask=True).rows([]))
+    for row, other in zip(masked, plain, strict=True):
+        assert np.array_equal(row.ids, other.ids)
+        assert np.array_equal(row.scored, other.scored)
+        ends = row.ids[1:-1] == tokenizer.end_of_document
+        changes = row.documents[1:] != row.documents[:-1]
+        assert np.array_equal(changes, ends), "the end symbol is the first input of the next document, or of padding"
+    assert all(row.documents is None for row in plain)
 
 
 def test_bytes_of_all_rows_are_the_utf8_bytes_of_the_documents(held_out):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.data.blocks import read_blocks
 from lamda.data.corpus import fingerprint, open_corpus, packing_of, require_a_batch
-from lamda.data.loader import Loader, batch_digest, merge_cursors, row_digest
+from lamda.data.lanes import Cursor
+from lamda.data.loader import Loader, batch_digest, merge_cursors, row_digest, separated
 from tests.conftest import make_text, write_shard
 
 BATCH, MICRO = 12, 1
@@ -121,7 +123,39 @@ def test_micro_batches_hold_the_same_rows_on_any_number_of_ranks(config, corpus,
     assert micro_batches(1) == micro_batches(2) == micro_batches(4)
 
 
-def test_a_document_mask_scores_no_target_in_another_document(config, corpus, tokenizer):
+@pytest.mark.parametrize("method", ["concat", "best_fit"])
+def test_under_a_document_mask_the_end_symbol_begins_the_next_document(config, corpus, tokenizer, method):
+    """Every pair of neighbours is told from the documents that they come from, token by token."""
+    packing = dataclasses.replace(packing_of(config), method=method)
+    end, kinds = tokenizer.end_of_document, set()
+    for lane in corpus.lanes:
+        blocks = read_blocks(lane, Cursor(), packing=packing, tokenizer=tokenizer)
+        for block in (next(blocks)[0], next(blocks)[0]):
+            origin = [[None] * packing.row_length for _ in range(packing.rows)]
+            for run in block.runs:
+                for place in range(run["length"]):
+                    origin[run["row"]][run["start"] + place] = (run["document"], run["token"] + place)
+            for row in range(packing.rows):
+                documents, is_inside = separated(block, row, packing=packing, end_of_document=end)
+                for place, (one, other) in enumerate(pairwise(origin[row])):
+                    is_next = one[0] == other[0]
+                    opens = not is_next and block.ids[row, place] == end and other[1] == 0
+                    assert is_inside[place] == (is_next or opens)
+                    assert (documents[place] == documents[place + 1]) == (
+                        opens or (is_next and not _opens_another(origin[row], block.ids[row], place + 1, end))
+                    )
+                    kinds.add((is_next, opens))
+    assert {(True, False), (False, True)} <= kinds
+
+
+def _opens_another(origin, ids, place, end):
+    """Whether the token at `place` is the end symbol before a document's first one."""
+    if place + 1 == len(origin) or ids[place] != end:
+        return False
+    return origin[place + 1][0] != origin[place][0] and origin[place + 1][1] == 0
+
+
+def test_a_document_mask_changes_no_token_and_leaves_every_target_of_the_usual_packing(config, corpus, tokenizer):
     packing = packing_of(config)
 
     def first(**more):
@@ -132,10 +166,9 @@ def test_a_document_mask_scores_no_target_in_another_document(config, corpus, to
         assert np.array_equal(masked.ids, plain.ids)
         assert plain.documents is None
         assert plain.scored.all()
-        ends = masked.ids[:, :-1] == tokenizer.end_of_document
-        assert np.array_equal(masked.documents[:, 1:] != masked.documents[:, :-1], ends)
-        assert np.array_equal(masked.scored, ~ends)
-    assert any(not part.scored.all() for part in first(document_mask=True))
+        assert masked.scored.all()
+        ends = masked.ids[:, 1:-1] == tokenizer.end_of_document
+        assert np.array_equal(masked.documents[:, 1:-1] != masked.documents[:, :-2], ends)
 
 
 def test_targets_carry_their_domain_and_unknown_ones_count_as_one(tmp_path, config, tokenizer):

@@ -60,9 +60,13 @@ def test_every_column_is_shown_once_and_in_the_catalogues_panel(panels, column):
     assert [panel.title for panel in PANELS if panel.of([column])] == found
 
 
-@pytest.mark.parametrize("column", ["step", "tokens", "samples", "batch_digest"])
-def test_axes_and_digests_are_no_curves(column):
+@pytest.mark.parametrize(
+    "column", ["step", "tokens", "samples", "batch_digest", "eval/full/loss", "eval/full/loss/FreeLaw"]
+)
+def test_axes_digests_and_the_last_evaluation_of_all_the_text_are_no_curves(panels, column):
     assert panel_of(column) is None
+    patterns = [config["metricRegex"] for _, config in panels if config.get("metricRegex")]
+    assert not any(re.search(pattern, column) for pattern in patterns)
 
 
 def test_patterns_are_such_as_a_server_without_look_ahead_matches(panels):

@@ -64,7 +64,8 @@ class Engine:
         targets = sum(int(part.scored.sum()) for _, part in rows)
         for ids_BL, part in rows:
             at("forward", None)
-            nats_BL, _ = self.model(ids_BL[:, :-1], targets_BL=ids_BL[:, 1:])
+            documents_BL = None if part.documents is None else torch.from_numpy(part.documents[:, :-1].astype("int64"))
+            nats_BL, _ = self.model(ids_BL[:, :-1], documents_BL, targets_BL=ids_BL[:, 1:])
             scored_BL = torch.from_numpy(part.scored)
             loss = (nats_BL * scored_BL).sum() / targets
             at("loss", loss)
@@ -99,8 +100,8 @@ class Engine:
     def logits(self, inputs_BL):
         return self.model(inputs_BL)
 
-    def nats(self, inputs_BL, targets_BL):
-        return token_nats(self.model(inputs_BL), targets_BL)
+    def nats(self, inputs_BL, targets_BL, documents_BL=None):
+        return token_nats(self.model(inputs_BL, documents_BL), targets_BL)
 
     def generate(self, ids, sampling):
         with self.evaluating():
