@@ -12,7 +12,7 @@ import orjson
 from rich.console import Console
 
 from lamda.dialog.conversation import Conversation, Message, to_record
-from lamda.dialog.options import add_options, add_sampling_options, manner_of, toolset_of
+from lamda.dialog.options import add_options, add_sampling_options, manner_of, toolset_of, usable_tools
 from lamda.dialog.speaker import Reply, Speaker
 from lamda.dialog.terminal import Typewriter, explanation, visible
 from lamda.inference.loading import load_run
@@ -35,6 +35,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     manner, toolset = manner_of(options), toolset_of(options)
     loaded = load_run(options.run, int8=options.int8)
+    toolset = usable_tools(toolset, loaded.path)
     speaker = Speaker.of(loaded, toolset=toolset, manner=manner)
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(encoding="utf-8", errors="replace")

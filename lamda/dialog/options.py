@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
+from lamda.config.loading import load_config
 from lamda.dialog.speaker import Manner
 from lamda.dialog.tools.toolset import Toolset, open_toolset
 from lamda.inference.sampling import Sampling
+from lamda.training.metrics import read_metrics
+from lamda.training.run_directory import RunDirectory
+
+_log = logging.getLogger(__name__)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -51,3 +57,39 @@ def toolset_of(options: argparse.Namespace) -> Toolset | None:
     if options.tools is None and options.corpus is None and options.glossary is None:
         return None
     return open_toolset(options.tools or [], corpus=options.corpus, glossary=options.glossary)
+
+
+def usable_tools(toolset: Toolset | None, checkpoint: Path) -> Toolset | None:
+    """The tools, or None, with a warning in the log, where the model was not taught to use any."""
+    if toolset is None or was_taught_tools(checkpoint) is not False:
+        return toolset
+    _log.warning(
+        "%s was not taught to use tools and goes without them: fine-tune it with conversations that use them, "
+        "such as `lamda dialog research-data` makes",
+        checkpoint,
+    )
+    return None
+
+
+def was_taught_tools(checkpoint: Path) -> bool | None:
+    """Whether its run, or one that this began from, has learned steps of research, by their `metrics.jsonl`.
+
+    None where a run is not there to say so, and for one that was only pre-trained, which uses no tools in any case.
+    """
+    learned: bool | None = None
+    seen: set[Path] = set()
+    while (checkpoint / "config.yaml").is_file() and checkpoint not in seen:
+        seen.add(checkpoint)
+        config = load_config(["--config", str(checkpoint / "config.yaml")])
+        if config.data.packing != "whole":
+            return learned
+        rows = read_metrics(RunDirectory(checkpoint.parent.parent).metrics)
+        if not rows:
+            return None
+        if any(row.get("tokens/research") for row in rows):
+            return True
+        learned = False
+        if config.model.weights is None:
+            return learned
+        checkpoint = Path(config.model.weights).parent
+    return None

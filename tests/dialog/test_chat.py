@@ -15,11 +15,13 @@ import pytest
 
 from lamda.cli import main
 from lamda.dialog.conversation import parse_conversation
+from lamda.dialog.options import usable_tools
 from lamda.dialog.ranking import Scored
 from lamda.dialog.research import Step
 from lamda.dialog.speaker import REFUSAL, Reply
 from lamda.dialog.terminal import explanation, visible
 from lamda.dialog.tools.result import Result
+from lamda.dialog.tools.toolset import Toolset
 from tests.random_run import write_run
 
 
@@ -61,6 +63,46 @@ def test_through_a_pipe_every_line_is_answered_and_commands_work(run, tmp_path):
     assert second.messages[: len(first.messages)] == first.messages
     assert [message.content for message in second.messages if message.role == "user"] == ["the of and", "to in"]
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before  # nothing is kept in the run
+
+
+@pytest.fixture
+def chain(tmp_path, run):
+    """A run that began from another one that began from a pre-trained one: their checkpoints, the last one first."""
+    checkpoints = []
+    for name, packing in (("pretrained", "concat"), ("first", "whole"), ("second", "whole")):
+        checkpoint = tmp_path / name / "checkpoints" / "step-00000001"
+        checkpoint.mkdir(parents=True)
+        weights = f", weights: '{checkpoints[0]}/model.safetensors'" if checkpoints else ""
+        (checkpoint / "config.yaml").write_text(
+            f"model: {{vocab_size: 400{weights}}}\ndata: {{packing: {packing}}}\ntrain: {{steps: 1}}\n"
+        )
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "tokens/generative": 9}\n')
+        checkpoints.insert(0, checkpoint)
+    return checkpoints
+
+
+def test_tools_are_left_out_where_no_run_of_the_chain_was_taught_to_use_them(chain, tmp_path, caplog):
+    toolset = Toolset(())
+    assert usable_tools(None, chain[0]) is None
+    assert not caplog.text
+    assert [usable_tools(toolset, checkpoint) for checkpoint in chain] == [None, None, toolset]
+    assert f"{chain[0]} was not taught to use tools and goes without them" in caplog.text
+    (tmp_path / "first" / "metrics.jsonl").write_text('{"step": 1, "tokens/research": 9}\n')
+    assert usable_tools(toolset, chain[0]) is toolset
+    (tmp_path / "first" / "metrics.jsonl").unlink()
+    assert usable_tools(toolset, chain[0]) is toolset, "nobody knows"
+
+
+def test_a_chat_without_taught_tools_says_so_and_answers(run, tmp_path):
+    (run / "metrics.jsonl").write_text('{"step": 1, "tokens/generative": 9}\n')
+    try:
+        code, out, errors = piped(run, "the of\n/why\n", "--tools", "calculator")
+    finally:
+        (run / "metrics.jsonl").unlink()
+    assert code == 0
+    assert "was not taught to use tools" in errors
+    assert out
+    assert "research:" not in out
 
 
 def test_tools_are_used_and_sources_kept(run, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lamda import console
 from lamda.config.errors import UserError, all_of
-from lamda.dialog.options import add_options, manner_of, toolset_of
+from lamda.dialog.options import add_options, manner_of, toolset_of, usable_tools
 from lamda.dialog.server.limits import Limits
 from lamda.inference.loading import load_run
 
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
         name=options.name or options.run.resolve().name,
         sequence_length=loaded.config.data.sequence_length,
         is_tuned=loaded.config.data.packing == "whole",
-        toolset=toolset,
+        toolset=usable_tools(toolset, loaded.path),
         manner=manner,
         limits=Limits(
             tokens=options.max_tokens,
