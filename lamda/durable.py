@@ -83,11 +83,11 @@ def sync_folder(path: Path) -> None:
 
 
 def read_regular(path: Path) -> bytes:
-    """The content of a file that is one: a pipe is never waited for. Raises OSError."""
+    """The content of a file; a pipe is never waited for, and counts as no file. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     with os.fdopen(descriptor, "rb") as stream:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+            raise FileNotFoundError(errno.ENOENT, "is not a regular file", str(path))
         return stream.read()
 
 

@@ -15,21 +15,31 @@ from lamda.config.schema import Config
 from lamda.data.tokenizer import Tokenizer
 from lamda.inference.int8 import to_int8
 from lamda.model import LaMDA
+from lamda.storage import manifest
 
 WEIGHTS = "model.safetensors"
+READ = ("config.yaml", "tokenizer.model", WEIGHTS)
+"""What is read of a checkpoint."""
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint at `path`, or the newest of the run there. Raises UserError where there is none."""
-    if (path / WEIGHTS).is_file():
+    """The checkpoint that `path` means: its folder, RUN (its newest), RUN@STEP, or a folder with weights alone.
+
+    What inference reads of it is verified by its manifest. Raises UserError where there is none, or it is damaged.
+    """
+    found = manifest.find(path)
+    if found is None and (path / WEIGHTS).is_file():
         return path
-    latest = path / "checkpoints" / "LATEST"
-    newest = latest.parent / latest.read_text("utf-8").strip() if latest.is_file() else path
-    if not (newest / WEIGHTS).is_file():
+    if found is None:
         raise UserError(
             f"{path}: neither a checkpoint nor a run that has one; `lamda runs DIR` lists the runs below a folder"
         )
-    return newest
+    problem = manifest.problem_of(found, only=[name for name in READ if (found / name).exists()])
+    if problem is not None:
+        raise UserError(
+            f"{found}: {problem}; `lamda checkpoint verify` checks the others, and RUN@STEP takes one of them"
+        )
+    return found
 
 
 def load_model(path: Path, config: ModelConfig) -> LaMDA:

@@ -12,7 +12,7 @@ import yaml
 
 from lamda.config.errors import UserError
 from lamda.runs.reading import changed_at
-from lamda.training import manifest
+from lamda.storage import manifest
 from lamda.training.run_directory import RunDirectory
 
 NAME = "CHECKPOINT_OR_RUN"
@@ -49,37 +49,21 @@ class Saved:
 
 def find_checkpoint(name: str) -> Path:
     """The one that `name` means (see NAME_HELP). Raises UserError where there is none."""
-    run, at, step = name.rpartition("@")
-    if not at or Path(name).exists():
-        return _find_checkpoints(name)[-1]
-    there = {manifest.step_of(path): path for path in _find_checkpoints(run)}
-    if not step.isdecimal() or int(step) not in there:
-        raise UserError(f"{name}: {run} has no checkpoint of step {step}; it has {', '.join(map(str, there))}")
-    return there[int(step)]
+    found = manifest.find(Path(name))
+    if found is None:
+        raise UserError(f"{name}: no checkpoint is here; give {NAME_HELP}")
+    return found
 
 
 def find_checkpoints(name: str) -> list[Path]:
     """All complete ones of a run, oldest first, or the one that `name` means. Raises UserError where there is none."""
-    return _find_checkpoints(name) if Path(name).exists() else [find_checkpoint(name)]
-
-
-def _find_checkpoints(name: str) -> list[Path]:
-    path = Path(name)
-    if (folder := RunDirectory(path).checkpoints).is_dir():
-        found = manifest.complete(folder)
-    else:
-        found = [path] if path.name.startswith("step-") or (path / manifest.MANIFEST).exists() else []
-    if not found or not path.is_dir():
-        raise UserError(f"{name}: no checkpoint is here; give {NAME_HELP}")
-    return found
+    return manifest.complete(RunDirectory(Path(name)).checkpoints) or [find_checkpoint(name)]
 
 
 def all_checkpoints(run: Path) -> list[Path]:
     """A run's complete checkpoints and those that were set aside, oldest first."""
     folder = RunDirectory(run).checkpoints
-    return sorted(
-        [*manifest.complete(folder), *(path for suffix in SET_ASIDE for path in folder.glob(f"step-*{suffix}"))]
-    )
+    return sorted([*manifest.complete(folder), *manifest.set_aside(folder)])
 
 
 def glance(path: Path) -> Saved:

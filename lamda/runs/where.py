@@ -21,10 +21,9 @@ from lamda.data.loader import batch_digest, row_digest
 from lamda.data.order import next_samples
 from lamda.data.tokenizer import Tokenizer
 from lamda.dialog.examples import form_of
-from lamda.training.manifest import complete
+from lamda.training.manifest import complete, read_state
 from lamda.training.metrics import read_metrics
 from lamda.training.run_directory import RunDirectory
-from lamda.training.state import RunState
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
             f"{directory.path}: no run is here (no config.yaml); `lamda runs DIR` lists the runs below a folder"
         )
     config = load_config(["--config", str(directory.config)])
-    states = [RunState.read(path / "run_state.json") for path in complete(directory.checkpoints)]
+    states = [read_state(path) for path in complete(directory.checkpoints)]
     corpus = open_corpus(config.data, form=form_of(config))
     tokenizer = Tokenizer.load(directory.tokenizer)
     if states and states[-1].fingerprint != fingerprint(corpus, config, tokenizer):

@@ -31,7 +31,7 @@ Sizes = dict[tuple[str, str], int]
 
 def load(path: Path, *, engine: Engine) -> RunState:
     """Fill the engine from a verified checkpoint; every rank calls it. Raises UserError before anything is filled."""
-    state = RunState.read(path / "run_state.json")
+    state = manifest.read_state(path)
     slices = lora.slices(engine.config)
     saved = SavedState(path, state_sizes(engine.config))
     reset_state(engine.deepspeed, optimizer=engine.config.train.optimizer, updates=state.updates)

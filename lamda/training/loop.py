@@ -256,7 +256,7 @@ class Run:
     def _go_back(self, setback: Setback) -> None:
         """Return to a sound checkpoint; the samples from there to here are never used again."""
         path = rollback.find_sound(self.directory, first=setback.first, world=self.world)
-        there, here = RunState.read(path / "run_state.json"), self.state
+        there, here = manifest.read_state(path), self.state
         window = (there.consumed, here.consumed)
         on_main(self.world, lambda: self.directory.note_skipped(window, step=setback.step, reason=setback.reason))
         on_main(self.world, lambda: rollback.set_spoilt_aside(self.directory))

@@ -7,22 +7,43 @@ checkpoint is set aside.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
+import re
 import shutil
-from collections.abc import Callable
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from lamda.best_effort import BestEffort
 from lamda.config.errors import UserError
-from lamda.distributed import World, gather, on_main
+from lamda.distributed import World, agree, gather, on_main
 from lamda.durable import Progress, hash_file, replace_file, sync_file, sync_folder, write_file
+from lamda.storage.manifest import (
+    DAMAGED,
+    MANIFEST,
+    STATE,
+    UnreadableError,
+    complete,
+    framework_of,
+    is_checkpoint_name,
+    name_of,
+    named,
+    problem_of,
+    read,
+    sealed,
+    set_aside,
+    step_in,
+    step_of,
+)
+from lamda.training.state import RunState
+
+__all__ = [
+    "MANIFEST", "STATE", "UnreadableError", "commit", "complete", "find_valid", "framework_of", "free_name", "make_fresh",
+    "name_of",
+    "named", "problem_of", "read", "read_state", "require_none", "seal", "sealed", "set_aside", "step_in", "step_of",
+    "sweep", "sync_and_describe", "verify",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
-
-MANIFEST = "manifest.json"
 
 
 def make_fresh(temporary: Path) -> None:
@@ -61,7 +82,7 @@ def commit(
 
 def seal(folder: Path, content: dict[str, object]) -> None:
     """Write the manifest, which ends with its own hash, and bring it and the folders to the disk. Raises OSError."""
-    write_file(folder / MANIFEST, _sealed(content))
+    write_file(folder / MANIFEST, sealed(content))
     for each in (*filter(Path.is_dir, folder.rglob("*")), folder):
         sync_folder(each)
 
@@ -77,12 +98,8 @@ def remove(path: Path) -> None:
 def sweep(folder: Path) -> None:
     """Delete what a crash left of checkpoints that were being written or deleted."""
     for leftover in folder.glob(".step-*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(path.name.removeprefix("step-"))
+        if is_checkpoint_name(re.sub(r"^\.|\.tmp$", "", leftover.name)):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def sync_and_describe(file: Path, *, progress: Progress = lambda: None) -> dict[str, str | int]:
@@ -92,91 +109,71 @@ def sync_and_describe(file: Path, *, progress: Progress = lambda: None) -> dict[
 
 
 def find_valid(folder: Path, *, world: World, progress: Progress = lambda: None) -> Path | None:
-    """The newest checkpoint that passes its manifest; damaged ones are set aside as `.damaged`.
+    """The newest checkpoint that passes its manifest; LATEST then names it, and damaged ones are set aside.
 
-    LATEST then names the one that was found. Raises UserError where there are checkpoints and none is
-    valid: a run never silently starts anew.
+    Nothing is renamed where none is valid: the next start must see the same. Raises UserError there, and where one
+    cannot be read now: a run never silently starts over. progress: called as it goes on.
     """
     names = on_main(world, lambda: [path.name for path in complete(folder)])
+    damaged: list[tuple[Path, str]] = []
     for name in reversed(names):
         path = folder / name
         problem = verify(path, world=world, progress=progress)
         if problem is None:
-            if name != names[-1]:
-                on_main(world, lambda path=path: replace_file(folder / "LATEST", path.name))
+            if damaged:
+                on_main(world, lambda path=path: _pass_over(damaged, path))
             return path
-        on_main(world, lambda path=path, problem=problem: _set_aside(path, problem))
-    if names:
-        raise UserError(f"{folder}: every checkpoint is damaged (see train.log); start again in another run.dir")
+        damaged.append((path, problem))
+    if damaged:
+        on_main(world, lambda: _refuse(folder, damaged))
     return None
 
 
-def complete(folder: Path) -> list[Path]:
-    """Committed checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir() and not path.suffix)
+def require_none(folder: Path, *, noted: int | None) -> None:
+    """Raises UserError where a run's folder of checkpoints, which holds none, shows that it held some.
+
+    noted: the step of a checkpoint that was committed here, by the run's own note.
+    """
+    if aside := [path for path in set_aside(folder) if path.suffix == DAMAGED]:
+        _refuse(folder, [(aside[-1], "it was set aside by an earlier start")])
+    where = "there is a link, and nothing where it leads" if folder.is_symlink() and not folder.exists() else None
+    if (folder / "LATEST").exists():
+        where = "there is a LATEST, and no checkpoint"
+    elif noted is not None and where is None:
+        where = f"checkpoint {name_of(noted)} was saved here, and none is there"
+    if where is not None:
+        raise UserError(
+            f"{folder}: {where}; the run does not start over by itself. Bring the checkpoints back (a disk that is not "
+            "mounted, a folder that was moved?), or choose another run.dir to start over"
+        )
 
 
 def verify(path: Path, *, world: World, progress: Progress = lambda: None) -> str | None:
-    """What is wrong with a checkpoint, or None. The ranks share the work of hashing."""
-    found = problem_of(path, part=world.rank, parts=world.size, progress=progress)
+    """What is damaged in a checkpoint, or None. The ranks share the work of hashing. Raises UserError on all ranks."""
+    found = agree(world, lambda: problem_of(path, part=world.rank, parts=world.size, progress=progress))
     return next((problem for problem in gather(found) if problem is not None), None)
 
 
-def problem_of(path: Path, *, part: int = 0, parts: int = 1, progress: Progress = lambda: None) -> str | None:
-    """What is wrong with a checkpoint, or None, by the `part`-th of every `parts` of its files."""
+def read_state(path: Path) -> RunState:
+    """The state in a verified checkpoint. Raises UserError where the manifest does not name it, or another step."""
+    state = RunState.read(named(path, STATE))
+    if state.step != (step := read(path).get("step")):
+        raise UserError(f"{path / STATE}: is of step {state.step}, {MANIFEST} says {step}; take another checkpoint")
+    return state
+
+
+def _pass_over(damaged: Sequence[tuple[Path, str]], valid: Path) -> None:
+    """Set damaged checkpoints aside, now that an older one is known to be valid."""
     try:
-        text = (path / MANIFEST).read_text("utf-8")
-        manifest = json.loads(text)
-        del manifest["sha256"]
-        entries = sorted(manifest["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    if text != _sealed(manifest):
-        return f"{MANIFEST} has changed since it was written"
-    checked = (_check(path, name, entry, progress) for name, entry in entries[part::parts])
-    return next(filter(None, checked), None)
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The manifest of a verified checkpoint."""
-    return json.loads((path / MANIFEST).read_text("utf-8"))
-
-
-def framework_of(manifest: dict[str, Any]) -> str:
-    """The framework whose checkpoint it is of."""
-    return manifest.get("framework", "deepspeed")  # before there were others, none was named
-
-
-def _sealed(manifest: dict[str, object]) -> str:
-    """The manifest's text, its own hash last."""
-    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-    return json.dumps({**manifest, "sha256": digest}, indent=1)
-
-
-def _check(path: Path, name: str, entry: dict[str, str | int], progress: Progress) -> str | None:
-    file = path / name
-    if not _is_inside(path, name):
-        return f"{MANIFEST} names {name!r}, which is no file inside the checkpoint"
-    if not file.is_file():
-        return f"{name} is missing"
-    if file.stat().st_size != entry["size"]:
-        return f"{name} has {file.stat().st_size} bytes instead of {entry['size']}"
-    try:
-        changed = hash_file(file, progress=progress) != entry["sha256"]
+        for path, problem in damaged:
+            target = free_name(path, suffix=DAMAGED)
+            path.rename(target)
+            log.warning(
+                "checkpoint %s is damaged: %s; it is now %s, the one before it is taken", path, problem, target.name
+            )
+        replace_file(valid.parent / "LATEST", valid.name)
     except OSError as error:
-        return f"{name} cannot be read ({error.strerror})"
-    return f"{name} has changed since it was written (sha256)" if changed else None
-
-
-def _is_inside(path: Path, name: str) -> bool:
-    """Whether a name is a relative path, written the one way, to somewhere below `path`, links followed."""
-    parts = PurePosixPath(name)
-    if str(parts) != name or not parts.name or parts.is_absolute() or ".." in parts.parts or "\\" in name:
-        return False
-    try:
-        return (path / name).resolve().is_relative_to(path.resolve())
-    except (OSError, RuntimeError, ValueError):  # links in a circle, a name that no file can have
-        return False
+        raise UserError(f"{valid.parent}: a damaged checkpoint cannot be set aside ({error.strerror})") from error
 
 
 def free_name(path: Path, *, suffix: str) -> Path:
@@ -187,7 +184,9 @@ def free_name(path: Path, *, suffix: str) -> Path:
     return target
 
 
-def _set_aside(path: Path, problem: str) -> None:
-    target = free_name(path, suffix=".damaged")
-    path.rename(target)
-    log.warning("checkpoint %s is damaged: %s; it is now %s, the one before it is taken", path, problem, target.name)
+def _refuse(folder: Path, damaged: Sequence[tuple[Path, str]]) -> None:
+    found = "; ".join(f"{path.name}: {problem}" for path, problem in damaged)
+    raise UserError(
+        f"{folder}: every checkpoint is damaged ({found}), and the run does not start over by itself; bring a good one "
+        "back, or start again in another run.dir"
+    )

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
 from lamda.distributed import World, on_main
-from lamda.durable import Progress
+from lamda.durable import Progress, read_regular
 from lamda.training import manifest
 from lamda.training.rollback import set_spoilt_aside
 from lamda.training.run_directory import RunDirectory
 from lamda.training.state import RunState
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Start:
         saved = self.state.fingerprint
         if saved and saved != current:
             names = [name for name in {**current, **saved} if saved.get(name) != current.get(name)]
-            told = "; ".join(f"{name} was {_short(saved.get(name))}, is {_short(current.get(name))}" for name in names)
+            told = "; ".join(f"{name} {_change(saved.get(name), current.get(name))}" for name in names)
             raise UserError(
                 f"{self.path}: the data would not be the checkpoint's: {told}. Set these back, or start another "
                 "run.dir from the weights alone (model.weights)"
@@ -61,22 +66,25 @@ def choose_start(
             raise UserError(f"checkpoint.resume {wish}: {problem}")
         on_main(world, lambda: _inherit_windows(path, directory))
     if path is None:
+        on_main(world, lambda: manifest.require_none(directory.checkpoints, noted=directory.noted_checkpoint()))
         return Start(None, RunState())
 
-    def check() -> None:
+    def check() -> RunState:
+        state = manifest.read_state(path)
         _check_framework(framework, path)
         _check_model(config, path)
         _check_optimizer(config, path)
         _check_adapters(config, path)
+        _tell_changes(config, path)
+        return state
 
-    on_main(world, check)
-    return Start(path, _with_noted_windows(RunState.read(path / "run_state.json"), directory))
+    return Start(path, _with_noted_windows(on_main(world, check), directory))
 
 
 def settings_of(path: Path) -> Config | None:
     """The configuration that a checkpoint was made with; None where this version does not take it any more."""
     try:
-        return load_config(["--config", str(path / "config.yaml")])
+        return load_config(["--config", str(manifest.named(path, "config.yaml"))])
     except UserError:
         return None
 
@@ -91,7 +99,8 @@ def _check_wish(config: Config, directory: RunDirectory) -> None:
         return
     if not Path(wish).is_dir():
         raise UserError(f"checkpoint.resume {wish}: no such checkpoint (nor one of auto, required, never)")
-    newer = [path.name for path in here if path.name > Path(wish).name]
+    step = manifest.step_in(Path(wish))
+    newer = [path.name for path in here if step is not None and manifest.step_of(path) > step]
     if newer:
         raise UserError(
             f"checkpoint.resume {wish}: {directory.path} holds newer checkpoints ({newer[-1]}), which going on from "
@@ -156,6 +165,43 @@ def _inherit_windows(path: Path, directory: RunDirectory) -> None:
         directory.inherit_skipped(RunDirectory(folder.parent))
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _tell_changes(config: Config, path: Path) -> None:
+    """Say in one line which settings of training are not the checkpoint's; the run continues with the new ones."""
+    now = config.train.model_dump(mode="json", exclude=_HOW_NOT_WHAT)
+    try:
+        saved = dict(yaml.safe_load(read_regular(manifest.named(path, "config.yaml")))["train"])
+        before = {key: float(saved[key]) if isinstance(now[key], float) else saved[key] for key in now if key in saved}
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path / 'config.yaml'}: cannot be read ({error})") from error
+    changes = [f"train.{key} {_change(before[key], now[key])}" for key in before if before[key] != now[key]]
+    if changes:
+        log.warning("resumed with other settings than %s was trained with: %s", path, "; ".join(changes))
+
+
+_HOW_NOT_WHAT = {"steps", "tokens", "micro_batch_size", "recompute", "compile", "profile"}
+"""Keys of `train` that a resumed run may change without a word."""
+
+
+def _change(before: Any, now: Any) -> str:
+    """`was A, is B`, of long values the part that differs."""
+    if isinstance(before, list) and isinstance(now, list):
+        gone, new = [each for each in before if each not in now], [each for each in now if each not in before]
+        if gone or new:
+            parts = [f"{word} {_listed(each)}" for word, each in (("lost", gone), ("gained", new)) if each]
+            return " and ".join(parts)
+    texts = str(before), str(now)
+    same = next((place for place, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), 0)
+    return "was {}, is {}".format(*(_around(text, same) for text in texts))
+
+
+def _listed(values: list[Any]) -> str:
+    shown = ", ".join(_around(str(each), 0) for each in values[:3])
+    return shown + (f" and {len(values) - 3} more" if len(values) > 3 else "")
+
+
+def _around(text: str, place: int) -> str:
+    """A text, or the part of it around `place`."""
+    if len(text) <= 60:
+        return text
+    start = max(0, min(place - 20, len(text) - 57))
+    return "..." * (start > 0) + text[start : start + 57] + "..." * (start + 57 < len(text))

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from lamda.config.errors import RunError
+from lamda.config.errors import RunError, UserError
 from lamda.distributed import World, on_main
 from lamda.durable import replace_file
 from lamda.training import manifest
@@ -79,7 +79,7 @@ def _states(directory: RunDirectory) -> list[tuple[Path, RunState]]:
     found = []
     for path in manifest.complete(directory.checkpoints):
         try:
-            found.append((path, RunState.read(path / "run_state.json")))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            found.append((path, manifest.read_state(path)))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
             log.warning("checkpoint %s: its run_state.json cannot be read (%s)", path, error)
     return found

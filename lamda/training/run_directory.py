@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from lamda.best_effort import BestEffort
 from lamda.config.errors import UserError
-from lamda.durable import read_object, replace_file, sync_file
+from lamda.durable import read_object, read_regular, replace_file, sync_file
 from lamda.storage import lock
 from lamda.storage.lock import RunLock
 
@@ -83,7 +83,7 @@ class RunDirectory:
     @property
     def holds_a_run(self) -> bool:
         """Whether a run was here before."""
-        return self.metrics.exists() or self.checkpoints.exists()
+        return self.metrics.exists() or self.checkpoints.exists() or self._last_checkpoint.exists()
 
     def create(self) -> None:
         """Make the folder. Raises UserError where that cannot be, or where it cannot be written to."""
@@ -120,6 +120,30 @@ class RunDirectory:
         if self.metrics.exists():
             sync_file(self.metrics)
 
+    def note_checkpoint(self, step: int) -> None:
+        """Keep outside the folder of checkpoints that one was committed: that folder may be away at the next start.
+
+        A disk that takes no more does not undo the checkpoint.
+        """
+        try:
+            replace_file(self._last_checkpoint, json.dumps({"step": step}))
+        except OSError as error:
+            log.warning("%s cannot be written (%s)", self._last_checkpoint, error.strerror)
+
+    def noted_checkpoint(self) -> int | None:
+        """The step of the last checkpoint that was noted here. Raises UserError where the note cannot be read."""
+        try:
+            step = read_object(self._last_checkpoint).get("step")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self._last_checkpoint}: cannot be read ({error})") from error
+        return step if isinstance(step, int) else 0
+
+    @property
+    def _last_checkpoint(self) -> Path:
+        return self.path / "last_checkpoint.json"
+
     def note_skipped(self, window: tuple[int, int], *, step: int, reason: str) -> None:
         """Keep a window of the order that the run jumps over from now on, before any checkpoint tells of it."""
         noted = {"from": window[0], "to": window[1], "step": step, "reason": reason}
@@ -149,7 +173,18 @@ class RunDirectory:
         return self.path / "skipped.json"
 
     def _notes(self) -> list[dict[str, Any]]:
-        return json.loads(self._skipped.read_text("utf-8")) if self._skipped.exists() else []
+        try:
+            notes = json.loads(read_regular(self._skipped))
+            for note in notes:
+                int(note["from"]), int(note["to"])
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UserError(
+                f"{self._skipped}: cannot be read ({error}); it names the samples that the run never uses again: bring "
+                "it back from the newest checkpoint's run_state.json (skipped)"
+            ) from error
+        return notes
 
     def require_no_writer(self) -> None:
         """Raises UserError while a process that holds the lock lives."""

@@ -55,13 +55,14 @@ class Saver:
         tokenizer: Path,
         require_lock: Callable[[], None] = lambda: None,
         sync_rows: Callable[[], None] = lambda: None,
+        note: Callable[[int], None] = lambda step: None,
         progress: Progress = lambda: None,
     ) -> None:
         """require_lock: raises LostLockError on rank 0 where another process writes the run by now; then every rank
-        does. sync_rows: brings the rows up to a checkpoint to the disk, before the checkpoint is complete. progress:
-        called while a save that is waited for makes progress.
+        does. sync_rows: brings the rows up to a checkpoint to the disk, before the checkpoint is complete. note: keeps
+        the step of a complete one. progress: called while a save that is waited for makes progress.
         """
-        self._require_lock, self._sync_rows = require_lock, sync_rows
+        self._require_lock, self._sync_rows, self._note = require_lock, sync_rows, note
         self._folder, self._engine, self._tokenizer = folder, engine, tokenizer
         self._world, self._config = engine.world, engine.config
         self._state = RunState()
@@ -203,6 +204,7 @@ class Saver:
         }
         keep = self._config.checkpoint
         commit(self._temporary, self._final, content, keep=keep.keep, keep_every=keep.keep_every, at=self._at)
+        self._note(self._state.step)
         return {}
 
 

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lamda.config.errors import UserError
 from lamda.data.lanes import Cursor
+from lamda.durable import read_object
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,13 @@ class RunState:
 
     @classmethod
     def read(cls, path: Path) -> RunState:
-        """Load what `write` saved."""
-        values = json.loads(path.read_text("utf-8"))
-        values["skipped"] = tuple((first, last) for first, last in values["skipped"])
-        values["cursors"] = {int(lane): Cursor(**cursor) for lane, cursor in values["cursors"].items()}
-        return cls(**values)
+        """Load what `write` saved. Raises UserError where the file holds anything else."""
+        try:
+            values = read_object(path)
+            values["skipped"] = tuple((int(first), int(last)) for first, last in values["skipped"])
+            values["cursors"] = {int(lane): Cursor(**cursor) for lane, cursor in values["cursors"].items()}
+            return cls(**values)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"{path}: is no state of a run of this version ({error}); the version that wrote it can resume from it"
+            ) from error

@@ -202,6 +202,7 @@ class _Start:
                     tokenizer=directory.tokenizer,
                     require_lock=self.lock.require,
                     sync_rows=directory.sync_metrics,
+                    note=directory.note_checkpoint,
                     progress=watchdog.progress,
                 ),
                 requests=requests,

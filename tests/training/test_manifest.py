@@ -1,8 +1,12 @@
 """A checkpoint is complete or it is not there: every damage is found, and the one before is taken."""
 
+import errno
 import json
 import logging
+import os
+import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from hypothesis import strategies as st
 
 from lamda.config.errors import UserError
 from lamda.distributed import World
+from lamda.storage.manifest import sealed
 from lamda.training import manifest
 from lamda.training.manifest import (
     MANIFEST,
@@ -19,10 +24,13 @@ from lamda.training.manifest import (
     find_valid,
     make_fresh,
     read,
+    read_state,
+    require_none,
     sweep,
     sync_and_describe,
     verify,
 )
+from lamda.training.state import RunState
 
 MODEL = {"d_model": 24, "bias_per_layer": True}
 CONTENT = {"model.safetensors": bytes(range(256)) * 3, "run_state.json": b'{"step": 1}', "empty": b""}
@@ -135,13 +143,15 @@ def test_a_name_that_leaves_the_folder_or_is_written_in_another_way_is_refused(t
     (temporary / "folder").symlink_to(tmp_path)
     (temporary / "circle").symlink_to(temporary / "circle")
     entry = sync_and_describe(tmp_path / "outside")
-    commit(temporary, tmp_path / name_of(1), {"model": MODEL, "files": {name: entry}}, keep=1)
+    commit(temporary, tmp_path / name_of(1), {"step": 1, "model": MODEL, "files": {name: entry}}, keep=1)
     told = verify(tmp_path / name_of(1), world=world)
     assert told in (f"{MANIFEST} names {name!r}, which is no file inside the checkpoint", f"{name} is missing")
     assert told.startswith(MANIFEST) or name == "circle"
 
 
-@pytest.mark.parametrize("content", ["", "[]", "3", "null", "{}", '{"files": {}}', '{"files": 3, "sha256": ""}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "3", "null", "{}", "[" * 9999, '{"files": {}}', '{"files": 3, "sha256": ""}']
+)
 def test_a_manifest_of_another_shape_is_damage(tmp_path, world, content):
     path = save(tmp_path, 1)
     (path / MANIFEST).write_text(content)
@@ -184,10 +194,129 @@ def test_a_step_may_be_damaged_again_and_again(tmp_path, world):
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(tmp_path, world):
+    """Nor does it at the second try, or the third: the refusal leaves everything as it is."""
     for step in (10, 20):
         shutil.copy(save(tmp_path, step) / "run_state.json", tmp_path / name_of(step) / "empty")
-    with pytest.raises(UserError, match="every checkpoint is damaged"):
+    before = names(tmp_path)
+    for _ in range(3):
+        with pytest.raises(UserError, match=r"every checkpoint is damaged .*step-00000020: empty has 11 bytes"):
+            find_valid(tmp_path, world=world)
+        assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("noted", [None, 20])
+@pytest.mark.parametrize("kind", ["new", "damaged", "latest", "link", "copy"])
+def test_a_folder_that_held_checkpoints_and_has_none_is_not_taken_for_a_new_one(tmp_path, kind, noted):
+    folder = tmp_path / "checkpoints"
+    if kind == "link":
+        folder.symlink_to(tmp_path / "not-mounted")
+    elif kind != "new":
+        folder.mkdir()
+    if kind == "damaged":
+        (folder / f"{name_of(20)}.damaged").mkdir()
+    elif kind == "latest":
+        (folder / "LATEST").write_text(name_of(20))
+    elif kind == "copy":
+        (folder / "step-best").mkdir()
+    if noted is None and kind in ("new", "copy"):
+        require_none(folder, noted=noted)
+    else:
+        with pytest.raises(UserError, match=r"does not start over by itself.*another run\.dir"):
+            require_none(folder, noted=noted)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize("place", ["model.safetensors", "run_state.json", MANIFEST, "folder"])
+def test_what_cannot_be_read_now_is_no_damage(tmp_path, world, monkeypatch, place, code):
+    save(tmp_path, 10)
+    path = save(tmp_path, 20)
+    before = names(tmp_path)
+
+    def refuse(wanted, real):
+        def opened(file, *rest, **more):
+            if Path(file) == wanted:
+                raise OSError(code, os.strerror(code), str(file))
+            return real(file, *rest, **more)
+
+        return opened
+
+    with monkeypatch.context() as patched:
+        if place == "folder":
+            patched.setattr(os, "scandir", refuse(tmp_path, os.scandir))
+        else:
+            patched.setattr(os, "open", refuse(path / place, os.open))
+            patched.setattr(Path, "open", refuse(path / place, Path.open))
+        for _ in range(2):
+            with pytest.raises(UserError, match=f"{re.escape(os.strerror(code))}.*Nothing was changed"):
+                find_valid(tmp_path, world=world)
+    assert names(tmp_path) == before
+    assert find_valid(tmp_path, world=world) == path
+
+
+@pytest.mark.parametrize(
+    "name", ["step-best", f"{name_of(20)}-mine", "step-20", "step-000000020", f"{name_of(20)}.old"]
+)
+def test_a_copy_under_another_name_is_neither_taken_nor_pruned(tmp_path, world, name):
+    shutil.copytree(save(tmp_path, 20), tmp_path / name)
+    for step in (30, 40):
+        save(tmp_path, step, keep=1)
+    assert names(tmp_path) == sorted(["LATEST", name_of(40), name])
+    assert find_valid(tmp_path, world=world) == tmp_path / name_of(40)
+
+
+def test_a_checkpoint_under_another_steps_name_is_refused_and_left(tmp_path, world):
+    shutil.copytree(save(tmp_path, 20), tmp_path / name_of(50))
+    before = names(tmp_path)
+    with pytest.raises(UserError, match="is the checkpoint of step 20 under another name"):
         find_valid(tmp_path, world=world)
+    assert names(tmp_path) == before
+
+
+def test_a_link_to_a_checkpoint_that_is_away_is_no_damage(tmp_path, world):
+    save(tmp_path, 10)
+    (tmp_path / name_of(20)).symlink_to(tmp_path / "not-mounted")
+    with pytest.raises(UserError, match="a link to a place that is not there"):
+        find_valid(tmp_path, world=world)
+    assert names(tmp_path) == ["LATEST", name_of(10), name_of(20)]
+
+
+def reseal(path, change):
+    content = read(path)
+    del content["sha256"]
+    change(content)
+    (path / MANIFEST).write_text(sealed(content))
+
+
+@pytest.mark.parametrize("entry", [[], {}, 3, None, {"size": 3}, {"sha256": "a"}])
+def test_an_entry_of_another_shape_is_damage(tmp_path, world, entry):
+    path = save(tmp_path, 1)
+    reseal(path, lambda content: content["files"].update({"empty": entry}))
+    assert verify(path, world=world) == f"{MANIFEST} has no size and sha256 of empty"
+
+
+def test_a_pipe_in_the_place_of_the_manifest_is_not_waited_for(tmp_path, world):
+    path = save(tmp_path, 1)
+    (path / MANIFEST).unlink()
+    os.mkfifo(path / MANIFEST)
+    assert verify(path, world=world) == f"{MANIFEST} is missing"
+
+
+def test_the_state_is_read_only_where_the_manifest_names_it_and_agrees(tmp_path):
+    path = save(tmp_path, 1, files={"run_state.json": json.dumps(asdict(RunState(step=1))).encode()})
+    assert read_state(path).step == 1
+    reseal(path, lambda content: content.update(step=2))
+    with pytest.raises(UserError, match=r"run_state\.json: is of step 1, manifest\.json says 2"):
+        read_state(path)
+    reseal(path, lambda content: content["files"].clear())
+    with pytest.raises(UserError, match=r"manifest\.json does not name run_state\.json"):
+        read_state(path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"step": 1, "more": 2}', "[" * 9999])
+def test_a_state_of_another_version_is_refused_by_its_file(tmp_path, content):
+    path = save(tmp_path, 1, files={"run_state.json": content.encode()})
+    with pytest.raises(UserError, match=r"run_state\.json: is no state of a run of this version"):
+        read_state(path)
 
 
 @pytest.mark.parametrize("made", [True, False])

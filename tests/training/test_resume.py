@@ -4,6 +4,7 @@ import pytest
 
 from lamda.config import Config
 from lamda.config.errors import UserError
+from lamda.config.help import to_yaml
 from lamda.config.schema import TrainConfig
 from lamda.training import resume as resuming
 from lamda.training.manifest import commit, make_fresh, sync_and_describe
@@ -34,9 +35,10 @@ def save(directory, step, **named):
     temporary = directory.checkpoints / f".{final.name}.tmp"
     make_fresh(temporary)
     RunState(step=step).write(temporary / "run_state.json")
-    files = {"run_state.json": sync_and_describe(temporary / "run_state.json")}
+    (temporary / "config.yaml").write_text(to_yaml(config("auto")))
+    files = {name: sync_and_describe(temporary / name) for name in ("run_state.json", "config.yaml")}
     dimensions = config("auto").model.dimensions
-    commit(temporary, final, {"model": dimensions, **named, "files": files}, keep=9)
+    commit(temporary, final, {"step": step, "model": dimensions, **named, "files": files}, keep=9)
     return final
 
 
@@ -65,8 +67,42 @@ def test_required_refuses_a_directory_without_checkpoint(directory, world):
 @pytest.mark.parametrize("resume", ["auto", "required"])
 def test_damaged_checkpoints_alone_never_start_a_run_anew(directory, world, resume):
     damage(save(directory, 2))
-    with pytest.raises(UserError, match="every checkpoint is damaged"):
-        choose_start(config(resume), directory, world)
+    for _ in range(3):
+        with pytest.raises(UserError, match="every checkpoint is damaged"):
+            choose_start(config(resume), directory, world)
+
+
+@pytest.mark.parametrize("away", ["moved", "removed", "not-mounted"])
+def test_checkpoints_that_are_away_never_start_a_run_over(directory, world, tmp_path, away):
+    save(directory, 2)
+    directory.note_checkpoint(2)
+    directory.checkpoints.rename(tmp_path / "elsewhere")
+    if away == "not-mounted":
+        directory.checkpoints.mkdir()
+    for _ in range(2):
+        with pytest.raises(UserError, match="checkpoint step-00000002 was saved here, and none is there"):
+            choose_start(config("auto"), directory, world)
+    if away == "not-mounted":
+        directory.checkpoints.rmdir()
+    if away != "removed":
+        (tmp_path / "elsewhere").rename(directory.checkpoints)
+        assert choose_start(config("auto"), directory, world).state.step == 2
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(directory, world):
+    directory.metrics.write_text('{"step": 1, "loss": 3.0}\n')
+    directory.checkpoints.mkdir()
+    assert choose_start(config("auto"), directory, world) == Start(None, RunState())
+
+
+def test_other_settings_of_training_are_told_in_one_line(directory, world, caplog):
+    save(directory, 2)
+    choose_start(config("auto"), directory, world)
+    assert caplog.messages == []
+    train = TrainConfig(steps=20, lr=2e-5, schedule="wsd", micro_batch_size=2)
+    choose_start(config("auto").model_copy(update={"train": train}), directory, world)
+    (line,) = caplog.messages
+    assert line.endswith("train.lr was 0.0003, is 2e-05; train.schedule was cosine, is wsd")
 
 
 @pytest.mark.parametrize("trace", ["metrics", "checkpoint"])
@@ -166,6 +202,12 @@ def test_the_same_data_goes_on(directory):
         ({**SAVED, "packing": "concat"}, "packing was None, is concat. Set"),
         ({key: value for key, value in SAVED.items() if key != "lanes"}, "lanes was 8, is None. Set"),
         ({**SAVED, "tokenizer": "b" * 64}, f"tokenizer was {'a' * 57}..., is {'b' * 57}.... Set"),
+        ({**SAVED, "files": [["x", 1], ["y", 2]]}, "files gained ['y', 2]. Set"),
+        ({**SAVED, "files": [["x", 3]]}, "files lost ['x', 1] and gained ['x', 3]. Set"),
+        (
+            {**SAVED, "tokenizer": "a" * 63 + "b"},
+            f"tokenizer was ...{'a' * 57}, is ...{'a' * 56}b. Set",
+        ),
     ],
 )
 def test_other_data_is_refused_by_what_differs(current, told):

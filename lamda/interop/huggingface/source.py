@@ -31,15 +31,14 @@ class Source:
     @classmethod
     def of(cls, path: Path) -> Source:
         """Raises UserError where the checkpoint is damaged, by its hashes."""
-        config = load_config(["--config", str(path / "config.yaml")])
-        if not (path / manifest.MANIFEST).is_file():
-            return cls(path, config, {}, None, [])
+        if not (path / manifest.MANIFEST).exists():
+            return cls(path, load_config(["--config", str(path / "config.yaml")]), {}, None, [])
         problem = manifest.problem_of(path)
         if problem:
             raise UserError(f"{path}: {problem}; `lamda checkpoint ls` shows the others")
+        config = load_config(["--config", str(manifest.named(path, "config.yaml"))])
         content = manifest.read(path)
-        is_saved = (path / "run_state.json").is_file()
-        state = RunState.read(path / "run_state.json") if is_saved else None
+        state = manifest.read_state(path) if manifest.STATE in content["files"] else None
         rows = read_metrics(RunDirectory(path.absolute().parents[1]).metrics) if state else []
         return cls(path, config, content, state, [row for row in rows if row["step"] <= content["step"]])
 

@@ -1,0 +1,213 @@
+"""Checkpoints as files: which there are, and whether one is what was written.
+
+A checkpoint's manifest.json names every file with its size and sha256, and ends with its own hash. Only what it
+names is read. A wrong size or hash, or a file that is missing, is damage; a file that cannot be read now is not.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Collection
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lamda.config.errors import UserError
+from lamda.durable import Progress, hash_file, read_regular
+
+MANIFEST = "manifest.json"
+STATE = "run_state.json"
+DAMAGED, SPOILT = ".damaged", ".spoilt"
+"""End the name of a checkpoint that was set aside: it is not what was written; the run rolled back from it."""
+
+
+class UnreadableError(UserError):
+    """A checkpoint that cannot be read now, which says nothing about what is in it."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(
+            f"{path}: cannot be read now ({reason}). Nothing was changed: make it readable and start again. If it is "
+            "lost, move its checkpoint's folder elsewhere, and the one before it is taken"
+        )
+
+
+def name_of(step: int) -> str:
+    """The name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name. Raises ValueError where the name is no checkpoint's."""
+    step = int(path.name.removeprefix("step-"))
+    if path.name != name_of(step):
+        raise ValueError(f"{path.name!r} is no checkpoint's name")
+    return step
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint of a run; a copy of one under another name is a person's."""
+    return re.fullmatch(r"step-\d{8,}", name) is not None and name == name_of(int(name[5:]))
+
+
+def complete(folder: Path) -> list[Path]:
+    """Committed checkpoints, oldest first. Raises UnreadableError where the folder cannot be listed."""
+    return sorted(_entries(folder, is_checkpoint_name), key=step_of)
+
+
+def set_aside(folder: Path) -> list[Path]:
+    """Checkpoints that were set aside. Raises UnreadableError."""
+    return sorted(_entries(folder, lambda name: name.startswith("step-") and name.endswith((DAMAGED, SPOILT))))
+
+
+def _entries(folder: Path, is_wanted: Callable[[str], bool]) -> list[Path]:
+    """Folders of wanted names; a link to one counts also where it leads nowhere now."""
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(each) for each in entries if is_wanted(each.name) and (each.is_symlink() or each.is_dir())]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UnreadableError(folder, error.strerror or str(error)) from error
+
+
+def find(path: Path) -> Path | None:
+    """The checkpoint that a person means by its folder, by RUN (the newest one there), or by RUN@STEP; or None.
+
+    Raises UserError for a step that the run does not have, and UnreadableError.
+    """
+    run, at, step = path.name.rpartition("@")
+    if at and not path.exists():
+        there = {step_of(each): each for each in complete(path.with_name(run) / "checkpoints")}
+        if there and (not step.isdecimal() or int(step) not in there):
+            steps = ", ".join(map(str, there))
+            raise UserError(f"{path}: {path.with_name(run)} has no checkpoint of step {step}; it has {steps}")
+        return there[int(step)] if there else None
+    if found := complete(path / "checkpoints"):
+        return found[-1]
+    return path if path.is_dir() and (is_checkpoint_name(path.name) or (path / MANIFEST).exists()) else None
+
+
+def problem_of(
+    path: Path,
+    *,
+    part: int = 0,
+    parts: int = 1,
+    only: Collection[str] | None = None,
+    progress: Progress = lambda: None,
+) -> str | None:
+    """What is damaged in a checkpoint, or None, by the `part`-th of every `parts` of its files.
+
+    only: check these files alone, which must all be named. progress: called as it goes on. Raises UnreadableError, and
+    UserError for a checkpoint under another step's name.
+    """
+    try:
+        text = _manifest_text(path)
+        if text is None:
+            return f"{MANIFEST} is missing"
+        content = json.loads(text)
+        del content["sha256"]
+        entries = sorted(content["files"].items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    if text != sealed(content):
+        return f"{MANIFEST} has changed since it was written"
+    if is_checkpoint_name(path.name) and content.get("step") != step_of(path):
+        raise UserError(
+            f"{path}: is the checkpoint of step {content.get('step')} under another name; give it the name of its "
+            "step, or move it elsewhere"
+        )
+    if only is not None:
+        if unnamed := sorted(set(only) - content["files"].keys()):
+            return f"{MANIFEST} does not name {unnamed[0]}"
+        entries = [(name, entry) for name, entry in entries if name in only]
+    checked = (_check(path, name, entry, progress) for name, entry in entries[part::parts])
+    return next(filter(None, checked), None)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The manifest of a verified checkpoint."""
+    content: dict[str, Any] = json.loads(read_regular(path / MANIFEST))
+    return content
+
+
+def named(path: Path, name: str) -> Path:
+    """A file of a checkpoint. Raises UserError where the manifest does not name it."""
+    if name not in read(path)["files"]:
+        raise UserError(f"{path}: {MANIFEST} does not name {name}, so that it is not read; take another checkpoint")
+    return path / name
+
+
+def step_in(path: Path) -> int | None:
+    """The step that a checkpoint's manifest says, None where it says none that can be read."""
+    try:
+        step = read(path).get("step")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
+
+
+def framework_of(manifest: dict[str, Any]) -> str:
+    """The framework whose checkpoint it is of."""
+    name: str = manifest.get("framework", "deepspeed")  # before there were others, none was named
+    return name
+
+
+def sealed(manifest: dict[str, object]) -> str:
+    """The manifest's text, its own hash last."""
+    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest}, indent=1)
+
+
+def _manifest_text(path: Path) -> str | None:
+    """What manifest.json holds, None where it is missing in a folder that is there."""
+    try:
+        return read_regular(path / MANIFEST).decode()
+    except FileNotFoundError:
+        if path.is_symlink() and not path.exists():
+            raise UnreadableError(path, "a link to a place that is not there") from None
+        return None
+    except OSError as error:
+        raise UnreadableError(path / MANIFEST, error.strerror or str(error)) from error
+
+
+def _check(path: Path, name: str, entry: Any, progress: Progress) -> str | None:
+    file = path / name
+    try:
+        size, sha256 = entry["size"], entry["sha256"]
+    except (TypeError, KeyError):
+        return f"{MANIFEST} has no size and sha256 of {name}"
+    try:
+        if not _is_inside(path, name):
+            return f"{MANIFEST} names {name!r}, which is no file inside the checkpoint"
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            return f"{name} is missing"
+        if found.st_size != size:
+            return f"{name} has {found.st_size} bytes instead of {size}"
+        return (
+            None
+            if hash_file(file, progress=progress) == sha256
+            else f"{name} has changed since it was written (sha256)"
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{name} is missing"
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return f"{name} is missing"
+        raise UnreadableError(file, error.strerror or str(error)) from error
+    return None
+
+
+def _is_inside(path: Path, name: str) -> bool:
+    """Whether a name is a relative path, written the one way, to somewhere below `path`, links followed."""
+    parts = PurePosixPath(name)
+    if str(parts) != name or not parts.name or parts.is_absolute() or ".." in parts.parts or "\\" in name:
+        return False
+    try:
+        return (path / name).resolve().is_relative_to(path.resolve())
+    except (RuntimeError, ValueError):  # links in a circle, a name that no file can have
+        return False
