@@ -137,13 +137,14 @@ class Metrics:
         return known
 
     def _is_same_file(self) -> bool:
+        """Whether the file is the one that is open, and not cut off before the place that was read up to."""
         if self._stream is None:
             return False
         try:
             named, opened = self._path.stat(), os.fstat(self._stream.fileno())
         except OSError:
             return False
-        return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
+        return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino) and named.st_size >= self._place
 
     def _open(self) -> None:
         if self._stream is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from math import isfinite
 from pathlib import Path
@@ -11,7 +13,10 @@ from types import TracebackType
 from typing import Any
 
 from lamda.best_effort import BestEffort
-from lamda.durable import replace_file, sync_file
+from lamda.config.errors import UserError
+from lamda.durable import read_regular, replace_file, sync_file
+
+log = logging.getLogger(__name__)
 
 PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "A100": 312e12,
@@ -63,11 +68,11 @@ class MetricsFile:
     def amend(self, step: int, figures: dict[str, Any]) -> None:
         """Add figures to the row of `step`, if it is the last one."""
         self._flush()
-        *before, last = read_metrics(self._path)
-        if last["step"] != step:
+        rows = read_metrics(self._path)
+        if not rows or rows[-1]["step"] != step:
             return
         with BestEffort(f"{self._path} cannot take the figures of step {step}"):
-            replace_file(self._path, "".join(map(_line, [*before, last | figures])))
+            replace_file(self._path, "".join(map(_line, [*rows[:-1], rows[-1] | figures])))
         self._stream.close()
         self._stream = self._path.open("ab", buffering=0)
 
@@ -91,27 +96,68 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All rows; a last line that a crash cut short is left out."""
-    if not path.exists():
+    """All rows; a line that is no row (a crash cut it short, or a disk lost it) is left out. Raises UserError."""
+    return [row for _, row in _read(path) if row is not None]
+
+
+def _read(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """Each line with its newline, where it has one, and its row, where it is one. Raises UserError."""
+    try:
+        lines = read_regular(path).splitlines(keepends=True)
+    except FileNotFoundError:
         return []
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read now ({error.strerror}); make it readable and start again") from error
+    return [(line, _row(line)) for line in lines]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def _discard_after(
     step: int, path: Path, discarded: Path, *, keeping: AbstractContextManager[object] | None = None
 ) -> None:
-    """Move the lines after `step`, and a torn last one, out of the way: a full disk does not stand in it.
+    """Move the lines after `step`, and those that are no rows, out of the way: a full disk does not stand in it.
 
-    keeping: entered around the writing of `discarded`.
+    keeping: entered around the writing of `discarded`. Says which rows up to `step` are missing.
     """
-    if not path.exists():
-        return
-    lines = path.read_text("utf-8").split("\n")
-    torn = lines.pop()
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    void = lines[len(kept) :] + ([torn] if torn else [])
+    lines = _read(path)
+    good = [row is not None and row["step"] <= step for _, row in lines]
+    void = [line.rstrip(b"\n") + b"\n" for (line, _), is_good in zip(lines, good, strict=True) if not is_good]
+    broken = [number for number, (_, row) in enumerate(lines[:-1], start=1) if row is None]
+    if broken:
+        log.warning("%s, line %s: no row of metrics; moved to %s", path, ", ".join(map(str, broken)), discarded.name)
     if void:
-        with keeping or nullcontext(), discarded.open("a", encoding="utf-8") as stream:
-            stream.writelines(line + "\n" for line in void)
-        os.truncate(path, sum(len(line.encode()) + 1 for line in kept))
+        with keeping or nullcontext(), discarded.open("ab") as stream:
+            stream.writelines(void)
+        _keep(path, [line for line, _ in lines], good)
+    _report_gaps(path, {row["step"] for _, row in lines if row is not None}, step)
+
+
+def _keep(path: Path, lines: Sequence[bytes], good: Sequence[bool]) -> None:
+    """Leave the good lines, in a file of a new number: readers see that it is another one.
+
+    On a full disk what is void at the end is cut off, which takes no space; readers leave out what is no row before it.
+    """
+    try:
+        replace_file(path, b"".join(line for line, is_good in zip(lines, good, strict=True) if is_good))
+    except OSError:
+        end = max((place for place, is_good in enumerate(good, start=1) if is_good), default=0)
+        os.truncate(path, sum(map(len, lines[:end])))
         sync_file(path)
+
+
+def _report_gaps(path: Path, steps: Set[int], last: int) -> None:
+    """Say which rows are missing between the first one and `last`, the step that the run resumes from."""
+    missing = [step for step in range(min(steps, default=last), last + 1) if step not in steps]
+    if steps and missing:
+        log.warning(
+            "%s: %d rows up to step %d, from which the run resumes, are missing (steps %d to %d): they never reached "
+            "the disk",
+            path, len(missing), last, missing[0], missing[-1],
+        )  # fmt: skip

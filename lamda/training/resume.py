@@ -76,6 +76,8 @@ def choose_start(
         _check_optimizer(config, path)
         _check_adapters(config, path)
         _tell_changes(config, path)
+        if path.parent == directory.checkpoints and not directory.metrics.exists():
+            log.warning("%s is gone: the rows up to step %d are missing", directory.metrics, state.step)
         return state
 
     return Start(path, _with_noted_windows(on_main(world, check), directory))

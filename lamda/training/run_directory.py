@@ -121,14 +121,9 @@ class RunDirectory:
             sync_file(self.metrics)
 
     def note_checkpoint(self, step: int) -> None:
-        """Keep outside the folder of checkpoints that one was committed: that folder may be away at the next start.
-
-        A disk that takes no more does not undo the checkpoint.
-        """
-        try:
+        """Keep outside the folder of checkpoints that one was committed: that folder may be away at the next start."""
+        with BestEffort(f"{self._last_checkpoint} cannot be written", then="the checkpoint is complete all the same"):
             replace_file(self._last_checkpoint, json.dumps({"step": step}))
-        except OSError as error:
-            log.warning("%s cannot be written (%s)", self._last_checkpoint, error.strerror)
 
     def noted_checkpoint(self) -> int | None:
         """The step of the last checkpoint that was noted here. Raises UserError where the note cannot be read."""

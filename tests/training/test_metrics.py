@@ -64,6 +64,37 @@ def test_a_torn_last_line_is_moved_even_where_its_step_is_not_void(paths):
     assert paths[1].read_bytes() == b'{"step": 4, "lo\n'
 
 
+@pytest.mark.parametrize(
+    "broken", [b'{"step": 4, "lo', b"", b"\0" * 64, b"[]", b'{"step": "4"}', b"\xff\xfe", b"[" * 9999, b'{"loss": 2.0}']
+)
+def test_a_broken_line_in_the_middle_is_moved_and_told(paths, caplog, broken):
+    write(paths, range(1, 7), after=0)
+    lines = paths[0].read_bytes().splitlines(keepends=True)
+    paths[0].write_bytes(b"".join([*lines[:3], broken + b"\n", *lines[4:]]))
+    assert [row["step"] for row in read_metrics(paths[0])] == [1, 2, 3, 5, 6]
+    write(paths, [6, 7], after=5)
+    assert paths[0].read_bytes().splitlines(keepends=True)[:4] == [*lines[:3], lines[4]]
+    assert [row["step"] for row in read_metrics(paths[0])] == [1, 2, 3, 5, 6, 7]
+    assert paths[1].read_bytes() == broken + b"\n" + lines[5]
+    assert "line 4: no row of metrics; moved to metrics.discarded.jsonl" in caplog.messages[0]
+    assert "1 rows up to step 5, from which the run resumes, are missing (steps 4 to 4)" in caplog.messages[1]
+
+
+def test_rows_that_a_power_cut_took_are_told(paths, caplog):
+    write(paths, range(1, 5), after=0)
+    write(paths, [7], after=6)
+    assert "2 rows up to step 6, from which the run resumes, are missing (steps 5 to 6)" in caplog.messages[0]
+    caplog.clear()
+    write(paths, [], after=7)
+    assert "missing (steps 5 to 6)" in caplog.messages[0]
+
+
+def test_a_branch_from_another_runs_checkpoint_has_no_gap(paths, caplog):
+    write(paths, range(7, 10), after=6)
+    write(paths, [10], after=9)
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf")])
 def test_a_loss_that_is_not_finite_is_null_to_any_json_parser(paths, loss):
     with MetricsFile(paths[0], discarded=paths[1], step=0) as file:

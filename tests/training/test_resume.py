@@ -89,6 +89,12 @@ def test_checkpoints_that_are_away_never_start_a_run_over(directory, world, tmp_
         assert choose_start(config("auto"), directory, world).state.step == 2
 
 
+def test_rows_that_are_gone_are_told(directory, world, caplog):
+    save(directory, 2)
+    choose_start(config("auto"), directory, world)
+    assert caplog.messages == [f"{directory.metrics} is gone: the rows up to step 2 are missing"]
+
+
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(directory, world):
     directory.metrics.write_text('{"step": 1, "loss": 3.0}\n')
     directory.checkpoints.mkdir()
@@ -97,6 +103,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(directory
 
 def test_other_settings_of_training_are_told_in_one_line(directory, world, caplog):
     save(directory, 2)
+    directory.metrics.touch()
     choose_start(config("auto"), directory, world)
     assert caplog.messages == []
     train = TrainConfig(steps=20, lr=2e-5, schedule="wsd", micro_batch_size=2)
