@@ -37,10 +37,9 @@ from lamda.storage.manifest import (
 from lamda.training.state import RunState
 
 __all__ = [
-    "MANIFEST", "STATE", "UnreadableError", "commit", "complete", "find_valid", "framework_of", "free_name", "make_fresh",
-    "name_of",
-    "named", "problem_of", "read", "read_state", "require_none", "seal", "sealed", "set_aside", "step_in", "step_of",
-    "sweep", "sync_and_describe", "verify",
+    "MANIFEST", "STATE", "UnreadableError", "commit", "complete", "find_valid", "framework_of", "free_name",
+    "make_fresh", "name_of", "named", "problem_of", "read", "read_state", "require_none", "seal", "sealed",
+    "set_aside", "step_in", "step_of", "sweep", "sync_and_describe", "verify",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)

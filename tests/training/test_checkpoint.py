@@ -66,7 +66,7 @@ def seal(path):
     content = manifest.read(path)
     del content["sha256"]
     content["files"] = {name: manifest.sync_and_describe(path / name) for name in content["files"]}
-    (path / manifest.MANIFEST).write_text(manifest._sealed(content))
+    (path / manifest.MANIFEST).write_text(manifest.sealed(content))
     assert manifest.problem_of(path) is None
 
 
