@@ -16,7 +16,7 @@ from lamda.model.initialisation import initialise
 from lamda.training.manifest import seal, sync_and_describe
 
 
-def write_run(path: Path, tokenizer_path: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+def write_run(path: Path, tokenizer_path: Path, *, dtype: torch.dtype = torch.float32, packing: str = "concat") -> Path:
     """The run, with one checkpoint of a tiny model, which hardly ever ends a text by itself."""
     vocabulary = Tokenizer.load(tokenizer_path).vocab_size
     shape = {"vocab_size": vocabulary, "d_model": 32, "n_layers": 2, "n_heads": 2, "d_head": 16, "d_ff": 64}
@@ -24,7 +24,7 @@ def write_run(path: Path, tokenizer_path: Path, *, dtype: torch.dtype = torch.fl
         {
             "run": {"dir": str(path)},
             "model": shape,
-            "data": {"sequence_length": 256},
+            "data": {"sequence_length": 256, "packing": packing},
             "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "lr": 1e-3},
         }
     )

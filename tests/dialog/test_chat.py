@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pty
-import re
 import select
 import subprocess
 import sys
@@ -28,10 +27,7 @@ from tests.random_run import write_run
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tokenizer_path):
     """A model of random weights, as one that was fine-tuned."""
-    path = write_run(tmp_path_factory.mktemp("run") / "run", tokenizer_path)
-    config = path / "checkpoints" / "step-00000001" / "config.yaml"
-    config.write_text(re.sub(r"packing: concat", "packing: whole", config.read_text()))
-    return path
+    return write_run(tmp_path_factory.mktemp("run") / "run", tokenizer_path, packing="whole")
 
 
 def command(run, *options):
