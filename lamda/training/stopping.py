@@ -13,11 +13,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from lamda.best_effort import BestEffort
 from lamda.distributed import Launcher, World
 
 STOP_EXIT = 75
@@ -118,18 +119,22 @@ class StopRequests:
     def __init__(self, file: Path, *, world: World, margin: float, signals: Signals) -> None:
         self._file, self._world, self._margin, self._signals = file, world, margin, signals
         self._launcher = Launcher.of(world)
+        self._looking = BestEffort(f"{file} cannot be looked for")
 
     def discard_old(self) -> None:
         """Forget a RUN/STOP that was meant for a run that has ended."""
         if self._world.is_main:
-            self._file.unlink(missing_ok=True)
+            with self._looking:
+                self._file.unlink(missing_ok=True)
 
     def reason(self) -> str | None:
         """Why the run should stop, as far as this rank knows."""
         if self._signals.requested is not None:
             return self._signals.requested
-        if self._world.is_main and self._file.exists():
-            return BY_FILE
+        if self._world.is_main:
+            with self._looking:
+                if self._file.exists():
+                    return BY_FILE
         if self._world.ends_at is not None and time.time() > self._world.ends_at - self._margin:
             return "the scheduler's time limit is near"
         if self._launcher.is_gone():
@@ -139,5 +144,5 @@ class StopRequests:
     def obeyed(self) -> None:
         """The run has saved and leaves."""
         if self._world.is_main:
-            with suppress(OSError):
+            with self._looking:
                 self._file.unlink(missing_ok=True)

@@ -20,7 +20,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
+from lamda.best_effort import BestEffort
 from lamda.distributed import World
 
 HANG_EXIT = 76
@@ -71,11 +73,10 @@ class Watchdog:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._beats = 0
+        self._writing = BestEffort(f"heartbeats/ and hang/ in {folder.parent} cannot be written")
 
     def __enter__(self) -> Watchdog:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._stacks.parent.mkdir(exist_ok=True)
-        self._file = self._stacks.open("w", encoding="utf-8")
+        self._file = self._open_stacks()
         faulthandler.register(STACKS, file=self._file, all_threads=True, chain=False)
         self._beat()
         self._thread.start()
@@ -93,9 +94,18 @@ class Watchdog:
         self._ended.set()
         self._thread.join()
         faulthandler.unregister(STACKS)
-        self._file.close()
-        for file in (self._path(self._world.rank), *([] if self._stacks.stat().st_size else [self._stacks])):
-            file.unlink(missing_ok=True)
+        with self._writing:
+            self._file.close()
+            self._path(self._world.rank).unlink(missing_ok=True)
+            if not self._stacks.stat().st_size:
+                self._stacks.unlink()
+
+    def _open_stacks(self) -> IO[str]:
+        with self._writing:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._stacks.parent.mkdir(exist_ok=True)
+            return self._stacks.open("w", encoding="utf-8")
+        return os.fdopen(os.dup(2), "w", encoding="utf-8")  # stacks go to standard error
 
     def mark(self, phase: str, *, step: int) -> None:
         """The main thread is at `phase` of `step`."""
@@ -159,13 +169,21 @@ class Watchdog:
         if self._place != place or any(_has_moved(before.get(rank), heart) for rank, heart in now.items()):
             return
         silent = [heart for rank, heart in now.items() if rank in before and heart.beat == before[rank].beat]
-        text = verdict(list(now.values()), silent, seconds=self._timeout)
+        try:
+            self._end(list(now.values()), silent)
+        finally:
+            os._exit(HANG_EXIT)
+
+    def _end(self, hearts: Sequence[Heartbeat], silent: Sequence[Heartbeat]) -> None:
+        """Leave stacks and the verdict before the process ends, and kill the silent ones of this host."""
+        text = verdict(hearts, silent, seconds=self._timeout)
         faulthandler.dump_traceback(file=self._file, all_threads=True)
         here = [heart for heart in silent if heart.host == socket.gethostname() and heart.rank != self._world.rank]
-        living = [rank for rank in now if rank not in {heart.rank for heart in silent}]
+        living = [heart.rank for heart in hearts if heart not in silent]
         if self._world.rank == min(living, default=self._world.rank):
             for heart in here:
-                self._question(heart)
+                with self._writing:
+                    self._question(heart)
             time.sleep(OTHERS_SECONDS)
             self._tell(text)
             for heart in here:
@@ -173,11 +191,9 @@ class Watchdog:
                     os.kill(heart.pid, signal.SIGKILL)
         else:
             time.sleep(2 * OTHERS_SECONDS)
-        os._exit(HANG_EXIT)
 
-    def _beat(self) -> None:
-        self._beats += 1
-        beat = Heartbeat(
+    def _heart(self) -> Heartbeat:
+        return Heartbeat(
             rank=self._world.rank,
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -187,10 +203,12 @@ class Watchdog:
             step=self._step,
             progress=self._progress,
         )
+
+    def _beat(self) -> None:
+        self._beats += 1
         temporary = self._path(self._world.rank).with_suffix(".tmp")
-        # A file system that fails once must not end the watch.
-        with suppress(OSError):
-            temporary.write_text(json.dumps(asdict(beat)), "utf-8")
+        with self._writing:
+            temporary.write_text(json.dumps(asdict(self._heart())), "utf-8")
             temporary.replace(self._path(self._world.rank))
 
     def _look(self) -> dict[int, Heartbeat]:
@@ -198,6 +216,7 @@ class Watchdog:
         for rank in range(self._world.size):
             with suppress(OSError, ValueError):
                 found[rank] = Heartbeat(**json.loads(self._path(rank).read_text("utf-8")))
+        found[self._world.rank] = self._heart()  # whether or not the disk takes it
         return found
 
     def _question(self, heart: Heartbeat) -> None:
@@ -215,7 +234,8 @@ class Watchdog:
 def clear_heartbeats(folder: Path) -> None:
     """Delete the signs of life of ranks that have ended; none of this run's may beat yet."""
     for file in folder.glob("rank-*.json"):
-        file.unlink(missing_ok=True)
+        with BestEffort(f"{file} cannot be deleted"):
+            file.unlink(missing_ok=True)
 
 
 def _has_moved(before: Heartbeat | None, now: Heartbeat) -> bool:
