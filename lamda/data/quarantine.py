@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from lamda.best_effort import BestEffort
 from lamda.data.errors import DataError
 from lamda.durable import replace_file
 
@@ -59,6 +60,20 @@ def write_first(path: Path, found: Iterable[Quarantined]) -> list[Quarantined]:
     if kept != known:
         replace_file(path, "".join(_to_json(each) + "\n" for each in kept))
     return sorted(set(kept) - set(known))
+
+
+class QuarantineFile:
+    """A run's file of its first bad lines, as far as the disk takes them: it is for a look."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._keeping = BestEffort(f"{path} cannot be updated", errors=(OSError, ValueError, KeyError, TypeError))
+
+    def add(self, found: Iterable[Quarantined]) -> list[Quarantined]:
+        """Keep what was found, as `write_first`; returns what is new in the file."""
+        with self._keeping:
+            return write_first(self._path, found)
+        return []
 
 
 def _to_json(each: Quarantined) -> str:

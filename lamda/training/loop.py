@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -13,12 +13,11 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from lamda.best_effort import BestEffort
 from lamda.config.errors import RunError
 from lamda.config.schema import Config
 from lamda.data.errors import DataError, DataUnavailableError
 from lamda.data.loader import Loader, Step, merge_cursors
-from lamda.data.quarantine import Quarantined, write_first
+from lamda.data.quarantine import Quarantined, QuarantineFile
 from lamda.data.tokenizer import Tokenizer
 from lamda.distributed import World, broadcast, gather, on_main
 from lamda.training import faults, manifest, rollback
@@ -74,11 +73,7 @@ class Run:
     _stop_is_agreed: bool = False
     _left_evaluation: bool = False
     _stalled: float = 0.0
-    _quarantining: BestEffort = field(
-        default_factory=lambda: BestEffort(
-            "quarantine.jsonl cannot be updated", errors=(OSError, ValueError, KeyError, TypeError)
-        )
-    )
+    _quarantine: QuarantineFile = field(init=False)
     _rows_scored: dict[int | None, int] = field(default_factory=dict)
 
     def train(self) -> None:
@@ -244,8 +239,7 @@ class Run:
         cursors = merge_cursors(gather(loader.cursors(self.state.consumed)))
         quarantined = gather(loader.quarantined())
         if self.world.is_main:
-            with self._quarantining:
-                self._tell_quarantined(write_first(self.directory.quarantine, chain.from_iterable(quarantined)))
+            self._keep_quarantined(chain.from_iterable(quarantined))
         self._tell(self.saver.finish())
         ended = self.saver.begin(replace(self.state, cursors=cursors)) or (self.saver.finish() if wait else None)
         self._stalled += time.monotonic() - began
@@ -312,8 +306,8 @@ class Run:
             return "No checkpoint is complete yet: the same command would begin with step 1"
         return f"{found[-1].name} is complete: the same command would continue from it"
 
-    def _tell_quarantined(self, new: Sequence[Quarantined]) -> None:
-        if new:
+    def _keep_quarantined(self, found: Iterable[Quarantined]) -> None:
+        if new := self._quarantine.add(found):
             bad = new[0].bad
             self.report.warn(
                 "lines quarantined",

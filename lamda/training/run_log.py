@@ -42,8 +42,9 @@ def run_log(path: Path, *, is_main: bool) -> Iterator[None]:
         for logger, own, level in before:
             logger.handlers = own
             logger.setLevel(level)
-        for handler in handlers:
-            handler.close()
+        with BestEffort(f"{path} is not whole", then="the run is not concerned"):
+            for handler in handlers:
+                handler.close()
 
 
 def _file_handler(path: Path) -> logging.Handler:
