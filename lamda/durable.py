@@ -85,9 +85,10 @@ def sync_folder(path: Path) -> None:
 def read_regular(path: Path) -> bytes:
     """The content of a file; a pipe is never waited for, and counts as no file. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileNotFoundError(errno.ENOENT, "is not a regular file", str(path))
     with os.fdopen(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise FileNotFoundError(errno.ENOENT, "is not a regular file", str(path))
         return stream.read()
 
 

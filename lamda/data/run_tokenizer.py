@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from lamda.config.schema import Config
 from lamda.data.corpus import Corpus, open_corpus
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.tokenizer_training import train_tokenizer
+from lamda.durable import replace_file
 
 
 def ensure_tokenizer(
@@ -30,12 +30,22 @@ def ensure_tokenizer(
                 "choose another run.dir"
             )
         if not target.exists():
-            shutil.copyfile(config.tokenizer.path, target)
+            _copy(Path(config.tokenizer.path), target)
         return given
     if not target.exists():
         sample = _sample(corpus, limit=config.tokenizer.train_bytes, progress=progress)
         train_tokenizer(sample, target, vocab_size=config.model.vocab_size, progress=progress)
     return _checked(Tokenizer.load(target), config, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A copy that is whole or not there. Raises UserError where the disk does not take it."""
+    try:
+        replace_file(target, source.read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"{target}: cannot be written ({error.strerror}); make room, or choose another run.dir"
+        ) from error
 
 
 def train_run_tokenizer(config: Config) -> Path:

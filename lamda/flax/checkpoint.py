@@ -16,9 +16,11 @@ import jax
 import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 
+from lamda.config.errors import UserError
 from lamda.flax.step import TrainState
 from lamda.flax.weights import plain_weights, save_weights
 from lamda.inference.loading import WEIGHTS
+from lamda.storage.manifest import read
 
 STATE = "state"
 
@@ -58,5 +60,11 @@ class Checkpointer:
         return write
 
     def read(self, path: Path, like: TrainState) -> TrainState:
-        """The state of a checkpoint. like: arrays of its shapes that lie as these shall."""
+        """The state of a checkpoint. like: arrays of its shapes that lie as these shall.
+
+        Raises UserError where a file is there that the manifest does not name: Orbax would read it.
+        """
+        there = {file.relative_to(path).as_posix() for file in (path / STATE).rglob("*") if not file.is_dir()}
+        if unnamed := sorted(there - read(path)["files"].keys()):
+            raise UserError(f"{path}: manifest.json does not name {unnamed[0]}; take another checkpoint")
         return self._orbax.restore((path / STATE).absolute(), like)

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from lamda.config import ModelConfig
 from lamda.config.schema import Recompute
+from lamda.durable import umask_mode
 from lamda.flax.model import LaMDA, Placement
 from lamda.model.weights import check_shapes, plain_slices
 
@@ -96,7 +97,8 @@ def plain_weights(weights: Mapping[str, Array]) -> Iterator[tuple[str, NDArray[n
 
 def save_weights(weights: Mapping[str, NDArray[np.generic]], path: Path) -> None:
     """Write a `model.safetensors` as the PyTorch side does, to the last byte."""
-    save_file(dict(weights), path, metadata={"format": "pt"})
+    with umask_mode(path):
+        save_file(dict(weights), path, metadata={"format": "pt"})
 
 
 def bind(

@@ -34,7 +34,8 @@ def find_checkpoint(path: Path) -> Path:
         raise UserError(
             f"{path}: neither a checkpoint nor a run that has one; `lamda runs DIR` lists the runs below a folder"
         )
-    problem = manifest.problem_of(found, only=[name for name in READ if (found / name).exists()])
+    there = [name for name in READ if (found / name).exists()]  # an export has no config.yaml
+    problem = manifest.problem_of(found, only=READ if manifest.is_checkpoint_name(found.name) else there)
     if problem is not None:
         raise UserError(
             f"{found}: {problem}; `lamda checkpoint verify` checks the others, and RUN@STEP takes one of them"

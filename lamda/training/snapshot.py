@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 
+from lamda.durable import umask_mode
 from lamda.model.weights import plain_slices
 from lamda.training.checkpoint import own_tensors
 
@@ -51,7 +52,8 @@ class Snapshots:
             if world.is_main:
                 files[folder / "model.safetensors"] = weights
             for file, tensors in files.items():
-                save_file(tensors, file, metadata={"format": "pt"})
+                with umask_mode(file):
+                    save_file(tensors, file, metadata={"format": "pt"})
             return list(files)
 
         return write

@@ -1,5 +1,6 @@
 import argparse
 import ast
+import errno
 import functools
 import hashlib
 import inspect
@@ -18,7 +19,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamda.config import Config
 from lamda.config.errors import UserError
+from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.tokenizer_training import train_tokenizer
 
@@ -271,3 +274,19 @@ def test_a_vocabulary_with_pieces_over_words_is_encoded_as_a_whole(tmp_path):
     tokenizer = Tokenizer(model.getvalue())
     assert any("▁" in piece.lstrip("▁") for piece in tokenizer._pieces())
     assert tokenizer._words is None
+
+
+def test_a_disk_that_is_full_leaves_no_half_copy_of_a_runs_tokenizer(model_path, tmp_path, monkeypatch):
+    config = Config(tokenizer={"path": str(model_path)}, model={"vocab_size": VOCAB_SIZE}, train={"steps": 1})
+    target = tmp_path / "tokenizer.model"
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=r"tokenizer\.model: cannot be written \(No space left on device\)"):
+            ensure_tokenizer(config, target=target, corpus=None)
+    assert [*tmp_path.iterdir()] == []
+    ensure_tokenizer(config, target=target, corpus=None)
+    assert target.read_bytes() == Path(model_path).read_bytes()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
 from lamda.cli import main
+from lamda.config.errors import UserError
 from lamda.inference.generation import generate
-from lamda.inference.loading import load_run
+from lamda.inference.loading import find_checkpoint, load_run
 from lamda.inference.sampling import Sampling
 from lamda.inference.text import TextStream
+from lamda.storage import manifest
 from tests.random_run import write_run
 
 
@@ -69,3 +72,45 @@ def test_mistakes_are_told(run, capsys, words, expected):
 def test_a_folder_that_is_no_run_is_told(tmp_path, capsys):
     assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
     assert "neither a checkpoint nor a run" in capsys.readouterr().err
+
+
+@pytest.fixture
+def two_checkpoints(tmp_path, tokenizer_path):
+    """A run with checkpoints of steps 1 and 2."""
+    path = write_run(tmp_path / "run", tokenizer_path)
+    first, second = (path / "checkpoints" / f"step-0000000{step}" for step in (1, 2))
+    shutil.copytree(first, second)
+    content = manifest.read(second)
+    (second / "manifest.json").write_text(manifest.sealed({"step": 2, "files": content["files"]}))
+    return path
+
+
+def test_a_step_is_named_and_the_newest_is_taken_whatever_latest_says(two_checkpoints, capsys):
+    run = two_checkpoints
+    for latest in ("step-00000001", "step-00000009", ""):
+        (run / "checkpoints" / "LATEST").write_text(latest)
+        assert find_checkpoint(run).name == "step-00000002"
+    assert find_checkpoint(run.with_name("run@1")).name == "step-00000001"
+    assert told(capsys, f"{run}@1", "--prompt", "a", "--max-new-tokens", 2)
+    with pytest.raises(UserError, match="has no checkpoint of step 7; it has 1, 2"):
+        find_checkpoint(run.with_name("run@7"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.yaml", "tokenizer.model", "manifest.json"])
+@pytest.mark.parametrize("how", ["changed", "unnamed", "missing"])
+def test_what_is_damaged_or_not_named_is_not_read(two_checkpoints, capsys, name, how):
+    checkpoint = two_checkpoints / "checkpoints" / "step-00000002"
+    if how == "changed":
+        content = bytearray((checkpoint / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (checkpoint / name).write_bytes(content)
+    elif how == "missing" or name == "manifest.json":
+        (checkpoint / name).unlink()
+    else:
+        content = manifest.read(checkpoint)
+        del content["files"][name], content["sha256"]
+        (checkpoint / "manifest.json").write_text(manifest.sealed(content))
+    assert main(["generate", str(two_checkpoints), "--prompt", "a"]) == 2
+    errors = capsys.readouterr().err
+    assert str(checkpoint) in errors
+    assert name in errors

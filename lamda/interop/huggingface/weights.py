@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lamda.config import Config, ModelConfig
 from lamda.config.errors import UserError
+from lamda.durable import umask_mode
 from lamda.inference.loading import WEIGHTS
 from lamda.model.weights import PlainSlice, check_shapes, part_of, plain_slices
 
@@ -51,7 +52,8 @@ def write_shards(
         raise UserError(f"--max-shard-size {max_shard_size}: is no size; write one as 5GB or 500MB") from error
     for name, weights in plan.filename_to_tensors.items():
         shard = {weight: read(weight).to(DTYPES[dtype]).contiguous() for weight in weights}
-        save_file(shard, folder / name, metadata={"format": "pt"})
+        with umask_mode(folder / name):
+            save_file(shard, folder / name, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
