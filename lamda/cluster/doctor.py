@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 
 from lamda.cluster.checks.finding import LEVELS, Check, Finding, Level, Subject, failure, warning
-from lamda.config.errors import UserError
+from lamda.config.errors import RunError, UserError
 from lamda.config.loading import load_config
 from lamda.distributed import World, choose_accelerator, read_world
 
@@ -69,7 +69,7 @@ def run(check: Check, subject: Subject) -> Finding:
     """A check's finding; what it cannot do is a failure, and the other checks go on."""
     try:
         return check.look(subject)
-    except (UserError, OSError) as error:
+    except (UserError, RunError, OSError) as error:
         return failure(str(error), "")
     except Exception as error:  # whatever a library raises, the other findings are worth more than its traceback
         said = " ".join(str(error).split())[:300]

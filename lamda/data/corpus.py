@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -72,8 +72,11 @@ class Corpus:
             readers = still
 
 
-def open_corpus(config: DataConfig, *, form: Form = RAW_TEXT) -> Corpus:
-    """Resolve the card's files and cut them into lanes. Raises UserError where something is missing."""
+def open_corpus(config: DataConfig, *, form: Form = RAW_TEXT, on_wait: Callable[[], object] = lambda: None) -> Corpus:
+    """Resolve the card's files and cut them into lanes. Raises UserError where something is missing.
+
+    on_wait: called while a server is waited for, now and when text is read, from any thread.
+    """
     if config.packing not in form.packings:
         raise UserError(
             f"data.packing {config.packing} is not for these documents: set it to {' or '.join(form.packings)} "
@@ -82,7 +85,7 @@ def open_corpus(config: DataConfig, *, form: Form = RAW_TEXT) -> Corpus:
     card = load_card(config)
     lanes: list[Lane] = []
     for source in card.sources:
-        files = resolve(source)
+        files = resolve(source, on_wait=on_wait)
         lanes += cut_into_lanes(
             source,
             files,

@@ -18,8 +18,8 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 import zstandard
 
-from lamda.config.errors import UserError
-from lamda.data.errors import DataError
+from lamda.config.errors import RunError, UserError
+from lamda.data.errors import DataError, DataUnavailableError
 from lamda.data.identity import Stored, cannot_open, content_of, wrong_sha256
 from lamda.data.remote import CHUNK, RemoteFile, Version
 
@@ -40,7 +40,8 @@ class File:
 
     sha256: of the stored bytes, where the card states it. address: where the bytes of a file with an
     `hf://` name come from. content: says whether the text is still the same: a hash of pieces of a local file,
-    the tag of a server; None where nothing says so. version: what the server said of it.
+    the tag of a server; None where nothing says so. version: what the server said of it. on_wait: called while a
+    server is waited for.
     """
 
     url: str
@@ -49,6 +50,7 @@ class File:
     address: str | None = field(default=None, compare=False)
     content: str | None = field(default=None, compare=False)
     version: Version | None = field(default=None, compare=False)
+    on_wait: Callable[[], object] = field(default=lambda: None, compare=False, repr=False)
 
     @property
     def is_remote(self) -> bool:
@@ -166,7 +168,7 @@ def _raw(file: File, *, start: int = 0) -> Iterator[bytes]:
         if wanted:
             yield wanted
     if read != file.size:
-        raise DataError(f"{file.url}: {read} bytes could be read, but the file has {file.size}")
+        raise DataUnavailableError(f"{file.url}: {read} bytes could be read, but the file has {file.size}")
     if hashed and digest.hexdigest() != file.sha256:
         raise DataError(wrong_sha256(file.url, digest.hexdigest(), str(file.sha256)))
 
@@ -218,7 +220,7 @@ def remote_file(file: File) -> RemoteFile | None:
     address = file.address or address_of(file.url)
     if address is None:
         return None
-    return RemoteFile(file.url, address, _headers(file), version=file.version)
+    return RemoteFile(file.url, address, _headers(file), version=file.version, on_wait=file.on_wait)
 
 
 def _headers(file: File) -> dict[str, str]:
@@ -245,7 +247,7 @@ def foreign(what: str) -> Iterator[None]:
     """Turns what the hub's and other stores' libraries raise into a DataError: they have no class in common."""
     try:
         yield
-    except UserError:
+    except (UserError, RunError):
         raise
     except Exception as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]

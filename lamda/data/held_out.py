@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,18 +38,22 @@ class Row:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The validation text of a run. document_mask: attention stays inside a document."""
+    """The validation text of a run.
+
+    document_mask: attention stays inside a document. on_wait: called while a server is waited for.
+    """
 
     sources: tuple[Source, ...]
     tokenizer: Tokenizer
     sequence_length: int
     form: Form = RAW_TEXT
     document_mask: bool = False
+    on_wait: Callable[[], object] = field(default=lambda: None, compare=False, repr=False)
 
     def documents(self) -> Iterator[Document]:
         """Every document once, source by source, file by file."""
         for source in self.sources:
-            for file in resolve(source):
+            for file in resolve(source, on_wait=self.on_wait):
                 yield from self._documents_of(source, file)
 
     def rows(self, domains: list[str]) -> Iterator[Row]:
@@ -70,7 +74,7 @@ class HeldOut:
     def _shares(self) -> Iterator[Iterator[Document]]:
         """The documents of each file, or of each share of a source's many files, so that few are open at a time."""
         for source in self.sources:
-            files = resolve(source)
+            files = resolve(source, on_wait=self.on_wait)
             count = min(len(files), max(1, MOST_SHARES // len(self.sources)))
             yield from (self._documents_in(source, files[share::count]) for share in range(count))
 

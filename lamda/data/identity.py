@@ -15,7 +15,7 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from lamda.data.errors import DataError
+from lamda.data.errors import DataError, DataUnavailableError
 
 PIECES = 16
 PIECE = 1 << 16
@@ -96,11 +96,15 @@ def changed_files(before: Sequence[Sequence[str | None]], now: Sequence[Sequence
     return [str(name) for (_, old), (name, new) in pairs if old is not None and new is not None and old != new]
 
 
-def cannot_open(name: str, error: OSError) -> DataError:
-    """The error for a file that the system does not open, with what helps."""
+PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOMEM)
+"""Errors of a disk, a file server or the machine, which another try may not meet."""
+
+
+def cannot_open(name: str, error: OSError) -> DataError | DataUnavailableError:
+    """The error for a file that the system does not open or read, with what helps; a disk's or a server's may pass."""
     told = f"{name}: cannot be read ({error.strerror or error})"
     if error.errno in (errno.EMFILE, errno.ENFILE):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         told += f"; each lane keeps a file open, and this process may have {limit}: raise it with `ulimit -n`, or set "
         told += "data.lanes lower"
-    return DataError(told)
+    return DataUnavailableError(told) if error.errno in PASSING else DataError(told)

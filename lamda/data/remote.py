@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -20,7 +20,7 @@ from typing import NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from lamda.data.errors import DataError
+from lamda.data.errors import DataError, DataUnavailableError
 
 CHUNK = 1 << 18
 TRANSIENT = {408, 425, 429}
@@ -85,7 +85,8 @@ class Version(NamedTuple):
 class RemoteFile:
     """A file by its http(s) address; `name` is what errors call it. `headers` stay with the first host.
 
-    version: what the server said of the file when it was resolved; each read must be of the same one.
+    version: what the server said of the file when it was resolved; each read must be of the same one. on_wait: called
+    with each attempt, and about once a second while a server is left alone.
     """
 
     name: str
@@ -93,6 +94,7 @@ class RemoteFile:
     headers: Mapping[str, str] = field(default_factory=dict)
     patience: Patience = Patience()
     version: Version | None = None
+    on_wait: Callable[[], object] = field(default=lambda: None, compare=False, repr=False)
 
     def look_up(self) -> tuple[int, Version]:
         """Bytes that the server has, and what it says of them. Raises DataError where it says none, and as `read`."""
@@ -114,7 +116,7 @@ class RemoteFile:
         """The bytes from `start` to `stop`, or to the end, of a file of `size` bytes.
 
         Resets, timeouts, early ends, 429 and 5xx are tried again from the byte where they struck. Raises
-        DataError for any other answer, a file that changes, and a server that stays silent.
+        DataError for any other answer and a file that changes, DataUnavailableError for a server that stays silent.
         """
         position, version, attempts = start, self.version or Version(), _Attempts(self)
         stop = size if stop is None else min(stop, size)
@@ -213,13 +215,21 @@ class _Attempts:
         patience, self.failures = self._file.patience, self.failures + 1
         cause = f"{type(error).__name__}: {error}"
         if self.failures >= patience.attempts:
-            raise DataError(
+            raise DataUnavailableError(
                 f"{self._file.name}: no byte from {position} on in {self.failures} attempts; the last: {cause}"
             ) from error
         wait = min(patience.longest_wait, patience.first_wait * 2 ** (self.failures - 1))
         wait = max(wait * self._random.uniform(0.5, 1), min(_demanded(error), patience.longest_demand))
         log.warning("%s: %s at byte %d; again in %.1f s", self._file.name, cause, position, wait)
-        sleep(wait)
+        _rest(wait, self._file.on_wait)
+
+
+def _rest(seconds: float, on_wait: Callable[[], object]) -> None:
+    on_wait()
+    while seconds > 0:
+        sleep(min(seconds, 1.0))
+        seconds -= 1.0
+        on_wait()
 
 
 def _demanded(error: Exception) -> float:

@@ -9,6 +9,7 @@ import glob
 import logging
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
@@ -29,20 +30,21 @@ OPENED_TOGETHER = 16
 log = logging.getLogger(__name__)
 
 
-def resolve(source: Source) -> list[File]:
+def resolve(source: Source, *, on_wait: Callable[[], object] = lambda: None) -> list[File]:
     """All files of a source, sorted by address, each with what says that its text is the same later.
 
+    on_wait: called while a server is waited for, now and when the files are read.
     Raises UserError where a pattern names none, and DataError where a size or a sha256 is not the card's.
     """
     if source.dataset is not None:
-        return _checked(_looked_up(_hub_files(source.dataset, source.name)), source)
+        return _checked(_looked_up(_hub_files(source.dataset, source.name), on_wait), source)
     if source.standard_library is not None:
         write_corpus(Path(source.standard_library))
     found = set(chain.from_iterable(_matching(pattern, source.name) for pattern in source.files))
     unknown = sorted(url for url in found if not url.endswith(SUFFIXES))
     if unknown:
         raise UserError(f"source {source.name!r}: cannot read {unknown[0]}; files end in {', '.join(SUFFIXES)}")
-    return _checked(_looked_up(sorted(found)), source)
+    return _checked(_looked_up(sorted(found), on_wait), source)
 
 
 def _matching(pattern: str, source: str) -> list[str]:
@@ -99,15 +101,16 @@ def _hub_files(dataset: HubDataset, source: str) -> list[str]:
     return sorted(files[dataset.split])
 
 
-def _looked_up(urls: list[str]) -> list[File]:
+def _looked_up(urls: list[str], on_wait: Callable[[], object]) -> list[File]:
     """The files with their sizes and contents, many at a time."""
     with ThreadPoolExecutor(OPENED_TOGETHER) as pool:
-        return list(pool.map(_look_up, urls))
+        files = pool.map(lambda url: _look_up(url, on_wait), urls)
+        return [replace(file, on_wait=on_wait) for file in files]
 
 
-def _look_up(url: str) -> File:
+def _look_up(url: str, on_wait: Callable[[], object]) -> File:
     if url.startswith(HTTP):
-        size, version = RemoteFile(url, url).look_up()
+        size, version = RemoteFile(url, url, on_wait=on_wait).look_up()
         return File(url, size, address=url, content=version.told, version=version)
     if "://" in url:
         return _in_a_store(url)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import orjson
 
@@ -28,12 +28,16 @@ class Finetuning:
         """Conversations."""
         return Conversations.of(config)
 
-    def held_out(self, config: Config, tokenizer: Tokenizer) -> HeldOutDialogues | None:
+    def held_out(
+        self, config: Config, tokenizer: Tokenizer, *, on_wait: Callable[[], object] = lambda: None
+    ) -> HeldOutDialogues | None:
         """The validation dialogues, if there are any."""
         sources = validation(config)
         if not sources:
             return None
-        return HeldOutDialogues(HeldOut(sources, tokenizer, config.data.sequence_length, Conversations.of(config)))
+        return HeldOutDialogues(
+            HeldOut(sources, tokenizer, config.data.sequence_length, Conversations.of(config), on_wait)
+        )
 
     def told(self, run: Run) -> Iterator[str]:
         """Perplexity, and how well ratings are told."""

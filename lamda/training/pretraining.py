@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from lamda.best_effort import BestEffort
 from lamda.config.progress import computing
@@ -29,13 +29,15 @@ class Pretraining:
         """Raw text."""
         return RAW_TEXT
 
-    def held_out(self, config: Config, tokenizer: Tokenizer) -> HeldOutText | None:
+    def held_out(
+        self, config: Config, tokenizer: Tokenizer, *, on_wait: Callable[[], object] = lambda: None
+    ) -> HeldOutText | None:
         """The validation text, if there is one."""
         sources = validation(config)
         if not sources:
             return None
         length, is_masked = config.data.sequence_length, config.data.separates_documents
-        return HeldOutText(HeldOut(sources, tokenizer, length, document_mask=is_masked))
+        return HeldOutText(HeldOut(sources, tokenizer, length, document_mask=is_masked, on_wait=on_wait))
 
     def told(self, run: Run) -> Iterator[str]:
         """The table of losses, and what compressors make of the same text."""

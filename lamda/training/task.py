@@ -50,8 +50,10 @@ class Task(Protocol):
         """What the records of the corpus are."""
         ...
 
-    def held_out(self, config: Config, tokenizer: Tokenizer) -> Evaluation | None:
-        """What the run is evaluated on, if anything."""
+    def held_out(
+        self, config: Config, tokenizer: Tokenizer, *, on_wait: Callable[[], object] = lambda: None
+    ) -> Evaluation | None:
+        """What the run is evaluated on, if anything. on_wait: called while a server is waited for."""
         ...
 
     def told(self, run: Run) -> Iterator[str]:

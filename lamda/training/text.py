@@ -44,16 +44,18 @@ class Text:
         form: Form,
         at: Callable[[str], object] = lambda phase: None,
         progress: Progress = lambda: None,
+        on_wait: Progress = lambda: None,
     ) -> Text:
         """Rank 0 goes first and makes what is missing. Raises UserError for whatever the run would fail on later.
 
-        at: called on every rank with the name of each part of the work. progress: called as a part goes on.
+        at: called on every rank with the name of each part of the work. progress: called as a part goes on. on_wait:
+        called while a server is waited for, now and when the text is read, from any thread.
         """
 
         def open_all() -> Corpus:
-            corpus = open_corpus(config.data, form=form)
+            corpus = open_corpus(config.data, form=form, on_wait=on_wait)
             for source in validation(config):
-                resolve(source)
+                resolve(source, on_wait=on_wait)
             if config.model.weights is not None:
                 check_weights(Path(config.model.weights), config.model)
             return corpus
@@ -74,7 +76,7 @@ class Text:
         at("text")
         domains = distributed.on_main(world, prepare)
         corpus, tokenizer = distributed.agree(
-            world, lambda: (open_corpus(config.data, form=form), Tokenizer.load(directory.tokenizer))
+            world, lambda: (open_corpus(config.data, form=form, on_wait=on_wait), Tokenizer.load(directory.tokenizer))
         )
         return cls(corpus, tokenizer, tuple(domains))
 

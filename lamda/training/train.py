@@ -47,6 +47,9 @@ log = logging.getLogger(__name__)
 STOP_PATIENCE = 20.0
 """Seconds without progress of a step after a signal: then another rank is dead, and a launcher kills after 30."""
 
+TEXT_PHASES = ("corpus", "tokenizer", "text", "fetch", "evaluate", "finish")
+"""Phases in which the main thread may wait for text, and so for a server."""
+
 
 def train(
     config: Config,
@@ -130,7 +133,15 @@ class _Start:
                     return 0
                 at("benchmarks")
                 benchmarks = self.open_benchmarks(config, world)
-                text = Text.open(config, directory, world, form=self.task.form(config), at=at, progress=dog.progress)
+                text = Text.open(
+                    config,
+                    directory,
+                    world,
+                    form=self.task.form(config),
+                    at=at,
+                    progress=dog.progress,
+                    on_wait=lambda: dog.progress_during(TEXT_PHASES),
+                )
                 state = start.check_data(text.fingerprint(config))
                 at("engine")
                 engine = self.framework.engine(
@@ -192,7 +203,9 @@ class _Start:
                 directory=directory,
                 engine=engine,
                 open_loader=lambda state: text.loader(config, world, state),
-                held_out=self.task.held_out(config, text.tokenizer),
+                held_out=self.task.held_out(
+                    config, text.tokenizer, on_wait=lambda: watchdog.progress_during(TEXT_PHASES)
+                ),
                 benchmarks=benchmarks,
                 tokenizer=text.tokenizer,
                 domains=text.domains,

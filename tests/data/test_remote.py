@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import groupby
 
 import pytest
 import zstandard
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from lamda.config.errors import UserError
 from lamda.data import identity, remote
 from lamda.data.card import Checksum, Source
-from lamda.data.errors import DataError
+from lamda.data.errors import DataError, DataUnavailableError
 from lamda.data.files import File, read_all, read_lines
 from lamda.data.parquet import read_rows
 from lamda.data.remote import Patience, RemoteFile, Version
@@ -175,10 +176,10 @@ def test_progress_starts_the_count_of_attempts_again(server):
 
 def test_a_server_without_progress_is_left_with_the_file_and_the_last_cause(server):
     server.reset(faults=[("short", 500)] + [("status", 500)] * 2 + [("status", 503)] * 9)
-    with pytest.raises(DataError, match=r"shard: no byte from 500 on in 4 attempts.*503"):
+    with pytest.raises(DataUnavailableError, match=r"shard: no byte from 500 on in 4 attempts.*503"):
         list(server.file().read(size=len(CONTENT)))
     assert len(server.requests) == 4
-    with pytest.raises(DataError, match="refused"):
+    with pytest.raises(DataUnavailableError, match="refused"):
         list(RemoteFile("gone", "http://127.0.0.1:9/x", patience=QUICK).read(size=1))
 
 
@@ -320,7 +321,7 @@ def test_a_remote_parquet_file_is_read_through_a_failing_server(server, monkeypa
 
 def test_waits_double_within_bounds_and_heed_the_server(server, monkeypatch):
     waits: list[float] = []
-    monkeypatch.setattr(remote, "sleep", waits.append)
+    monkeypatch.setattr(remote, "_rest", lambda seconds, on_wait: waits.append(seconds))
     server.reset(faults=[("status", 500)] * 8)
     patience = Patience(attempts=9, first_wait=1.0, longest_wait=16.0)
     assert b"".join(server.file(patience).read(size=len(CONTENT))) == CONTENT
@@ -331,6 +332,19 @@ def test_waits_double_within_bounds_and_heed_the_server(server, monkeypatch):
     waits.clear()
     list(server.file(patience).read(size=len(CONTENT)))
     assert waits == [40.0, patience.longest_demand]
+
+
+def test_whoever_waits_for_a_server_is_told_in_every_second_of_it(server, monkeypatch):
+    """A server may ask for more time than a watchdog gives."""
+    moments: list[float] = []
+    monkeypatch.setattr(remote, "sleep", moments.append)
+    monkeypatch.setattr(remote, "_demanded", lambda error: 25.0)
+    server.reset(faults=[("status", 503)] * 2)
+    file = server.file(Patience(first_wait=0.0), on_wait=lambda: moments.append(0))
+    assert b"".join(file.read(size=len(CONTENT))) == CONTENT
+    assert sum(moments) == 50
+    longest = max(len(list(group)) for waits, group in groupby(moments, bool) if waits)
+    assert (longest, max(moments)) == (1, 1.0), "never more than a second without a word"
 
 
 def test_retry_after_is_read_as_seconds_or_as_a_date():

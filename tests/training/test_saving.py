@@ -4,11 +4,13 @@ import shutil
 import threading
 import time
 from collections import namedtuple
+from hashlib import sha256
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from lamda import durable
 from lamda.distributed import World
 from lamda.storage.lock import LostLockError
 from lamda.training import manifest, saving, snapshot
@@ -176,3 +178,49 @@ def test_a_run_that_another_process_has_taken_over_saves_no_more(tmp_path, engin
     with pytest.raises(LostLockError):
         saver.finish()
     assert [path.name for path in manifest.complete(tmp_path / "checkpoints")] == ["step-00000001"]
+
+
+def test_a_save_that_is_waited_for_tells_its_progress_while_its_files_grow_alone(tmp_path, engine, monkeypatch, held):
+    """A disk that stands still is a hang, one that is slow is none."""
+    monkeypatch.setattr(saving, "POLL_SECONDS", 0.01)
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    told: list[None] = []
+    saver = Saver(
+        tmp_path / "checkpoints",
+        engine=engine,
+        tokenizer=tmp_path / "tokenizer.model",
+        progress=lambda: told.append(None),
+    )
+    assert saver.begin(RunState(step=1)) is None
+    waiting = threading.Thread(target=saver.finish)
+    waiting.start()
+    until_still(told)
+    before = len(told)
+    (tmp_path / "checkpoints" / ".step-00000001.tmp" / "piece").write_bytes(bytes(1 << 16))
+    end = time.monotonic() + 60
+    while len(told) == before:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    until_still(told)
+    held.set()
+    waiting.join(60)
+    assert not waiting.is_alive()
+
+
+def until_still(told):
+    """Until nothing is added for a while, which must come."""
+    end = time.monotonic() + 60
+    known = -1
+    while len(told) != known:
+        assert time.monotonic() < end
+        known = len(told)
+        time.sleep(0.5)
+
+
+def test_files_are_synced_and_hashed_piece_by_piece(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(3 * durable.HASH_BYTES + 1))
+    pieces: list[None] = []
+    entry = manifest.sync_and_describe(file, progress=lambda: pieces.append(None))
+    assert entry == {"size": 3 * durable.HASH_BYTES + 1, "sha256": sha256(file.read_bytes()).hexdigest()}
+    assert len(pieces) == 1 + 4

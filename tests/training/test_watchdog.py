@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from lamda.training.watchdog import HANG_EXIT, Heartbeat, kernel_state, verdict
+from lamda.training.watchdog import HANG_EXIT, Heartbeat, clear_heartbeats, kernel_state, verdict
 
 RANK = """
 import json, sys, time
@@ -24,7 +24,20 @@ def tell(verdict):
     with (folder / "told").open("a") as file:
         file.write(verdict + "\\n")
 
-with Watchdog(folder / "heartbeats", world=World(rank=rank, size=2), seconds=1.0, tell=tell) as watchdog:
+seconds = 60.0 if behaviour.startswith("hurried") else 1.0
+with Watchdog(folder / "heartbeats", world=World(rank=rank, size=2), seconds=seconds, tell=tell) as watchdog:
+    if behaviour.startswith("hurried"):
+        watchdog.hurry(0.5, during=("update",))
+        watchdog.mark(behaviour.removeprefix("hurried-"), step=1)
+        time.sleep(3)
+        sys.exit()
+    if behaviour in ("saves", "waits-for-it"):
+        watchdog.mark("save", step=1)
+        for _ in range(20):
+            time.sleep(0.2)
+            if behaviour == "saves":
+                watchdog.progress()
+        sys.exit()
     for step in range(1, 8 if behaviour == "slow" else 600):
         watchdog.mark("fetch", step=step)
         if step == 3 and behaviour == "sleeps":
@@ -111,3 +124,25 @@ def test_a_slow_run_is_left_alone_and_leaves_nothing_behind(tmp_path, start):
     assert not (tmp_path / "told").exists()
     assert not list((tmp_path / "heartbeats").iterdir())
     assert not list((tmp_path / "hang").iterdir())
+
+
+def test_a_rank_that_waits_for_anothers_long_work_is_no_hang_while_that_makes_progress(tmp_path, start):
+    assert [process.wait(60) for process in start("saves", "waits-for-it")] == [0, 0]
+    assert not (tmp_path / "told").exists()
+
+
+def test_ranks_that_all_wait_without_progress_are_a_hang(tmp_path, start):
+    assert [process.wait(60) for process in start("waits-for-it", "waits-for-it")] == [HANG_EXIT] * 2
+    assert (tmp_path / "told").read_text() == "all 2 ranks have waited for 1 s in step 1, phase save\n"
+
+
+def test_a_stop_hurries_a_step_and_not_a_save(start):
+    step, save = start("hurried-update")[0].wait(60), start("hurried-save")[-1].wait(60)
+    assert (step, save) == (HANG_EXIT, 0)
+
+
+def test_old_signs_of_life_are_cleared_before_ranks_are_judged_and_killed_by_them(tmp_path):
+    (tmp_path / "rank-00007.json").write_text('{"rank": 7, "pid": 1}')
+    clear_heartbeats(tmp_path)
+    assert not list(tmp_path.iterdir())
+    clear_heartbeats(tmp_path / "none")

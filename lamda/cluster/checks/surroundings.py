@@ -14,8 +14,7 @@ from urllib.request import urlopen
 
 from lamda.cluster.checks.finding import Check, Finding, Subject, failure, ok, warning
 from lamda.config.batches import micro_batches_per_rank
-from lamda.config.errors import UserError
-from lamda.data.errors import DataError
+from lamda.config.errors import RunError, UserError
 from lamda.model.counts import parameters
 from lamda.storage.lock import STALE_SECONDS
 from lamda.training import deepspeed_config
@@ -98,7 +97,7 @@ def data(subject: Subject) -> Finding:
 
     try:
         number, size, first = _in_time(look)
-    except (UserError, DataError, OSError) as error:
+    except (UserError, RunError, OSError) as error:
         return failure(str(error), "mend data.corpus or data.files; behind a proxy, set https_proxy")
     return ok(f"{number} files, {size / 1e9:,.2f} GB stored; the first, {first}, can be read")
 
