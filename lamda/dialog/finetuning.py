@@ -36,7 +36,7 @@ class Finetuning:
         if not sources:
             return None
         return HeldOutDialogues(
-            HeldOut(sources, tokenizer, config.data.sequence_length, Conversations.of(config), on_wait)
+            HeldOut(sources, tokenizer, config.data.sequence_length, Conversations.of(config), on_wait=on_wait)
         )
 
     def told(self, run: Run) -> Iterator[str]:

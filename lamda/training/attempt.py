@@ -19,20 +19,23 @@ STARTING = "starting"
 class Attempt:
     """A start of a run. Any rank may say how it ended; the first word stays, for the others follow from it.
 
-    found: status.json as it was before, on rank 0. is_training: whether the start is over.
+    found: status.json as it was before. is_training: whether the start is over.
     """
 
     def __init__(self, directory: RunDirectory, world: World) -> None:
         self.found: dict[str, Any] = {}
         self.is_training = False
         self._directory, self._world = directory, world
-        self._began = on_main(world, self._begin)
+        self._began, self.found = on_main(world, lambda: (time.time(), directory.read_status()))
 
-    def _begin(self) -> float:
-        self.found = self._directory.read_status()
-        began = time.time()
-        self._directory.write_status("running", phase=STARTING)
-        return began
+    def begin(self) -> None:
+        """Say that the run is starting, unless a rank has ended it already. Every rank calls it."""
+
+        def say() -> None:
+            if self.exit_code() is None:
+                self._directory.write_status("running", phase=STARTING)
+
+        on_main(self._world, say)
 
     def train(self, *, step: int, steps: int) -> None:
         """The start is over, the run trains from `step` on."""

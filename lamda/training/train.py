@@ -76,9 +76,9 @@ def train(
         attempt = Attempt(directory, world)
         signals.leave_at_once(report=attempt.leave_by_signal())
         try:
-            code = _Start(config, world, task, framework, open_benchmarks, signals, directory, lock, attempt).run(
-                device
-            )
+            attempt.begin()
+            start = _Start(config, world, task, framework, open_benchmarks, signals, directory, lock, attempt)
+            code = start.run(device)
             distributed.barrier()  # a launcher whose first rank has left kills the others, who may have rows to send
             return code
         except (LostLockError, ReportedElsewhereError, FailedElsewhereError):

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -77,3 +78,38 @@ def test_the_log_takes_what_the_command_says(tmp_path):
     while launch.poll() is None:
         time.sleep(0.01)
     assert sorted((tmp_path / "log").read_text().split()) == ["one", "two"]
+
+
+PROOF = """
+import sys, time
+from pathlib import Path
+from lamda.cluster import prove_resume
+from lamda.cluster.launch import Launch
+from lamda.cli import main
+folder = Path(sys.argv[1])
+
+def run(self, ranks, others):
+    launch = Launch([sys.executable, "-S", "-c", "import time; time.sleep(120)"], run=folder)
+    try:
+        (folder / "pids").write_text(" ".join(map(str, launch.living())))
+        time.sleep(120)
+    finally:
+        launch.kill()
+
+prove_resume.Proof.run = run
+sys.exit(main(["prove-resume", "--ranks", "1", "--config", "configs/tiny.yaml", "--run.dir", str(folder / "mine")]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_proof_that_is_stopped_ends_what_it_has_started_and_leaves_nothing(tmp_path, number):
+    proof = subprocess.Popen([sys.executable, "-c", PROOF, str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    pids = tmp_path / "pids"
+    while not (pids.exists() and pids.read_text()):
+        assert proof.poll() is None, proof.stderr.read()
+        time.sleep(0.02)
+    proof.send_signal(number)
+    assert proof.wait(60) == 130
+    proof.stderr.close()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids.read_text().split())
+    assert list(tmp_path.glob("mine-proof-*")) == []

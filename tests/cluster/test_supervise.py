@@ -135,6 +135,12 @@ def test_what_is_not_a_failure_is_passed_on_and_not_started_again(run, code, exp
     assert starts(run) == 1
 
 
+def test_it_says_that_a_refused_run_is_not_started_again(run, capfd):
+    assert supervise(run, "status('failed', reason='data.files: no file matches'); sys.exit(2)") == 2
+    said = capfd.readouterr().err
+    assert "not started again, for it would be refused again: data.files: no file matches (exit code 2)" in said
+
+
 @pytest.mark.parametrize(
     "ending",
     [

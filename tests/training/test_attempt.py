@@ -16,10 +16,17 @@ def directory(tmp_path):
 
 def test_from_the_first_moment_it_does_not_tell_of_the_run_before(directory, device):
     directory.write_status("failed", reason="a disk")
-    Attempt(directory, World())
+    Attempt(directory, World()).begin()
     status = directory.read_status()
     assert (status["status"], status["phase"]) == ("running", "starting")
     assert "reason" not in status
+
+
+def test_a_signal_to_another_rank_is_not_overwritten_by_the_start(directory, device):
+    attempt = Attempt(directory, World())
+    attempt.leave_by_signal()("SIGTERM")
+    attempt.begin()
+    assert directory.read_status()["status"] == "preempted"
 
 
 @pytest.mark.parametrize("end", ["finished", "preempted", "failed"])
@@ -44,7 +51,9 @@ def test_a_refused_start_changes_nothing(directory, device, before):
     if before is not None:
         directory.write_status(before, step=3)
     there = directory.read_status()
-    Attempt(directory, World()).refuse("a typo")
+    attempt = Attempt(directory, World())
+    attempt.begin()
+    attempt.refuse("a typo")
     if before is None:
         assert (directory.read_status()["status"], directory.read_status()["reason"]) == ("failed", "a typo")
     else:
