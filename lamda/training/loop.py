@@ -33,11 +33,8 @@ from lamda.training.saving import Saved, Saver
 from lamda.training.schedule import next_learning_rate, total_steps
 from lamda.training.state import RunState
 from lamda.training.stopping import StopRequests
-from lamda.training.task import Benchmarks, Evaluation, Scores, TaskError
+from lamda.training.task import FULL, Benchmarks, Evaluation, Scores, TaskError
 from lamda.training.watchdog import Watchdog
-
-FULL = "eval/full/"
-"""What begins the names of the figures of all the held-out text."""
 
 
 class EvaluationLeftError(Exception):

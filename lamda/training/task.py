@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from lamda.training.framework import Scorer
     from lamda.training.loop import Run
 
+FULL = "eval/full/"
+"""What begins the names of the last step's figures of all the held-out text; others `eval/...` are of some rows."""
+
 Mark = Callable[[], None]
 """Tells the watchdog that something goes on."""
 

@@ -58,7 +58,9 @@ def train(tmp_path_factory, device, tokenizer_path):
         with MetricsFile(run / "metrics.jsonl", discarded=run / "metrics.discarded.jsonl", step=0) as metrics:
             for step in (1, 2):
                 loss = engine.step(batch(step, World()), learning_rate=1e-2).loss()
-                metrics.write({"step": step, "loss": loss, **({"eval/loss": 5.25} if step == 1 else {})})
+                metrics.write(
+                    {"step": step, "loss": loss, **({"eval/loss": 5.75, "eval/full/loss": 5.25} if step == 1 else {})}
+                )
             metrics.write({"step": 3, "loss": 99.0, "eval/loss": 99.0})
         saver = Saver(run / "checkpoints", engine=engine, tokenizer=tokenizer_path)
         assert saver.begin(RunState(step=2, updates=2, consumed=16, samples=16, tokens=192)) is None
@@ -205,6 +207,7 @@ def test_the_card_tells_data_licence_metrics_and_hashes(run, saved, exported):
     loss = json.loads((run / "metrics.jsonl").read_text("utf-8").split("\n")[1])["loss"]
     assert f"| loss (nats a token) | {loss:.4f} |" in card
     assert "On held-out text at step 1:\n\n| metric | value |\n| --- | --- |\n| loss | 5.2500 |\n" in card
+    assert "5.75" not in card, "the figure of all the text is the one to show"
     assert "99.0" not in card
     for file in sorted(exported.iterdir()):
         if file.name not in ("README.md", "manifest.json"):

@@ -10,6 +10,8 @@ from lamda.interop.huggingface.source import Source
 from lamda.interop.huggingface.tokenization import JOINER, SPELLINGS
 from lamda.model.counts import parameters
 from lamda.training.manifest import sync_and_describe
+from lamda.training.schedule import total_steps
+from lamda.training.task import FULL
 
 _HEAD = """\
 ---
@@ -114,7 +116,7 @@ def _training(source: Source) -> str:
         return "Unknown: these weights came without their run."
     train, state = source.config.train, source.state
     facts = {
-        "steps": f"{state.step:,} of {source.config.steps:,}",
+        "steps": f"{state.step:,} of {total_steps(source.config, state):,}",
         "tokens": f"{state.tokens:,}",
         "rows a step": f"{train.global_batch_size:,} of {source.config.data.sequence_length:,} targets",
         "optimiser": f"{train.optimizer}, peak rate {train.lr:g}, {train.schedule}",
@@ -131,8 +133,14 @@ def _metrics(source: Source) -> str:
     text = f"Of step {loss[0]:,} in training:\n\n{_table(('metric', 'value'), values)}"
     if evaluation is None:
         return text + "\n\nThe run was not evaluated."
-    held_out = {key.removeprefix("eval/"): f"{value:.4f}" for key, value in evaluation[1].items()}
+    held_out = {key.removeprefix("eval/"): f"{value:.4f}" for key, value in _of_most_text(evaluation[1]).items()}
     return f"{text}\n\nOn held-out text at step {evaluation[0]:,}:\n\n{_table(('metric', 'value'), held_out)}"
+
+
+def _of_most_text(figures: dict[str, float]) -> dict[str, float]:
+    """Of a figure of some rows and the same of all the text, the latter alone."""
+    full = {key.replace(FULL, "eval/"): value for key, value in figures.items() if key.startswith(FULL)}
+    return {key: value for key, value in figures.items() if not key.startswith(FULL)} | full
 
 
 def _hashes(source: Source, folder: Path) -> str:
