@@ -1,0 +1,48 @@
+"""`lamda evaluate` prints JSON that any parser reads, or says why there are no figures."""
+
+import json
+from math import nan
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from lamda.config.errors import UserError
+from lamda.training.evaluate import main
+from tests.conftest import make_text, write_shard
+from tests.random_run import write_run
+
+
+def no_constant(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+@pytest.fixture
+def run(tmp_path, tokenizer_path):
+    return write_run(tmp_path / "run", tokenizer_path)
+
+
+def evaluated(run, files, capsys):
+    assert main([str(run), "--files", str(files), "--json"]) == 0
+    return json.loads(capsys.readouterr().out, parse_constant=no_constant)
+
+
+def test_an_empty_document_beside_others_changes_nothing(run, tmp_path, capsys):
+    with_empty = write_shard(tmp_path / "a.jsonl", ["", make_text(1, 40)])
+    without = write_shard(tmp_path / "b.jsonl", [make_text(1, 40)])
+    figures = evaluated(run, with_empty, capsys)
+    assert figures["tokens"] == evaluated(run, without, capsys)["tokens"]
+    assert figures["loss"] > 0
+
+
+def test_text_of_empty_documents_alone_is_refused(run, tmp_path):
+    files = write_shard(tmp_path / "empty.jsonl", ["", ""])
+    with pytest.raises(UserError, match="the text has no token to score: .*empty.jsonl has empty documents alone"):
+        main([str(run), "--files", str(files), "--json"])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_diverged_model_has_null_for_figures_that_json_has_not(run, tmp_path, capsys):
+    path = run / "checkpoints" / "step-00000001" / "model.safetensors"
+    save_file({name: weight.fill_(nan) for name, weight in load_file(path).items()}, path)
+    figures = evaluated(run, write_shard(tmp_path / "text.jsonl", [make_text(1, 40)]), capsys)
+    assert (figures["loss"], figures["perplexity"], figures["bits_per_byte"]) == (None, None, None)
