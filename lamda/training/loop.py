@@ -79,6 +79,7 @@ class Run:
         Raises RunError where that cannot be.
         """
         self._health = self._history()
+        self._quarantine = QuarantineFile(self.directory.quarantine)
         self._make_up()
         while not self.is_over and self.stopped is None:
             with self.open_loader(self.state) as loader:
