@@ -104,20 +104,20 @@ class Connection(H11Protocol):
         h11 takes some 50 microseconds for each chunk of a chunked body, however small. It gets little at a time, and
         none of such a body, which is refused: no client of this protocol needs it.
         """
-        for start in range(0, len(data), _SLICE):
-            if self.transport.is_closing() or (self._is_at_work and is_chunked(self.headers)):
-                return
-            super().data_received(data[start : start + _SLICE])
+        while data and not self.transport.is_closing() and not self._has_chunks:
+            size = len(data) if self._is_at_work else _SLICE
+            super().data_received(data[:size])
+            data = data[size:]
+            self._unread += size
         if self._is_at_work:
             self._work()
             return
-        self._unread += len(data)
         if self._unread > self._doors.limits.bytes:
             self.cut("bytes")
 
     def on_response_complete(self) -> None:
         """The next request is waited for. One that was sent before this answer is not taken: it would come for free."""
-        if self.conn.trailing_data[0]:
+        if self.conn.trailing_data[0] or self._has_chunks:
             self.transport.close()
         super().on_response_complete()
         self._wait()
@@ -153,6 +153,10 @@ class Connection(H11Protocol):
         self._doors.waiting.pop(self, None)
         self._doors.metrics.closed.labels(limit).inc()
         self.transport.abort()
+
+    @property
+    def _has_chunks(self) -> bool:
+        return self.cycle is not None and is_chunked(self.headers)
 
     @property
     def _is_at_work(self) -> bool:

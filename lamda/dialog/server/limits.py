@@ -33,7 +33,7 @@ class Limits:
 SMALL_BODY = 65_536
 """Bytes of a body that are not counted in `total_bytes`: a few large ones do not keep ordinary requests out."""
 
-STRUCTURE = 100_000
+STRUCTURE = 50_000
 """Commas and opening brackets of a body, counted before it is parsed."""
 
 KEYS = 100

@@ -6,6 +6,7 @@ import argparse
 import ipaddress
 import os
 import socket
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from lamda.config.errors import UserError, all_of
 from lamda.dialog.options import add_options, manner_of, toolset_of, usable_tools
 from lamda.dialog.server.limits import Limits
 from lamda.inference.loading import load_run
+
+_SWITCH_SECONDS = 0.0005
+"""In which a thread gives way to another: the one of the connections waits so long for each of its system calls."""
 
 KEY_VARIABLE = "LAMDA_API_KEY"
 
@@ -57,6 +61,7 @@ def main(argv: list[str]) -> int:
     hosts = LOOPBACK | {options.host, *options.allow_host}
     app = App(service, hosts=hosts, key=key, chat_only=options.chat_only)
     console.outlive()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     gigabytes = options.total_tokens * service.token_bytes / 1e9
     print(f"{loaded.path.name} of {options.run} answers on {_address(options.host, options.port)}")
     print(f"{options.total_tokens:,} tokens of all requests together take up to {gigabytes:.1f} GB", flush=True)

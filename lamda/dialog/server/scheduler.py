@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from traceback import format_exception
 from typing import Any, TypeVar
 
@@ -19,10 +19,14 @@ from torch import Tensor
 
 from lamda.config.errors import RunError, UserError
 from lamda.dialog.server.admission import Abandoned, Ending, Ticket, TooLong
+from lamda.dialog.server.memory import give_back
 from lamda.inference.cache import Prefix
 from lamda.inference.generation import Candidates, OnToken, Pieces, forward
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
+
+_IDLE_SECONDS = 2.0
+"""Without work, after which memory is given back."""
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +77,7 @@ class Scheduler:
         self.rows = self.steps = 0
         self._model = model
         self._arrived: SimpleQueue[_Job | None] = SimpleQueue()
-        self._entrance, self._is_closed = threading.Lock(), False
+        self._entrance, self._is_closed, self._has_worked = threading.Lock(), False, False
         self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
         self._thread.start()
 
@@ -124,7 +128,13 @@ class Scheduler:
     def _receive(self, jobs: list[_Job]) -> bool:
         """Add who has arrived, after waiting where there is nothing else to do; whether the thread continues."""
         while not jobs or not self._arrived.empty():
-            job = self._arrived.get()
+            try:
+                job = self._arrived.get(timeout=_IDLE_SECONDS if self._has_worked and not jobs else None)
+            except Empty:
+                self._has_worked = False
+                give_back()
+                continue
+            self._has_worked = True
             if job is None:
                 for left in jobs:
                     left.fail(Abandoned())

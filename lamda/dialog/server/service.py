@@ -13,7 +13,7 @@ from lamda.dialog.encoding import Encoding
 from lamda.dialog.server.admission import Ticket
 from lamda.dialog.server.choices import ChoiceText
 from lamda.dialog.server.limits import Limits
-from lamda.dialog.server.protocol import ChatRequest, CompletionRequest, Refused
+from lamda.dialog.server.protocol import ChatMessage, ChatRequest, CompletionRequest, Refused
 from lamda.dialog.server.scheduler import Scheduler
 from lamda.dialog.speaker import Manner, Reply, Speaker
 from lamda.dialog.tools.toolset import Toolset
@@ -73,6 +73,7 @@ class Service:
         self._model, self._tokenizer = model, tokenizer
         self._manner, self._has_tools = manner or Manner(), toolset is not None
         self._sequence_length = sequence_length
+        self._token_length = max(len(tokenizer.utf8(id)) for id in range(tokenizer.vocab_size))
         self._stop_ids = Encoding(tokenizer).stop_ids
         self._speaker = partial(
             Speaker, model, tokenizer, sequence_length=sequence_length, is_tuned=is_tuned, toolset=toolset
@@ -143,7 +144,9 @@ class Service:
             return found
 
         speaker = self._speaker(sample=sample, run=partial(self.scheduler.run, ticket=ticket))
-        reply = speaker.reply([message.to_message() for message in asked.messages], manner)
+        most = self._sequence_length * self._token_length  # characters at the end of a message that can have room
+        messages = [replace(each, content=each.content[-most:]) for each in map(ChatMessage.to_message, asked.messages)]
+        reply = speaker.reply(messages, manner)
         if reply.refused:
             return Spoken(reply, "content_filter", 0)
         stopped, tokens = ended[reply.text]
@@ -173,6 +176,8 @@ class Service:
         """A prompt's, after the symbol that begins every document; ids may have it already, and no other symbol."""
         end = self._tokenizer.end_of_document
         if isinstance(prompt, str):
+            if len(prompt) > self.limits.tokens * self._token_length:  # not encoded only to be refused
+                raise Refused(400, f"prompt has more than {self.limits.tokens} tokens", param="prompt")
             ids = self._tokenizer.encode(prompt)
         else:
             ids = prompt[1:] if prompt and prompt[0] == end else prompt
