@@ -138,6 +138,7 @@ def start(world: World, *, threads: int | None) -> torch.device:
     with _joining(world):
         deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=30), dist_init_required=True)
     if torch.cuda.is_available():
+        _keep_segments()
         torch.cuda.set_device(world.local_rank)
         return torch.device("cuda", world.local_rank)
     _keep_memory()
@@ -176,6 +177,12 @@ def free_address() -> str:
     with socket.socket() as free:
         free.bind((host, 0))
         return f"{host}:{free.getsockname()[1]}"
+
+
+def _keep_segments() -> None:
+    """Let PyTorch grow a GPU's segments of memory, unless the user sets them: fixed ones leave gaps."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _keep_memory() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import math
@@ -136,9 +137,13 @@ class Engine:
             with compiling.compiled_once(compiled=self.is_compiled, first=self._is_first):
                 result = self._step(batch, learning_rate, signals, at)
         except torch.OutOfMemoryError as error:
-            raise UserError(self._too_large(str(error))) from error
-        self._is_first = False
-        return result
+            reason = str(error)
+        else:
+            self._is_first = False
+            return result
+        # Only here, where the error is gone: its traceback holds the failed step's frames, and they its activations.
+        gc.collect()
+        raise UserError(self._too_large(reason))
 
     def _step(
         self,
@@ -248,9 +253,14 @@ class Engine:
         return {"framework": "deepspeed", "zero_stage": self.stage}
 
     def _too_large(self, reason: str) -> str:
-        """What to change after memory ran out: every step has the same shapes, so the first one tells."""
+        """What to change after memory ran out: every step has the same shapes, so the first one tells.
+
+        At ZeRO stage 3 nothing is measured: every rank would have to gather weights for it, and others still compute.
+        """
         own = self.config.train.micro_batch_size
         told = f"train.micro_batch_size {own} does not fit into memory ({reason.splitlines()[0]})"
+        if self.stage == 3:
+            return f"{told}; take a smaller one, train.recompute block, or a smaller model"
         fitting = next((rows for rows in range(own // 2, 0, -1) if own % rows == 0 and self._fits(rows)), None)
         if fitting is None:
             return f"{told}; nor does 1: take train.recompute block, a higher ZeRO stage, or a smaller model"

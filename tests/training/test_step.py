@@ -1,5 +1,6 @@
 """How a step is computed changes none of its results: compiled, computed again, or too large for memory."""
 
+import weakref
 from dataclasses import replace
 from functools import partialmethod
 
@@ -85,6 +86,26 @@ def test_memory_that_runs_out_names_the_micro_batch_that_fits(tmp_path, device, 
     )
     assert told in str(caught.value)
     assert "More lines" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_what_fits_is_measured_after_the_failed_step_is_let_go(tmp_path, device, monkeypatch, stage):
+    """The error's frames hold the step's activations; at stage 3 the ranks that failed could not measure alone."""
+    engine, failed, alive = engine_of(tmp_path, device, stage=stage), [], []
+
+    def run_out(loss):
+        failed.append(weakref.ref(loss))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+    def fits(rows):
+        alive.extend(each() for each in failed)
+        return rows == 1
+
+    monkeypatch.setattr("lamda.training.engine._or_nan", run_out)
+    monkeypatch.setattr(engine, "_fits", fits)
+    with pytest.raises(UserError, match="; 1 does, or take" if stage == 1 else "; take a smaller one, train.recompute"):
+        engine.step(batch(0, World()), learning_rate=1e-2)
+    assert alive == ([None] if stage == 1 else [])
 
 
 def test_the_length_of_a_run_decides_whether_it_compiles(tmp_path, device):
