@@ -29,7 +29,7 @@ def free_port() -> int:
 
 
 def run_ranks(
-    arguments: Sequence[str], *, world: int, variables: Mapping[str, str] = EMPTY, timeout: float = 240
+    arguments: Sequence[str], *, world: int, variables: Mapping[str, str] = EMPTY, timeout: float = 900
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run `python ARGUMENTS` on `world` ranks, without a launcher; every rank's result."""
     port = str(free_port())
@@ -66,7 +66,7 @@ def run_ranks(
 
 
 def run_deepspeed(
-    arguments: Sequence[str], *, ranks: int, variables: Mapping[str, str] = EMPTY, timeout: float = 240
+    arguments: Sequence[str], *, ranks: int, variables: Mapping[str, str] = EMPTY, timeout: float = 900
 ) -> subprocess.CompletedProcess[str]:
     """`deepspeed --num_gpus RANKS ARGUMENTS`, as a user types it."""
     launcher = Path(sys.executable).with_name("deepspeed")

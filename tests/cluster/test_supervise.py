@@ -213,21 +213,20 @@ sys.exit(code)
 
 
 def test_a_stop_that_nobody_obeyed_is_taken_back(run, capfd):
-    began = time.monotonic()
+    code = "status('running'); time.sleep(600); (run / 'slept').touch()"
     with signalled(run, signal.SIGTERM):
-        assert main(["--run", str(run.path), "--", *command(run, "status('running'); time.sleep(20)")]) == 75
-    assert time.monotonic() - began < 10
+        assert main(["--run", str(run.path), "--", *command(run, code)]) == 75
+    assert not (run.path / "slept").exists()
     assert "restart" not in capfd.readouterr().out
     assert not run.stop.exists()
     assert starts(run) == 1
 
 
 def test_a_second_ctrl_c_kills(run):
-    code = "signal.signal(signal.SIGINT, signal.SIG_IGN); status('running'); time.sleep(20)"
-    began = time.monotonic()
+    code = "signal.signal(signal.SIGINT, signal.SIG_IGN); status('running'); time.sleep(600); (run / 'slept').touch()"
     with signalled(run, signal.SIGINT, signal.SIGINT):
         assert main(["--run", str(run.path), "--", *command(run, code)]) == 75
-    assert time.monotonic() - began < 10
+    assert not (run.path / "slept").exists()
     assert starts(run) == 1
 
 
@@ -240,14 +239,12 @@ def test_a_rank_may_take_its_time_to_save_when_it_was_asked(run):
 
 
 def test_a_signal_during_the_pause_ends_the_waiting(run, capfd):
-    supervisor = Supervisor(command(run, "sys.exit(1)"), run, signals := [], pause=20)
+    supervisor = Supervisor(command(run, "sys.exit(1)"), run, signals := [], pause=600)
     timer = threading.Timer(0.5, signals.append, (signal.SIGTERM,))
     timer.start()
-    began = time.monotonic()
     assert supervisor.supervise() == 75
     timer.join()
-    assert time.monotonic() - began < 5
-    assert starts(run) == 1
+    assert starts(run) == 1, "after its pause it would start again"
     assert "not started again" in capfd.readouterr().out
 
 

@@ -138,7 +138,7 @@ sys.exit(cli.main(["runs"]))"""
     os.close(writer)
     assert os.read(reader, 5).startswith(b"row")
     os.close(reader)
-    assert command.communicate(timeout=20)[1] == ""
+    assert command.communicate(timeout=300)[1] == ""
     assert command.returncode == 141
 
 

@@ -1,8 +1,8 @@
 """Runs a list of short trainings on this rank; `test_engine.py` starts it and compares.
 
 A job: {"name", "stage", "bf16", "from": step, "steps": to step, "load": folder or null, "save": folder
-or null, "poison": step or null, "asked": step or null}. Results go to OUT/<name>.safetensors (plain
-weights and losses) from rank 0.
+or null, "poison": step or null, "asked": step or null, "orthogonalize_in": dtype of Muon or null}.
+Results go to OUT/<name>.safetensors (plain weights and losses) from rank 0.
 """
 
 import itertools
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from deepspeed.runtime.zero.muon import original_muon
 from safetensors.torch import save_file
 
 from lamda import distributed
@@ -162,7 +163,10 @@ def main() -> None:
     jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     world = distributed.read_world()
     device = distributed.start(world, threads=1)
+    native = original_muon.ns_compute_dtype
     for job in jobs:
+        dtype = getattr(torch, job["orthogonalize_in"]) if "orthogonalize_in" in job else None
+        original_muon.ns_compute_dtype = native if dtype is None else lambda *_, dtype=dtype: dtype
         run(job, world, device, out)
     distributed.stop()
 

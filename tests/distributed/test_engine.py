@@ -44,6 +44,9 @@ OPTIMISERS = {
 }
 """The optimisers beside AdamW, where they are allowed; Adafactor in fp32, which adds no bf16 gradients up."""
 
+FORMATS = {f"muon-{dtype}": {**OPTIMISERS["muon"], "orthogonalize_in": dtype} for dtype in ("float32", "float16")}
+"""Muon in either format, of which DeepSpeed takes what the processor has (fp16 from Sapphire Rapids on)."""
+
 OTHERS = {**OPTIMISERS, "lora": {"stage": 1, "bf16": True, "lora_rank": 3, "model": {"weights": "not read here"}}}
 
 ASKED = [(1, False), (3, False), (3, True)]
@@ -68,7 +71,7 @@ ON_ONE = [
     job("alone-masked", 1, True, masked=True),
     *(job(f"alone-{label(*case)}", *case) for case in STAGES),
     *(job(f"one-{label(*case)}", *case, load=f"from-two-{label(*case)}", **{"from": 2}) for case in STAGES),
-    *(job(f"alone-{other}", **how) for other, how in OTHERS.items()),
+    *(job(f"alone-{other}", **how) for other, how in (OTHERS | FORMATS).items()),
     *(job(f"one-{other}", **how, load=f"from-two-{other}", **{"from": 2}) for other, how in OTHERS.items()),
 ]
 
@@ -187,20 +190,36 @@ def test_steps_equal_a_plain_pytorch_loop(results, reference, stage, bf16, ranks
         torch.testing.assert_close(found[name], weight, rtol=0, atol=0 if exact else scale * (4e-2 if loose else 2e-5))
 
 
-@pytest.mark.parametrize("ranks", ["alone", "straight"])
-@pytest.mark.parametrize("other", OPTIMISERS)
+@pytest.mark.parametrize(
+    ("ranks", "other"),
+    [
+        *((ranks, other) for ranks in ("alone", "straight") for other in OPTIMISERS),
+        *(("alone", how) for how in FORMATS),
+    ],
+)
 def test_other_optimisers_see_whole_matrices(results, other, ranks):
-    """The losses of three steps say so to their last digit; later, bf16 weights that round the other way tell."""
-    bf16 = OPTIMISERS[other]["bf16"]
-    found, (losses, weights) = results(f"{ranks}-{other}"), plain_loop(bf16=bf16, optimizer=other)
+    """The losses of three steps say so to their last digit; later, bf16 weights that round the other way tell.
+
+    Where Muon orthogonalizes in fp16 its updates alone are bounded: half an epsilon grows by 3.4445 in each of five
+    Newton-Schulz steps, to a quarter of an update. Halves of matrices would be off by more than a half.
+    """
+    how = (OPTIMISERS | FORMATS)[other]
+    rounded = _rounding_of_muon(how) if how["optimizer"] == "muon" else 0.0
+    found, (losses, weights) = results(f"{ranks}-{other}"), plain_loop(bf16=how["bf16"], optimizer=how["optimizer"])
     start = LaMDA(ModelConfig(**MODEL))
     initialise(start, seed=3)
-    is_exact = other != "muon" or ns_compute_dtype() == torch.float32  # where processors have fp16, Muon takes it
     expected = torch.tensor(losses[:3], dtype=torch.float64)
-    torch.testing.assert_close(found["losses"][:3], expected, rtol=0, atol=1e-6 if is_exact else 1e-3)
+    allowed = 1e-6 if rounded < 1e-3 else rounded * expected.diff().abs().max().item()
+    torch.testing.assert_close(found["losses"][:3], expected, rtol=0, atol=allowed)
     for name, before in start.export_weights().items():
         way = weights[name].float() - before
-        assert (found[name].float() - weights[name].float()).norm() < 0.05 * way.norm(), name
+        assert (found[name].float() - weights[name].float()).norm() < (0.05 + rounded) * way.norm(), name
+
+
+def _rounding_of_muon(how: dict) -> float:
+    """By how much of itself an update may be off."""
+    dtype = getattr(torch, how["orthogonalize_in"]) if "orthogonalize_in" in how else ns_compute_dtype()
+    return 3.4445**5 * torch.finfo(dtype).eps / 2
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -28,10 +29,32 @@ WAYS = ["sdpa", pytest.param("fused", marks=needs_kernels), pytest.param("split"
 if DEVICE.type == "cuda":
     WAYS.append("flex")
 
+Shape = tuple[int, int, int, int]
+
 # Rows, heads, length, width: shorter than the band, a band and one, and many tiles; primes but for batch.
-SHAPES = [(2, 3, 23, 7), (1, 1, 129, 5), (2, 3, 307, 13)]
+SHAPES: list[Shape] = [(2, 3, 23, 7), (1, 1, 129, 5), (2, 3, 307, 13)]
 if DEVICE.type == "cuda":
-    SHAPES += [(2, 5, 1031, 64), (1, 3, 2048, 128)]
+    SHAPES += [(1, 1, 129, 16), (2, 5, 1031, 64), (1, 3, 2048, 128)]
+
+
+def runs(way: str, shape: Shape, dtype: torch.dtype) -> bool:
+    """Whether the device's kernels take it (`check_plain`, `flex.MIN_WIDTH`); a CPU's take all."""
+    if DEVICE.type == "cpu":
+        return True
+    if way == "split":
+        return dtype.itemsize == 2 and shape[-1] % 8 == 0
+    return way != "flex" or shape[-1] >= 16
+
+
+def pairs(shapes: list[Shape], dtype: torch.dtype) -> list[Any]:
+    """Each way with each shape that it takes."""
+    ways = {way if isinstance(way, str) else way.values[0]: way for way in WAYS}
+    return [
+        pytest.param(name, shape, marks=() if isinstance(way, str) else way.marks)
+        for name, way in ways.items()
+        for shape in shapes
+        if runs(name, shape, dtype)
+    ]
 
 
 @dataclass(frozen=True)
@@ -97,24 +120,23 @@ def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, floa
 
 
 @pytest.mark.parametrize("documents", ["none", "runs", "returning"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "shape"), pairs(SHAPES, torch.float32), ids=str)
 def test_float32_gives_output_and_gradients_of_math_in_float64(way, shape, documents):
     case = Case.random(shape, torch.float32, documents=documents)
     found = errors(case.run(way, torch.float32), case.run("math", torch.float64))
     assert max(found.values()) < 1e-5, found
 
 
-@pytest.mark.parametrize(
-    ("shape", "documents", "sharpness"),
-    [*((shape, documents, 1) for shape in SHAPES[1:] for documents in ("none", "returning")), (SHAPES[2], "none", 32)],
-    ids=str,
-)
-@pytest.mark.parametrize("way", WAYS)
-def test_bf16_is_no_worse_than_twice_math(way, shape, documents, sharpness):
-    """Nor with scores of 100 and more, which bf16 rounds to halves: a model's grow so in training."""
-    case = Case.random(shape, torch.bfloat16, documents=documents, sharpness=sharpness)
-    assert_no_worse_than_twice_math(way, case)
+@pytest.mark.parametrize("documents", ["none", "returning"])
+@pytest.mark.parametrize(("way", "shape"), pairs(SHAPES[1:], torch.bfloat16), ids=str)
+def test_bf16_is_no_worse_than_twice_math(way, shape, documents):
+    assert_no_worse_than_twice_math(way, Case.random(shape, torch.bfloat16, documents=documents))
+
+
+@pytest.mark.parametrize(("way", "shape"), pairs(SHAPES[2:3] + SHAPES[4:5], torch.bfloat16), ids=str)
+def test_bf16_is_no_worse_than_twice_math_at_large_scores(way, shape):
+    """Of 100 and more, which bf16 rounds to halves: a model's grow so in training."""
+    assert_no_worse_than_twice_math(way, Case.random(shape, torch.bfloat16, sharpness=32))
 
 
 def assert_no_worse_than_twice_math(way: str, case: Case) -> None:
@@ -143,10 +165,12 @@ def test_sdpa_keeps_large_biases_and_gives_a_gpu_no_mask_of_another_dtype(monkey
 
 
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("way", WAYS if DEVICE.type == "cuda" else WAYS[:2])
+@pytest.mark.parametrize("way", WAYS[:2])
 def test_a_models_logits_and_gradients_are_those_of_math(way, model, documents):
     """With a table a layer, and with one that all layers share: its gradient adds up over them."""
-    model.to(DEVICE)
+    on_gpu = DEVICE.type == "cuda"  # whose kernels take no float64
+    model.to(DEVICE, torch.float32 if on_gpu else torch.float64)
+    bound = 1e-4 if on_gpu else 1e-9
     generator = torch.Generator().manual_seed(1)
     tokens_BL = torch.randint(0, 53, (1, 150), generator=generator).to(DEVICE)
     documents_BL = (torch.arange(150).expand(1, -1) // 31).to(DEVICE) if documents else None
@@ -157,7 +181,7 @@ def test_a_models_logits_and_gradients_are_those_of_math(way, model, documents):
         gradients = torch.autograd.grad(logits.sin().sum(), list(model.parameters()))
         found[each] = {"logits": logits, **dict(zip(dict(model.named_parameters()), gradients, strict=True))}
     for name, exact in found["math"].items():
-        torch.testing.assert_close(found[way][name], exact, rtol=1e-9, atol=1e-9 * exact.abs().max().item(), msg=name)
+        torch.testing.assert_close(found[way][name], exact, rtol=bound, atol=bound * exact.abs().max().item(), msg=name)
 
 
 @needs_kernels
@@ -193,9 +217,10 @@ def test_what_no_kernel_was_compiled_for_is_refused(monkeypatch, way, capability
         start()
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_gradients_are_the_same_to_the_last_bit_every_time(way):
-    case = Case.random(SHAPES[1], torch.float32)
+@pytest.mark.parametrize(("way", "shape"), pairs(SHAPES[1:2] + SHAPES[3:4], torch.float32), ids=str)
+def test_gradients_are_the_same_to_the_last_bit_every_time(way, shape):
+    """Of `split` on a CPU alone: the backward pass of a GPU's plain kernels adds up with atomics."""
+    case = Case.random(shape, torch.float32)
     one, other = (case.run(way, torch.float32) for _ in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
