@@ -83,10 +83,14 @@ def measure(config: Config, world: World, *, steps: int, seconds: float, plain: 
         engine = Engine(config, world=world, device=device, domains=len(text.domains) + 1)
         dtype = torch.bfloat16 if engine.is_bf16 else torch.float32
         rows = config.train.micro_batch_size * config.data.sequence_length
+        before = _allocated(device)
         products = gemm.MatrixRate(config.model, rows=rows, device=device, dtype=dtype)
         loader = stack.enter_context(text.loader(config, world, RunState()))
         beside = PlainLoop(config, device=device, dtype=dtype, compiled=engine.is_compiled) if plain else None
+        others = _allocated(device) - before
         rounds = list(_rounds(engine, iter(loader), products, steps=steps, slice_=seconds / steps, beside=beside))
+        for each in rounds:
+            each["bytes"] -= others
     return _report(config, engine, products, rounds)
 
 
@@ -108,6 +112,8 @@ def _rounds(
     """Seconds of a step and of its parts, from fetching its batch to its figures, and the matrix rate after it."""
     rate = engine.config.train.lr
     for number, (waited, step) in enumerate(islice(_fetched(batches), WARM_UP + steps)):
+        if engine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(engine.device)
         clock = Clock(engine.device)
         engine.step(step, learning_rate=rate, at=clock.mark).loss()
         found = {"data wait": waited, **clock.parts(), "bytes": float(_peak_memory(engine.device))}
@@ -166,8 +172,13 @@ class Clock:
         return start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
 
 
+def _allocated(device: torch.device) -> int:
+    """Bytes of a GPU that are in use, 0 on a CPU: what else this benchmark holds there is no part of a step."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator, or of this process."""
+    """Bytes: of the GPU's allocator since the step began, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
