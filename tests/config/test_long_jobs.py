@@ -53,7 +53,7 @@ def test_at_a_terminal_there_is_a_bar_and_without_colours_the_same_words(monkeyp
 def lines_of(things, clock, capsys, *, wait):
     """What is said of a job of 4 things that takes a minute, once `wait` is set."""
     with Progress("evaluating", total=things, unit="rows") as shown:
-        assert wait.wait(10)
+        assert wait.wait(120)
         while shown._total is None and shown._counting.is_alive():
             pass
         for _ in range(4):

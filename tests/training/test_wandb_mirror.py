@@ -106,7 +106,7 @@ def sync(folder):
 
 
 def wait_for(condition):
-    end = time.monotonic() + 15
+    end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
