@@ -63,14 +63,14 @@ def main(argv: list[str]) -> int:
     console.outlive()
     sys.setswitchinterval(_SWITCH_SECONDS)
     gigabytes = options.total_tokens * service.token_bytes / 1e9
-    print(f"{loaded.path.name} of {options.run} answers on {_address(options.host, options.port)}")
+    print(f"{loaded.path.name} of {options.run} answers on {_address(options.host, listening.getsockname()[1])}")
     print(f"{options.total_tokens:,} tokens of all requests together take up to {gigabytes:.1f} GB", flush=True)
     Server(app, on_end=_say_end).run(sockets=[listening])
     return 0
 
 
 def _say_end(at_work: int) -> None:
-    print(f"ending: {at_work} requests at work get 503", flush=True)
+    print(f"ending; at work, and answered with 503: {at_work}", flush=True)
 
 
 def read_key(file: Path | None) -> str | None:

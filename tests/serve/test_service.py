@@ -1,0 +1,192 @@
+"""What a request means: the official client's messages, prompts of all forms, growing conversations, the filter."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import httpx
+import openai
+import pytest
+
+from lamda.config.errors import UserError
+from lamda.dialog.server.main import read_key
+from lamda.dialog.server.protocol import ChatRequest, CompletionRequest, Refused, parse
+from tests.serve.conftest import KEY, make_service, serving
+
+ASKED = {"model": "random", "prompt": "the of and", "max_tokens": 6, "seed": 3}
+CHAT = {"model": "random", "messages": [{"role": "user", "content": "that is it"}], "seed": 3}
+
+
+@pytest.fixture
+def client(address):
+    with openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def encode(loaded):
+    return loaded.tokenizer.encode
+
+
+def test_an_answer_can_be_sent_back_as_the_client_writes_it(client):
+    messages = [{"role": "user", "content": "that is it", "name": "bob"}]
+    for _ in range(3):
+        answer = client.chat.completions.create(**{**CHAT, "messages": messages}).choices[0].message
+        messages += [answer.model_dump(), {"role": "user", "content": [{"type": "text", "text": "and then"}]}]
+    full = {**answer.model_dump(), "tool_calls": None, "audio": None, "function_call": None, "annotations": []}
+    messages[-2] = full
+    assert client.chat.completions.create(**{**CHAT, "messages": messages}).choices
+
+
+NOTHING = [
+    *[{name: None} for name in ("tools", "metadata", "logprobs", "top_logprobs", "audio", "service_tier", "seed", "n")],
+    {"tools": [], "metadata": {}, "functions": [], "tool_choice": "auto", "service_tier": "auto", "store": False},
+    {"presence_penalty": 0.0, "frequency_penalty": 0, "top_logprobs": 0, "logprobs": False, "logit_bias": {}},
+]
+
+
+@pytest.mark.parametrize("values", NOTHING, ids=str)
+def test_a_value_that_asks_for_nothing_is_taken(values):
+    assert parse(ChatRequest, json.dumps({**CHAT, **values}).encode()).messages
+
+
+SOMETHING = [
+    ("logprobs", 0),
+    ("logprobs", True),
+    ("best_of", True),
+    ("echo", 0),
+    ("echo", True),
+    ("top_logprobs", 1),
+    ("tools", [{"type": "function"}]),
+    ("metadata", {"a": "b"}),
+    ("store", 0),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), SOMETHING, ids=str)
+def test_a_value_that_asks_for_something_is_refused_by_name(name, value):
+    with pytest.raises(Refused, match=f"^{name}: is not supported$"):
+        parse(CompletionRequest, json.dumps({**ASKED, name: value}).encode())
+
+
+@pytest.mark.parametrize("content", [5, None, {"text": "x"}, [5], [{"type": "image_url", "image_url": "x"}], [[]]])
+def test_a_wrong_content_is_named_once(content):
+    with pytest.raises(Refused) as refused:
+        parse(ChatRequest, json.dumps({**CHAT, "messages": [{"role": "user", "content": content}]}).encode())
+    places = [line.partition(": ")[0] for line in refused.value.message.split("; ")]
+    assert len(places) == len({*places})
+    assert all(place.startswith("messages.0.content") for place in places)
+
+
+def test_prompts_of_all_four_forms_are_continued_as_each_is_alone(client, loaded, encode):
+    texts = ["the of and", "that is", ""]
+    ids = [encode(text) for text in texts]
+    answers = [client.completions.create(**{**ASKED, "prompt": text, "n": 2}) for text in texts]
+    alone = [choice.text for answer in answers for choice in answer.choices]
+    for prompt in (texts, ids, [[loaded.tokenizer.end_of_document, *each] for each in ids]):
+        found = client.completions.create(**{**ASKED, "prompt": prompt, "n": 2})
+        assert [choice.text for choice in found.choices] == alone
+        assert [choice.index for choice in found.choices] == [*range(6)]
+        assert found.usage.prompt_tokens == sum(len(each) + 1 for each in ids)
+    found = client.completions.create(**{**ASKED, "prompt": ids[0], "n": 2})
+    assert [choice.text for choice in found.choices] == alone[:2]
+    streamed = [""] * 6
+    for event in client.completions.create(**{**ASKED, "prompt": texts, "n": 2}, stream=True):
+        streamed[event.choices[0].index] += event.choices[0].text
+    assert streamed == alone
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        ([], "give a text"),
+        ([1, "x"], "give a text"),
+        ([[1], "x"], "give a text"),
+        ([True], "give a text"),
+        ([70, 10**9], "1000000000 is not the id"),
+        ([-1], "-1 is not the id"),
+        ([70, 8], "8 is not the id"),  # a control symbol
+        (["x"] * 65, "prompt, times n, is 65: at most 64"),
+        ([70] * 700, "prompt has 700 tokens"),
+    ],
+    ids=str,
+)
+def test_prompts_that_cannot_be_are_refused(client, prompt, told):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(**{**ASKED, "prompt": prompt})
+    assert told in error.value.body["message"]
+
+
+def test_usage_counts_what_was_read_and_a_cut_is_reported(client):
+    messages = [{"role": "user", "content": "the of and to in is " * 3}] * 200
+    found = client.chat.completions.create(**{**CHAT, "messages": messages, "max_tokens": 6})
+    context = found.model_extra["lamda"]["context"]
+    assert found.usage.prompt_tokens == context["tokens"] <= 250  # the row is 256
+    assert 100 < context["messages_left_out"] < 200
+    assert found.usage.completion_tokens <= 6
+
+
+def test_a_conversation_may_hold_what_is_longer_than_any_prompt(client):
+    long = {"role": "user", "content": "the of and to in is " * 700}
+    for messages in ([long], [long, {"role": "assistant", "content": "x"}, *CHAT["messages"]]):
+        found = client.chat.completions.create(**{**CHAT, "messages": messages})
+        context = found.model_extra["lamda"]["context"]
+        assert context["last_message_cut"] == (len(messages) == 1)
+
+
+def test_a_client_cannot_weaken_the_operators_filter(loaded):
+    service = make_service(loaded)
+    service._manner = service._manner.__class__(candidates=2, threshold=0.3, sampling=service._manner.sampling)
+    with serving(service) as address, openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as client:
+        with pytest.raises(openai.BadRequestError, match="threshold is 1: at most"):
+            client.chat.completions.create(**CHAT, extra_body={"threshold": 1})
+        found = client.chat.completions.create(**CHAT, extra_body={"threshold": 0})
+        assert found.choices[0].finish_reason == "content_filter"
+        assert found.usage.completion_tokens == 0
+
+
+def test_a_server_of_chats_alone_completes_no_texts(loaded):
+    with serving(make_service(loaded), chat_only=True) as address:
+        headers = {"authorization": f"Bearer {KEY}"}
+        assert httpx.post(f"{address}/v1/completions", json=ASKED, headers=headers).status_code == 404
+        assert httpx.post(f"{address}/v1/chat/completions", json=CHAT, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("key", ["s\xe9cret", "two\nlines", "a\tb", "\x7f"])
+def test_a_key_that_no_header_can_carry_is_refused_at_the_start(tmp_path, key):
+    (tmp_path / "key").write_text(key, "utf-8")
+    with pytest.raises(UserError, match="printable ASCII"):
+        read_key(tmp_path / "key")
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_its_end_is_an_answer_to_whoever_is_at_work(run, end):
+    code = "import sys; from lamda.cli import main; sys.exit(main(['serve', *sys.argv[1:]]))"
+    environment = {name: value for name, value in os.environ.items() if name != "LAMDA_API_KEY"}
+    server = subprocess.Popen(
+        [sys.executable, "-c", code, str(run), "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        address = re.search(r"http://\S+", server.stdout.readline()).group()
+        asked = {**ASKED, "n": 64, "max_tokens": 2000}
+        with httpx.stream("POST", f"{address}/v1/completions", json={**asked, "stream": True}, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            server.send_signal(end)
+            rest = "".join(lines)
+        assert "the server is ending" in rest
+        out, err = server.communicate(timeout=30)
+        assert "at work, and answered with 503: 1" in out
+        assert "Traceback" not in err
+    finally:
+        server.kill()
+        server.wait()
