@@ -9,12 +9,14 @@ import pytest
 
 from lamda import distributed
 from lamda.config import Config
+from lamda.distributed import World
 from lamda.launch.pretrain import main
+from lamda.training.attempt import Attempt
 from lamda.training.progress import TrainingProgress
 from lamda.training.report import MainReport
 from lamda.training.run_directory import RunDirectory
 from lamda.training.state import RunState
-from lamda.training.train import _tell_hang
+from lamda.training.train import _Start
 from lamda.training.watchdog import HANG_EXIT
 from tests.conftest import make_text, write_shard
 from tests.wandb_run import environment, forgotten
@@ -77,8 +79,11 @@ def test_a_hang_is_an_alert_and_sent_before_the_process_ends(tmp_path, server, c
     directory = RunDirectory(tmp_path / "run")
     directory.create()
     report = MainReport(config, directory, RunState(), TrainingProgress(done=0, steps=9, visible=False))
+    attempt = Attempt(directory, World())
+    others = dict.fromkeys(("task", "framework", "open_benchmarks", "signals", "lock"))
+    start = _Start(config=config, world=World(), directory=directory, attempt=attempt, report=report, **others)
     with caplog.at_level(logging.CRITICAL):
-        _tell_hang(directory, report, "rank 1 is silent since step 4", since=0.0)
+        start._tell_hang("rank 1 is silent since step 4")
     assert [(alert["title"], alert["text"]) for alert in server.alerts] == [
         ("run hangs", "rank 1 is silent since step 4")
     ]
