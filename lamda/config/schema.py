@@ -276,6 +276,9 @@ class EvalConfig(Section):
     batches: Positive = Field(
         50, description="rows of each evaluation / train.global_batch_size; the last step scores all the text as well"
     )
+    full_batches: Positive | None = Field(
+        None, description="rows of the last step's evaluation on all the text / train.global_batch_size; default: all"
+    )
     tasks: Names | None = Field(None, description="tasks of lm-eval's, by name: lambada_openai, hellaswag ...")
     tasks_every: Positive | None = Field(
         None, description="steps between evaluations on eval.tasks; default: only at the end"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from itertools import chain
 
 import numpy as np
@@ -102,16 +103,32 @@ class Run:
 
     def score_held_out(self) -> dict[str, float]:
         """`eval/...` of the same `eval.batches` batches each time; at the last step `eval/full/...` of all the text."""
-        self.scores = self.evaluate(whole=False)
+        began = time.monotonic()
+        self.scores = self.evaluate(self.config.eval.batches)
         figures = self.scores.metrics()
         if self.is_over:
-            self.scores = self.evaluate(whole=True)
+            self._announce_full(time.monotonic() - began)
+            self.scores = self.evaluate(self.config.eval.full_batches)
             figures |= {FULL + name.removeprefix("eval/"): value for name, value in self.scores.metrics().items()}
         return figures
 
-    def evaluate(self, *, whole: bool) -> Scores:
-        """Score the held-out text, the `whole` of it or its first rows."""
-        rows = None if whole else self.config.eval.batches * self.config.train.global_batch_size
+    def _announce_full(self, seconds: float) -> None:
+        """Say how long all the held-out text may take. seconds: that its first batches took."""
+        limit, known = self._rows_of(self.config.eval.full_batches), self._rows_scored
+        first = known[self._rows_of(self.config.eval.batches)]
+        pace = seconds / max(1, first)
+        if limit is not None:
+            much = f"at most {limit:,} rows of the held-out text, {timedelta(seconds=round(limit * pace))} at the most"
+        else:
+            much = f"all of the held-out text, {timedelta(seconds=round(1000 * pace))} for each 1,000 rows"
+        self.report.say(f"evaluating {much} (eval.full_batches bounds it)")
+
+    def _rows_of(self, batches: int | None) -> int | None:
+        return None if batches is None else batches * self.config.train.global_batch_size
+
+    def evaluate(self, batches: int | None) -> Scores:
+        """Score the held-out text, its first batches or (None) all of it."""
+        rows = self._rows_of(batches)
         total, done = self._rows_scored.get(rows) or self.held_out.rows(rows), 0
 
         def scored(own: int) -> None:

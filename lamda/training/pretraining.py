@@ -42,7 +42,8 @@ class Pretraining:
     def told(self, run: Run) -> Iterator[str]:
         """The table of losses, and what compressors make of the same text."""
         yield from table(run.scores.report())
-        if run.world.is_main and (text := held_out_bytes(run.held_out.text, limit=COMPARED_BYTES)):
+        is_whole = run.config.eval.full_batches is None
+        if run.world.is_main and is_whole and (text := held_out_bytes(run.held_out.text, limit=COMPARED_BYTES)):
             with computing(run.watchdog.progress):
                 compressed = compressed_bits_per_byte(text)
             others = ", ".join(f"{name} {bits:.4f}" for name, bits in compressed.items())
