@@ -101,6 +101,13 @@ class Run:
         """The last step is saved, and what came out is shown."""
         self._at("finish", step=self.state.step)
 
+    def recorded_figures(self) -> dict[str, float]:
+        """Of the evaluations at the last step, as its row has them: where a start before this one has made them."""
+        rows = read_metrics(self.directory.metrics)[-1:] if self.world.is_main else []
+        return {
+            name: value for row in rows for name, value in row.items() if name.startswith("eval/") and value is not None
+        }
+
     def score_held_out(self) -> dict[str, float]:
         """`eval/...` of the same `eval.batches` batches each time; at the last step `eval/full/...` of all the text."""
         began = time.monotonic()

@@ -266,8 +266,8 @@ def _finish(run: Run, task: Task, progress: TrainingProgress) -> str | None:
     with BestEffort("the last table cannot be made", errors=Exception, then=then):
         for line in task.told(run) if run.scores is not None else ():
             progress.say(line)
-    for name, value in run.task_figures.items():
-        progress.say(f"{name} {value:.4f}")
+        for name, value in (run.recorded_figures() if run.scores is None else run.task_figures).items():
+            progress.say(f"{name} {value:.4f}")
     if (reason := run.agreed_stop()) is not None:
         return reason
     sample = task.sample(run, run.tokenizer)  # work of all ranks: where one fails alone, the others would wait for it
