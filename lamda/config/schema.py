@@ -115,6 +115,9 @@ class DataConfig(Section):
     corpus: str = Field("pile", description="a card in data/ by name, or a path to one")
     files: Patterns | None = Field(None, description="globs or URLs that replace the card's training files")
     eval_files: Patterns | None = Field(None, description="globs or URLs that replace the card's validation files")
+    accept_changed: Patterns | None = Field(
+        None, description="names of files whose text a resumed run takes for unchanged, whatever their hash or tag says"
+    )
     sequence_length: Positive = Field(1024, description="L, targets a row")
     lanes: Positive | None = Field(
         None, description="canonical lanes, whatever the number of ranks; default: number of files, 8 to 64"

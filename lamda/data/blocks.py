@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lamda.data.documents import Document
+from lamda.data.errors import DataError
 from lamda.data.hashing import permutation
 from lamda.data.lanes import Cursor, Lane, read_lane
 from lamda.data.packing import Method, arrange
@@ -83,7 +85,7 @@ class _Stretch(NamedTuple):
     """What is to come of a document or of an example made of it.
 
     token: of the document's tokens, the one that the ids begin with. lines, bad_lines: of the lane, before
-    this document. bad: the bad lines just before it, where it begins here.
+    this document. bad: the bad lines just before it, where it begins here. digest: of its text.
     """
 
     document: Document
@@ -93,12 +95,21 @@ class _Stretch(NamedTuple):
     lines: int
     bad_lines: int
     bad: tuple[BadLine, ...]
+    digest: str
 
     def cursor(self, block: int, taken: int) -> Cursor:
         """Where `block` begins if `taken` of these ids are in the blocks before it."""
         place = self.document
         return Cursor(
-            block, place.epoch, place.file, place.line, place.byte, self.token + taken, self.lines, self.bad_lines
+            block,
+            place.epoch,
+            place.file,
+            place.line,
+            place.byte,
+            self.token + taken,
+            self.lines,
+            self.bad_lines,
+            self.digest,
         )
 
 
@@ -149,8 +160,13 @@ def _whole_blocks(
 def _stretches(lane: Lane, cursor: Cursor, tokenizer: Tokenizer, *, characters: int) -> Iterator[_Stretch]:
     """What the lane's documents give from the cursor on."""
     first, lines, bad_lines = cursor.token, cursor.lines, cursor.bad
+    is_landing = cursor.block > 0
     for batch in _batches(lane, cursor, characters=characters):
+        if is_landing:
+            _require_same(lane, cursor, batch[0])
+            is_landing = False
         for document, encoded in zip(batch, lane.form.encode(batch, tokenizer), strict=True):
+            digest = _digest(document.text)
             lines, bad_lines = lines + len(document.bad), bad_lines + len(document.bad)
             place, bad, start = document._replace(text="", bad=()), document.bad, 0
             for part in encoded:
@@ -164,11 +180,28 @@ def _stretches(lane: Lane, cursor: Cursor, tokenizer: Tokenizer, *, characters: 
                         lines,
                         bad_lines,
                         bad,
+                        digest,
                     )
                     bad = ()
                 start += len(part.ids)
             first = 0
             lines += 1
+
+
+def _digest(text: str) -> str:
+    return blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _require_same(lane: Lane, cursor: Cursor, document: Document) -> None:
+    """Raise DataError where the document that a cursor stands in is not at its place any more."""
+    is_there = (document.epoch, document.file, document.line) == (cursor.epoch, cursor.file, cursor.line)
+    if is_there and cursor.digest in (None, _digest(document.text)):
+        return
+    raise DataError(
+        f"{lane.shares[cursor.file].file.url}, line {cursor.line + 1}: the document there is not the one that the "
+        "checkpoint stopped in: the file was changed. Put the former file back, or start another run.dir from the "
+        "weights alone (model.weights)"
+    )
 
 
 def _batches(lane: Lane, cursor: Cursor, *, characters: int) -> Iterator[list[Document]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -13,6 +13,7 @@ from lamda.config.schema import Config, DataConfig
 from lamda.data.blocks import Packing
 from lamda.data.card import Card, load_card
 from lamda.data.documents import Document, Form
+from lamda.data.files import File, nothing
 from lamda.data.lanes import RAW_TEXT, Cursor, Lane, cut_into_lanes, read_lane
 from lamda.data.order import Order, Table, make_table
 from lamda.data.resolving import resolve
@@ -36,6 +37,22 @@ class Corpus:
     def form(self) -> Form:
         """What the records are."""
         return self.lanes[0].form
+
+    @property
+    def files(self) -> list[File]:
+        """Each file once, by address."""
+        files = {share.file.url: share.file for lane in self.lanes for share in lane.shares}
+        return [files[url] for url in sorted(files)]
+
+    def waiting(self, on_wait: Callable[[], object]) -> Corpus:
+        """The same, with what is called while a server is waited for."""
+        lanes = (
+            replace(
+                lane, shares=tuple(replace(share, file=replace(share.file, on_wait=on_wait)) for share in lane.shares)
+            )
+            for lane in self.lanes
+        )
+        return Corpus(self.card, tuple(lanes))
 
     @cached_property
     def order(self) -> Order:
@@ -72,7 +89,7 @@ class Corpus:
             readers = still
 
 
-def open_corpus(config: DataConfig, *, form: Form = RAW_TEXT, on_wait: Callable[[], object] = lambda: None) -> Corpus:
+def open_corpus(config: DataConfig, *, form: Form = RAW_TEXT, on_wait: Callable[[], object] = nothing) -> Corpus:
     """Resolve the card's files and cut them into lanes. Raises UserError where something is missing.
 
     on_wait: called while a server is waited for, now and when text is read, from any thread.
@@ -112,6 +129,7 @@ def fingerprint(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> dict[st
     return {
         "format": FORMAT,
         "files": [[list(share.file.identity) for share in lane.shares] for lane in corpus.lanes],
+        "contents": [[file.name, file.content] for file in corpus.files],
         "text": [[source.text, source.domain] for source in corpus.card.sources],
         "weights": [[start, weights] for start, weights in corpus.card.stages],
         "tokenizer": tokenizer.sha256,
@@ -122,6 +140,26 @@ def fingerprint(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> dict[st
         "seed": config.run.seed,
         **corpus.form.identity,
     }
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """The parts in which two fingerprints differ; `contents` where a file is known to have another content."""
+    names = [name for name in {**current, **saved} if name != "contents" and saved.get(name) != current.get(name)]
+    return names or (["contents"] if changed_files(saved, current) else [])
+
+
+def changed_files(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Names of the files whose content is known to differ between two fingerprints; an older one knows of none."""
+    before, now = (_contents(each) for each in (saved, current))
+    return [name for name in before if None not in before[name] + now.get(name, []) and before[name] != now.get(name)]
+
+
+def _contents(fingerprint: Mapping[str, Any]) -> dict[str, list[str | None]]:
+    """The contents of all files of a name."""
+    contents: dict[str, list[str | None]] = {}
+    for name, content in fingerprint.get("contents", ()):
+        contents.setdefault(name, []).append(content)
+    return {name: sorted(found, key=str) for name, found in contents.items()}
 
 
 def require_a_batch(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> None:

@@ -34,6 +34,10 @@ MOST_WINDOW = 1 << 31
 """Bytes that a zstd frame may look back, `zstd --long=31`; memory is taken for what the frame itself asks."""
 
 
+def nothing() -> None:
+    """What is called in a wait where nobody asks; a function with a name goes into other processes with its file."""
+
+
 @dataclass(frozen=True)
 class File:
     """A resolved file and its size in bytes as stored.
@@ -50,7 +54,7 @@ class File:
     address: str | None = field(default=None, compare=False)
     content: str | None = field(default=None, compare=False)
     version: Version | None = field(default=None, compare=False)
-    on_wait: Callable[[], object] = field(default=lambda: None, compare=False, repr=False)
+    on_wait: Callable[[], object] = field(default=nothing, compare=False, repr=False)
 
     @property
     def is_remote(self) -> bool:

@@ -90,12 +90,6 @@ def verify_some(stated: Sequence[tuple[str, int, str]]) -> list[str]:
     return left
 
 
-def changed_files(before: Sequence[Sequence[str | None]], now: Sequence[Sequence[str | None]]) -> list[str]:
-    """Names of the files, the same ones in both, whose content is known to differ; each of them a (name, content)."""
-    pairs = zip(before, now, strict=False)
-    return [str(name) for (_, old), (name, new) in pairs if old is not None and new is not None and old != new]
-
-
 PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOMEM)
 """Errors of a disk, a file server or the machine, which another try may not meet."""
 

@@ -31,6 +31,7 @@ class Cursor:
     `token` counts tokens of the document at (`epoch`, `file`, `line`); `byte` is the decompressed
     offset of that line, so that a seekable file is sought. `lines` and `bad` count the lane's lines
     before that one, over all epochs: those that are not blank, and those of them that hold no document.
+    `digest` is of the document's text, to know that the place still holds it; older checkpoints have none.
     """
 
     block: int = 0
@@ -41,6 +42,7 @@ class Cursor:
     token: int = 0
     lines: int = 0
     bad: int = 0
+    digest: str | None = None
 
 
 @dataclass(frozen=True)

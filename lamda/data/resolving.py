@@ -9,7 +9,7 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
@@ -19,7 +19,7 @@ from typing import Any
 from lamda.config.errors import UserError
 from lamda.data.card import HubDataset, Source
 from lamda.data.errors import DataError
-from lamda.data.files import HTTP, File, address_of, foreign
+from lamda.data.files import HTTP, File, address_of, foreign, nothing
 from lamda.data.identity import Stored, cannot_open, content_of, verify_some
 from lamda.data.remote import RemoteFile
 from lamda.data.standard_library import write_corpus
@@ -30,7 +30,7 @@ OPENED_TOGETHER = 16
 log = logging.getLogger(__name__)
 
 
-def resolve(source: Source, *, on_wait: Callable[[], object] = lambda: None) -> list[File]:
+def resolve(source: Source, *, on_wait: Callable[[], object] = nothing) -> list[File]:
     """All files of a source, sorted by address, each with what says that its text is the same later.
 
     on_wait: called while a server is waited for, now and when the files are read.
@@ -104,8 +104,28 @@ def _hub_files(dataset: HubDataset, source: str) -> list[str]:
 def _looked_up(urls: list[str], on_wait: Callable[[], object]) -> list[File]:
     """The files with their sizes and contents, many at a time."""
     with ThreadPoolExecutor(OPENED_TOGETHER) as pool:
-        files = pool.map(lambda url: _look_up(url, on_wait), urls)
-        return [replace(file, on_wait=on_wait) for file in files]
+        files = [replace(file, on_wait=on_wait) for file in pool.map(lambda url: _look_up(url, on_wait), urls)]
+    if unknown := [file.url for file in files if file.content is None]:
+        log.info(
+            "%s: the server gives neither an ETag nor a time of modification of %d files, so that text changed between "
+            "a stop and a resume is found only where reading continues",
+            unknown[0],
+            len(unknown),
+        )
+    return files
+
+
+def require_here(files: Iterable[File]) -> None:
+    """Raise DataError where this machine does not have one of the local files, or one of another size."""
+    for file in files:
+        if file.is_remote:
+            continue
+        try:
+            size = Path(file.url).stat().st_size
+        except OSError as error:
+            raise cannot_open(file.url, error) from error
+        if size != file.size:
+            raise DataError(f"{file.url}: has {size} bytes here, but {file.size} where rank 0 runs")
 
 
 def _look_up(url: str, on_wait: Callable[[], object]) -> File:

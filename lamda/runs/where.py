@@ -15,7 +15,7 @@ import numpy as np
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.data.blocks import Block, read_blocks
-from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of
+from lamda.data.corpus import Corpus, differences, fingerprint, open_corpus, packing_of
 from lamda.data.lanes import Cursor
 from lamda.data.loader import batch_digest, row_digest
 from lamda.data.order import next_samples
@@ -85,8 +85,10 @@ def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
     states = [read_state(path) for path in complete(directory.checkpoints)]
     corpus = open_corpus(config.data, form=form_of(config))
     tokenizer = Tokenizer.load(directory.tokenizer)
-    if states and states[-1].fingerprint != fingerprint(corpus, config, tokenizer):
-        raise UserError(f"{directory.path}: the text or its settings are not those of the run any more")
+    if states and (differing := differences(states[-1].fingerprint, fingerprint(corpus, config, tokenizer))):
+        raise UserError(
+            f"{directory.path}: the text or its settings are not those of the run any more: {', '.join(differing)}"
+        )
     known = states[-1].skipped if states else ()
     samples, digest = _samples_of(directory, step, {*known, *directory.skipped()}, batch=config.train.global_batch_size)
     if row is not None and not 0 <= row < len(samples):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
+from lamda.data.corpus import changed_files, differences
 from lamda.distributed import World, on_main
 from lamda.durable import Progress, read_regular
 from lamda.training import manifest
@@ -29,20 +31,37 @@ class Start:
     path: Path | None
     state: RunState
 
-    def check_data(self, current: dict[str, Any]) -> RunState:
+    def check_data(self, current: dict[str, Any], *, accepted: Sequence[str] = ()) -> RunState:
         """The state to begin with, carrying `current` as its fingerprint.
 
-        Raises UserError, naming what differs, where the samples would not be those of the checkpoint.
+        accepted: names of changed files whose text is taken for what it was. Raises UserError, naming what differs,
+        where the samples would not be those of the checkpoint.
         """
-        saved = self.state.fingerprint
-        if saved and saved != current:
-            names = [name for name in {**current, **saved} if saved.get(name) != current.get(name)]
-            told = "; ".join(f"{name} {_change(saved.get(name), current.get(name))}" for name in names)
+        saved, state = self.state.fingerprint, replace(self.state, fingerprint=current)
+        if not saved:
+            return state
+        changed = changed_files(saved, current)
+        names = [name for name in differences(saved, current) if name != "contents"]
+        told = [f"{name} {_change(saved.get(name), current.get(name))}" for name in names]
+        if told:
             raise UserError(
-                f"{self.path}: the data would not be the checkpoint's: {told}. Set these back, or start another "
-                "run.dir from the weights alone (model.weights)"
+                f"{self.path}: the data would not be the checkpoint's: {'; '.join(told)}. Set these back, or start "
+                "another run.dir from the weights alone (model.weights)"
             )
-        return replace(self.state, fingerprint=current)
+        if refused := [name for name in changed if name not in accepted]:
+            raise UserError(
+                f"{self.path}: the text was changed since it was written, in {len(refused)} files of the same name and "
+                f"size: {', '.join(refused[:10])}. Put the former files back, or start another run.dir from the "
+                "weights alone (model.weights). Where a file is the same and only its server's tag is new, name it in "
+                "data.accept_changed"
+            )
+        if "contents" not in saved:
+            log.info("%s does not say what its files held: that they are unchanged is not verified", self.path)
+        if changed:  # what the documents at the cursors were is no longer of use
+            log.info("taken for unchanged, as data.accept_changed says: %s", ", ".join(changed))
+            cursors = {lane: replace(cursor, digest=None) for lane, cursor in state.cursors.items()}
+            state = replace(state, cursors=cursors)
+        return state
 
 
 def choose_start(

@@ -15,8 +15,9 @@ from lamda.data.block_files import BlockFolder
 from lamda.data.card import Source, load_card
 from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of, require_a_batch
 from lamda.data.documents import Form
+from lamda.data.files import nothing
 from lamda.data.loader import Loader
-from lamda.data.resolving import resolve
+from lamda.data.resolving import require_here, resolve
 from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
 from lamda.distributed import World
@@ -28,11 +29,15 @@ from lamda.training.state import RunState
 
 @dataclass(frozen=True)
 class Text:
-    """The training text and its tokenizer; domains: those whose loss is told apart."""
+    """The training text and its tokenizer.
+
+    domains: those whose loss is told apart. fingerprint: all that the order of samples depends on.
+    """
 
     corpus: Corpus
     tokenizer: Tokenizer
     domains: tuple[str, ...]
+    fingerprint: dict[str, Any]
 
     @classmethod
     def open(
@@ -46,10 +51,11 @@ class Text:
         progress: Progress = lambda: None,
         on_wait: Progress = lambda: None,
     ) -> Text:
-        """Rank 0 goes first and makes what is missing. Raises UserError for whatever the run would fail on later.
+        """Rank 0 looks for the files, makes what is missing and hands the result to all.
 
         at: called on every rank with the name of each part of the work. progress: called as a part goes on. on_wait:
         called while a server is waited for, now and when the text is read, from any thread.
+        Raises UserError for whatever the run would fail on later.
         """
 
         def open_all() -> Corpus:
@@ -58,31 +64,25 @@ class Text:
                 resolve(source, on_wait=on_wait)
             if config.model.weights is not None:
                 check_weights(Path(config.model.weights), config.model)
-            return corpus
+            return corpus.waiting(nothing)  # what this rank's waits call is no other rank's
 
-        def prepare() -> list[str]:
+        def prepare() -> tuple[list[str], dict[str, Any]]:
             tokenizer = Tokenizer.load(directory.tokenizer)
-            require_a_batch(opened[0], config, tokenizer)
-            return opened[0].domains()
+            require_a_batch(corpus, config, tokenizer)
+            return corpus.domains(), fingerprint(corpus, config, tokenizer)
 
         at("corpus")
-        opened: list[Corpus] = []
-        distributed.on_main(world, lambda: opened.append(open_all()))
+        corpus = distributed.on_main(world, open_all).waiting(on_wait)
+        distributed.agree(world, lambda: require_here(corpus.files))
         at("tokenizer")
         distributed.on_main(
             world,
-            lambda: ensure_tokenizer(config, target=directory.tokenizer, corpus=opened[0], progress=progress) and None,
+            lambda: ensure_tokenizer(config, target=directory.tokenizer, corpus=corpus, progress=progress) and None,
         )
         at("text")
-        domains = distributed.on_main(world, prepare)
-        corpus, tokenizer = distributed.agree(
-            world, lambda: (open_corpus(config.data, form=form, on_wait=on_wait), Tokenizer.load(directory.tokenizer))
-        )
-        return cls(corpus, tokenizer, tuple(domains))
-
-    def fingerprint(self, config: Config) -> dict[str, Any]:
-        """All that the order of samples depends on."""
-        return fingerprint(self.corpus, config, self.tokenizer)
+        domains, found = distributed.on_main(world, prepare)
+        tokenizer = distributed.agree(world, lambda: Tokenizer.load(directory.tokenizer))
+        return cls(corpus, tokenizer, tuple(domains), found)
 
     def loader(self, config: Config, world: World, state: RunState) -> Loader:
         """This rank's steps from `state` on."""

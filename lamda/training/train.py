@@ -142,7 +142,7 @@ class _Start:
                     progress=dog.progress,
                     on_wait=lambda: dog.progress_during(TEXT_PHASES),
                 )
-                state = start.check_data(text.fingerprint(config))
+                state = start.check_data(text.fingerprint, accepted=config.data.accept_changed or ())
                 at("engine")
                 engine = self.framework.engine(
                     config, world=world, device=device, domains=len(text.domains) + 1, progress=dog.progress

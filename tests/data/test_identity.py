@@ -1,0 +1,188 @@
+"""Text that changes between two runs, between a stop and a resume, or under a reader is refused by name."""
+
+import json
+import logging
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lamda.config.errors import UserError
+from lamda.config.schema import Config
+from lamda.data import identity
+from lamda.data.block_files import BlockFolder
+from lamda.data.blocks import Packing, read_blocks
+from lamda.data.card import Source
+from lamda.data.corpus import changed_files, differences, fingerprint, open_corpus
+from lamda.data.errors import DataError
+from lamda.data.files import File, read_lines
+from lamda.data.lanes import Cursor, cut_into_lanes
+from lamda.data.resolving import require_here, resolve
+from lamda.training.resume import Start
+from lamda.training.state import RunState
+from tests.conftest import make_text, write_shard
+
+PACKING = Packing(rows=2, row_length=15, seed=1)
+SHARED = [HealthCheck.function_scoped_fixture]
+
+
+def config_of(folder: Path) -> Config:
+    return Config.model_validate(
+        {"data": {"corpus": "standard_library", "files": f"{folder}/*"}, "train": {"steps": 1}}
+    )
+
+
+def print_of(folder: Path, tokenizer):
+    config = config_of(folder)
+    return fingerprint(open_corpus(config.data), config, tokenizer)
+
+
+def shards(folder: Path, *, seed: int = 0) -> Path:
+    folder.mkdir(exist_ok=True)
+    for number in range(3):
+        write_shard(folder / f"{number}.jsonl", [make_text(n + number + seed, 20) for n in range(20)])
+    return folder
+
+
+def lane_of(path: Path, **fields):
+    file = File(str(path), path.stat().st_size, **fields)
+    return cut_into_lanes(Source(name="s", licence="none", files="x"), [file], lanes=1, max_bad_fraction=1)[0]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=SHARED)
+@given(data=st.data(), number=st.integers(0, 2))
+def test_any_edit_of_the_same_size_is_refused_by_name(tmp_path, tokenizer, data, number):
+    folder = shards(tmp_path / "text")
+    before = print_of(folder, tokenizer)
+    (edited,) = [file for file in open_corpus(config_of(folder).data).files if file.name == f"{number}.jsonl"]
+    content = bytearray(Path(edited.url).read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    Path(edited.url).write_bytes(content)
+    now = print_of(folder, tokenizer)
+    assert changed_files(before, now) == [f"{number}.jsonl"]
+    assert differences(before, now) == ["contents"]
+    with pytest.raises(UserError, match=rf"step-1: the text was changed .*: {number}\.jsonl\. Put the former"):
+        Start(Path("step-1"), RunState(fingerprint=before)).check_data(now)
+    with pytest.raises(DataError, match=rf"{number}\.jsonl: was changed since this run began"):
+        next(read_lines(edited))
+
+
+def test_a_corpus_that_moved_is_the_same(tmp_path, tokenizer):
+    before = print_of(shards(tmp_path / "text"), tokenizer)
+    (tmp_path / "text").rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "0.jsonl").touch()
+    assert print_of(tmp_path / "elsewhere", tokenizer) == before
+
+
+def test_an_older_checkpoint_resumes_and_says_what_is_not_verified(tmp_path, tokenizer, caplog):
+    caplog.set_level(logging.INFO, logger="lamda")
+    now = json.loads(json.dumps(print_of(shards(tmp_path / "text"), tokenizer)))
+    old = {name: value for name, value in now.items() if name != "contents"}
+    state = Start(Path("step-1"), RunState(step=4, fingerprint=old)).check_data(now)
+    assert (state.step, state.fingerprint) == (4, now)
+    assert "that they are unchanged is not verified" in caplog.text
+    state = RunState(step=4, cursors={0: Cursor(1, 0, 0, 3, 99, 2, 3, 0, "digest")})
+    values = json.loads(json.dumps({**vars(state), "cursors": {"0": {"block": 1, "line": 3}}}))
+    (tmp_path / "run_state.json").write_text(json.dumps(values))
+    assert RunState.read(tmp_path / "run_state.json").cursors == {0: Cursor(block=1, line=3)}
+
+
+def test_a_changed_file_is_accepted_by_name_alone(tmp_path, tokenizer):
+    before = print_of(shards(tmp_path / "text"), tokenizer)
+    now = print_of(shards(tmp_path / "text", seed=0), tokenizer)
+    now["contents"] = [[name, f"ETag {name}"] for name, _ in now["contents"]]
+    start = Start(Path("step-1"), RunState(fingerprint=before, cursors={0: Cursor(1, digest="x")}))
+    with pytest.raises(UserError, match=r"in 1 files .*: 2\.jsonl\. .*data\.accept_changed"):
+        start.check_data(now, accepted=("0.jsonl", "1.jsonl"))
+    state = start.check_data(now, accepted=("0.jsonl", "1.jsonl", "2.jsonl"))
+    assert (state.fingerprint, state.cursors) == (now, {0: Cursor(1)})
+
+
+def test_files_of_one_name_are_told_apart_by_all_their_contents():
+    before = {"contents": [["0.jsonl", "a"], ["0.jsonl", "b"], ["1.jsonl", None]]}
+    assert changed_files(before, {"contents": [["0.jsonl", "b"], ["0.jsonl", "a"], ["1.jsonl", "c"]]}) == []
+    assert changed_files(before, {"contents": [["0.jsonl", "b"], ["0.jsonl", "c"], ["1.jsonl", "c"]]}) == ["0.jsonl"]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=SHARED)
+@given(blocks=st.integers(1, 12), order=st.permutations(range(12)), suffix=st.sampled_from([".jsonl", ".jsonl.zst"]))
+def test_a_cursor_lands_in_its_document_or_the_file_is_refused(tmp_path, tokenizer, blocks, order, suffix):
+    lengths = [5, 30, 12, 5, 44, 9, 30, 7, 12, 21, 16, 3]
+    texts = [make_text(n, length) for n, length in enumerate(lengths)]
+    path = write_shard(tmp_path / f"0{suffix}", texts)
+    made = list(islice(read_blocks(lane_of(path), Cursor(), packing=PACKING, tokenizer=tokenizer), blocks))
+    cursor = made[-1][1]
+    unbroken = next(read_blocks(lane_of(path), cursor, packing=PACKING, tokenizer=tokenizer))
+    write_shard(path, [texts[place] for place in order])
+    try:
+        block, after = next(read_blocks(lane_of(path), cursor, packing=PACKING, tokenizer=tokenizer))
+    except DataError as error:
+        told = str(error)
+        assert f"0{suffix}, line {cursor.line + 1}: the document there is not the one" in told
+        assert order[cursor.line] != cursor.line or order[: cursor.line] != list(range(cursor.line))
+    else:
+        assert order[cursor.line] == cursor.line
+        assert after.digest is not None
+        assert block.number == unbroken[0].number
+
+
+def test_a_cursor_without_a_digest_still_wants_a_document_at_its_line(tmp_path, tokenizer):
+    path = write_shard(tmp_path / "0.jsonl", [make_text(n, 20) for n in range(9)])
+    *_, (_, cursor) = islice(read_blocks(lane_of(path), Cursor(), packing=PACKING, tokenizer=tokenizer), 4)
+    old = Cursor(cursor.block, cursor.epoch, cursor.file, cursor.line, cursor.byte - 3, cursor.token)
+    assert cursor.line > 0
+    with pytest.raises(DataError, match=rf"0\.jsonl, line {cursor.line + 1}: the document there is not"):
+        next(read_blocks(lane_of(path), old, packing=PACKING, tokenizer=tokenizer))
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_refused(tmp_path):
+    path = tmp_path / "0.jsonl"
+    path.write_bytes(b"x\n" * (1 << 18))
+    (file,) = resolve(Source(name="s", licence="none", files=str(path)))
+    lines = read_lines(file)
+    next(lines)
+    with path.open("r+b") as stream:
+        stream.seek(1 << 18)
+        stream.write(b"y")
+    with pytest.raises(DataError, match=r"0\.jsonl: was written to while it was read"):
+        list(lines)
+
+
+def test_a_large_file_is_known_by_pieces_from_the_first_byte_to_the_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(identity, "PIECE", 8)
+    path, size = tmp_path / "0.jsonl", 5_000
+    found = set()
+    starts = [(size - 8) * place // 15 for place in range(16)]
+    for place in [None, 0, size - 1, *(start + 7 for start in starts)]:
+        content = bytearray(size)
+        if place is not None:
+            content[place] = 1
+        path.write_bytes(content)
+        with path.open("rb") as stream:
+            found.add(identity.content_of(stream, size))
+    assert len(found) == 1 + 2 + 15  # the last piece's last byte is the last one
+
+
+def test_ready_blocks_of_other_text_with_the_same_names_and_sizes_are_not_taken(tmp_path, tokenizer):
+    english, german = tmp_path / "en", tmp_path / "de"
+    for folder, text in ((english, "the cat sat on the mat"), (german, "die Katze sass da nun.")):
+        folder.mkdir()
+        write_shard(folder / "c.jsonl", [f"{text} {n:03}" for n in range(50)])
+    assert (english / "c.jsonl").stat().st_size == (german / "c.jsonl").stat().st_size
+    folders = {
+        BlockFolder.of(str(tmp_path / "ready"), print_of(folder, tokenizer)).path for folder in (english, german)
+    }
+    assert len(folders) == 2
+
+
+def test_every_machine_must_have_the_files(tmp_path):
+    files = resolve(Source(name="s", licence="none", files=f"{shards(tmp_path / 'text')}/*"))
+    require_here(files)
+    Path(files[1].url).write_bytes(b"short")
+    with pytest.raises(DataError, match=r"1\.jsonl: has 5 bytes here"):
+        require_here(files)
+    Path(files[1].url).unlink()
+    with pytest.raises(DataError, match=r"1\.jsonl: cannot be read \(No such file"):
+        require_here(files)
