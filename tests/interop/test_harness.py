@@ -175,7 +175,7 @@ def test_lamda_evaluate_and_lm_eval_find_the_same_loss_on_real_documents(loaded,
         with torch.no_grad():
             ours = evaluate(
                 HeldOut((source,), tokenizer, length),
-                lambda inputs_BL, targets_BL: token_nats(loaded.model(inputs_BL), targets_BL),
+                lambda inputs_BL, targets_BL, _: token_nats(loaded.model(inputs_BL), targets_BL),
                 device=loaded.model.final_norm.scale.device,
                 micro_batch=2,
             )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from lamda.config.errors import UserError
 from lamda.config.progress import Progress
@@ -30,9 +31,15 @@ def main(argv: list[str]) -> int:
         options.path, tasks, batch=options.batch_size, limit=options.limit, num_fewshot=options.num_fewshot
     )
     if options.output is not None:
-        options.output.write_text(json.dumps(report, indent=1), "utf-8")
-    print(json.dumps(report, indent=1) if options.json else "\n".join(table(report)))
+        options.output.write_text(_json(report), "utf-8")
+    print(_json(report) if options.json else "\n".join(table(report)))
     return 0
+
+
+def _json(report: dict[str, Any]) -> str:
+    """A figure that is not finite is null, for JSON has no NaN."""
+    how = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+    return orjson.dumps(report, option=how).decode()
 
 
 def _parser() -> argparse.ArgumentParser:
