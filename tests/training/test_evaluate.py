@@ -36,7 +36,7 @@ def test_an_empty_document_beside_others_changes_nothing(run, tmp_path, capsys):
 
 def test_text_of_empty_documents_alone_is_refused(run, tmp_path):
     files = write_shard(tmp_path / "empty.jsonl", ["", ""])
-    with pytest.raises(UserError, match="the text has no token to score: .*empty.jsonl has empty documents alone"):
+    with pytest.raises(UserError, match=r"the text has no token to score: .*empty\.jsonl has empty documents alone"):
         main([str(run), "--files", str(files), "--json"])
 
 
