@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lamda.config import ModelConfig
-from lamda.inference.generation import prefill, sample
+from lamda.inference.generation import generate, prefill, sample
 from lamda.inference.int8 import Int8Matrix, to_int8
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
@@ -57,3 +57,11 @@ def test_the_number_of_candidates_changes_none_of_them():
     sixteen, four = (sample(model, prefix, count=count, sampling=sampling).ids for count in (16, 4))
     assert sixteen[:4] == four
     assert len({tuple(ids) for ids in sixteen}) > 8
+
+
+def test_company_changes_no_continuation():
+    model = to_int8(make())
+    sampling = Sampling(max_new_tokens=20, seed=1)
+    prompts = [[1, 2, 3], [4] * 30, [5, 6]]
+    alone = [generate(model, [prompt], sampling)[0] for prompt in prompts]
+    assert generate(model, prompts, sampling) == alone

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 import sys
 import time
@@ -263,5 +264,6 @@ async def attack_all(client: Client, *, clients: int, seconds: float) -> Counter
 
 
 if __name__ == "__main__":
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # what is sent to a closed connection is no news here
     port, key, clients, seconds = sys.argv[1:]
     print(json.dumps(asyncio.run(attack_all(Client(int(port), key), clients=int(clients), seconds=float(seconds)))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -156,6 +157,19 @@ def test_a_refusal_is_marked_as_one(page):
     say(page, "refuse")
     assert page.locator(".assistant > .text").inner_text() == REFUSAL
     assert "The filter dropped every candidate" in page.locator(".assistant .note").inner_text()
+
+
+def test_a_conversation_that_has_grown_sends_its_end(page):
+    def sent(count, size):
+        said = f"Array.from({{length: {count}}}, (_, n) => ({{role: 'user', content: n + 'x'.repeat({size})}}))"
+        return [int(each["content"].split("x")[0]) for each in json.loads(page.evaluate(f"bodyOf({said})"))["messages"]]
+
+    assert sent(20, 100) == [*range(20)]
+    for count, size in ((3000, 10), (500, 4000)):
+        numbers = sent(count, size)
+        assert numbers == [*range(count - len(numbers), count)]
+        assert 40 < len(numbers) < 1000
+    assert sent(2, 900_000) == [1]
 
 
 def test_the_keyboard_is_enough(page):
