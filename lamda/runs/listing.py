@@ -59,7 +59,10 @@ def _look(path: Path) -> tuple[float, Summary, Row | None]:
     directory = RunDirectory(path)
     standing, row = read_standing(directory), last_row(directory.metrics)
     stepped = changed_at(directory.metrics) if row else None
-    checkpoints = complete(directory.checkpoints)
+    try:
+        checkpoints = complete(directory.checkpoints)
+    except UserError:  # not ours to read: the other runs are shown all the same
+        checkpoints = []
     values: dict[str, Any] = row or {}
     summary = Summary(
         run=str(path),

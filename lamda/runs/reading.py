@@ -95,7 +95,11 @@ def find_runs(folder: Path, *, depth: int = DEPTH) -> list[Path]:
 
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:
-    if any((folder / name).is_file() for name in ("status.json", "metrics.jsonl")):
+    try:
+        is_run = any((folder / name).is_file() for name in ("status.json", "metrics.jsonl"))
+    except OSError:  # not ours to read
+        return
+    if is_run:
         yield folder
     elif depth:
         try:

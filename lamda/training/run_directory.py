@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -85,8 +87,9 @@ class RunDirectory:
         """Whether a run was here before."""
         return self.metrics.exists() or self.checkpoints.exists() or self._last_checkpoint.exists()
 
-    def create(self) -> None:
-        """Make the folder. Raises UserError where that cannot be, or where it cannot be written to."""
+    def create(self) -> bool:
+        """Make the folder; whether it was not there. Raises UserError where it cannot be made or written to."""
+        is_new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".writable-{os.getpid()}"
@@ -94,6 +97,14 @@ class RunDirectory:
             probe.unlink()
         except OSError as error:
             raise UserError(f"run.dir {self.path}: cannot be written to ({error.strerror}); choose another") from error
+        return is_new
+
+    def forget_refused(self, kind: type[BaseException] | None, value: BaseException | None, _: object) -> None:
+        """Remove a folder that a start made and that was then refused; what a person or a later start can use stays."""
+        signs = {self.log, self.path / "status.json", self.heartbeats}
+        with suppress(OSError):
+            if isinstance(value, UserError) and {*self.path.iterdir()} <= signs:
+                shutil.rmtree(self.path)
 
     def write_status(self, status: Status, **details: Any) -> None:
         """Tell in status.json how the run stands; the launcher's exit code does not."""

@@ -68,7 +68,8 @@ def train(
     with ExitStack() as stack:
         stack.callback(distributed.stop)
         device = framework.start(config, world)
-        distributed.on_main(world, directory.create)
+        if distributed.on_main(world, directory.create) and world.is_main:
+            stack.push(directory.forget_refused)
         stack.enter_context(run_log(directory.log, is_main=world.is_main))
         lock = directory.lock()
         distributed.on_main(world, lambda: stack.enter_context(lock) and None)

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import time
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -71,3 +72,21 @@ def test_a_status_file_of_something_else_says_nothing(directory, content):
 def test_a_pipe_in_the_place_of_the_status_is_not_waited_for(directory):
     os.mkfifo(directory.path / "status.json")
     assert directory.read_status() == {}
+
+
+@pytest.mark.parametrize(
+    ("error", "more", "stays"),
+    [(UserError(), [], False), (UserError(), ["tokenizer.model"], True), (RuntimeError(), [], True), (None, [], True)],
+)
+def test_a_start_that_is_refused_leaves_no_folder_that_it_made(tmp_path, error, more, stays):
+    directory = RunDirectory(tmp_path / "run")
+    assert directory.create()
+    assert not directory.create()
+    directory.heartbeats.mkdir()
+    for name in ("train.log", "status.json", "heartbeats/rank-00000.json", *more):
+        (directory.path / name).touch()
+    with suppress(UserError, RuntimeError), ExitStack() as stack:
+        stack.push(directory.forget_refused)
+        if error:
+            raise error
+    assert directory.path.exists() is stays
