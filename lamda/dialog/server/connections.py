@@ -87,7 +87,8 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self._wait()
         if len(self.connections) > self._doors.most:
-            next(iter(self._doors.waiting)).cut("connections")
+            idle = (each for each in self._doors.waiting if not each.flow.write_paused)
+            next(idle, self).cut("connections")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing of it stays."""
