@@ -11,7 +11,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 Progress = Callable[[], object]
 """Called while a long job goes on."""
@@ -82,13 +82,18 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_regular(path: Path) -> bytes:
-    """The content of a file; a pipe is never waited for, and counts as no file. Raises OSError."""
+def open_regular(path: Path) -> BinaryIO:
+    """A file to read; a pipe is never waited for, and counts as no file. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FileNotFoundError(errno.ENOENT, "is not a regular file", str(path))
-    with os.fdopen(descriptor, "rb") as stream:
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a file, as `open_regular`. Raises OSError."""
+    with open_regular(path) as stream:
         return stream.read()
 
 

@@ -202,7 +202,7 @@ class _Reading:
             self._problems.append(Problem(*at_flag, str(error)))
         except (OSError, UnicodeDecodeError) as error:
             self._problems.append(Problem(*at_flag, f"{name} cannot be read: {error}"))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             mark = getattr(error, "problem_mark", None)
             place = _line(path, mark.line + 1 if mark else 1)
             told = f"this is not YAML: {getattr(error, 'problem', None) or error}"

@@ -13,6 +13,7 @@ import orjson
 
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
+from lamda.durable import open_regular
 from lamda.storage import lock
 from lamda.training.attempt import STARTING
 from lamda.training.run_directory import RunDirectory
@@ -155,7 +156,7 @@ class Metrics:
             self._stream.close()
         self._place = 0
         try:
-            self._stream = self._path.open("rb")
+            self._stream = open_regular(self._path)
         except FileNotFoundError:
             self._stream = None
         except OSError as error:
@@ -193,7 +194,7 @@ def last_row(path: Path) -> Row | None:
 def last_lines(path: Path, *, size: int = 1 << 17) -> list[str]:
     """The whole lines in the last `size` bytes of a text file; none where there is no file."""
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             end = stream.seek(0, os.SEEK_END)
             stream.seek(max(0, end - size))
             lines = stream.read().decode("utf-8", "replace").splitlines()
