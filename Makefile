@@ -74,7 +74,7 @@ lint: $(VENV)/.installed-dev
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[plot]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -134,7 +134,7 @@ exit code: 0 where the run fits, 1 where it does not""",
     ),
     "runs": Command(
         _main_of("lamda.runs.listing"),
-        "DIR [--json]",
+        "[DIR] [--json]",
         "the runs in a folder: status, step, loss, speed, last checkpoint",
     ),
     "watch": Command(

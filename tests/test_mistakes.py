@@ -64,6 +64,7 @@ def answers(tmp_path_factory, tokenizer_path):
         "no validation text": case(
             data__corpus=card_without_validation(folder, text), data__eval_files="null", eval__every=1
         ),
+        "own text alone": case(data__eval_files="null", eval__every=1),
         "bad validation": case(data__eval_files=folder / "nothing.jsonl"),
         "no tasks": case(eval__tasks="copa", eval__tasks_path=folder / "nowhere"),
         "missing weights": case(model__weights=folder / "nothing.safetensors"),
@@ -104,6 +105,7 @@ def card_without_validation(folder, text):
         ("required", "holds no complete checkpoint"),
         ("no such checkpoint", "no such checkpoint"),
         ("no validation text", "has no validation text"),
+        ("own text alone", "set data.eval_files to files that are not trained on, or --eval.every null"),
         ("bad validation", "nothing.jsonl"),
         ("no tasks", "there is no such folder of task files"),
         ("missing weights", "nothing.safetensors"),

@@ -20,10 +20,15 @@ SLOW_SHARE = 0.8
 
 
 def main(argv: list[str]) -> int:
-    """`[--json] --config FILE [--section.key VALUE ...]`; 0 all well, 1 warnings, 2 failures. Raises UserError."""
+    """`[--json] [--config FILE] [--section.key VALUE ...]`, the tiny run by default.
+
+    0 all well, 1 warnings, 2 failures. Raises UserError.
+    """
     parser = argparse.ArgumentParser(prog="lamda doctor", allow_abbrev=False, add_help=False)
     parser.add_argument("--json", action="store_true")
     options, flags = parser.parse_known_args(argv)
+    if not any(flag.partition("=")[0] == "--config" for flag in flags):
+        flags = ["--config", "tiny", *flags]
     config, world = load_config(flags), read_world()
     choose_accelerator()
     import torch

@@ -55,6 +55,14 @@ def _split(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
             yield name, None
 
 
+_NODES = "the number of nodes is for `lamda submit --nodes N` or `deepspeed --num_nodes N`; `lamda plan` takes --gpus"
+_GPUS = (
+    "the number of GPUs is for the launcher: `deepspeed --num_gpus N scripts/pretrain.py`; `lamda plan` takes --gpus"
+)
+_OF_LAUNCHERS = {"nodes": _NODES, "num_nodes": _NODES, "gpus": _GPUS, "num_gpus": _GPUS, "nproc_per_node": _GPUS}
+"""Flags that people give here and that launchers take."""
+
+
 def _read_flags(argv: Sequence[str], problems: list[Problem]) -> tuple[str | None, dict[str, Setting]]:
     """The config file's name and the overrides by dotted key; a later flag wins."""
     file, settings = None, {}
@@ -65,6 +73,8 @@ def _read_flags(argv: Sequence[str], problems: list[Problem]) -> tuple[str | Non
         if not name:
             place = place._replace(prefix="")
             problems.append(Problem(place, "", f"{value}: is not a flag; write --section.key VALUE"))
+        elif name in _OF_LAUNCHERS:
+            problems.append(Problem(place, name, f"there is no such key; {_OF_LAUNCHERS[name]}"))
         elif name != "config" and name not in KEYS:
             problems.append(Problem(place, name, f"there is no such key{SCHEMA.nearest_key(name)}"))
         elif value is None:

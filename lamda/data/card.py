@@ -118,15 +118,17 @@ class Card(_Part):
 def load_card(config: DataConfig) -> Card:
     """The card of a run, its files replaced where the configuration says so.
 
-    `data.files` and `data.eval_files` stand in for the card's files and keep the text and domain
-    rules of its first source. Raises UserError for an unreadable card.
+    `data.files` and `data.eval_files` stand in for the card's files and keep the text and domain rules of its
+    first source; nothing else that the card says holds for them. With `data.files` the card's validation text is
+    left out, too: it is not held out of that text. Raises UserError for an unreadable card.
     """
     path = card_path(config.corpus)
     card = _read(path)
-    rules = card.sources[0].model_dump(include={"licence", "text", "domain"})
+    rules = card.sources[0].model_dump(include={"text", "domain"}) | {"licence": "not stated"}
     if config.files is not None:
-        replaced = (Source(name="files", files=config.files, **rules),)
-        card = card.model_copy(update={"sources": replaced, "changes": (), "domains": ()})
+        own = {"name": "data.files", "description": "files that the run named itself", "homepage": None}
+        sources = (Source(name="files", files=config.files, **rules),)
+        card = card.model_copy(update={"sources": sources, "validation": (), "changes": (), "domains": (), **own})
     if config.eval_files is not None:
         card = card.model_copy(update={"validation": (Source(name="eval_files", files=config.eval_files, **rules),)})
     return card

@@ -58,7 +58,7 @@ def evaluate_checkpoint(
     config = load_config(["--config", str(path / "config.yaml"), *overrides])
     sources = load_card(config.data).validation
     if not sources:
-        raise UserError(f"card {config.data.corpus!r} has no validation dialogues; give --files")
+        raise UserError(f"{path}: its run has no validation dialogues; give --files")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = LoadedModel(load_model(path, config.model).to(device))
     tokenizer = Tokenizer.load(path / "tokenizer.model")

@@ -36,9 +36,16 @@ class Summary:
 
 
 def main(argv: list[str]) -> int:
-    """`DIR [--json]`; raises UserError."""
+    """`[DIR] [--json]`; raises UserError."""
     parser = argparse.ArgumentParser(prog="lamda runs", allow_abbrev=False)
-    parser.add_argument("folder", type=Path, metavar="DIR", help=f"runs are looked for here and {DEPTH} folders deep")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        metavar="DIR",
+        nargs="?",
+        default=Path("runs"),
+        help=f"runs are looked for here and {DEPTH} folders deep; default: runs",
+    )
     parser.add_argument("--json", action="store_true", help="a JSON array, an object a run")
     options = parser.parse_args(argv)
     if not options.folder.is_dir():

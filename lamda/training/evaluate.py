@@ -36,7 +36,7 @@ def evaluate_checkpoint(path: Path, *, files: str | None) -> dict[str, Any]:
     config = load_config(["--config", str(path / "config.yaml"), *(["--data.eval_files", files] if files else [])])
     sources = load_card(config.data).validation
     if not sources:
-        raise UserError(f"card {config.data.corpus!r} has no validation text; give --files")
+        raise UserError(f"{path}: its run has no validation text; give --files")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = LoadedModel(load_model(path, config.model).to(device))
     text = HeldOut(

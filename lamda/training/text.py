@@ -115,8 +115,13 @@ def validation(config: Config) -> tuple[Source, ...]:
     """The sources of the validation text. Raises UserError where there is none and evaluations are asked for."""
     sources = load_card(config.data).validation
     if not sources and config.eval.every is not None:
+        why = (
+            f"card {config.data.corpus!r} has no validation text"
+            if config.data.files is None
+            else "text of data.files has no validation text but your own"
+        )
         raise UserError(
-            f"eval.every is {config.eval.every}, but card {config.data.corpus!r} has no validation text; set "
-            "data.eval_files, or take eval.every out"
+            f"eval.every is {config.eval.every}, but {why}; set data.eval_files to files that are not trained on, or "
+            "--eval.every null"
         )
     return sources

@@ -318,3 +318,12 @@ def test_two_ranks_name_the_one_that_has_another_directory(subject, tmp_path):
     assert checks["shared"]["level"] == "failure"
     assert re.match(r"rank 1 \(host .*\) did not see a file that rank 0 ", checks["shared"]["text"])
     assert checks["same"]["level"] == checks["clocks"]["level"] == checks["all-reduce"]["level"] == "ok"
+
+
+def test_without_a_configuration_the_doctor_looks_at_the_tiny_run(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doctor, "checks", lambda: [Check("seen", "main", lambda subject: ok(subject.config.run.dir))])
+    assert doctor.main([]) == 0
+    assert "runs/tiny" in capsys.readouterr().out
+    assert doctor.main(["--config=tiny", "--run.dir", "runs/mine"]) == 0
+    assert "runs/mine" in capsys.readouterr().out

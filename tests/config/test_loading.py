@@ -278,3 +278,11 @@ def test_stray_words_are_answered():
     assert problems("--train.steps", 1, "word", "-x", "--") == [
         f"{word}: is not a flag; write --section.key VALUE" for word in ("word", "-x", "--")
     ]
+
+
+@pytest.mark.parametrize("name", ["nodes", "num_nodes", "gpus", "num_gpus", "nproc_per_node"])
+def test_what_a_launcher_takes_is_answered_with_the_launcher(name):
+    (problem,) = problems("--train.steps", 1, f"--{name}", 2)
+    assert problem.startswith(f"--{name}: there is no such key; the number of ")
+    assert "deepspeed --num_" in problem
+    assert "did you mean" not in problem

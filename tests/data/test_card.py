@@ -59,3 +59,19 @@ def test_a_sound_card_is_read(tmp_path):
 def test_a_fault_is_told_with_its_place(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         load(tmp_path, text)
+
+
+def test_nothing_that_a_card_says_of_its_text_holds_for_files_that_a_run_names():
+    def card(**data):
+        return load_card(Config.model_validate({"data": {"corpus": "pile", **data}, "train": {"steps": 1}}).data)
+
+    published, own = card(), card(files="mine/*.jsonl")
+    assert (own.name, own.homepage, own.validation, own.changes, own.domains) == ("data.files", None, (), (), ())
+    assert own.description != published.description
+    assert [(source.files, source.licence) for source in own.sources] == [(("mine/*.jsonl",), "not stated")]
+    assert own.sources[0].domain == published.sources[0].domain
+    both = card(files="mine/*.jsonl", eval_files="held.jsonl")
+    assert [(source.files, source.licence) for source in both.validation] == [(("held.jsonl",), "not stated")]
+    held = card(eval_files="held.jsonl")
+    assert (held.name, held.sources) == (published.name, published.sources)
+    assert [source.licence for source in held.validation] == ["not stated"]

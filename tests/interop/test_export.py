@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,12 @@ from lamda.cli import main
 from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.distributed import World
-from lamda.inference.loading import load_run
+from lamda.inference.loading import find_checkpoint, load_run
 from lamda.interop.huggingface import export as export_module
+from lamda.interop.huggingface.card import model_card
 from lamda.interop.huggingface.export import export
 from lamda.interop.huggingface.importing import bring_in
+from lamda.interop.huggingface.source import Source
 from lamda.training import checkpoint, manifest
 from lamda.training.engine import Engine
 from lamda.training.metrics import MetricsFile
@@ -213,6 +216,17 @@ def test_the_card_tells_data_licence_metrics_and_hashes(run, saved, exported):
         if file.name not in ("README.md", "manifest.json"):
             assert f"| `{file.name}` | `{hashlib.sha256(file.read_bytes()).hexdigest()}` |" in card
     assert str(run.parent) not in card
+
+
+def test_the_card_claims_nothing_of_its_corpus_for_files_that_the_run_named(run, exported):
+    source = Source.of(find_checkpoint(run))
+    data = source.config.data.model_copy(update={"files": ("/home/me/mine.jsonl",)})
+    own = replace(source, config=source.config.model_copy(update={"data": data}))
+    card = model_card(own, exported, dtype="float32", masters=True)
+    assert "data.files: files that the run named itself" in card
+    assert "| files | `mine.jsonl` | not stated |" in card
+    assert "PSF-2.0" not in card
+    assert "standard_library" not in card
 
 
 def test_the_card_may_change_and_nothing_else(exported, tmp_path):

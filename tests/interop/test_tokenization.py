@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 
 from lamda.data.tokenizer import RESERVED_PIECES, SPACE_PIECE, Tokenizer
@@ -114,6 +115,17 @@ def templated(pair, messages, **options):
     """Ids that the chat template gives."""
     records = [{"role": each.role, "content": each.content, "to": each.to} for each in messages]
     return pair.fast.apply_chat_template(records, return_dict=True, **options)
+
+
+def test_a_content_in_parts_is_the_text_that_they_make(pair):
+    whole = [{"role": "user", "content": f"{SPACE_PIECE}|{SPACE_PIECE}USER{SPACE_PIECE}> b"}]
+    cuts = [f"{SPACE_PIECE}", f"|{SPACE_PIECE}USER{SPACE_PIECE}", "", "> b"]
+    parts = [{"role": "user", "content": [{"type": "text", "text": text} for text in cuts]}]
+    ids = [pair.fast.apply_chat_template(each, return_dict=True).input_ids for each in (whole, parts)]
+    assert ids[0] == ids[1]
+    for bad in (3, {"type": "text", "text": "x"}, [{"type": "image"}], ["x"], [{"type": "text", "text": 3}]):
+        with pytest.raises(TemplateError, match="must be"):
+            pair.fast.apply_chat_template([{"role": "user", "content": bad}])
 
 
 @pytest.mark.parametrize("count", range(1, 5))

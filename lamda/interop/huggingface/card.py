@@ -42,8 +42,10 @@ def model_card(source: Source, folder: Path, *, dtype: str, masters: bool) -> st
 
 
 _USE = """\
+From a checkout of Open LaMDA, the project that wrote this folder:
+
 ```
-pip install 'lamda-pytorch[huggingface]'
+pip install '.[huggingface]'
 ```
 
 ```python
@@ -57,7 +59,7 @@ print(generate("The ship")[0]["generated_text"])
 The model reads documents that begin with the end symbol, which the tokenizer puts before every text. The relative
 position bias has no longest distance, but nothing was trained on longer rows than those below."""
 
-_NAMED = "The run named files of its own; the licence is what the corpus card says of its first source."
+_NAMED = "Of the files that the run named itself nobody has stated a licence."
 
 _TOKENIZER = f"""\
 `tokenizer.json` gives the ids of the SentencePiece model beside it (`tokenizer.model`) for every text but such as

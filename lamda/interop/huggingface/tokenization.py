@@ -1,4 +1,7 @@
-"""The SentencePiece model as a fast tokenizer of Hugging Face's, with the same ids for every text.
+"""The SentencePiece model as a fast tokenizer of Hugging Face's, with the same ids for every text but two kinds.
+
+A plain text that spells a control symbol with U+2581, `<▁USER▁>`, becomes that symbol, and JOINER, `▁|▁`, vanishes;
+in the chat template no message can do either, and a text without U+2581 never does.
 
 Pieces are written with a real space in place of U+2581, so that U+2581 itself is a character as any other and
 becomes its bytes. A piece is merged from every pair of pieces that spells it, lower ids first, as SentencePiece does.
