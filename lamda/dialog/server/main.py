@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import logging
 import os
 import socket
 import sys
@@ -62,6 +63,7 @@ def main(argv: list[str]) -> int:
     app = App(service, hosts=hosts, key=key, chat_only=options.chat_only)
     console.outlive()
     sys.setswitchinterval(_SWITCH_SECONDS)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of answers to clients that have just left
     gigabytes = options.total_tokens * service.token_bytes / 1e9
     print(f"{loaded.path.name} of {options.run} answers on {_address(options.host, listening.getsockname()[1])}")
     print(f"{options.total_tokens:,} tokens of all requests together take up to {gigabytes:.1f} GB", flush=True)
