@@ -27,7 +27,7 @@ from tests.random_run import write_run
 
 KEY = "a-key-of-the-attack"
 HONEST = 4
-WARM_SECONDS = 30.0
+WARM_SECONDS = 60.0
 QUIET_SECONDS = 15.0
 SERVE = "import sys; from lamda.cli import main; sys.exit(main(['serve', *sys.argv[1:]]))"
 
