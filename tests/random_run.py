@@ -13,7 +13,7 @@ from lamda.config.schema import Config
 from lamda.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
 from lamda.model import LaMDA
 from lamda.model.initialisation import initialise
-from lamda.training.manifest import seal, sync_and_describe
+from lamda.training.manifest import MANIFEST, seal, sync_and_describe
 
 
 def write_run(path: Path, tokenizer_path: Path, *, dtype: torch.dtype = torch.float32, packing: str = "concat") -> Path:
@@ -41,7 +41,12 @@ def write_run(path: Path, tokenizer_path: Path, *, dtype: torch.dtype = torch.fl
     for folder in (checkpoint, path):
         shutil.copy(tokenizer_path, folder / "tokenizer.model")
     shutil.copy(checkpoint / "config.yaml", path / "config.yaml")
-    files = {file.name: sync_and_describe(file) for file in checkpoint.iterdir()}
-    seal(checkpoint, {"step": 1, "files": files})
+    seal_checkpoint(checkpoint)
     (checkpoint.parent / "LATEST").write_text("step-00000001\n", "utf-8")
     return path
+
+
+def seal_checkpoint(checkpoint: Path) -> None:
+    """A manifest that vouches for what lies there now."""
+    files = {file.name: sync_and_describe(file) for file in checkpoint.iterdir() if file.name != MANIFEST}
+    seal(checkpoint, {"step": 1, "files": files})

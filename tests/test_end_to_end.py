@@ -227,9 +227,12 @@ def test_prepared_blocks_give_the_same_samples(place, straight, capsys):
 
 
 def test_a_finished_run_says_so_and_changes_nothing(place, straight):
+    status = place / "straight" / "status.json"
     before = {path: path.stat().st_mtime_ns for path in (place / "straight").rglob("*") if path.is_file()}
+    said = status.read_bytes()
     (again,) = run_ranks(arguments(place, "straight"), world=1)
     assert again.returncode == 0
     assert "finished, 12 steps" in again.stdout
     after = {path: path.stat().st_mtime_ns for path in (place / "straight").rglob("*") if path.is_file()}
-    assert {path for path in after if before.get(path) != after[path]} <= {place / "straight" / "train.log"}
+    assert {path for path in after if before.get(path) != after[path]} <= {place / "straight" / "train.log", status}
+    assert status.read_bytes() == said

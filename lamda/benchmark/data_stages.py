@@ -21,6 +21,7 @@ from lamda.benchmark.texts import Text
 from lamda.config.schema import Config
 from lamda.data.blocks import ENCODE_CHARACTERS, read_blocks
 from lamda.data.corpus import open_corpus, packing_of
+from lamda.data.documents import Document
 from lamda.data.files import File, read_all, read_lines
 from lamda.data.lanes import RAW_TEXT, Cursor
 from lamda.data.loader import Loader
@@ -199,10 +200,10 @@ class _Replay:
         self._documents = [
             document
             for lane, documents in zip(open_corpus(config.data).lanes, text.documents, strict=True)
-            for document in islice(lane.documents(Cursor()), len(documents))
+            for document in islice(lane.read(Cursor()), len(documents))
         ]
 
-    def documents(self, start: Cursor) -> Iterator[Any]:
+    def read(self, start: Cursor) -> Iterator[Document]:
         """All documents, once."""
         self._coming = iter(self._ids)
         return iter(self._documents)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lamda.data.documents import Document
 from lamda.data.errors import DataError
 from lamda.data.hashing import permutation
-from lamda.data.lanes import Cursor, Lane, read_lane
+from lamda.data.lanes import Cursor, Lane
 from lamda.data.packing import Method, arrange
 from lamda.data.quarantine import BadLine
 from lamda.data.tokenizer import Tokenizer
@@ -206,7 +206,7 @@ def _require_same(lane: Lane, cursor: Cursor, document: Document) -> None:
 
 def _batches(lane: Lane, cursor: Cursor, *, characters: int) -> Iterator[list[Document]]:
     batch, held = [], 0
-    for document in read_lane(lane, cursor):
+    for document in lane.read(cursor):
         batch.append(document)
         held += 4 + len(document.text)
         if held >= characters:

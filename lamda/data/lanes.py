@@ -76,8 +76,12 @@ class Lane:
         domain = () if self.source.domain is None else (first_key(self.source.domain),)
         return None if keys is None else (*keys, *domain)
 
+    def read(self, start: Cursor) -> Iterator[Document]:
+        """Documents from the one that holds the cursor, endless. Raises DataError: see `read_lane`."""
+        return read_lane(self, start)
+
     def documents(self, start: Cursor) -> IterableDataset:
-        """Documents from the one that holds the cursor, endless; rows as `Document._asdict()`.
+        """The same for `datasets`: documents from the one that holds the cursor, endless; rows as `Document._asdict()`.
 
         Not by `from_generator`, which makes a folder in the Hugging Face cache: that may be read-only.
         """

@@ -131,6 +131,7 @@ class _Start:
                 distributed.on_main(world, lambda: manifest.sweep(directory.checkpoints))
                 start = choose_start(config, directory, world, framework=self.framework.name, progress=dog.progress)
                 if start.state.step >= total_steps(config, start.state) and self._was_finished(start.state.step):
+                    self.signals.leave_at_once(exit_code=0)
                     return 0
                 at("benchmarks")
                 benchmarks = self.open_benchmarks(config, world)
@@ -164,7 +165,7 @@ class _Start:
             if found.get("status") != "finished" or found.get("step") != step:
                 return False
             print(f"{self.directory.path}: finished, {step} steps; raise train.steps to go on")
-            self.attempt.end("finished", step=step, steps=found.get("steps"))
+            self.directory.restore_status(found)
             return True
 
         return distributed.on_main(self.world, say_again)

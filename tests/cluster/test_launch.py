@@ -91,6 +91,8 @@ folder = Path(sys.argv[1])
 def run(self, ranks, others):
     launch = Launch([sys.executable, "-S", "-c", "import time; time.sleep(120)"], run=folder)
     try:
+        while not launch.living():  # a process that has not begun its program yet is nobody's
+            time.sleep(0.01)
         (folder / "pids").write_text(" ".join(map(str, launch.living())))
         time.sleep(120)
     finally:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from lamda.config.errors import UserError
 from lamda.training.evaluate import main
 from tests.conftest import make_text, write_shard
-from tests.random_run import write_run
+from tests.random_run import seal_checkpoint, write_run
 
 
 def no_constant(name):
@@ -44,5 +44,6 @@ def test_text_of_empty_documents_alone_is_refused(run, tmp_path):
 def test_a_diverged_model_has_null_for_figures_that_json_has_not(run, tmp_path, capsys):
     path = run / "checkpoints" / "step-00000001" / "model.safetensors"
     save_file({name: weight.fill_(nan) for name, weight in load_file(path).items()}, path)
+    seal_checkpoint(path.parent)
     figures = evaluated(run, write_shard(tmp_path / "text.jsonl", [make_text(1, 40)]), capsys)
     assert (figures["loss"], figures["perplexity"], figures["bits_per_byte"]) == (None, None, None)

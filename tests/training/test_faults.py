@@ -92,5 +92,5 @@ def test_a_mistake_in_the_plan_is_told(text, told):
 
 
 def test_every_point_and_kind_can_be_asked_for():
-    assert len(parse(",".join(f"{point}:kill:0:1" for point in POINTS))) == len(POINTS) == 16
+    assert len(parse(",".join(f"{point}:kill:0:1" for point in POINTS))) == len(POINTS) == 19
     assert [fault.kind for fault in parse(",".join(f"fetch:{kind}:*:*" for kind in KINDS))] == list(KINDS)
