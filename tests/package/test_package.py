@@ -19,7 +19,7 @@ from lamda import __version__
 ROOT = Path(__file__).parents[2]
 SMALL = (
     *("--train.steps", "2", "--train.warmup_steps", "1", "--tokenizer.train_bytes", "300000"),
-    *("--eval.batches", "1", "--model.n_layers", "1", "--wandb.mode", "offline"),
+    *("--eval.batches", "1", "--eval.full_batches", "1", "--model.n_layers", "1", "--wandb.mode", "offline"),
 )
 
 
