@@ -311,7 +311,7 @@ def test_two_ranks_name_the_one_that_has_another_directory(subject, tmp_path):
                 text=True,
             )
         )
-    (out, err), (silent, _) = (process.communicate(timeout=240) for process in processes)
+    (out, err), (silent, _) = (process.communicate(timeout=900) for process in processes)
     assert [process.returncode for process in processes] == [2, 2], err
     assert not silent.strip()
     checks = json.loads(out[out.index("{") :])["checks"]

@@ -111,7 +111,7 @@ def test_a_proof_that_is_stopped_ends_what_it_has_started_and_leaves_nothing(tmp
         assert proof.poll() is None, proof.stderr.read()
         time.sleep(0.02)
     proof.send_signal(number)
-    assert proof.wait(60) == 130
+    assert proof.wait(600) == 130
     proof.stderr.close()
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids.read_text().split())
     assert list(tmp_path.glob("mine-proof-*")) == []

@@ -40,7 +40,7 @@ def deepspeed_of(preset, case):
     return {"communication_data_type": "fp32", "zero_optimization": zero, **precisions[precision]}
 
 
-def measure(preset, folder, *, timeout=240):
+def measure(preset, folder, *, timeout=900):
     """A dict of figures for each case, in order."""
     (folder / "cases.json").write_text(json.dumps([deepspeed_of(preset, case) for case in CASES]))
     arguments = [WORKER, preset, str(folder / "cases.json"), str(folder / "found.json")]

@@ -75,7 +75,7 @@ class Job:
             time.sleep(0.02)
 
     def end(self):
-        code = self.process.wait(60)
+        code = self.process.wait(600)
         return code, (self.folder / "requeued").exists()
 
 

@@ -27,7 +27,7 @@ def in_a_slurm_step(arguments: list[str]) -> list[subprocess.CompletedProcess[st
         )
         for task in range(2)
     ]
-    told = [task.communicate(timeout=240) for task in tasks]
+    told = [task.communicate(timeout=900) for task in tasks]
     return [
         subprocess.CompletedProcess(task.args, task.returncode, *each) for task, each in zip(tasks, told, strict=True)
     ]

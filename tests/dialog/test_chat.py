@@ -37,7 +37,7 @@ def command(run, *options):
 
 
 def piped(run, text, *options):
-    done = subprocess.run(command(run, *options), input=text.encode(), capture_output=True, timeout=120)
+    done = subprocess.run(command(run, *options), input=text.encode(), capture_output=True, timeout=600)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 

@@ -71,7 +71,7 @@ def execute(text, folder):
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.run(
-        ["bash", "-c", text], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        ["bash", "-c", text], cwd=folder, env=environment, capture_output=True, text=True, timeout=1200
     )
 
 

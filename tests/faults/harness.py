@@ -61,7 +61,7 @@ class Place:
             for rank in range(ranks)
         ]
 
-    def run(self, run: str, *flags: str, timeout: float = 120, **more: Any) -> list[int]:
+    def run(self, run: str, *flags: str, timeout: float = 900, **more: Any) -> list[int]:
         """Run to the end; the ranks' exit codes."""
         processes = self.start(run, *flags, **more)
         try:

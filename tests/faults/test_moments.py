@@ -31,7 +31,7 @@ def test_a_signal_to_one_rank_before_the_first_step_ends_all_and_changes_nothing
     processes = place.start(name)
     wait_for_the_start(place, name, processes)
     os.kill(processes[1].pid, getattr(signal, name))
-    assert [process.wait(60) for process in processes] == [75, 75], place.log(name)
+    assert [process.wait(600) for process in processes] == [75, 75], place.log(name)
     assert place.status(name)["reason"] == f"{name} before the first step: nothing has changed"
     assert not place.rows(name)
     place.finish(name)
@@ -54,7 +54,7 @@ def test_a_process_that_stops_before_the_first_step_is_a_hang(place):
 def test_sighup_in_a_save_or_at_the_end_loses_nothing(place, straight, point):
     run = f"hup-{point}"
     processes = place.start(run, fault=f"{point}:hup:0:{LAST}")
-    codes = [process.wait(120) for process in processes]
+    codes = [process.wait(600) for process in processes]
     assert codes == [75, 75], place.log(run)
     assert place.status(run)["step"] == LAST
     place.finish(run)
@@ -92,7 +92,7 @@ def test_a_run_that_dies_after_its_last_checkpoint_is_finished_by_the_same_comma
 def test_a_save_that_takes_longer_than_any_patience_ends_well_at_a_stop(place, straight):
     """Longer than `run.hang_seconds`, and than a step may take after a signal."""
     fault = "forward:term:0:5,save.written:trickle:0:5,save.written:trickle:0:6"
-    codes = place.run("trickle", "--run.hang_seconds", str(TRICKLE_SECONDS - 8), timeout=240, fault=fault)
+    codes = place.run("trickle", "--run.hang_seconds", str(TRICKLE_SECONDS - 8), timeout=900, fault=fault)
     assert codes == [75, 75], place.log("trickle")
     step = place.status("trickle")["step"]
     assert place.checkpoints("trickle")[-1] == f"step-{step:08d}"

@@ -55,7 +55,7 @@ def test_a_launcher_that_is_signalled_or_vanishes_costs_no_step(place, way):
     assert status["reason"] in {"SIGTERM", "the launcher is gone"}
     assert len(place.rows(way)) == status["step"]
     assert place.checkpoints(way)[-1] == f"step-{status['step']:08d}"
-    process.wait(60)
+    process.wait(600)
     deadline = time.monotonic() + 60
     while any_rank_of(place.folder / way):
         assert time.monotonic() < deadline

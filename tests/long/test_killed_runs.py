@@ -66,10 +66,10 @@ def finished_steps(run: Path) -> int:
 @pytest.mark.skipif(DATA is None, reason="LAMDA_TEST_DATA is not set")
 def test_kills_at_random_on_one_and_two_ranks_change_no_bit(tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    assert start(straight, ranks=1).wait(timeout=300) == 0
+    assert start(straight, ranks=1).wait(timeout=900) == 0
     with WandbServer() as wandb:
         kill_again_and_again(broken, wandb)
-        assert start(broken, ranks=2, wandb=wandb).wait(timeout=300) == 0, said(broken)
+        assert start(broken, ranks=2, wandb=wandb).wait(timeout=900) == 0, said(broken)
     (watched,) = wandb.runs.values()
     assert watched.steps == list(range(1, STEPS + 1))
     columns = [[row["batch_digest"] for row in read_metrics(run / "metrics.jsonl")] for run in (straight, broken)]

@@ -82,7 +82,7 @@ class Slurm:
         for process in reversed(self._started):
             process.send_signal(signal.SIGTERM)
         for process in self._started:
-            process.wait(120)
+            process.wait(600)
 
     @property
     def environment(self) -> dict[str, str]:

@@ -71,7 +71,7 @@ def settings(place: Place, name: str) -> list[str]:
     return [*run, "--train.steps", str(STEPS), "--checkpoint.every", "80"]
 
 
-def lamda(*arguments: str, variables: Mapping[str, str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def lamda(*arguments: str, variables: Mapping[str, str], timeout: float = 1200) -> subprocess.CompletedProcess[str]:
     """The command, as a user types it."""
     return subprocess.run(
         [sys.executable, "-c", "import sys; from lamda.cli import main; sys.exit(main())", *arguments],
