@@ -19,7 +19,7 @@ def evaluated(place, run):
 
 def wait_for_the_start(place, run, processes):
     """Until the run says that it is starting."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (place.folder / run / "status.json").exists() or place.status(run).get("phase") != "starting":
         assert all(process.poll() is None for process in processes), place.log(run)
         assert time.monotonic() < deadline, place.log(run)
