@@ -307,13 +307,11 @@ def agree(world: World, action: Callable[[], T]) -> T:
         result = action()
     except (UserError, RunError) as error:
         failure = error
-    failures = gather((_elsewhere(failure), str(failure)))
-    kind, message = next((each for each in failures if each[0] is not None), (None, ""))
-    if kind is None:
+    failures = gather((_elsewhere(failure), type(failure), str(failure)))
+    elsewhere, kind, message = next((each for each in failures if each[0] is not None), (None, None, ""))
+    if elsewhere is None:
         return cast("T", result)
-    if not world.is_main:
-        raise kind(message)
-    raise (UserError if kind is ReportedElsewhereError else RunError)(message)
+    raise (kind if world.is_main else elsewhere)(message)
 
 
 def _elsewhere(failure: UserError | RunError | None) -> type[ReportedElsewhereError | FailedElsewhereError] | None:

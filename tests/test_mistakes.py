@@ -16,6 +16,9 @@ BASE = {
 }  # fmt: skip
 
 
+FINISHED = '{"status": "finished", "time": 1.0, "step": 2, "steps": 2}'
+
+
 def flags(changes):
     return [part for key, value in {**BASE, **changes}.items() for part in (f"--{key}", str(value))]
 
@@ -37,6 +40,9 @@ def answers(tmp_path_factory, tokenizer_path):
     (folder / "file").write_bytes(b"")
     good = {"data.files": text, "data.eval_files": text, "tokenizer.path": tokenizer_path, "run.dir": folder / "run"}
     fresh = iter(range(99))
+    (folder / "unreadable").mkdir()
+    (folder / "unreadable" / "checkpoints").write_bytes(b"")  # listing it fails, for root too
+    (folder / "unreadable" / "status.json").write_text(FINISHED)
 
     def case(**changes):
         chosen = {
@@ -67,6 +73,7 @@ def answers(tmp_path_factory, tokenizer_path):
         "own text alone": case(data__eval_files="null", eval__every=1),
         "bad validation": case(data__eval_files=folder / "nothing.jsonl"),
         "no tasks": case(eval__tasks="copa", eval__tasks_path=folder / "nowhere"),
+        "unreadable": flags({**good, "run.dir": folder / "unreadable"}),
         "missing weights": case(model__weights=folder / "nothing.safetensors"),
         "other weights": case(
             model__weights=folder / "run/checkpoints/step-00000002/model.safetensors", model__d_ff=32
@@ -125,3 +132,13 @@ def test_mistakes_leave_an_existing_run_as_it_was(answers):
     assert json.loads((run / "status.json").read_text())["status"] == "finished"
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["LATEST", "step-00000002"]
+
+
+def test_checkpoints_that_cannot_be_read_now_are_a_failure_that_changes_nothing_of_the_run(answers):
+    code, _, err = answers[0]["unreadable"]
+    assert code == 1  # `lamda supervise` tries again; a mistake would be refused each time
+    assert "checkpoints: cannot be read now (Not a directory)" in err
+    assert "Traceback" not in err
+    run = answers[1] / "unreadable"
+    assert json.loads((run / "status.json").read_text()) == json.loads(FINISHED)
+    assert (run / "checkpoints").read_bytes() == b""

@@ -14,6 +14,7 @@ from lamda.config.errors import UserError
 from lamda.durable import read_regular
 from lamda.runs.reading import changed_at
 from lamda.storage import manifest
+from lamda.storage.reading import UnreadableError
 from lamda.training.run_directory import RunDirectory
 
 NAME = "CHECKPOINT_OR_RUN"
@@ -97,7 +98,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         content = manifest.read(path)
         sum(entry["size"] for entry in content["files"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, UnreadableError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path / manifest.MANIFEST} cannot be read ({error})") from error
     return content
 

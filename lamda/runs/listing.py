@@ -13,6 +13,7 @@ from typing import Any
 from lamda.config.errors import UserError
 from lamda.runs.reading import DEPTH, Row, changed_at, find_runs, last_row, read_standing
 from lamda.runs.tables import NONE, duration, figure, of_total, show_table
+from lamda.storage.reading import UnreadableError
 from lamda.training.manifest import complete
 from lamda.training.run_directory import RunDirectory
 
@@ -68,7 +69,7 @@ def _look(path: Path) -> tuple[float, Summary, Row | None]:
     stepped = changed_at(directory.metrics) if row else None
     try:
         checkpoints = complete(directory.checkpoints)
-    except UserError:  # not ours to read: the other runs are shown all the same
+    except UnreadableError:  # not ours to read: the other runs are shown all the same
         checkpoints = []
     values: dict[str, Any] = row or {}
     summary = Summary(

@@ -18,21 +18,12 @@ from typing import Any
 
 from lamda.config.errors import UserError
 from lamda.durable import Progress, hash_file, read_regular
+from lamda.storage.reading import reading, unreadable
 
 MANIFEST = "manifest.json"
 STATE = "run_state.json"
 DAMAGED, SPOILT = ".damaged", ".spoilt"
 """End the name of a checkpoint that was set aside: it is not what was written; the run rolled back from it."""
-
-
-class UnreadableError(UserError):
-    """A checkpoint that cannot be read now, which says nothing about what is in it."""
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(
-            f"{path}: cannot be read now ({reason}). Nothing was changed: make it readable and start again. If it is "
-            "lost, move its checkpoint's folder elsewhere, and the one before it is taken"
-        )
 
 
 def name_of(step: int) -> str:
@@ -71,7 +62,7 @@ def _entries(folder: Path, is_wanted: Callable[[str], bool]) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UnreadableError(folder, error.strerror or str(error)) from error
+        raise unreadable(folder, error.strerror or str(error)) from error
 
 
 def find(path: Path) -> Path | None:
@@ -129,8 +120,9 @@ def problem_of(
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The manifest of a verified checkpoint."""
-    content: dict[str, Any] = json.loads(read_regular(path / MANIFEST))
+    """The manifest of a verified checkpoint. Raises UnreadableError."""
+    with reading(path / MANIFEST):
+        content: dict[str, Any] = json.loads(read_regular(path / MANIFEST))
     return content
 
 
@@ -168,10 +160,10 @@ def _manifest_text(path: Path) -> str | None:
         return read_regular(path / MANIFEST).decode()
     except FileNotFoundError:
         if path.is_symlink() and not path.exists():
-            raise UnreadableError(path, "a link to a place that is not there") from None
+            raise unreadable(path, "a link to a place that is not there") from None
         return None
     except OSError as error:
-        raise UnreadableError(path / MANIFEST, error.strerror or str(error)) from error
+        raise unreadable(path / MANIFEST, error.strerror or str(error)) from error
 
 
 def _check(path: Path, name: str, entry: Any, progress: Progress) -> str | None:
@@ -198,7 +190,7 @@ def _check(path: Path, name: str, entry: Any, progress: Progress) -> str | None:
     except OSError as error:
         if error.errno == errno.ELOOP:
             return f"{name} is missing"
-        raise UnreadableError(file, error.strerror or str(error)) from error
+        raise unreadable(file, error.strerror or str(error)) from error
     return None
 
 

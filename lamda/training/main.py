@@ -11,6 +11,7 @@ from lamda.config.errors import RunError, UserError
 from lamda.config.loading import load_config, wants_help
 from lamda.data.errors import DataUnavailableError
 from lamda.distributed import ReportedElsewhereError
+from lamda.storage.reading import UnreadableError
 from lamda.training.stopping import Signals
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ def _launch(
     except UserError as error:
         return _tell(error, quiet=isinstance(error, ReportedElsewhereError))
     except RunError as error:
-        # Every rank raises it, but for text that only this one cannot read.
-        _tell(error, quiet=not world.is_main and not isinstance(error, DataUnavailableError))
+        # Every rank raises it, but for what only this one cannot read.
+        _tell(error, quiet=not world.is_main and not isinstance(error, DataUnavailableError | UnreadableError))
         return 1
     except KeyboardInterrupt:
         return 130

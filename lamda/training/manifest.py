@@ -21,7 +21,6 @@ from lamda.storage.manifest import (
     DAMAGED,
     MANIFEST,
     STATE,
-    UnreadableError,
     complete,
     framework_of,
     is_checkpoint_name,
@@ -34,6 +33,7 @@ from lamda.storage.manifest import (
     step_in,
     step_of,
 )
+from lamda.storage.reading import UnreadableError
 from lamda.training.state import RunState
 
 __all__ = [
@@ -110,8 +110,8 @@ def sync_and_describe(file: Path, *, progress: Progress = lambda: None) -> dict[
 def find_valid(folder: Path, *, world: World, progress: Progress = lambda: None) -> Path | None:
     """The newest checkpoint that passes its manifest; LATEST then names it, and damaged ones are set aside.
 
-    Nothing is renamed where none is valid: the next start must see the same. Raises UserError there, and where one
-    cannot be read now: a run never silently starts over. progress: called as it goes on.
+    Nothing is renamed where none is valid: the next start must see the same. Raises UserError there, and
+    UnreadableError where one cannot be read now: a run never silently starts over. progress: called as it goes on.
     """
     names = on_main(world, lambda: [path.name for path in complete(folder)])
     damaged: list[tuple[Path, str]] = []

@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import Any
 
 from lamda.best_effort import BestEffort
-from lamda.config.errors import UserError
 from lamda.durable import read_regular, replace_file, sync_file
+from lamda.storage.reading import reading
 
 log = logging.getLogger(__name__)
 
@@ -96,18 +96,17 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All rows; a line that is no row (a crash cut it short, or a disk lost it) is left out. Raises UserError."""
+    """All rows; a line that is no row (a crash cut it short, or a disk lost it) is left out. Raises UnreadableError."""
     return [row for _, row in _read(path) if row is not None]
 
 
 def _read(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
-    """Each line with its newline, where it has one, and its row, where it is one. Raises UserError."""
+    """Each line with its newline, where it has one, and its row, where it is one. Raises UnreadableError."""
     try:
-        lines = read_regular(path).splitlines(keepends=True)
+        with reading(path):
+            lines = read_regular(path).splitlines(keepends=True)
     except FileNotFoundError:
         return []
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read now ({error.strerror}); make it readable and start again") from error
     return [(line, _row(line)) for line in lines]
 
 
@@ -122,12 +121,19 @@ def _row(line: bytes) -> dict[str, Any] | None:
 def _discard_after(
     step: int, path: Path, discarded: Path, *, keeping: AbstractContextManager[object] | None = None
 ) -> None:
-    """Move the lines after `step`, and those that are no rows, out of the way: a full disk does not stand in it.
+    """Move the lines after `step`, those of a step that has one before, and those that are no rows, out of the way.
+
+    A full disk does not stand in it.
 
     keeping: entered around the writing of `discarded`. Says which rows up to `step` are missing.
     """
     lines = _read(path)
-    good = [row is not None and row["step"] <= step for _, row in lines]
+    firsts: dict[int, int] = {}
+    for place, (_, row) in enumerate(lines):
+        if row is not None and row["step"] <= step:
+            firsts.setdefault(row["step"], place)
+    kept = {*firsts.values()}
+    good = [place in kept for place in range(len(lines))]
     void = [line.rstrip(b"\n") + b"\n" for (line, _), is_good in zip(lines, good, strict=True) if not is_good]
     broken = [number for number, (_, row) in enumerate(lines[:-1], start=1) if row is None]
     if broken:

@@ -16,6 +16,7 @@ from lamda.config.schema import Config
 from lamda.data.corpus import changed_files, differences
 from lamda.distributed import World, on_main
 from lamda.durable import Progress, read_regular
+from lamda.storage.reading import reading
 from lamda.training import manifest
 from lamda.training.rollback import set_spoilt_aside
 from lamda.training.run_directory import RunDirectory
@@ -67,7 +68,8 @@ class Start:
 def choose_start(
     config: Config, directory: RunDirectory, world: World, *, framework: str, progress: Progress = lambda: None
 ) -> Start:
-    """What `checkpoint.resume` asks for, verified. Every rank calls it. Raises UserError.
+    """What `checkpoint.resume` asks for, verified. Every rank calls it. Raises UserError and
+    UnreadableError.
 
     framework: the name of the one that is to go on from it. progress: called while files are hashed.
     """
@@ -190,9 +192,11 @@ def _tell_changes(config: Config, path: Path) -> None:
     """Say in one line which settings of training are not the checkpoint's; the run continues with the new ones."""
     now = config.train.model_dump(mode="json", exclude=_HOW_NOT_WHAT)
     try:
-        saved = dict(yaml.safe_load(read_regular(manifest.named(path, "config.yaml")))["train"])
+        with reading(path / "config.yaml"):
+            text = read_regular(manifest.named(path, "config.yaml"))
+        saved = dict(yaml.safe_load(text)["train"])
         before = {key: float(saved[key]) if isinstance(now[key], float) else saved[key] for key in now if key in saved}
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except (FileNotFoundError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path / 'config.yaml'}: cannot be read ({error})") from error
     changes = [f"train.{key} {_change(before[key], now[key])}" for key in before if before[key] != now[key]]
     if changes:

@@ -75,11 +75,11 @@ def _by_soundness(directory: RunDirectory, *, first: int) -> list[str]:
 
 
 def _states(directory: RunDirectory) -> list[tuple[Path, RunState]]:
-    """The complete checkpoints whose state can be read, oldest first."""
+    """The complete checkpoints that hold a state of this version, oldest first. Raises UnreadableError."""
     found = []
     for path in manifest.complete(directory.checkpoints):
         try:
             found.append((path, manifest.read_state(path)))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
             log.warning("checkpoint %s: its run_state.json cannot be read (%s)", path, error)
     return found

@@ -17,6 +17,7 @@ from lamda.config.errors import UserError
 from lamda.durable import read_object, read_regular, replace_file, sync_file
 from lamda.storage import lock
 from lamda.storage.lock import RunLock
+from lamda.storage.reading import reading
 
 Status = Literal["running", "finished", "preempted", "failed"]
 
@@ -137,12 +138,13 @@ class RunDirectory:
             replace_file(self._last_checkpoint, json.dumps({"step": step}))
 
     def noted_checkpoint(self) -> int | None:
-        """The step of the last checkpoint that was noted here. Raises UserError where the note cannot be read."""
+        """The step of the last checkpoint noted here. Raises UserError where the note is none, and UnreadableError."""
         try:
-            step = read_object(self._last_checkpoint).get("step")
+            with reading(self._last_checkpoint):
+                step = read_object(self._last_checkpoint).get("step")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise UserError(f"{self._last_checkpoint}: cannot be read ({error})") from error
         return step if isinstance(step, int) else 0
 
@@ -180,12 +182,13 @@ class RunDirectory:
 
     def _notes(self) -> list[dict[str, Any]]:
         try:
-            notes = json.loads(read_regular(self._skipped))
-            for note in notes:
-                int(note["from"]), int(note["to"])
+            with reading(self._skipped):
+                notes = json.loads(read_regular(self._skipped))
+            if not (isinstance(notes, list) and all(_is_window(note["from"], note["to"]) for note in notes)):
+                raise ValueError("is no list of windows, whole numbers `from` and `to`")
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(
                 f"{self._skipped}: cannot be read ({error}); it names the samples that the run never uses again: bring "
                 "it back from the newest checkpoint's run_state.json (skipped)"
@@ -206,3 +209,8 @@ class RunDirectory:
     def lock(self) -> RunLock:
         """Be the one writer while it is entered (`lamda.storage.lock`)."""
         return RunLock(self.path)
+
+
+def _is_window(first: Any, last: Any) -> bool:
+    """Whether these are the first sample of a window and the one after its last."""
+    return type(first) is int and type(last) is int and 0 <= first <= last

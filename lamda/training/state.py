@@ -10,6 +10,7 @@ from typing import Any
 from lamda.config.errors import UserError
 from lamda.data.lanes import Cursor
 from lamda.durable import read_object
+from lamda.storage.reading import reading
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,14 @@ class RunState:
 
     @classmethod
     def read(cls, path: Path) -> RunState:
-        """Load what `write` saved. Raises UserError where the file holds anything else."""
+        """Load what `write` saved. Raises UserError where the file holds anything else, and UnreadableError."""
         try:
-            values = read_object(path)
+            with reading(path):
+                values = read_object(path)
             values["skipped"] = tuple((int(first), int(last)) for first, last in values["skipped"])
             values["cursors"] = {int(lane): Cursor(**cursor) for lane, cursor in values["cursors"].items()}
             return cls(**values)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
                 f"{path}: is no state of a run of this version ({error}); the version that wrote it can resume from it"
             ) from error

@@ -19,6 +19,7 @@ from lamda.config.schema import Config
 from lamda.distributed import FailedElsewhereError, ReportedElsewhereError, World
 from lamda.durable import replace_file
 from lamda.storage.lock import LostLockError, RunLock
+from lamda.storage.reading import UnreadableError, reading
 from lamda.training import manifest
 from lamda.training.attempt import Attempt
 from lamda.training.faults import STEP_POINTS
@@ -84,7 +85,7 @@ def train(
             return code
         except (LostLockError, ReportedElsewhereError, FailedElsewhereError):
             raise  # status.json is another process's by now, or rank 0 writes it
-        except UserError as error:
+        except (UserError, UnreadableError) as error:
             if world.is_main and not attempt.is_training:
                 attempt.refuse(str(error))
             else:
@@ -151,7 +152,8 @@ class _Start:
                 )
                 at("load")
                 if start.path is not None:
-                    engine.load(start.path)
+                    with reading(start.path):
+                        engine.load(start.path)
                 elif config.model.weights is not None:
                     engine.load_weights(Path(config.model.weights))
                 at("start")

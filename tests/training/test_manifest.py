@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lamda.config.errors import UserError
 from lamda.distributed import World
 from lamda.storage.manifest import sealed
+from lamda.storage.reading import UnreadableError
 from lamda.training import manifest
 from lamda.training.manifest import (
     MANIFEST,
@@ -247,7 +248,7 @@ def test_what_cannot_be_read_now_is_no_damage(tmp_path, world, monkeypatch, plac
             patched.setattr(os, "open", refuse(path / place, os.open))
             patched.setattr(Path, "open", refuse(path / place, Path.open))
         for _ in range(2):
-            with pytest.raises(UserError, match=f"{re.escape(os.strerror(code))}.*Nothing was changed"):
+            with pytest.raises(UnreadableError, match=f"{re.escape(os.strerror(code))}.*Nothing was changed"):
                 find_valid(tmp_path, world=world)
     assert names(tmp_path) == before
     assert find_valid(tmp_path, world=world) == path
@@ -275,7 +276,7 @@ def test_a_checkpoint_under_another_steps_name_is_refused_and_left(tmp_path, wor
 def test_a_link_to_a_checkpoint_that_is_away_is_no_damage(tmp_path, world):
     save(tmp_path, 10)
     (tmp_path / name_of(20)).symlink_to(tmp_path / "not-mounted")
-    with pytest.raises(UserError, match="a link to a place that is not there"):
+    with pytest.raises(UnreadableError, match="a link to a place that is not there"):
         find_valid(tmp_path, world=world)
     assert names(tmp_path) == ["LATEST", name_of(10), name_of(20)]
 

@@ -129,3 +129,14 @@ def test_a_loss_that_is_not_finite_is_null_to_any_json_parser(paths, loss):
 )
 def test_the_peak_is_that_of_the_device_or_unknown(name, peak):
     assert peak_flops(name) == peak
+
+
+def test_a_step_that_is_there_twice_keeps_its_first_row(paths):
+    write(paths, range(1, 4), after=0)
+    rows = paths[0].read_bytes().splitlines(keepends=True)
+    again = b'{"step": 2, "loss": 9.0}\n'
+    paths[0].write_bytes(b"".join([*rows, again, rows[0]]))
+    write(paths, range(4, 5), after=3)
+    assert paths[0].read_bytes().splitlines(keepends=True)[:3] == rows
+    assert [row["step"] for row in read_metrics(paths[0])] == [1, 2, 3, 4]
+    assert paths[1].read_bytes() == again + rows[0]

@@ -2,6 +2,7 @@
 
 import pytest
 
+from lamda.config.errors import UserError
 from lamda.training import manifest
 from lamda.training.rollback import find_sound, set_spoilt_aside
 from lamda.training.run_directory import RunDirectory
@@ -75,3 +76,15 @@ def test_only_checkpoints_that_have_seen_skipped_samples_are_set_aside(directory
     directory.note_skipped((48, 112), step=12, reason="a test")
     set_spoilt_aside(directory)
     assert names(directory)[:3] == ["step-00000006", "step-00000009.1.spoilt", "step-00000009.spoilt"]
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "{}", '""', "null", "[[5, 9]]", '[{"from": "5", "to": 9}]', '[{"from": 5.5, "to": 9}]',
+             '[{"from": 9, "to": 5}]', '[{"from": -5, "to": 9}]', '[{"from": 5}]'],
+)  # fmt: skip
+def test_windows_that_were_broken_by_hand_are_never_taken_for_none(directory, text):
+    file = directory.path / "skipped.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"skipped\.json: cannot be read .*run_state\.json"):
+        directory.skipped()
+    assert file.read_text() == text
