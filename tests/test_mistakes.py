@@ -37,6 +37,7 @@ def answers(tmp_path_factory, tokenizer_path):
     text = write_shard(folder / "text.jsonl", [make_text(n, 200) for n in range(20)])
     words = write_shard(folder / "words.jsonl", ["of the"] * 3)
     (folder / "empty.jsonl").write_bytes(b"")
+    (folder / "other.jsonl").write_bytes(b'{"content": "of the"}\n')
     (folder / "file").write_bytes(b"")
     good = {"data.files": text, "data.eval_files": text, "tokenizer.path": tokenizer_path, "run.dir": folder / "run"}
     fresh = iter(range(99))
@@ -71,6 +72,8 @@ def answers(tmp_path_factory, tokenizer_path):
             data__corpus=card_without_validation(folder, text), data__eval_files="null", eval__every=1
         ),
         "own text alone": case(data__eval_files="null", eval__every=1),
+        "validation without a document": case(data__eval_files=folder / "empty.jsonl"),
+        "validation under another key": case(data__eval_files=folder / "other.jsonl"),
         "bad validation": case(data__eval_files=folder / "nothing.jsonl"),
         "no tasks": case(eval__tasks="copa", eval__tasks_path=folder / "nowhere"),
         "unreadable": flags({**good, "run.dir": folder / "unreadable"}),
@@ -113,6 +116,8 @@ def card_without_validation(folder, text):
         ("no such checkpoint", "no such checkpoint"),
         ("no validation text", "has no validation text"),
         ("own text alone", "set data.eval_files to files that are not trained on, or --eval.every null"),
+        ("validation without a document", "empty.jsonl: holds no document"),
+        ("validation under another key", "its keys are 'content'"),
         ("bad validation", "nothing.jsonl"),
         ("no tasks", "there is no such folder of task files"),
         ("missing weights", "nothing.safetensors"),

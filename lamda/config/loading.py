@@ -79,6 +79,8 @@ def _read_flags(argv: Sequence[str], problems: list[Problem]) -> tuple[str | Non
             problems.append(Problem(place, name, f"there is no such key{SCHEMA.nearest_key(name)}"))
         elif value is None:
             problems.append(Problem(place, name, f"has no value; write --{name} VALUE"))
+        elif name == "config" and not value:
+            problems.append(Problem(place, name, "is empty; give a file, or leave the flag out"))
         elif name == "config":
             file = value
         else:

@@ -7,6 +7,7 @@ of its errors is told at the line or flag that it came from.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -27,6 +28,9 @@ Whole = TypeVar("Whole", bound=Section)
 # YAML's idea of a value counts only where the field wants that type: a run may be called `1e3` or `off`,
 # and `steps: yes` is not one step.
 _TAGS = {"integer": ("int", "float"), "number": ("int", "float"), "boolean": ("bool",)}
+
+_YAML_1_1 = re.compile(r"[-+]?(0[0-9_]+|[0-9_]+(:[0-9_.]+)+)")
+"""What YAML 1.1 alone takes for a number in base 8 or 60: `010` is ten here, and `1:30` is no number."""
 
 
 class ConfigError(UserError):
@@ -157,7 +161,7 @@ def value_of(node: yaml.Node | None, *, wanted: Kind) -> Any:
     if not isinstance(node, yaml.ScalarNode):
         return node
     try:
-        if node.tag.rpartition(":")[2] in _TAGS.get(wanted, ()):
+        if node.tag.rpartition(":")[2] in _TAGS.get(wanted, ()) and not _YAML_1_1.fullmatch(node.value):
             return yaml.constructor.SafeConstructor().construct_object(node)
         return float(node.value) if wanted == "integer" else node.value  # YAML 1.1 takes `5e9` for text
     except ValueError:

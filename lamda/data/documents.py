@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lamda.data.card import Source
 from lamda.data.packing import Method
-from lamda.data.quarantine import BadLine
+from lamda.data.quarantine import BadLine, few
 from lamda.data.tokenizer import Tokenizer
 
 
@@ -92,7 +92,8 @@ class RawText:
         """See `Form`."""
         text = at(record, source.text)
         if not isinstance(text, str):
-            raise ValueError(f"no text at {source.text!r} (found {type(text).__name__})")
+            found = f"nothing{_keys_beside(record)}" if text is None else type(text).__name__
+            raise ValueError(f"no text at {source.text!r} (found {found})")
         return text
 
     def encode(self, documents: Sequence[Document], tokenizer: Tokenizer) -> list[list[Encoded]]:
@@ -108,6 +109,11 @@ def at(record: Any, path: str) -> Any:
     for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     return value
+
+
+def _keys_beside(record: Any) -> str:
+    """What a record has, for one who named the wrong key."""
+    return f"; its keys are {few(map(str, record))}" if isinstance(record, dict) and record else ""
 
 
 def first_key(path: str) -> str:

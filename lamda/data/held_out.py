@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -153,6 +154,17 @@ class _Stream:
 
     def tail(self, start: int) -> _Stream:
         return _Stream(self.ids[start:], self.first[start:], self.domains[start:])
+
+
+def require_documents(source: Source, *, form: Form, on_wait: Callable[[], object]) -> None:
+    """Read the first document of each validation file, of the first MOST_SHARES at the most.
+
+    Raises DataError where there is none, at a run's start and not at its first evaluation.
+    """
+    for file in resolve(source, on_wait=on_wait)[:MOST_SHARES]:
+        (lane,) = cut_into_lanes(source, [file], lanes=1, form=form)
+        with closing(read_lane(lane, Cursor())) as documents:
+            next(documents)
 
 
 def _first_epoch(lane: Lane) -> Iterator[Document]:

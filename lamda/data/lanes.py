@@ -155,7 +155,9 @@ def read_lane(lane: Lane, start: Cursor) -> Iterator[Document]:
 def _empty(lane: Lane, tally: Tally) -> str:
     share = lane.shares[0]
     if tally.bad:
-        return f"lane {lane.index} is empty: all its {tally.bad} lines are bad. {tally.examples()}"
+        other = ". Text under another key needs a card whose `text:` names it (data/README.md)"
+        remedy = other if isinstance(lane.form, RawText) else ""
+        return f"lane {lane.index} is empty: all its {tally.bad} lines are bad. {tally.examples()}{remedy}"
     if share.modulus > 1 and not _holds_nothing(share.file):
         return (
             f"{share.file.url}: lane {lane.index} is empty: the file has too few documents to be cut into "

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from lamda.data.errors import DataError
 from lamda.data.files import File, foreign, opened, remote_file
 from lamda.data.identity import require_sha256
+from lamda.data.quarantine import few
 from lamda.data.remote import CHUNK, RemoteFile
 
 BATCH = 256
@@ -29,6 +30,8 @@ def read_rows(file: File, *, first: int, columns: Sequence[str] | None) -> Itera
         try:
             # A remote column comes in one request; a local one need not be in memory whole.
             table = pq.ParquetFile(source, buffer_size=0 if file.is_remote else CHUNK)
+            names = table.schema_arrow.names
+            missing = _without(columns, names) if columns and not {*columns} & {*names} else None
             number = 0
             for group in range(table.num_row_groups):
                 length = table.metadata.row_group(group).num_rows
@@ -37,10 +40,15 @@ def read_rows(file: File, *, first: int, columns: Sequence[str] | None) -> Itera
                     for place, record in enumerate(_records(rows), start=number):
                         if place >= first:
                             require_same()
-                            yield place, record
+                            yield place, missing or record
                 number += length
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{file.url}: cannot be read as parquet ({str(error).splitlines()[0]})") from error
+
+
+def _without(columns: Sequence[str], names: Sequence[str]) -> ValueError:
+    """What stands for each row of a file that has none of the columns."""
+    return ValueError(f"no column {' or '.join(map(repr, columns))} (the file has {few(names)})")
 
 
 def _records(batches: Iterator[pa.RecordBatch]) -> Iterator[Any]:

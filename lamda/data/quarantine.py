@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +44,12 @@ class Quarantined(NamedTuple):
 def bad_line(epoch: int, file: str, line: int, reason: str, data: bytes) -> BadLine:
     """The record of a bad line from its bytes, which need not be text."""
     return BadLine(epoch, file, line, reason, data[:800].decode("utf-8", "backslashreplace")[:200])
+
+
+def few(names: Iterable[str]) -> str:
+    """The first of some names, for a message: they are a stranger's, and may be many or long."""
+    first = [name if len(name) <= 40 else f"{name[:40]}..." for name in islice(names, 9)]
+    return ", ".join([*map(repr, first[:8]), *(["..."] if len(first) > 8 else [])])
 
 
 def first_of(found: Iterable[Quarantined]) -> list[Quarantined]:

@@ -70,8 +70,8 @@ def _matching(pattern: str, source: str) -> list[str]:
 def local_files(pattern: str) -> list[str]:
     """Absolute paths of the files that a pattern stands for: one that is there by this very name, or a glob.
 
-    `~` is the home folder. Hidden files, and folders with names like `__this__`, are found where the pattern names
-    their like.
+    `~` is the home folder. A link whose file is missing counts, and cannot be opened later. Hidden files, and folders
+    with names like `__this__`, are found where the pattern names their like.
     """
     pattern = os.path.expanduser(pattern)  # noqa: PTH111 - a pattern is no path
     if Path(pattern).is_file():
@@ -80,10 +80,18 @@ def local_files(pattern: str) -> list[str]:
     return [
         os.path.abspath(hit)  # noqa: PTH100
         for hit in glob.glob(pattern, recursive=True)  # noqa: PTH207 - may be absolute
-        if Path(hit).is_file()
+        if (Path(hit).is_file() or _leads_nowhere(Path(hit)))
         and Path(hit).name not in _NO_TEXT
         and (wants_special or not any(part.startswith("__") for part in Path(hit).parent.parts))
     ]
+
+
+def _leads_nowhere(path: Path) -> bool:
+    """Whether it is a link without a file, as an unmounted disk or a store that was not fetched leaves it.
+
+    It is one of the files, so that opening it says so: left out, its text would be missing without a word.
+    """
+    return path.is_symlink() and not path.exists()
 
 
 _NO_TEXT = {"README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}

@@ -17,6 +17,7 @@ from lamda.data.held_out import HeldOut
 from lamda.data.tokenizer import Tokenizer
 from lamda.inference.loading import find_checkpoint, load_model
 from lamda.training.evaluation import HeldOutText, LoadedModel, table
+from lamda.training.run_log import each_bad_line_once
 
 
 def main(argv: list[str]) -> int:
@@ -46,7 +47,11 @@ def evaluate_checkpoint(path: Path, *, files: str | None) -> dict[str, Any]:
         document_mask=config.data.separates_documents,
     )
     held_out = HeldOutText(text)
-    with torch.no_grad(), Progress("evaluating", total=held_out.rows(None), unit="rows") as shown:
+    with (
+        torch.no_grad(),
+        each_bad_line_once(),  # the rows are counted first
+        Progress("evaluating", total=held_out.rows(None), unit="rows") as shown,
+    ):
         scores = held_out.score(model, device=device, micro_batch=config.train.micro_batch_size, scored=shown.advance)
     if not scores.targets.sum():
         raise UserError(f"the text has no token to score: {files or 'data.eval_files'} has empty documents alone")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from lamda.best_effort import BestEffort
@@ -25,26 +25,39 @@ def run_log(path: Path, *, is_main: bool) -> Iterator[None]:
     if is_main:
         with BestEffort(f"{path} cannot be written"):
             handlers.append(_file_handler(path))
-    bad_lines = logging.getLogger(quarantine.__name__)
-    each_once = _EachOnce() if is_main else _none
+    bad_lines = each_bad_line_once() if is_main else _bad_lines_through(_none)
     loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [(logger, logger.handlers, logger.level) for logger in loggers]
     for logger in loggers:
         logger.handlers = list(handlers)
         logger.setLevel(logging.INFO if logger.name == "lamda" else logging.WARNING)
-    bad_lines.addFilter(each_once)
     logging.captureWarnings(True)  # noqa: FBT003 - the name is the library's
     try:
-        yield
+        with bad_lines:
+            yield
     finally:
         logging.captureWarnings(False)  # noqa: FBT003
-        bad_lines.removeFilter(each_once)
         for logger, own, level in before:
             logger.handlers = own
             logger.setLevel(level)
         with BestEffort(f"{path} is not whole", then="the run is not concerned"):
             for handler in handlers:
                 handler.close()
+
+
+def each_bad_line_once() -> AbstractContextManager[None]:
+    """While this is entered, a bad line that is read again is not warned of again."""
+    return _bad_lines_through(_EachOnce())
+
+
+@contextmanager
+def _bad_lines_through(only: logging.Filter | Callable[[logging.LogRecord], bool]) -> Iterator[None]:
+    bad_lines = logging.getLogger(quarantine.__name__)
+    bad_lines.addFilter(only)
+    try:
+        yield
+    finally:
+        bad_lines.removeFilter(only)
 
 
 def _file_handler(path: Path) -> logging.Handler:
@@ -66,14 +79,11 @@ class _EachOnce(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._known: set[str] = set()
+        self._known: dict[str, logging.LogRecord] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the message is new."""
-        message = record.getMessage()
-        is_new = message not in self._known
-        self._known.add(message)
-        return is_new
+        return self._known.setdefault(record.getMessage(), record) is record  # in one step: threads read side by side
 
 
 def _none(record: logging.LogRecord) -> bool:

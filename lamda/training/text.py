@@ -16,8 +16,9 @@ from lamda.data.card import Source, load_card
 from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of, require_a_batch
 from lamda.data.documents import Form
 from lamda.data.files import nothing
+from lamda.data.held_out import require_documents
 from lamda.data.loader import Loader
-from lamda.data.resolving import require_here, resolve
+from lamda.data.resolving import require_here
 from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
 from lamda.distributed import World
@@ -61,7 +62,7 @@ class Text:
         def open_all() -> Corpus:
             corpus = open_corpus(config.data, form=form, on_wait=on_wait)
             for source in validation(config):
-                resolve(source, on_wait=on_wait)
+                require_documents(source, form=form, on_wait=on_wait)
             if config.model.weights is not None:
                 check_weights(Path(config.model.weights), config.model)
             return corpus.waiting(nothing)  # what this rank's waits call is no other rank's

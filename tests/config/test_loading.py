@@ -90,6 +90,24 @@ def test_large_integers_are_read_as_people_write_them(write, text):
     assert values("--train.tokens", text).train.tokens == 300 * 10**9
 
 
+@pytest.mark.parametrize(("text", "steps"), [("010", 10), ("08", 8), ("0_1_0", 10), ("0x10", 16), ("1_000", 1000)])
+def test_a_leading_zero_is_no_octal(write, text, steps):
+    assert values("--config", write(f"train: {{steps: {text}}}")).train.steps == steps
+    assert values("--train.steps", text).train.steps == steps
+
+
+@pytest.mark.parametrize("text", ["1:30", "1:30:00", "1:30.5"])
+@pytest.mark.parametrize("key", ["steps", "lr"])
+def test_minutes_and_seconds_are_no_number(write, key, text):
+    with pytest.raises(ConfigError, match=rf":2: train\.{key}: should be a valid \w+, .*not '{text}'"):
+        values("--config", write(f"train:\n  {key}: {text}"))
+
+
+def test_an_empty_name_of_a_file_is_refused():
+    with pytest.raises(ConfigError, match="--config: is empty"):
+        values("--config", "", "--train.steps", 1)
+
+
 @pytest.mark.parametrize("text", ["1e3", "off", "2024-01-01", "0x10", "12"])
 def test_text_is_not_mistaken_for_a_number_a_date_or_a_truth(write, text):
     config = values("--config", write(f"run: {{dir: {text}}}\ndata: {{files: [{text}]}}\ntrain: {{steps: 1}}"))

@@ -100,6 +100,14 @@ def test_missing_and_unreadable_files_are_named(tmp_path):
         resolve(Source(name="s", licence="none", files=(f"{tmp_path}/text.doc",)))
 
 
+@pytest.mark.parametrize("target", ["gone.jsonl", "b.jsonl"], ids=["missing", "itself"])
+def test_a_link_that_leads_nowhere_is_named_and_never_left_out(tmp_path, target):
+    (tmp_path / "a.jsonl").write_bytes(b"{}\n")
+    (tmp_path / "b.jsonl").symlink_to(target)
+    with pytest.raises(DataError, match=r"b\.jsonl: cannot be read"):
+        resolve(Source(name="s", licence="none", files=(f"{tmp_path}/*.jsonl",)))
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_byte_order_mark_is_no_text_and_moves_no_offset(tmp_path, suffix):
     content = b"\xef\xbb\xbf" + b'{"text": "a"}\n' * 2 + b"\xef\xbb\xbf" + b'{"text": "b"}'  # two files, joined

@@ -5,6 +5,8 @@ import json
 from itertools import islice
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ from lamda.data.corpus import open_corpus, packing_of
 from lamda.data.files import DataError, File, read_lines
 from lamda.data.lanes import Cursor, cut_into_lanes, read_lane
 from lamda.data.loader import Loader, merge_cursors
-from lamda.data.quarantine import BadLine, Quarantined, first_of, write_first
+from lamda.data.quarantine import BadLine, Quarantined, few, first_of, write_first
 from tests.conftest import make_text
 
 SOURCE = Source(name="s", licence="none", files=("x",), domain="meta.pile_set_name")
@@ -48,10 +50,10 @@ def lanes_of(folder: Path, contents, *, count, limit=1.0):
         (b'{"text": "\\ud800 alone"}', "not JSON"),
         (b'{"text": "\xff\xfe"}', "not JSON"),
         (b'{"text": NaN}', "not JSON"),
-        (b'{"txt": "a"}', "no text at 'text' (found NoneType)"),
+        (b'{"txt": "a", "n": 1}', "no text at 'text' (found nothing; its keys are 'txt', 'n')"),
         (b'{"text": 5}', "no text at 'text' (found int)"),
-        (b'["text"]', "no text at 'text' (found NoneType)"),
-        (b'"text"', "no text at 'text' (found NoneType)"),
+        (b'["text"]', "no text at 'text' (found nothing)"),
+        (b'"text"', "no text at 'text' (found nothing)"),
     ],
 )
 def test_a_line_without_a_document_is_told_with_its_place_and_reason(tmp_path, line, reason):
@@ -62,6 +64,24 @@ def test_a_line_without_a_document_is_told_with_its_place_and_reason(tmp_path, l
     assert (bad.epoch, bad.file, bad.line) == (0, str(tmp_path / "0.jsonl"), 3)
     assert bad.reason.startswith(reason)
     assert bad.beginning == line.decode("utf-8", "backslashreplace")
+
+
+def test_text_under_another_key_is_answered_with_the_keys_that_there_are_and_the_remedy(tmp_path):
+    (lane,) = lanes_of(tmp_path, [[b'{"content": "a", "meta": {}}'] * 3], count=1)
+    with pytest.raises(DataError, match=r"its keys are 'content', 'meta'\).*a card whose `text:` names it"):
+        next(read_lane(lane, Cursor()))
+
+
+def test_a_parquet_file_without_the_column_is_answered_with_those_that_it_has(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"content": ["a"], "id": [1]}), path)
+    (lane,) = cut_into_lanes(SOURCE, [File(str(path), path.stat().st_size)], lanes=1)
+    with pytest.raises(DataError, match=r"no column 'text' or 'meta' \(the file has 'content', 'id'\)"):
+        next(read_lane(lane, Cursor()))
+
+
+def test_strange_names_of_keys_are_cut_short():
+    assert few(["k" * 100, *map(str, range(20))]) == f"'{'k' * 40}...', '0', '1', '2', '3', '4', '5', '6', ..."
 
 
 def test_a_missing_domain_is_unknown_and_not_bad(tmp_path):

@@ -47,3 +47,11 @@ def test_a_diverged_model_has_null_for_figures_that_json_has_not(run, tmp_path, 
     seal_checkpoint(path.parent)
     figures = evaluated(run, write_shard(tmp_path / "text.jsonl", [make_text(1, 40)]), capsys)
     assert (figures["loss"], figures["perplexity"], figures["bits_per_byte"]) == (None, None, None)
+
+
+def test_a_bad_line_is_warned_of_once_though_rows_are_counted_first(run, tmp_path, capsys, caplog):
+    path = write_shard(tmp_path / "text.jsonl", [make_text(1, 40)])
+    with path.open("a") as file:
+        file.write("not JSON\n")
+    evaluated(run, path, capsys)
+    assert sum("line 2 quarantined" in message for message in caplog.messages) == 1
