@@ -307,10 +307,12 @@ def agree(world: World, action: Callable[[], T]) -> T:
         result = action()
     except (UserError, RunError) as error:
         failure = error
-    failures = gather((_elsewhere(failure), type(failure), str(failure)))
-    elsewhere, kind, message = next((each for each in failures if each[0] is not None), (None, None, ""))
-    if elsewhere is None:
+    elsewhere = _elsewhere(failure)
+    mine = None if failure is None or elsewhere is None else (elsewhere, type(failure), str(failure))
+    first = next((each for each in gather(mine) if each is not None), None)
+    if first is None:
         return cast("T", result)
+    elsewhere, kind, message = first
     raise (kind if world.is_main else elsewhere)(message)
 
 

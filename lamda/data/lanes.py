@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -127,7 +127,7 @@ def _rows(lane: Lane, start: Cursor) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, document._asdict()
 
 
-def read_lane(lane: Lane, start: Cursor) -> Iterator[Document]:
+def read_lane(lane: Lane, start: Cursor) -> Generator[Document, None, None]:
     """As `Lane.documents`, as plain tuples. Raises DataError for an empty lane or one with too many bad lines."""
     epoch, file, line, byte = start.epoch, start.file, start.line, start.byte
     tally = Tally(lane.index, lane.max_bad_fraction, start.lines, start.bad)

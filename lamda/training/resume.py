@@ -122,6 +122,8 @@ def _check_wish(config: Config, directory: RunDirectory) -> None:
         return
     if not Path(wish).is_dir():
         raise UserError(f"checkpoint.resume {wish}: no such checkpoint (nor one of auto, required, never)")
+    if there := manifest.complete(RunDirectory(Path(wish)).checkpoints):
+        raise UserError(f"checkpoint.resume {wish}: is a run; name one of its checkpoints, such as {there[-1]}")
     step = manifest.step_in(Path(wish))
     newer = [path.name for path in here if step is not None and manifest.step_of(path) > step]
     if newer:
@@ -190,17 +192,25 @@ def _inherit_windows(path: Path, directory: RunDirectory) -> None:
 
 def _tell_changes(config: Config, path: Path) -> None:
     """Say in one line which settings of training are not the checkpoint's; the run continues with the new ones."""
-    now = config.train.model_dump(mode="json", exclude=_HOW_NOT_WHAT)
+    now = _settings(config.model_dump(mode="json"))
     try:
         with reading(path / "config.yaml"):
             text = read_regular(manifest.named(path, "config.yaml"))
-        saved = dict(yaml.safe_load(text)["train"])
+        saved = _settings(yaml.safe_load(text))
         before = {key: float(saved[key]) if isinstance(now[key], float) else saved[key] for key in now if key in saved}
     except (FileNotFoundError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path / 'config.yaml'}: cannot be read ({error})") from error
-    changes = [f"train.{key} {_change(before[key], now[key])}" for key in before if before[key] != now[key]]
+    changes = [f"{key} {_change(before[key], now[key])}" for key in before if before[key] != now[key]]
     if changes:
         log.warning("resumed with other settings than %s was trained with: %s", path, "; ".join(changes))
+
+
+def _settings(sections: dict[str, Any]) -> dict[str, Any]:
+    """What training depends on and a checkpoint does not hold, by key; other keys of `data` are in its fingerprint."""
+    settings = {f"train.{key}": value for key, value in dict(sections["train"]).items() if key not in _HOW_NOT_WHAT}
+    if "document_mask" in sections.get("data", {}):
+        settings["data.document_mask"] = sections["data"]["document_mask"]
+    return settings
 
 
 _HOW_NOT_WHAT = {"steps", "tokens", "micro_batch_size", "recompute", "compile", "profile"}

@@ -102,7 +102,7 @@ class RunDirectory:
 
     def forget_refused(self, kind: type[BaseException] | None, value: BaseException | None, _: object) -> None:
         """Remove a folder that a start made and that was then refused; what a person or a later start can use stays."""
-        signs = {self.log, self.path / "status.json", self.heartbeats}
+        signs = {self.log, self.path / "status.json", self.heartbeats, self.path / "hang"}
         with suppress(OSError):
             if isinstance(value, UserError) and {*self.path.iterdir()} <= signs:
                 shutil.rmtree(self.path)

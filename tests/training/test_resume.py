@@ -112,6 +112,16 @@ def test_other_settings_of_training_are_told_in_one_line(directory, world, caplo
     assert line.endswith("train.lr was 0.0003, is 2e-05; train.schedule was cosine, is wsd")
 
 
+def test_another_attention_between_documents_is_told_as_well(directory, world, caplog):
+    save(directory, 2)
+    directory.metrics.touch()
+    before = config("auto")
+    data = before.data.model_copy(update={"document_mask": True})
+    choose_start(before.model_copy(update={"data": data}), directory, world)
+    (line,) = caplog.messages
+    assert line.endswith("data.document_mask was False, is True")
+
+
 @pytest.mark.parametrize("trace", ["metrics", "checkpoint"])
 def test_never_refuses_a_directory_that_holds_a_run(directory, world, trace):
     if trace == "metrics":
@@ -130,6 +140,12 @@ def test_a_path_is_taken_from_another_run(directory, world, tmp_path):
 def test_a_path_that_is_not_there_is_told_with_the_words_that_are(directory, world, tmp_path):
     with pytest.raises(UserError, match=r"no such checkpoint \(nor one of auto, required, never\)"):
         choose_start(config(tmp_path / "nowhere"), directory, world)
+
+
+def test_a_run_in_place_of_a_checkpoint_is_refused_with_the_checkpoints_name(directory, world, tmp_path):
+    path = save(RunDirectory(tmp_path / "other"), 6)
+    with pytest.raises(UserError, match=rf"is a run; name one of its checkpoints, such as {path}$"):
+        choose_start(config(tmp_path / "other"), directory, world)
 
 
 def test_a_damaged_path_is_refused_and_left_in_place(directory, world, tmp_path):

@@ -83,6 +83,7 @@ def test_a_start_that_is_refused_leaves_no_folder_that_it_made(tmp_path, error, 
     assert directory.create()
     assert not directory.create()
     directory.heartbeats.mkdir()
+    (directory.path / "hang").mkdir()
     for name in ("train.log", "status.json", "heartbeats/rank-00000.json", *more):
         (directory.path / name).touch()
     with suppress(UserError, RuntimeError), ExitStack() as stack:
