@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ from lamda.dialog.server.guard import LOOPBACK
 from lamda.dialog.server.limits import Limits
 from lamda.dialog.server.service import Service
 from lamda.dialog.speaker import Manner
+from lamda.inference import generation
 from lamda.inference.loading import LoadedModel, load_run
 from lamda.inference.sampling import Sampling
 from tests.random_run import write_run
@@ -72,3 +75,25 @@ def service(loaded: LoadedModel) -> Service:
 def address(service: Service) -> Iterator[str]:
     with serving(service) as address:
         yield address
+
+
+@pytest.fixture
+def collector_off() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.fixture
+def alive(monkeypatch: pytest.MonkeyPatch) -> weakref.WeakSet[generation.Rows]:
+    """The keys and values that are alive."""
+    found: weakref.WeakSet[generation.Rows] = weakref.WeakSet()
+    begin = generation.Rows.__init__
+
+    def watched(rows: generation.Rows, *arguments: object, **options: object) -> None:
+        begin(rows, *arguments, **options)
+        found.add(rows)
+
+    monkeypatch.setattr(generation.Rows, "__init__", watched)
+    return found

@@ -9,7 +9,7 @@ _ARENAS = 2
 
 
 def share_arenas() -> None:
-    """Of glibc's allocator: call it before threads begin. An arena for each request's thread keeps what it once took."""
+    """Call it before threads begin: with an arena for each request's thread, each keeps what it once took."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_ARENA_MAX, _ARENAS)
