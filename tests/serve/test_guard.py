@@ -67,6 +67,17 @@ def test_unknown_paths_are_told_in_the_same_form(address):
     assert "/v1/embeddings" in found.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/v1/models/random", "/metrics", "/"])
+def test_head_is_get_without_a_body(address, path):
+    found = httpx.head(f"{address}{path}", headers=AUTHORISED)
+    assert (found.status_code, found.content) == (200, b"")
+
+
+def test_a_wrong_method_gets_the_right_ones(address):
+    found = httpx.delete(f"{address}/v1/completions", headers=AUTHORISED)
+    assert (found.status_code, found.headers["allow"]) == (405, "POST")
+
+
 def test_half_a_character_is_refused(address):
     body = b'{"model": "random", "prompt": "\\ud800"}'
     found = httpx.post(

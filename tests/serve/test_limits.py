@@ -146,6 +146,23 @@ def test_an_answer_is_short_whatever_is_wrong(hasty, body):
     assert len(found.content) < 2000
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_tokens": 10**4299},
+        {"n": 10**4299},
+        {"n": 10**4299, "prompt": ["x"] * 64},
+        {"top_k": 10**4299},
+        {"prompt": [10**4299]},
+    ],
+    ids=["max_tokens", "n", "product", "top_k", "id"],
+)
+def test_a_number_of_thousands_of_digits_is_refused_in_short(address, values):
+    found = post(address, TEXT, asked(**values))
+    assert found.status_code == 400
+    assert len(found.content) < 300
+
+
 def test_twenty_problems_are_named_and_the_others_counted(hasty):
     message = post(hasty, TEXT, asked(**{f"key{number}": 0 for number in range(50)})).json()["error"]["message"]
     assert message.count("is not a parameter") == 20

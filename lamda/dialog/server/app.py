@@ -48,11 +48,14 @@ class App:
             *([] if chat_only else [("/v1/completions", CompletionRequest, _Completion)]),
         ):
             app.routes.append(Route(path, self._endpoint(kind, answerer), methods=["POST"]))
-        app.get("/v1/models")(self._models)
-        app.get("/v1/models/{name:path}", response_model=None)(self._one_model)
-        app.get("/health")(self._health)
-        app.get("/metrics", response_model=None)(self._metrics_text)
-        app.get("/", response_model=None)(_page)
+        for path, get in (
+            ("/v1/models", self._models),
+            ("/v1/models/{name:path}", self._one_model),
+            ("/health", self._health),
+            ("/metrics", self._metrics_text),
+            ("/", _page),
+        ):
+            app.api_route(path, methods=["GET", "HEAD"], response_model=None)(get)
         app.mount("/static", StaticFiles(directory=PAGE, check_dir=False))
         app.exception_handler(Refused)(_refused)
         app.exception_handler(HTTPException)(_not_here)
@@ -195,4 +198,4 @@ async def _refused(_: Request, refused: Exception) -> Response:
 async def _not_here(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     refused = Refused(error.status_code, f"{request.method} {shortened(request.scope['path'])}: {error.detail}")
-    return JSONResponse(refused.to_record(), error.status_code)
+    return JSONResponse(refused.to_record(), error.status_code, error.headers)  # a 405 names what is allowed

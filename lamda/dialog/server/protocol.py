@@ -118,13 +118,13 @@ class _Asked(_Strict):
     """What both kinds of requests share; what names the end user or a cache changes nothing."""
 
     model: str
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, lt=2**63)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(40, ge=0)
+    top_k: int = Field(40, ge=0, lt=2**63)
     repetition_penalty: float = Field(1.0, ge=PENALTIES[0], le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    n: int = Field(1, ge=1)
+    n: int = Field(1, ge=1, lt=2**63)
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: Stops = Field(default_factory=list)
@@ -216,8 +216,8 @@ class ChatRequest(_Asked):
     """`POST /v1/chat/completions`: answer the last message."""
 
     messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1), _at_most(MESSAGES)]
-    max_completion_tokens: int | None = Field(None, ge=1)
-    candidates: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**63)
+    candidates: int | None = Field(None, ge=1, lt=2**63)
     threshold: float | None = Field(None, ge=0, le=1)
 
     @field_validator("n")

@@ -186,7 +186,7 @@ class Service:
         if not isinstance(prompt, str):
             for id in ids:
                 if not 0 <= id < self._tokenizer.vocab_size or id in self._stop_ids:
-                    raise Refused(400, f"prompt: {id} is not the id of a text's token", param="prompt")
+                    raise Refused(400, f"prompt: {str(id)[:20]} is not the id of a text's token", param="prompt")
         return [end, *ids]
 
     def _check_count(self, name: str, count: int, *, param: str) -> None:
