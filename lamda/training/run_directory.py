@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lamda.best_effort import BestEffort
-from lamda.config.errors import UserError
+from lamda.config.errors import RunError, UserError
 from lamda.durable import read_object, read_regular, replace_file, sync_file
 from lamda.storage import lock
 from lamda.storage.lock import RunLock
@@ -156,7 +156,7 @@ class RunDirectory:
         """Keep a window of the order that the run jumps over from now on, before any checkpoint tells of it."""
         noted = {"from": window[0], "to": window[1], "step": step, "reason": reason}
         then = "a run that ends before its next checkpoint meets these samples again, and goes back again"
-        with BestEffort(f"{self._skipped} cannot be written", errors=(OSError, UserError), then=then):
+        with BestEffort(f"{self._skipped} cannot be written", errors=(OSError, RunError, UserError), then=then):
             replace_file(self._skipped, json.dumps([*self._notes(), noted], indent=1))
 
     def skipped(self) -> tuple[tuple[int, int], ...]:
