@@ -16,6 +16,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import zstandard
+from hypothesis import settings
 
 from lamda import distributed
 from lamda.data.tokenizer import Tokenizer
@@ -25,6 +26,10 @@ from lamda.distributed import World
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INTERPRETED = {"TRITON_INTERPRET": "1"} if DEVICE.type == "cpu" else {}
 """What Triton wants in the environment when it is first imported and whenever a kernel runs, and nobody else."""
+
+# The same examples in every run, so that a test passes or fails for what was changed.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 # Here, before any test's imports: PyTorch's counter of FLOPs and others import Triton too.
 if find_spec("triton") is not None:

@@ -18,7 +18,6 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.sample
     ["null", "1e5", "off", "12", "2024-01-01", "~", "[a]", "# x", " a ", "a,b", "...", "1:30"]
 )
 VALUES = {
-    "integer": st.integers(1, 2**70),
     "number": st.floats(1e-300, 0.999),
     "boolean": st.booleans(),
     "text": TEXT,
@@ -26,11 +25,18 @@ VALUES = {
 }
 
 
+def lowest(field):
+    """The field's own lower bound, 1 where it states none or a smaller one."""
+    return max([1, *(bound.ge for bound in field.metadata if hasattr(bound, "ge"))])
+
+
 def strategy(key, field):
     if key == "model.preset":
         return st.sampled_from(["tiny", "2b", "137b"])
     if key == "train.profile":
         return st.sampled_from([None, (1, 1), (3, 20)])
+    if kind(field) == "integer":
+        return st.integers(lowest(field), 2**70)
     return st.sampled_from(choices(field)) if kind(field) == "choice" else VALUES[kind(field)]
 
 
