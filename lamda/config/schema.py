@@ -6,7 +6,7 @@ that each error names a key. `lamda.config.loading` turns YAML files and flags i
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -35,6 +35,7 @@ Names = Annotated[tuple[str, ...], _Parts, Field(min_length=1)]
 
 
 Recompute = Literal["none", "ffn", "block"]
+Shuffle = Positive | Literal["none", "epoch"]
 
 
 class Section(BaseModel):
@@ -119,10 +120,11 @@ class DataConfig(Section):
         None, description="names of files whose text a resumed run takes for unchanged, whatever their hash or tag says"
     )
     sequence_length: Positive = Field(1024, description="L, targets a row")
-    lanes: Positive | None = Field(
-        None, description="canonical lanes, whatever the number of ranks; default: number of files, 8 to 64"
+    shuffle: Shuffle = Field(
+        16384,
+        description="rows that are mixed with each other, from all of the text; none: its order (one lane a source); "
+        "epoch: all rows of an epoch, from data.blocks",
     )
-    block_rows: Positive = Field(64, description="rows that a lane makes at a time")
     packing: Literal["concat", "best_fit", "whole"] = Field(
         "concat",
         description="how a block's documents fill its rows: in order; so that few are cut; or whole with padding "
@@ -140,6 +142,14 @@ class DataConfig(Section):
         0.001, ge=0, le=1, description="share of a lane's lines that may hold no document; judged from 10,000 lines on"
     )
     threads: Positive = Field(2, description="threads of the tokenizer and loader a rank; never changes the data")
+
+    @model_validator(mode="after")
+    def _epoch_needs_a_folder(self) -> Self:
+        if self.shuffle == "epoch" and self.blocks is None:
+            raise ValueError(
+                "data.shuffle epoch needs data.blocks: an epoch's rows come from a folder (`lamda prepare`)"
+            )
+        return self
 
     @property
     def separates_documents(self) -> bool:

@@ -62,6 +62,11 @@ class File:
         return "://" in self.url
 
     @property
+    def is_compressed(self) -> bool:
+        """Whether its text is shorter as stored."""
+        return self.url.endswith((".zst", ".gz"))
+
+    @property
     def name(self) -> str:
         """Its remote address or local name: what a corpus that has moved keeps."""
         return self.url if self.is_remote else Path(self.url).name
@@ -73,52 +78,69 @@ class File:
 
 
 class Line(NamedTuple):
-    """A line without its newline, its number from 0 and the offset of its first decompressed byte."""
+    """A line without its newline and its number.
+
+    byte: offset of its first byte in the decompressed file. stored: about where that lies in the stored file.
+    """
 
     number: int
     byte: int
     data: bytes
+    stored: int
 
 
 def read_lines(file: File, *, number: int = 0, byte: int = 0) -> Iterator[Line]:
-    """The lines of a file from line `number`, which begins at decompressed offset `byte`.
+    """The lines of a file from decompressed offset `byte` on, numbered from `number`.
 
     A line longer than LONGEST_LINE comes as its first LONGEST_LINE + 1 bytes. A byte order mark is no part of a
     line: files that have one are often joined. Raises DataError where the file is shorter than its size, ends inside
     a compressed frame, or is not the one that was resolved.
     """
-    begun, length = bytearray(), 0  # of a line that continues in the next chunk
-    for chunk in _decompressed(file, skip=byte):
+    begun, length, stored = bytearray(), 0, byte  # of a line that continues in the next chunk
+    for chunk, before, after in _decompressed(file, skip=byte):
         *complete, rest = chunk.split(b"\n")
+        at = 0  # in the chunk
         for data in complete:
             end = byte + length + len(data) + 1
+            begins = stored if length else before + (after - before) * at // len(chunk)
+            at += len(data) + 1
             if length:
                 begun += data[: LONGEST_LINE + 1 - len(begun)]
                 data, begun, length = bytes(begun), bytearray(), 0
-            yield Line(number, byte, data[: LONGEST_LINE + 1].removeprefix(BOM))
+            yield Line(number, byte, data[: LONGEST_LINE + 1].removeprefix(BOM), begins)
             number, byte = number + 1, end
+        if rest and not length:
+            stored = before + (after - before) * at // len(chunk)
         begun += rest[: LONGEST_LINE + 1 - len(begun)]
         length += len(rest)
     if length:
-        yield Line(number, byte, bytes(begun).removeprefix(BOM))
+        yield Line(number, byte, bytes(begun).removeprefix(BOM), stored)
+
+
+def decompressed_size(file: File) -> int:
+    """Bytes of the whole decompressed file, counted; raises as `read_lines`."""
+    return sum(len(chunk) for chunk, _, _ in _decompressed(file, skip=0))
 
 
 def read_all(file: File) -> bytes:
     """The whole decompressed file without a byte order mark; raises as `read_lines`."""
-    return b"".join(_decompressed(file, skip=0)).removeprefix(BOM)
+    return b"".join(chunk for chunk, _, _ in _decompressed(file, skip=0)).removeprefix(BOM)
 
 
-def _decompressed(file: File, *, skip: int) -> Iterator[bytes]:
+def _decompressed(file: File, *, skip: int) -> Iterator[tuple[bytes, int, int]]:
+    """Chunks from decompressed offset `skip` on, none empty, and which stored bytes each came from."""
     if file.url.endswith(".zst"):
         chunks = _inflate(_raw(file), _zstd, file)
     elif file.url.endswith(".gz"):
         chunks = _inflate(_raw(file), lambda: zlib.decompressobj(wbits=31), file, padding=b"\0")
     else:
-        yield from _raw(file, start=skip)
+        for chunk in _raw(file, start=skip):
+            yield chunk, skip, skip + len(chunk)
+            skip += len(chunk)
         return
-    for chunk in chunks:
+    for chunk, before, after in chunks:
         if skip < len(chunk):
-            yield chunk[skip:] if skip else chunk
+            yield chunk[skip:], before + (after - before) * skip // len(chunk), after
         skip = max(0, skip - len(chunk))
 
 
@@ -136,20 +158,27 @@ class _Decompressor(Protocol):
 
 def _inflate(
     raw: Iterable[bytes], new: Callable[[], _Decompressor], file: File, *, padding: bytes = b""
-) -> Iterator[bytes]:
-    """The content of all frames, in bounded chunks; `padding` may stand after a frame, as gzip's tools allow."""
+) -> Iterator[tuple[bytes, int, int]]:
+    """The content of all frames, in bounded chunks, each with the stored bytes that it came from.
+
+    padding: may stand after a frame, as gzip's tools allow.
+    """
     frame: _Decompressor | None = None
-    begun = False
+    begun, fed = False, 0
     try:
         for compressed in chain.from_iterable(map(_morsels, raw)):
             while compressed:
                 if frame is None:
-                    compressed = compressed.lstrip(padding) if begun else compressed
+                    stripped = compressed.lstrip(padding) if begun else compressed
+                    fed, compressed = fed + len(compressed) - len(stripped), stripped
                     if not compressed:
                         break
                     frame, begun = new(), True
-                yield frame.decompress(compressed)
-                compressed, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+                found, before = frame.decompress(compressed), fed
+                rest, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+                fed, compressed = fed + len(compressed) - len(rest), rest
+                if found:
+                    yield found, before, fed
     except (zstandard.ZstdError, zlib.error) as error:
         raise DataError(f"{file.url}: cannot be decompressed, is damaged or of another kind ({error})") from error
     if frame is not None:

@@ -20,8 +20,19 @@ BATCH = 256
 """Rows that are decoded at a time."""
 
 
-def read_rows(file: File, *, first: int, columns: Sequence[str] | None) -> Iterator[tuple[int, Any]]:
-    """Number and record of each row from row `first` on; a ValueError in place of a record that cannot be decoded.
+def number_of_rows(file: File) -> int:
+    """As the footer says. Raises DataError where the file cannot be read as parquet."""
+    with _seekable(file) as (source, _):
+        try:
+            return pq.ParquetFile(source).metadata.num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(file, error) from error
+
+
+def read_rows(file: File, *, first: int, columns: Sequence[str] | None) -> Iterator[tuple[int, int, Any]]:
+    """Of each row from `first` on its number, the number of all rows, and the record.
+
+    A ValueError stands in place of a record that cannot be decoded.
 
     columns: keys of a record, of which those that the file has are read; all of them where it is None. Raises
     DataError where the file cannot be read as parquet, or is not the one that was resolved.
@@ -32,7 +43,7 @@ def read_rows(file: File, *, first: int, columns: Sequence[str] | None) -> Itera
             table = pq.ParquetFile(source, buffer_size=0 if file.is_remote else CHUNK)
             names = table.schema_arrow.names
             missing = _without(columns, names) if columns and not {*columns} & {*names} else None
-            number = 0
+            number, rows_in_all = 0, table.metadata.num_rows
             for group in range(table.num_row_groups):
                 length = table.metadata.row_group(group).num_rows
                 if number + length > first:
@@ -40,10 +51,14 @@ def read_rows(file: File, *, first: int, columns: Sequence[str] | None) -> Itera
                     for place, record in enumerate(_records(rows), start=number):
                         if place >= first:
                             require_same()
-                            yield place, missing or record
+                            yield place, rows_in_all, missing or record
                 number += length
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file.url}: cannot be read as parquet ({str(error).splitlines()[0]})") from error
+            raise _unreadable(file, error) from error
+
+
+def _unreadable(file: File, error: Exception) -> DataError:
+    return DataError(f"{file.url}: cannot be read as parquet ({str(error).splitlines()[0]})")
 
 
 def _without(columns: Sequence[str], names: Sequence[str]) -> ValueError:

@@ -1,4 +1,4 @@
-"""`lamda prepare`: make a run's blocks ahead, side by side, and go on where it was stopped."""
+"""`lamda prepare`: make a run's rows ahead, side by side, and continue where it was stopped."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -18,37 +17,41 @@ from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.config.progress import Progress
 from lamda.config.schema import Config
-from lamda.data.block_files import GROUP, BlockFolder
-from lamda.data.blocks import Block, Packing
+from lamda.data.block_files import BlockFolder
+from lamda.data.blocks import LaneReader, Packing, Part, RowBlock
 from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of
-from lamda.data.lanes import Lane
+from lamda.data.errors import DataError
+from lamda.data.lanes import Cursor, Lane
 from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
+from lamda.data.windows import Announcement, SourceOrder
 
 
 @dataclass
 class Summary:
-    """What blocks hold, by domain: documents that begin in them, tokens, UTF-8 bytes; and lines that hold nothing."""
+    """What rows hold, by domain: documents that begin in them, tokens, UTF-8 bytes; and lines that hold nothing."""
 
     documents: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
     utf8_bytes: Counter[str] = field(default_factory=Counter)
     bad_lines: int = 0
     cuts: int = 0
-    blocks: int = 0
+    rows: int = 0
 
-    def add(self, block: Block, token_bytes: np.ndarray) -> None:
-        """Count a block."""
+    def add(self, block: RowBlock, token_bytes: np.ndarray) -> None:
+        """Count a block. A row's first token is not among its targets."""
         bytes_of = token_bytes[block.ids]
-        for run in block.runs:
-            domain = block.documents[run["document"]].domain
-            part = slice(run["start"], run["start"] + run["length"])
-            self.documents[domain] += int(run["token"] == 0)
-            self.tokens[domain] += int(run["length"])
-            self.utf8_bytes[domain] += int(bytes_of[run["row"], part].sum())
+        for span in block.spans[block.spans["document"] >= 0]:
+            domain = block.documents[span["document"]].domain
+            is_context = block.loss_mask is None or block.loss_mask[span["row"], 0]
+            first = max(int(span["start"]), 1) if is_context else int(span["start"])
+            part = slice(first, span["start"] + span["length"])
+            self.documents[domain] += int(span["token"] == 0)
+            self.tokens[domain] += part.stop - part.start
+            self.utf8_bytes[domain] += int(bytes_of[span["row"], part].sum())
         self.bad_lines += len(block.quarantined)
-        self.cuts += int((block.runs["token"] > 0).sum())
-        self.blocks += 1
+        self.cuts += int((block.spans["token"] > 0).sum())
+        self.rows += len(block.ids)
 
     def merge(self, other: Summary) -> None:
         """Add another summary to this one."""
@@ -57,7 +60,7 @@ class Summary:
         self.utf8_bytes += other.utf8_bytes
         self.bad_lines += other.bad_lines
         self.cuts += other.cuts
-        self.blocks += other.blocks
+        self.rows += other.rows
 
     def table(self) -> Iterator[str]:
         """Lines for a person."""
@@ -96,38 +99,62 @@ def main(argv: list[str]) -> int:
 
 
 def prepare(corpus: Corpus, folder: BlockFolder, *, config: Config, tokenizer: Path) -> Summary:
-    """Fill `folder` with every block that the run's steps take; a process a core, a lane at a time in each."""
+    """Fill `folder` with all rows that the run's steps take; a process a core, a lane's epoch at a time in each."""
     samples = config.steps * config.train.global_batch_size
-    counts = -(-corpus.order.rows_before(samples) // config.data.block_rows)
-    packing, summary = packing_of(config), Summary()
+    needed = corpus.mixture.rows_before(samples).tolist()
     workers = len(os.sched_getaffinity(0))
+    summary = Summary()
     with (
         ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
-        Progress("making blocks", total=int(counts.sum()), unit="blocks") as shown,
+        Progress("making rows", total=sum(needed), unit="rows") as shown,
     ):
-
-        def fill(lane: Lane, number: int) -> Future[tuple[Lane, int, Summary]]:
-            return pool.submit(_fill, lane, number, int(counts[lane.index]), folder, packing, tokenizer)
-
-        coming = {fill(lane, 0) for lane in corpus.lanes if counts[lane.index]}
-        while coming:
-            done, coming = wait(coming, return_when=FIRST_COMPLETED)
-            for lane, number, part in (each.result() for each in done):
-                summary.merge(part)
-                shown.advance(part.blocks)
-                if number < counts[lane.index]:
-                    coming.add(fill(lane, number))
+        for lanes, shape, rows in zip(corpus.sources, corpus.shapes, needed, strict=True):
+            order = SourceOrder()
+            while order.end < rows:
+                # Window 0 says how large the others are; after it, a lane can be read to the end of its epoch.
+                plans = [order.plan(shape)] if not order.windows else order.plans_of_epoch(shape)
+                jobs = [
+                    pool.submit(
+                        _fill,
+                        lane,
+                        [(plan.number, plan.epoch, plan.target(lane.length)) for plan in plans],
+                        plans[0].starts[place],
+                        folder,
+                        packing_of(config),
+                        tokenizer,
+                    )
+                    for place, lane in enumerate(lanes)
+                ]
+                found = [job.result() for job in jobs]
+                for _, part in found:
+                    summary.merge(part)
+                for number in range(len(plans)):
+                    order = order.add(order.plan(shape), [said[number] for said, _ in found], shape)
+                if order.windows[-1].ends_an_empty_epoch:
+                    raise DataError(f"source {lanes[0].source.name!r}: none of its lines holds a document")
+                order = order.without(order.end)
+                shown.advance(sum(sum(each.rows for each in said) for said, _ in found))
     return summary
 
 
 def _fill(
-    lane: Lane, number: int, stop: int, folder: BlockFolder, packing: Packing, tokenizer_path: Path
-) -> tuple[Lane, int, Summary]:
-    """Bring blocks from `number` to the end of its file, or to `stop`; the block to go on with, and what they hold."""
-    tokenizer, summary = Tokenizer.load(tokenizer_path), Summary()
-    stop = min(stop, (number // GROUP + 1) * GROUP)
-    blocks = folder.blocks(lane, folder.cursor_at(lane.index, number), packing=packing, tokenizer=tokenizer)
-    for block, _ in islice(blocks, stop - number):
-        summary.add(block, tokenizer.token_bytes)
-    blocks.close()
-    return lane, stop, summary
+    lane: Lane,
+    windows: list[tuple[int, int, int | None]],
+    start: Cursor,
+    folder: BlockFolder,
+    packing: Packing,
+    tokenizer_path: Path,
+) -> tuple[list[Announcement], Summary]:
+    """Bring a lane's rows of consecutive windows to the folder. windows: (number, epoch, target) of each."""
+    tokenizer, summary, said = Tokenizer.load(tokenizer_path), Summary(), []
+    reader = LaneReader(lane, tokenizer, packing)
+    for number, epoch, target in windows:
+        part = Part(epoch, start, target)
+        rows = folder.find(lane.index, number, part)
+        if rows is None:
+            rows = reader.read(part)
+            folder.keep(lane.index, number, part, rows, narrow=tokenizer.vocab_size <= 1 << 16)
+        summary.add(rows.block, tokenizer.token_bytes)
+        said.append(Announcement(len(rows.block.ids), rows.tokens, rows.after))
+        start = rows.after
+    return said, summary

@@ -6,7 +6,6 @@ import argparse
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,16 +13,18 @@ import numpy as np
 
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
-from lamda.data.blocks import Block, read_blocks
+from lamda.data.blocks import LaneReader, Packing, RowBlock
 from lamda.data.corpus import Corpus, differences, fingerprint, open_corpus, packing_of
-from lamda.data.lanes import Cursor
+from lamda.data.lanes import RAW_TEXT, Lane
 from lamda.data.loader import batch_digest, row_digest
 from lamda.data.order import next_samples
 from lamda.data.tokenizer import Tokenizer
+from lamda.data.windows import Announcement, SourceOrder, Window, places
 from lamda.dialog.examples import form_of
 from lamda.training.manifest import complete, read_state
 from lamda.training.metrics import read_metrics
 from lamda.training.run_directory import RunDirectory
+from lamda.training.window_log import read_windows
 
 
 @dataclass(frozen=True)
@@ -94,22 +95,13 @@ def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
     if row is not None and not 0 <= row < len(samples):
         raise UserError(f"--row {row}: step {step} has rows 0 to {len(samples) - 1}")
     chosen = range(len(samples)) if row is None else [row]
-    lanes, numbers = corpus.order.rows(samples)
-    packing = packing_of(config)
-
-    @cache
-    def block_at(lane: int, number: int) -> Block:
-        start = max((s.cursors[lane] for s in states if lane in s.cursors and s.cursors[lane].block <= number),
-                    key=lambda cursor: cursor.block, default=Cursor())  # fmt: skip
-        blocks = read_blocks(corpus.lanes[lane], start, packing=packing, tokenizer=tokenizer)
-        return next(block for block, _ in blocks if block.number == number)
+    sources, numbers = corpus.mixture.rows(samples)
+    windows = _Windows(directory, corpus, tokenizer, packing_of(config))
 
     found, digests = [], []
     for place in chosen:
-        lane = int(lanes[place])
-        block_number, block_row = divmod(int(numbers[place]), packing.rows)
-        block = block_at(lane, block_number)
-        found.append((place, _pieces(block, block_row, corpus, lane, tokenizer)))
+        lane, block, block_row = windows.row(int(sources[place]), int(numbers[place]), seed=config.run.seed)
+        found.append((place, _pieces(block, block_row, lane, tokenizer)))
         digests.append(row_digest(block.ids[block_row]))
     if row is None and batch_digest(np.stack(digests)) != digest:
         raise UserError(
@@ -117,6 +109,40 @@ def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
             f"{directory.metrics}: the text, skipped.json or the batch size of that step is another"
         )
     yield from found
+
+
+class _Windows:
+    """Finds rows by the windows that a run has kept, or makes those that it has not."""
+
+    def __init__(self, directory: RunDirectory, corpus: Corpus, tokenizer: Tokenizer, packing: Packing) -> None:
+        self._kept = read_windows(directory.order)
+        self._corpus, self._tokenizer, self._packing = corpus, tokenizer, packing
+        self._blocks: dict[tuple[int, int], RowBlock] = {}
+
+    def row(self, source: int, number: int, *, seed: int) -> tuple[Lane, RowBlock, int]:
+        """The lane of a source's row, its rows of the window, and which of them it is."""
+        window = self._window_of(source, number)
+        of_lane, of_row = places(window, seed=seed, source=source, in_order=self._corpus.is_in_order)
+        place, row = int(of_lane[number - window.base]), int(of_row[number - window.base])
+        lane = self._corpus.sources[source][place]
+        if (key := (lane.index, window.number)) not in self._blocks:
+            part = window.part(place, lane.length)
+            self._blocks[key] = LaneReader(lane, self._tokenizer, self._packing).read(part).block
+        return lane, self._blocks[key], row
+
+    def _window_of(self, source: int, number: int) -> Window:
+        before = [order for order in self._kept.get(source, ()) if order.windows[0].base <= number]
+        order, shape = before[-1] if before else SourceOrder(), self._corpus.shapes[source]
+        readers = [LaneReader(lane, self._tokenizer, self._packing) for lane in self._corpus.sources[source]]
+        while number >= order.end:  # not kept: read as training has
+            plan, said = order.plan(shape), []
+            for place, (reader, length) in enumerate(zip(readers, shape.lengths, strict=True)):
+                rows = reader.read(plan.part(place, length))
+                said.append(Announcement(len(rows.block.ids), rows.tokens, rows.after))
+            order = order.add(plan, said, shape).without(number)
+            if order.windows[-1].ends_an_empty_epoch:
+                raise UserError(f"source {self._corpus.sources[source][0].source.name!r} holds no document any more")
+        return order.at(number)
 
 
 def _samples_of(
@@ -134,23 +160,24 @@ def _samples_of(
     return next_samples(consumed, after - before, windows)[0], rows[step]["batch_digest"]
 
 
-def _pieces(block: Block, row: int, corpus: Corpus, lane: int, tokenizer: Tokenizer) -> list[Piece]:
+def _pieces(block: RowBlock, row: int, lane: Lane, tokenizer: Tokenizer) -> list[Piece]:
     pieces = []
-    for run in block.runs[(block.runs["row"] == row) & (block.runs["document"] >= 0)]:
-        document = block.documents[run["document"]]
-        place = slice(run["start"], run["start"] + run["length"])
+    for span in block.spans[(block.spans["row"] == row) & (block.spans["document"] >= 0)]:
+        document = block.documents[span["document"]]
+        place = slice(span["start"], span["start"] + span["length"])
         ids = block.ids[row, place]
         mask = None if block.loss_mask is None else block.loss_mask[row, place]
+        share = lane.shares[document.file]
         pieces.append(
             Piece(
-                file=corpus.lanes[lane].shares[document.file].file.url,
-                line=document.line + 1,
+                file=share.file.url,
+                line=share.line_in_file(document.line) + 1,
                 epoch=document.epoch,
                 domain=document.domain,
-                first=int(run["token"]),
-                last=int(run["token"] + run["length"] - 1),
+                first=int(span["token"]),
+                last=int(span["token"] + span["length"] - 1),
                 text=tokenizer.decode(ids),
-                parts=() if mask is None else tuple(_parts(ids, mask, tokenizer)),
+                parts=() if lane.form is RAW_TEXT or mask is None else tuple(_parts(ids, mask, tokenizer)),
             )
         )
     return pieces

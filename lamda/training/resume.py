@@ -60,8 +60,7 @@ class Start:
             log.info("%s does not say what its files held: that they are unchanged is not verified", self.path)
         if changed:  # what the documents at the cursors were is no longer of use
             log.info("taken for unchanged, as data.accept_changed says: %s", ", ".join(changed))
-            cursors = {lane: replace(cursor, digest=None) for lane, cursor in state.cursors.items()}
-            state = replace(state, cursors=cursors)
+            state = replace(state, order=tuple(each.without_digests() for each in state.order))
         return state
 
 
