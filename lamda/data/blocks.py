@@ -58,10 +58,13 @@ class RowBlock:
         """The span of every token, [R, L+1], as an index into `spans`: attention may stay inside it."""
         return np.repeat(np.arange(len(self.spans), dtype=np.int32), self.spans["length"]).reshape(self.ids.shape)
 
+    def spans_of(self, row: int) -> slice:
+        """Where a row's spans are among all."""
+        return slice(int(self._edges[row]), int(self._edges[row + 1]))
+
     @cached_property
-    def document_of(self) -> NDArray[np.int32]:
-        """The document of every token, [R, L+1], as an index into `documents`; -1 is none of them."""
-        return np.repeat(self.spans["document"], self.spans["length"]).reshape(self.ids.shape)
+    def _edges(self) -> NDArray[np.int64]:
+        return np.searchsorted(self.spans["row"], np.arange(len(self.ids) + 1))
 
 
 class Part(NamedTuple):
@@ -249,13 +252,22 @@ class _Spans:
 
     def _encoded(self, batch: Sequence[_Piece]) -> Iterator[_Span]:
         encoded = self._lane.form.encode([piece.document for piece in batch], self._tokenizer)
-        for (document, bad, *place), parts in zip(batch, encoded, strict=True):
+        for piece, parts in zip(batch, encoded, strict=True):
+            document, bad = piece.document._replace(text=""), piece.bad
             total, first = sum(len(part.ids) for part in parts), self._token
-            without_text = document._replace(text="")
             for part in parts:
-                domain = document.domain if part.domain is None else part.domain
-                named = without_text._replace(domain=domain)
-                span = _Span(named, part.ids, part.scored, self._token, first, total, *place[:2], bad, place[2])
+                span = _Span(
+                    document if part.domain is None else document._replace(domain=part.domain),
+                    part.ids,
+                    part.scored,
+                    self._token,
+                    first,
+                    total,
+                    piece.lines,
+                    piece.bad_lines,
+                    bad,
+                    piece.digest,
+                )
                 self._token, bad = self._token + len(part.ids), ()
                 if count := min(self._skip, len(part.ids)):
                     skipped, span = span.cut(count)

@@ -8,7 +8,7 @@ where it is not. Windows of the order (`lamda.data.windows`) take the same fract
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -226,7 +226,7 @@ def _rows(lane: Lane) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, document._asdict()
 
 
-def read_lane(lane: Lane, start: Cursor) -> Iterator[Document | BadLine]:
+def read_lane(lane: Lane, start: Cursor) -> Generator[Document | BadLine]:
     """An epoch's documents, and the bad lines between them, from the line of the cursor on.
 
     Raises DataError where too many lines are bad, or a file cannot be read.

@@ -287,7 +287,9 @@ class Loader:
             end = self._tokenizer.end_of_document
             documents, is_inside = separated(block, row, packing=self._packing, end_of_document=end)
             scored = scored & is_inside
-        return MicroBatch(ids, scored, rows.domain_of[row, 1:], documents)
+        spans = block.spans[block.spans_of(row)]
+        domains = np.repeat(rows.domains[spans["document"]], spans["length"])[1:]  # a document of -1 has the last
+        return MicroBatch(ids, scored, domains, documents)
 
 
 def separated(
@@ -298,7 +300,8 @@ def separated(
     The end symbol before a document's first token is that document's first input. Examples that are packed whole
     bring one of their own, where they want one.
     """
-    runs = block.segment_ids[place]
+    spans = block.spans_of(place)
+    runs = np.repeat(np.arange(spans.start, spans.stop, dtype=np.int32), block.spans["length"][spans])
     is_inside = runs[1:] == runs[:-1]
     if packing.method == "whole":
         return runs, is_inside

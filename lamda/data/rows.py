@@ -19,10 +19,13 @@ from lamda.data.windows import Announcement
 
 
 class LaneRows(NamedTuple):
-    """What a lane gave to a window: its rows, the domain of each of their tokens [R, L+1], and what is announced."""
+    """What a lane gave to a window: its rows, the domain of each of their documents [n + 1], and what is announced.
+
+    The last domain is that of no document. Nothing here is of each token, but for the rows themselves.
+    """
 
     block: RowBlock
-    domain_of: NDArray[np.int16]
+    domains: NDArray[np.int16]
     announcement: Announcement
 
 
@@ -92,4 +95,4 @@ class RowReader:
     def _domains_of(self, block: RowBlock) -> NDArray[np.int16]:
         other = len(self._domains)
         names = [self._domains.get(document.domain, other) for document in block.documents]
-        return np.array([*names, other], np.int16)[block.document_of]  # -1 is the last
+        return np.array([*names, other], np.int16)

@@ -9,7 +9,7 @@ the number and the cursor after them. Everything else follows from these announc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,12 +83,13 @@ class Window:
 
     def to_json(self) -> dict[str, Any]:
         """For a file."""
-        return asdict(self)
+        cursors = {name: [list(astuple(cursor)) for cursor in getattr(self, name)] for name in ("starts", "afters")}
+        return {**{name: getattr(self, name) for name in self.__dataclass_fields__}, **cursors}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Window:
         """What `to_json` gave. Raises TypeError and KeyError for anything else."""
-        cursors = {name: tuple(Cursor(**cursor) for cursor in values[name]) for name in ("starts", "afters")}
+        cursors = {name: tuple(Cursor(*cursor) for cursor in values[name]) for name in ("starts", "afters")}
         return cls(**{**values, "counts": tuple(values["counts"]), **cursors})
 
 

@@ -61,9 +61,8 @@ class RunState:
             with reading(path):
                 values = read_object(path)
             values["skipped"] = tuple((int(first), int(last)) for first, last in values["skipped"])
-            if "cursors" in values:
-                raise ValueError("its samples are in the order of an older version")
-            values["order"] = tuple(map(SourceOrder.from_json, values["order"]))
+            values.pop("cursors", None)  # of format 1, whose order this version does not continue (`resume`)
+            values["order"] = tuple(map(SourceOrder.from_json, values.get("order", ())))
             return cls(**values)
         except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
