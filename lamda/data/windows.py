@@ -23,7 +23,7 @@ from lamda.data.order import SLOTS
 ONE = 1 << 32
 """A whole epoch, in fractions of which windows are counted."""
 
-FIRST_TOKENS = 1 << 18
+FIRST_TOKENS = 1 << 17
 """Tokens of all sources' first windows together: they are encoded before the first step."""
 
 GROWTH = (5, 4)
