@@ -54,7 +54,9 @@ def main(argv: list[str]) -> int:
         default=None if sample is None else f"{sample}/pile-sample/train/*",
         help="files as The Pile's, to sort by domain; default: the sample in LAMDA_TEST_DATA, or made-up text",
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, default=Path("benchmarks/order.json"), help="(%(default)s)")
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, default=Path("benchmarks/order.json"), help="(%(default)s)"
+    )
     parser.add_argument("--markdown", action="store_true", help="measure nothing, print the table of --json FILE")
     options = parser.parse_args(argv)
     if not options.markdown:
@@ -137,8 +139,8 @@ def measure(folder: Path, case: Case, *, shuffle: int | str | None = None) -> di
         "sequence_length": case.length,
         "lanes": len(corpus.lanes),
         "labels": case.labels,
-        "never_seen": float((seen == 0).mean()),
-        "seen_most_often": int(seen.max()),
+        "never_seen": float((seen == 0).mean()) if case.rows is None else None,
+        "seen_most_often": int(seen.max()) if case.rows is None else None,
         "share_of_weight": [float(share_of_weight.min()), float(share_of_weight.max())],
         "distance": _distances(shares[None]),
         "random_distance": _distances(_drawn(shares)),
@@ -259,17 +261,16 @@ def _distinct(sources: NDArray[Any]) -> float:
 def markdown(report: dict[str, Any]) -> str:
     """The table of a report, with what it was measured on."""
     rows = [
-        [f"batches of {report['batch']}", "never seen", "most often", "distance", "at random", "first tenth", "at random",
-         "sources in 8", "at random", "of its weight", "first batch", "resume", "largest window"],
+        [f"batches of {report['batch']}", "never seen", "most often", "distance", "at random", "first tenth",
+         "at random", "sources in 8", "at random", "of its weight", "first batch", "resume", "largest window"],
         ["---", *["---:"] * 12],
     ]  # fmt: skip
     for name, case in report["cases"].items():
-        has_sources, window = case["sources"] > 1, case["largest_window"]
+        has_sources, window, never = case["sources"] > 1, case["largest_window"], case["never_seen"]
         rows.append(
             [
                 f"{name} ({case['tokens']:,} tokens, L {case['sequence_length']}, {case['lanes']} lanes)",
-                f"{case['never_seen']:.4f}",
-                f"{case['seen_most_often']}",
+                *(["", ""] if never is None else [f"{never:.2%}", f"{case['seen_most_often']}"]),
                 *(f"{case[kind][when]:.3f}" for when in ("mean", "first_tenth") for kind in DISTANCES),
                 *(f"{case[kind]:.2f}" if has_sources else "" for kind in DISTINCT),
                 " to ".join(f"{share:.2f}" for share in case["share_of_weight"]) if has_sources else "",
