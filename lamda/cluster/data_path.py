@@ -13,7 +13,7 @@ FEWEST, MOST = 8, 64
 EDGE = 2
 """Rows of a batch by which a rank's part of it moves over the lanes at its edges (`lamda.data.loader`)."""
 
-FIRST_TOKENS = 1 << 18
+FIRST_TOKENS = 1 << 17
 """The smallest window (`lamda.data.windows`)."""
 
 ID, ROW_ID = 2, 4
