@@ -103,7 +103,8 @@ def _read(path: Path, part: Part) -> PartRows | None:
     """The rows of a file, None where they are not of this part. Raises DataError where it is damaged, and OSError."""
     data = np.memmap(path, np.uint8, mode="r")
     index = _index(data, path)
-    if Cursor(**index["start"]).place != part.start.place:
+    ends = index["epoch"], index["target"]  # other weights make windows of other ends
+    if Cursor(**index["start"]).place != part.start.place or ends != (part.epoch, part.target):
         return None
     length = index["length"]
     if sha256(data[:length].data).hexdigest() != index["sha256"]:
@@ -153,7 +154,9 @@ def _write(path: Path, part: Part, rows: PartRows, *, narrow: bool) -> None:
         size += len(parts[-1])
     data = b"".join(parts)
     index = {
+        "epoch": part.epoch,
         "start": asdict(part.start),
+        "target": part.target,
         "after": asdict(rows.after),
         "tokens": rows.tokens,
         "length": size,
