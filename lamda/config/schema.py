@@ -127,11 +127,11 @@ class DataConfig(Section):
     )
     packing: Literal["concat", "best_fit", "whole"] = Field(
         "concat",
-        description="how a block's documents fill its rows: in order; so that few are cut; or whole with padding "
+        description="how a lane's documents fill its rows: in order; so that few are cut; or whole with padding "
         "after them and attention inside them (dialogues)",
     )
     blocks: str | None = Field(
-        None, description="folder of ready blocks: those there are mapped, those made are kept (`lamda prepare`)"
+        None, description="folder of ready rows: those there are mapped, those made are kept (`lamda prepare`)"
     )
     document_mask: bool = Field(
         default=False,

@@ -81,6 +81,7 @@ class RowReader:
             rows = self._made(lane, part)
             if self._ready is not None:
                 self._ready.keep(lane, window, part, rows, narrow=self._tokenizer.vocab_size <= 1 << 16)
+                rows = self._ready.find(lane, window, part) or rows  # mapped: a window may be an epoch
         if len(self._quarantined) < KEPT:
             self._quarantined += [Quarantined(lane, bad) for bad in rows.block.quarantined]
         announcement = Announcement(len(rows.block.ids), rows.tokens, rows.after)
