@@ -269,7 +269,7 @@ class Loader:
     def _epochs(self, consumed: int) -> dict[str, float]:
         before = self._corpus.mixture.rows_before(consumed).tolist()
         return {
-            lanes[0].source.name: order.at(row - 1).epoch_at(row) if row else 0.0
+            lanes[0].source.name: order.epochs_at(row)
             for lanes, order, row in zip(self._corpus.sources, self._order, before, strict=True)
         }
 

@@ -155,6 +155,13 @@ class SourceOrder:
                 return window
         raise KeyError(row)
 
+    def epochs_at(self, row: int) -> float:
+        """Epochs of the source that are over at its row `row`, as far as its windows are known there."""
+        for window in self.windows:
+            if row <= window.base + window.rows:
+                return window.epoch_at(max(row, window.base))
+        return self.windows[-1].epoch_at(self.end) if self.windows else 0.0
+
     def plan(self, shape: Shape) -> Plan:
         """The window after the last one that is known."""
         last = self.windows[-1] if self.windows else None
