@@ -242,12 +242,16 @@ class Loader:
             raise DataError(f"source {self._lane(source, 0).source.name!r}: none of its lines holds a document")
         self._on_window(source, self._order[source])
         self._begin_known(source)
+        self._begin_next(source)
 
     def _let_go(self, source: int, row: int) -> None:
         """Drop windows that end before a row of the source, and read on where there is room."""
-        self._order[source] = self._order[source].without(row)
+        before = self._order[source]
+        self._order[source] = before.without(row)
         windows = self._order[source].windows
-        for lane in self._corpus.sources[source] if windows else ():
+        if len(windows) == len(before.windows):
+            return
+        for lane in self._corpus.sources[source]:
             self._rows.drop(lane.index, before=windows[0].number)
         for key in [key for key in self._places if key[0] == source and key[1] < windows[0].number]:
             del self._places[key]

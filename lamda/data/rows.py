@@ -49,23 +49,25 @@ class RowReader:
         self._domains, self._ready = domains, ready
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lane")
         self._readers: dict[int, tuple[Lock, LaneReader]] = {}
-        self._coming: dict[tuple[int, int], Future[LaneRows]] = {}
+        self._coming: dict[int, dict[int, Future[LaneRows]]] = {}  # by lane and window
         self._quarantined: list[Quarantined] = []
 
     def begin(self, lane: int, window: int, part: Part) -> None:
         """Read a lane's part of a window, unless that has begun already."""
-        if (lane, window) not in self._coming:
-            self._coming[lane, window] = self._pool.submit(self._read, lane, window, part)
+        own = self._coming.setdefault(lane, {})
+        if window not in own:
+            own[window] = self._pool.submit(self._read, lane, window, part)
 
     def get(self, lane: int, window: int, part: Part) -> LaneRows:
         """A lane's part of a window, waited for. Raises DataError where the text cannot be read."""
         self.begin(lane, window, part)
-        return self._coming[lane, window].result()
+        return self._coming[lane][window].result()
 
     def drop(self, lane: int, *, before: int) -> None:
         """Let go of a lane's rows of the windows before one."""
-        for key in [key for key in self._coming if key[0] == lane and key[1] < before]:
-            self._coming.pop(key).cancel()
+        own = self._coming.get(lane, {})
+        for window in [window for window in own if window < before]:
+            own.pop(window).cancel()
 
     def quarantined(self) -> list[Quarantined]:
         """The first bad lines, by lane and place, of all parts that were read."""
