@@ -101,6 +101,8 @@ class _Demanded:
 
 def _read(path: Path, part: Part) -> PartRows | None:
     """The rows of a file, None where they are not of this part. Raises DataError where it is damaged, and OSError."""
+    if path.stat().st_size == 0:  # what a crash of the machine may leave; it cannot be mapped
+        raise _damaged(path)
     data = np.memmap(path, np.uint8, mode="r")
     index = _index(data, path)
     ends = index["epoch"], index["target"]  # other weights make windows of other ends
