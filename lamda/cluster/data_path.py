@@ -39,12 +39,15 @@ def data_rates(config: Config, *, ranks: int, tokens_per_second: float) -> DataR
 
 
 def loader_bytes(config: Config, *, ranks: int) -> int:
-    """Host memory of a rank's rows, with the most lanes: its part of two windows. Ready rows of an epoch are mapped."""
+    """Host memory of a rank's rows, with the most lanes: its part of two windows. Ready rows of an epoch are mapped.
+
+    One of the two may be the last of an epoch, which is up to half as long again.
+    """
     length, shuffle = config.data.sequence_length, config.data.shuffle
     if shuffle == "epoch":
         return 0
     rows = max(shuffle if isinstance(shuffle, int) else 0, FIRST_TOKENS // length)
-    return math.ceil(2 * rows * (length + 1) * ROW_ID * _shares(config, ranks)[0])
+    return math.ceil(2.5 * rows * (length + 1) * ROW_ID * _shares(config, ranks)[0])
 
 
 def _shares(config: Config, ranks: int) -> tuple[float, float]:
