@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
-from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
@@ -97,12 +96,12 @@ def read_lines(file: File, *, number: int = 0, byte: int = 0) -> Iterator[Line]:
     a compressed frame, or is not the one that was resolved.
     """
     begun, length, stored = bytearray(), 0, byte  # of a line that continues in the next chunk
-    for chunk, before, after in _decompressed(file, skip=byte):
-        *complete, rest = chunk.split(b"\n")
+    for chunk in _decompressed(file, skip=byte):
+        *complete, rest = chunk.data.split(b"\n")
         at = 0  # in the chunk
         for data in complete:
             end = byte + length + len(data) + 1
-            begins = stored if length else before + (after - before) * at // len(chunk)
+            begins = stored if length else chunk.stored(at)
             at += len(data) + 1
             if length:
                 begun += data[: LONGEST_LINE + 1 - len(begun)]
@@ -110,7 +109,7 @@ def read_lines(file: File, *, number: int = 0, byte: int = 0) -> Iterator[Line]:
             yield Line(number, byte, data[: LONGEST_LINE + 1].removeprefix(BOM), begins)
             number, byte = number + 1, end
         if rest and not length:
-            stored = before + (after - before) * at // len(chunk)
+            stored = chunk.stored(at)
         begun += rest[: LONGEST_LINE + 1 - len(begun)]
         length += len(rest)
     if length:
@@ -119,29 +118,43 @@ def read_lines(file: File, *, number: int = 0, byte: int = 0) -> Iterator[Line]:
 
 def decompressed_size(file: File) -> int:
     """Bytes of the whole decompressed file, counted; raises as `read_lines`."""
-    return sum(len(chunk) for chunk, _, _ in _decompressed(file, skip=0))
+    return sum(len(chunk.data) for chunk in _decompressed(file, skip=0))
 
 
 def read_all(file: File) -> bytes:
     """The whole decompressed file without a byte order mark; raises as `read_lines`."""
-    return b"".join(chunk for chunk, _, _ in _decompressed(file, skip=0)).removeprefix(BOM)
+    return b"".join(chunk.data for chunk in _decompressed(file, skip=0)).removeprefix(BOM)
 
 
-def _decompressed(file: File, *, skip: int) -> Iterator[tuple[bytes, int, int]]:
-    """Chunks from decompressed offset `skip` on, none empty, and which stored bytes each came from."""
+class _Chunk(NamedTuple):
+    """Decompressed bytes: those from `skipped` on, of `size` that come from stored bytes `before` to `after`."""
+
+    data: bytes
+    before: int
+    after: int
+    size: int
+    skipped: int = 0
+
+    def stored(self, place: int) -> int:
+        """About where a place in the data is stored; the same wherever reading began."""
+        return self.before + (self.after - self.before) * (self.skipped + place) // self.size
+
+
+def _decompressed(file: File, *, skip: int) -> Iterator[_Chunk]:
+    """Chunks from decompressed offset `skip` on, none empty."""
     if file.url.endswith(".zst"):
         chunks = _inflate(_raw(file), _zstd, file)
     elif file.url.endswith(".gz"):
         chunks = _inflate(_raw(file), lambda: zlib.decompressobj(wbits=31), file, padding=b"\0")
     else:
         for chunk in _raw(file, start=skip):
-            yield chunk, skip, skip + len(chunk)
+            yield _Chunk(chunk, skip, skip + len(chunk), len(chunk))
             skip += len(chunk)
         return
-    for chunk, before, after in chunks:
-        if skip < len(chunk):
-            yield chunk[skip:], before + (after - before) * skip // len(chunk), after
-        skip = max(0, skip - len(chunk))
+    for chunk in chunks:
+        if skip < chunk.size:
+            yield chunk._replace(data=chunk.data[skip:], skipped=skip) if skip else chunk
+        skip = max(0, skip - chunk.size)
 
 
 def _zstd() -> _Decompressor:
@@ -158,15 +171,12 @@ class _Decompressor(Protocol):
 
 def _inflate(
     raw: Iterable[bytes], new: Callable[[], _Decompressor], file: File, *, padding: bytes = b""
-) -> Iterator[tuple[bytes, int, int]]:
-    """The content of all frames, in bounded chunks, each with the stored bytes that it came from.
-
-    padding: may stand after a frame, as gzip's tools allow.
-    """
+) -> Iterator[_Chunk]:
+    """The content of all frames, in bounded chunks; `padding` may stand after a frame, as gzip's tools allow."""
     frame: _Decompressor | None = None
     begun, fed = False, 0
     try:
-        for compressed in chain.from_iterable(map(_morsels, raw)):
+        for compressed in _morsels(raw):
             while compressed:
                 if frame is None:
                     stripped = compressed.lstrip(padding) if begun else compressed
@@ -178,15 +188,23 @@ def _inflate(
                 rest, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
                 fed, compressed = fed + len(compressed) - len(rest), rest
                 if found:
-                    yield found, before, fed
+                    yield _Chunk(found, before, fed, len(found))
     except (zstandard.ZstdError, zlib.error) as error:
         raise DataError(f"{file.url}: cannot be decompressed, is damaged or of another kind ({error})") from error
     if frame is not None:
         raise DataError(f"{file.url}: ends inside a compressed frame; the file is truncated")
 
 
-def _morsels(chunk: bytes) -> Iterator[bytes]:
-    return (chunk[start : start + MORSEL] for start in range(0, len(chunk), MORSEL))
+def _morsels(raw: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes, MORSEL at a time, however a server hands them out: chunks are a function of the file."""
+    rest = b""
+    for chunk in raw:
+        joined = rest + chunk
+        whole = len(joined) - len(joined) % MORSEL
+        yield from (joined[start : start + MORSEL] for start in range(0, whole, MORSEL))
+        rest = joined[whole:]
+    if rest:
+        yield rest
 
 
 def _raw(file: File, *, start: int = 0) -> Iterator[bytes]:
