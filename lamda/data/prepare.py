@@ -111,8 +111,8 @@ def prepare(corpus: Corpus, folder: BlockFolder, *, config: Config, tokenizer: P
         for lanes, shape, rows in zip(corpus.sources, corpus.shapes, needed, strict=True):
             order = SourceOrder()
             while order.end < rows:
-                # Window 0 says how large the others are; after it, a lane can be read to the end of its epoch.
-                plans = [order.plan(shape)] if not order.windows else order.plans_of_epoch(shape)
+                # The first windows say how large the others are; then a lane can be read to the end of its epoch.
+                plans = order.plans_of_epoch(shape) if order.is_measured else [order.plan(shape)]
                 jobs = [
                     pool.submit(
                         _fill,

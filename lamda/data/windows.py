@@ -30,6 +30,11 @@ GROWTH = (5, 4)
 """Of a window over the one before it. While windows grow, no step waits for one if encoding is twice as fast."""
 
 
+MEASURED_TOKENS = 1 << 21
+"""Of a source's first windows, from which later ones are planned. One is too few: where a lane begins there is often no
+line, for documents belong to the lane in which they begin."""
+
+
 class Announcement(NamedTuple):
     """What one lane gave to a window: rows, the tokens of the text in them, and the cursor after these."""
 
@@ -137,7 +142,7 @@ class Shape:
 class SourceOrder:
     """The windows of a source that are known and may still be asked for, oldest first.
 
-    measured: bytes of the axis and tokens in window 0, from which later windows are planned.
+    measured: bytes of the axis and tokens in the first windows, from which later windows are planned.
     """
 
     windows: tuple[Window, ...] = ()
@@ -147,6 +152,11 @@ class SourceOrder:
     def end(self) -> int:
         """Rows of the source in all windows up to the last one that is known."""
         return self.windows[-1].base + self.windows[-1].rows if self.windows else 0
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether later windows are planned as the next one is."""
+        return self.measured[1] >= MEASURED_TOKENS
 
     def at(self, row: int) -> Window:
         """The window that holds a row of the source. Raises KeyError where it is not known."""
@@ -199,9 +209,10 @@ class SourceOrder:
             counts=tuple(each.rows for each in said),
             afters=tuple(each.after for each in said),
         )
-        measured, tokens = self.measured, sum(each.tokens for each in said)
-        if plan.number == 0 and tokens:
-            measured = max(1, plan.until * sum(shape.lengths) >> 32), tokens
+        measured, (bytes_, tokens) = self.measured, self.measured
+        if not self.is_measured:
+            length = (plan.until - plan.since) * sum(shape.lengths) >> 32
+            measured = bytes_ + length, tokens + sum(each.tokens for each in said)
         return SourceOrder((*self.windows, window), measured)
 
     def without(self, row: int) -> SourceOrder:
