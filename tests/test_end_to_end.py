@@ -24,7 +24,7 @@ from tests.wandb_server import WandbServer
 
 SETTINGS = """
 model: {vocab_size: 400, d_model: 32, n_layers: 2, n_heads: 2, d_head: 16, d_ff: 64}
-data: {sequence_length: 32, block_rows: 4}
+data: {sequence_length: 32}
 train: {steps: 12, global_batch_size: 8, micro_batch_size: 2, lr: 1e-2, warmup_steps: 3}
 checkpoint: {every: 4, keep: 9}
 eval: {every: 6, batches: 20}
@@ -213,12 +213,23 @@ def test_prepared_blocks_give_the_same_samples(place, straight, capsys):
     assert "bytes/token" in told
     assert "cuts: pieces that go on" in told
     assert prepare_command(["--json", *flags, "--run.dir", str(place / "prepared")]) == 0
-    assert json.loads(capsys.readouterr().out)["blocks"] > 0
+    assert json.loads(capsys.readouterr().out)["rows"] > 0
     config = load_config(flags)
     corpus, tokenizer = open_corpus(config.data), Tokenizer.load(config.tokenizer.path)
     ready = BlockFolder.of(config.data.blocks, fingerprint(corpus, config, tokenizer))
-    assert all(ready.ready_until(lane.index, 0) for lane in corpus.lanes)
-    loader = Loader(corpus, tokenizer, packing=packing_of(config), batch=8, micro_batch=8, rank=0, world=1, ready=ready)
+    kept = {path.parent.name for path in ready.path.glob("*/*.rows")}
+    assert kept == {f"lane-{lane.index:04}" for lane in corpus.lanes}
+    loader = Loader(
+        corpus,
+        tokenizer,
+        packing=packing_of(config),
+        seed=config.run.seed,
+        batch=8,
+        micro_batch=8,
+        rank=0,
+        world=1,
+        ready=ready,
+    )
     with loader:
         found = [
             batch_digest(step.digests[np.argsort(step.positions)]) for _, step in zip(range(12), loader, strict=False)

@@ -45,7 +45,7 @@ def place(tmp_path_factory, tokenizer_path):
     (folder / "run.yaml").write_text(
         f"model: {{weights: '{start}'}}\n"
         f"data: {{corpus: dialog, files: '{folder}/train.jsonl', eval_files: '{folder}/val.jsonl', packing: whole, "
-        "sequence_length: 64, block_rows: 4}\n"
+        "sequence_length: 64}\n"
         "train: {steps: 6, global_batch_size: 8, micro_batch_size: 2, lr: 1e-2}\n"
         "checkpoint: {every: 2}\nwandb: {mode: disabled}\n"
     )

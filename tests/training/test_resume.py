@@ -206,7 +206,7 @@ def test_a_checkpoint_of_another_framework_is_refused_with_the_way_on(directory,
         assert f"model.weights {path}/model.safetensors and another run.dir" in str(caught.value)
 
 
-SAVED = {"seed": 0, "lanes": 8, "tokenizer": "a" * 64, "files": [["x", 1]]}
+SAVED = {"seed": 0, "shuffle": 8, "tokenizer": "a" * 64, "files": [["x", 1]]}
 
 
 def start(fingerprint):
@@ -221,9 +221,9 @@ def test_the_same_data_goes_on(directory):
 @pytest.mark.parametrize(
     ("current", "told"),
     [
-        ({**SAVED, "seed": 1, "lanes": 9}, "seed was 0, is 1; lanes was 8, is 9. Set"),
+        ({**SAVED, "seed": 1, "shuffle": 9}, "seed was 0, is 1; shuffle was 8, is 9. Set"),
         ({**SAVED, "packing": "concat"}, "packing was None, is concat. Set"),
-        ({key: value for key, value in SAVED.items() if key != "lanes"}, "lanes was 8, is None. Set"),
+        ({key: value for key, value in SAVED.items() if key != "shuffle"}, "shuffle was 8, is None. Set"),
         ({**SAVED, "tokenizer": "b" * 64}, f"tokenizer was {'a' * 57}..., is {'b' * 57}.... Set"),
         ({**SAVED, "files": [["x", 1], ["y", 2]]}, "files gained ['y', 2]. Set"),
         ({**SAVED, "files": [["x", 3]]}, "files lost ['x', 1] and gained ['x', 3]. Set"),
