@@ -43,6 +43,16 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
+def saved_config(checkpoint: Path, *overrides: str) -> Config:
+    """The configuration in a checkpoint, with `overrides` as on a command line. Raises UserError where it has none."""
+    file = checkpoint / "config.yaml"
+    if not file.exists():
+        is_export = (checkpoint / "config.json").exists()
+        remedy = f"`lamda import {checkpoint} --to DIR` brings an export back" if is_export else "give a checkpoint"
+        raise UserError(f"{checkpoint}: there is no config.yaml; {remedy}")
+    return load_config(["--config", str(file), *overrides])
+
+
 def load_model(path: Path, config: ModelConfig) -> LaMDA:
     """The model of a checkpoint, in the precision of its weights, ready to evaluate."""
     weights = load_file(path / WEIGHTS)
@@ -70,7 +80,7 @@ def load_run(path: Path, *, int8: bool = False) -> LoadedModel:
     int8: matrices in 8 bits (`lamda.inference.int8`). Raises UserError where something is missing.
     """
     checkpoint = find_checkpoint(path)
-    config = load_config(["--config", str(checkpoint / "config.yaml")])
+    config = saved_config(checkpoint)
     tokenizer = Tokenizer.load(checkpoint / "tokenizer.model")
     model = load_model(checkpoint, config.model).requires_grad_(requires_grad=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
