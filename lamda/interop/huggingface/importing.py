@@ -68,7 +68,7 @@ def _configuration(path: Path) -> tuple[ModelConfig, int]:
     try:
         values: dict[str, Any] = json.loads(path.read_text("utf-8"))
         kind = values.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); give a folder that `lamda export` wrote") from error
     if kind != LamdaConfig.model_type:
         raise UserError(f"{path}: model_type is {kind!r}; only folders of {LamdaConfig.model_type!r} can be imported")

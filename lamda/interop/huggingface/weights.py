@@ -38,7 +38,7 @@ def write_shards(
 ) -> None:
     """model.safetensors, or numbered parts of it with their index; one part is in memory at a time.
 
-    max_shard_size: as `5GB`. Raises UserError where it is no size.
+    max_shard_size: as `5GB`. Raises UserError where it is no size, and OSError where a file cannot be written.
     """
     width = DTYPES[dtype].itemsize
     try:
@@ -53,10 +53,18 @@ def write_shards(
     for name, weights in plan.filename_to_tensors.items():
         shard = {weight: read(weight).to(DTYPES[dtype]).contiguous() for weight in weights}
         with umask_mode(folder / name):
-            save_file(shard, folder / name, metadata={"format": "pt"})
+            _save(shard, folder / name)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
+
+
+def _save(weights: dict[str, Tensor], file: Path) -> None:
+    """Raises OSError where the file cannot be written, as on a full disk."""
+    try:
+        save_file(weights, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(None, str(error)) from error
 
 
 class Stored:
@@ -101,9 +109,9 @@ def _files(folder: Path) -> list[Path]:
     try:
         index: dict[str, Any] = json.loads((folder / INDEX).read_text("utf-8"))
         names = sorted({*index["weight_map"].values()})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{folder}: there is no {WEIGHTS}, and {INDEX} cannot be read ({error})") from error
-    foreign = [name for name in names if Path(name).name != name]
+    foreign = [name for name in names if not isinstance(name, str) or Path(name).name != name]
     if foreign:
         raise UserError(f"{folder / INDEX}: names {foreign[0]!r}, which is not a plain file name")
     return [folder / name for name in names]
