@@ -42,7 +42,10 @@ def _launch(
     open_benchmarks: OpenBenchmarks,
     signals: Signals,
 ) -> int:
-    world = framework.world()
+    try:
+        world = framework.world()
+    except UserError as error:
+        return _tell(error, quiet=False)
     if world.is_main:
         signals.leave_at_once(report=lambda name: print(f"{name}: nothing has begun", file=sys.stderr, flush=True))
     arguments = sys.argv[1:] if argv is None else argv

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
-import pytest
 
-from lamda.config.errors import UserError
-from lamda.flax.framework import Flax
+from lamda.launch.pretrain_flax import main
 
 
-def test_a_process_alone_is_told_that_multihost_finds_no_others(monkeypatch):
+def test_a_process_alone_is_told_that_multihost_finds_no_others(monkeypatch, capsys):
     def alone() -> None:
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.config, "update", lambda *_: None)  # it would stay for the tests after this one
     monkeypatch.setattr(jax.distributed, "initialize", alone)
-    with pytest.raises(UserError, match=r"--multihost: .*coordinator_address.*Leave the option out"):
-        Flax(multihost=True).world()
+    assert main(["--multihost", "--config", "tiny"]) == 2
+    told = capsys.readouterr().err
+    assert re.fullmatch(r"--multihost: .*coordinator_address.*Leave the option out, or start with torchrun\n", told)
