@@ -2,7 +2,7 @@
 
 A folder holds, for each lane, files of consecutive blocks: `lane-0003/00000128-00000192.blocks`. A file is
 written under a temporary name and renamed when it is whole, so that every file there is complete; each
-block in it has a checksum. Two writers of the same blocks write the same bytes. A writer locks its temporary
+block in it has a checksum, and the index says which lane of which fingerprint they are of. Two writers of the same blocks write the same bytes. A writer locks its temporary
 file (`flock`), so that the next one in its folder deletes what a killed one left.
 
     file = block data | index (JSON) | length of the index, 8 bytes | sha256 of the index, 32 bytes | MAGIC
@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
@@ -37,6 +38,8 @@ from lamda.durable import replace_file
 MAGIC = b"LAMDABLK"
 GROUP = 64
 """A file ends at a multiple of this many blocks."""
+
+_NAME = re.compile(r"(\d+)-(\d+)\.blocks")
 
 DOCUMENT = np.dtype([("epoch", "<i4"), ("file", "<i4"), ("line", "<i8"), ("byte", "<i8"), ("domain", "<i4")])
 
@@ -100,9 +103,9 @@ class BlockFolder:
 
     def _file_with(self, lane: int, number: int) -> _BlockFile | None:
         for path in sorted(self._lane(lane).glob("*.blocks")):
-            start, stop = map(int, path.stem.split("-"))
-            if start <= number < stop:
-                return _BlockFile(path, stop)
+            found = _NAME.fullmatch(path.name)
+            if found and int(found[1]) <= number < int(found[2]):
+                return _BlockFile(path, int(found[1]), int(found[2]))
         return None
 
     def _make(
@@ -144,10 +147,13 @@ class _Demanded:
 @dataclass(frozen=True)
 class _BlockFile:
     path: Path
+    start: int
     stop: int
 
     def read_from(self, number: int) -> Iterator[tuple[Block, Cursor]]:
         """Blocks from `number` to the end of the file. Raises DataError where the file is damaged, OSError now."""
+        if self.path.stat().st_size == 0:  # which cannot be mapped
+            raise self._damaged()
         data = np.memmap(self.path, np.uint8, mode="r")
         index = self._index(data)
         entries = [entry for entry in index["blocks"] if entry["number"] >= number]
@@ -160,7 +166,14 @@ class _BlockFile:
         content = data[max(0, len(data) - 48 - length) : -48].tobytes()
         if sha256(content).digest() != data[-40:-8].tobytes():
             raise self._damaged()
-        return json.loads(content)
+        index: dict[str, Any] = json.loads(content)
+        place = index.get("place") or _place(self.path.parent)  # files of earlier versions do not say it
+        if place != _place(self.path.parent) or [each["number"] for each in index["blocks"]] != list(range(self.start, self.stop)):
+            raise DataError(
+                f"{self.path}: holds other blocks than its name says (of {place}); was it moved here? Delete it, and "
+                "its blocks are made again"
+            )
+        return index
 
     def _block(self, data: NDArray[np.uint8], entry: dict[str, Any], domains: list[str]) -> tuple[Block, Cursor]:
         part = data[entry["start"] : entry["start"] + entry["length"]]
@@ -222,7 +235,8 @@ class _Writer:
         """Bring what was added to the disk, under its final name. Raises OSError."""
         if self._stream is None:
             return
-        index = json.dumps({"domains": list(self._domains), "blocks": self._entries}).encode()
+        content = {"place": _place(self._folder), "domains": list(self._domains), "blocks": self._entries}
+        index = json.dumps(content).encode()
         try:
             self._stream.write(index + len(index).to_bytes(8, "little") + sha256(index).digest() + MAGIC)
             self._stream.flush()
@@ -286,6 +300,11 @@ class _Writer:
             ],
             DOCUMENT,
         )
+
+
+def _place(lane: Path) -> str:
+    """Fingerprint and lane that the files of a lane's folder are of."""
+    return f"{lane.parent.name}/{lane.name}"
 
 
 def _delete_if_abandoned(temporary: Path) -> None:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -98,6 +99,36 @@ def test_a_flipped_byte_is_an_error_that_names_the_file(lane, folder, tokenizer,
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"00000000-00000008\.blocks"):
         take(folder.blocks(lane, Cursor(), packing=PACKING, tokenizer=tokenizer), 8)
+
+
+@pytest.mark.parametrize("where", ["lane-0001/00000000-00000008.blocks", "lane-0000/00000008-00000016.blocks"])
+def test_a_file_under_the_name_of_other_blocks_is_not_read_as_them(lane, folder, tokenizer, where):
+    take(folder.blocks(lane, Cursor(), packing=PACKING, tokenizer=tokenizer), 8)
+    name, moved = folder.path / "lane-0000" / "00000000-00000008.blocks", folder.path / where
+    moved.parent.mkdir(exist_ok=True)
+    moved.write_bytes(name.read_bytes())
+    wrong = replace(lane, index=1) if "lane-0001" in where else lane
+    with pytest.raises(DataError, match=f"{moved.name}: holds other blocks than its name says .*lane-0000"):
+        take(folder.blocks(wrong, Cursor(block=int(moved.name[:8])), packing=PACKING, tokenizer=tokenizer), 1)
+
+
+def test_an_empty_file_is_damaged_and_one_of_another_name_is_none_of_the_folder(lane, folder, tokenizer):
+    expected = take(folder.blocks(lane, Cursor(), packing=PACKING, tokenizer=tokenizer), 3)
+    (folder.path / "lane-0000" / "notes.blocks").write_text("the user's")
+    assert_same(take(folder.blocks(lane, Cursor(), packing=PACKING, tokenizer=tokenizer), 3), expected)
+    (folder.path / "lane-0000" / "00000000-00000003.blocks").write_bytes(b"")
+    with pytest.raises(DataError, match="00000003.blocks: damaged; delete it"):
+        take(folder.blocks(lane, Cursor(), packing=PACKING, tokenizer=tokenizer), 3)
+
+
+def test_files_of_versions_that_did_not_say_whose_they_are_are_read(lane, folder, tokenizer, monkeypatch):
+    monkeypatch.setattr(block_files, "_place", lambda folder: None)
+    expected = take(folder.blocks(lane, Cursor(), packing=PACKING, tokenizer=tokenizer), 3)
+    path = folder.path / "lane-0000" / "00000000-00000003.blocks"
+    assert b'"place": null' in path.read_bytes()
+    monkeypatch.undo()
+    monkeypatch.setattr(block_files, "GROUP", 8)
+    assert_same(take(folder.blocks(lane, Cursor(), packing=PACKING, tokenizer=tokenizer), 3), expected)
 
 
 def test_blocks_of_other_text_go_elsewhere_and_weights_do_not_matter(tmp_path):
