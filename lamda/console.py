@@ -39,6 +39,11 @@ def visible(text: str) -> str:
     )
 
 
+def one_line(text: str) -> str:
+    """The text as `visible` shows it, line breaks and tabs written out as well."""
+    return visible(text).replace("\n", r"\n").replace("\t", r"\t")
+
+
 def end_with_output() -> None:
     """Prepare a command whose work is its output: where that fails it ends, and `output_problem` has the reason.
 
