@@ -2,8 +2,9 @@
 
 A folder holds, for each lane, files of consecutive blocks: `lane-0003/00000128-00000192.blocks`. A file is
 written under a temporary name and renamed when it is whole, so that every file there is complete; each
-block in it has a checksum, and the index says which lane of which fingerprint they are of. Two writers of the same blocks write the same bytes. A writer locks its temporary
-file (`flock`), so that the next one in its folder deletes what a killed one left.
+block in it has a checksum, and the index says which lane of which fingerprint they are of. Two writers of the
+same blocks write the same bytes. A writer locks its temporary file (`flock`), so that the next one in its folder
+deletes what a killed one left.
 
     file = block data | index (JSON) | length of the index, 8 bytes | sha256 of the index, 32 bytes | MAGIC
 """
@@ -168,7 +169,9 @@ class _BlockFile:
             raise self._damaged()
         index: dict[str, Any] = json.loads(content)
         place = index.get("place") or _place(self.path.parent)  # files of earlier versions do not say it
-        if place != _place(self.path.parent) or [each["number"] for each in index["blocks"]] != list(range(self.start, self.stop)):
+        if place != _place(self.path.parent) or [each["number"] for each in index["blocks"]] != list(
+            range(self.start, self.stop)
+        ):
             raise DataError(
                 f"{self.path}: holds other blocks than its name says (of {place}); was it moved here? Delete it, and "
                 "its blocks are made again"

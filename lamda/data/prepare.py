@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing import get_context
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lamda.config.errors import UserError
+from lamda.config.errors import RunError, UserError
 from lamda.config.loading import load_config
 from lamda.config.progress import Progress
 from lamda.config.schema import Config
@@ -112,12 +113,23 @@ def prepare(corpus: Corpus, folder: BlockFolder, *, config: Config, tokenizer: P
         coming = {fill(lane, 0) for lane in corpus.lanes if counts[lane.index]}
         while coming:
             done, coming = wait(coming, return_when=FIRST_COMPLETED)
-            for lane, number, part in (each.result() for each in done):
+            for lane, number, part in map(_result, done):
                 summary.merge(part)
                 shown.advance(part.blocks)
                 if number < counts[lane.index]:
                     coming.add(fill(lane, number))
     return summary
+
+
+def _result(done: Future[tuple[Lane, int, Summary]]) -> tuple[Lane, int, Summary]:
+    """What `_fill` gave. Raises RunError where its process is gone, and as `_fill`."""
+    try:
+        return done.result()
+    except BrokenProcessPool as error:
+        raise RunError(
+            "a process that made blocks was killed (by the system, where memory is short); what is complete stays, and "
+            "the same command continues"
+        ) from error
 
 
 def _fill(

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -11,8 +13,8 @@ import numpy as np
 import pytest
 
 from lamda.best_effort import BestEffort
-from lamda.config.errors import UserError
-from lamda.data import block_files
+from lamda.config.errors import RunError, UserError
+from lamda.data import block_files, prepare
 from lamda.data.block_files import BlockFolder
 from lamda.data.blocks import Packing, read_blocks
 from lamda.data.card import Source
@@ -117,7 +119,7 @@ def test_an_empty_file_is_damaged_and_one_of_another_name_is_none_of_the_folder(
     (folder.path / "lane-0000" / "notes.blocks").write_text("the user's")
     assert_same(take(folder.blocks(lane, Cursor(), packing=PACKING, tokenizer=tokenizer), 3), expected)
     (folder.path / "lane-0000" / "00000000-00000003.blocks").write_bytes(b"")
-    with pytest.raises(DataError, match="00000003.blocks: damaged; delete it"):
+    with pytest.raises(DataError, match=r"00000003\.blocks: damaged; delete it"):
         take(folder.blocks(lane, Cursor(), packing=PACKING, tokenizer=tokenizer), 3)
 
 
@@ -196,3 +198,10 @@ def test_a_writer_deletes_what_killed_ones_left_and_nothing_of_living_ones(lane,
     take(folder.blocks(lane, Cursor(), packing=PACKING, tokenizer=tokenizer), 2)
     writers[1].communicate(b"\n")
     assert sorted(file.name for file in place.iterdir()) == [names[1], "00000000-00000002.blocks"]
+
+
+def test_a_preparation_whose_process_is_killed_says_so():
+    done = Future()
+    done.set_exception(BrokenProcessPool("terminated abruptly"))
+    with pytest.raises(RunError, match=r"was killed .* the same command continues"):
+        prepare._result(done)
