@@ -148,9 +148,10 @@ def test_it_says_that_a_refused_run_is_not_started_again(run, capfd):
         "sys.exit(0)",
         "status('preempted', reason='the launcher is gone'); sys.exit(0)",
         "status('preempted', reason='the launcher is gone'); die(signal.SIGKILL)",
+        "status('preempted', reason='SIGTERM before the first step: nothing has changed'); sys.exit(1)",
     ],
 )
-def test_a_launcher_that_was_killed_or_says_zero_is_not_believed(run, ending):
+def test_a_launcher_that_was_killed_says_zero_or_ends_the_ranks_itself_is_not_believed(run, ending):
     code = f"""
 if start == 1:
     {ending}
