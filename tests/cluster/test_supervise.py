@@ -199,7 +199,12 @@ def test_ranks_that_are_known_are_asked_instead_of_their_launcher(run):
     code = """
 import socket
 signal.signal(signal.SIGTERM, lambda *_: (run / "launcher-was-asked").touch())
-rank = apart("import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); time.sleep(20)")
+rank = apart(
+    "import pathlib, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
+    f"pathlib.Path({str(run / 'ready')!r}).touch(); time.sleep(20)"
+)
+while not (run / "ready").exists():
+    time.sleep(0.01)
 (run / "heartbeats").mkdir()
 (run / "heartbeats" / "rank-00000.json").write_text(json.dumps({"host": socket.gethostname(), "pid": rank}))
 status("running")
