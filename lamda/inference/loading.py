@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lamda.config import ModelConfig
@@ -53,9 +54,21 @@ def saved_config(checkpoint: Path, *overrides: str) -> Config:
     return load_config(["--config", str(file), *overrides])
 
 
+def deleted(checkpoint: Path) -> str:
+    """What to say of a checkpoint that is no longer there."""
+    gone = "; the run that goes on has deleted it, as one of its older ones: try again, or set checkpoint.keep higher"
+    return "" if checkpoint.exists() else gone
+
+
 def load_model(path: Path, config: ModelConfig) -> LaMDA:
-    """The model of a checkpoint, in the precision of its weights, ready to evaluate."""
-    weights = load_file(path / WEIGHTS)
+    """The model of a checkpoint, in the precision of its weights, ready to evaluate.
+
+    Raises UserError where they cannot be read.
+    """
+    try:
+        weights = load_file(path / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path / WEIGHTS}: cannot be read ({error}){deleted(path)}") from error
     model = LaMDA(config).to(next(iter(weights.values())).dtype)
     model.load_weights(weights)
     return model.eval()

@@ -138,3 +138,12 @@ def test_a_terminal_obeys_no_text_and_a_pipe_gets_it_as_it_is(run, capsys, monke
     shown = told(capsys, *words)
     assert "\\x1b[31m" in shown
     assert "\x1b" not in shown
+
+
+def test_weights_that_cannot_be_read_are_named(run, tmp_path, capsys):
+    checkpoint = run / "checkpoints" / "step-00000001"
+    for name in ("config.yaml", "tokenizer.model"):
+        shutil.copy(checkpoint / name, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:1000])
+    assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
+    assert f"{tmp_path}/model.safetensors: cannot be read" in capsys.readouterr().err

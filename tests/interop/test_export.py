@@ -268,6 +268,17 @@ def test_what_is_interrupted_leaves_nothing(run, tmp_path, monkeypatch, failure)
     assert [*(tmp_path / "new").iterdir()] == []
 
 
+def test_a_checkpoint_that_its_run_deletes_meanwhile_is_told(copied, tmp_path, monkeypatch):
+    def delete(*_, **__):
+        shutil.rmtree(copied)
+        raise FileNotFoundError("model.safetensors")
+
+    monkeypatch.setattr(export_module, "write_shards", delete)
+    with pytest.raises(UserError, match="the run that goes on has deleted it"):
+        export(copied, tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
 def test_a_full_disk_is_told(run, exported, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise SafetensorError("I/O error: No space left on device (os error 28)")

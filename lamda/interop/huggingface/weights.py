@@ -97,9 +97,13 @@ class Stored:
         self.dtype = _STORED[dtypes.pop()]
 
     def read(self, name: str) -> Tensor:
-        """The weight of that name."""
-        with safe_open(self._place[name], "pt") as opened:
-            return opened.get_tensor(name)
+        """The weight of that name. Raises UserError where it cannot be read."""
+        file = self._place[name]
+        try:
+            with safe_open(file, "pt") as opened:
+                return opened.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: cannot be read ({error})") from error
 
 
 def _files(folder: Path) -> list[Path]:
