@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -385,6 +386,11 @@ def bottomless_index(folder):
     (folder / "model.safetensors.index.json").write_text('{"weight_map":' * 100_000)
 
 
+def pipe(folder):
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+
+
 def other_vocabulary(folder):
     path = folder / "model.safetensors"
     weights = load_file(path)
@@ -408,6 +414,7 @@ def other_vocabulary(folder):
         (elsewhere, "not a plain file name"),
         (no_file_name, "names 5, which is not a plain file name"),
         (bottomless, "config.json: cannot be read"),
+        (pipe, "config.json: cannot be read .*not a regular file"),
         (bottomless_index, "index.json cannot be read"),
         (other_vocabulary, "has 400 pieces and the model 399 tokens"),
     ],

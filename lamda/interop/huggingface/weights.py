@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lamda.config import Config, ModelConfig
 from lamda.config.errors import UserError
-from lamda.durable import umask_mode
+from lamda.durable import read_regular, umask_mode
 from lamda.inference.loading import WEIGHTS
 from lamda.model.weights import PlainSlice, check_shapes, part_of, plain_slices
 
@@ -111,7 +111,7 @@ def _files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     try:
-        index: dict[str, Any] = json.loads((folder / INDEX).read_text("utf-8"))
+        index: dict[str, Any] = json.loads(read_regular(folder / INDEX))
         names = sorted({*index["weight_map"].values()})
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{folder}: there is no {WEIGHTS}, and {INDEX} cannot be read ({error})") from error
