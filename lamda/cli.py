@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from lamda import __version__, console
 from lamda.config.completion import SHELLS, script
-from lamda.config.errors import RunError, UserError
+from lamda.config.errors import RunError, UserError, refused_by_system
 from lamda.config.help import help_text, to_yaml
 from lamda.config.loading import load_config, wants_help
 from lamda.config.presets import nearest
@@ -299,10 +299,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 130
-    except OSError:
+    except OSError as error:
         problem = console.output_problem()
         if problem is None:
-            raise  # a file or a connection of the command's own
+            if (told := refused_by_system(error)) is None:
+                raise  # a connection, or a mistake of ours
+            print(told, file=sys.stderr)
+            return 1
         if isinstance(problem, BrokenPipeError):
             return 141
         print(f"standard output cannot be written ({problem.strerror})", file=sys.stderr)

@@ -10,6 +10,7 @@ import logging
 import os
 import select
 import sys
+import unicodedata
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -20,7 +21,27 @@ SHOWN = "lamda.console"
 PATIENCE_SECONDS = 10.0
 """How long a console that takes no text, as a paused terminal does, may keep the work waiting."""
 
+_KEPT = {"\n", "\t", "\u200c", "\u200d"}
+"""Lines, tabs, and the joiners that emoji and Persian need."""
+_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Categories of characters that are not drawn but obeyed: escapes, direction overrides, separators."""
+
 log = logging.getLogger(SHOWN)
+
+
+def visible(text: str) -> str:
+    """The text with every character that a terminal would obey written out: ESC becomes \\x1b."""
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if character not in _KEPT and unicodedata.category(character) in _HIDDEN
+        else character
+        for character in text
+    )
+
+
+def one_line(text: str) -> str:
+    """The text as `visible` shows it, line breaks and tabs written out as well."""
+    return visible(text).replace("\n", r"\n").replace("\t", r"\t")
 
 
 def end_with_output() -> None:

@@ -57,17 +57,35 @@ class World:
 
 
 def read_world() -> World:
-    """The place that the launcher gave this process (DeepSpeed's, torchrun's), or a world of one."""
+    """The place that the launcher gave this process (DeepSpeed's, torchrun's), or a world of one.
+
+    Raises UserError where its variables give none, as a script's `RANK=$SLURM_PROCID` outside of SLURM.
+    """
     variables = os.environ
-    size = int(variables.get("WORLD_SIZE", 1))
+    size = _variable("WORLD_SIZE", 1, least=1)
+    rank, local_rank = _variable("RANK", 0), _variable("LOCAL_RANK", 0)
+    if rank >= size:
+        raise UserError(f"RANK is {rank} and WORLD_SIZE {size}: ranks count from 0; start with torchrun or deepspeed")
+    local_size = "LOCAL_SIZE" if variables.get("LOCAL_SIZE") else "LOCAL_WORLD_SIZE"
     return World(
-        rank=int(variables.get("RANK", 0)),
-        local_rank=int(variables.get("LOCAL_RANK", 0)),
+        rank=rank,
+        local_rank=local_rank,
         size=size,
-        local_size=int(variables.get("LOCAL_SIZE") or variables.get("LOCAL_WORLD_SIZE") or size),
+        local_size=_variable(local_size, size, least=1) if variables.get(local_size) else size,
         launched="LOCAL_RANK" in variables,
         ends_at=float(end) if (end := variables.get("SLURM_JOB_END_TIME")) else None,
     )
+
+
+def _variable(name: str, default: int, *, least: int = 0) -> int:
+    """A launcher's variable. Raises UserError where it is no number, or less than `least`."""
+    given = os.environ.get(name, str(default))
+    if not given.strip().isdecimal() or int(given) < least:
+        raise UserError(
+            f"{name} is {given!r} in the environment, not a number of at least {least}: unset what no launcher set, "
+            "or start with torchrun or deepspeed"
+        )
+    return int(given)
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,9 @@ import torch
 from lamda.benchmark import environment
 from lamda.benchmark.data_stages import micro_batches
 from lamda.config.errors import UserError
-from lamda.config.loading import load_config
 from lamda.config.schema import Config
 from lamda.data.tokenizer import Tokenizer
-from lamda.inference.loading import find_checkpoint, load_model
+from lamda.inference.loading import find_checkpoint, load_model, saved_config
 from lamda.model import LaMDA
 from lamda.model.loss import token_losses
 
@@ -51,7 +50,7 @@ def main(argv: list[str]) -> int:
 
 def measure(path: Path, *, count: int) -> dict[str, Any]:
     """Elements of a step's gradient whose sum depends on who adds it up, by the number of micro-batches."""
-    config = load_config(["--config", str(path / "config.yaml")])
+    config = saved_config(path)
     model = load_model(path, config.model).to(torch.bfloat16).train()
     gradients_MN = torch.stack(list(_gradients(model, config, Tokenizer.load(path / "tokenizer.model"), count)))
     return {

@@ -42,7 +42,8 @@ def outcome(code: int, *, before: Mapping[str, Any], after: Mapping[str, Any]) -
     if code == MISTAKE_EXIT:
         return Outcome("mistake", reason)
     # Saved, but with a launcher that was killed or says 0: nobody asked, the ranks had lost their launcher.
-    if code == STOP_EXIT or (news.get("status") == "preempted" and code > 0):
+    # Before the first step, too: a launcher ends the ranks by SIGTERM where one of them was killed.
+    if code == STOP_EXIT or (news.get("status") == "preempted" and "step" in news and code > 0):
         return Outcome("stopped", reason, by_file=news.get("reason") == BY_FILE)
     return Outcome("failed", reason)
 

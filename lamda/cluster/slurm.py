@@ -60,7 +60,7 @@ port=$(({first_port} + SLURM_JOB_ID % {ports}))
 export python state address port
 {start}"""
 STEP = r"""srun --export=ALL --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 {cpus}--cpu-bind=none \
-    --kill-on-bad-exit=1 --output="$state/node-%n.log" --open-mode=append bash -c '
+    --kill-on-bad-exit=1 --output="${{state//%/%%}}/node-%n.log" --open-mode=append bash -c '
   trap "" TERM  # else the launcher would die of it before the ranks have saved
   "$python" -m deepspeed.launcher.runner --no_ssh --node_rank "$SLURM_NODEID" --hostfile "$state/hosts" \
       --master_addr "$address" --master_port "$port" --quiet --module {module} --config "$0"
@@ -102,7 +102,7 @@ def options(job: Job) -> list[str]:
     found = [f"--job-name={job.name}", f"--nodes={job.nodes}", "--ntasks-per-node=1"]
     found += [f"--{name}={value}" for name, value in named.items() if value is not None]
     found += ["--exclusive"] if own.exclusive else []
-    found += [f"--output={job.folder}/%j.log", "--open-mode=append"]
+    found += [f"--output={str(job.folder).replace('%', '%%')}/%j.log", "--open-mode=append"]
     found += [f"--export={','.join(passed_on(os.environ, cluster.export)) or 'NONE'}"]
     if job.is_training:
         found += ["--requeue", f"--signal=B:USR1@{max(1, math.ceil(job.config.run.stop_before_end))}"]

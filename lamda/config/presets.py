@@ -31,5 +31,5 @@ PRESETS: dict[str, dict[str, int]] = {
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known name most like `name`, or an empty string."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(name, [each for each in known if each != name], n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""

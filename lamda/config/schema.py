@@ -6,6 +6,8 @@ that each error names a key. `lamda.config.loading` turns YAML files and flags i
 
 from __future__ import annotations
 
+import os
+import unicodedata
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
@@ -18,6 +20,15 @@ Positive = Annotated[int, Field(gt=0)]
 
 FEWEST_LOSSES = 8
 """Losses that the judgment of a loss needs at least: the spread of fewer says nothing."""
+
+
+def _path(path: str | None) -> str | None:
+    """`~` is the home folder, as in patterns; a control character would break lines of scripts and logs."""
+    if path is None:
+        return None
+    if any(unicodedata.category(character) == "Cc" for character in path):
+        raise ValueError("should hold no line break and no other control character")
+    return os.path.expanduser(path)  # noqa: PTH111 - Path raises where there is no such home
 
 
 def _without_password(pattern: str) -> str:
@@ -62,6 +73,8 @@ class RunConfig(Section):
         200, description="steps between comparisons of the ranks' weights, which must be the same to the last bit"
     )
 
+    _as_path = field_validator("dir")(_path)
+
 
 class ModelConfig(Section):
     """The decoder's dimensions (legend in `lamda/model/decoder.py`)."""
@@ -81,6 +94,8 @@ class ModelConfig(Section):
     attention: Literal["math", "sdpa", "flex", "fused", "split"] = Field(
         "math", description="how attention is computed; every way gives the same numbers (docs/performance.md)"
     )
+
+    _as_path = field_validator("weights")(_path)
 
     @property
     def dimensions(self) -> dict[str, int | bool]:
@@ -108,6 +123,8 @@ class TokenizerConfig(Section):
     train_bytes: Positive = Field(
         200_000_000, description="bytes of text to train a new tokenizer on, drawn evenly from all files"
     )
+
+    _as_path = field_validator("path")(_path)
 
 
 class DataConfig(Section):
@@ -142,6 +159,8 @@ class DataConfig(Section):
         0.001, ge=0, le=1, description="share of a lane's lines that may hold no document; judged from 10,000 lines on"
     )
     threads: Positive = Field(2, description="threads of the tokenizer and loader a rank; never changes the data")
+
+    _as_path = field_validator("blocks")(_path)
 
     @model_validator(mode="after")
     def _epoch_needs_a_folder(self) -> Self:
@@ -298,6 +317,8 @@ class EvalConfig(Section):
     )
     tasks_limit: Positive | None = Field(None, description="examples of each task; default: all")
     tasks_path: str | None = Field(None, description="folder of further task files (YAML, as lm-eval's own)")
+
+    _as_path = field_validator("tasks_path")(_path)
 
 
 class WandbConfig(Section):

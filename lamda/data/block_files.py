@@ -105,6 +105,11 @@ def _read(path: Path, part: Part) -> PartRows | None:
         raise _damaged(path)
     data = np.memmap(path, np.uint8, mode="r")
     index = _index(data, path)
+    if index["place"] != _place(path):
+        raise DataError(
+            f"{path}: holds other rows than its name says (of {index['place']}); was it moved here? Delete it, and its "
+            "rows are made again"
+        )
     ends = index["epoch"], index["target"]  # other weights make windows of other ends
     if Cursor(**index["start"]).place != part.start.place or ends != (part.epoch, part.target):
         return None
@@ -135,6 +140,11 @@ def _index(data: NDArray[np.uint8], path: Path) -> dict[str, Any]:
     return json.loads(content)
 
 
+def _place(path: Path) -> str:
+    """Fingerprint, lane and window that a file is of."""
+    return "/".join(path.with_suffix("").parts[-3:])
+
+
 def _damaged(path: Path) -> DataError:
     return DataError(f"{path}: damaged; delete it, and its rows are made again")
 
@@ -156,6 +166,7 @@ def _write(path: Path, part: Part, rows: PartRows, *, narrow: bool) -> None:
         size += len(parts[-1])
     data = b"".join(parts)
     index = {
+        "place": _place(path),
         "epoch": part.epoch,
         "start": asdict(part.start),
         "target": part.target,

@@ -6,14 +6,15 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
-from lamda.config.errors import UserError
+from lamda.config.errors import RunError, UserError
 from lamda.config.loading import load_config
 from lamda.config.progress import Progress
 from lamda.config.schema import Config
@@ -125,7 +126,7 @@ def prepare(corpus: Corpus, folder: BlockFolder, *, config: Config, tokenizer: P
                     )
                     for place, lane in enumerate(lanes)
                 ]
-                found = [job.result() for job in jobs]
+                found = [_result(job) for job in jobs]
                 for _, part in found:
                     summary.merge(part)
                 for number in range(len(plans)):
@@ -135,6 +136,17 @@ def prepare(corpus: Corpus, folder: BlockFolder, *, config: Config, tokenizer: P
                 order = order.without(order.end)
                 shown.advance(sum(sum(each.rows for each in said) for said, _ in found))
     return summary
+
+
+def _result(job: Future[tuple[list[Announcement], Summary]]) -> tuple[list[Announcement], Summary]:
+    """What `_fill` gave. Raises RunError where its process is gone, and as `_fill`."""
+    try:
+        return job.result()
+    except BrokenProcessPool as error:
+        raise RunError(
+            "a process that made rows was killed (by the system, where memory is short); what is complete stays, and the "
+            "same command continues"
+        ) from error
 
 
 def _fill(

@@ -20,9 +20,12 @@ from typing import NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+from lamda.console import one_line
 from lamda.data.errors import DataError, DataUnavailableError
 
 CHUNK = 1 << 18
+LONGEST_CAUSE = 200
+"""Characters of a failure's cause: a server that speaks no HTTP has its first line there."""
 TRANSIENT = {408, 425, 429}
 """Client errors that pass; every 5xx does too."""
 
@@ -213,7 +216,7 @@ class _Attempts:
     def failed(self, error: Exception, position: int) -> None:
         """Wait before the next attempt; raise DataError where there is none left."""
         patience, self.failures = self._file.patience, self.failures + 1
-        cause = f"{type(error).__name__}: {error}"
+        cause = one_line(f"{type(error).__name__}: {str(error)[:LONGEST_CAUSE]}")
         if self.failures >= patience.attempts:
             raise DataUnavailableError(
                 f"{self._file.name}: no byte from {position} on in {self.failures} attempts; the last: {cause}"

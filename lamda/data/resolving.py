@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from lamda.config.errors import UserError
@@ -111,8 +112,19 @@ def _hub_files(dataset: HubDataset, source: str) -> list[str]:
 
 def _looked_up(urls: list[str], on_wait: Callable[[], object]) -> list[File]:
     """The files with their sizes and contents, many at a time."""
-    with ThreadPoolExecutor(OPENED_TOGETHER) as pool:
-        files = [replace(file, on_wait=on_wait) for file in pool.map(lambda url: _look_up(url, on_wait), urls)]
+    has_left = Event()
+
+    def waiting() -> None:
+        if has_left.is_set():
+            raise _LeftError
+        on_wait()
+
+    pool = ThreadPoolExecutor(OPENED_TOGETHER)
+    try:
+        files = [replace(file, on_wait=on_wait) for file in pool.map(lambda url: _look_up(url, waiting), urls)]
+    finally:  # Ctrl-C, or another file's error: no thread goes on asking a server that wants patience
+        has_left.set()
+        pool.shutdown(wait=False, cancel_futures=True)
     if unknown := [file.url for file in files if file.content is None]:
         log.info(
             "%s: the server gives neither an ETag nor a time of modification of %d files, so that text changed between "
@@ -121,6 +133,10 @@ def _looked_up(urls: list[str], on_wait: Callable[[], object]) -> list[File]:
             len(unknown),
         )
     return files
+
+
+class _LeftError(Exception):
+    """Nobody waits for the answer any more."""
 
 
 def require_here(files: Iterable[File]) -> None:

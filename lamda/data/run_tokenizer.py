@@ -10,8 +10,7 @@ from lamda.config.progress import Progress
 from lamda.config.schema import Config
 from lamda.data.corpus import Corpus, open_corpus
 from lamda.data.tokenizer import Tokenizer
-from lamda.data.tokenizer_training import train_tokenizer
-from lamda.durable import replace_file
+from lamda.data.tokenizer_training import keep_model, train_tokenizer
 
 
 def ensure_tokenizer(
@@ -30,7 +29,7 @@ def ensure_tokenizer(
                 "choose another run.dir"
             )
         if not target.exists():
-            _copy(Path(config.tokenizer.path), target)
+            keep_model(target, Path(config.tokenizer.path).read_bytes())
         return given
     if not target.exists():
         sample = _sample(corpus, limit=config.tokenizer.train_bytes, progress=progress)
@@ -38,27 +37,18 @@ def ensure_tokenizer(
     return _checked(Tokenizer.load(target), config, target)
 
 
-def _copy(source: Path, target: Path) -> None:
-    """A copy that is whole or not there. Raises UserError where the disk does not take it."""
-    try:
-        replace_file(target, source.read_bytes())
-    except OSError as error:
-        raise UserError(
-            f"{target}: cannot be written ({error.strerror}); make room, or choose another run.dir"
-        ) from error
-
-
 def train_run_tokenizer(config: Config) -> Path:
     """What `lamda tokenizer train` does: train the run's tokenizer ahead of the run. Returns its path."""
     target = Path(config.tokenizer.path or Path(config.run.dir) / "tokenizer.model")
     if target.exists():
         raise UserError(f"{target} is there already; remove it, or name another tokenizer.path")
+    corpus = open_corpus(config.data)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{target.parent}: cannot be made ({error.strerror}); choose another run.dir") from error
     train_tokenizer(
-        _sample(open_corpus(config.data), limit=config.tokenizer.train_bytes),
+        _sample(corpus, limit=config.tokenizer.train_bytes),
         target,
         vocab_size=config.model.vocab_size,
     )

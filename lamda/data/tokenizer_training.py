@@ -46,7 +46,7 @@ def train_tokenizer(
     """
     if vocab_size <= len(RESERVED_PIECES):
         raise UserError(f"model.vocab_size: {vocab_size} is too small, {len(RESERVED_PIECES)} symbols are reserved")
-    failures: list[Exception] = []
+    failures: list[BaseException] = []
     with ExitStack() as learning:
         learning.enter_context(computing(progress))
         sentences = _recording(_sentences(texts), failures)
@@ -57,9 +57,18 @@ def train_tokenizer(
             if failures:
                 raise failures[0] from None
             raise _explained(error, vocab_size) from error
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, model)
+    keep_model(Path(path), model)
+
+
+def keep_model(path: Path, model: bytes) -> None:
+    """Write a model's file, whole or not at all. Raises UserError where the disk does not take it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, model)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); make room, or choose another run.dir"
+        ) from error
 
 
 def _learn(sentences: Iterator[str], *, vocab_size: int) -> bytes:
@@ -109,11 +118,13 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
                 yield stretch[start:]
 
 
-def _recording(sentences: Iterator[str], failures: list[Exception]) -> Iterator[str]:
+def _recording(sentences: Iterator[str], failures: list[BaseException]) -> Iterator[str]:
     """The same sentences; what goes wrong in reading them is kept, as SentencePiece makes a RuntimeError of it."""
     try:
         yield from sentences
-    except Exception as error:
+    except GeneratorExit:
+        raise
+    except BaseException as error:  # Ctrl-C too
         failures.append(error)
         raise
 

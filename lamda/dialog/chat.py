@@ -11,10 +11,11 @@ from pathlib import Path
 import orjson
 from rich.console import Console
 
+from lamda.console import visible
 from lamda.dialog.conversation import Conversation, Message, to_record
 from lamda.dialog.options import add_options, add_sampling_options, manner_of, toolset_of, usable_tools
 from lamda.dialog.speaker import Reply, Speaker
-from lamda.dialog.terminal import Typewriter, explanation, visible
+from lamda.dialog.terminal import Typewriter, explanation
 from lamda.inference.loading import load_run
 
 HELP = """\

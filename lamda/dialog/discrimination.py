@@ -28,12 +28,14 @@ def auc_interval(
 ) -> tuple[float, float]:
     """A 95% interval of `auc` by the percentile bootstrap, whole clusters (conversations) drawn with replacement.
 
-    Samples without both classes are left out; NaN where all are.
+    Samples without both classes are left out; NaN where all are, and of a single cluster, which says nothing of others.
     """
     draw = np.random.default_rng(seed)
     _, cluster = np.unique(clusters, return_inverse=True)
     order = np.argsort(cluster, kind="stable")
     members = np.split(order, np.cumsum(np.bincount(cluster))[:-1])
+    if len(members) < 2:
+        return float("nan"), float("nan")
     found = []
     for _ in range(SAMPLES):
         chosen = np.concatenate([members[place] for place in draw.integers(len(members), size=len(members))])

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from lamda.config.errors import UserError
-from lamda.config.loading import load_config
 from lamda.config.progress import Progress
 from lamda.data.card import load_card
 from lamda.data.held_out import HeldOut
 from lamda.data.tokenizer import Tokenizer
 from lamda.dialog.evaluation import HeldOutDialogues, table
 from lamda.dialog.examples import Conversations
-from lamda.inference.loading import find_checkpoint, load_model
+from lamda.inference.loading import find_checkpoint, load_model, saved_config
+from lamda.inference.sampling import check_finite
 from lamda.training.evaluation import LoadedModel
 
 
@@ -52,10 +52,13 @@ def _finite(value: Any) -> Any:
 def evaluate_checkpoint(
     path: Path, *, files: str | None, examples: int | None, length: int | None = None
 ) -> dict[str, Any]:
-    """The report of `DialogScores` for a checkpoint, with its path. Raises UserError where there is no dialogue."""
-    overrides = ["--data.eval_files", files] if files else []
+    """The report of `DialogScores` for a checkpoint, with its path.
+
+    Raises UserError where there is no dialogue, and NotFiniteError where the model has diverged.
+    """
+    overrides = [] if files is None else ["--data.eval_files", files]
     overrides += ["--data.sequence_length", str(length)] if length else []
-    config = load_config(["--config", str(path / "config.yaml"), *overrides])
+    config = saved_config(path, *overrides)
     sources = load_card(config.data).validation
     if not sources:
         raise UserError(f"{path}: its run has no validation dialogues; give --files")
@@ -68,4 +71,5 @@ def evaluate_checkpoint(
         scores = dialogues.score(
             model, device=device, micro_batch=config.train.micro_batch_size, rows=examples, scored=shown.advance
         )
+    check_finite(scores.nats, *(float(ratings.probabilities.sum()) for ratings in scores.ratings.values()))
     return {"checkpoint": str(path), **scores.report()}

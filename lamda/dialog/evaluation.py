@@ -68,20 +68,27 @@ class DialogScores:
 
     def metrics(self) -> dict[str, float]:
         """`eval/loss`, `eval/perplexity`, and `eval/auc/<attribute>` and the like."""
-        told = {"eval/loss": self.loss(), "eval/perplexity": math.exp(self.loss())} if self.targets else {}
+        told = {"eval/loss": self.loss(), "eval/perplexity": self.perplexity()} if self.targets else {}
         for name, ratings in self.ratings.items():
             told |= {f"eval/{figure}/{name}": value for figure, value in ratings.figures().items()}
         return told
 
     def report(self) -> dict[str, Any]:
         """All figures, with the intervals that take a moment to compute."""
-        loss = self.loss() if self.targets else math.nan
-        responses = {"loss": loss, "perplexity": math.exp(loss), "tokens": self.targets}
+        loss, perplexity = (self.loss(), self.perplexity()) if self.targets else (math.nan, math.nan)
+        responses = {"loss": loss, "perplexity": perplexity, "tokens": self.targets}
         return {**responses, "attributes": {name: ratings.report() for name, ratings in self.ratings.items()}}
 
     def loss(self) -> float:
         """Nats a target of responses and research steps."""
         return self.nats / self.targets
+
+    def perplexity(self) -> float:
+        """e to the loss; infinite where no number holds it."""
+        try:
+            return math.exp(self.loss())
+        except OverflowError:
+            return math.inf
 
 
 @dataclass(frozen=True)
@@ -183,8 +190,8 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         yield f"{'rating':14}" + "".join(f"{head:>{width}}" for head, width in heads.items())
     for name, part in report["attributes"].items():
         low, high = part["auc_interval"]
-        interval = "one class alone" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
-        area = "-" if math.isnan(part["auc"]) else f"{part['auc']:.3f}"
+        area, without = ("-", "one class alone") if math.isnan(part["auc"]) else (f"{part['auc']:.3f}", "too few")
+        interval = without if math.isnan(low) else f"{low:.3f} to {high:.3f}"
         yield (
             f"{name:14}{area:>7}{interval:>18}{part['accuracy']:10.3f}"
             f"{part['commoner_class']:10.3f}{part['calibration_error']:8.3f}{part['positives']:8,}{part['negatives']:8,}"

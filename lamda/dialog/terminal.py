@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import unicodedata
 from typing import TextIO
 
+from lamda.console import visible
 from lamda.dialog.ranking import Scored
 from lamda.dialog.research import Step
 from lamda.dialog.speaker import Reply
-
-_KEPT = {"\n", "\t", "\u200c", "\u200d"}
-"""Lines, tabs, and the joiners that emoji and Persian need."""
-_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-"""Categories of characters that are not drawn but obeyed: escapes, direction overrides, separators."""
-
-
-def visible(text: str) -> str:
-    """The text with every character that a terminal would obey written out: ESC becomes \\x1b."""
-    return "".join(
-        character.encode("unicode_escape").decode()
-        if character not in _KEPT and unicodedata.category(character) in _HIDDEN
-        else character
-        for character in text
-    )
 
 
 class Typewriter:

@@ -31,14 +31,20 @@ class Flax:
         self._multihost = multihost
 
     def world(self) -> World:
-        """The place that the launcher, or JAX, gave this process."""
+        """The place that the launcher, or JAX, gave this process. Raises UserError where JAX finds no others."""
         if not self._multihost:
             return distributed.read_world()
         require_jax()
         import jax
 
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"--multihost: JAX finds no other processes ({error}); it knows those of a TPU slice and of a SLURM "
+                "step. Leave the option out, or start with torchrun"
+            ) from error
         return World(rank=jax.process_index(), size=jax.process_count())
 
     def check(self, config: Config, world: World) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from lamda.config.errors import UserError
+from lamda.console import visible
 from lamda.inference.generation import Candidates, prefill, sample
 from lamda.inference.loading import LoadedModel, load_run
 from lamda.inference.sampling import Sampling
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
         told.end()
     else:
         for number, ids in enumerate(candidates.ids):
-            print(f"--- {number}\n{options.prompt}{tokenizer.decode(ids)}")
+            print(f"--- {number}\n{_shown(options.prompt + tokenizer.decode(ids))}")
     return 0
 
 
@@ -76,8 +77,13 @@ class _Stream:
 
     @staticmethod
     def _say(text: str) -> None:
-        sys.stdout.write(text)
+        sys.stdout.write(_shown(text))
         sys.stdout.flush()
+
+
+def _shown(text: str) -> str:
+    """A terminal obeys no text; through a pipe it stays as it is."""
+    return visible(text) if sys.stdout.isatty() else text
 
 
 def _report(prompt: str, candidates: Candidates, loaded: LoadedModel) -> dict[str, object]:

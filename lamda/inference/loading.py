@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lamda.config import ModelConfig
@@ -43,9 +44,31 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
+def saved_config(checkpoint: Path, *overrides: str) -> Config:
+    """The configuration in a checkpoint, with `overrides` as on a command line. Raises UserError where it has none."""
+    file = checkpoint / "config.yaml"
+    if not file.exists():
+        is_export = (checkpoint / "config.json").exists()
+        remedy = f"`lamda import {checkpoint} --to DIR` brings an export back" if is_export else "give a checkpoint"
+        raise UserError(f"{checkpoint}: there is no config.yaml; {remedy}")
+    return load_config(["--config", str(file), *overrides])
+
+
+def deleted(checkpoint: Path) -> str:
+    """What to say of a checkpoint that is no longer there."""
+    gone = "; the run that goes on has deleted it, as one of its older ones: try again, or set checkpoint.keep higher"
+    return "" if checkpoint.exists() else gone
+
+
 def load_model(path: Path, config: ModelConfig) -> LaMDA:
-    """The model of a checkpoint, in the precision of its weights, ready to evaluate."""
-    weights = load_file(path / WEIGHTS)
+    """The model of a checkpoint, in the precision of its weights, ready to evaluate.
+
+    Raises UserError where they cannot be read.
+    """
+    try:
+        weights = load_file(path / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path / WEIGHTS}: cannot be read ({error}){deleted(path)}") from error
     model = LaMDA(config).to(next(iter(weights.values())).dtype)
     model.load_weights(weights)
     return model.eval()
@@ -70,7 +93,7 @@ def load_run(path: Path, *, int8: bool = False) -> LoadedModel:
     int8: matrices in 8 bits (`lamda.inference.int8`). Raises UserError where something is missing.
     """
     checkpoint = find_checkpoint(path)
-    config = load_config(["--config", str(checkpoint / "config.yaml")])
+    config = saved_config(checkpoint)
     tokenizer = Tokenizer.load(checkpoint / "tokenizer.model")
     model = load_model(checkpoint, config.model).requires_grad_(requires_grad=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

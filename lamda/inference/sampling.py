@@ -20,7 +20,13 @@ PENALTIES = (1e-2, 1e2)
 
 
 class NotFiniteError(RunError):
-    """The model's logits are NaN or infinite, so that no token can be chosen."""
+    """The model's logits are NaN or infinite, so that no token can be chosen or judged."""
+
+
+def check_finite(*log_probabilities: float) -> None:
+    """Raise NotFiniteError unless all of what a model says of tokens is finite."""
+    if not all(map(isfinite, log_probabilities)):
+        raise NotFiniteError("the model's logits are NaN or infinite: its weights are damaged or have diverged")
 
 
 @dataclass(frozen=True)
@@ -88,8 +94,7 @@ class Sampler:
         if self._seen_NV is not None:
             self._seen_NV.scatter_(-1, chosen_N1, value=True)
         log_probabilities = log_probabilities_N.tolist()
-        if not all(map(isfinite, log_probabilities)):
-            raise NotFiniteError("the model's logits are NaN or infinite: its weights are damaged or have diverged")
+        check_finite(*log_probabilities)
         return chosen_N1[:, 0].tolist(), log_probabilities
 
     def _penalised(self, logits_NV: Tensor) -> Tensor:

@@ -65,6 +65,8 @@ class Axis:
     def marks(self, count: int) -> list[float]:
         """About `count` round values: 1, 2 or 5 times a power of ten apart."""
         rough = (self.high - self.low) / count
+        if rough <= 0:
+            return []
         size = 10.0 ** math.floor(math.log10(rough))
         apart = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough * 0.999)
         first = math.ceil(self.low / apart - 1e-9)
@@ -74,7 +76,7 @@ class Axis:
 def chart(curves: Sequence[Curve], *, title: str, panel: Panel, tokens: float) -> str:
     """An SVG of curves over tokens, from 0 to `tokens`."""
     binned = [Bins.of(curve) for curve in curves]
-    across, up = Axis(0.0, tokens, LEFT, WIDTH - RIGHT), _upwards(binned, from_zero=panel.from_zero)
+    across, up = Axis(0.0, max(tokens, 1.0), LEFT, WIDTH - RIGHT), _upwards(binned, from_zero=panel.from_zero)
     parts = [_grid(across, up, is_large=panel.is_large)]
     for number, (curve, bins) in enumerate(zip(curves, binned, strict=True)):
         parts.append(_curve(curve, bins, across, up, number, is_noisy=panel.is_noisy))

@@ -11,11 +11,16 @@ from numpy.typing import NDArray
 
 from lamda.config.errors import UserError
 from lamda.config.presets import nearest
+from lamda.console import one_line
 from lamda.runs.reading import Metrics, find_runs
 from lamda.training.run_directory import RunDirectory
 
 SCALES = {"step": ("step", "step"), "tokens": ("tokens", "tokens"), "time": ("step_seconds", "hours in steps")}
 """What `--x` takes: the column it needs and the axis's label."""
+
+
+LARGEST = 1e300
+"""Numbers from here on count as not finite: an axis over them has no length that a float can be."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,9 @@ def read_metrics_of(path: Path, columns: set[str] | None = None) -> Metrics:
 def labels_of(runs: Sequence[Path]) -> dict[Path, str]:
     """The runs' own names, or whole paths where two have the same."""
     names = [path.resolve().name for path in runs]
-    return {path: name if names.count(name) == 1 else str(path) for path, name in zip(runs, names, strict=True)}
+    return {
+        path: one_line(name if names.count(name) == 1 else str(path)) for path, name in zip(runs, names, strict=True)
+    }
 
 
 def curve_of(run: str, metrics: Metrics, metric: str, *, x: str) -> Curve:
@@ -73,7 +80,11 @@ def _numbers(values: list[object], name: str) -> NDArray[np.float64]:
     """Numbers, NaN for None. Raises UserError where the column holds something else."""
     if not all(value is None or isinstance(value, int | float) for value in values):
         raise UserError(f"--metric {name}: holds no numbers")
-    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+    try:
+        numbers = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+    except OverflowError as error:
+        raise UserError(f"--metric {name}: holds a number that no float can be") from error
+    return np.where(np.abs(numbers) < LARGEST, numbers, np.nan)
 
 
 def smoothed(values: NDArray[np.float64], count: int) -> NDArray[np.float64]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lamda.config.errors import UserError
+from lamda.console import one_line
 from lamda.runs.catalogue import panel_of
 from lamda.runs.curves import SCALES, Curve, read_curves, short, smoothed
 
@@ -101,10 +102,17 @@ def _draw_curve(panel: Axes, curve: Curve, style: dict[str, str], *, smooth: int
         pale = [1 - 0.35 * (1 - part) for part in to_rgb(style["color"])]
         panel.plot(curve.x, curve.y, color=pale, linewidth=0.8, zorder=1, gid=EACH_POINT)
     values = curve.y if few else smoothed(curve.y, smooth)
-    panel.plot(curve.x, values, **style, linewidth=1.5, marker="o" if few else None, markersize=3, label=curve.run)
+    panel.plot(
+        curve.x, values, **style, linewidth=1.5, marker="o" if few else None, markersize=3, label=_as_written(curve.run)
+    )
     refused = curve.x[~np.isfinite(curve.y)]
     place = {"transform": panel.get_xaxis_transform(), "gid": NOT_FINITE}
     panel.plot(refused, np.full(len(refused), 0.97), "x", color=style["color"], markersize=5, **place)
+
+
+def _as_written(name: str) -> str:
+    """A name as Matplotlib shows it letter by letter: no formula, and no label that it hides."""
+    return (" " if name.startswith("_") else "") + one_line(name).replace("$", r"\$")
 
 
 def _dress(panel: Axes, metric: str, *, log: bool, smooth: int) -> None:
@@ -112,7 +120,7 @@ def _dress(panel: Axes, metric: str, *, log: bool, smooth: int) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     known = panel_of(metric)
-    panel.set_ylabel(f"{metric} ({known.unit})" if known else metric)
+    panel.set_ylabel(_as_written(f"{metric} ({known.unit})" if known else metric))
     is_averaged = any(line.get_gid() == EACH_POINT for line in panel.lines)
     notes = [f"mean of the last {smooth} points; pale: each point"] if is_averaged else []
     crosses = [line for line in panel.lines if line.get_gid() == NOT_FINITE]

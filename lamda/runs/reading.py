@@ -208,4 +208,7 @@ def _parse(line: bytes) -> Row | None:
         row = orjson.loads(line)
     except orjson.JSONDecodeError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    if not isinstance(row, dict):
+        return None
+    step = row.get("step")
+    return row if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None

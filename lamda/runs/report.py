@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from lamda.config.errors import UserError
+from lamda.console import one_line
 from lamda.runs.findings import Findings, read_run
 from lamda.runs.report_page import page
 
@@ -22,10 +23,11 @@ def main(argv: list[str]) -> int:
         raise UserError(f"-o {options.file}: a report is a page, {' or '.join(SUFFIXES)}")
     text = page(read_runs(options.runs))
     try:
-        options.file.write_text(text, "utf-8")
+        options.file.write_text(text, "utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"-o {options.file}: cannot be written ({error.strerror})") from error
-    print(f"{options.file}: {', '.join(map(str, options.runs))}; {len(text) / 1000:.0f} kB, opens in any browser")
+    runs = ", ".join(one_line(str(run)) for run in options.runs)
+    print(f"{options.file}: {runs}; {len(text) / 1000:.0f} kB, opens in any browser")
     return 0
 
 

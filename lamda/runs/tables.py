@@ -9,15 +9,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lamda.console import one_line
+
 STYLES = {
     "running": "green", "starting": "green", "finished": "blue", "preempted": "yellow",
     "failed": "red", "died": "red", "damaged": "red",
 }  # fmt: skip
 NONE = "-"
+LONG = 1e15
+"""From here on a figure is written with an exponent."""
 
 
 def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> None:
     """Print a table; the columns in `left` are text, the others figures that end at the right."""
+    rows = [[one_line(cell) for cell in row] for row in rows]
     console = Console()
     if console.is_terminal:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -60,4 +65,6 @@ def figure(row: dict[str, object] | None, name: str, form: str) -> str:
     if row is None or name not in row:
         return NONE
     value = row[name]
+    if isinstance(value, int | float) and abs(value) >= LONG:
+        form = ".3g"
     return "nan" if value is None else format(value, form)

@@ -21,7 +21,7 @@ from lamda.data.order import next_samples
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.windows import Announcement, SourceOrder, Window, places
 from lamda.dialog.examples import form_of
-from lamda.training.manifest import complete, read_state
+from lamda.training.manifest import STATE, complete, problem_of, read_state
 from lamda.training.metrics import read_metrics
 from lamda.training.run_directory import RunDirectory
 from lamda.training.window_log import read_windows
@@ -83,7 +83,8 @@ def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
             f"{directory.path}: no run is here (no config.yaml); `lamda runs DIR` lists the runs below a folder"
         )
     config = load_config(["--config", str(directory.config)])
-    states = [read_state(path) for path in complete(directory.checkpoints)]
+    sound = (path for path in complete(directory.checkpoints) if problem_of(path, only={STATE}) is None)
+    states = [read_state(path) for path in sound]
     corpus = open_corpus(config.data, form=form_of(config))
     tokenizer = Tokenizer.load(directory.tokenizer)
     if states and (differing := differences(states[-1].fingerprint, fingerprint(corpus, config, tokenizer))):

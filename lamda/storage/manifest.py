@@ -62,6 +62,8 @@ def _entries(folder: Path, is_wanted: Callable[[str], bool]) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
+        if isinstance(error, NotADirectoryError) and not folder.exists():
+            return []  # what should hold it is a file
         raise unreadable(folder, error.strerror or str(error)) from error
 
 

@@ -10,12 +10,11 @@ import orjson
 import torch
 
 from lamda.config.errors import UserError
-from lamda.config.loading import load_config
 from lamda.config.progress import Progress
 from lamda.data.card import load_card
 from lamda.data.held_out import HeldOut
 from lamda.data.tokenizer import Tokenizer
-from lamda.inference.loading import find_checkpoint, load_model
+from lamda.inference.loading import find_checkpoint, load_model, saved_config
 from lamda.training.evaluation import HeldOutText, LoadedModel, table
 from lamda.training.run_log import each_bad_line_once
 
@@ -34,7 +33,7 @@ def main(argv: list[str]) -> int:
 
 def evaluate_checkpoint(path: Path, *, files: str | None) -> dict[str, Any]:
     """The report of `Scores.report` for a checkpoint, with its path. Raises UserError where there is no text."""
-    config = load_config(["--config", str(path / "config.yaml"), *(["--data.eval_files", files] if files else [])])
+    config = saved_config(path, *([] if files is None else ["--data.eval_files", files]))
     sources = load_card(config.data).validation
     if not sources:
         raise UserError(f"{path}: its run has no validation text; give --files")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lamda.console import visible
 from lamda.data.held_out import HeldOut, Row, micro_batches
 from lamda.model import LaMDA
 from lamda.model.loss import token_nats
@@ -192,5 +193,5 @@ def table(report: dict[str, Any]) -> Iterator[str]:
     yield f"{'':24}{'loss':>9}{'perplexity':>12}{'bits/byte':>11}{'tokens':>13}"
     for name, part in [("all", report), *sorted(report["domains"].items())]:
         yield (
-            f"{name[:24]:24}{part['loss']:9.4f}{part['perplexity']:12.2f}{part['bits_per_byte']:11.4f}{part['tokens']:13,}"
+            f"{visible(name)[:24]:24}{part['loss']:9.4f}{part['perplexity']:12.2f}{part['bits_per_byte']:11.4f}{part['tokens']:13,}"
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lamda import console
-from lamda.config.errors import RunError, UserError
+from lamda.config.errors import RunError, UserError, refused_by_system
 from lamda.config.loading import load_config, wants_help
 from lamda.data.errors import DataUnavailableError
 from lamda.distributed import ReportedElsewhereError
@@ -42,7 +42,10 @@ def _launch(
     open_benchmarks: OpenBenchmarks,
     signals: Signals,
 ) -> int:
-    world = framework.world()
+    try:
+        world = framework.world()
+    except UserError as error:
+        return _tell(error, quiet=False)
     if world.is_main:
         signals.leave_at_once(report=lambda name: print(f"{name}: nothing has begun", file=sys.stderr, flush=True))
     arguments = sys.argv[1:] if argv is None else argv
@@ -62,6 +65,11 @@ def _launch(
     except RunError as error:
         # Every rank raises it, but for what only this one cannot read.
         _tell(error, quiet=not world.is_main and not isinstance(error, DataUnavailableError | UnreadableError))
+        return 1
+    except OSError as error:
+        if (told := refused_by_system(error)) is None:
+            raise
+        print(told, file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         return 130

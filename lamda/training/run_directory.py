@@ -95,8 +95,10 @@ class RunDirectory:
 
     def create(self) -> bool:
         """Make the folder; whether it was not there. Raises UserError where it cannot be made or written to."""
-        is_new = not self.path.exists()
         try:
+            if run := self._run_around():
+                raise UserError(f"run.dir {self.path}: lies among the checkpoints of {run}; choose another")
+            is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".writable-{os.getpid()}"
             probe.write_bytes(b"")
@@ -104,6 +106,11 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"run.dir {self.path}: cannot be written to ({error.strerror}); choose another") from error
         return is_new
+
+    def _run_around(self) -> Path | None:
+        """The run among whose checkpoints this folder lies."""
+        around = (path for path in (self.path.resolve() / "x").parents if path.name == "checkpoints")
+        return next((path.parent for path in around if (path / "LATEST").is_file()), None)
 
     def forget_refused(self, kind: type[BaseException] | None, value: BaseException | None, _: object) -> None:
         """Remove a folder that a start made and that was then refused; what a person or a later start can use stays."""

@@ -27,9 +27,10 @@ def run_log(path: Path, *, is_main: bool) -> Iterator[None]:
             handlers.append(_file_handler(path))
     bad_lines = each_bad_line_once() if is_main else _bad_lines_through(_none)
     loggers = [logging.getLogger(name) for name in LOGGERS]
-    before = [(logger, logger.handlers, logger.level) for logger in loggers]
+    before = [(logger, logger.handlers, logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
         logger.handlers = list(handlers)
+        logger.propagate = False  # libraries, JAX's among them, put handlers of their own at the root
         logger.setLevel(logging.INFO if logger.name == "lamda" else logging.WARNING)
     logging.captureWarnings(True)  # noqa: FBT003 - the name is the library's
     try:
@@ -37,8 +38,8 @@ def run_log(path: Path, *, is_main: bool) -> Iterator[None]:
             yield
     finally:
         logging.captureWarnings(False)  # noqa: FBT003
-        for logger, own, level in before:
-            logger.handlers = own
+        for logger, own, level, propagate in before:
+            logger.handlers, logger.propagate = own, propagate
             logger.setLevel(level)
         with BestEffort(f"{path} is not whole", then="the run is not concerned"):
             for handler in handlers:

@@ -8,9 +8,8 @@ from safetensors import SafetensorError, safe_open
 
 from lamda.config import ModelConfig
 from lamda.config.errors import UserError
-from lamda.config.loading import load_config
 from lamda.config.schema import Config
-from lamda.inference.loading import WEIGHTS, find_checkpoint
+from lamda.inference.loading import WEIGHTS, find_checkpoint, saved_config
 from lamda.model.weights import check_shapes, plain_slices
 
 
@@ -23,7 +22,7 @@ def with_start(config: Config) -> Config:
     if config.model.weights is None or not Path(config.model.weights).is_dir():
         return config
     path = find_checkpoint(Path(config.model.weights))
-    known = load_config(["--config", str(path / "config.yaml")]).model.dimensions
+    known = saved_config(path).model.dimensions
     given = {key: value for key, value in config.model.dimensions.items() if key in config.model.model_fields_set}
     differing = [f"{key} is {value}, there {known[key]}" for key, value in given.items() if known[key] != value]
     if differing:

@@ -77,6 +77,15 @@ def test_the_batch_script_says_everything_that_slurm_must_know(submit):
         assert words in script
 
 
+def test_a_percent_sign_of_the_path_is_none_of_slurms(submit):
+    script = submit("slurm", run="/data/runs/%j 50%")
+    (output,) = [each for each in options(script) if each.startswith("--output=")]
+    assert output.startswith("--output=/data/runs/%%j 50%%/submit/")
+    assert output.endswith("/%j.log")
+    assert "srun --export=ALL" in script
+    assert '--output="${state//%/%%}/node-%n.log"' in script
+
+
 def test_nodes_without_gpus_ask_for_none(submit):
     script = submit("slurm", site="slurm: {}", config=CONFIG + "run: {seed: 1}\n")
     assert "--gpus-per-node=8" in options(script)

@@ -148,9 +148,10 @@ def test_it_says_that_a_refused_run_is_not_started_again(run, capfd):
         "sys.exit(0)",
         "status('preempted', reason='the launcher is gone'); sys.exit(0)",
         "status('preempted', reason='the launcher is gone'); die(signal.SIGKILL)",
+        "status('preempted', reason='SIGTERM before the first step: nothing has changed'); sys.exit(1)",
     ],
 )
-def test_a_launcher_that_was_killed_or_says_zero_is_not_believed(run, ending):
+def test_a_launcher_that_was_killed_says_zero_or_ends_the_ranks_itself_is_not_believed(run, ending):
     code = f"""
 if start == 1:
     {ending}
@@ -198,7 +199,12 @@ def test_ranks_that_are_known_are_asked_instead_of_their_launcher(run):
     code = """
 import socket
 signal.signal(signal.SIGTERM, lambda *_: (run / "launcher-was-asked").touch())
-rank = apart("import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); time.sleep(20)")
+rank = apart(
+    "import pathlib, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
+    f"pathlib.Path({str(run / 'ready')!r}).touch(); time.sleep(20)"
+)
+while not (run / "ready").exists():
+    time.sleep(0.01)
 (run / "heartbeats").mkdir()
 (run / "heartbeats" / "rank-00000.json").write_text(json.dumps({"host": socket.gethostname(), "pid": rank}))
 status("running")

@@ -158,3 +158,21 @@ def test_help_tells_each_option_that_the_command_takes_and_no_other(name, capsys
         COMMANDS[name].call(["--help"])
     known = {word for word in options(capsys.readouterr().out) if word not in ("-h", "--help")}
     assert set(options(f"{COMMANDS[name].usage}\n{COMMANDS[name].details}")) == known
+
+
+def test_a_file_that_the_system_refuses_is_one_sentence(monkeypatch, capsys):
+    def read(argv):
+        Path("/" + "x" * 300).stat()
+
+    monkeypatch.setitem(cli.COMMANDS, "runs", COMMANDS["runs"]._replace(call=read))
+    assert main(["runs"]) == 1
+    assert capsys.readouterr().err == f"/{'x' * 300}: File name too long\n"
+
+
+def test_an_error_that_is_not_the_systems_keeps_its_traceback(monkeypatch):
+    def connect(argv):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setitem(cli.COMMANDS, "runs", COMMANDS["runs"]._replace(call=connect))
+    with pytest.raises(ConnectionResetError):
+        main(["runs"])

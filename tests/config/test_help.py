@@ -17,6 +17,8 @@ SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.sampled_from(
     ["null", "1e5", "off", "12", "2024-01-01", "~", "[a]", "# x", " a ", "a,b", "...", "1:30"]
 )
+PATHS = ("run.dir", "model.weights", "tokenizer.path", "data.blocks", "eval.tasks_path")
+PATH = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(lambda path: path[0] != "~")
 VALUES = {
     "number": st.floats(1e-300, 0.999),
     "boolean": st.booleans(),
@@ -35,6 +37,8 @@ def strategy(key, field):
         return st.sampled_from(["tiny", "2b", "137b"])
     if key == "train.profile":
         return st.sampled_from([None, (1, 1), (3, 20)])
+    if key in PATHS:
+        return PATH
     if kind(field) == "integer":
         return st.integers(lowest(field), 2**70)
     return st.sampled_from(choices(field)) if kind(field) == "choice" else VALUES[kind(field)]

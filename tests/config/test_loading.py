@@ -304,3 +304,22 @@ def test_what_a_launcher_takes_is_answered_with_the_launcher(name):
     assert problem.startswith(f"--{name}: there is no such key; the number of ")
     assert "deepspeed --num_" in problem
     assert "did you mean" not in problem
+
+
+def test_a_path_begins_at_the_home_folder_where_it_says_so(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    flags = {
+        "run.dir": "~/runs/x",
+        "data.blocks": "~/blocks",
+        "tokenizer.path": "~no such user/t",
+        "model.weights": "a~",
+    }
+    config = load_config(["--config", "tiny", *(word for key, value in flags.items() for word in (f"--{key}", value))])
+    assert (config.run.dir, config.data.blocks) == ("/home/ada/runs/x", "/home/ada/blocks")
+    assert (config.tokenizer.path, config.model.weights) == ("~no such user/t", "a~")
+
+
+@pytest.mark.parametrize("name", ["runs/a\nb", "runs/\0", "runs/\x1b[31m"])
+def test_a_path_with_a_line_break_is_refused(name):
+    with pytest.raises(ConfigError, match=r"--run\.dir: should hold no line break"):
+        load_config(["--config", "tiny", "--run.dir", name])

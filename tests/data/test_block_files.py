@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import numpy as np
 import pytest
 
 from lamda.best_effort import BestEffort
-from lamda.config.errors import UserError
+from lamda.config.errors import RunError, UserError
+from lamda.data import prepare
 from lamda.data.block_files import BlockFolder
 from lamda.data.blocks import LaneReader, Packing, Part, PartRows
 from lamda.data.card import Source
@@ -203,3 +206,21 @@ def test_ids_of_a_large_vocabulary_are_kept_whole(lane, folder, tokenizer):
     wide = PartRows(rows.block.__class__(rows.block.ids + 70_000, rows.block.spans, rows.block.documents), *rows[1:])
     folder.keep(0, 0, part, wide, narrow=False)
     assert np.array_equal(folder.find(0, 0, part).block.ids, wide.block.ids)
+
+
+@pytest.mark.parametrize("where", ["lane-0001/00000000.rows", "lane-0000/00000001.rows"])
+def test_a_file_under_the_name_of_other_rows_is_not_read_as_them(lane, folder, tokenizer, where):
+    part, _ = expected_of(lane, tokenizer)[0]
+    take(lane, tokenizer, folder, [(0, part)])
+    moved = folder.path / where
+    moved.parent.mkdir(exist_ok=True)
+    moved.write_bytes((folder.path / "lane-0000" / "00000000.rows").read_bytes())
+    with pytest.raises(DataError, match=f"{moved.name}: holds other rows than its name says .*lane-0000/00000000"):
+        folder.find(int(where[8]), int(where[-6]), part)
+
+
+def test_a_preparation_whose_process_is_killed_says_so():
+    done = Future()
+    done.set_exception(BrokenProcessPool("terminated abruptly"))
+    with pytest.raises(RunError, match=r"was killed .* the same command continues"):
+        prepare._result(done)

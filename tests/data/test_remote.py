@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lamda.config.errors import UserError
-from lamda.data import identity, remote
+from lamda.data import identity, remote, resolving
 from lamda.data.card import Checksum, Source
 from lamda.data.errors import DataError, DataUnavailableError
 from lamda.data.files import File, read_all, read_lines
@@ -424,3 +424,44 @@ def test_a_hub_file_is_read_from_the_hub_with_the_users_token(server, monkeypatc
     assert read_all(file) == CONTENT
     assert server.starts == [0, 1234]
     assert all(headers["Authorization"] == "Bearer secret" for _, headers in server.requests)
+
+
+def test_ctrl_c_leaves_no_thread_asking_a_server_that_wants_patience(monkeypatch):
+    waits, ended = threading.Event(), threading.Event()
+
+    def look_up(url, on_wait):
+        if url == "interrupted":
+            waits.wait()
+            raise KeyboardInterrupt
+        waits.set()
+        try:
+            while True:
+                on_wait()
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(resolving, "_look_up", look_up)
+    with pytest.raises(KeyboardInterrupt):
+        resolving._looked_up(["interrupted", "patient"], lambda: None)
+    assert ended.wait(60)
+
+
+def test_what_is_no_http_is_told_in_one_short_line(caplog):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            for _ in range(2):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(4096)
+                    connection.sendall(b"\x1b[31m no\0HTTP " + b"x" * 5000 + b"\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/shard"
+        patience = Patience(attempts=2, first_wait=0.0, longest_wait=0.0, timeout=5.0)
+        with pytest.raises(DataUnavailableError) as raised:
+            RemoteFile("shard", address, patience=patience).look_up()
+    for told in (str(raised.value), *caplog.messages):
+        assert told.isprintable()
+        assert len(told) < 400

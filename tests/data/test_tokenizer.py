@@ -24,6 +24,7 @@ from lamda.config.errors import UserError
 from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.tokenizer_training import train_tokenizer
+from tests.conftest import full_disk, make_text
 
 TEXTS = [inspect.getsource(argparse), inspect.getsource(ast), "Grüße, 你好, привет! ▅▅▅ a▁b\r\n" * 5]
 VOCAB_SIZE = 1500
@@ -290,3 +291,19 @@ def test_a_disk_that_is_full_leaves_no_half_copy_of_a_runs_tokenizer(model_path,
     assert [*tmp_path.iterdir()] == []
     ensure_tokenizer(config, target=target, corpus=None)
     assert target.read_bytes() == Path(model_path).read_bytes()
+
+
+def test_ctrl_c_while_text_is_read_is_no_error_of_the_trainer(tmp_path):
+    def texts():
+        yield "some text"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer(texts(), tmp_path / "tokenizer.model", vocab_size=400)
+
+
+def test_a_full_disk_is_told_with_the_file_that_it_did_not_take(tmp_path):
+    path = tmp_path / "run" / "tokenizer.model"
+    with full_disk(), pytest.raises(UserError, match=r"tokenizer\.model: cannot be written \(File too large\)"):
+        train_tokenizer([make_text(n, 200) for n in range(20)], path, vocab_size=400)
+    assert [*path.parent.iterdir()] == []

@@ -13,12 +13,13 @@ import time
 import pytest
 
 from lamda.cli import main
+from lamda.console import visible
 from lamda.dialog.conversation import parse_conversation
 from lamda.dialog.options import usable_tools
 from lamda.dialog.ranking import Scored
 from lamda.dialog.research import Step
 from lamda.dialog.speaker import REFUSAL, Reply
-from lamda.dialog.terminal import explanation, visible
+from lamda.dialog.terminal import explanation
 from lamda.dialog.tools.result import Result
 from lamda.dialog.tools.toolset import Toolset
 from tests.random_run import write_run

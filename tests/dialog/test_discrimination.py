@@ -45,6 +45,11 @@ def test_an_interval_covers_its_auc_and_clusters_widen_it():
     assert all(map(math.isnan, auc_interval(scores[:10], truth[:10], np.arange(10))))
 
 
+def test_one_conversation_says_nothing_of_others():
+    scores, truth = np.array([0.1, 0.9]), np.array([False, True])
+    assert all(map(math.isnan, auc_interval(scores, truth, np.zeros(2, dtype=np.int64))))
+
+
 def test_accuracy_and_calibration_by_hand():
     probabilities, positive = np.array([0.95, 0.92, 0.31, 0.39, 1.0]), np.array([True, False, False, True, True])
     assert accuracy(probabilities, positive) == pytest.approx(3 / 5)

@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+from math import inf, nan
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -13,6 +15,8 @@ from lamda.config.schema import Config
 from lamda.dialog.conversation import ATTRIBUTES
 from lamda.dialog.evaluate import evaluate_checkpoint
 from lamda.dialog.evaluate import main as evaluate
+from lamda.dialog.evaluation import DialogScores
+from lamda.inference.sampling import NotFiniteError
 from lamda.model import LaMDA
 from lamda.model.initialisation import initialise
 from lamda.runs.where import where
@@ -127,3 +131,20 @@ def test_ratings_of_one_class_alone_are_null_for_a_program_and_named_for_a_perso
     assert "responses: none" in shown
     assert "one class alone" in shown
     assert "nan" not in shown
+
+
+def test_a_diverged_model_is_given_no_figures(place, tmp_path):
+    diverged = shutil.copytree(place / "pretrained", tmp_path / "diverged")
+    weights = load_file(diverged / "model.safetensors")
+    save_file({**weights, "final_norm.scale": weights["final_norm.scale"] * nan}, diverged / "model.safetensors")
+    with pytest.raises(NotFiniteError, match="diverged"):
+        evaluate_checkpoint(diverged, files=str(place / "val.jsonl"), examples=None)
+
+
+def test_files_that_are_named_empty_are_not_the_runs_own(place):
+    with pytest.raises(UserError):
+        evaluate_checkpoint(place / "pretrained", files="", examples=None)
+
+
+def test_a_perplexity_that_no_number_holds_is_infinite():
+    assert DialogScores(nats=1e6, targets=10, ratings={}).metrics()["eval/perplexity"] == inf

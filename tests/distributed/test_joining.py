@@ -4,6 +4,9 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
+from lamda.cli import main
 from tests.launch import ROOT
 
 RANK = """
@@ -34,3 +37,22 @@ def test_a_port_that_is_in_use_is_named_with_the_remedy():
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{address} is in use by another process")
     assert "--master_port" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"RANK": ""}, "RANK is '' in the environment"),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one'"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 and WORLD_SIZE 2"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1'"),
+    ],
+)
+def test_variables_that_give_no_place_are_named(monkeypatch, capsys, variables, told):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["pretrain", "--config", "tiny"]) == 2
+    assert told in capsys.readouterr().err

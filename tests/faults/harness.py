@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -119,8 +120,19 @@ class Place:
         }  # fmt: skip
         with (self.folder / f"{run}-{rank}.log").open("ab") as log:
             return subprocess.Popen(
-                [*command, *flags], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+                [*command, *flags],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=hear_hangups,
             )
+
+
+def hear_hangups() -> None:
+    """Undo what `nohup make faults` leaves to every process below it: a run that ignores SIGHUP is right to do so."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -114,3 +114,36 @@ def test_what_is_damaged_or_not_named_is_not_read(two_checkpoints, capsys, name,
     errors = capsys.readouterr().err
     assert str(checkpoint) in errors
     assert name in errors
+
+
+def test_what_is_no_checkpoint_is_told_with_what_to_do(run, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    export = tmp_path / "export"
+    export.mkdir()
+    shutil.copy(run / "checkpoints" / "step-00000001" / "model.safetensors", export)
+    (export / "config.json").write_text("{}")
+    for path, wanted in (
+        (tmp_path / "notes.txt", "neither a checkpoint nor a run"),
+        (run / "checkpoints" / "LATEST", "neither a checkpoint nor a run"),
+        (export, f"`lamda import {export} --to DIR` brings an export back"),
+    ):
+        assert main(["generate", str(path), "--prompt", "a"]) == 2
+        assert wanted in capsys.readouterr().err
+
+
+def test_a_terminal_obeys_no_text_and_a_pipe_gets_it_as_it_is(run, capsys, monkeypatch):
+    words = (run, "--prompt", "\x1b[31m", "--max-new-tokens", 1, "--candidates", 2)
+    assert "\x1b[31m" in told(capsys, *words)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    shown = told(capsys, *words)
+    assert "\\x1b[31m" in shown
+    assert "\x1b" not in shown
+
+
+def test_weights_that_cannot_be_read_are_named(run, tmp_path, capsys):
+    checkpoint = run / "checkpoints" / "step-00000001"
+    for name in ("config.yaml", "tokenizer.model"):
+        shutil.copy(checkpoint / name, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:1000])
+    assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
+    assert f"{tmp_path}/model.safetensors: cannot be read" in capsys.readouterr().err

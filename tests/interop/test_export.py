@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -21,6 +23,7 @@ from lamda.config.errors import UserError
 from lamda.distributed import World
 from lamda.inference.loading import find_checkpoint, load_run
 from lamda.interop.huggingface import export as export_module
+from lamda.interop.huggingface import weights as weights_module
 from lamda.interop.huggingface.card import model_card
 from lamda.interop.huggingface.export import export
 from lamda.interop.huggingface.importing import bring_in
@@ -266,6 +269,28 @@ def test_what_is_interrupted_leaves_nothing(run, tmp_path, monkeypatch, failure)
     assert [*(tmp_path / "new").iterdir()] == []
 
 
+def test_a_checkpoint_that_its_run_deletes_meanwhile_is_told(copied, tmp_path, monkeypatch):
+    def delete(*_, **__):
+        shutil.rmtree(copied)
+        raise FileNotFoundError("model.safetensors")
+
+    monkeypatch.setattr(export_module, "write_shards", delete)
+    with pytest.raises(UserError, match="the run that goes on has deleted it"):
+        export(copied, tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
+def test_a_full_disk_is_told(run, exported, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(weights_module, "save_file", fail)
+    for write, source in ((export, run), (bring_in, exported)):
+        with pytest.raises(UserError, match=r"cannot be written \(I/O error: No space left"):
+            write(source, tmp_path / "new" / "folder")
+        assert [*(tmp_path / "new").iterdir()] == []
+
+
 def spoil(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -347,6 +372,25 @@ def elsewhere(folder):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"embedding.weight": "../x.safetensors"}}')
 
 
+def no_file_name(folder):
+    elsewhere(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"embedding.weight": 5}}')
+
+
+def bottomless(folder):
+    (folder / "config.json").write_text("[" * 100_000)
+
+
+def bottomless_index(folder):
+    elsewhere(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map":' * 100_000)
+
+
+def pipe(folder):
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+
+
 def other_vocabulary(folder):
     path = folder / "model.safetensors"
     weights = load_file(path)
@@ -368,6 +412,10 @@ def other_vocabulary(folder):
         (half_precision, "are of type F16; save them all in bfloat16 or float32"),
         (too_few, "5 missing"),
         (elsewhere, "not a plain file name"),
+        (no_file_name, "names 5, which is not a plain file name"),
+        (bottomless, "config.json: cannot be read"),
+        (pipe, "config.json: cannot be read .*not a regular file"),
+        (bottomless_index, "index.json cannot be read"),
         (other_vocabulary, "has 400 pieces and the model 399 tokens"),
     ],
 )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from lamda.config import progress
 from lamda.data.card import Source
 from lamda.data.held_out import HeldOut
 from lamda.inference.loading import LoadedModel, load_run
+from lamda.inference.sampling import NotFiniteError
 from lamda.interop.harness import command
 from lamda.interop.harness.language_model import HarnessModel
 from lamda.interop.harness.scoring import LocalDecoder, windows
@@ -319,6 +322,9 @@ def test_filters_and_standard_errors_keep_their_names():
             "--limit is 0: give at least 1\n--num-fewshot is -1",
         ),
         (["--tasks", "local_choice", "--output", "no/file.json"], "--output no/file.json: there is no folder no"),
+        (["--tasks", "local_choice", "--output", "/"], "--output /: is a folder"),
+        (["--tasks", " ,"], "--tasks names none"),
+        (["--tasks", "local_choice", "--num-fewshot", "100"], "lower --num-fewshot"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_computed(run, task_folder, capsys, monkeypatch, arguments, told):
@@ -326,6 +332,24 @@ def test_mistakes_are_told_before_anything_is_computed(run, task_folder, capsys,
     monkeypatch.setattr(TaskManager, "__init__", lambda self, **how: index(self, **how | {"include_defaults": False}))
     assert main(["eval", str(run), *arguments, "--include-path", str(task_folder)]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_diverged_model_chooses_no_answer(loaded):
+    diverged = copy.deepcopy(loaded.model)
+    diverged.final_norm.scale.data[0] = math.nan
+    model = harness(replace(loaded, model=diverged))
+    with pytest.raises(NotFiniteError, match="diverged"):
+        model.loglikelihood(ask("loglikelihood", ("the", " of")))
+    with pytest.raises(NotFiniteError, match="diverged"):
+        model.loglikelihood_rolling(ask("loglikelihood_rolling", ("the of",)))
+
+
+def test_figures_that_cannot_be_written_are_shown(run, task_folder, tmp_path, capsys, no_look_at_the_machine):
+    arguments = ["--tasks", "local_choice", "--include-path", str(task_folder), "--output", "/dev/full"]
+    assert main(["eval", str(run), *arguments]) == 2
+    written, told = capsys.readouterr()
+    assert "local_choice" in written
+    assert "--output /dev/full: cannot be written (No space left on device)" in told
 
 
 def test_a_hub_that_cannot_be_reached_is_told_with_what_to_do(run, task_folder, capsys, monkeypatch):

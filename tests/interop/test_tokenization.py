@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 
 from lamda.data.tokenizer import RESERVED_PIECES, SPACE_PIECE, Tokenizer
 from lamda.data.tokenizer_training import train_tokenizer
-from lamda.dialog.conversation import Message
+from lamda.dialog.conversation import Conversation, Message
 from lamda.dialog.encoding import Encoding
+from lamda.dialog.examples import examples_of
 from lamda.interop.huggingface.tokenization import JOINER, SPELLINGS, fast_tokenizer, save_tokenizer
 from tests.interop.hostile import all_scalars, hostile_lines
 
@@ -136,8 +137,27 @@ def test_template_of_a_prompt_is_the_context(pair, count):
 
 def test_template_of_a_finished_research_turn_is_the_context(pair):
     said = [*CONTEXT, BASE, QUERY, SNIPPET, Message("assistant", "so"), Message("user", "And?")]
-    wanted = Encoding(pair.ours).context(said)
+    read = [message for message in said if message not in (BASE, QUERY, SNIPPET)]
+    wanted = Encoding(pair.ours).context(read)
     assert templated(pair, said, add_generation_prompt=True).input_ids == wanted
+
+
+def test_template_of_a_conversation_is_what_is_trained_on(pair):
+    turns = [
+        [BASE, QUERY, SNIPPET, Message("assistant", "so")],
+        [Message("assistant", "one"), Message("assistant", "two")],
+    ]
+    said = [
+        *CONTEXT,
+        *turns[0],
+        Message("user", "And?"),
+        *turns[1],
+        Message("user", "Or?"),
+        Message("assistant", "No."),
+    ]
+    generative, _ = examples_of(Conversation(tuple(said)))
+    found = templated(pair, said, return_assistant_tokens_mask=True)
+    assert found["input_ids"] == generative[-1].encode(Encoding(pair.ours), max_tokens=AMPLE).ids
 
 
 def test_template_of_an_open_research_turn_is_its_context(pair):

@@ -1,11 +1,13 @@
 """A command that reads runs answers with words, never with a traceback or a wait, whatever stands in a run's files."""
 
+import json
 import os
 import signal
 
 import pytest
 
 from lamda.cli import main
+from tests.conftest import make_text, write_shard
 from tests.runs.conftest import leave_status, make_run, save_checkpoint
 
 ODD = {
@@ -61,3 +63,64 @@ def test_every_reader_answers(run, capsys, name, kind):
             continue  # it waits for the run, as it says
         assert main(words) in (0, 1, 2), words
         capsys.readouterr()
+
+
+LOSSES = {"huge": [1e308, -1e308], "infinite": [3.0, float("inf")], "zero": [0.0, 0.0]}
+NAMES = ["_hidden", "$\\nothing$", "a\nb\x1b[31m", b"\xff\xfe".decode("utf-8", "surrogateescape"), "<b>&\"'"]
+
+
+@pytest.mark.parametrize("losses", LOSSES)
+@pytest.mark.parametrize("tokens", [8, 0, -8, 10**18])
+def test_any_number_can_be_drawn(tmp_path, losses, tokens):
+    run = make_run(tmp_path / "run", losses=LOSSES[losses], tokens=tokens, grad_norm=1.0)
+    assert main(["report", str(run.path), "-o", str(tmp_path / "report.html")]) == 0
+    for x in ("step", "tokens"):
+        assert main(["plot", str(run.path), "-o", str(tmp_path / "loss.svg"), "--x", x]) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_may_have_any_name(tmp_path, capsys, name):
+    run = make_run(tmp_path / "runs" / name, losses=[3.0, 2.5], tokens=8)
+    assert main(["plot", str(run.path), "-o", str(tmp_path / "loss.svg")]) == 0
+    assert main(["report", str(run.path), "-o", str(tmp_path / "report.html")]) == 0
+    capsys.readouterr()
+    assert main(["runs", str(tmp_path / "runs")]) == 0
+    _, line = capsys.readouterr().out.splitlines()
+    assert line.isprintable()
+
+
+def test_a_figure_of_any_size_leaves_the_table_readable(tmp_path, capsys):
+    make_run(tmp_path / "runs" / "huge", losses=[1e308], tokens=8)
+    assert main(["runs", str(tmp_path / "runs")]) == 0
+    assert "1e+308" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("step", [-1, True, "2", 2.5])
+def test_what_is_no_step_is_no_row(tmp_path, capsys, step):
+    run = make_run(tmp_path / "run")
+    run.metrics.write_text(json.dumps({"step": step, "loss": 3.0, "tokens": 8}) + "\n")
+    assert main(["plot", str(run.path), "-o", str(tmp_path / "loss.svg")]) == 2
+    assert "line 1: is no row of metrics" in capsys.readouterr().err
+
+
+def test_nobody_is_asked_whether_he_means_what_he_wrote(tmp_path, capsys):
+    run = make_run(tmp_path / "runs" / "empty")
+    leave_status(run, "failed")
+    assert main(["report", str(run.path), "-o", str(tmp_path / "report.html")]) == 2
+    assert "did you mean" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("manifest", [b"", b"[]", b"\xff\0", b"{}"])
+def test_a_row_is_found_without_a_checkpoint_whose_manifest_is_damaged(tmp_path, capsys, tokenizer_path, manifest):
+    text = write_shard(tmp_path / "text.jsonl", [make_text(n, 60) for n in range(30)])
+    run = make_run(tmp_path / "run", losses=[3.0, 2.5], samples=4, tokens=64, batch_digest="0" * 16)
+    run.config.write_text(
+        f"model: {{vocab_size: 400}}\ndata: {{files: [{text}], eval_files: [{text}], sequence_length: 16}}\n"
+        "train: {steps: 2, global_batch_size: 2, micro_batch_size: 2}\n"
+    )
+    run.tokenizer.write_bytes(tokenizer_path.read_bytes())
+    damaged = run.checkpoints / "step-00000002"
+    damaged.mkdir(parents=True)
+    (damaged / "manifest.json").write_bytes(manifest)
+    assert main(["where", str(run.path), "--step", "1", "--row", "0"]) == 0
+    assert "text.jsonl, line" in capsys.readouterr().out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+
 import httpx
 import pytest
 
@@ -25,7 +27,10 @@ def test_health_needs_no_key_and_figures_do(address):
     assert "lamda_request_seconds_count" in told
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "", "[::1"])
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "127.0.0.1.evil.example", "", "[::1", "localhost:80,evil.example", "localhost:x", "x@localhost"],
+)
 def test_a_name_that_is_not_the_servers_is_refused(address, host):
     assert httpx.get(f"{address}/health", headers={"host": host}).status_code in (400, 421)
 
@@ -56,6 +61,10 @@ def test_other_content_and_broken_json_are_refused(address):
     url = f"{address}/v1/completions"
     plain = httpx.post(url, content='{"model": "random"}', headers={**AUTHORISED, "content-type": "text/plain"})
     assert plain.status_code == 415
+    packed = {**AUTHORISED, "content-type": "application/json", "content-encoding": "gzip"}
+    refused = httpx.post(url, content=gzip.compress(b"{}"), headers=packed)
+    assert refused.status_code == 415
+    assert "'gzip'" in refused.json()["error"]["message"]
     broken = httpx.post(url, content="{", headers={**AUTHORISED, "content-type": "application/json"})
     assert broken.status_code == 400
     assert "the body" in broken.json()["error"]["message"]

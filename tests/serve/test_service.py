@@ -164,7 +164,7 @@ def test_a_key_that_no_header_can_carry_is_refused_at_the_start(tmp_path, key):
         read_key(tmp_path / "key")
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_its_end_is_an_answer_to_whoever_is_at_work(run, end):
     code = "import sys; from lamda.cli import main; sys.exit(main(['serve', *sys.argv[1:]]))"
     environment = {name: value for name, value in os.environ.items() if name != "LAMDA_API_KEY"}

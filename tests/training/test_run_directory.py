@@ -91,3 +91,19 @@ def test_a_start_that_is_refused_leaves_no_folder_that_it_made(tmp_path, error, 
         if error:
             raise error
     assert directory.path.exists() is stays
+
+
+def test_a_run_never_begins_among_the_checkpoints_of_another(directory):
+    checkpoint = directory.checkpoints / "step-00000002"
+    checkpoint.mkdir(parents=True)
+    (directory.checkpoints / "LATEST").write_text(checkpoint.name)
+    for path in (checkpoint, checkpoint / "run", directory.checkpoints, directory.checkpoints / "mine"):
+        with pytest.raises(UserError, match="lies among the checkpoints of"):
+            RunDirectory(path).create()
+    assert [*checkpoint.iterdir()] == []
+    assert RunDirectory(directory.path.parent / "checkpoints" / "mine").create()
+
+
+def test_a_name_that_the_file_system_does_not_take_is_refused(tmp_path):
+    with pytest.raises(UserError, match="File name too long"):
+        RunDirectory(tmp_path / ("x" * 300)).create()

@@ -171,3 +171,12 @@ def test_a_bad_line_is_told_once_whoever_reads_it(tmp_path, capsys):
     told = [line.partition(" line ")[2] for line in capsys.readouterr().err.splitlines()]
     assert told == ["3 quarantined: not JSON", "4 quarantined: not JSON"]
     assert (tmp_path / "train.log").read_text("utf-8").count("quarantined") == 2
+
+
+def test_a_librarys_handler_at_the_root_shows_nothing_twice(tmp_path, caplog, capsys):
+    with run_log(tmp_path / "train.log", is_main=True):
+        logging.getLogger("lamda.training").warning("said once")
+    assert "said once" not in caplog.messages
+    assert capsys.readouterr().err.count("said once") == 1
+    logging.getLogger("lamda.training").warning("afterwards")
+    assert "afterwards" in caplog.messages

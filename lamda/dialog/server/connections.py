@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -32,7 +35,10 @@ _OTHER_DESCRIPTORS = 64
 
 
 class Server(uvicorn.Server):
-    """An application on a socket. `run` returns after SIGINT or SIGTERM, when all requests at work are answered."""
+    """An application on a socket. SIGINT, SIGTERM or SIGHUP ends it, when all requests at work are answered.
+
+    A SIGHUP that is ignored, as under nohup, stays so.
+    """
 
     def __init__(self, app: App, *, on_end: Callable[[int], None] = lambda _: None) -> None:
         """on_end: gets the number of requests that are at work when the server ends; they get 503."""
@@ -54,6 +60,20 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=_GRACE_SECONDS,
             )
         )
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As Uvicorn does, and SIGHUP, which a terminal sends that closes."""
+        with super().capture_signals():
+            before = signal.getsignal(signal.SIGHUP)
+            if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+                yield
+                return
+            signal.signal(signal.SIGHUP, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGHUP, before)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As Uvicorn does, after whoever is at work was ended."""

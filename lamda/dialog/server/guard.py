@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from lamda.dialog.server.admission import ending
 from lamda.dialog.server.limits import SMALL_BODY, Limits
@@ -108,6 +108,9 @@ class Guard:
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise Refused(415, f"the content type is {shortened(kind) if kind else 'missing'}: send application/json")
+        coding = headers.get("content-encoding", "").strip().lower()
+        if coding not in ("", "identity"):
+            raise Refused(415, f"the content encoding is {shortened(coding)}: send the body as it is")
         if "transfer-encoding" in headers:
             raise Refused(411, "the body is chunked: send its content-length")
         body = bytearray()
@@ -154,11 +157,9 @@ def _counted(body: bytearray) -> int:
 
 
 def _name(host: str) -> str:
-    """The name in a Host header, without its port."""
-    try:
-        return (urlsplit(f"//{host}").hostname or "").lower()
-    except ValueError:
-        return ""
+    """The name in a Host header, without its port; nothing where it is no name and port."""
+    named = re.fullmatch(r"(?:\[([^\[\]]*)\]|([^:@,/?#\s]*))(?::\d*)?", host)
+    return (named[1] or named[2] or "").lower() if named else ""
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

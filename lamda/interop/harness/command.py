@@ -24,16 +24,24 @@ def main(argv: list[str]) -> int:
     _check(options)
     from lamda.inference.loading import find_checkpoint
 
-    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     find_checkpoint(options.path)
-    tasks = Tasks.load(names, folder=options.include_path)
+    tasks = Tasks.load(_names(options.tasks), folder=options.include_path)
     report = evaluate_checkpoint(
         options.path, tasks, batch=options.batch_size, limit=options.limit, num_fewshot=options.num_fewshot
     )
+    print(_json(report) if options.json else "\n".join(table(report)), flush=True)
     if options.output is not None:
-        options.output.write_text(_json(report), "utf-8")
-    print(_json(report) if options.json else "\n".join(table(report)))
+        try:
+            options.output.write_text(_json(report), "utf-8")
+        except OSError as error:
+            raise UserError(
+                f"--output {options.output}: cannot be written ({error.strerror}); the figures are above"
+            ) from error
     return 0
+
+
+def _names(tasks: str) -> list[str]:
+    return [name.strip() for name in tasks.split(",") if name.strip()]
 
 
 def _json(report: dict[str, Any]) -> str:
@@ -65,6 +73,10 @@ def _check(options: argparse.Namespace) -> None:
     ]
     if options.output is not None and not options.output.parent.is_dir():
         wrong.append(f"--output {options.output}: there is no folder {options.output.parent}")
+    if options.output is not None and options.output.is_dir():
+        wrong.append(f"--output {options.output}: is a folder; name a file")
+    if not _names(options.tasks):
+        wrong.append("--tasks names none; `lm-eval ls tasks` lists those of lm-eval")
     if wrong:
         raise UserError("\n".join(wrong))
 

@@ -12,7 +12,7 @@ from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from lamda.data.tokenizer import Tokenizer
-from lamda.inference.sampling import Sampling
+from lamda.inference.sampling import Sampling, check_finite
 from lamda.interop.harness.scoring import Decoder, Prompt, Row, Score, windows
 from lamda.training.task import Shows
 
@@ -91,6 +91,8 @@ class HarnessModel(LM):
         found = [Score(0.0, is_greedy=True)] * len(pairs)
         for owner, score in zip(owners, self._in_batches("rows", rows, self._decoder.score), strict=True):
             found[owner] = Score(found[owner].nats + score.nats, found[owner].is_greedy and score.is_greedy)
+        for score in found:
+            check_finite(score.nats)  # a comparison with NaN would still choose an answer
         return found
 
     def _prompt(self, context: str, options: dict[str, Any], *, seed: int) -> Prompt:

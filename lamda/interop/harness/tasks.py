@@ -61,20 +61,29 @@ class Tasks:
         return cls(manager, specs)
 
     def run(self, model: LM, *, limit: int | None, num_fewshot: int | None) -> dict[str, Any]:
-        """lm-eval's results with standard errors. limit: examples a task. num_fewshot: in place of the tasks' own."""
+        """lm-eval's results with standard errors. limit: examples a task. num_fewshot: in place of the tasks' own.
+
+        Raises UserError where a task does not have so many examples to show.
+        """
         from lm_eval import evaluator, simple_evaluate
 
         # It asks git for the working directory's commit, whose complaint no redirection of Python's catches.
         with quiet(), patch.object(evaluator, "get_git_commit_hash", lambda: None):
-            return simple_evaluate(
-                model,
-                tasks=list(self._specs),
-                task_manager=self._manager,
-                limit=limit,
-                num_fewshot=num_fewshot,
-                bootstrap_iters=RESAMPLES,
-                log_samples=False,
-            )
+            try:
+                return simple_evaluate(
+                    model,
+                    tasks=list(self._specs),
+                    task_manager=self._manager,
+                    limit=limit,
+                    num_fewshot=num_fewshot,
+                    bootstrap_iters=RESAMPLES,
+                    log_samples=False,
+                )
+            except ValueError as error:
+                raise UserError(
+                    f"lm-eval cannot run the tasks ({_said(error)}); where a task has fewer examples than a prompt "
+                    "shall show, lower --num-fewshot"
+                ) from error
 
     def run_in_training(self, model: LM, *, limit: int | None) -> dict[str, Any]:
         """The same results without standard errors and without what `simple_evaluate` adds.

@@ -11,7 +11,7 @@ from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
 from lamda.distributed import choose_accelerator
-from lamda.inference.loading import find_checkpoint
+from lamda.inference.loading import deleted, find_checkpoint
 from lamda.inference.sampling import Sampling
 from lamda.interop.huggingface import LamdaConfig, LamdaForCausalLM
 from lamda.interop.huggingface.card import model_card
@@ -50,12 +50,17 @@ def export(path: Path, to: Path, *, dtype: str | None = None, max_shard_size: st
     takes_masters = dtype == "float32" and stored.dtype != dtype
     read = masters(source.path, source.config) if takes_masters else stored.read
     _check_tokenizer(source)
-    with new_folder(to, {"source": source.manifest.get("sha256"), "step": source.manifest.get("step")}) as folder:
-        write_shards(folder, shapes_of(source.config.model), read, dtype=dtype, max_shard_size=max_shard_size)
-        save_tokenizer(source.path / "tokenizer.model", folder)
-        _configuration(source.config, dtype).save_pretrained(folder)
-        _generation().save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(source, folder, dtype=dtype, masters=takes_masters), "utf-8")
+    try:
+        with new_folder(to, {"source": source.manifest.get("sha256"), "step": source.manifest.get("step")}) as folder:
+            write_shards(folder, shapes_of(source.config.model), read, dtype=dtype, max_shard_size=max_shard_size)
+            save_tokenizer(source.path / "tokenizer.model", folder)
+            _configuration(source.config, dtype).save_pretrained(folder)
+            _generation().save_pretrained(folder)
+            (folder / "README.md").write_text(model_card(source, folder, dtype=dtype, masters=takes_masters), "utf-8")
+    except UserError as error:
+        if gone := deleted(source.path):
+            raise UserError(f"{source.path}: cannot be read{gone}") from error
+        raise
     return dtype
 
 

@@ -35,6 +35,6 @@ def new_folder(to: Path, about: dict[str, object]) -> Iterator[Path]:
         temporary.rename(to)
         sync_folder(to.parent)
     except OSError as error:
-        raise UserError(f"--to {to}: cannot be written ({error.strerror}); nothing is left of it") from error
+        raise UserError(f"--to {to}: cannot be written ({error.strerror or error}); nothing is left of it") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

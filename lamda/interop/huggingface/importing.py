@@ -14,6 +14,7 @@ from lamda.config import Config, ModelConfig
 from lamda.config.errors import UserError
 from lamda.config.help import to_yaml
 from lamda.data.tokenizer import Tokenizer
+from lamda.durable import read_regular
 from lamda.interop.huggingface.configuration import LamdaConfig
 from lamda.interop.huggingface.folders import new_folder
 from lamda.interop.huggingface.weights import Stored, shapes_of, write_shards
@@ -66,9 +67,9 @@ def bring_in(path: Path, to: Path) -> None:
 def _configuration(path: Path) -> tuple[ModelConfig, int]:
     """The dimensions and the row length in a config.json. Raises UserError with everything that does not fit."""
     try:
-        values: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        values: dict[str, Any] = json.loads(read_regular(path))
         kind = values.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); give a folder that `lamda export` wrote") from error
     if kind != LamdaConfig.model_type:
         raise UserError(f"{path}: model_type is {kind!r}; only folders of {LamdaConfig.model_type!r} can be imported")

@@ -9,6 +9,7 @@ from typing import Any
 from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
+from lamda.inference.loading import saved_config
 from lamda.training import manifest
 from lamda.training.metrics import read_metrics
 from lamda.training.run_directory import RunDirectory
@@ -32,7 +33,7 @@ class Source:
     def of(cls, path: Path) -> Source:
         """Raises UserError where the checkpoint is damaged, by its hashes."""
         if not (path / manifest.MANIFEST).exists():
-            return cls(path, load_config(["--config", str(path / "config.yaml")]), {}, None, [])
+            return cls(path, saved_config(path), {}, None, [])
         problem = manifest.problem_of(path)
         if problem:
             raise UserError(f"{path}: {problem}; `lamda checkpoint ls` shows the others")

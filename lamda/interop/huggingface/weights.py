@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lamda.config import Config, ModelConfig
 from lamda.config.errors import UserError
-from lamda.durable import umask_mode
+from lamda.durable import read_regular, umask_mode
 from lamda.inference.loading import WEIGHTS
 from lamda.model.weights import PlainSlice, check_shapes, part_of, plain_slices
 
@@ -38,7 +38,7 @@ def write_shards(
 ) -> None:
     """model.safetensors, or numbered parts of it with their index; one part is in memory at a time.
 
-    max_shard_size: as `5GB`. Raises UserError where it is no size.
+    max_shard_size: as `5GB`. Raises UserError where it is no size, and OSError where a file cannot be written.
     """
     width = DTYPES[dtype].itemsize
     try:
@@ -53,10 +53,18 @@ def write_shards(
     for name, weights in plan.filename_to_tensors.items():
         shard = {weight: read(weight).to(DTYPES[dtype]).contiguous() for weight in weights}
         with umask_mode(folder / name):
-            save_file(shard, folder / name, metadata={"format": "pt"})
+            _save(shard, folder / name)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
+
+
+def _save(weights: dict[str, Tensor], file: Path) -> None:
+    """Raises OSError where the file cannot be written, as on a full disk."""
+    try:
+        save_file(weights, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(None, str(error)) from error
 
 
 class Stored:
@@ -89,9 +97,13 @@ class Stored:
         self.dtype = _STORED[dtypes.pop()]
 
     def read(self, name: str) -> Tensor:
-        """The weight of that name."""
-        with safe_open(self._place[name], "pt") as opened:
-            return opened.get_tensor(name)
+        """The weight of that name. Raises UserError where it cannot be read."""
+        file = self._place[name]
+        try:
+            with safe_open(file, "pt") as opened:
+                return opened.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: cannot be read ({error})") from error
 
 
 def _files(folder: Path) -> list[Path]:
@@ -99,11 +111,11 @@ def _files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     try:
-        index: dict[str, Any] = json.loads((folder / INDEX).read_text("utf-8"))
+        index: dict[str, Any] = json.loads(read_regular(folder / INDEX))
         names = sorted({*index["weight_map"].values()})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{folder}: there is no {WEIGHTS}, and {INDEX} cannot be read ({error})") from error
-    foreign = [name for name in names if Path(name).name != name]
+    foreign = [name for name in names if not isinstance(name, str) or Path(name).name != name]
     if foreign:
         raise UserError(f"{folder / INDEX}: names {foreign[0]!r}, which is not a plain file name")
     return [folder / name for name in names]
