@@ -144,8 +144,8 @@ def _result(job: Future[tuple[list[Announcement], Summary]]) -> tuple[list[Annou
         return job.result()
     except BrokenProcessPool as error:
         raise RunError(
-            "a process that made rows was killed (by the system, where memory is short); what is complete stays, and the "
-            "same command continues"
+            "a process that made rows was killed (by the system, where memory is short); what is complete stays, and "
+            "the same command continues"
         ) from error
 
 

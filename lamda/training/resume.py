@@ -41,10 +41,11 @@ class Start:
         saved, state = self.state.fingerprint, replace(self.state, fingerprint=current)
         if not saved:
             return state
-        if (before := saved.get("format")) != current.get("format"):
+        before, here = saved.get("format"), current.get("format")
+        if before != here:
             raise UserError(
                 f"{self.path}: its samples are in the order of another version (format {before}; this version has "
-                f"{current.get('format')}), which cannot be continued here. Continue with the version that wrote it, or "
+                f"{here}), which cannot be continued here. Continue with the version that wrote it, or "
                 "start another run.dir from the weights alone (model.weights)"
             )
         changed = changed_files(saved, current)
