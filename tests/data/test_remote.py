@@ -313,7 +313,7 @@ def test_a_remote_parquet_file_is_read_through_a_failing_server(server, monkeypa
     server.reset(stored.getvalue(), faults=faults)
     (file,) = resolve(Source(name="s", licence="none", files=(address,)))
     rows = list(read_rows(file, first=25, columns=["text"]))
-    assert rows == [(number, {"text": texts[number]}) for number in range(25, 60)]
+    assert rows == [(number, 60, {"text": texts[number]}) for number in range(25, 60)]
     server.reset(stored.getvalue(), faults=[("status", 404)])
     with pytest.raises(DataError, match=r"\.parquet: the server answers 404"):
         list(read_rows(file, first=0, columns=["text"]))

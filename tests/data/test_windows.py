@@ -91,13 +91,13 @@ def test_windows_grow_to_their_size_and_end_each_epoch_exactly(lengths, share, l
     assert window.base == order.end - window.rows == len(lengths) * sum(range(1, 40))
 
 
-def test_later_windows_are_planned_by_the_bytes_a_token_of_the_first():
+def test_windows_are_planned_by_the_bytes_a_token_of_the_first_ones():
     shape = Shape(16384, (1 << 30, 1 << 30), 1024, 1 << 24)
     order = SourceOrder()
     assert order.plan(shape).until == 4 * FIRST_TOKENS * ONE >> 31
     order = order.add(order.plan(shape), announced([128, 128], tokens=FIRST_TOKENS), shape)  # two bytes each
     plan = order.plan(shape)
-    assert plan.until - plan.since == pytest.approx(2 * shape.tokens(1) / 2**31 * ONE, rel=1e-6)
+    assert plan.until - plan.since == pytest.approx(2 * shape.tokens(1) / 2**31 * ONE, rel=1e-4)
 
 
 def test_a_part_under_half_a_window_is_no_window_and_an_epoch_may_be_one():
