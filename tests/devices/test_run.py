@@ -49,12 +49,12 @@ def place(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> Pla
 
     torch = start(place, "scripts/pretrain.py", *arguments("torch"))
     killed = start(place, "scripts/pretrain_flax.py", *arguments("killed"), fault=f"save.written:kill:0:{KILLED_AT}")
-    assert (torch.wait(240), killed.wait(240)) == (0, -9), (place.folder / "out.log").read_text()
+    assert (torch.wait(1200), killed.wait(1200)) == (0, -9), (place.folder / "out.log").read_text()
     assert len(rows_of(place, "killed")) < 10
     refused = arguments("straight", "--train.lora_rank", "4", "--model.weights", "x.safetensors")
     batches = [arguments("killed"), arguments("straight"), refused]
     done = start(place, "tests/devices/run_worker.py", json.dumps(batches))
-    assert done.wait(240) == 0, (place.folder / "out.log").read_text()
+    assert done.wait(1200) == 0, (place.folder / "out.log").read_text()
     assert json.loads((place.folder / "out.log").read_text().splitlines()[-1]) == [0, 0, 2]
     return place
 

@@ -28,7 +28,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
         subprocess.Popen([sys.executable, WORKER, count, folder], cwd=ROOT, env={**os.environ, **ENVIRONMENT})
         for count in ("1", "8")
     ]
-    assert [worker.wait(240) for worker in workers] == [0, 0]
+    assert [worker.wait(1200) for worker in workers] == [0, 0]
     return {key: value for file in folder.glob("*.json") for key, value in json.loads(file.read_text("utf-8")).items()}
 
 
