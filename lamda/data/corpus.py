@@ -16,7 +16,7 @@ from lamda.data.documents import Document, Form, RawText
 from lamda.data.files import File, nothing
 from lamda.data.lanes import MOST, RAW_TEXT, Cursor, Lane, cut_into_lanes, read_lane
 from lamda.data.order import Mixture, make_mixture
-from lamda.data.quarantine import BadLine
+from lamda.data.quarantine import BadLine, few
 from lamda.data.resolving import resolve
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.windows import Shape
@@ -199,6 +199,8 @@ def require_a_batch(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> Non
             + "; ".join(f"{each.place}: {each.reason}" for each in bad[:3])
             + (other if isinstance(corpus.form, RawText) else "")
         )
+    if not found:
+        raise UserError(f"there is no document in {few(file.name for file in corpus.files)}: look at data.files")
     raise UserError(
         f"the corpus has {found:,} tokens, fewer than one batch of {needed:,} "
         f"(train.global_batch_size {config.train.global_batch_size} rows of data.sequence_length + 1 = "
