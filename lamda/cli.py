@@ -302,9 +302,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         problem = console.output_problem()
         if problem is None:
-            if (told := refused_by_system(error)) is None:
+            if (message := refused_by_system(error)) is None:
                 raise  # a connection, or a mistake of ours
-            print(told, file=sys.stderr)
+            print(message, file=sys.stderr)
             return 1
         if isinstance(problem, BrokenPipeError):
             return 141

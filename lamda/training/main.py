@@ -67,9 +67,9 @@ def _launch(
         _tell(error, quiet=not world.is_main and not isinstance(error, DataUnavailableError | UnreadableError))
         return 1
     except OSError as error:
-        if (told := refused_by_system(error)) is None:
+        if (message := refused_by_system(error)) is None:
             raise
-        print(told, file=sys.stderr, flush=True)
+        print(message, file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         return 130

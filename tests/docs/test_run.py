@@ -1,6 +1,7 @@
 """The commands of README and documentation are run, as they stand, in a folder with a small trained run.
 
-A training command gets a few keys more, which make it small. `make docs-test`; some minutes.
+A training command gets a few keys more, which make it small, and an evaluation of a run a small text. `make docs-test`;
+some minutes.
 """
 
 import json
@@ -76,8 +77,10 @@ def execute(text, folder):
 
 
 def small(text):
-    """The command, with keys that make training short, and fewer rounds of a benchmark."""
+    """The command, with keys that make training short, fewer rounds of a benchmark, and little text to score."""
     text = text.replace("--steps 12", "--steps 1")
+    if text.startswith("lamda evaluate ") and "--files" not in text:
+        return f"{text} --files texts/held-out.jsonl"
     return f"{text} {SMALL}" if text.startswith(("lamda pretrain", "python scripts/pretrain_flax.py")) else text
 
 

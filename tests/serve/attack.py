@@ -27,7 +27,8 @@ from tests.random_run import write_run
 
 KEY = "a-key-of-the-attack"
 HONEST = 4
-WARM_SECONDS = 60.0
+WARM_SECONDS = 180.0
+"""Until memory no longer rises: a first run had 293 MB after a minute, 339 after four and 348 after eleven."""
 QUIET_SECONDS = 15.0
 SERVE = "import sys; from lamda.cli import main; sys.exit(main(['serve', *sys.argv[1:]]))"
 
