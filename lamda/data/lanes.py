@@ -23,7 +23,7 @@ from lamda.data.documents import Document, Form, RawText, at, first_key
 from lamda.data.errors import DataError
 from lamda.data.files import LONGEST_LINE, File, decompressed_size, read_all, read_lines
 from lamda.data.parquet import number_of_rows, read_rows
-from lamda.data.quarantine import BadLine, Tally, bad_line
+from lamda.data.quarantine import BadLine, Tally, bad_line, few
 
 MOST = 64
 """Lanes a source. They are what mixes a sorted file: with 8 its batches are further from the corpus than draws."""
@@ -161,7 +161,7 @@ def cut_into_lanes(
 
     A document belongs to the part in which its line begins. A file that cannot be cut goes as a whole to the part that
     its middle is in or, where there are fewer than WHOLE_FILES files, as residues of its lines to several. row_length:
-    targets a row. Raises UserError where there is no file, DataError where one is damaged.
+    targets a row. Raises UserError where there is no file, or nothing in any; DataError where one is damaged.
     """
     if not files:
         raise UserError(f"source {source.name!r} has no file")
@@ -184,6 +184,9 @@ def cut_into_lanes(
                 parts[part].append(share)
         begin += extent.length
     kept = [tuple(part) for part in parts if part]
+    if not kept:
+        names = few(file.name for file in files)
+        raise UserError(f"source {source.name!r} has no document: nothing is in {names}. Look at data.files or the card")
     return [Lane(first + number, source, part, max_bad_fraction, form) for number, part in enumerate(kept)]
 
 

@@ -122,6 +122,15 @@ def test_a_source_without_files_is_refused_by_name():
         cut([])
 
 
+def test_a_source_of_empty_files_is_refused_by_name_and_not_left_out(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(b""))
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "c.parquet")
+    for names in (["a.jsonl"], ["b.jsonl.zst"], ["c.parquet"], ["a.jsonl", "b.jsonl.zst", "c.parquet"]):
+        with pytest.raises(UserError, match=f"source 's' has no document: nothing is in .*{names[0]}"):
+            cut([tmp_path / name for name in names])
+
+
 def test_the_line_of_a_document_is_that_of_the_file_wherever_its_lane_begins(tmp_path):
     path = write_shard(tmp_path / "a.jsonl", [str(n) for n in range(3000)])
     found = cut([path], most=20)
