@@ -185,8 +185,8 @@ def cut_into_lanes(
         begin += extent.length
     kept = [tuple(part) for part in parts if part]
     if not kept:
-        names = few(file.name for file in files)
-        raise UserError(f"source {source.name!r} has no document: nothing is in {names}. Look at data.files or the card")
+        where = few(file.name for file in files)
+        raise UserError(f"source {source.name!r} has no document: nothing is in {where} (data.files, or the card)")
     return [Lane(first + number, source, part, max_bad_fraction, form) for number, part in enumerate(kept)]
 
 

@@ -40,18 +40,19 @@ class Summary:
     rows: int = 0
 
     def add(self, block: RowBlock, token_bytes: np.ndarray) -> None:
-        """Count a block. A row's first token is not among its targets."""
+        """Count a block's targets: where a row begins with a context, that is none."""
         bytes_of = token_bytes[block.ids]
         for span in block.spans[block.spans["document"] >= 0]:
             domain = block.documents[span["document"]].domain
             is_context = block.loss_mask is None or block.loss_mask[span["row"], 0]
-            first = max(int(span["start"]), 1) if is_context else int(span["start"])
-            part = slice(first, span["start"] + span["length"])
-            self.documents[domain] += int(span["token"] == 0)
+            start, stop = int(span["start"]), int(span["start"] + span["length"])
+            first = max(start, 1) if is_context else start
+            part, begins = slice(first, stop), int(span["token"]) + first - start == 0
+            self.documents[domain] += begins
+            self.cuts += not begins
             self.tokens[domain] += part.stop - part.start
             self.utf8_bytes[domain] += int(bytes_of[span["row"], part].sum())
         self.bad_lines += len(block.quarantined)
-        self.cuts += int((block.spans["token"] > 0).sum())
         self.rows += len(block.ids)
 
     def merge(self, other: Summary) -> None:

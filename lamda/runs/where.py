@@ -95,16 +95,16 @@ def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
     samples, digest = _samples_of(directory, step, {*known, *directory.skipped()}, batch=config.train.global_batch_size)
     if row is not None and not 0 <= row < len(samples):
         raise UserError(f"--row {row}: step {step} has rows 0 to {len(samples) - 1}")
-    chosen = range(len(samples)) if row is None else [row]
     sources, numbers = corpus.mixture.rows(samples)
     windows = _Windows(directory, corpus, tokenizer, packing_of(config))
 
     found, digests = [], []
-    for place in chosen:
+    for place in range(len(samples)):
         lane, block, block_row = windows.row(int(sources[place]), int(numbers[place]), seed=config.run.seed)
-        found.append((place, _pieces(block, block_row, lane, tokenizer)))
+        if row in (None, place):
+            found.append((place, _pieces(block, block_row, lane, tokenizer)))
         digests.append(row_digest(block.ids[block_row]))
-    if row is None and batch_digest(np.stack(digests)) != digest:
+    if batch_digest(np.stack(digests)) != digest:
         raise UserError(
             f"{directory.path}: the rows that step {step} should have read are not those of its batch_digest in "
             f"{directory.metrics}: the text, skipped.json or the batch size of that step is another"

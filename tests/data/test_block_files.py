@@ -224,3 +224,17 @@ def test_a_preparation_whose_process_is_killed_says_so():
     done.set_exception(BrokenProcessPool("terminated abruptly"))
     with pytest.raises(RunError, match=r"was killed .* the same command continues"):
         prepare._result(done)
+
+
+def test_a_preparation_counts_each_document_and_token_once(lane, tokenizer):
+    lengths = [len(tokenizer.encode(make_text(n, 31 * n % 90))) + 1 for n in range(25)]
+    summary, ends = prepare.Summary(), np.cumsum(lengths)
+    block = LaneReader(lane, tokenizer, PACKING).read(Part(0, Cursor(), None)).block
+    summary.add(block, tokenizer.token_bytes)
+    assert sum(summary.tokens.values()) == sum(lengths)
+    assert sum(summary.documents.values()) == 25
+    begins = ends - lengths
+    inside = [edge for edge in range(16, int(ends[-1]), 16) if not (edge == begins).any()]
+    assert summary.cuts == len(inside)
+    assert any((edge - begins == 1).any() for edge in inside)  # a row whose context is a document's first token
+    assert sum(summary.utf8_bytes.values()) == sum(len(make_text(n, 31 * n % 90).encode()) for n in range(25))
