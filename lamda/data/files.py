@@ -147,9 +147,9 @@ def _decompressed(file: File, *, skip: int) -> Iterator[_Chunk]:
     elif file.url.endswith(".gz"):
         chunks = _inflate(_raw(file), lambda: zlib.decompressobj(wbits=31), file, padding=b"\0")
     else:
-        for chunk in _raw(file, start=skip):
-            yield _Chunk(chunk, skip, skip + len(chunk), len(chunk))
-            skip += len(chunk)
+        for data in _raw(file, start=skip):
+            yield _Chunk(data, skip, skip + len(data), len(data))
+            skip += len(data)
         return
     for chunk in chunks:
         if skip < chunk.size:
