@@ -206,11 +206,11 @@ def _split(spans: Sequence[_Span], tokens: int) -> tuple[list[_Span], list[_Span
 
 
 class _Spans:
-    """A lane's spans from a cursor to the lane's end. context: the token before the next one, of the same document."""
+    """A lane's spans from a cursor to the lane's end. context: the token before the next one, where of its document."""
 
     def __init__(self, lane: Lane, tokenizer: Tokenizer, start: Cursor, *, epoch: int) -> None:
         self._epoch = epoch
-        self.context = -1
+        self.context = 0
         self.trailing: tuple[BadLine, ...] = ()
         self._lane, self._tokenizer = lane, tokenizer
         self._back: deque[_Span] = deque()
@@ -309,34 +309,45 @@ def _full_rows(
     """Rows without gaps, but for the padding after the last one where the tokens do not fill it."""
     length, spans = packing.length, _joined(spans)
     lengths = np.array([len(span.ids) for span in spans], np.int64)
-    tokens = np.array([span.token for span in spans], np.int64)
+    total = int(lengths.sum())
+    rows = -(-total // length)
     pieces = arrange_groups(packing.method, lengths, row_length=length)
-    rows = -(-int(lengths.sum()) // length)
-    stream = np.concatenate([np.array([context], np.int64), *(span.ids for span in spans)]).astype(np.uint32)
-    begins = np.cumsum(lengths) - lengths + 1  # in the stream, after the context
-    source = begins[pieces["stretch"]] + pieces["offset"]
-    ids = np.full((rows, length + 1), padding, np.uint32)
-    ids.reshape(-1)[_ranges(pieces["row"] * (length + 1) + 1 + pieces["start"], pieces["length"])] = stream[
-        _ranges(source, pieces["length"])
-    ]
+    stream = np.concatenate([np.array([context], np.uint32), *(span.ids for span in spans)])
+    source = (np.cumsum(lengths) - lengths + 1)[pieces["stretch"]] + pieces["offset"]  # after the context
+    targets = np.full(rows * length, padding, np.uint32)
+    targets[:total] = stream[1:] if packing.method == "concat" else stream[_ranges(source, pieces["length"])]
+    ids = np.empty((rows, length + 1), np.uint32)
+    ids[:, 1:] = targets.reshape(rows, length)
+    token = np.array([span.token for span in spans], np.int64)[pieces["stretch"]] + pieces["offset"]
+    first = pieces["start"] == 0
+    ids[:, 0] = np.where(token > 0, stream[source - 1], end)[first]
+    loss_mask = None
+    if total < rows * length:
+        loss_mask = np.ones((rows, length + 1), bool)
+        loss_mask[-1, total - rows * length :] = False
+    table = _table(pieces, token, rows=rows, length=length)
+    return RowBlock(ids, table, tuple(span.document for span in spans), bad, loss_mask)
+
+
+def _table(pieces: NDArray[np.void], token: NDArray[np.int64], *, rows: int, length: int) -> NDArray[np.void]:
+    """The spans of pieces. token: [pieces] of its document, that each begins with.
+
+    A row's first id is of its first piece, where that goes on with its document, and else of no document, as padding.
+    """
     table = np.zeros(len(pieces), SPAN)
     table["row"], table["start"], table["length"] = pieces["row"], pieces["start"] + 1, pieces["length"]
-    table["document"], table["token"] = pieces["stretch"], tokens[pieces["stretch"]] + pieces["offset"]
-    first, goes_on = pieces["start"] == 0, table["token"] > 0
-    ids[pieces["row"][first], 0] = np.where(goes_on, stream[source - 1], end)[first]
-    table["start"][first & goes_on], table["length"][first & goes_on] = 0, pieces["length"][first & goes_on] + 1
-    table["token"][first & goes_on] -= 1
-    alone = np.zeros(int((first & ~goes_on).sum()), SPAN)
-    alone["row"], alone["length"], alone["document"] = pieces["row"][first & ~goes_on], 1, -1
-    missing = rows * length - int(lengths.sum())
-    loss_mask = None
-    if missing:
-        gap = np.array([(rows - 1, length + 1 - missing, missing, -1, 0)], SPAN)
-        alone = np.concatenate([alone, gap])
-        loss_mask = np.ones((rows, length + 1), bool)
-        loss_mask[-1, length + 1 - missing :] = False
-    table = np.sort(np.concatenate([table, alone]), order=("row", "start"))
-    return RowBlock(ids, table, tuple(span.document for span in spans), bad, loss_mask)
+    table["document"], table["token"] = pieces["stretch"], token
+    goes_on = (pieces["start"] == 0) & (token > 0)
+    table["start"][goes_on] = 0
+    table["length"][goes_on] += 1
+    table["token"][goes_on] -= 1
+    opening = pieces["row"][(pieces["start"] == 0) & (token == 0)]
+    alone = np.zeros(len(opening), SPAN)
+    alone["row"], alone["length"], alone["document"] = opening, 1, -1
+    missing = rows * length - int(pieces["length"].sum())
+    gap = np.array([(rows - 1, length + 1 - missing, missing, -1, 0)] if missing else [], SPAN)
+    table = np.concatenate([table, alone, gap])
+    return table[np.lexsort((table["start"], table["row"]))]
 
 
 def _joined(spans: Sequence[_Span]) -> list[_Span]:

@@ -31,6 +31,8 @@ def arrange_groups(method: Method, lengths: NDArray[np.int64], *, row_length: in
     """
     ends = np.cumsum(lengths)
     begins, total = ends - lengths, int(lengths.sum())
+    if method == "concat":
+        return concat(lengths, rows=-(-total // row_length), row_length=row_length)
     found = [np.empty(0, PIECE)]
     edges = [*range(0, total // row_length, GROUP), total // row_length]
     for low, high in pairwise([row * row_length for row in edges] + [total] * (total % row_length > 0)):
@@ -87,13 +89,13 @@ def arrange(method: Method, lengths: NDArray[np.int64], *, rows: int, row_length
 
 
 def concat(lengths: NDArray[np.int64], *, rows: int, row_length: int) -> NDArray[np.void]:
-    """The stretches in the stream's order, cut wherever a row ends. As `arrange`."""
+    """The stretches in the stream's order, cut wherever a row ends. As `arrange`, but the last row may be short."""
     ends = np.cumsum(lengths)
     begins = ends - lengths
     places = np.union1d(begins, np.arange(rows) * row_length)
     pieces = np.empty(len(places), PIECE)
     pieces["row"], pieces["start"] = np.divmod(places, row_length)
-    pieces["length"] = np.diff(places, append=rows * row_length)
+    pieces["length"] = np.diff(places, append=lengths.sum())
     pieces["stretch"] = np.searchsorted(ends, places, side="right")
     pieces["offset"] = places - begins[pieces["stretch"]]
     return pieces
