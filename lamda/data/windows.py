@@ -93,9 +93,13 @@ class Window:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Window:
-        """What `to_json` gave. Raises TypeError and KeyError for anything else."""
-        cursors = {name: tuple(Cursor(*cursor) for cursor in values[name]) for name in ("starts", "afters")}
-        return cls(**{**values, "counts": tuple(values["counts"]), **cursors})
+        """What `to_json` gave. Raises TypeError, ValueError and KeyError for anything else."""
+        lanes = {"counts": _count, "starts": _cursor, "afters": _cursor}
+        of_lanes: dict[str, Any] = {name: tuple(map(of, values[name])) for name, of in lanes.items()}
+        if len({len(each) for each in of_lanes.values()}) > 1:
+            raise ValueError("a window whose counts and cursors are not of the same lanes")
+        of_window = {name: _count(value) for name, value in values.items() if name not in lanes}
+        return cls(**{**of_window, **of_lanes})
 
 
 class Plan(NamedTuple):
@@ -240,7 +244,25 @@ class SourceOrder:
     def from_json(cls, values: dict[str, Any]) -> SourceOrder:
         """What `to_json` gave. Raises TypeError, ValueError and KeyError for anything else."""
         bytes_, tokens = values["measured"]
-        return cls(tuple(map(Window.from_json, values["windows"])), (int(bytes_), int(tokens)))
+        if not _count(tokens):
+            raise ValueError("an order for which no token was measured")
+        return cls(tuple(map(Window.from_json, values["windows"])), (_count(bytes_), tokens))
+
+
+def _cursor(values: Any) -> Cursor:
+    """A cursor from its fields in a file. Raises TypeError and ValueError."""
+    *numbers, digest = values
+    if not isinstance(digest, str | None):
+        raise ValueError(f"{values!r} is no cursor")
+    content: list[Any] = [*map(_count, numbers), digest]
+    return Cursor(**dict(zip(Cursor.__dataclass_fields__, content, strict=True)))
+
+
+def _count(value: Any) -> int:
+    """A number from a file, which an array can hold. Raises ValueError."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{value!r} is no count")
+    return value
 
 
 def places(window: Window, *, seed: int, source: int, in_order: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -2,6 +2,9 @@
 
 import json
 
+import pytest
+
+from lamda.config.errors import UserError
 from lamda.data.lanes import Cursor
 from lamda.data.windows import SourceOrder, Window
 from lamda.training.state import RunState
@@ -33,6 +36,45 @@ def test_a_state_comes_back_from_its_file_as_it_was(tmp_path):
 def test_a_new_state_comes_back_too(tmp_path):
     RunState().write(tmp_path / "state.json")
     assert RunState.read(tmp_path / "state.json") == RunState()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("counts", [7, 1.5]),
+        ("counts", [7, True]),
+        ("counts", [7, -1]),
+        ("counts", [7, 1 << 63]),
+        ("counts", [7]),
+        ("counts", 7),
+        ("base", "900"),
+        ("until", None),
+        ("starts", [[2, 40, 0, 0, 0, 0, None]]),
+        ("starts", [[2, 40], [2, 40]]),
+        ("afters", [[2, 40, 0, 0, 0, 0, 5], [2, 40, 0, 0, 0, 0, None]]),
+        ("afters", [[], []]),
+        ("other", 1),
+    ],
+)
+def test_a_state_with_a_window_of_another_form_is_refused(tmp_path, name, value):
+    path = tmp_path / "state.json"
+    STATE.write(path)
+    content = json.loads(path.read_text())
+    content["order"][0]["windows"][0][name] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="is no state of a run of this version"):
+        RunState.read(path)
+
+
+@pytest.mark.parametrize("measured", [[4, 0], [4], [4, 1.0], None])
+def test_a_state_with_another_measure_is_refused(tmp_path, measured):
+    path = tmp_path / "state.json"
+    STATE.write(path)
+    content = json.loads(path.read_text())
+    content["order"][0]["measured"] = measured
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="is no state of a run of this version"):
+        RunState.read(path)
 
 
 def test_a_refused_step_counts_and_consumes_but_is_no_update():
