@@ -39,7 +39,7 @@ class Start:
         where the samples would not be those of the checkpoint.
         """
         saved, state = self.state.fingerprint, replace(self.state, fingerprint=current)
-        if not saved:
+        if self.path is None:
             return state
         before, here = saved.get("format"), current.get("format")
         if before != here:

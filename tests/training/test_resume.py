@@ -1,5 +1,7 @@
 """Where a run begins follows from checkpoint.resume and what is there; what does not fit is refused by name."""
 
+from pathlib import Path
+
 import pytest
 
 from lamda.config import Config
@@ -210,12 +212,21 @@ SAVED = {"seed": 0, "shuffle": 8, "tokenizer": "a" * 64, "files": [["x", 1]]}
 
 
 def start(fingerprint):
-    return Start(None, RunState(step=3, fingerprint=fingerprint))
+    return Start(Path("step-3"), RunState(step=3, fingerprint=fingerprint))
 
 
-def test_the_same_data_goes_on(directory):
+def test_the_same_data_goes_on():
     assert start(SAVED).check_data(dict(SAVED)) == start(SAVED).state
-    assert start({}).check_data(SAVED) == start(SAVED).state
+
+
+def test_a_new_run_takes_the_data_that_is_there():
+    assert Start(None, RunState()).check_data(SAVED) == RunState(fingerprint=SAVED)
+
+
+def test_a_checkpoint_that_does_not_say_what_its_order_depends_on_is_refused():
+    current = {**SAVED, "format": 2}
+    with pytest.raises(UserError, match=r"^step-3: its samples are in the order of another version \(format None"):
+        start({}).check_data(current)
 
 
 @pytest.mark.parametrize(
