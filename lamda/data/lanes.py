@@ -22,6 +22,7 @@ from lamda.data.card import Source
 from lamda.data.documents import Document, Form, RawText, at, first_key
 from lamda.data.errors import DataError
 from lamda.data.files import LONGEST_LINE, File, decompressed_size, read_all, read_lines
+from lamda.data.open_files import allow_open_files
 from lamda.data.parquet import number_of_rows, read_rows
 from lamda.data.quarantine import BadLine, Tally, bad_line, few
 
@@ -43,6 +44,9 @@ inside one decompresses what is before it."""
 
 WHOLE_FILES = 8
 """Lanes that files which cannot be cut are read in at the least, so that several ranks and threads have work."""
+
+OPEN_FILES = 1 << 16
+"""A process may have, if the system allows it: each lane keeps a file open while it is read."""
 
 UNKNOWN_DOMAIN = "unknown"
 RAW_TEXT = RawText()
@@ -234,6 +238,7 @@ def read_lane(lane: Lane, start: Cursor) -> Generator[Document | BadLine]:
 
     Raises DataError where too many lines are bad, or a file cannot be read.
     """
+    allow_open_files(OPEN_FILES)
     tally = Tally(lane.index, lane.max_bad_fraction, start.lines, start.bad)
     begin = sum(share.length for share in lane.shares[: start.file])
     for position in range(start.file, len(lane.shares)):

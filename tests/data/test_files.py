@@ -18,6 +18,7 @@ from lamda.data import files
 from lamda.data.card import Source
 from lamda.data.errors import DataError, DataUnavailableError
 from lamda.data.files import File, decompressed_size, read_lines
+from lamda.data.lanes import OPEN_FILES, Cursor, whole_lane
 from lamda.data.resolving import resolve
 from tests.conftest import make_text
 
@@ -215,6 +216,20 @@ def test_too_many_open_files_say_what_helps(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (taken, hard))
         with pytest.raises(DataError, match=r"file\.jsonl: .*`ulimit -n`"):
             list(read_lines(file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        os.close(taken)
+
+
+def test_lanes_may_have_as_many_files_open_as_the_system_allows(tmp_path):
+    file = store(tmp_path, b'{"text": "a"}', ".jsonl")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = os.open(tmp_path, os.O_RDONLY)
+    lane = whole_lane(Source(name="s", licence="none", files=("x",)), file)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (taken, hard))
+        assert [document.text for document in lane.read(Cursor())] == ["a"]
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(OPEN_FILES, hard), hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         os.close(taken)
