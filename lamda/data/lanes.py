@@ -23,7 +23,7 @@ from lamda.data.documents import Document, Form, RawText, at, first_key
 from lamda.data.errors import DataError
 from lamda.data.files import LONGEST_LINE, File, decompressed_size, read_all, read_lines
 from lamda.data.open_files import allow_open_files
-from lamda.data.parquet import number_of_rows, read_rows
+from lamda.data.parquet import read_rows, row_groups
 from lamda.data.quarantine import BadLine, Tally, bad_line, few
 
 MOST = 64
@@ -172,6 +172,7 @@ def cut_into_lanes(
     is_small = sum(file.size for file in files if file.is_compressed) <= CUT_COMPRESSED[1]
     extents = [_Extent.of(file, cut_compressed=is_small and most > 1) for file in files]
     total = sum(extent.length for extent in extents)
+    most = min(most, _most_in_row_groups(extents, total))
     count = max(1, min(most, total // (LEAST_ROWS * row_length * BYTES_PER_TOKEN)))
     parts: list[list[Share]] = [[] for _ in range(count)]
     begin = 0
@@ -195,18 +196,23 @@ def cut_into_lanes(
 
 
 class _Extent(NamedTuple):
-    """A file on the axis. units: what a share's start and stop count; None where it cannot be cut."""
+    """A file on the axis.
+
+    units: what a share's start and stop count; None where it cannot be cut. groups: rows of each row group of parquet.
+    """
 
     file: File
     length: int
     units: int | None
+    groups: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, file: File, *, cut_compressed: bool) -> _Extent:
         if file.url.endswith(".txt"):
             return cls(file, file.size, None)
         if file.url.endswith(".parquet"):
-            return cls(file, file.size, None if file.is_remote else number_of_rows(file))
+            groups = () if file.is_remote else row_groups(file)
+            return cls(file, file.size, None if file.is_remote else sum(groups), groups)
         if not file.is_compressed:
             return cls(file, file.size, file.size)
         if cut_compressed and not file.is_remote and file.size <= CUT_COMPRESSED[0]:
@@ -225,6 +231,16 @@ class _Extent(NamedTuple):
             start, stop = (place * self.units // self.length for place in (low, high))
             if start < stop:
                 yield part, Share(self.file, high - low, start, None if high == self.length else stop)
+
+
+def _most_in_row_groups(extents: list[_Extent], total: int) -> int:
+    """Lanes up to which rows that are decoded only to reach the first one of each add up to few times the source.
+
+    A lane that begins inside a row group decodes half of it before, on average: n lanes together
+    n / total * (sum of groups squared) / 2, which is kept to WHOLE_FILES / 2 times `total`.
+    """
+    squares = sum((each.length * rows // each.units) ** 2 for each in extents if each.units for rows in each.groups)
+    return max(1, WHOLE_FILES * total**2 // squares) if squares else MOST
 
 
 def _rows(lane: Lane) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamda.config.errors import UserError
-from lamda.data import lanes
+from lamda.data import lanes, parquet
 from lamda.data.card import Source
 from lamda.data.documents import Document
 from lamda.data.files import File
@@ -90,6 +90,37 @@ def test_small_sources_have_few_lanes_and_large_ones_64(tmp_path):
     assert len(cut([path], row_length=size // (64 * 4 * 3))) == 3
     assert len(cut([path], row_length=size)) == len(cut([path], most=1)) == 1
     assert len(cut([path] * 10)) == 64
+
+
+@pytest.mark.parametrize(("groups", "expected"), [(1, 8), (2, 16), (8, 64), (100, 64)])
+def test_lanes_in_parquet_are_few_for_its_row_groups_and_begin_with_their_own_rows(
+    tmp_path, monkeypatch, groups, expected
+):
+    rows, made = 25_600, 0
+
+    def records_of(batch):
+        nonlocal made
+        made += batch.num_rows
+        return batch.to_pylist()
+
+    monkeypatch.setattr(lanes, "LEAST_ROWS", 1)
+    monkeypatch.setattr(parquet, "_records_of", records_of)
+    texts = pa.table({"text": [str(n) for n in range(rows)]})
+    pq.write_table(texts, tmp_path / "a.parquet", row_group_size=rows // groups)
+    found = cut([tmp_path / "a.parquet"])
+    assert len(found) == expected
+    for lane in found:
+        next(read_lane(lane, Cursor()))
+    assert made <= expected * parquet.BATCH
+    lengths = [sum(1 for _ in read_lane(lane, Cursor())) for lane in found]
+    assert max(lengths) - min(lengths) <= 1
+    assert sum(lengths) == rows
+
+
+def test_a_small_file_of_one_row_group_takes_no_lanes_from_the_rest(tmp_path):
+    paths = [write_shard(tmp_path / "a.jsonl", [make_text(n, 60) for n in range(3000)]), tmp_path / "b.parquet"]
+    pq.write_table(pa.table({"text": [make_text(n, 60) for n in range(200)]}), paths[1])
+    assert len(cut(paths)) == 64
 
 
 def test_files_that_are_not_cut_give_their_lines_in_turn_to_eight_lanes(tmp_path, monkeypatch):
