@@ -208,16 +208,13 @@ def _morsels(raw: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _raw(file: File, *, start: int = 0) -> Iterator[bytes]:
-    """The stored bytes from `start` on; a local file's are hashed from its first byte, wherever reading begins."""
-    hashed = file.sha256 is not None and (start == 0 or not file.is_remote)
-    read, digest = (0 if hashed else start), sha256()
-    for chunk in _stored(file, read):
+    """The stored bytes from `start` on; those of a whole file are compared with its sha256."""
+    hashed, read, digest = file.sha256 is not None and start == 0, start, sha256()
+    for chunk in _stored(file, start):
         if hashed:
             digest.update(chunk)
-        wanted = chunk[max(0, start - read) :]
         read += len(chunk)
-        if wanted:
-            yield wanted
+        yield chunk
     if read != file.size:
         raise DataUnavailableError(f"{file.url}: {read} bytes could be read, but the file has {file.size}")
     if hashed and digest.hexdigest() != file.sha256:

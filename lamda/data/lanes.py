@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -318,7 +318,8 @@ def _read_rows(share: Share, lane: Lane, *, first: int) -> Iterator[_Entry]:
 def _read_lines(share: Share, lane: Lane, *, line: int, byte: int) -> Iterator[_Entry]:
     """A share that begins inside a file begins with the first line that does; the one before may end at its start."""
     is_inside = byte == 0 and share.start > 0
-    lines = read_lines(share.file, number=line - is_inside, byte=share.start - 1 if is_inside else byte)
+    file = share.file if share.stop is None else replace(share.file, sha256=None)  # it is not read to its end
+    lines = read_lines(file, number=line - is_inside, byte=share.start - 1 if is_inside else byte)
     if is_inside:
         next(lines, None)
     for number, offset, data, stored in lines:

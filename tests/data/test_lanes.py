@@ -1,6 +1,7 @@
 """A source is cut into lanes by its text, whatever its files; together they hold every document once."""
 
 import gzip
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamda.config.errors import UserError
-from lamda.data import lanes, parquet
+from lamda.data import files, lanes, parquet
 from lamda.data.card import Source
 from lamda.data.documents import Document
+from lamda.data.errors import DataError
 from lamda.data.files import File
 from lamda.data.lanes import Cursor, cut_into_lanes, read_lane
 from tests.conftest import make_text, write_shard
@@ -121,6 +123,27 @@ def test_a_small_file_of_one_row_group_takes_no_lanes_from_the_rest(tmp_path):
     paths = [write_shard(tmp_path / "a.jsonl", [make_text(n, 60) for n in range(3000)]), tmp_path / "b.parquet"]
     pq.write_table(pa.table({"text": [make_text(n, 60) for n in range(200)]}), paths[1])
     assert len(cut(paths)) == 64
+
+
+def test_a_lane_reads_its_part_alone_of_a_file_with_a_sha256(tmp_path, monkeypatch):
+    path = write_shard(tmp_path / "a.jsonl", [make_text(n, 60) for n in range(9000)])
+    wrong = replace(file_of(path), sha256="0" * 64)
+    read, stored = 0, files._stored
+
+    def counted(file, start):
+        nonlocal read
+        for chunk in stored(file, start):
+            read += len(chunk)
+            yield chunk
+
+    monkeypatch.setattr(files, "_stored", counted)
+    monkeypatch.setattr(files, "CHUNK", 1 << 12)
+    found = cut_into_lanes(SOURCE, [wrong], row_length=1)
+    assert len(found) == 64
+    assert sum(1 for lane in found for _ in read_lane(lane, Cursor())) == 9000
+    assert read <= path.stat().st_size + 64 * (2 << 12)
+    with pytest.raises(DataError, match="its sha256 is"):
+        list(read_lane(cut_into_lanes(SOURCE, [wrong], row_length=1, most=1)[0], Cursor()))
 
 
 def test_files_that_are_not_cut_give_their_lines_in_turn_to_eight_lanes(tmp_path, monkeypatch):
