@@ -118,6 +118,7 @@ def broken(place, straight, tmp_path_factory):
         with last.open("r+b") as file:
             file.seek(-1, 2)
             file.write(b"\x55")
+        (place / "broken" / "order.jsonl").unlink()
         (resumed,) = run_ranks(arguments(place, "broken", *flags), world=1, variables=variables)
     return server, first, resumed
 
@@ -138,6 +139,12 @@ def test_stopping_resuming_and_other_ranks_change_no_bit(place, broken):
     assert weights[0] == weights[1]
     void = read_metrics(place / "broken" / "metrics.discarded.jsonl")
     assert [row["step"] for row in void] == [9, 10, 11, 12]
+
+
+def test_the_windows_that_a_checkpoint_brings_are_kept_for_lamda_where(place, broken):
+    state = json.loads((place / "broken" / "checkpoints" / "step-00000008" / "run_state.json").read_text())
+    kept = [json.loads(line) for line in (place / "broken" / "order.jsonl").read_text().splitlines()]
+    assert kept[: len(state["order"])] == [{"source": n, **order} for n, order in enumerate(state["order"])]
 
 
 def test_tasks_have_their_own_cadence_and_change_neither_order_nor_weights(place, broken):

@@ -128,3 +128,14 @@ def next_samples(consumed: int, count: int, skipped: Sequence[tuple[int, int]]) 
         count -= stop - consumed
         consumed = stop
     return np.concatenate(taken), consumed
+
+
+def consumed_after(count: int, skipped: Sequence[tuple[int, int]]) -> int:
+    """Where `next_samples` is after the first `count` samples."""
+    consumed = 0
+    for start, stop in sorted(skipped):
+        ahead = max(0, start - consumed)
+        if count <= ahead:
+            break
+        count, consumed = count - ahead, max(consumed, stop)
+    return consumed + count

@@ -203,6 +203,8 @@ class _Start:
                 log.warning("%s", remark)
             stack.callback(watchdog.close)  # what W&B is still to get has a time limit of its own
             windows = WindowLog(directory.order)
+            if world.is_main:
+                windows.begin(state.order)
             run = Run(
                 config=config,
                 world=world,
