@@ -13,11 +13,14 @@ FEWEST, MOST = 8, 64
 EDGE = 2
 """Rows of a batch by which a rank's part of it moves over the lanes at its edges (`lamda.data.loader`)."""
 
-FIRST_TOKENS = 1 << 17
-"""The smallest window (`lamda.data.windows`)."""
+FIRST_TOKENS, WINDOW_ROWS = 1 << 17, 16384
+"""Tokens of the smallest window (`lamda.data.windows`), and rows of a window of `none` (`lamda.data.corpus`)."""
 
 ID, ROW_ID = 2, 4
 """Bytes of an id in ready rows, where there are no more than 65,536 pieces, and in memory."""
+
+DOCUMENT_BYTES, DOCUMENT_TOKENS = 300, 300
+"""Host memory of a document's name and spans beside its ids, and tokens of one, assumed."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,15 @@ def data_rates(config: Config, *, ranks: int, tokens_per_second: float) -> DataR
 def loader_bytes(config: Config, *, ranks: int) -> int:
     """Host memory of a rank's rows, with the most lanes: its part of two windows. Ready rows of an epoch are mapped.
 
-    One of the two may be the last of an epoch, which is up to half as long again.
+    One of the two may be the last of an epoch, which is up to half as long again. Documents much shorter than
+    DOCUMENT_TOKENS need more.
     """
     length, shuffle = config.data.sequence_length, config.data.shuffle
     if shuffle == "epoch":
         return 0
-    rows = max(shuffle if isinstance(shuffle, int) else 0, FIRST_TOKENS // length)
-    return math.ceil(2.5 * rows * (length + 1) * ROW_ID * _shares(config, ranks)[0])
+    rows = max(shuffle if isinstance(shuffle, int) else WINDOW_ROWS, FIRST_TOKENS // length, MOST)
+    bytes_per_token = ROW_ID + DOCUMENT_BYTES / DOCUMENT_TOKENS
+    return math.ceil(2.5 * rows * (length + 1) * bytes_per_token * _shares(config, ranks)[0])
 
 
 def _shares(config: Config, ranks: int) -> tuple[float, float]:

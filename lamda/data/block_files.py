@@ -113,6 +113,8 @@ def _read(path: Path, part: Part) -> PartRows | None:
     ends = index["epoch"], index["target"]  # other weights make windows of other ends
     if Cursor(**index["start"]).place != part.start.place or ends != (part.epoch, part.target):
         return None
+    if part.rows not in (None, index["arrays"]["ids"][1][0]):
+        return None
     length = index["length"]
     if sha256(data[:length].data).hexdigest() != index["sha256"]:
         raise _damaged(path)

@@ -70,14 +70,15 @@ class RowBlock:
 class Part(NamedTuple):
     """A lane's part of a window: from a cursor to its end.
 
-    The end is the place `target` on the lane's axis, or the lane's own end where it is None. stop: the place of that
-    end, where it has been announced.
+    The end is the place `target` on the lane's axis, or the lane's own end where it is None. stop: the cursor at that
+    end, and rows: how many it gives, where these have been announced.
     """
 
     epoch: int
     start: Cursor
     target: int | None
     stop: Cursor | None = None
+    rows: int | None = None
 
 
 class PartRows(NamedTuple):
@@ -111,10 +112,19 @@ class LaneReader:
         bad = tuple(bad for span in used for bad in span.bad) + (spans.trailing if is_last else ())
         block = self._laid_out(used, context=spans.context, bad=bad)
         after = used[-1].cursor(len(used[-1].ids)) if used else part.start
+        self._require_announced(part, len(block.ids), after)
         if used:
             spans.context = int(used[-1].ids[-1])
         self._spans, self._at = spans, after.place
         return PartRows(block, tokens, after)
+
+    def _require_announced(self, part: Part, rows: int, after: Cursor) -> None:
+        """Raise DataError where a part that was announced gives other rows now."""
+        is_same = part.stop is None or after.place == part.stop.place
+        if part.stop is not None and None not in (part.stop.digest, after.digest):
+            is_same &= part.stop.digest == after.digest
+        if not is_same or part.rows not in (None, rows):
+            raise _changed(self._lane, part.start, "the rows that follow are not those that the checkpoint was made of")
 
     def _laid_out(self, spans: Sequence[_Span], *, context: int, bad: tuple[BadLine, ...]) -> RowBlock:
         packing, tokenizer = self._packing, self._tokenizer
@@ -172,6 +182,9 @@ def _take(spans: _Spans, part: Part, *, is_whole: bool) -> list[_Span]:
     while (span := spans.next(part.target)) is not None:
         count, is_end = len(span.ids), False
         if part.stop is not None:
+            if span.document[2:4] > part.stop.place[:2]:  # the text is another: `read` says so
+                spans.put_back([span])
+                break
             if span.document[2:4] == part.stop.place[:2]:
                 count = min(count, part.stop.token - span.token)
                 is_end = span.token + count == part.stop.token
@@ -296,10 +309,13 @@ def _require_same(lane: Lane, cursor: Cursor, document: Document | None, digest:
     """Raise DataError where the document that a cursor stands in is not at its place any more."""
     if document is not None and document[2:4] == cursor.place[:2] and cursor.digest in (None, digest):
         return
-    place = lane.shares[cursor.file].place(cursor.line, cursor.byte)
-    raise DataError(
-        f"{place}: the document there is not the one that the checkpoint stopped in: the file was changed. Put the "
-        "former file back, or start another run.dir from the weights alone (model.weights)"
+    raise _changed(lane, cursor, "the document there is not the one that the checkpoint stopped in")
+
+
+def _changed(lane: Lane, cursor: Cursor, what: str) -> DataError:
+    return DataError(
+        f"{lane.shares[cursor.file].place(cursor.line, cursor.byte)}: {what}: the file was changed. Put the former "
+        "file back, or start another run.dir from the weights alone (model.weights)"
     )
 
 

@@ -24,6 +24,9 @@ from lamda.data.windows import Shape
 SCANNED = 1000
 """Documents that are looked at for names of domains where the card has none."""
 
+WINDOW_ROWS = 16384
+"""Rows of a window where `data.shuffle` gives no number."""
+
 FORMAT = 2
 """Raised with every change that gives other samples from the same text."""
 
@@ -74,7 +77,7 @@ class Corpus:
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
         """How large the windows of each source are."""
-        full = self.length * (self.shuffle if isinstance(self.shuffle, int) else 0)
+        full = self.length * (self.shuffle if isinstance(self.shuffle, int) else WINDOW_ROWS)
         return tuple(
             Shape(int(share), tuple(lane.length for lane in lanes), self.length, full, is_epoch=self.shuffle == "epoch")
             for lanes, share in zip(self.sources, self.mixture.most, strict=True)

@@ -113,6 +113,7 @@ class Loader:
         before = corpus.mixture.rows_before(consumed).tolist()
         known = order or [SourceOrder() for _ in corpus.sources]
         self._order = [each.without(row) for each, row in zip(known, before, strict=True)]
+        self._stage = corpus.mixture.stage(consumed)
         self._own, self._near = self._lanes_of(margin=0.0), self._lanes_of(margin=2 / batch)
         self._places: dict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         for source in range(len(corpus.sources)):
@@ -148,8 +149,8 @@ class Loader:
         belongs to one rank.
         """
         found, begin = [], 0.0
-        shares = self._corpus.mixture.tables[0].count / len(self._corpus.mixture.tables[0].slots)
-        for lanes, share in zip(self._corpus.sources, shares, strict=True):
+        table = self._corpus.mixture.tables[self._stage]
+        for lanes, share in zip(self._corpus.sources, table.count / len(table.slots), strict=True):
             lengths = np.array([lane.length for lane in lanes], np.float64)
             ends = begin + share * np.cumsum(lengths) / max(1.0, lengths.sum())
             begins = np.concatenate([[begin], ends[:-1]])
@@ -162,6 +163,15 @@ class Loader:
             found.append(frozenset(np.flatnonzero(own).tolist()))
             begin += float(share)
         return found
+
+    def _enter_stage(self, stage: int) -> None:
+        """Read other lanes where the weights have changed; all ranks do so at the same step."""
+        if stage != self._stage:
+            self._stage = stage
+            self._own, self._near = self._lanes_of(margin=0.0), self._lanes_of(margin=2 / self._batch)
+            for source in range(len(self._corpus.sources)):
+                self._begin_known(source)
+                self._begin_next(source)
 
     def _begin_known(self, source: int) -> None:
         """Read this rank's rows of the windows that are known, the oldest first."""
@@ -186,6 +196,7 @@ class Loader:
 
     def _next_step(self) -> Step:
         samples, consumed = next_samples(self._consumed, self._batch, self._skipped)
+        self._enter_stage(self._corpus.mixture.stage(int(samples[0])))
         sources, numbers = self._corpus.mixture.rows(samples)
         needed = {source: numbers[sources == source] for source in np.unique(sources).tolist()}
         self._announce(needed)

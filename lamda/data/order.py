@@ -80,9 +80,13 @@ class Mixture:
             rows[own] = self._rows_at_start[stage][sources[own]] + within
         return sources, rows
 
+    def stage(self, sample: int) -> int:
+        """Which of the tables a sample is in."""
+        return int(np.searchsorted(self.starts, sample, side="right")) - 1
+
     def rows_before(self, sample: int) -> NDArray[np.int64]:
         """For each source, how many of its rows come before sample `sample`."""
-        stage = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        stage = self.stage(sample)
         return self._rows_at_start[stage] + self.tables[stage].rows_before(sample - self.starts[stage])
 
 
@@ -96,7 +100,9 @@ def make_table(weights: Mapping[str, float]) -> Table:
     """Slots by weight (largest remainders), each at the earliest deadline among those that are due.
 
     A source's k-th slot is due when it falls behind its weight, and its deadline is when the next one would: so that
-    any run of slots holds each source by its weight, to a slot. Raises UserError for a weight too small for a slot.
+    any run of slots holds each source by its weight, to a slot. Of equal deadlines the sources take turns by the
+    reversed bits of their numbers, so that a batch smaller than the number of sources has some of all parts of them
+    and each rank reads its own. Raises UserError for a weight too small for a slot.
     """
     exact = np.array([*weights.values()], np.float64) / sum(weights.values()) * SLOTS
     count = np.floor(exact).astype(np.int64)
@@ -106,11 +112,13 @@ def make_table(weights: Mapping[str, float]) -> Table:
             f"the weight of source {', '.join(map(repr, lost))} is less than 1 in {SLOTS:,} rows: give it more, or "
             "take it out"
         )
-    given, slots = np.zeros(len(count), np.int64), np.zeros(SLOTS, np.int32)
+    bits = len(count).bit_length()
+    turns = np.array(sorted(range(len(count)), key=lambda number: f"{number:0{bits}b}"[::-1]))
+    own, given, slots = count[turns], np.zeros(len(count), np.int64), np.zeros(SLOTS, np.int32)
     for slot in range(SLOTS if len(count) > 1 else 0):
-        is_due = given * SLOTS < count * (slot + 1)
-        chosen = int(np.argmin(np.where(is_due, (given + 1) / count, np.inf)))
-        slots[slot] = chosen
+        is_due = given * SLOTS < own * (slot + 1)
+        chosen = int(np.argmin(np.where(is_due, (given + 1) / own, np.inf)))
+        slots[slot] = turns[chosen]
         given[chosen] += 1
     return Table(slots, len(count))
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from lamda.data.block_files import BlockFolder
 from lamda.data.blocks import LaneReader, Packing, Part, RowBlock
 from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of
 from lamda.data.errors import DataError
-from lamda.data.lanes import Cursor, Lane
+from lamda.data.lanes import Lane
 from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.windows import Announcement, SourceOrder
@@ -101,45 +102,57 @@ def main(argv: list[str]) -> int:
 
 
 def prepare(corpus: Corpus, folder: BlockFolder, *, config: Config, tokenizer: Path) -> Summary:
-    """Fill `folder` with all rows that the run's steps take; a process a core, a lane's epoch at a time in each."""
+    """Fill `folder` with all rows that the run's steps take; a process per core, each with lanes of its own."""
     samples = config.steps * config.train.global_batch_size
     needed = corpus.mixture.rows_before(samples).tolist()
-    workers = len(os.sched_getaffinity(0))
     summary = Summary()
     with (
-        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
+        _Workers(corpus, folder, packing_of(config), tokenizer) as workers,
         Progress("making rows", total=sum(needed), unit="rows") as shown,
     ):
         for lanes, shape, rows in zip(corpus.sources, corpus.shapes, needed, strict=True):
             order = SourceOrder()
             while order.end < rows:
-                # The first windows say how large the others are; then a lane can be read to the end of its epoch.
-                plans = order.plans_of_epoch(shape) if order.is_measured else [order.plan(shape)]
-                jobs = [
-                    pool.submit(
-                        _fill,
-                        lane,
-                        [(plan.number, plan.epoch, plan.target(lane.length)) for plan in plans],
-                        plans[0].starts[place],
-                        folder,
-                        packing_of(config),
-                        tokenizer,
-                    )
-                    for place, lane in enumerate(lanes)
-                ]
-                found = [_result(job) for job in jobs]
+                plan = order.plan(shape)
+                parts = [plan.part(place, lane.length) for place, lane in enumerate(lanes)]
+                found = workers.fill(lanes, plan.number, parts)
                 for _, part in found:
                     summary.merge(part)
-                for number in range(len(plans)):
-                    order = order.add(order.plan(shape), [said[number] for said, _ in found], shape)
+                order = order.add(plan, [said for said, _ in found], shape)
                 if order.windows[-1].ends_an_empty_epoch:
                     raise DataError(f"source {lanes[0].source.name!r}: none of its lines holds a document")
                 order = order.without(order.end)
-                shown.advance(sum(sum(each.rows for each in said) for said, _ in found))
+                shown.advance(sum(said.rows for said, _ in found))
     return summary
 
 
-def _result(job: Future[tuple[list[Announcement], Summary]]) -> tuple[list[Announcement], Summary]:
+class _Workers:
+    """A process per core. A lane is always read by the same one, which continues where its last part ended."""
+
+    def __init__(self, *initial: Any) -> None:
+        context = get_context("spawn")
+        self._pools = [
+            ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=initial)
+            for _ in os.sched_getaffinity(0)
+        ]
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in self._pools:
+            pool.shutdown(cancel_futures=True)
+
+    def fill(self, lanes: Sequence[Lane], number: int, parts: Sequence[Part]) -> list[tuple[Announcement, Summary]]:
+        """Bring the lanes' parts of a window to the folder. Raises RunError where a process is gone, and DataError."""
+        jobs = [
+            self._pools[lane.index % len(self._pools)].submit(_fill, lane.index, number, part)
+            for lane, part in zip(lanes, parts, strict=True)
+        ]
+        return [_result(job) for job in jobs]
+
+
+def _result(job: Future[tuple[Announcement, Summary]]) -> tuple[Announcement, Summary]:
     """What `_fill` gave. Raises RunError where its process is gone, and as `_fill`."""
     try:
         return job.result()
@@ -150,24 +163,36 @@ def _result(job: Future[tuple[list[Announcement], Summary]]) -> tuple[list[Annou
         ) from error
 
 
-def _fill(
-    lane: Lane,
-    windows: list[tuple[int, int, int | None]],
-    start: Cursor,
-    folder: BlockFolder,
-    packing: Packing,
-    tokenizer_path: Path,
-) -> tuple[list[Announcement], Summary]:
-    """Bring a lane's rows of consecutive windows to the folder. windows: (number, epoch, target) of each."""
-    tokenizer, summary, said = Tokenizer.load(tokenizer_path), Summary(), []
-    reader = LaneReader(lane, tokenizer, packing)
-    for number, epoch, target in windows:
-        part = Part(epoch, start, target)
-        rows = folder.find(lane.index, number, part)
+@dataclass(frozen=True)
+class _Worker:
+    """What a process of `_Workers` keeps between its jobs."""
+
+    corpus: Corpus
+    folder: BlockFolder
+    packing: Packing
+    tokenizer: Tokenizer
+    readers: dict[int, LaneReader] = field(default_factory=dict)
+
+    def fill(self, lane: int, number: int, part: Part) -> tuple[Announcement, Summary]:
+        """Bring a lane's part of a window to the folder, unless it is there."""
+        rows = self.folder.find(lane, number, part)
         if rows is None:
-            rows = reader.read(part)
-            folder.keep(lane.index, number, part, rows, narrow=tokenizer.vocab_size <= 1 << 16)
-        summary.add(rows.block, tokenizer.token_bytes)
-        said.append(Announcement(len(rows.block.ids), rows.tokens, rows.after))
-        start = rows.after
-    return said, summary
+            if lane not in self.readers:
+                self.readers[lane] = LaneReader(self.corpus.lanes[lane], self.tokenizer, self.packing)
+            rows = self.readers[lane].read(part)
+            self.folder.keep(lane, number, part, rows, narrow=self.tokenizer.vocab_size <= 1 << 16)
+        summary = Summary()
+        summary.add(rows.block, self.tokenizer.token_bytes)
+        return Announcement(len(rows.block.ids), rows.tokens, rows.after), summary
+
+
+_worker: list[_Worker] = []
+"""Of this process, where it is one of `_Workers`: a pool has no other place for what its jobs share."""
+
+
+def _begin(corpus: Corpus, folder: BlockFolder, packing: Packing, tokenizer: Path) -> None:
+    _worker.append(_Worker(corpus, folder, packing, Tokenizer.load(tokenizer)))
+
+
+def _fill(lane: int, number: int, part: Part) -> tuple[Announcement, Summary]:
+    return _worker[0].fill(lane, number, part)

@@ -31,8 +31,8 @@ GROWTH = (5, 4)
 
 
 MEASURED_TOKENS = 1 << 21
-"""Of a source's first windows, from which later ones are planned. One is too few: where a lane begins there is often no
-line, for documents belong to the lane in which they begin."""
+"""Of a source's last windows, from which the next one is planned. A single small window is too little: where a lane
+begins there is often no line, for documents belong to the lane in which they begin."""
 
 
 class Announcement(NamedTuple):
@@ -78,8 +78,8 @@ class Window:
 
     def part(self, lane: int, length: int) -> Part:
         """What a lane of this length on the axis gave to it."""
-        target = None if self.is_last else self.until * length >> 32
-        return Part(self.epoch, self.starts[lane], target, None if self.is_last else self.afters[lane])
+        target, stop = (None, None) if self.is_last else (self.until * length >> 32, self.afters[lane])
+        return Part(self.epoch, self.starts[lane], target, stop, self.counts[lane])
 
     def epoch_at(self, row: int) -> float:
         """Epochs of the source that are over at its row `row`, which is in this window."""
@@ -146,7 +146,7 @@ class Shape:
 class SourceOrder:
     """The windows of a source that are known and may still be asked for, oldest first.
 
-    measured: bytes of the axis and tokens in the first windows, from which later windows are planned.
+    measured: bytes of the axis and tokens in the last windows, from which the next one is planned.
     """
 
     windows: tuple[Window, ...] = ()
@@ -156,11 +156,6 @@ class SourceOrder:
     def end(self) -> int:
         """Rows of the source in all windows up to the last one that is known."""
         return self.windows[-1].base + self.windows[-1].rows if self.windows else 0
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether later windows are planned as the next one is."""
-        return self.measured[1] >= MEASURED_TOKENS
 
     def at(self, row: int) -> Window:
         """The window that holds a row of the source. Raises KeyError where it is not known."""
@@ -186,14 +181,6 @@ class SourceOrder:
             epoch, since, starts = last.epoch, last.until, last.afters
         return Plan(number, epoch, since, self._until(number, since, shape), starts)
 
-    def plans_of_epoch(self, shape: Shape) -> list[Plan]:
-        """The windows after the last one that is known, to the end of an epoch; of the first alone `starts` is true."""
-        plans = [self.plan(shape)]
-        while (last := plans[-1]).until != ONE:
-            until = self._until(last.number + 1, last.until, shape)
-            plans.append(Plan(last.number + 1, last.epoch, last.until, until, last.starts))
-        return plans
-
     def _until(self, number: int, since: int, shape: Shape) -> int:
         """Where a window ends: the last one of an epoch is up to half as long again as planned."""
         total, (bytes_, tokens) = max(1, sum(shape.lengths)), self.measured
@@ -213,11 +200,11 @@ class SourceOrder:
             counts=tuple(each.rows for each in said),
             afters=tuple(each.after for each in said),
         )
-        measured, (bytes_, tokens) = self.measured, self.measured
-        if not self.is_measured:
-            length = (plan.until - plan.since) * sum(shape.lengths) >> 32
-            measured = bytes_ + length, tokens + sum(each.tokens for each in said)
-        return SourceOrder((*self.windows, window), measured)
+        bytes_ = self.measured[0] + ((plan.until - plan.since) * sum(shape.lengths) >> 32)
+        tokens = self.measured[1] + sum(each.tokens for each in said)
+        if tokens > MEASURED_TOKENS:
+            bytes_, tokens = max(1, bytes_ * MEASURED_TOKENS // tokens), MEASURED_TOKENS
+        return SourceOrder((*self.windows, window), (bytes_, tokens))
 
     def without(self, row: int) -> SourceOrder:
         """Only the windows that hold row `row` or a later one, and the last one that is known."""

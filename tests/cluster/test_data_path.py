@@ -5,7 +5,7 @@ import pytest
 from lamda.cluster import data_path
 from lamda.cluster.data_path import data_rates, loader_bytes
 from lamda.config.schema import Config
-from lamda.data import lanes, windows
+from lamda.data import corpus, lanes, windows
 from lamda.data.corpus import open_corpus, packing_of
 from lamda.data.loader import Loader
 from tests.conftest import make_text
@@ -18,7 +18,7 @@ def a_config(batch, **data):
 
 def test_the_constants_are_those_of_the_data():
     assert (data_path.FEWEST, data_path.MOST) == (lanes.WHOLE_FILES, lanes.MOST)
-    assert data_path.FIRST_TOKENS == windows.FIRST_TOKENS
+    assert (data_path.FIRST_TOKENS, data_path.WINDOW_ROWS) == (windows.FIRST_TOKENS, corpus.WINDOW_ROWS)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7, 128])
@@ -52,8 +52,10 @@ def test_in_the_order_of_the_text_every_rank_encodes_all_of_it():
 
 def test_a_rank_holds_its_part_of_two_windows():
     config = a_config(64, shuffle=16384, sequence_length=1023)
-    assert loader_bytes(config, ranks=1) == 2.5 * 16384 * 1024 * 4
-    assert loader_bytes(config, ranks=8) == 2.5 * 16384 * 1024 * 4 * (8 + 4) / 64
+    assert loader_bytes(config, ranks=1) == 2.5 * 16384 * 1024 * (4 + 1)
+    assert loader_bytes(config, ranks=8) == 2.5 * 16384 * 1024 * (4 + 1) * (8 + 4) / 64
     assert loader_bytes(a_config(64, shuffle="epoch", blocks="blocks"), ranks=1) == 0
-    in_order = a_config(64, shuffle="none", sequence_length=1 << 10)
-    assert loader_bytes(in_order, ranks=8) == 2.5 * windows.FIRST_TOKENS / 1024 * 1025 * 4
+    in_order = a_config(64, shuffle="none", sequence_length=1023)
+    assert loader_bytes(in_order, ranks=8) == loader_bytes(config, ranks=1)
+    assert loader_bytes(a_config(64, shuffle=1, sequence_length=1023), ranks=1) == 2.5 * 128 * 1024 * (4 + 1)
+    assert loader_bytes(a_config(64, shuffle=1, sequence_length=1 << 16), ranks=1) > 2.5 * 64 * (1 << 16) * 4

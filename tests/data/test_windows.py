@@ -100,6 +100,18 @@ def test_windows_are_planned_by_the_bytes_a_token_of_the_first_ones():
     assert plan.until - plan.since == pytest.approx(2 * shape.tokens(1) / 2**31 * ONE, rel=1e-4)
 
 
+def test_windows_follow_text_whose_tokens_become_shorter_or_longer():
+    """Sorted text: a window is planned from the one before it, not from the first ones of the run."""
+    shape, order = Shape(16384, (1 << 34,), 1024, 1 << 22), SourceOrder()
+    for number, bytes_per_token in enumerate([16] * 40 + [2] * 20 + [8] * 20):
+        plan = order.plan(shape)
+        assert plan.until < ONE
+        tokens = ((plan.until - plan.since) * (1 << 34) >> 32) // bytes_per_token
+        if number % 20 > 6 and number > 20:
+            assert tokens == pytest.approx(1 << 22, rel=0.05)
+        order = order.add(plan, announced([tokens // 1024], tokens), shape).without(order.end)
+
+
 def test_a_part_under_half_a_window_is_no_window_and_an_epoch_may_be_one():
     for windows, is_last in ((1, True), (1.49, True), (1.6, False)):
         shape = Shape(16384, (int(4 * FIRST_TOKENS * windows),), 16, 1)
