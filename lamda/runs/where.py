@@ -22,6 +22,7 @@ from lamda.data.block_files import BlockFolder
 from lamda.data.blocks import LaneReader, Packing, PartRows, RowBlock
 from lamda.data.corpus import Corpus, differences, fingerprint, open_corpus, packing_of
 from lamda.data.errors import DataError
+from lamda.data.files import read_lines
 from lamda.data.lanes import RAW_TEXT, Lane, Share
 from lamda.data.loader import batch_digest, row_digest
 from lamda.data.order import consumed_after, next_samples
@@ -215,17 +216,21 @@ class _Source:
 
 
 class _LineNumbers:
-    """Numbers of lines in their files; what is before a share is read once for all of its lines."""
+    """Numbers of lines in their files. Shares count from their first line: what is before it is read once for all."""
 
     def __init__(self) -> None:
-        self._before: dict[tuple[str, int], int] = {}
+        self._first: dict[str, dict[int, tuple[int, int]]] = {}  # of files: number and byte, by where a share starts
 
     def of(self, share: Share, line: int) -> int:
         """The number of a share's line in the file, both from 0."""
-        key = share.file.url, share.start
-        if key not in self._before:
-            self._before[key] = share.line_in_file(0)
-        return self._before[key] + line
+        if share.start == 0 or share.file.url.endswith(".parquet"):
+            return line
+        first = self._first.setdefault(share.file.url, {0: (0, 0)})
+        if share.start not in first:
+            number, byte = first[max(start for start in first if start < share.start)]
+            lines = read_lines(share.file, number=number, byte=byte)
+            first[share.start] = next((each.number, each.byte) for each in lines if each.byte >= share.start)
+        return first[share.start][0] + line
 
 
 def _samples_of(

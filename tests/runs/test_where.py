@@ -11,7 +11,7 @@ from lamda.data import windows
 from lamda.data.block_files import BlockFolder
 from lamda.data.blocks import LaneReader
 from lamda.data.corpus import fingerprint, open_corpus, packing_of
-from lamda.data.lanes import Share
+from lamda.data.files import read_lines
 from lamda.data.loader import Loader, batch_digest
 from lamda.data.order import consumed_after, next_samples
 from lamda.data.tokenizer import Tokenizer
@@ -93,7 +93,6 @@ def calls(monkeypatch):
 
     count(LaneReader, "__init__")
     count(LaneReader, "read")
-    count(Share, "line_in_file")
     count(module, "places")
     count(SourceOrder, "from_json")
     return counts
@@ -117,7 +116,25 @@ def test_a_step_is_found_by_its_windows_alone(begin, calls):
         assert calls["from_json"] <= 3, "and no other is parsed"
         assert calls["read"] <= min(BATCH, of_step * run.lanes)
         assert calls["__init__"] <= run.lanes
-        assert calls["line_in_file"] <= run.lanes, "what is before a share is read once"
+
+
+def test_lines_are_counted_once_and_rightly(begin, monkeypatch, text):
+    run, read = begin().train(1), []
+    monkeypatch.setattr(module, "read_lines", lambda *args, **named: map(noted(read), read_lines(*args, **named)))
+    lines = text.read_text().splitlines()
+    pieces = [piece for _, pieces in run.rows(1) for piece in pieces]
+    assert len({piece.line for piece in pieces}) > BATCH / 2
+    for piece in pieces:
+        assert piece.text.strip() in json.loads(lines[piece.line - 1])["text"]
+    assert len(read) < len(lines) + run.lanes, "the first line of each lane is read again for the next"
+
+
+def noted(found):
+    def note(each):
+        found.append(each)
+        return each
+
+    return note
 
 
 @pytest.mark.parametrize("lost", ["one", "all"])
