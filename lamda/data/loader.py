@@ -60,7 +60,7 @@ def batch_digest(digests: NDArray[np.uint8]) -> str:
 
 def row_digest(ids: NDArray[np.uint32]) -> NDArray[np.uint8]:
     """The sha256 of a row's ids as little-endian uint32, [32] uint8."""
-    return np.frombuffer(sha256(ids.astype("<u4").tobytes()).digest(), np.uint8)
+    return np.frombuffer(sha256(np.ascontiguousarray(ids, "<u4").data).digest(), np.uint8)
 
 
 def alone(value: Any) -> list[Any]:
@@ -205,13 +205,15 @@ class Loader:
             of = sources == source
             windows[of], lanes[of], rows[of] = self._places_of(source, own)
         ranks = np.lexsort((lanes, sources))[self._rank * self._share : (self._rank + 1) * self._share]
-        found = [self._row(*(int(each[at]) for each in (sources, windows, lanes, rows))) for at in ranks]
+        own = zip(*(each[ranks].tolist() for each in (sources, windows, lanes, rows)), strict=True)
+        found = [(self._rows_of(source, window, lane), row) for source, window, lane, row in own]
         self._consumed = consumed
         starts = range(0, len(found), self._micro_batch)
+        micro_batches = tuple(self._micro_batch_of(found[start : start + self._micro_batch]) for start in starts)
         return Step(
-            micro_batches=tuple(_stacked(found[start : start + self._micro_batch]) for start in starts),
+            micro_batches=micro_batches,
             positions=ranks,
-            digests=np.stack([row_digest(row.ids) for row in found]),
+            digests=np.stack([row_digest(ids) for each in micro_batches for ids in each.ids]),
             consumed=consumed,
             epochs=self._epochs(consumed),
         )
@@ -288,22 +290,27 @@ class Loader:
             for lanes, order, row in zip(self._corpus.sources, self._order, before, strict=True)
         }
 
-    def _row(self, source: int, number: int, lane: int, row: int) -> MicroBatch:
-        """One row, without the dimension of the batch."""
+    def _rows_of(self, source: int, number: int, lane: int) -> LaneRows:
         window = next(window for window in self._order[source].windows if window.number == number)
-        rows = self._rows.get(self._lane(source, lane).index, number, self._part(source, window, lane))
-        return self._of_lane(rows, row)
+        return self._rows.get(self._lane(source, lane).index, number, self._part(source, window, lane))
 
-    def _of_lane(self, rows: LaneRows, row: int) -> MicroBatch:
-        block, documents = rows.block, None
-        ids = block.ids[row].astype(np.uint32)
-        scored = np.ones(len(ids) - 1, bool) if block.loss_mask is None else block.loss_mask[row, 1:]
-        if self._document_mask:
-            end = self._tokenizer.end_of_document
-            documents, is_inside = separated(block, row, packing=self._packing, end_of_document=end)
-            scored = scored & is_inside
-        spans = block.spans[block.spans_of(row)]
-        domains = np.repeat(rows.domains[spans["document"]], spans["length"])[1:]  # a document of -1 has the last
+    def _micro_batch_of(self, found: Sequence[tuple[LaneRows, int]]) -> MicroBatch:
+        shape = len(found), self._packing.length
+        ids, scored = np.empty((shape[0], shape[1] + 1), np.uint32), np.ones(shape, bool)
+        domains = np.empty(shape, np.int16)
+        documents = np.empty(ids.shape, np.int32) if self._document_mask else None
+        for place, (rows, row) in enumerate(found):
+            block = rows.block
+            ids[place] = block.ids[row]
+            if block.loss_mask is not None:
+                scored[place] = block.loss_mask[row, 1:]
+            if documents is not None:
+                end = self._tokenizer.end_of_document
+                documents[place], is_inside = separated(block, row, packing=self._packing, end_of_document=end)
+                scored[place] &= is_inside
+            spans = block.spans[block.spans_of(row)]
+            domain_of = rows.domains[spans["document"]]  # a document of -1 has the last
+            domains[place] = np.repeat(domain_of, spans["length"])[1:]
         return MicroBatch(ids, scored, domains, documents)
 
 
@@ -325,10 +332,3 @@ def separated(
     documents = runs.copy()
     documents[:-1][opens] = runs[1:][opens]
     return documents, is_inside | opens
-
-
-def _stacked(rows: Sequence[MicroBatch]) -> MicroBatch:
-    separated = [row.documents for row in rows if row.documents is not None]
-    documents = np.stack(separated) if separated else None
-    ids, scored, domains = (np.stack([getattr(row, name) for row in rows]) for name in ("ids", "scored", "domains"))
-    return MicroBatch(ids, scored, domains, documents)
