@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any, NamedTuple
 
 import orjson
@@ -97,12 +96,6 @@ class Share:
     def cut(self) -> tuple[int | None, ...]:
         """Which part of the file it is, for a fingerprint."""
         return self.start, self.stop, self.residue, self.modulus
-
-    def line_in_file(self, line: int) -> int:
-        """The line's number in the file, both from 0; what is before the share is read for it."""
-        if self.start == 0 or self.file.url.endswith(".parquet"):
-            return line
-        return line + sum(1 for _ in takewhile(lambda each: each.byte < self.start, read_lines(self.file)))
 
     def place(self, line: int, byte: int) -> str:
         """Where a line is, for a person; lines are counted from 1."""

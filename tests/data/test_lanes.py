@@ -185,14 +185,13 @@ def test_a_source_of_empty_files_is_refused_by_name_and_not_left_out(tmp_path):
             cut([tmp_path / name for name in names])
 
 
-def test_the_line_of_a_document_is_that_of_the_file_wherever_its_lane_begins(tmp_path):
+def test_a_document_is_named_by_its_line_or_by_its_byte_where_its_lane_begins_inside_the_file(tmp_path):
     path = write_shard(tmp_path / "a.jsonl", [str(n) for n in range(3000)])
     found = cut([path], most=20)
     assert len(found) == 20
     for lane in found:
         for document in islice(read_lane(lane, Cursor()), 3):
             share = lane.shares[document.file]
-            assert share.line_in_file(document.line) == int(document.text)
             shown = share.place(document.line, document.byte)
             assert shown == f"{path}, " + (f"byte {document.byte:,}" if share.start else f"line {document.line + 1}")
 
