@@ -25,7 +25,7 @@ from tests.wandb_server import WandbServer
 KEY = {"WANDB_API_KEY": "k" * 40, "WANDB_MODE": "online"}
 SETTINGS = {
     "model.vocab_size": 400, "model.d_model": 16, "model.n_layers": 1, "model.n_heads": 1, "model.d_head": 8,
-    "model.d_ff": 16, "data.corpus": "standard_library", "data.sequence_length": 16, "data.block_rows": 2,
+    "model.d_ff": 16, "data.corpus": "standard_library", "data.sequence_length": 16,
     "train.steps": 9, "train.global_batch_size": 4, "train.micro_batch_size": 2, "train.max_bad_steps": 2,
     "train.rollbacks": 1, "checkpoint.every": 2, "wandb.mode": "online", "run.threads": 1,
 }  # fmt: skip

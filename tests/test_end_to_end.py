@@ -24,7 +24,7 @@ from tests.wandb_server import WandbServer
 
 SETTINGS = """
 model: {vocab_size: 400, d_model: 32, n_layers: 2, n_heads: 2, d_head: 16, d_ff: 64}
-data: {sequence_length: 32, block_rows: 4}
+data: {sequence_length: 32}
 train: {steps: 12, global_batch_size: 8, micro_batch_size: 2, lr: 1e-2, warmup_steps: 3}
 checkpoint: {every: 4, keep: 9}
 eval: {every: 6, batches: 20}
@@ -118,6 +118,7 @@ def broken(place, straight, tmp_path_factory):
         with last.open("r+b") as file:
             file.seek(-1, 2)
             file.write(b"\x55")
+        (place / "broken" / "order.jsonl").unlink()
         (resumed,) = run_ranks(arguments(place, "broken", *flags), world=1, variables=variables)
     return server, first, resumed
 
@@ -138,6 +139,12 @@ def test_stopping_resuming_and_other_ranks_change_no_bit(place, broken):
     assert weights[0] == weights[1]
     void = read_metrics(place / "broken" / "metrics.discarded.jsonl")
     assert [row["step"] for row in void] == [9, 10, 11, 12]
+
+
+def test_the_windows_that_a_checkpoint_brings_are_kept_for_lamda_where(place, broken):
+    state = json.loads((place / "broken" / "checkpoints" / "step-00000008" / "run_state.json").read_text())
+    kept = [json.loads(line) for line in (place / "broken" / "order.jsonl").read_text().splitlines()]
+    assert kept[: len(state["order"])] == [{"source": n, **order} for n, order in enumerate(state["order"])]
 
 
 def test_tasks_have_their_own_cadence_and_change_neither_order_nor_weights(place, broken):
@@ -213,12 +220,23 @@ def test_prepared_blocks_give_the_same_samples(place, straight, capsys):
     assert "bytes/token" in told
     assert "cuts: pieces that go on" in told
     assert prepare_command(["--json", *flags, "--run.dir", str(place / "prepared")]) == 0
-    assert json.loads(capsys.readouterr().out)["blocks"] > 0
+    assert json.loads(capsys.readouterr().out)["rows"] > 0
     config = load_config(flags)
     corpus, tokenizer = open_corpus(config.data), Tokenizer.load(config.tokenizer.path)
     ready = BlockFolder.of(config.data.blocks, fingerprint(corpus, config, tokenizer))
-    assert all(ready.ready_until(lane.index, 0) for lane in corpus.lanes)
-    loader = Loader(corpus, tokenizer, packing=packing_of(config), batch=8, micro_batch=8, rank=0, world=1, ready=ready)
+    kept = {path.parent.name for path in ready.path.glob("*/*.rows")}
+    assert kept == {f"lane-{lane.index:04}" for lane in corpus.lanes}
+    loader = Loader(
+        corpus,
+        tokenizer,
+        packing=packing_of(config),
+        seed=config.run.seed,
+        batch=8,
+        micro_batch=8,
+        rank=0,
+        world=1,
+        ready=ready,
+    )
     with loader:
         found = [
             batch_digest(step.digests[np.argsort(step.positions)]) for _, step in zip(range(12), loader, strict=False)

@@ -11,7 +11,7 @@ from tests.launch import run_ranks
 WORKER = str(Path(__file__).parent / "distributed" / "mistakes_worker.py")
 BASE = {
     "model.vocab_size": "400", "model.d_model": "16", "model.n_layers": "1", "model.n_heads": "1", "model.d_head": "8",
-    "model.d_ff": "16", "data.corpus": "standard_library", "data.sequence_length": "16", "data.block_rows": "2",
+    "model.d_ff": "16", "data.corpus": "standard_library", "data.sequence_length": "16",
     "train.steps": "2", "train.global_batch_size": "4", "train.micro_batch_size": "2", "wandb.mode": "disabled",
 }  # fmt: skip
 
@@ -58,10 +58,9 @@ def answers(tmp_path_factory, tokenizer_path):
         "unknown key": [*case(), "--train.learning_rat", "1"],
         "missing file": case(data__files=folder / "nothing*.jsonl"),
         "empty corpus": case(data__files=folder / "empty.jsonl"),
-        "small corpus": case(data__files=words, data__lanes=1, train__global_batch_size=400),
-        "few documents": case(data__files=words),
+        "small corpus": case(data__files=words, train__global_batch_size=400),
         "vocabulary": case(model__vocab_size=500),
-        "too few words for a tokenizer": case(data__files=words, data__lanes=1, tokenizer__path="null", train__steps=1),
+        "too few words for a tokenizer": case(data__files=words, tokenizer__path="null", train__steps=1),
         "unwritable": case(run__dir=folder / "file" / "run"),
         "other model": flags({**good, "model.d_ff": 32, "train.steps": 4}),
         "other data": flags({**good, "run.seed": 7, "train.steps": 4}),
@@ -105,7 +104,6 @@ def card_without_validation(folder, text):
         ("missing file", "nothing*.jsonl"),
         ("empty corpus", "empty.jsonl"),
         ("small corpus", "fewer than one batch"),
-        ("few documents", "set data.lanes lower"),
         ("vocabulary", "has 400 pieces, but model.vocab_size is 500"),
         ("too few words for a tokenizer", "model.vocab_size"),
         ("unwritable", "choose another"),

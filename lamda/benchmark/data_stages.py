@@ -19,12 +19,13 @@ from sentencepiece import SentencePieceProcessor
 
 from lamda.benchmark.texts import Text
 from lamda.config.schema import Config
-from lamda.data.blocks import ENCODE_CHARACTERS, read_blocks
+from lamda.data.blocks import ENCODE_CHARACTERS, LaneReader, Part
 from lamda.data.corpus import open_corpus, packing_of
 from lamda.data.documents import Document
 from lamda.data.files import File, read_all, read_lines
 from lamda.data.lanes import RAW_TEXT, Cursor
 from lamda.data.loader import Loader
+from lamda.data.quarantine import BadLine
 from lamda.data.tokenizer import _SPACE_PIECE_UTF8, Tokenizer, _cut
 
 ENCODER, WHOLE, USUAL = "encode", "whole path", "usual way"
@@ -39,10 +40,10 @@ class Timing(NamedTuple):
 
 
 def run_config(shards: Sequence[Path], **data: Any) -> Config:
-    """A run over shards, a lane each, on one loader thread."""
+    """A run over shards, on one loader thread."""
     return Config.model_validate(
         {
-            "data": {"files": [str(shard) for shard in shards], "lanes": len(shards), "threads": 1, **data},
+            "data": {"files": [str(shard) for shard in shards], "threads": 1, **data},
             "train": {"steps": 1, "global_batch_size": 64, "micro_batch_size": 8},
         }
     )
@@ -54,6 +55,7 @@ def micro_batches(config: Config, tokenizer: Tokenizer) -> Iterator[NDArray[np.u
         open_corpus(config.data),
         tokenizer,
         packing=packing_of(config),
+        seed=config.run.seed,
         batch=config.train.global_batch_size,
         micro_batch=config.train.micro_batch_size,
         rank=0,
@@ -97,7 +99,7 @@ def usual_micro_batches(
 
 
 class _Counting(Tokenizer):
-    """Counts the tokens that it gives, and an end symbol a document."""
+    """Counts the tokens that it gives, and an end symbol for each text."""
 
     tokens = 0
 
@@ -110,7 +112,7 @@ class _Counting(Tokenizer):
 def time_whole_path(config: Config, model: Path, *, tokens: int) -> Timing:
     """Seconds from the first file opened to the last thread ended, with about `tokens` tokens taken on the way.
 
-    What counts is all that was encoded: lanes work ahead of the last micro-batch, and a book is encoded at once.
+    What counts is all that was encoded: lanes are read ahead of the last micro-batch.
     """
     tokenizer = _Counting.load(model)
     began = perf_counter()
@@ -144,13 +146,13 @@ def stages(text: Text, model: Path, config: Config) -> dict[str, Callable[[], Ti
     plain = [_unpacked(file) for file in compressed]
     lines = [line.data for file in plain for line in read_lines(file)]
     batches = list(_encoder_batches(chain.from_iterable(text.documents)))
-    replay, packing = _Replay(text, config, tokenizer), packing_of(config)
+    replay = _Replay(text, tokenizer)
     parts: dict[str, Callable[[], Iterable[object]]] = {
         "decompress": lambda: map(read_all, compressed),
         "split lines": lambda: chain.from_iterable(map(read_lines, plain)),
         "parse JSON": lambda: map(orjson.loads, lines),
         ENCODER: lambda: (processor.encode(batch, return_type="numpy", num_threads=1) for batch in batches),
-        "pack": lambda: read_blocks(replay, Cursor(), packing=packing, tokenizer=replay),
+        "pack": lambda: [LaneReader(replay, replay, packing_of(config)).read(Part(0, Cursor(), None))],
     }
     return {
         **{name: partial(_time_part, part, text.tokens) for name, part in parts.items()},
@@ -191,22 +193,22 @@ def _encoder_batches(documents: Iterable[str]) -> Iterator[list[bytes]]:
 class _Replay:
     """A lane and a tokenizer that give from memory what they once gave, so that packing is all that is left."""
 
-    index = 0
     form = RAW_TEXT
 
-    def __init__(self, text: Text, config: Config, tokenizer: Tokenizer) -> None:
-        self.end_of_document = tokenizer.end_of_document
+    def __init__(self, text: Text, tokenizer: Tokenizer) -> None:
+        self.end_of_document, self.padding = tokenizer.end_of_document, tokenizer.padding
         self._ids = list(chain.from_iterable(text.ids))
-        self._documents = [
-            document
-            for lane, documents in zip(open_corpus(config.data).lanes, text.documents, strict=True)
-            for document in islice(lane.read(Cursor()), len(documents))
-        ]
+        (lane,) = open_corpus(run_config(text.shards, shuffle="none").data).lanes
+        self._documents = list(lane.read(Cursor()))
 
-    def read(self, start: Cursor) -> Iterator[Document]:
+    def read(self, start: Cursor) -> Iterator[Document | BadLine]:
         """All documents, once."""
         self._coming = iter(self._ids)
         return iter(self._documents)
+
+    def pieces(self, text: str) -> list[str]:
+        """The text as it is: its ids are known."""
+        return [text]
 
     def encode_documents(self, texts: Sequence[str], *, threads: int) -> list[NDArray[np.uint32]]:
         """The ids of the next documents."""

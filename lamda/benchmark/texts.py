@@ -52,7 +52,7 @@ def library_documents(folder: Path) -> Iterator[str]:
 
 def read_documents(files: str) -> Iterator[str]:
     """The documents of files, one file after the other."""
-    config = Config.model_validate({"data": {"files": files, "lanes": 1}, "train": {"steps": 1}})
+    config = Config.model_validate({"data": {"files": files, "shuffle": "none"}, "train": {"steps": 1}})
     return (document.text for document in open_corpus(config.data).documents_once())
 
 

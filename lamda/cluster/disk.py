@@ -1,4 +1,4 @@
-"""What a run stores: checkpoints, ready blocks and text."""
+"""What a run stores: checkpoints, ready rows and text."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lamda.data.card import load_card
 OPTIMISER = 12
 """Bytes a parameter of the optimiser's files: fp32 weight and two moments."""
 NARROW = 1 << 16
-"""Ready blocks hold ids of up to so many pieces in 2 bytes each."""
-RUN = 24
-"""Bytes of what ready blocks tell of a stretch of a row (`lamda.data.blocks.RUN`)."""
+"""Ready rows hold ids of up to so many pieces in 2 bytes each."""
+SPAN = 24
+"""Bytes of what ready rows say of a part of a row (`lamda.data.blocks.SPAN`)."""
 
 
 def checkpoint_bytes(parameters: int, *, width: int) -> int:
@@ -30,10 +30,10 @@ def checkpoints(config: Config) -> int:
 
 
 def block_bytes(config: Config) -> int:
-    """Ready blocks of the whole run (`data.blocks`), a run a row; each document adds some 50 bytes."""
+    """Ready rows of the whole run (`data.blocks`), one span per row; each document adds some 50 bytes."""
     width = 2 if config.model.vocab_size <= NARROW else 4
     rows = config.steps * config.train.global_batch_size
-    return rows * ((config.data.sequence_length + 1) * width + RUN)
+    return rows * ((config.data.sequence_length + 1) * width + SPAN)
 
 
 def text_bytes(config: Config) -> int | None:

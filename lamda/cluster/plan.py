@@ -12,7 +12,7 @@ from typing import Any
 
 from lamda.cluster.activations import RECOMPUTE, recomputed_flops
 from lamda.cluster.communication import traffic
-from lamda.cluster.data_path import data_rates
+from lamda.cluster.data_path import data_rates, loader_bytes
 from lamda.cluster.devices import RESERVE, Device, device_called
 from lamda.cluster.disk import block_bytes, checkpoint_bytes, checkpoints, is_streamed, text_bytes
 from lamda.cluster.fitting import largest_rows, nearest_that_fit
@@ -99,7 +99,7 @@ def plan(config: Config, machine: Machine) -> dict[str, Any]:
     memory = _memory(config, machine, setting)
     spent = _time(counted, machine, is_bf16=sharding.is_bf16)
     sent = traffic(parameter_sizes(config.model), sharding, accumulation=accumulation)
-    rates = data_rates(config.data, ranks=machine.gpus, tokens_per_second=spent["tokens_per_second"])
+    rates = data_rates(config, ranks=machine.gpus, tokens_per_second=spent["tokens_per_second"])
     return {
         **counted,
         "memory": memory,
@@ -167,6 +167,7 @@ def _memory(config: Config, machine: Machine, setting: Setting) -> dict[str, Any
         "by_recompute": by_recompute,
         "by_stage": by_stage,
         "host_bytes_at_start": 4 * parameters(config.model),
+        "host_bytes_of_rows": loader_bytes(config, ranks=machine.gpus),
     }
 
 

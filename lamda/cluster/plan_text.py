@@ -91,7 +91,8 @@ def _verdict(memory: dict[str, Any]) -> str:
         f"{'fits' if memory['fits'] else 'DOES NOT FIT'}: {_gb(memory['peak'])} GB of the "
         f"{_gb(memory['usable_bytes'])} GB that can be counted on ({memory['gpu']}: {_gb(memory['gpu_bytes'])} GB less "
         f"{memory['reserve']:.0%}, assumed, for CUDA, NCCL and fragmentation). The host needs "
-        f"{_gb(memory['host_bytes_at_start'])} GB a rank at the start, for the model in fp32."
+        f"{_gb(memory['host_bytes_at_start'])} GB per rank at the start, for the model in fp32, and "
+        f"{_size(memory['host_bytes_of_rows'])} for rows (data.shuffle)."
     )
 
 
@@ -149,18 +150,16 @@ def _time(planned: dict[str, Any]) -> list[Row]:
 
 def _data(rates: dict[str, Any]) -> list[Row]:
     least, most = (f"{rate:,.0f}" for rate in rates["encoded"])
-    if least == most:
-        encoded = (least, "tokens/s", "|where text is streamed: whole lanes")
-    else:
-        encoded = (f"{least} to {most}", "tokens/s", "|where text is streamed: whole lanes, of 64 to 8 (data.lanes)")
+    lanes = "64 lanes, to 8, of one large compressed file"
+    encoded = (least, "all of the text") if least == most else (f"{least} to {most}", lanes)
     return [
         ("a rank trains on", f"{rates['rank']:,.0f}", "tokens/s"),
-        ("a rank encodes, at least", *encoded),
+        ("a rank encodes, at most", encoded[0], "tokens/s", f"|streaming: {encoded[1]}"),
         (
             "all ranks read",
             f"{rates['blocks'] / 1e6:,.3g}",
             "MB/s",
-            "|of ready blocks (data.blocks), and encode nothing",
+            "|of ready rows (data.blocks), and encode nothing",
         ),
     ]
 
@@ -171,7 +170,7 @@ def _disk(disk: dict[str, Any]) -> list[Row]:
     return [
         ("a checkpoint", _size(disk["checkpoint_bytes"])),
         (f"{disk['checkpoints']} checkpoints at the most", _size(disk["checkpoints_bytes"])),
-        ("ready blocks", _size(disk["blocks_bytes"]), f"|{blocks}"),
+        ("ready rows", _size(disk["blocks_bytes"]), f"|{blocks}"),
         (
             "training text",
             "not known" if text is None else _size(text),

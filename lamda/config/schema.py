@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -46,6 +46,7 @@ Names = Annotated[tuple[str, ...], _Parts, Field(min_length=1)]
 
 
 Recompute = Literal["none", "ffn", "block"]
+Shuffle = Positive | Literal["none", "epoch"]
 
 
 class Section(BaseModel):
@@ -136,17 +137,18 @@ class DataConfig(Section):
         None, description="names of files whose text a resumed run takes for unchanged, whatever their hash or tag says"
     )
     sequence_length: Positive = Field(1024, description="L, targets a row")
-    lanes: Positive | None = Field(
-        None, description="canonical lanes, whatever the number of ranks; default: number of files, 8 to 64"
+    shuffle: Shuffle = Field(
+        16384,
+        description="rows that are mixed with each other, from all of the text; none: its order (one lane a source); "
+        "epoch: all rows of an epoch, from data.blocks",
     )
-    block_rows: Positive = Field(64, description="rows that a lane makes at a time")
     packing: Literal["concat", "best_fit", "whole"] = Field(
         "concat",
-        description="how a block's documents fill its rows: in order; so that few are cut; or whole with padding "
+        description="how a lane's documents fill its rows: in order; so that few are cut; or whole with padding "
         "after them and attention inside them (dialogues)",
     )
     blocks: str | None = Field(
-        None, description="folder of ready blocks: those there are mapped, those made are kept (`lamda prepare`)"
+        None, description="folder of ready rows: those there are mapped, those made are kept (`lamda prepare`)"
     )
     document_mask: bool = Field(
         default=False,
@@ -159,6 +161,14 @@ class DataConfig(Section):
     threads: Positive = Field(2, description="threads of the tokenizer and loader a rank; never changes the data")
 
     _as_path = field_validator("blocks")(_path)
+
+    @model_validator(mode="after")
+    def _epoch_needs_a_folder(self) -> Self:
+        if self.shuffle == "epoch" and self.blocks is None:
+            raise ValueError(
+                "data.shuffle epoch needs data.blocks: an epoch's rows come from a folder (`lamda prepare`)"
+            )
+        return self
 
     @property
     def separates_documents(self) -> bool:

@@ -1,37 +1,47 @@
-"""A run's corpus: its lanes, their order, and the fingerprint of all that the order depends on."""
+"""A run's corpus: its lanes, their mixture, and the fingerprint of all that the order depends on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 from lamda.config.errors import UserError
-from lamda.config.schema import Config, DataConfig
+from lamda.config.schema import Config, DataConfig, Shuffle
 from lamda.data.blocks import Packing
 from lamda.data.card import Card, load_card
-from lamda.data.documents import Document, Form
+from lamda.data.documents import Document, Form, RawText
 from lamda.data.files import File, nothing
-from lamda.data.lanes import RAW_TEXT, Cursor, Lane, cut_into_lanes, read_lane
-from lamda.data.order import Order, Table, make_table
+from lamda.data.lanes import MOST, RAW_TEXT, Cursor, Lane, cut_into_lanes, read_lane
+from lamda.data.order import Mixture, make_mixture
+from lamda.data.quarantine import BadLine, few
 from lamda.data.resolving import resolve
 from lamda.data.tokenizer import Tokenizer
+from lamda.data.windows import Shape
 
 SCANNED = 1000
 """Documents that are looked at for names of domains where the card has none."""
 
-FORMAT = 1
+WINDOW_ROWS = 16384
+"""Rows of a window where `data.shuffle` gives no number."""
+
+FORMAT = 2
 """Raised with every change that gives other samples from the same text."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The training text of a run, resolved and cut into lanes."""
+    """The training text of a run, resolved and cut into lanes.
+
+    length: L, targets a row. shuffle: rows a window once it has grown, or `none` or `epoch`.
+    """
 
     card: Card
     lanes: tuple[Lane, ...]
+    length: int
+    shuffle: Shuffle
 
     @property
     def form(self) -> Form:
@@ -52,19 +62,31 @@ class Corpus:
             )
             for lane in self.lanes
         )
-        return Corpus(self.card, tuple(lanes))
+        return replace(self, lanes=tuple(lanes))
 
     @cached_property
-    def order(self) -> Order:
-        """The tables of slots over all lanes, one for each set of weights."""
-        stages = self.card.stages
-        return Order(tuple(self._table(weights) for _, weights in stages), tuple(start for start, _ in stages))
+    def sources(self) -> tuple[tuple[Lane, ...], ...]:
+        """The lanes of each source."""
+        return tuple(tuple(lanes) for _, lanes in groupby(self.lanes, key=lambda lane: lane.source.name))
 
-    def _table(self, weights: Mapping[str, float]) -> Table:
-        sizes: dict[str, list[float]] = {}
-        for lane in self.lanes:
-            sizes.setdefault(lane.source.name, []).append(sum(share.bytes for share in lane.shares))
-        return make_table([(weights[name], lanes) for name, lanes in sizes.items()])
+    @cached_property
+    def mixture(self) -> Mixture:
+        """Which source each sample is of."""
+        return make_mixture([lanes[0].source.name for lanes in self.sources], self.card.stages)
+
+    @cached_property
+    def shapes(self) -> tuple[Shape, ...]:
+        """How large the windows of each source are."""
+        full = self.length * (self.shuffle if isinstance(self.shuffle, int) else WINDOW_ROWS)
+        return tuple(
+            Shape(int(share), tuple(lane.length for lane in lanes), self.length, full, is_epoch=self.shuffle == "epoch")
+            for lanes, share in zip(self.sources, self.mixture.most, strict=True)
+        )
+
+    @property
+    def is_in_order(self) -> bool:
+        """Whether rows come in the order of the text."""
+        return self.shuffle == "none"
 
     def domains(self) -> list[str]:
         """The names whose training loss is told apart: the form's, the card's, or the first documents'; 63 at most."""
@@ -77,14 +99,19 @@ class Corpus:
         return sorted({document.domain for document in islice(self.documents_once(), SCANNED)})[:63]
 
     def documents_once(self) -> Iterator[Document]:
-        """The documents of every lane's first epoch, one from each lane in turn."""
+        """An epoch's documents, one from each lane in turn."""
+        for entry in self.entries_once():
+            if isinstance(entry, Document):
+                yield entry
+
+    def entries_once(self) -> Iterator[Document | BadLine]:
+        """An epoch's documents and bad lines, one from each lane in turn."""
         readers = [iter(read_lane(lane, Cursor())) for lane in self.lanes]
         while readers:
             still = []
             for reader in readers:
-                document = next(reader)
-                if document.epoch == 0:
-                    yield document
+                if (entry := next(reader, None)) is not None:
+                    yield entry
                     still.append(reader)
             readers = still
 
@@ -106,37 +133,32 @@ def open_corpus(config: DataConfig, *, form: Form = RAW_TEXT, on_wait: Callable[
         lanes += cut_into_lanes(
             source,
             files,
-            lanes=config.lanes,
+            row_length=config.sequence_length,
+            most=1 if config.shuffle == "none" else MOST,
             first=len(lanes),
             max_bad_fraction=config.max_bad_fraction,
             form=form,
         )
-    return Corpus(card, tuple(lanes))
+    return Corpus(card, tuple(lanes), config.sequence_length, config.shuffle)
 
 
 def packing_of(config: Config) -> Packing:
     """How this run cuts a lane's tokens into rows."""
-    return Packing(
-        rows=config.data.block_rows,
-        row_length=config.data.sequence_length + 1,
-        seed=config.run.seed,
-        method=config.data.packing,
-    )
+    return Packing(config.data.sequence_length, config.data.packing)
 
 
 def fingerprint(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     """Everything that the order of samples depends on, by name; not batch sizes, not ranks."""
     return {
         "format": FORMAT,
-        "files": [[list(share.file.identity) for share in lane.shares] for lane in corpus.lanes],
+        "files": [[[*share.file.identity, *share.cut] for share in lane.shares] for lane in corpus.lanes],
         "contents": [[file.name, file.content] for file in corpus.files],
         "text": [[source.text, source.domain] for source in corpus.card.sources],
         "weights": [[start, weights] for start, weights in corpus.card.stages],
         "tokenizer": tokenizer.sha256,
         "packing": config.data.packing,
         "sequence_length": config.data.sequence_length,
-        "block_rows": config.data.block_rows,
-        "lanes": len(corpus.lanes),
+        "shuffle": config.data.shuffle,
         "seed": config.run.seed,
         **corpus.form.identity,
     }
@@ -165,11 +187,23 @@ def _contents(fingerprint: Mapping[str, Any]) -> dict[str, list[str | None]]:
 def require_a_batch(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> None:
     """Raise UserError where all text together is shorter than one batch."""
     needed = config.train.global_batch_size * (config.data.sequence_length + 1)
-    found = 0
-    for document in corpus.documents_once():
-        found += sum(len(encoded.ids) for encoded in corpus.form.encode([document], tokenizer)[0])
+    found, bad = 0, []
+    for entry in corpus.entries_once():
+        if isinstance(entry, BadLine):
+            bad.append(entry)
+            continue
+        found += sum(len(encoded.ids) for encoded in corpus.form.encode([entry], tokenizer)[0])
         if found >= needed:
             return
+    if bad and not found:
+        other = ". Text under another key needs a card whose `text:` names it (data/README.md)"
+        raise UserError(
+            f"none of {len(bad):,} lines holds a document. "
+            + "; ".join(f"{each.place}: {each.reason}" for each in bad[:3])
+            + (other if isinstance(corpus.form, RawText) else "")
+        )
+    if not found:
+        raise UserError(f"there is no document in {few(file.name for file in corpus.files)}: look at data.files")
     raise UserError(
         f"the corpus has {found:,} tokens, fewer than one batch of {needed:,} "
         f"(train.global_batch_size {config.train.global_batch_size} rows of data.sequence_length + 1 = "

@@ -11,23 +11,26 @@ from numpy.typing import NDArray
 
 from lamda.data.card import Source
 from lamda.data.packing import Method
-from lamda.data.quarantine import BadLine, few
+from lamda.data.quarantine import few
 from lamda.data.tokenizer import Tokenizer
 
 
 class Document(NamedTuple):
-    """A text and its place: epoch of the lane, file of the lane, line, decompressed offset of the line.
+    """A text and its place: file of the lane, line of its share, decompressed offset of the line, epoch of the source.
 
-    `bad` are the bad lines between the lane's document before it and this one.
+    begin, end: where it lies on the lane's axis (`lamda.data.lanes`). is_end: whether the document ends with this
+    text, which may be a piece of it.
     """
 
     text: str
     domain: str
-    epoch: int
     file: int
     line: int
     byte: int
-    bad: tuple[BadLine, ...] = ()
+    begin: int = 0
+    end: int = 0
+    is_end: bool = True
+    epoch: int = 0
 
 
 class Encoded(NamedTuple):
@@ -67,8 +70,12 @@ class Form(Protocol):
         """What a document keeps of its record. Raises ValueError that says why a record holds no document."""
         ...
 
+    def pieces(self, document: Document, tokenizer: Tokenizer) -> list[Document]:
+        """What can be encoded by itself, in order: together these give what the document gives."""
+        ...
+
     def encode(self, documents: Sequence[Document], tokenizer: Tokenizer) -> list[list[Encoded]]:
-        """What each document gives in its epoch; a pure function of the document, none longer than a row."""
+        """What each document, or piece of one, gives in an epoch; a pure function of it."""
         ...
 
 
@@ -96,11 +103,26 @@ class RawText:
             raise ValueError(f"no text at {source.text!r} (found {found})")
         return text
 
+    def pieces(self, document: Document, tokenizer: Tokenizer) -> list[Document]:
+        """See `Form`: a book is a few of them for each window that it is in."""
+        texts = tokenizer.pieces(document.text)
+        if len(texts) < 2:
+            return [document]
+        ends = np.cumsum([len(text) for text in texts])
+        places = document.begin + (document.end - document.begin) * ends // max(1, int(ends[-1]))
+        return [
+            document._replace(text=text, begin=int(begin), end=int(end), is_end=text is texts[-1])
+            for text, begin, end in zip(texts, [document.begin, *places[:-1]], places, strict=True)
+        ]
+
     def encode(self, documents: Sequence[Document], tokenizer: Tokenizer) -> list[list[Encoded]]:
         """See `Form`."""
         end = np.array([tokenizer.end_of_document], np.uint32)
         encoded = tokenizer.encode_documents([document.text for document in documents], threads=1)
-        return [[Encoded(np.concatenate([ids, end]))] for ids in encoded]
+        return [
+            [Encoded(np.concatenate([ids, end]) if document.is_end else ids)]
+            for document, ids in zip(documents, encoded, strict=True)
+        ]
 
 
 def at(record: Any, path: str) -> Any:

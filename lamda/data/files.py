@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
-from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
@@ -62,6 +61,11 @@ class File:
         return "://" in self.url
 
     @property
+    def is_compressed(self) -> bool:
+        """Whether its text is shorter as stored."""
+        return self.url.endswith((".zst", ".gz"))
+
+    @property
     def name(self) -> str:
         """Its remote address or local name: what a corpus that has moved keeps."""
         return self.url if self.is_remote else Path(self.url).name
@@ -73,53 +77,84 @@ class File:
 
 
 class Line(NamedTuple):
-    """A line without its newline, its number from 0 and the offset of its first decompressed byte."""
+    """A line without its newline and its number.
+
+    byte: offset of its first byte in the decompressed file. stored: about where that lies in the stored file.
+    """
 
     number: int
     byte: int
     data: bytes
+    stored: int
 
 
 def read_lines(file: File, *, number: int = 0, byte: int = 0) -> Iterator[Line]:
-    """The lines of a file from line `number`, which begins at decompressed offset `byte`.
+    """The lines of a file from decompressed offset `byte` on, numbered from `number`.
 
     A line longer than LONGEST_LINE comes as its first LONGEST_LINE + 1 bytes. A byte order mark is no part of a
     line: files that have one are often joined. Raises DataError where the file is shorter than its size, ends inside
     a compressed frame, or is not the one that was resolved.
     """
-    begun, length = bytearray(), 0  # of a line that continues in the next chunk
+    begun, length, stored = bytearray(), 0, byte  # of a line that continues in the next chunk
     for chunk in _decompressed(file, skip=byte):
-        *complete, rest = chunk.split(b"\n")
+        *complete, rest = chunk.data.split(b"\n")
+        at = 0  # in the chunk
         for data in complete:
             end = byte + length + len(data) + 1
+            begins = stored if length else chunk.stored(at)
+            at += len(data) + 1
             if length:
                 begun += data[: LONGEST_LINE + 1 - len(begun)]
                 data, begun, length = bytes(begun), bytearray(), 0
-            yield Line(number, byte, data[: LONGEST_LINE + 1].removeprefix(BOM))
+            yield Line(number, byte, data[: LONGEST_LINE + 1].removeprefix(BOM), begins)
             number, byte = number + 1, end
+        if rest and not length:
+            stored = chunk.stored(at)
         begun += rest[: LONGEST_LINE + 1 - len(begun)]
         length += len(rest)
     if length:
-        yield Line(number, byte, bytes(begun).removeprefix(BOM))
+        yield Line(number, byte, bytes(begun).removeprefix(BOM), stored)
+
+
+def decompressed_size(file: File) -> int:
+    """Bytes of the whole decompressed file, counted; raises as `read_lines`."""
+    return sum(len(chunk.data) for chunk in _decompressed(file, skip=0))
 
 
 def read_all(file: File) -> bytes:
     """The whole decompressed file without a byte order mark; raises as `read_lines`."""
-    return b"".join(_decompressed(file, skip=0)).removeprefix(BOM)
+    return b"".join(chunk.data for chunk in _decompressed(file, skip=0)).removeprefix(BOM)
 
 
-def _decompressed(file: File, *, skip: int) -> Iterator[bytes]:
+class _Chunk(NamedTuple):
+    """Decompressed bytes: those from `skipped` on, of `size` that come from stored bytes `before` to `after`."""
+
+    data: bytes
+    before: int
+    after: int
+    size: int
+    skipped: int = 0
+
+    def stored(self, place: int) -> int:
+        """About where a place in the data is stored; the same wherever reading began."""
+        return self.before + (self.after - self.before) * (self.skipped + place) // self.size
+
+
+def _decompressed(file: File, *, skip: int) -> Iterator[_Chunk]:
+    """Chunks from decompressed offset `skip` on, none empty."""
     if file.url.endswith(".zst"):
         chunks = _inflate(_raw(file), _zstd, file)
     elif file.url.endswith(".gz"):
         chunks = _inflate(_raw(file), lambda: zlib.decompressobj(wbits=31), file, padding=b"\0")
     else:
-        yield from _raw(file, start=skip)
+        for data in _raw(file, start=skip):
+            yield _Chunk(data, skip, skip + len(data), len(data))
+            skip += len(data)
         return
     for chunk in chunks:
-        if skip < len(chunk):
-            yield chunk[skip:] if skip else chunk
-        skip = max(0, skip - len(chunk))
+        if skip < chunk.size:
+            yield chunk._replace(data=chunk.data[skip:], skipped=skip) if skip else chunk
+        skip = max(0, skip - chunk.size)
 
 
 def _zstd() -> _Decompressor:
@@ -136,41 +171,50 @@ class _Decompressor(Protocol):
 
 def _inflate(
     raw: Iterable[bytes], new: Callable[[], _Decompressor], file: File, *, padding: bytes = b""
-) -> Iterator[bytes]:
+) -> Iterator[_Chunk]:
     """The content of all frames, in bounded chunks; `padding` may stand after a frame, as gzip's tools allow."""
     frame: _Decompressor | None = None
-    begun = False
+    begun, fed = False, 0
     try:
-        for compressed in chain.from_iterable(map(_morsels, raw)):
+        for compressed in _morsels(raw):
             while compressed:
                 if frame is None:
-                    compressed = compressed.lstrip(padding) if begun else compressed
+                    stripped = compressed.lstrip(padding) if begun else compressed
+                    fed, compressed = fed + len(compressed) - len(stripped), stripped
                     if not compressed:
                         break
                     frame, begun = new(), True
-                yield frame.decompress(compressed)
-                compressed, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+                found, before = frame.decompress(compressed), fed
+                rest, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+                fed, compressed = fed + len(compressed) - len(rest), rest
+                if found:
+                    yield _Chunk(found, before, fed, len(found))
     except (zstandard.ZstdError, zlib.error) as error:
         raise DataError(f"{file.url}: cannot be decompressed, is damaged or of another kind ({error})") from error
     if frame is not None:
         raise DataError(f"{file.url}: ends inside a compressed frame; the file is truncated")
 
 
-def _morsels(chunk: bytes) -> Iterator[bytes]:
-    return (chunk[start : start + MORSEL] for start in range(0, len(chunk), MORSEL))
+def _morsels(raw: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes, MORSEL at a time, however a server hands them out: chunks are a function of the file."""
+    rest = b""
+    for chunk in raw:
+        joined = rest + chunk
+        whole = len(joined) - len(joined) % MORSEL
+        yield from (joined[start : start + MORSEL] for start in range(0, whole, MORSEL))
+        rest = joined[whole:]
+    if rest:
+        yield rest
 
 
 def _raw(file: File, *, start: int = 0) -> Iterator[bytes]:
-    """The stored bytes from `start` on; a local file's are hashed from its first byte, wherever reading begins."""
-    hashed = file.sha256 is not None and (start == 0 or not file.is_remote)
-    read, digest = (0 if hashed else start), sha256()
-    for chunk in _stored(file, read):
+    """The stored bytes from `start` on; those of a whole file are compared with its sha256."""
+    hashed, read, digest = file.sha256 is not None and start == 0, start, sha256()
+    for chunk in _stored(file, start):
         if hashed:
             digest.update(chunk)
-        wanted = chunk[max(0, start - read) :]
         read += len(chunk)
-        if wanted:
-            yield wanted
+        yield chunk
     if read != file.size:
         raise DataUnavailableError(f"{file.url}: {read} bytes could be read, but the file has {file.size}")
     if hashed and digest.hexdigest() != file.sha256:

@@ -17,9 +17,15 @@ def splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
         return z ^ (z >> np.uint64(31))
 
 
-def permutation(length: int, *key: int) -> NDArray[np.int64]:
-    """A permutation of `range(length)` that is a function of `key` alone."""
+def mixed(*key: int) -> NDArray[np.uint64]:
+    """One number that is a function of `key`, [1]."""
     state = np.zeros(1, np.uint64)
     for part in key:
         state = splitmix64(state ^ np.uint64(part))
-    return np.argsort(splitmix64(state ^ splitmix64(np.arange(length, dtype=np.uint64))), kind="stable")
+    return state
+
+
+def permutation(length: int, *key: int) -> NDArray[np.int64]:
+    """A permutation of `range(length)` that is a function of `key` alone."""
+    hashes = splitmix64(mixed(*key) ^ splitmix64(np.arange(length, dtype=np.uint64)))
+    return np.argsort(hashes, kind="stable")

@@ -1,4 +1,8 @@
-"""Held-out text as rows: once, in order, unshuffled; each row begins with the last token of the one before."""
+"""Held-out text as rows: once, in order, unshuffled; each row begins with the last token of the one before.
+
+The first one begins with an end symbol, so that every token is scored once: a document's first one after the end of
+the document before it, as in training and in the rolling log-likelihood of lm-eval.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,10 @@ from numpy.typing import NDArray
 
 from lamda.data.card import Source
 from lamda.data.documents import Document, Form
+from lamda.data.errors import DataError
 from lamda.data.files import File
-from lamda.data.lanes import RAW_TEXT, Cursor, Lane, cut_into_lanes, read_lane
+from lamda.data.lanes import RAW_TEXT, Cursor, read_lane, whole_lane
+from lamda.data.quarantine import BadLine
 from lamda.data.resolving import resolve
 from lamda.data.tokenizer import Tokenizer
 
@@ -24,10 +30,10 @@ MOST_SHARES = 64
 class Row:
     """A row of held-out text.
 
-    ids: [L+1] uint32. scored: [L] bool, the targets that count: all but a document's first token and the padding of
-    the last row. domains: [L] int32, of the targets. utf8_bytes: [number of domains so far] int64, the text that this
-    row is the first to show. documents: [L] int32, of the inputs, where attention stays inside a document: an end
-    symbol is the first input of the next, as in training.
+    ids: [L+1] uint32. scored: [L] bool, the targets that count: all but the padding of the last row. domains: [L]
+    int32, of the targets. utf8_bytes: [number of domains so far] int64, the text of the targets. documents: [L] int32,
+    of the inputs, where attention stays inside a document: an end symbol is the first input of the next, as in
+    training.
     """
 
     ids: NDArray[np.uint32]
@@ -84,20 +90,19 @@ class HeldOut:
             yield from self._documents_of(source, file)
 
     def _documents_of(self, source: Source, file: File) -> Iterator[Document]:
-        (lane,) = cut_into_lanes(source, [file], lanes=1, form=self.form)
-        return _first_epoch(lane)
+        entries = read_lane(whole_lane(source, file, form=self.form), Cursor())
+        return (entry for entry in entries if isinstance(entry, Document))
 
     def _rows_of(self, documents: Iterator[Document], domains: list[str]) -> Iterator[Row]:
         length = self.sequence_length
-        stream = _Stream.empty()
-        fresh = True
+        stream = _Stream.of_end(self.tokenizer.end_of_document)
         for chunk in self._encoded(documents, domains):
             stream = stream + chunk
             while len(stream.ids) > length:
-                yield self._row(stream.head(length + 1), fresh, len(domains))
-                stream, fresh = stream.tail(length), False
-        if len(stream.ids) > 1 or (fresh and len(stream.ids)):
-            yield self._row(stream, fresh, len(domains))
+                yield self._row(stream.head(length + 1), len(domains))
+                stream = stream.tail(length)
+        if len(stream.ids) > 1:
+            yield self._row(stream, len(domains))
 
     def _encoded(self, documents: Iterator[Document], domains: list[str]) -> Iterator[_Stream]:
         for document in documents:
@@ -109,15 +114,13 @@ class HeldOut:
             first[0] = True
             yield _Stream(ids, first, np.full(len(ids), domains.index(document.domain), np.int32))
 
-    def _row(self, stream: _Stream, fresh: bool, known: int) -> Row:  # noqa: FBT001
-        counted = slice(0 if fresh else 1, None)
-        shown = np.bincount(
-            stream.domains[counted], weights=self.tokenizer.token_bytes[stream.ids[counted]], minlength=known
-        )
+    def _row(self, stream: _Stream, known: int) -> Row:
+        sizes = self.tokenizer.token_bytes[stream.ids[1:]]
+        shown = np.bincount(stream.domains[1:], weights=sizes, minlength=known)
         missing = self.sequence_length + 1 - len(stream.ids)
         return Row(
             ids=np.pad(stream.ids, (0, missing), constant_values=self.tokenizer.padding),
-            scored=np.pad(~stream.first[1:], (0, missing)),
+            scored=np.pad(np.ones(len(stream.ids) - 1, bool), (0, missing)),
             domains=np.pad(stream.domains[1:], (0, missing)),
             utf8_bytes=shown.astype(np.int64),
             documents=self._documents_of_inputs(stream, missing) if self.document_mask else None,
@@ -139,8 +142,9 @@ class _Stream:
     domains: NDArray[np.int32]
 
     @staticmethod
-    def empty() -> _Stream:
-        return _Stream(np.empty(0, np.uint32), np.empty(0, bool), np.empty(0, np.int32))
+    def of_end(end: int) -> _Stream:
+        """The end symbol that comes before the first document."""
+        return _Stream(np.array([end], np.uint32), np.zeros(1, bool), np.zeros(1, np.int32))
 
     def __add__(self, other: _Stream) -> _Stream:
         return _Stream(
@@ -162,16 +166,16 @@ def require_documents(source: Source, *, form: Form, on_wait: Callable[[], objec
     Raises DataError where there is none, at a run's start and not at its first evaluation.
     """
     for file in resolve(source, on_wait=on_wait)[:MOST_SHARES]:
-        (lane,) = cut_into_lanes(source, [file], lanes=1, form=form)
-        with closing(read_lane(lane, Cursor())) as documents:
-            next(documents)
-
-
-def _first_epoch(lane: Lane) -> Iterator[Document]:
-    for document in read_lane(lane, Cursor()):
-        if document.epoch:
-            return
-        yield document
+        bad: list[BadLine] = []
+        with closing(read_lane(whole_lane(source, file, form=form), Cursor())) as entries:
+            for entry in entries:
+                if isinstance(entry, Document):
+                    break
+                bad.append(entry)
+            else:
+                raise DataError(
+                    f"{file.url}: holds no document. {'; '.join(f'{b.place}: {b.reason}' for b in bad[:3])}"
+                )
 
 
 def micro_batches(rows: Iterator[Row], *, size: int, rank: int, world: int) -> Iterator[Sequence[Row]]:

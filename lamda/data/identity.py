@@ -99,6 +99,6 @@ def cannot_open(name: str, error: OSError) -> DataError | DataUnavailableError:
     told = f"{name}: cannot be read ({error.strerror or error})"
     if error.errno in (errno.EMFILE, errno.ENFILE):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        told += f"; each lane keeps a file open, and this process may have {limit}: raise it with `ulimit -n`, or set "
-        told += "data.lanes lower"
+        told += f"; each lane (64 a source at most) keeps a file open, and this process may have {limit}: raise it "
+        told += "with `ulimit -n`"
     return DataUnavailableError(told) if error.errno in PASSING else DataError(told)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lamda.data.block_files import BlockFolder
-from lamda.data.blocks import Block, Packing, read_blocks
+from lamda.data.blocks import Packing, Part, RowBlock
 from lamda.data.corpus import Corpus
-from lamda.data.lanes import Cursor
+from lamda.data.errors import DataError
+from lamda.data.lanes import Lane
 from lamda.data.order import next_samples
-from lamda.data.quarantine import KEPT, BadLine, Quarantined, first_of
+from lamda.data.quarantine import Quarantined
+from lamda.data.rows import LaneRows, RowReader
 from lamda.data.tokenizer import Tokenizer
+from lamda.data.windows import Announcement, Plan, SourceOrder, Window, places
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,14 @@ class Step:
 
     digests: the sha256 of each of the rank's rows, and positions: its place among the step's
     samples; `batch_digest` puts all ranks' together. consumed: the order's next sample after this
-    step.
+    step. epochs: of each source, by name, how many are over.
     """
 
     micro_batches: tuple[MicroBatch, ...]
     positions: NDArray[np.int64]
     digests: NDArray[np.uint8]
     consumed: int
+    epochs: Mapping[str, float] = field(default_factory=dict)
 
 
 def batch_digest(digests: NDArray[np.uint8]) -> str:
@@ -56,62 +60,24 @@ def batch_digest(digests: NDArray[np.uint8]) -> str:
 
 def row_digest(ids: NDArray[np.uint32]) -> NDArray[np.uint8]:
     """The sha256 of a row's ids as little-endian uint32, [32] uint8."""
-    return np.frombuffer(sha256(ids.astype("<u4").tobytes()).digest(), np.uint8)
+    return np.frombuffer(sha256(np.ascontiguousarray(ids, "<u4").data).digest(), np.uint8)
 
 
-class _LaneReader:
-    """A lane's rows by number, in rising order; the next block is made in the background."""
-
-    def __init__(
-        self,
-        blocks: Generator[tuple[Block, Cursor]],
-        cursor: Cursor,
-        pool: ThreadPoolExecutor,
-        domains: Mapping[str, int],
-    ) -> None:
-        self._domains = domains
-        self.cursors = [cursor]
-        self.quarantined: list[tuple[int, BadLine]] = []
-        self._blocks, self._pool = blocks, pool
-        self._block: Block | None = None
-        self._coming: Future[tuple[Block, Cursor]] = pool.submit(next, blocks)
-
-    def block(self, block: int) -> tuple[Block, NDArray[np.int16]]:
-        """A block and the domain of each of its tokens, [R, L+1]."""
-        while self._block is None or self._block.number < block:
-            self._block, cursor = self._coming.result()
-            self._domain_of = self._domains_of(self._block)
-            self.cursors.append(cursor)
-            if len(self.quarantined) < KEPT:
-                self.quarantined += [(self._block.number, bad) for bad in self._block.quarantined]
-            self._coming = self._pool.submit(next, self._blocks)
-        return self._block, self._domain_of
-
-    def _domains_of(self, block: Block) -> NDArray[np.int16]:
-        other = len(self._domains)
-        numbers = np.array([self._domains.get(document.domain, other) for document in block.documents], np.int16)
-        return numbers[block.document_of]
-
-    def close(self) -> None:
-        """Let go of files; ready blocks that were made are kept."""
-        self._blocks.close()
-
-    def best_cursor(self, block: int) -> Cursor:
-        """The last known cursor that is not past `block`; older ones are forgotten."""
-        while len(self.cursors) > 1 and self.cursors[1].block <= block:
-            self.cursors.pop(0)
-        return self.cursors[0]
+def alone(value: Any) -> list[Any]:
+    """What an exchange between ranks gives where there is one."""
+    return [value]
 
 
 class Loader:
     """The steps of one rank, from any place in the global order.
 
-    `cursors` are starting points of lanes (missing ones start at their beginning); with them or
-    without, the samples are the same. domains: their names in the order of their numbers; every
-    other name counts as one more. document_mask: attention stays inside a document, and its documents are handed
-    on; the end symbol before a document is its first input, as where inference begins a text, and other targets in
-    another document than the token before do not count. ready: where blocks are kept. Close it, or use it as a
-    context, to end its threads.
+    order: the windows of each source that are known, as `order` gave them; without them the samples are the same, and
+    all text before `consumed` is read again. exchange: gives the values of all ranks; every rank calls it before the
+    same steps. domains: their names in the order of their numbers; every other name counts as one more. document_mask:
+    attention stays inside a document, and its documents are handed on; the end symbol before a document is its first
+    input, as where inference begins a text, and other targets in another document than the token before do not count.
+    ready: where rows are kept. on_window: called with a source's number and its windows when another one is known.
+    Close it, or use it as a context, to end its threads.
     """
 
     def __init__(
@@ -120,29 +86,39 @@ class Loader:
         tokenizer: Tokenizer,
         *,
         packing: Packing,
+        seed: int,
         batch: int,
         micro_batch: int,
         rank: int,
         world: int,
         consumed: int = 0,
         skipped: Sequence[tuple[int, int]] = (),
-        cursors: Mapping[int, Cursor] | None = None,
+        order: Sequence[SourceOrder] = (),
+        exchange: Callable[[Any], list[Any]] = alone,
         threads: int = 1,
         domains: Sequence[str] = (),
         document_mask: bool = False,
         ready: BlockFolder | None = None,
+        on_window: Callable[[int, SourceOrder], object] = lambda source, order: None,
     ) -> None:
-        self._corpus, self._tokenizer, self._packing = corpus, tokenizer, packing
+        self._corpus, self._tokenizer, self._packing, self._seed = corpus, tokenizer, packing, seed
         self._batch, self._micro_batch = batch, micro_batch
-        self._runs = batch // (micro_batch * world)
-        self._rank = rank
+        self._share = batch // world
+        self._rank, self._world = rank, world
         self._consumed, self._skipped = consumed, tuple(skipped)
-        self._start = dict(cursors or {})
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lane")
-        self._domains = {name: index for index, name in enumerate(domains)}
-        self._document_mask, self._ready = document_mask, ready
-        self._readers: dict[int, _LaneReader] = {}
-        self._open_lanes()
+        self._exchange, self._on_window = exchange, on_window
+        self._document_mask = document_mask
+        numbers = {name: index for index, name in enumerate(domains)}
+        self._rows = RowReader(corpus.lanes, tokenizer, packing, threads=threads, domains=numbers, ready=ready)
+        before = corpus.mixture.rows_before(consumed).tolist()
+        known = order or [SourceOrder() for _ in corpus.sources]
+        self._order = [each.without(row) for each, row in zip(known, before, strict=True)]
+        self._stage = corpus.mixture.stage(consumed)
+        self._own, self._near = self._lanes_of(margin=0.0), self._lanes_of(margin=2 / batch)
+        self._places: dict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        for source in range(len(corpus.sources)):
+            self._begin_known(source)
+            self._begin_next(source)
 
     def __enter__(self) -> Loader:
         return self
@@ -156,103 +132,203 @@ class Loader:
 
     def close(self) -> None:
         """End the background threads."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        for reader in self._readers.values():
-            reader.close()
+        self._rows.close()
 
-    def cursors(self, consumed: int) -> dict[int, Cursor]:
-        """For each lane this rank knows of, the nearest cursor at or before its first row that is not consumed."""
-        blocks = self._corpus.order.rows_before(consumed) // self._packing.rows
-        known = {lane: cursor for lane, cursor in self._start.items() if cursor.block <= blocks[lane]}
-        known.update({lane: reader.best_cursor(int(blocks[lane])) for lane, reader in self._readers.items()})
-        return known
+    def order(self) -> tuple[SourceOrder, ...]:
+        """The windows that a loader needs to continue from the last step that was given; the same on every rank."""
+        return tuple(self._order)
 
     def quarantined(self) -> list[Quarantined]:
-        """The first bad lines, by lane and block, of all blocks that this rank took rows from or passed by."""
-        return first_of(
-            Quarantined(lane, block, bad) for lane, reader in self._readers.items() for block, bad in reader.quarantined
-        )
+        """The first bad lines, by lane and place, of all text that this rank has read."""
+        return self._rows.quarantined()
 
-    def _own_samples(self) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64], int]:
-        """Positions in the step, lanes and rows of this rank's samples, sorted by lane; the next `consumed`."""
-        samples, consumed = next_samples(self._consumed, self._batch, self._skipped)
-        lanes, rows = self._corpus.order.rows(samples)
-        share = self._runs * self._micro_batch
-        own = np.argsort(lanes, kind="stable")[self._rank * share : (self._rank + 1) * share]
-        return own, lanes[own], rows[own], consumed
+    def _lanes_of(self, *, margin: float) -> list[frozenset[int]]:
+        """Of each source the lanes that this rank reads: a step's rows, sorted by lane, are cut into equal parts.
 
-    def _open_lanes(self) -> None:
-        """Begin with the lanes of the first step, so that their first blocks are made side by side."""
-        for lane in np.unique(self._own_samples()[1]):
-            self._reader(int(lane))
+        margin: by how much wider the part is than equal, so that the lanes at its edges are in it. Without one, a lane
+        belongs to one rank.
+        """
+        found, begin = [], 0.0
+        table = self._corpus.mixture.tables[self._stage]
+        for lanes, share in zip(self._corpus.sources, table.count / len(table.slots), strict=True):
+            lengths = np.array([lane.length for lane in lanes], np.float64)
+            ends = begin + share * np.cumsum(lengths) / max(1.0, lengths.sum())
+            begins = np.concatenate([[begin], ends[:-1]])
+            low, high = self._rank / self._world, (self._rank + 1) / self._world
+            if margin:
+                own = (ends > low - margin) & (begins < high + margin)
+            else:
+                owner = np.minimum(self._world - 1, ((begins + ends) / 2 * self._world).astype(int))
+                own = owner == self._rank
+            found.append(frozenset(np.flatnonzero(own).tolist()))
+            begin += float(share)
+        return found
 
-    def _reader(self, lane: int) -> _LaneReader:
-        if lane not in self._readers:
-            cursor = self._start.get(lane, Cursor())
-            make = read_blocks if self._ready is None else self._ready.blocks
-            blocks = make(self._corpus.lanes[lane], cursor, packing=self._packing, tokenizer=self._tokenizer)
-            self._readers[lane] = _LaneReader(blocks, cursor, self._pool, self._domains)
-        return self._readers[lane]
+    def _enter_stage(self, stage: int) -> None:
+        """Read other lanes where the weights have changed; all ranks do so at the same step."""
+        if stage != self._stage:
+            self._stage = stage
+            self._own, self._near = self._lanes_of(margin=0.0), self._lanes_of(margin=2 / self._batch)
+            for source in range(len(self._corpus.sources)):
+                self._begin_known(source)
+                self._begin_next(source)
+
+    def _begin_known(self, source: int) -> None:
+        """Read this rank's rows of the windows that are known, the oldest first."""
+        for window in self._order[source].windows:
+            for lane in sorted(self._own[source] | self._near[source]):
+                if window.counts[lane]:
+                    self._rows.begin(self._lane(source, lane).index, window.number, self._part(source, window, lane))
+
+    def _begin_next(self, source: int) -> None:
+        """Read this rank's own lanes of the next window, unless two windows are in memory already."""
+        if len(self._order[source].windows) < 2:
+            plan = self._order[source].plan(self._corpus.shapes[source])
+            for lane in sorted(self._own[source]):
+                of = self._lane(source, lane)
+                self._rows.begin(of.index, plan.number, plan.part(lane, of.length))
+
+    def _lane(self, source: int, lane: int) -> Lane:
+        return self._corpus.sources[source][lane]
+
+    def _part(self, source: int, window: Window, lane: int) -> Part:
+        return window.part(lane, self._lane(source, lane).length)
 
     def _next_step(self) -> Step:
-        positions, lanes, numbers, consumed = self._own_samples()
-        blocks, places = np.divmod(numbers, self._packing.rows)
-        rows = [
-            self._row(*self._reader(int(lane)).block(int(block)), int(place))
-            for lane, block, place in zip(lanes, blocks, places, strict=True)
-        ]
+        samples, consumed = next_samples(self._consumed, self._batch, self._skipped)
+        self._enter_stage(self._corpus.mixture.stage(int(samples[0])))
+        sources, numbers = self._corpus.mixture.rows(samples)
+        needed = {source: numbers[sources == source] for source in np.unique(sources).tolist()}
+        self._announce(needed)
+        windows, lanes, rows = (np.empty(self._batch, np.int64) for _ in range(3))
+        for source, own in needed.items():
+            of = sources == source
+            windows[of], lanes[of], rows[of] = self._places_of(source, own)
+        ranks = np.lexsort((lanes, sources))[self._rank * self._share : (self._rank + 1) * self._share]
+        own = zip(*(each[ranks].tolist() for each in (sources, windows, lanes, rows)), strict=True)
+        found = [(self._rows_of(source, window, lane), row) for source, window, lane, row in own]
         self._consumed = consumed
-        starts = range(0, len(rows), self._micro_batch)
+        starts = range(0, len(found), self._micro_batch)
+        micro_batches = tuple(self._micro_batch_of(found[start : start + self._micro_batch]) for start in starts)
         return Step(
-            micro_batches=tuple(_stacked(rows[start : start + self._micro_batch]) for start in starts),
-            positions=positions,
-            digests=np.stack([row_digest(row.ids) for row in rows]),
+            micro_batches=micro_batches,
+            positions=ranks,
+            digests=np.stack([row_digest(ids) for each in micro_batches for ids in each.ids]),
             consumed=consumed,
+            epochs=self._epochs(consumed),
         )
 
-    def _row(self, block: Block, domain_of: NDArray[np.int16], place: int) -> MicroBatch:
-        """One row, without the dimension of the batch."""
-        ids, documents = block.ids[place], None
-        scored = np.ones(len(ids) - 1, bool) if block.loss_mask is None else block.loss_mask[place, 1:]
-        if self._document_mask:
-            documents, is_inside = separated(
-                block, place, packing=self._packing, end_of_document=self._tokenizer.end_of_document
-            )
-            scored = scored & is_inside
-        return MicroBatch(ids, scored, domain_of[place, 1:], documents)
+    def _announce(self, needed: Mapping[int, NDArray[np.int64]]) -> None:
+        """Exchange windows until each source's rows are in the first three quarters of those that are known.
+
+        All ranks know the same windows and need the same rows, so that they exchange before the same steps.
+        """
+        for source, rows in needed.items():
+            self._let_go(source, int(rows.min()))
+        while due := [source for source, rows in needed.items() if self._is_due(source, int(rows.max()))]:
+            plans = {source: self._order[source].plan(self._corpus.shapes[source]) for source in due}
+            own = {
+                (source, lane): self._own_part(source, lane, plan)
+                for source, plan in plans.items()
+                for lane in sorted(self._own[source])
+            }
+            said = {key: value for part in self._exchange(own) for key, value in part.items()}
+            for source, plan in plans.items():
+                self._add(source, plan, said)
+                self._let_go(source, int(needed[source].min()))
+
+    def _is_due(self, source: int, row: int) -> bool:
+        windows = self._order[source].windows
+        return not windows or row >= windows[-1].base + 3 * windows[-1].rows // 4
+
+    def _own_part(self, source: int, lane: int, plan: Plan) -> Announcement:
+        of = self._lane(source, lane)
+        return self._rows.get(of.index, plan.number, plan.part(lane, of.length)).announcement
+
+    def _add(self, source: int, plan: Plan, said: Mapping[tuple[int, int], Announcement]) -> None:
+        shape = self._corpus.shapes[source]
+        self._order[source] = self._order[source].add(
+            plan, [said[source, lane] for lane in range(len(shape.lengths))], shape
+        )
+        window = self._order[source].windows[-1]
+        if window.ends_an_empty_epoch:
+            raise DataError(f"source {self._lane(source, 0).source.name!r}: none of its lines holds a document")
+        self._on_window(source, self._order[source])
+        self._begin_known(source)
+        self._begin_next(source)
+
+    def _let_go(self, source: int, row: int) -> None:
+        """Drop windows that end before a row of the source, and read on where there is room."""
+        before = self._order[source]
+        self._order[source] = before.without(row)
+        windows = self._order[source].windows
+        if len(windows) == len(before.windows):
+            return
+        for lane in self._corpus.sources[source]:
+            self._rows.drop(lane.index, before=windows[0].number)
+        for key in [key for key in self._places if key[0] == source and key[1] < windows[0].number]:
+            del self._places[key]
+        self._begin_next(source)
+
+    def _places_of(
+        self, source: int, rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Window, lane and row in the lane's part of each of a source's rows."""
+        found = np.empty((3, len(rows)), np.int64)
+        for window in self._order[source].windows:
+            key, own = (source, window.number), (rows >= window.base) & (rows < window.base + window.rows)
+            if key not in self._places:
+                self._places[key] = places(window, seed=self._seed, source=source, in_order=self._corpus.is_in_order)
+            found[0, own] = window.number
+            found[1, own], found[2, own] = (each[rows[own] - window.base] for each in self._places[key])
+        return found[0], found[1], found[2]
+
+    def _epochs(self, consumed: int) -> dict[str, float]:
+        before = self._corpus.mixture.rows_before(consumed).tolist()
+        return {
+            lanes[0].source.name: order.epochs_at(row)
+            for lanes, order, row in zip(self._corpus.sources, self._order, before, strict=True)
+        }
+
+    def _rows_of(self, source: int, number: int, lane: int) -> LaneRows:
+        window = next(window for window in self._order[source].windows if window.number == number)
+        return self._rows.get(self._lane(source, lane).index, number, self._part(source, window, lane))
+
+    def _micro_batch_of(self, found: Sequence[tuple[LaneRows, int]]) -> MicroBatch:
+        shape = len(found), self._packing.length
+        ids, scored = np.empty((shape[0], shape[1] + 1), np.uint32), np.ones(shape, bool)
+        domains = np.empty(shape, np.int16)
+        documents = np.empty(ids.shape, np.int32) if self._document_mask else None
+        for place, (rows, row) in enumerate(found):
+            block = rows.block
+            ids[place] = block.ids[row]
+            if block.loss_mask is not None:
+                scored[place] = block.loss_mask[row, 1:]
+            if documents is not None:
+                end = self._tokenizer.end_of_document
+                documents[place], is_inside = separated(block, row, packing=self._packing, end_of_document=end)
+                scored[place] &= is_inside
+            spans = block.spans[block.spans_of(row)]
+            domain_of = rows.domains[spans["document"]]  # a document of -1 has the last
+            domains[place] = np.repeat(domain_of, spans["length"])[1:]
+        return MicroBatch(ids, scored, domains, documents)
 
 
 def separated(
-    block: Block, place: int, *, packing: Packing, end_of_document: int
+    block: RowBlock, place: int, *, packing: Packing, end_of_document: int
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """Of a row: [L+1] the document of each token as an input, [L] whether a target is of its input's document.
 
     The end symbol before a document's first token is that document's first input. Examples that are packed whole
     bring one of their own, where they want one.
     """
-    runs = block.run_of[place]
+    spans = block.spans_of(place)
+    runs = np.repeat(np.arange(spans.start, spans.stop, dtype=np.int32), block.spans["length"][spans])
     is_inside = runs[1:] == runs[:-1]
     if packing.method == "whole":
         return runs, is_inside
-    begins = block.runs["token"][runs[1:]] == 0
+    begins = (block.spans["token"][runs[1:]] == 0) & (block.spans["document"][runs[1:]] >= 0)
     opens = ~is_inside & begins & (block.ids[place, :-1] == end_of_document)
     documents = runs.copy()
     documents[:-1][opens] = runs[1:][opens]
     return documents, is_inside | opens
-
-
-def _stacked(rows: Sequence[MicroBatch]) -> MicroBatch:
-    separated = [row.documents for row in rows if row.documents is not None]
-    documents = np.stack(separated) if separated else None
-    ids, scored, domains = (np.stack([getattr(row, name) for row in rows]) for name in ("ids", "scored", "domains"))
-    return MicroBatch(ids, scored, domains, documents)
-
-
-def merge_cursors(parts: Iterable[Mapping[int, Cursor]]) -> dict[int, Cursor]:
-    """Of what all ranks know, the furthest cursor of each lane."""
-    merged: dict[int, Cursor] = {}
-    for part in parts:
-        for lane, cursor in part.items():
-            if lane not in merged or cursor.block > merged[lane].block:
-                merged[lane] = cursor
-    return dict(sorted(merged.items()))

@@ -1,109 +1,126 @@
-"""The global order: which row of which lane is sample g. A closed form, the same on any number of ranks.
+"""The mixture: which row of which source is sample g. A closed form, the same on any number of ranks.
 
-A mixture is nothing more than the table of slots: weights count tokens, exactly in every round of it.
+Weights count tokens: exactly in every round of the table, and within a row of each source at every sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lamda.config.errors import UserError
+
 SLOTS = 16384
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of slots, repeated for ever: slot `g % len(slots)` names the lane of sample g."""
+    """A table of slots, repeated without end: slot `g % len(slots)` names the source of sample g."""
 
     slots: NDArray[np.int32]
-    lanes: int
+    sources: int
 
     @cached_property
-    def _count(self) -> NDArray[np.int64]:
-        return np.bincount(self.slots, minlength=self.lanes)
+    def count(self) -> NDArray[np.int64]:
+        """Slots of each source."""
+        return np.bincount(self.slots, minlength=self.sources)
 
     @cached_property
     def _rank(self) -> NDArray[np.int64]:
-        """For each slot, how many slots of its lane come before it."""
+        """For each slot, how many slots of its source come before it."""
         rank = np.empty(len(self.slots), np.int64)
-        rank[np.argsort(self.slots, kind="stable")] = np.concatenate([np.arange(n) for n in self._count])
+        rank[np.argsort(self.slots, kind="stable")] = np.concatenate([np.arange(n) for n in self.count])
         return rank
 
     def rows(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Lane and row of each sample, both counted from this table's beginning."""
+        """Source and row of each sample, both counted from this table's beginning."""
         turn, slot = np.divmod(samples, len(self.slots))
-        lane = self.slots[slot]
-        return lane, turn * self._count[lane] + self._rank[slot]
+        source = self.slots[slot]
+        return source, turn * self.count[source] + self._rank[slot]
 
     def rows_before(self, sample: int) -> NDArray[np.int64]:
-        """For each lane, how many of its rows come before sample `sample`."""
+        """For each source, how many of its rows come before sample `sample`."""
         turns, slots = divmod(sample, len(self.slots))
-        return turns * self._count + np.bincount(self.slots[:slots], minlength=self.lanes)
+        return turns * self.count + np.bincount(self.slots[:slots], minlength=self.sources)
 
 
 @dataclass(frozen=True)
-class Order:
+class Mixture:
     """Tables one after the other: `starts[i]` is the first sample of `tables[i]`; the first is 0.
 
-    A lane goes on where the table before left it: the rows before a change are counted.
+    A source continues where the table before left it: the rows before a change are counted.
     """
 
     tables: tuple[Table, ...]
     starts: tuple[int, ...] = (0,)
 
+    @property
+    def most(self) -> NDArray[np.int64]:
+        """Of each source, its most slots in any of the tables."""
+        return np.max([table.count for table in self.tables], axis=0)
+
     @cached_property
     def _rows_at_start(self) -> list[NDArray[np.int64]]:
-        rows = [np.zeros(self.tables[0].lanes, np.int64)]
+        rows = [np.zeros(self.tables[0].sources, np.int64)]
         for table, start, end in zip(self.tables, self.starts, self.starts[1:], strict=False):
             rows.append(rows[-1] + table.rows_before(end - start))
         return rows
 
     def rows(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Lane and row of each sample; a lane's rows are numbered as they come, from 0."""
+        """Source and row of each sample; a source's rows are numbered as they come, from 0."""
         stages = np.searchsorted(self.starts, samples, side="right") - 1
-        lanes, rows = np.empty(len(samples), np.int32), np.empty(len(samples), np.int64)
+        sources, rows = np.empty(len(samples), np.int32), np.empty(len(samples), np.int64)
         for stage in np.unique(stages):
             own = stages == stage
-            lanes[own], within = self.tables[stage].rows(samples[own] - self.starts[stage])
-            rows[own] = self._rows_at_start[stage][lanes[own]] + within
-        return lanes, rows
+            sources[own], within = self.tables[stage].rows(samples[own] - self.starts[stage])
+            rows[own] = self._rows_at_start[stage][sources[own]] + within
+        return sources, rows
+
+    def stage(self, sample: int) -> int:
+        """Which of the tables a sample is in."""
+        return int(np.searchsorted(self.starts, sample, side="right")) - 1
 
     def rows_before(self, sample: int) -> NDArray[np.int64]:
-        """For each lane, how many of its rows come before sample `sample`."""
-        stage = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        """For each source, how many of its rows come before sample `sample`."""
+        stage = self.stage(sample)
         return self._rows_at_start[stage] + self.tables[stage].rows_before(sample - self.starts[stage])
 
 
-def make_table(sources: Sequence[tuple[float, Sequence[float]]]) -> Table:
-    """The table for (weight, sizes of its lanes) of each source; lanes are numbered through.
+def make_mixture(sources: Sequence[str], stages: Sequence[tuple[int, Mapping[str, float]]]) -> Mixture:
+    """The mixture of sources by name, for the first sample and the weights of each stage. Raises UserError."""
+    tables = tuple(make_table({name: weights[name] for name in sources}) for _, weights in stages)
+    return Mixture(tables, tuple(start for start, _ in stages))
 
-    Slots go to the sources by weight and then to each one's lanes by size (largest remainders, at least
-    one a lane), and a lane's slots are spread evenly. Equal lanes of one source take plain turns.
+
+def make_table(weights: Mapping[str, float]) -> Table:
+    """Slots by weight (largest remainders), each at the earliest deadline among those that are due.
+
+    A source's k-th slot is due when it falls behind its weight, and its deadline is when the next one would: so that
+    any run of slots holds each source by its weight, to a slot. Of equal deadlines the sources take turns by the
+    reversed bits of their numbers, so that a batch smaller than the number of sources has some of all parts of them
+    and each rank reads its own. Raises UserError for a weight too small for a slot.
     """
-    sizes = [lanes for _, lanes in sources]
-    if len(sources) == 1 and len(set(sizes[0])) == 1:
-        return Table(np.arange(len(sizes[0]), dtype=np.int32), len(sizes[0]))
-    of_sources = _apportion([weight for weight, _ in sources], SLOTS, at_least=[len(lanes) for lanes in sizes])
-    slots = np.concatenate(
-        [_apportion(lanes, total, at_least=[1] * len(lanes)) for lanes, total in zip(sizes, of_sources, strict=True)]
-    )
-    owner = np.repeat(np.arange(len(slots), dtype=np.int32), slots)
-    place = np.concatenate([(np.arange(n) + 0.5) / n for n in slots])
-    return Table(owner[np.lexsort((owner, place))], len(slots))
-
-
-def _apportion(shares: Sequence[float], total: int, *, at_least: Sequence[int]) -> NDArray[np.int64]:
-    """Whole numbers in proportion to `shares` that add up to `total`."""
-    exact = np.asarray(shares, np.float64) / np.sum(shares) * total
-    parts = np.maximum(at_least, np.floor(exact).astype(np.int64))
-    while (missing := total - int(parts.sum())) != 0:
-        spare = np.where(parts > at_least, exact - parts, np.inf)
-        parts[np.argmax(exact - parts) if missing > 0 else np.argmin(spare)] += np.sign(missing)
-    return parts
+    exact = np.array([*weights.values()], np.float64) / sum(weights.values()) * SLOTS
+    count = np.floor(exact).astype(np.int64)
+    count[np.argsort(count - exact, kind="stable")[: SLOTS - int(count.sum())]] += 1
+    if lost := [name for name, slots in zip(weights, count, strict=True) if not slots]:
+        raise UserError(
+            f"the weight of source {', '.join(map(repr, lost))} is less than 1 in {SLOTS:,} rows: give it more, or "
+            "take it out"
+        )
+    bits = len(count).bit_length()
+    turns = np.array(sorted(range(len(count)), key=lambda number: f"{number:0{bits}b}"[::-1]))
+    own, given, slots = count[turns], np.zeros(len(count), np.int64), np.zeros(SLOTS, np.int32)
+    for slot in range(SLOTS if len(count) > 1 else 0):
+        is_due = given * SLOTS < own * (slot + 1)
+        chosen = int(np.argmin(np.where(is_due, (given + 1) / own, np.inf)))
+        slots[slot] = turns[chosen]
+        given[chosen] += 1
+    return Table(slots, len(count))
 
 
 def next_samples(consumed: int, count: int, skipped: Sequence[tuple[int, int]]) -> tuple[NDArray[np.int64], int]:
@@ -119,3 +136,14 @@ def next_samples(consumed: int, count: int, skipped: Sequence[tuple[int, int]]) 
         count -= stop - consumed
         consumed = stop
     return np.concatenate(taken), consumed
+
+
+def consumed_after(count: int, skipped: Sequence[tuple[int, int]]) -> int:
+    """Where `next_samples` is after the first `count` samples."""
+    consumed = 0
+    for start, stop in sorted(skipped):
+        ahead = max(0, start - consumed)
+        if count <= ahead:
+            break
+        count, consumed = count - ahead, max(consumed, stop)
+    return consumed + count

@@ -1,8 +1,10 @@
-"""Packing: the stretches of a block arranged into rows that are all full."""
+"""Packing: stretches of documents arranged into rows, all of them full but the last."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -12,7 +14,54 @@ PIECE = np.dtype([("row", "<i8"), ("start", "<i8"), ("length", "<i8"), ("stretch
 """A part of a row, from `start` on: tokens `offset`, `offset + 1`, ... of a stretch."""
 
 Method = Literal["concat", "best_fit", "whole"]
-"""The last leaves rows with padding; `lamda.data.blocks` does it, not `arrange`."""
+"""The last leaves rows with padding: see `first_fit`."""
+
+GROUP = 256
+"""Rows that are arranged together: the sums of `best_fit` grow with them, and its cuts hardly fall any more."""
+
+
+def arrange_groups(method: Method, lengths: NDArray[np.int64], *, row_length: int) -> NDArray[np.void]:
+    """As `arrange`, for any number of tokens, GROUP rows at a time; what fills no row is the beginning of a last one.
+
+    Args:
+        method, lengths, row_length: as in `arrange`.
+
+    Returns:
+        [pieces] PIECE.
+    """
+    ends = np.cumsum(lengths)
+    begins, total = ends - lengths, int(lengths.sum())
+    if method == "concat":
+        return concat(lengths, rows=-(-total // row_length), row_length=row_length)
+    found = [np.empty(0, PIECE)]
+    edges = [*range(0, total // row_length, GROUP), total // row_length]
+    for low, high in pairwise([row * row_length for row in edges] + [total] * (total % row_length > 0)):
+        first, last = np.searchsorted(ends, low, side="right"), np.searchsorted(begins, high, side="left")
+        own = np.minimum(ends[first:last], high) - np.maximum(begins[first:last], low)
+        if (high - low) % row_length:
+            pieces = concat(own, rows=1, row_length=high - low)
+        else:
+            pieces = arrange(method, own, rows=(high - low) // row_length, row_length=row_length)
+        pieces["row"] += low // row_length
+        pieces["offset"] += np.maximum(low - begins[first:last], 0)[pieces["stretch"]]
+        pieces["stretch"] += first
+        found.append(pieces)
+    return np.concatenate(found)
+
+
+def first_fit(lengths: Sequence[int], *, row_length: int) -> list[int]:
+    """The row of each stretch, the longest first, each in the first row that has room; none is cut.
+
+    Raises ValueError where one is longer than a row.
+    """
+    if max(lengths, default=0) > row_length:
+        raise ValueError(f"a stretch of {max(lengths)} tokens fits in no row of {row_length}")
+    rows, room, used = [0] * len(lengths), np.full(len(lengths), row_length, np.int64), 0
+    for stretch in sorted(range(len(lengths)), key=lambda stretch: -lengths[stretch]):
+        row = int(np.argmax(room[: used + 1] >= lengths[stretch]))
+        rows[stretch], used = row, max(used, row + 1)
+        room[row] -= lengths[stretch]
+    return rows
 
 
 def arrange(method: Method, lengths: NDArray[np.int64], *, rows: int, row_length: int) -> NDArray[np.void]:
@@ -40,13 +89,13 @@ def arrange(method: Method, lengths: NDArray[np.int64], *, rows: int, row_length
 
 
 def concat(lengths: NDArray[np.int64], *, rows: int, row_length: int) -> NDArray[np.void]:
-    """The stretches in the stream's order, cut wherever a row ends. As `arrange`."""
+    """The stretches in the stream's order, cut wherever a row ends. As `arrange`, but the last row may be short."""
     ends = np.cumsum(lengths)
     begins = ends - lengths
     places = np.union1d(begins, np.arange(rows) * row_length)
     pieces = np.empty(len(places), PIECE)
     pieces["row"], pieces["start"] = np.divmod(places, row_length)
-    pieces["length"] = np.diff(places, append=rows * row_length)
+    pieces["length"] = np.diff(places, append=lengths.sum())
     pieces["stretch"] = np.searchsorted(ends, places, side="right")
     pieces["offset"] = places - begins[pieces["stretch"]]
     return pieces

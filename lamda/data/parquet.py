@@ -20,8 +20,20 @@ BATCH = 256
 """Rows that are decoded at a time."""
 
 
-def read_rows(file: File, *, first: int, columns: Sequence[str] | None) -> Iterator[tuple[int, Any]]:
-    """Number and record of each row from row `first` on; a ValueError in place of a record that cannot be decoded.
+def row_groups(file: File) -> tuple[int, ...]:
+    """The rows of each group, as the footer says. Raises DataError where the file cannot be read as parquet."""
+    with _seekable(file) as (source, _):
+        try:
+            footer = pq.ParquetFile(source).metadata
+            return tuple(footer.row_group(group).num_rows for group in range(footer.num_row_groups))
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(file, error) from error
+
+
+def read_rows(file: File, *, first: int, columns: Sequence[str] | None) -> Iterator[tuple[int, int, Any]]:
+    """Of each row from `first` on its number, the number of all rows, and the record.
+
+    A ValueError stands in place of a record that cannot be decoded.
 
     columns: keys of a record, of which those that the file has are read; all of them where it is None. Raises
     DataError where the file cannot be read as parquet, or is not the one that was resolved.
@@ -32,18 +44,21 @@ def read_rows(file: File, *, first: int, columns: Sequence[str] | None) -> Itera
             table = pq.ParquetFile(source, buffer_size=0 if file.is_remote else CHUNK)
             names = table.schema_arrow.names
             missing = _without(columns, names) if columns and not {*columns} & {*names} else None
-            number = 0
+            number, rows_in_all = 0, table.metadata.num_rows
             for group in range(table.num_row_groups):
                 length = table.metadata.row_group(group).num_rows
                 if number + length > first:
                     rows = table.iter_batches(BATCH, row_groups=[group], columns=columns, use_threads=False)
-                    for place, record in enumerate(_records(rows), start=number):
-                        if place >= first:
-                            require_same()
-                            yield place, missing or record
+                    for place, record in _records(rows, number, first=first):
+                        require_same()
+                        yield place, rows_in_all, missing or record
                 number += length
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file.url}: cannot be read as parquet ({str(error).splitlines()[0]})") from error
+            raise _unreadable(file, error) from error
+
+
+def _unreadable(file: File, error: Exception) -> DataError:
+    return DataError(f"{file.url}: cannot be read as parquet ({str(error).splitlines()[0]})")
 
 
 def _without(columns: Sequence[str], names: Sequence[str]) -> ValueError:
@@ -51,13 +66,20 @@ def _without(columns: Sequence[str], names: Sequence[str]) -> ValueError:
     return ValueError(f"no column {' or '.join(map(repr, columns))} (the file has {few(names)})")
 
 
-def _records(batches: Iterator[pa.RecordBatch]) -> Iterator[Any]:
+def _records(batches: Iterator[pa.RecordBatch], number: int, *, first: int) -> Iterator[tuple[int, Any]]:
+    """The records from row `first` on with their numbers; the batches begin at row `number`."""
     for batch in batches:
-        try:
-            yield from batch.to_pylist()
-        except (ValueError, OverflowError):  # text that is not UTF-8, a date that Python does not know
-            for row in range(batch.num_rows):
-                yield _record(batch.slice(row, 1))
+        begin, number = max(number, first), number + batch.num_rows
+        if begin < number:  # what is before is decoded, but made no Python objects of
+            kept = batch.slice(batch.num_rows - (number - begin))
+            yield from enumerate(_records_of(kept), start=begin)
+
+
+def _records_of(batch: pa.RecordBatch) -> list[Any]:
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):  # text that is not UTF-8, a date that Python does not know
+        return [_record(batch.slice(row, 1)) for row in range(batch.num_rows)]
 
 
 def _record(row: pa.RecordBatch) -> Any:

@@ -1,17 +1,17 @@
-"""`lamda prepare`: make a run's blocks ahead, side by side, and go on where it was stopped."""
+"""`lamda prepare`: make a run's rows ahead, side by side, and continue where it was stopped."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,37 +19,42 @@ from lamda.config.errors import RunError, UserError
 from lamda.config.loading import load_config
 from lamda.config.progress import Progress
 from lamda.config.schema import Config
-from lamda.data.block_files import GROUP, BlockFolder
-from lamda.data.blocks import Block, Packing
+from lamda.data.block_files import BlockFolder
+from lamda.data.blocks import LaneReader, Packing, Part, RowBlock
 from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of
+from lamda.data.errors import DataError
 from lamda.data.lanes import Lane
 from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
+from lamda.data.windows import Announcement, SourceOrder
 
 
 @dataclass
 class Summary:
-    """What blocks hold, by domain: documents that begin in them, tokens, UTF-8 bytes; and lines that hold nothing."""
+    """What rows hold, by domain: documents that begin in them, tokens, UTF-8 bytes; and lines that hold nothing."""
 
     documents: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
     utf8_bytes: Counter[str] = field(default_factory=Counter)
     bad_lines: int = 0
     cuts: int = 0
-    blocks: int = 0
+    rows: int = 0
 
-    def add(self, block: Block, token_bytes: np.ndarray) -> None:
-        """Count a block."""
+    def add(self, block: RowBlock, token_bytes: np.ndarray) -> None:
+        """Count a block's targets: where a row begins with a context, that is none."""
         bytes_of = token_bytes[block.ids]
-        for run in block.runs:
-            domain = block.documents[run["document"]].domain
-            part = slice(run["start"], run["start"] + run["length"])
-            self.documents[domain] += int(run["token"] == 0)
-            self.tokens[domain] += int(run["length"])
-            self.utf8_bytes[domain] += int(bytes_of[run["row"], part].sum())
+        for span in block.spans[block.spans["document"] >= 0]:
+            domain = block.documents[span["document"]].domain
+            is_context = block.loss_mask is None or block.loss_mask[span["row"], 0]
+            start, stop = int(span["start"]), int(span["start"] + span["length"])
+            first = max(start, 1) if is_context else start
+            part, begins = slice(first, stop), int(span["token"]) + first - start == 0
+            self.documents[domain] += begins
+            self.cuts += not begins
+            self.tokens[domain] += part.stop - part.start
+            self.utf8_bytes[domain] += int(bytes_of[span["row"], part].sum())
         self.bad_lines += len(block.quarantined)
-        self.cuts += int((block.runs["token"] > 0).sum())
-        self.blocks += 1
+        self.rows += len(block.ids)
 
     def merge(self, other: Summary) -> None:
         """Add another summary to this one."""
@@ -58,7 +63,7 @@ class Summary:
         self.utf8_bytes += other.utf8_bytes
         self.bad_lines += other.bad_lines
         self.cuts += other.cuts
-        self.blocks += other.blocks
+        self.rows += other.rows
 
     def table(self) -> Iterator[str]:
         """Lines for a person."""
@@ -97,49 +102,97 @@ def main(argv: list[str]) -> int:
 
 
 def prepare(corpus: Corpus, folder: BlockFolder, *, config: Config, tokenizer: Path) -> Summary:
-    """Fill `folder` with every block that the run's steps take; a process a core, a lane at a time in each."""
+    """Fill `folder` with all rows that the run's steps take; a process per core, each with lanes of its own."""
     samples = config.steps * config.train.global_batch_size
-    counts = -(-corpus.order.rows_before(samples) // config.data.block_rows)
-    packing, summary = packing_of(config), Summary()
-    workers = len(os.sched_getaffinity(0))
+    needed = corpus.mixture.rows_before(samples).tolist()
+    summary = Summary()
     with (
-        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
-        Progress("making blocks", total=int(counts.sum()), unit="blocks") as shown,
+        _Workers(corpus, folder, packing_of(config), tokenizer) as workers,
+        Progress("making rows", total=sum(needed), unit="rows") as shown,
     ):
-
-        def fill(lane: Lane, number: int) -> Future[tuple[Lane, int, Summary]]:
-            return pool.submit(_fill, lane, number, int(counts[lane.index]), folder, packing, tokenizer)
-
-        coming = {fill(lane, 0) for lane in corpus.lanes if counts[lane.index]}
-        while coming:
-            done, coming = wait(coming, return_when=FIRST_COMPLETED)
-            for lane, number, part in map(_result, done):
-                summary.merge(part)
-                shown.advance(part.blocks)
-                if number < counts[lane.index]:
-                    coming.add(fill(lane, number))
+        for lanes, shape, rows in zip(corpus.sources, corpus.shapes, needed, strict=True):
+            order = SourceOrder()
+            while order.end < rows:
+                plan = order.plan(shape)
+                parts = [plan.part(place, lane.length) for place, lane in enumerate(lanes)]
+                found = workers.fill(lanes, plan.number, parts)
+                for _, part in found:
+                    summary.merge(part)
+                order = order.add(plan, [said for said, _ in found], shape)
+                if order.windows[-1].ends_an_empty_epoch:
+                    raise DataError(f"source {lanes[0].source.name!r}: none of its lines holds a document")
+                order = order.without(order.end)
+                shown.advance(sum(said.rows for said, _ in found))
     return summary
 
 
-def _result(done: Future[tuple[Lane, int, Summary]]) -> tuple[Lane, int, Summary]:
+class _Workers:
+    """A process per core. A lane is always read by the same one, which continues where its last part ended."""
+
+    def __init__(self, *initial: Any) -> None:
+        context = get_context("spawn")
+        self._pools = [
+            ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=initial)
+            for _ in os.sched_getaffinity(0)
+        ]
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in self._pools:
+            pool.shutdown(cancel_futures=True)
+
+    def fill(self, lanes: Sequence[Lane], number: int, parts: Sequence[Part]) -> list[tuple[Announcement, Summary]]:
+        """Bring the lanes' parts of a window to the folder. Raises RunError where a process is gone, and DataError."""
+        jobs = [
+            self._pools[lane.index % len(self._pools)].submit(_fill, lane.index, number, part)
+            for lane, part in zip(lanes, parts, strict=True)
+        ]
+        return [_result(job) for job in jobs]
+
+
+def _result(job: Future[tuple[Announcement, Summary]]) -> tuple[Announcement, Summary]:
     """What `_fill` gave. Raises RunError where its process is gone, and as `_fill`."""
     try:
-        return done.result()
+        return job.result()
     except BrokenProcessPool as error:
         raise RunError(
-            "a process that made blocks was killed (by the system, where memory is short); what is complete stays, and "
+            "a process that made rows was killed (by the system, where memory is short); what is complete stays, and "
             "the same command continues"
         ) from error
 
 
-def _fill(
-    lane: Lane, number: int, stop: int, folder: BlockFolder, packing: Packing, tokenizer_path: Path
-) -> tuple[Lane, int, Summary]:
-    """Bring blocks from `number` to the end of its file, or to `stop`; the block to go on with, and what they hold."""
-    tokenizer, summary = Tokenizer.load(tokenizer_path), Summary()
-    stop = min(stop, (number // GROUP + 1) * GROUP)
-    blocks = folder.blocks(lane, folder.cursor_at(lane.index, number), packing=packing, tokenizer=tokenizer)
-    for block, _ in islice(blocks, stop - number):
-        summary.add(block, tokenizer.token_bytes)
-    blocks.close()
-    return lane, stop, summary
+@dataclass(frozen=True)
+class _Worker:
+    """What a process of `_Workers` keeps between its jobs."""
+
+    corpus: Corpus
+    folder: BlockFolder
+    packing: Packing
+    tokenizer: Tokenizer
+    readers: dict[int, LaneReader] = field(default_factory=dict)
+
+    def fill(self, lane: int, number: int, part: Part) -> tuple[Announcement, Summary]:
+        """Bring a lane's part of a window to the folder, unless it is there."""
+        rows = self.folder.find(lane, number, part)
+        if rows is None:
+            if lane not in self.readers:
+                self.readers[lane] = LaneReader(self.corpus.lanes[lane], self.tokenizer, self.packing)
+            rows = self.readers[lane].read(part)
+            self.folder.keep(lane, number, part, rows, narrow=self.tokenizer.vocab_size <= 1 << 16)
+        summary = Summary()
+        summary.add(rows.block, self.tokenizer.token_bytes)
+        return Announcement(len(rows.block.ids), rows.tokens, rows.after), summary
+
+
+_worker: list[_Worker] = []
+"""Of this process, where it is one of `_Workers`: a pool has no other place for what its jobs share."""
+
+
+def _begin(corpus: Corpus, folder: BlockFolder, packing: Packing, tokenizer: Path) -> None:
+    _worker.append(_Worker(corpus, folder, packing, Tokenizer.load(tokenizer)))
+
+
+def _fill(lane: int, number: int, part: Part) -> tuple[Announcement, Summary]:
+    return _worker[0].fill(lane, number, part)

@@ -24,26 +24,23 @@ KEPT = 100
 
 
 class BadLine(NamedTuple):
-    """A line that gives no document; `line` counts from 0, `beginning` is its first 200 characters."""
+    """A line that gives no document: its place for a person, and its first 200 characters."""
 
-    epoch: int
-    file: str
-    line: int
+    place: str
     reason: str
     beginning: str
 
 
 class Quarantined(NamedTuple):
-    """A bad line, and the lane and block that it was met in."""
+    """A bad line, and the lane that it was met in."""
 
     lane: int
-    block: int
     bad: BadLine
 
 
-def bad_line(epoch: int, file: str, line: int, reason: str, data: bytes) -> BadLine:
+def bad_line(place: str, reason: str, data: bytes) -> BadLine:
     """The record of a bad line from its bytes, which need not be text."""
-    return BadLine(epoch, file, line, reason, data[:800].decode("utf-8", "backslashreplace")[:200])
+    return BadLine(place, reason, data[:800].decode("utf-8", "backslashreplace")[:200])
 
 
 def few(names: Iterable[str]) -> str:
@@ -53,15 +50,12 @@ def few(names: Iterable[str]) -> str:
 
 
 def first_of(found: Iterable[Quarantined]) -> list[Quarantined]:
-    """The first KEPT by lane, block and place; what several ranks or runs found is counted once."""
+    """The first KEPT by lane and place; what several ranks or runs found is counted once."""
     return sorted(set(found))[:KEPT]
 
 
 def write_first(path: Path, found: Iterable[Quarantined]) -> list[Quarantined]:
-    """Keep the first of what `path` holds already and what was found, a JSON object a line; returns what is new.
-
-    In the file lines are counted from 1, as in every message.
-    """
+    """Keep the first of what `path` holds already and what was found, a JSON object a line; returns what is new."""
     known = [_from_json(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
     kept = first_of([*known, *found])
     if kept != known:
@@ -84,13 +78,12 @@ class QuarantineFile:
 
 
 def _to_json(each: Quarantined) -> str:
-    return json.dumps({"lane": each.lane, "block": each.block, **each.bad._asdict(), "line": each.bad.line + 1})
+    return json.dumps({"lane": each.lane, **each.bad._asdict()})
 
 
 def _from_json(line: str) -> Quarantined:
     values = json.loads(line)
-    values["line"] -= 1
-    return Quarantined(values.pop("lane"), values.pop("block"), BadLine(**values))
+    return Quarantined(values.pop("lane"), BadLine(**values))
 
 
 @dataclass
@@ -113,12 +106,12 @@ class Tally:
         self.lines, self.bad = self.lines + 1, self.bad + 1
         if len(self.first) < 3:
             self.first.append(line)
-            log.warning("lane %d: %s, line %d quarantined: %s", self.lane, line.file, line.line + 1, line.reason)
+            log.warning("lane %d: %s quarantined: %s", self.lane, line.place, line.reason)
         self._judge()
 
     def examples(self) -> str:
         """The first bad lines that were met, for a message."""
-        return "; ".join(f"{line.file}, line {line.line + 1}: {line.reason}" for line in self.first)
+        return "; ".join(f"{line.place}: {line.reason}" for line in self.first)
 
     def _judge(self) -> None:
         if self.lines >= JUDGED_FROM and self.bad > self.limit * self.lines:

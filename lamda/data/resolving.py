@@ -214,8 +214,8 @@ def _verify(files: list[File]) -> None:
     left += verify_some([(file.url, file.size, str(file.sha256)) for file in stated if not file.is_remote])
     if left:
         log.info(
-            "not yet verified: the card's sha256 of %d files (the first is %s); each is compared when the file has "
-            "been read from its first byte to its last",
+            "not yet verified: the card's sha256 of %d files (the first is %s); each is compared if one lane reads the "
+            "file from its first byte to its last",
             len(left),
             sorted(left)[0],
         )

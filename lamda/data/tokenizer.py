@@ -126,6 +126,12 @@ class Tokenizer:
         encoded = iter(self._processor.encode(batch, return_type="numpy", num_threads=threads))
         return [self._join(document, encoded) for document in pieces]
 
+    def pieces(self, text: str) -> list[str]:
+        """Parts of a text of about 20 kB: their ids, one after the other, are those of the text."""
+        if len(text) < _PIECE_BYTES // 4 or SPACE_PIECE in text:
+            return [text]
+        return [piece.decode() for piece in _cut(text.encode())] or [text]
+
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without an end symbol; the same as `encode_documents` gives."""
         return self.encode_documents([text], threads=1)[0].tolist()

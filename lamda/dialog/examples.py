@@ -159,6 +159,10 @@ class Conversations:
             raise ValueError("there is nothing to learn: no message of the assistant that is a target, and no rating")
         return orjson.dumps(to_record(conversation)).decode()
 
+    def pieces(self, document: Document, tokenizer: Tokenizer) -> list[Document]:
+        """See `Form`: a conversation is encoded whole."""
+        return [document]
+
     def encode(self, documents: Sequence[Document], tokenizer: Tokenizer) -> list[list[Encoded]]:
         """See `Form`."""
         encoding = Encoding(tokenizer)

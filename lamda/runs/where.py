@@ -6,24 +6,33 @@ import argparse
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cache
-from itertools import pairwise
+from itertools import groupby, pairwise, repeat
+from operator import itemgetter
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from lamda.best_effort import BestEffort
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
-from lamda.data.blocks import Block, read_blocks
+from lamda.config.schema import Config
+from lamda.data.block_files import BlockFolder
+from lamda.data.blocks import LaneReader, Packing, PartRows, RowBlock
 from lamda.data.corpus import Corpus, differences, fingerprint, open_corpus, packing_of
-from lamda.data.lanes import Cursor
+from lamda.data.errors import DataError
+from lamda.data.files import read_lines
+from lamda.data.lanes import RAW_TEXT, Lane, Share
 from lamda.data.loader import batch_digest, row_digest
-from lamda.data.order import next_samples
+from lamda.data.order import consumed_after, next_samples
 from lamda.data.tokenizer import Tokenizer
+from lamda.data.windows import Announcement, Plan, SourceOrder, Window, places
 from lamda.dialog.examples import form_of
 from lamda.training.manifest import STATE, complete, problem_of, read_state
 from lamda.training.metrics import read_metrics
 from lamda.training.run_directory import RunDirectory
+from lamda.training.window_log import KeptWindows
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,8 @@ def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
     states = [read_state(path) for path in sound]
     corpus = open_corpus(config.data, form=form_of(config))
     tokenizer = Tokenizer.load(directory.tokenizer)
-    if states and (differing := differences(states[-1].fingerprint, fingerprint(corpus, config, tokenizer))):
+    current = fingerprint(corpus, config, tokenizer)
+    if states and (differing := differences(states[-1].fingerprint, current)):
         raise UserError(
             f"{directory.path}: the text or its settings are not those of the run any more: {', '.join(differing)}"
         )
@@ -94,30 +104,133 @@ def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
     samples, digest = _samples_of(directory, step, {*known, *directory.skipped()}, batch=config.train.global_batch_size)
     if row is not None and not 0 <= row < len(samples):
         raise UserError(f"--row {row}: step {step} has rows 0 to {len(samples) - 1}")
-    chosen = range(len(samples)) if row is None else [row]
-    lanes, numbers = corpus.order.rows(samples)
-    packing = packing_of(config)
-
-    @cache
-    def block_at(lane: int, number: int) -> Block:
-        start = max((s.cursors[lane] for s in states if lane in s.cursors and s.cursors[lane].block <= number),
-                    key=lambda cursor: cursor.block, default=Cursor())  # fmt: skip
-        blocks = read_blocks(corpus.lanes[lane], start, packing=packing, tokenizer=tokenizer)
-        return next(block for block, _ in blocks if block.number == number)
-
-    found, digests = [], []
-    for place in chosen:
-        lane = int(lanes[place])
-        block_number, block_row = divmod(int(numbers[place]), packing.rows)
-        block = block_at(lane, block_number)
-        found.append((place, _pieces(block, block_row, corpus, lane, tokenizer)))
-        digests.append(row_digest(block.ids[block_row]))
-    if row is None and batch_digest(np.stack(digests)) != digest:
+    text = _Text(corpus, tokenizer, packing_of(config), config.run.seed, _ready_rows(config, current))
+    found, digests = _found(samples, row, text, KeptWindows(directory.order))
+    if batch_digest(digests) != digest:
         raise UserError(
             f"{directory.path}: the rows that step {step} should have read are not those of its batch_digest in "
             f"{directory.metrics}: the text, skipped.json or the batch size of that step is another"
         )
-    yield from found
+    yield from sorted(found.items())
+
+
+def _found(
+    samples: NDArray[np.int64], row: int | None, text: _Text, kept: KeptWindows
+) -> tuple[dict[int, list[Piece]], NDArray[np.uint8]]:
+    """The pieces of a step's rows, or of one, and the digests of all of them, [B, 32]."""
+    pieces: dict[int, list[Piece]] = {}
+    digests = np.empty((len(samples), 32), np.uint8)
+    sources, numbers = text.corpus.mixture.rows(samples)
+    lines = _LineNumbers()
+    for source in np.unique(sources).tolist():
+        own = np.flatnonzero(sources == source)
+        for at, lane, block, block_row in _Source(source, text, kept).rows(numbers[own]):
+            place = int(own[at])
+            digests[place] = row_digest(block.ids[block_row])
+            if row in (None, place):
+                pieces[place] = _pieces(block, block_row, lane, text.tokenizer, lines)
+    return pieces, digests
+
+
+def _ready_rows(config: Config, fingerprint: dict[str, Any]) -> BlockFolder | None:
+    """The run's ready rows, where they are. `BlockFolder.of` would make their folder, and nothing is made here."""
+    folder, wanted = config.data.blocks, json.loads(json.dumps({**fingerprint, "weights": None}))
+    keeping = BestEffort(
+        f"data.blocks {folder} cannot be read", then="the text is read", errors=(OSError, ValueError, DataError)
+    )
+    with keeping:
+        for path in () if folder is None else Path(folder).glob("*/fingerprint.json"):
+            if {**json.loads(path.read_text("utf-8")), "weights": None} == wanted:
+                return BlockFolder(path.parent, keeping)
+    return None
+
+
+class _Text(NamedTuple):
+    """What rows are made of. ready: those that are made already."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    packing: Packing
+    seed: int
+    ready: BlockFolder | None
+
+
+class _Source:
+    """Finds rows of a source by the windows that a run has kept, and makes the windows that it has not."""
+
+    def __init__(self, source: int, text: _Text, kept: KeptWindows) -> None:
+        self._source, self._text, self._kept = source, text, kept
+        self._lanes, self._shape = text.corpus.sources[source], text.corpus.shapes[source]
+        self._readers: dict[int, LaneReader] = {}
+
+    def rows(self, numbers: NDArray[np.int64]) -> Iterator[tuple[int, Lane, RowBlock, int]]:
+        """Each of the rows: where it is in `numbers`, its lane, the lane's rows of the window, and which of them it is.
+
+        By lane and window, so that one block is in memory at a time.
+        """
+        corpus, table = self._text.corpus, list[tuple[int, int, int, int]]()
+        windows = self._windows(numbers)
+        for age, window in enumerate(windows):
+            own = np.flatnonzero((numbers >= window.base) & (numbers < window.base + window.rows))
+            found = places(window, seed=self._text.seed, source=self._source, in_order=corpus.is_in_order)
+            lanes, rows = (each[numbers[own] - window.base].tolist() for each in found)
+            table += zip(lanes, repeat(age), own.tolist(), rows, strict=False)
+        for (lane, age), of_block in groupby(sorted(table), key=itemgetter(0, 1)):
+            block = self._read(lane, windows[age]).block
+            for _, _, at, row in of_block:
+                yield at, self._lanes[lane], block, row
+
+    def _windows(self, numbers: NDArray[np.int64]) -> list[Window]:
+        """The windows that rows are in, oldest first."""
+        order, found = SourceOrder(), list[Window]()
+        for number in np.sort(numbers).tolist():
+            if found and number < found[-1].base + found[-1].rows:
+                continue
+            if number >= order.end:
+                kept = self._kept.up_to(self._source, number, lanes=len(self._lanes))
+                order = kept if kept.end > order.end else order
+            while number >= order.end:
+                order = self._with_next(order).without(number)
+            found.append(order.at(number))
+        return found
+
+    def _with_next(self, order: SourceOrder) -> SourceOrder:
+        """An order and its next window, which was not kept: it is read as training has."""
+        plan, said = order.plan(self._shape), []
+        for lane in range(len(self._lanes)):
+            rows = self._read(lane, plan)
+            said.append(Announcement(len(rows.block.ids), rows.tokens, rows.after))
+        order = order.add(plan, said, self._shape)
+        if order.windows[-1].ends_an_empty_epoch:
+            raise UserError(f"source {self._lanes[0].source.name!r} holds no document any more")
+        return order
+
+    def _read(self, lane: int, window: Window | Plan) -> PartRows:
+        text, of = self._text, self._lanes[lane]
+        part = window.part(lane, of.length)
+        if text.ready is not None and (rows := text.ready.find(of.index, window.number, part)) is not None:
+            return rows
+        if lane not in self._readers:
+            self._readers[lane] = LaneReader(of, text.tokenizer, text.packing)
+        return self._readers[lane].read(part)
+
+
+class _LineNumbers:
+    """Numbers of lines in their files. Shares count from their first line: what is before it is read once for all."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, dict[int, tuple[int, int]]] = {}  # of files: number and byte, by where a share starts
+
+    def of(self, share: Share, line: int) -> int:
+        """The number of a share's line in the file, both from 0."""
+        if share.start == 0 or share.file.url.endswith(".parquet"):
+            return line
+        first = self._first.setdefault(share.file.url, {0: (0, 0)})
+        if share.start not in first:
+            number, byte = first[max(start for start in first if start < share.start)]
+            lines = read_lines(share.file, number=number, byte=byte)
+            first[share.start] = next((each.number, each.byte) for each in lines if each.byte >= share.start)
+        return first[share.start][0] + line
 
 
 def _samples_of(
@@ -131,27 +244,27 @@ def _samples_of(
         )
     after, windows = rows[step]["samples"], tuple(skipped)
     before = rows[step - 1]["samples"] if step - 1 in rows else 0 if step == 1 else after - batch
-    consumed = next_samples(0, before, windows)[1] if before else 0
-    return next_samples(consumed, after - before, windows)[0], rows[step]["batch_digest"]
+    return next_samples(consumed_after(before, windows), after - before, windows)[0], rows[step]["batch_digest"]
 
 
-def _pieces(block: Block, row: int, corpus: Corpus, lane: int, tokenizer: Tokenizer) -> list[Piece]:
-    pieces = []
-    for run in block.runs[(block.runs["row"] == row) & (block.runs["document"] >= 0)]:
-        document = block.documents[run["document"]]
-        place = slice(run["start"], run["start"] + run["length"])
+def _pieces(block: RowBlock, row: int, lane: Lane, tokenizer: Tokenizer, lines: _LineNumbers) -> list[Piece]:
+    pieces, spans = [], block.spans[block.spans_of(row)]
+    for span in spans[spans["document"] >= 0]:
+        document = block.documents[span["document"]]
+        place = slice(span["start"], span["start"] + span["length"])
         ids = block.ids[row, place]
         mask = None if block.loss_mask is None else block.loss_mask[row, place]
+        share = lane.shares[document.file]
         pieces.append(
             Piece(
-                file=corpus.lanes[lane].shares[document.file].file.url,
-                line=document.line + 1,
+                file=share.file.url,
+                line=lines.of(share, document.line) + 1,
                 epoch=document.epoch,
                 domain=document.domain,
-                first=int(run["token"]),
-                last=int(run["token"] + run["length"] - 1),
+                first=int(span["token"]),
+                last=int(span["token"] + span["length"] - 1),
                 text=tokenizer.decode(ids),
-                parts=() if mask is None else tuple(_parts(ids, mask, tokenizer)),
+                parts=() if lane.form is RAW_TEXT or mask is None else tuple(_parts(ids, mask, tokenizer)),
             )
         )
     return pieces

@@ -52,6 +52,6 @@ def evaluate_checkpoint(path: Path, *, files: str | None) -> dict[str, Any]:
         Progress("evaluating", total=held_out.rows(None), unit="rows") as shown,
     ):
         scores = held_out.score(model, device=device, micro_batch=config.train.micro_batch_size, scored=shown.advance)
-    if not scores.targets.sum():
-        raise UserError(f"the text has no token to score: {files or 'data.eval_files'} has empty documents alone")
+    if not scores.utf8_bytes.sum():
+        raise UserError(f"there is no text to score: {files or 'data.eval_files'} has empty documents alone")
     return {"checkpoint": str(path), **scores.report()}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lamda.config.errors import RunError
 from lamda.config.schema import Config
 from lamda.data.errors import DataError, DataUnavailableError
-from lamda.data.loader import Loader, Step, merge_cursors
+from lamda.data.loader import Loader, Step
 from lamda.data.quarantine import Quarantined, QuarantineFile
 from lamda.data.tokenizer import Tokenizer
 from lamda.distributed import World, broadcast, gather, on_main
@@ -226,7 +226,13 @@ class Run:
         self.profile.end(self.state.step)
         stalled, self._stalled = self._stalled, 0.0
         return FinishedStep(
-            self.state, result, rate=rate, waited=waited, stalled=stalled, seconds=time.monotonic() - began
+            self.state,
+            result,
+            rate=rate,
+            waited=waited,
+            stalled=stalled,
+            seconds=time.monotonic() - began,
+            epochs=batch.epochs,
         )
 
     def _close(self, finished: FinishedStep) -> Setback | None:
@@ -258,12 +264,11 @@ class Run:
         """Save this step in the background, or now. Raises RunError where a save that is waited for fails."""
         began = time.monotonic()
         self._at("save", step=self.state.step)
-        cursors = merge_cursors(gather(loader.cursors(self.state.consumed)))
         quarantined = gather(loader.quarantined())
         if self.world.is_main:
             self._keep_quarantined(chain.from_iterable(quarantined))
         self._tell(self.saver.finish())
-        ended = self.saver.begin(replace(self.state, cursors=cursors)) or (self.saver.finish() if wait else None)
+        ended = self.saver.begin(replace(self.state, order=loader.order())) or (self.saver.finish() if wait else None)
         self._stalled += time.monotonic() - began
         self._tell(ended)
         if wait and ended.problem is not None:
@@ -333,7 +338,7 @@ class Run:
             bad = new[0].bad
             self.report.warn(
                 "lines quarantined",
-                f"step {self.state.step}: {len(new)} more lines hold no document, {bad.file}, line {bad.line + 1} "
+                f"step {self.state.step}: {len(new)} more lines hold no document, {bad.place} "
                 f"({bad.reason}) among them; see {self.directory.quarantine}",
             )
 

@@ -39,8 +39,15 @@ class Start:
         where the samples would not be those of the checkpoint.
         """
         saved, state = self.state.fingerprint, replace(self.state, fingerprint=current)
-        if not saved:
+        if self.path is None:
             return state
+        before, here = saved.get("format"), current.get("format")
+        if before != here:
+            raise UserError(
+                f"{self.path}: its samples are in the order of another version (format {before}; this version has "
+                f"{here}), which cannot be continued here. Continue with the version that wrote it, or "
+                "start another run.dir from the weights alone (model.weights)"
+            )
         changed = changed_files(saved, current)
         names = [name for name in differences(saved, current) if name != "contents"]
         told = [f"{name} {_change(saved.get(name), current.get(name))}" for name in names]
@@ -60,8 +67,7 @@ class Start:
             log.info("%s does not say what its files held: that they are unchanged is not verified", self.path)
         if changed:  # what the documents at the cursors were is no longer of use
             log.info("taken for unchanged, as data.accept_changed says: %s", ", ".join(changed))
-            cursors = {lane: replace(cursor, digest=None) for lane, cursor in state.cursors.items()}
-            state = replace(state, cursors=cursors)
+            state = replace(state, order=tuple(each.without_digests() for each in state.order))
         return state
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,8 @@ class FinishedStep:
     """A step that the device may still be computing; reading its figures waits for it.
 
     state: after the step, its targets counted. rate: its learning rate. Seconds: waited for data; stalled by saves
-    since the step before; the step's own, data included. more: figures of evaluations after it.
+    since the step before; the step's own, data included. epochs: of each source that are over, by name. more: figures
+    of evaluations after it.
     """
 
     state: RunState
@@ -31,6 +33,7 @@ class FinishedStep:
     waited: float
     stalled: float
     seconds: float
+    epochs: Mapping[str, float] = field(default_factory=dict)
     more: dict[str, float] = field(default_factory=dict)
 
     def targets(self) -> int:
@@ -62,6 +65,7 @@ class FinishedStep:
             "skipped_steps": self.state.step - self.state.updates,
             "rollbacks": self.state.rollbacks,
             "batch_digest": self.result.batch_digest(),
+            **{f"epoch/{name}": epochs for name, epochs in self.epochs.items()},
             **self._domains(domains),
             **self.more,
         }

@@ -59,6 +59,11 @@ class RunDirectory:
         return self.path / "quarantine.jsonl"
 
     @property
+    def order(self) -> Path:
+        """The windows of the order of the data."""
+        return self.path / "order.jsonl"
+
+    @property
     def samples(self) -> Path:
         """Folder of sampled text."""
         return self.path / "samples"

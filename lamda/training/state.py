@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lamda.config.errors import UserError
-from lamda.data.lanes import Cursor
+from lamda.data.windows import SourceOrder
 from lamda.durable import read_object
 from lamda.storage.reading import reading
 
@@ -19,8 +19,9 @@ class RunState:
 
     updates: steps that changed the weights (a refused one did not). consumed: place in the order of
     samples. samples: cumulative rows. tokens: cumulative targets that had a loss. skipped: windows [from, to)
-    of the order that are jumped over. rollbacks: how often the run went back. cursors: where each lane's next block
-    begins. fingerprint: what the order depends on. wandb_id: the run's one id in Weights & Biases.
+    of the order that are jumped over. rollbacks: how often the run went back. order: the windows of each source
+    that the next samples are in. fingerprint: what the order depends on. wandb_id: the run's one id in Weights &
+    Biases.
     """
 
     step: int = 0
@@ -30,7 +31,7 @@ class RunState:
     tokens: int = 0
     skipped: tuple[tuple[int, int], ...] = ()
     rollbacks: int = 0
-    cursors: dict[int, Cursor] = field(default_factory=dict)
+    order: tuple[SourceOrder, ...] = ()
     fingerprint: dict[str, Any] = field(default_factory=dict)
     wandb_id: str | None = None
 
@@ -50,7 +51,8 @@ class RunState:
 
     def write(self, path: Path) -> None:
         """Save as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1), "utf-8")
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        path.write_text(json.dumps({**values, "order": [each.to_json() for each in self.order]}), "utf-8")
 
     @classmethod
     def read(cls, path: Path) -> RunState:
@@ -59,7 +61,8 @@ class RunState:
             with reading(path):
                 values = read_object(path)
             values["skipped"] = tuple((int(first), int(last)) for first, last in values["skipped"])
-            values["cursors"] = {int(lane): Cursor(**cursor) for lane, cursor in values["cursors"].items()}
+            values.pop("cursors", None)  # of format 1, whose order this version does not continue (`resume`)
+            values["order"] = tuple(map(SourceOrder.from_json, values.get("order", ())))
             return cls(**values)
         except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(

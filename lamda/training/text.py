@@ -17,10 +17,11 @@ from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of, requ
 from lamda.data.documents import Form
 from lamda.data.files import nothing
 from lamda.data.held_out import require_documents
-from lamda.data.loader import Loader
+from lamda.data.loader import Loader, alone
 from lamda.data.resolving import require_here
 from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
+from lamda.data.windows import SourceOrder
 from lamda.distributed import World
 from lamda.durable import Progress
 from lamda.training.run_directory import RunDirectory
@@ -85,23 +86,33 @@ class Text:
         tokenizer = distributed.agree(world, lambda: Tokenizer.load(directory.tokenizer))
         return cls(corpus, tokenizer, tuple(domains), found)
 
-    def loader(self, config: Config, world: World, state: RunState) -> Loader:
-        """This rank's steps from `state` on."""
+    def loader(
+        self,
+        config: Config,
+        world: World,
+        state: RunState,
+        *,
+        on_window: Callable[[int, SourceOrder], object] = lambda source, order: None,
+    ) -> Loader:
+        """This rank's steps from `state` on. on_window: as the loader's."""
         return Loader(
             self.corpus,
             self.tokenizer,
             packing=packing_of(config),
+            seed=config.run.seed,
             batch=config.train.global_batch_size,
             micro_batch=config.train.micro_batch_size,
             rank=world.rank,
             world=world.size,
             consumed=state.consumed,
             skipped=state.skipped,
-            cursors=state.cursors,
+            order=state.order,
+            exchange=distributed.gather if world.size > 1 else alone,
             threads=config.data.threads,
             domains=self.domains,
             document_mask=config.data.separates_documents,
             ready=self._ready_blocks(config, state),
+            on_window=on_window,
         )
 
     def _ready_blocks(self, config: Config, state: RunState) -> BlockFolder | None:

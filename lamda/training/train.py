@@ -39,6 +39,7 @@ from lamda.training.stopping import STOP_EXIT, Signals, StopRequests
 from lamda.training.task import Benchmarks, OpenBenchmarks, Task
 from lamda.training.text import Text
 from lamda.training.watchdog import Watchdog, clear_heartbeats
+from lamda.training.window_log import WindowLog
 
 if TYPE_CHECKING:
     import torch
@@ -201,12 +202,17 @@ class _Start:
             for remark in remarks(config, state, before=before) if world.is_main else ():
                 log.warning("%s", remark)
             stack.callback(watchdog.close)  # what W&B is still to get has a time limit of its own
+            windows = WindowLog(directory.order)
+            if world.is_main:
+                windows.begin(state.order)
             run = Run(
                 config=config,
                 world=world,
                 directory=directory,
                 engine=engine,
-                open_loader=lambda state: text.loader(config, world, state),
+                open_loader=lambda state: text.loader(
+                    config, world, state, on_window=windows.add if world.is_main else lambda source, order: None
+                ),
                 held_out=self.task.held_out(
                     config, text.tokenizer, on_wait=lambda: watchdog.progress_during(TEXT_PHASES)
                 ),

@@ -25,7 +25,7 @@ def test_a_step_is_measured_beside_the_matrix_rate_and_a_plain_loop(tmp_path, to
     write_shard(tmp_path / "text.jsonl", [make_text(number, 400) for number in range(40)])
     flags = {
         "data.corpus": "standard_library", "data.files": tmp_path / "text.jsonl", "tokenizer.path": tokenizer_path,
-        "data.eval_files": tmp_path / "text.jsonl", "data.sequence_length": 32, "data.block_rows": 8,
+        "data.eval_files": tmp_path / "text.jsonl", "data.sequence_length": 32,
         "train.steps": 9, "train.global_batch_size": 4, "train.micro_batch_size": 2, "train.compile": "never",
         **{f"model.{key}": value for key, value in MODEL.items()},
     }  # fmt: skip

@@ -1,27 +1,61 @@
-"""What the data path is said to deliver, against the lanes that ranks open."""
+"""What the data path is said to deliver and to hold, against the loader of each rank."""
 
-import numpy as np
 import pytest
 
-from lamda.cluster.data_path import FEWEST, MOST, data_rates
-from lamda.config.schema import DataConfig
-from lamda.data import lanes
-from lamda.data.order import make_table
+from lamda.cluster import data_path
+from lamda.cluster.data_path import data_rates, loader_bytes
+from lamda.config.schema import Config
+from lamda.data import corpus, lanes, windows
+from lamda.data.corpus import open_corpus, packing_of
+from lamda.data.loader import Loader
+from tests.conftest import make_text
 
 
-@pytest.mark.parametrize(("count", "ranks"), [(60, 512), (60, 64), (60, 4), (8, 128)])
-def test_a_rank_encodes_at_least_the_lanes_that_the_order_gives_it(count, ranks):
-    """Rows of a step, sorted by lane, go to the ranks in equal runs."""
-    steps, table = 60, make_table([(1.0, [1.0] * count)])
-    of_samples, _ = table.rows(np.arange(steps * 4 * ranks))
-    of_ranks = np.sort(of_samples.reshape(steps, -1)).reshape(steps, ranks, -1)
-    opened = min(len(np.unique(of_ranks[:, rank])) for rank in range(ranks))
-    told = data_rates(DataConfig(lanes=count), ranks=ranks, tokens_per_second=1e6)
-    assert told.encoded == (1e6 / min(ranks, count),) * 2
-    assert told.encoded[0] <= 1e6 * opened / count
-    assert (told.rank, told.blocks) == (1e6 / ranks, 2e6)
+def a_config(batch, **data):
+    train = {"steps": 1, "global_batch_size": batch, "micro_batch_size": 1}
+    return Config.model_validate({"data": data, "train": train})
 
 
-def test_without_a_number_of_lanes_the_default_ones_are_the_bounds():
-    assert (FEWEST, MOST) == (lanes.FEWEST, lanes.MOST)
-    assert data_rates(DataConfig(), ranks=512, tokens_per_second=1e6).encoded == (1e6 / 64, 1e6 / 8)
+def test_the_constants_are_those_of_the_data():
+    assert (data_path.FEWEST, data_path.MOST) == (lanes.WHOLE_FILES, lanes.MOST)
+    assert (data_path.FIRST_TOKENS, data_path.WINDOW_ROWS) == (windows.FIRST_TOKENS, corpus.WINDOW_ROWS)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7, 128])
+def test_no_rank_reads_more_lanes_than_that(tmp_path, tokenizer, ranks, monkeypatch):
+    """64 equal lanes, and the lanes that each rank's loader reads."""
+    monkeypatch.setattr(lanes, "LEAST_ROWS", 1)
+    line = f'{{"text": "{make_text(1, 200)[:99].ljust(99, "x")}"}}\n'
+    (tmp_path / "text.jsonl").write_text(line * 64)
+    config = a_config(4 * ranks, files=str(tmp_path / "text.jsonl"), sequence_length=8)
+    corpus = open_corpus(config.data)
+    assert len(corpus.lanes) == 64
+    read = []
+    for rank in range(ranks):
+        with Loader(
+            corpus, tokenizer, packing=packing_of(config), seed=0, batch=4 * ranks, micro_batch=1, rank=rank,
+            world=ranks, exchange=lambda own: [own],
+        ) as loader:  # fmt: skip
+            read.append(len(loader._own[0] | loader._near[0]))
+    rates = data_rates(config, ranks=ranks, tokens_per_second=64e6)
+    assert rates.encoded[0] == max(read) * 1e6
+    assert (rates.rank, rates.blocks) == (64e6 / ranks, 128e6)
+
+
+def test_with_fewer_lanes_a_rank_encodes_more():
+    assert data_rates(a_config(4096), ranks=512, tokens_per_second=64e6).encoded == (2e6, 16e6)
+
+
+def test_in_the_order_of_the_text_every_rank_encodes_all_of_it():
+    assert data_rates(a_config(64, shuffle="none"), ranks=8, tokens_per_second=1e6).encoded == (1e6, 1e6)
+
+
+def test_a_rank_holds_its_part_of_two_windows():
+    config = a_config(64, shuffle=16384, sequence_length=1023)
+    assert loader_bytes(config, ranks=1) == 2.5 * 16384 * 1024 * (4 + 1)
+    assert loader_bytes(config, ranks=8) == 2.5 * 16384 * 1024 * (4 + 1) * (8 + 4) / 64
+    assert loader_bytes(a_config(64, shuffle="epoch", blocks="blocks"), ranks=1) == 0
+    in_order = a_config(64, shuffle="none", sequence_length=1023)
+    assert loader_bytes(in_order, ranks=8) == loader_bytes(config, ranks=1)
+    assert loader_bytes(a_config(64, shuffle=1, sequence_length=1023), ranks=1) == 2.5 * 128 * 1024 * (4 + 1)
+    assert loader_bytes(a_config(64, shuffle=1, sequence_length=1 << 16), ranks=1) > 2.5 * 64 * (1 << 16) * 4

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamda.cluster.disk import RUN, block_bytes, checkpoint_bytes, checkpoints, is_streamed, text_bytes
+from lamda.cluster.disk import SPAN, block_bytes, checkpoint_bytes, checkpoints, is_streamed, text_bytes
 from lamda.config import Config
 from lamda.data import blocks
 from tests.conftest import make_text, write_shard
@@ -33,11 +33,11 @@ def test_no_run_holds_more_checkpoints_than_that(steps, every, keep, keep_every)
     assert told == most or keep_every
 
 
-def test_ready_blocks_hold_narrow_ids_and_a_stretch_a_row():
-    assert blocks.RUN.itemsize == RUN
+def test_ready_rows_hold_narrow_ids_and_a_span_a_row():
+    assert blocks.SPAN.itemsize == SPAN
     sections = {"data": {"sequence_length": 100}, "train": {"steps": 3, "global_batch_size": 8}}
-    assert block_bytes(a_config(**sections)) == 24 * (101 * 2 + RUN)
-    assert block_bytes(a_config(model={"vocab_size": 70_000}, **sections)) == 24 * (101 * 4 + RUN)
+    assert block_bytes(a_config(**sections)) == 24 * (101 * 2 + SPAN)
+    assert block_bytes(a_config(model={"vocab_size": 70_000}, **sections)) == 24 * (101 * 4 + SPAN)
 
 
 def test_the_text_is_that_of_the_files_here_or_not_known(tmp_path):

@@ -1,171 +1,182 @@
-"""Every token of every document, once an epoch, in blocks that their cursor alone can make."""
+"""Every token of every document, once an epoch, in rows that a cursor and an end alone make."""
 
-from itertools import islice, pairwise
-from pathlib import Path
+from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamda.config.errors import UserError
-from lamda.data.blocks import Packing, read_blocks
+from lamda.data import lanes
+from lamda.data.blocks import LaneReader, Packing, Part
 from lamda.data.card import Source
 from lamda.data.files import File
 from lamda.data.lanes import Cursor, cut_into_lanes, read_lane
 from tests.conftest import make_text, write_shard
 
 LENGTHS = st.lists(st.one_of(st.just(0), st.integers(1, 5), st.integers(6, 150)), min_size=3, max_size=9)
+SOURCE = Source(name="s", licence="none", files=("x.jsonl",), domain="meta.pile_set_name")
 
 
-def source(files=("x.jsonl",)):
-    return Source(name="s", licence="none", files=files, domain="meta.pile_set_name")
+def lanes_of(paths, *, most):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lanes, "LEAST_ROWS", 1)
+        return cut_into_lanes(SOURCE, [File(str(path), path.stat().st_size) for path in paths], row_length=1, most=most)
 
 
-def lanes_of(folder, files, *, lanes):
-    paths = [write_shard(folder / f"{n}.jsonl.zst", texts) for n, texts in enumerate(files)]
-    return cut_into_lanes(source(), [File(str(path), path.stat().st_size) for path in paths], lanes=lanes)
+def parts_of(lane, tokenizer, packing, ends, *, epoch=0):
+    """What a lane gives to windows that end at these fractions of it, and at its end: each with its part."""
+    reader, start, made = LaneReader(lane, tokenizer, packing), Cursor(), []
+    for target in [*(int(end * lane.length) for end in sorted(ends)), None]:
+        part = Part(epoch, start, target)
+        made.append((part, reader.read(part)))
+        start = made[-1][1].after
+    return made
 
 
-def unpermuted(block, rows):
-    """The tokens of a block in the lane's own order, by the runs' bookkeeping."""
-    stretches = []
-    for run in block.runs:
-        document = block.documents[run["document"]]
-        ids = block.ids[run["row"], run["start"] : run["start"] + run["length"]]
-        stretches.append(((document.epoch, document.file, document.line, int(run["token"])), ids))
-    assert sum(len(ids) for _, ids in stretches) == block.ids.size
-    return np.concatenate([ids for _, ids in sorted(stretches, key=lambda stretch: stretch[0])])
+def assert_same(one, other):
+    assert np.array_equal(one.block.ids, other.block.ids)
+    assert np.array_equal(one.block.spans, other.block.spans)
+    assert [each[:5] for each in one.block.documents] == [each[:5] for each in other.block.documents]
+    assert one.block.quarantined == other.block.quarantined
+    assert (one.tokens, one.after) == (other.tokens, other.after)
 
 
-@settings(max_examples=10, deadline=None)
+def stream_of(blocks):
+    """The targets of blocks in the lane's own order, by the bookkeeping of their spans."""
+    found = {}
+    for block in blocks:
+        for span in block.spans[block.spans["document"] >= 0]:
+            document = block.documents[span["document"]]
+            for place in range(max(span["start"], 1), span["start"] + span["length"]):
+                token = (document.file, document.line, int(span["token"] + place - span["start"]))
+                assert token not in found
+                found[token] = block.ids[span["row"], place]
+    return [found[token] for token in sorted(found)]
+
+
+@settings(max_examples=20, deadline=None)
 @given(
     files=st.lists(LENGTHS, min_size=1, max_size=3),
-    lanes=st.sampled_from([1, 2, 3]),
-    rows=st.sampled_from([1, 3, 5]),
+    most=st.sampled_from([1, 3, 20]),
     length=st.sampled_from([7, 31]),
     method=st.sampled_from(["concat", "best_fit"]),
+    ends=st.lists(st.floats(0, 1), max_size=4),
 )
-def test_a_lane_gives_every_token_of_its_documents_once_an_epoch(
-    tmp_path_factory, tokenizer, files, lanes, rows, length, method
+def test_a_lane_gives_every_token_of_its_documents_once_whatever_the_windows(
+    tmp_path_factory, tokenizer, files, most, length, method, ends
 ):
+    folder = tmp_path_factory.mktemp("lane")
     texts = [[make_text(31 * f + n, words) for n, words in enumerate(file)] for f, file in enumerate(files)]
-    packing = Packing(rows=rows, row_length=length, seed=3, method=method)
-    for lane in lanes_of(tmp_path_factory.mktemp("lane"), texts, lanes=lanes):
-        expected = np.array(
-            [
-                token
-                for share in lane.shares
-                for line, text in enumerate(texts[int(Path(share.file.url).name.split(".")[0])])
-                if line % share.modulus == share.residue
-                for token in [*tokenizer.encode(text), tokenizer.end_of_document]
-            ],
-            np.uint32,
-        )
-        count = 2 + 2 * len(expected) // (rows * length)
-        made = list(islice(read_blocks(lane, Cursor(), packing=packing, tokenizer=tokenizer), count))
-        stream = np.concatenate([unpermuted(block, rows) for block, _ in made])
-        assert np.array_equal(stream, np.resize(expected, len(stream)))
-        for (_, cursor), (block, after) in pairwise(made):
-            again, again_after = next(read_blocks(lane, cursor, packing=packing, tokenizer=tokenizer))
-            assert np.array_equal(again.ids, block.ids)
-            assert np.array_equal(again.runs, block.runs)
-            assert again_after == after
+    paths = [write_shard(folder / f"{n}.jsonl.zst", each) for n, each in enumerate(texts)]
+    stream, packing = [], Packing(length, method)
+    for lane in lanes_of(paths, most=most):
+        made = parts_of(lane, tokenizer, packing, ends)
+        stream += stream_of([rows.block for _, rows in made])
+        for place, (part, rows) in enumerate(made):
+            assert len(rows.block.ids) == -(-rows.tokens // length)
+            assert rows.tokens % length == 0 or place == len(made) - 1
+            assert_same(LaneReader(lane, tokenizer, packing).read(part), rows)
+            if place < len(made) - 1:  # what has been announced is read to its end, whatever is planned
+                assert_same(LaneReader(lane, tokenizer, packing).read(part._replace(stop=rows.after)), rows)
+    expected = [[*tokenizer.encode(text), tokenizer.end_of_document] for file in texts for text in file]
+    assert stream == [token for document in expected for token in document]
 
 
 @pytest.mark.parametrize("method", ["concat", "best_fit"])
-def test_runs_and_documents_tell_where_every_token_came_from(tmp_path, tokenizer, method):
-    texts = [[make_text(n, n * n % 40) for n in range(12)]]
-    (lane,) = lanes_of(tmp_path, texts, lanes=1)
-    packing = Packing(rows=5, row_length=29, seed=1, method=method)
-    block, _ = next(read_blocks(lane, Cursor(), packing=packing, tokenizer=tokenizer))
-    for run in block.runs:
-        document = block.documents[run["document"]]
-        whole = [*tokenizer.encode(texts[0][document.line]), tokenizer.end_of_document]
-        shown = block.ids[run["row"], run["start"] : run["start"] + run["length"]]
-        assert shown.tolist() == whole[run["token"] : run["token"] + run["length"]]
+def test_spans_and_documents_say_where_every_token_came_from(tmp_path, tokenizer, method):
+    texts = [make_text(n, n * n % 40) for n in range(12)]
+    (lane,) = lanes_of([write_shard(tmp_path / "0.jsonl", texts)], most=1)
+    for _, (block, *_) in parts_of(lane, tokenizer, Packing(28, method), [0.4]):
+        assert np.array_equal(block.spans, np.sort(block.spans, order=("row", "start")))
+        assert block.segment_ids.shape == block.ids.shape
+        for span in block.spans:
+            shown = block.ids[span["row"], span["start"] : span["start"] + span["length"]].tolist()
+            if span["document"] >= 0:
+                line = block.documents[span["document"]].line
+                whole = [*tokenizer.encode(texts[line]), tokenizer.end_of_document]
+                assert shown == whole[span["token"] : span["token"] + span["length"]]
+            elif span["start"] == 0:
+                assert shown == [tokenizer.end_of_document]
+            else:
+                assert set(shown) == {tokenizer.padding}
+                assert not block.loss_mask[span["row"], span["start"] :].any()
 
 
-def test_best_fit_arranges_the_tokens_of_concats_blocks_with_fewer_cuts(tmp_path, tokenizer):
-    (lane,) = lanes_of(tmp_path, [[make_text(n, 7 * n * n % 60) for n in range(60)]], lanes=1)
-    made = []
-    for method in ("concat", "best_fit"):
-        packing = Packing(rows=16, row_length=61, seed=1, method=method)
-        made.append(list(islice(read_blocks(lane, Cursor(), packing=packing, tokenizer=tokenizer), 4)))
-    for (concat, after), (best_fit, same_after) in zip(*made, strict=True):
-        assert same_after == after
-        assert best_fit.documents == concat.documents
-        assert np.array_equal(unpermuted(best_fit, 16), unpermuted(concat, 16))
-        assert len(best_fit.runs) < len(concat.runs)
+def test_a_rows_first_id_is_the_token_before_it_in_its_document_or_the_end_symbol(tmp_path, tokenizer):
+    texts = [make_text(n, 70) for n in range(9)]
+    (lane,) = lanes_of([write_shard(tmp_path / "0.jsonl", texts)], most=1)
+    stream = [token for text in texts for token in [*tokenizer.encode(text), tokenizer.end_of_document]]
+    made = parts_of(lane, tokenizer, Packing(16), [0.3, 0.31, 0.7])
+    rows = np.concatenate([rows.block.ids for _, rows in made])
+    before = [tokenizer.end_of_document, *stream]
+    assert rows[:, 0].tolist() == before[: len(stream) : 16]
 
 
-def test_rows_are_permuted_differently_in_each_block(tmp_path, tokenizer):
-    (lane,) = lanes_of(tmp_path, [[make_text(n, 200) for n in range(20)]], lanes=1)
-    packing = Packing(rows=16, row_length=20, seed=0)
-    orders: list[list[int]] = []
-    for block, _ in islice(read_blocks(lane, Cursor(), packing=packing, tokenizer=tokenizer), 3):
-        first = [block.runs[block.runs["row"] == row][0] for row in range(16)]  # a row's first run
-        orders.append(sorted(range(16), key=lambda row: (first[row]["document"], first[row]["token"])))
-    assert len({tuple(order) for order in orders}) == 3
-    assert all(order != list(range(16)) for order in orders)
+def test_best_fit_arranges_the_tokens_of_concats_rows_with_fewer_cuts(tmp_path, tokenizer):
+    path = write_shard(tmp_path / "0.jsonl", [make_text(n, 7 * n * n % 60) for n in range(60)])
+    (lane,) = lanes_of([path], most=1)
+    concat, best_fit = (parts_of(lane, tokenizer, Packing(60, method), [0.5]) for method in ("concat", "best_fit"))
+    for (part, plain), (same, fitted) in zip(concat, best_fit, strict=True):
+        assert (part, plain.tokens, plain.after) == (same, fitted.tokens, fitted.after)
+        assert stream_of([plain.block]) == stream_of([fitted.block])
+        assert (fitted.block.spans["token"] > 0).sum() < (plain.block.spans["token"] > 0).sum()
 
 
-def test_lanes_share_files_by_lines_or_take_every_nth():
-    files = [File(f"{n}.jsonl", 100) for n in range(3)]
-    by_lines = cut_into_lanes(source(), files, lanes=8)
-    assert [(lane.shares[0].file.url, lane.shares[0].residue, lane.shares[0].modulus) for lane in by_lines] == [
-        ("0.jsonl", 0, 3), ("1.jsonl", 0, 3), ("2.jsonl", 0, 2), ("0.jsonl", 1, 3),
-        ("1.jsonl", 1, 3), ("2.jsonl", 1, 2), ("0.jsonl", 2, 3), ("1.jsonl", 2, 3),
-    ]  # fmt: skip
-    by_files = cut_into_lanes(source(), files, lanes=2)
-    assert [[share.file.url for share in lane.shares] for lane in by_files] == [["0.jsonl", "2.jsonl"], ["1.jsonl"]]
-    assert len(cut_into_lanes(source(), files, lanes=None)) == 8
-    assert len(cut_into_lanes(source(), files * 30, lanes=None)) == 64
+def test_a_book_is_read_window_by_window_and_never_encoded_at_once(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "book.txt").write_text("".join(make_text(n, 1000) + "\n" for n in range(100)), "utf-8")
+    (lane,) = lanes_of([tmp_path / "book.txt"], most=64)
+    expected = [*tokenizer.encode((tmp_path / "book.txt").read_text()), tokenizer.end_of_document]
+    encoded, encode = [], tokenizer.encode_documents
+    monkeypatch.setattr(
+        tokenizer,
+        "encode_documents",
+        lambda texts, **more: encoded.append(sum(map(len, texts))) or encode(texts, **more),
+    )
+    reader = LaneReader(lane, tokenizer, Packing(64))
+    first = reader.read(Part(0, Cursor(), lane.length // 10))
+    assert sum(encoded) < lane.length / 4
+    assert first.tokens / len(expected) == pytest.approx(0.1, abs=0.02)
+    rest = reader.read(Part(0, first.after, None))
+    ids = np.concatenate([first.block.ids[:, 1:], rest.block.ids[:, 1:]]).ravel()
+    assert ids[: len(expected)].tolist() == expected
+    assert LaneReader(lane, tokenizer, Packing(64)).read(Part(0, first.after, None)).tokens == rest.tokens
 
 
-def test_a_text_file_is_one_document(tmp_path, tokenizer):
+def test_a_text_file_is_one_document_and_has_no_byte_order_mark(tmp_path, tokenizer):
     path = tmp_path / "book.txt"
     path.write_text("of the\nand to\n", "utf-8")
-    (lane,) = cut_into_lanes(source(), [File(str(path), path.stat().st_size)], lanes=None)
-    block, _ = next(read_blocks(lane, Cursor(), packing=Packing(rows=1, row_length=40, seed=0), tokenizer=tokenizer))
-    assert tokenizer.decode(block.ids[0]).startswith("of the\nand to\nof the\nand to\n")
+    (lane,) = lanes_of([path], most=64)
+    (_, rows), *_ = parts_of(lane, tokenizer, Packing(40), [])
+    assert tokenizer.decode(rows.block.ids[0]) == "of the\nand to\n"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    (marked,) = cut_into_lanes(source(), [File(str(path), path.stat().st_size)], lanes=None)
-    assert next(read_lane(marked, Cursor())).text.startswith("of the\n")
-    with pytest.raises(UserError, match=r"data\.lanes 2"):
-        cut_into_lanes(source(), [File(str(path), 1)], lanes=2)
+    (marked,) = lanes_of([path], most=64)
+    assert next(read_lane(marked, Cursor())).text == "of the\nand to\n"
 
 
-def test_parquet_is_streamed_and_resumed(tmp_path, tokenizer):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    texts = [make_text(n, 30) for n in range(9)]
-    table = pa.table({"text": texts, "meta": [{"pile_set_name": "p"}] * 9})
+def test_parquet_is_cut_by_rows_and_resumed(tmp_path, tokenizer):
+    texts = [make_text(n, 30) for n in range(40)]
+    table = pa.table({"text": texts, "meta": [{"pile_set_name": "p"}] * 40})
     pq.write_table(table, tmp_path / "0.parquet", row_group_size=4)
-    file = File(str(tmp_path / "0.parquet"), (tmp_path / "0.parquet").stat().st_size)
-    lanes = cut_into_lanes(source(), [file], lanes=2)
-    packing = Packing(rows=1, row_length=50, seed=0)
-    made = list(islice(read_blocks(lanes[1], Cursor(), packing=packing, tokenizer=tokenizer), 4))
-    stream = np.concatenate([block.ids.ravel() for block, _ in made])
-    assert tokenizer.decode(stream).startswith("".join(texts[1::2])[:100])
-    again, _ = next(read_blocks(lanes[1], made[1][1], packing=packing, tokenizer=tokenizer))
-    assert np.array_equal(again.ids, made[2][0].ids)
+    made = lanes_of([tmp_path / "0.parquet"], most=5)
+    assert len(made) == 5
+    stream = []
+    for lane in made:
+        parts = parts_of(lane, tokenizer, Packing(16), [0.2, 0.6])
+        assert all(rows.tokens for _, rows in parts)
+        for part, rows in parts:
+            assert_same(LaneReader(lane, tokenizer, Packing(16)).read(part), rows)
+        stream += stream_of([rows.block for _, rows in parts])
+    assert tokenizer.decode(stream) == "".join(texts)
 
 
-def test_an_empty_lane_is_an_error_that_says_what_to_do(tmp_path, tokenizer):
-    lanes = lanes_of(tmp_path, [["a", "b"]], lanes=3)
-    with pytest.raises(UserError, match=r"set data\.lanes lower"):
-        next(read_blocks(lanes[2], Cursor(), packing=Packing(rows=1, row_length=9, seed=0), tokenizer=tokenizer))
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_local_text_needs_no_cache_that_can_be_written(tmp_path, monkeypatch, suffix):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path("/proc/no-folder"))
-    path, texts = tmp_path / f"0.{suffix}", [make_text(n, 9) for n in range(5)]
-    write_shard(path, texts) if suffix == "jsonl" else pq.write_table(pa.table({"text": texts}), path)
-    (lane,) = cut_into_lanes(source(), [File(str(path), path.stat().st_size)], lanes=1)
-    assert [row["text"] for row in islice(lane.documents(Cursor()), 5)] == texts
+def test_rows_are_the_same_whatever_is_encoded_together(tmp_path, tokenizer, monkeypatch):
+    (lane,) = lanes_of([write_shard(tmp_path / "0.jsonl", [make_text(n, 40) for n in range(30)])], most=1)
+    straight = parts_of(lane, tokenizer, Packing(16), [0.2, 0.6])
+    monkeypatch.setattr("lamda.data.blocks.ENCODE_CHARACTERS", 300)
+    for (_, one), (_, other) in zip(straight, parts_of(lane, tokenizer, Packing(16), [0.2, 0.6]), strict=True):
+        assert_same(one, other)
+    assert len({rows.after for _, rows in straight}) == len(straight)
+    assert all(one.after.place < other.after.place for (_, one), (_, other) in pairwise(straight))

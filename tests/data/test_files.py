@@ -2,8 +2,10 @@
 
 import gzip
 import os
+import random
 import resource
 import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,10 @@ from lamda.config.errors import UserError
 from lamda.data import files
 from lamda.data.card import Source
 from lamda.data.errors import DataError, DataUnavailableError
-from lamda.data.files import File, read_lines
+from lamda.data.files import File, decompressed_size, read_lines
+from lamda.data.lanes import OPEN_FILES, Cursor, whole_lane
 from lamda.data.resolving import resolve
+from tests.conftest import make_text
 
 SUFFIXES = [".jsonl", ".jsonl.gz", ".jsonl.zst"]
 LINES = [b'{"text": "a"}', b"", b"x" * 700_000, "zwölf ▁ 字".encode(), b"last without newline"]
@@ -39,6 +43,34 @@ def test_lines_come_back_with_their_numbers_and_offsets(tmp_path, suffix, frames
     assert [line.data for line in lines] == LINES
     assert [line.number for line in lines] == list(range(len(LINES)))
     assert all(content[line.byte :].startswith(line.data) for line in lines)
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_line_says_about_where_it_is_stored_and_a_file_how_long_it_is(tmp_path, suffix, frames):
+    content = "".join(make_text(n, 40).replace("\n", "") + "\n" for n in range(5000)).encode()
+    file = store(tmp_path, content, suffix, frames=frames)
+    assert decompressed_size(file) == len(content)
+    lines = list(read_lines(file))
+    stored = [line.stored for line in lines]
+    assert stored == sorted(stored)
+    assert all(abs(line.stored / file.size - line.byte / len(content)) < 0.2 for line in lines)
+    assert suffix != ".jsonl" or stored == [line.byte for line in lines]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES[1:])
+def test_where_a_line_is_stored_depends_on_the_file_alone(tmp_path, monkeypatch, suffix):
+    """Windows of the order follow it, so that neither a server's pieces nor the place of a resume may change it."""
+    content = "".join(make_text(n, n % 90).replace("\n", "") + "\n" for n in range(3000)).encode()
+    file = store(tmp_path, content, suffix, frames=3)
+    whole = list(read_lines(file))
+    for line in whole[1 :: len(whole) // 40]:
+        assert next(read_lines(file, number=line.number, byte=line.byte)) == line
+    data, draw = Path(file.url).read_bytes(), random.Random(0)
+    cuts = [0, *sorted(draw.sample(range(1, file.size), 60)), file.size]
+    pieces = [data[start:stop] for start, stop in pairwise(cuts)]
+    monkeypatch.setattr(files, "_stored", lambda file, start: iter(pieces))
+    assert list(read_lines(file)) == whole
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -182,8 +214,22 @@ def test_too_many_open_files_say_what_helps(tmp_path):
     taken = os.open(tmp_path, os.O_RDONLY)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (taken, hard))
-        with pytest.raises(DataError, match=r"file\.jsonl: .*`ulimit -n`, or set data\.lanes lower"):
+        with pytest.raises(DataError, match=r"file\.jsonl: .*`ulimit -n`"):
             list(read_lines(file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        os.close(taken)
+
+
+def test_lanes_may_have_as_many_files_open_as_the_system_allows(tmp_path):
+    file = store(tmp_path, b'{"text": "a"}', ".jsonl")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = os.open(tmp_path, os.O_RDONLY)
+    lane = whole_lane(Source(name="s", licence="none", files=("x",)), file)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (taken, hard))
+        assert [document.text for document in lane.read(Cursor())] == ["a"]
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(OPEN_FILES, hard), hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         os.close(taken)

@@ -1,4 +1,4 @@
-"""Held-out text is read once, in order; every token but a document's first is scored once."""
+"""Held-out text is read once, in order; every token is scored once, a document's first after an end symbol."""
 
 import itertools
 from dataclasses import replace
@@ -29,14 +29,14 @@ def by_file(rows, domains=("a", "b")):
     return [[row for row in rows if row.domains[row.scored].size and row.domains[0] == n] for n in range(len(domains))]
 
 
-def test_every_token_but_a_documents_first_is_scored_once_in_the_order_of_its_file(held_out, tokenizer):
+def test_every_token_is_scored_once_in_the_order_of_its_file(held_out, tokenizer):
     domains: list[str] = []
     rows = list(held_out.rows(domains))
     assert domains == ["a", "b"]
     for number, (texts, own) in enumerate(zip(FILES, by_file(rows), strict=True)):
         documents = [[*tokenizer.encode(text), tokenizer.end_of_document] for text in texts]
         scored = [int(token) for row in own for token in row.ids[1:][row.scored]]
-        assert scored == [token for document in documents for token in document[1:]]
+        assert scored == [token for document in documents for token in document]
         assert {n for row in own for n in row.domains[row.scored].tolist()} == {number}
 
 
@@ -57,11 +57,12 @@ def test_many_files_are_shared_out_and_read_once(tmp_path, tokenizer, monkeypatc
     assert domains[:3] == ["0", "1", "2"]
     assert sorted(domains) == sorted(map(str, range(8)))
     scored = sum(int(row.scored.sum()) for row in rows)
-    assert scored == sum(len(tokenizer.encode(make_text(number, 60))) for number in range(8))
+    assert scored == sum(len(tokenizer.encode(make_text(number, 60))) + 1 for number in range(8))
 
 
 def test_rows_of_a_file_overlap_by_one_token_and_its_last_is_padded(held_out, tokenizer):
     for rows in by_file(list(held_out.rows([]))):
+        assert rows[0].ids[0] == tokenizer.end_of_document
         for row, following in itertools.pairwise(rows):
             assert row.ids[-1] == following.ids[0]
         assert all(len(row.ids) == 18 for row in rows)

@@ -2,9 +2,10 @@
 
 import json
 import logging
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,18 +14,19 @@ from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.data import identity
 from lamda.data.block_files import BlockFolder
-from lamda.data.blocks import Packing, read_blocks
+from lamda.data.blocks import LaneReader, Packing, Part
 from lamda.data.card import Source
 from lamda.data.corpus import changed_files, differences, fingerprint, open_corpus
 from lamda.data.errors import DataError
 from lamda.data.files import File, read_lines
 from lamda.data.lanes import Cursor, cut_into_lanes
 from lamda.data.resolving import require_here, resolve
+from lamda.data.windows import SourceOrder, Window
 from lamda.training.resume import Start
 from lamda.training.state import RunState
 from tests.conftest import make_text, write_shard
 
-PACKING = Packing(rows=2, row_length=15, seed=1)
+PACKING = Packing(14)
 SHARED = [HealthCheck.function_scoped_fixture]
 
 
@@ -48,7 +50,14 @@ def shards(folder: Path, *, seed: int = 0) -> Path:
 
 def lane_of(path: Path, **fields):
     file = File(str(path), path.stat().st_size, **fields)
-    return cut_into_lanes(Source(name="s", licence="none", files="x"), [file], lanes=1, max_bad_fraction=1)[0]
+    source = Source(name="s", licence="none", files="x")
+    return cut_into_lanes(source, [file], row_length=14, most=1, max_bad_fraction=1)[0]
+
+
+def order_of(*cursors: Cursor) -> SourceOrder:
+    """A window that begins at these cursors, and another one that ends there."""
+    windows = [Window(0, 0, 0, 0, 0, 5, (Cursor(),), (1,), cursors), Window(1, 0, 1, 0, 5, 9, cursors, (1,), cursors)]
+    return SourceOrder(tuple(windows))
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=SHARED)
@@ -83,21 +92,30 @@ def test_an_older_checkpoint_resumes_and_says_what_is_not_verified(tmp_path, tok
     state = Start(Path("step-1"), RunState(step=4, fingerprint=old)).check_data(now)
     assert (state.step, state.fingerprint) == (4, now)
     assert "that they are unchanged is not verified" in caplog.text
-    state = RunState(step=4, cursors={0: Cursor(1, 0, 0, 3, 99, 2, 3, 0, "digest")})
-    values = json.loads(json.dumps({**vars(state), "cursors": {"0": {"block": 1, "line": 3}}}))
-    (tmp_path / "run_state.json").write_text(json.dumps(values))
-    assert RunState.read(tmp_path / "run_state.json").cursors == {0: Cursor(block=1, line=3)}
+
+
+def test_a_checkpoint_of_the_former_order_is_refused_in_words(tmp_path, tokenizer):
+    now = print_of(shards(tmp_path / "text"), tokenizer)
+    values = dict(vars(RunState(step=4, fingerprint={**now, "format": 1})))
+    del values["order"]
+    (tmp_path / "run_state.json").write_text(json.dumps({**values, "cursors": {"0": {"block": 1, "line": 3}}}))
+    state = RunState.read(tmp_path / "run_state.json")
+    assert state.order == ()
+    with pytest.raises(
+        UserError, match=r"step-4: its samples are in the order of another version \(format 1;.*weights"
+    ):
+        Start(Path("step-4"), state).check_data(now)
 
 
 def test_a_changed_file_is_accepted_by_name_alone(tmp_path, tokenizer):
     before = print_of(shards(tmp_path / "text"), tokenizer)
     now = print_of(shards(tmp_path / "text", seed=0), tokenizer)
     now["contents"] = [[name, f"ETag {name}"] for name, _ in now["contents"]]
-    start = Start(Path("step-1"), RunState(fingerprint=before, cursors={0: Cursor(1, digest="x")}))
+    start = Start(Path("step-1"), RunState(fingerprint=before, order=(order_of(Cursor(1, digest="x")),)))
     with pytest.raises(UserError, match=r"in 1 files .*: 2\.jsonl\. .*data\.accept_changed"):
         start.check_data(now, accepted=("0.jsonl", "1.jsonl"))
     state = start.check_data(now, accepted=("0.jsonl", "1.jsonl", "2.jsonl"))
-    assert (state.fingerprint, state.cursors) == (now, {0: Cursor(1)})
+    assert (state.fingerprint, state.order) == (now, (order_of(Cursor(1)),))
 
 
 def test_files_of_one_name_are_told_apart_by_all_their_contents():
@@ -107,34 +125,37 @@ def test_files_of_one_name_are_told_apart_by_all_their_contents():
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=SHARED)
-@given(blocks=st.integers(1, 12), order=st.permutations(range(12)), suffix=st.sampled_from([".jsonl", ".jsonl.zst"]))
-def test_a_cursor_lands_in_its_document_or_the_file_is_refused(tmp_path, tokenizer, blocks, order, suffix):
+@given(end=st.floats(0.05, 0.95), order=st.permutations(range(12)), suffix=st.sampled_from([".jsonl", ".jsonl.zst"]))
+def test_a_cursor_lands_in_its_document_or_the_file_is_refused(tmp_path, tokenizer, end, order, suffix):
     lengths = [5, 30, 12, 5, 44, 9, 30, 7, 12, 21, 16, 3]
     texts = [make_text(n, length) for n, length in enumerate(lengths)]
     path = write_shard(tmp_path / f"0{suffix}", texts)
-    made = list(islice(read_blocks(lane_of(path), Cursor(), packing=PACKING, tokenizer=tokenizer), blocks))
-    cursor = made[-1][1]
-    unbroken = next(read_blocks(lane_of(path), cursor, packing=PACKING, tokenizer=tokenizer))
+    lane = lane_of(path)
+    first = LaneReader(lane, tokenizer, PACKING).read(Part(0, Cursor(), int(end * lane.length)))
+    cursor, rest = first.after, Part(0, first.after, None)
+    unbroken = LaneReader(lane, tokenizer, PACKING).read(rest)
     write_shard(path, [texts[place] for place in order])
     try:
-        block, after = next(read_blocks(lane_of(path), cursor, packing=PACKING, tokenizer=tokenizer))
+        again = LaneReader(lane_of(path), tokenizer, PACKING).read(rest)
     except DataError as error:
         told = str(error)
         assert f"0{suffix}, line {cursor.line + 1}: the document there is not the one" in told
         assert order[cursor.line] != cursor.line or order[: cursor.line] != list(range(cursor.line))
     else:
-        assert order[cursor.line] == cursor.line
-        assert after.digest is not None
-        assert block.number == unbroken[0].number
+        assert cursor.token == 0 or order[cursor.line] == cursor.line
+        assert order != list(range(12)) or np.array_equal(again.block.ids, unbroken.block.ids)
 
 
 def test_a_cursor_without_a_digest_still_wants_a_document_at_its_line(tmp_path, tokenizer):
     path = write_shard(tmp_path / "0.jsonl", [make_text(n, 20) for n in range(9)])
-    *_, (_, cursor) = islice(read_blocks(lane_of(path), Cursor(), packing=PACKING, tokenizer=tokenizer), 4)
-    old = Cursor(cursor.block, cursor.epoch, cursor.file, cursor.line, cursor.byte - 3, cursor.token)
+    lane = lane_of(path)
+    cursor = LaneReader(lane, tokenizer, PACKING).read(Part(0, Cursor(), lane.length // 2)).after
     assert cursor.line > 0
+    assert cursor.digest is not None
+    plain = replace(cursor, digest=None)
+    assert LaneReader(lane, tokenizer, PACKING).read(Part(0, plain, None)).tokens
     with pytest.raises(DataError, match=rf"0\.jsonl, line {cursor.line + 1}: the document there is not"):
-        next(read_blocks(lane_of(path), old, packing=PACKING, tokenizer=tokenizer))
+        LaneReader(lane, tokenizer, PACKING).read(Part(0, replace(plain, byte=cursor.byte - 3), None))
 
 
 def test_a_file_that_is_written_to_while_it_is_read_is_refused(tmp_path):

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lamda.data.packing import PIECE, arrange, cuts, unavoidable_cuts
+from lamda.data import packing
+from lamda.data.packing import PIECE, arrange, arrange_groups, cuts, first_fit, unavoidable_cuts
 
 METHODS = ["concat", "best_fit"]
 
@@ -124,3 +125,41 @@ def test_best_fit_makes_few_of_the_cuts_that_can_be_avoided(row_length, mean, si
 def test_stretches_that_cannot_fill_the_rows_are_refused(method, lengths):
     with pytest.raises(ValueError, match="cannot fill 2 rows of 5"):
         arrange(method, np.array(lengths), rows=2, row_length=5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), max_size=40), row_length=st.sampled_from([1, 7, 12]))
+def test_rows_in_groups_have_every_token_once_and_only_the_last_one_is_short(method, lengths, row_length):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "GROUP", 4)
+        pieces = arrange_groups(method, np.array(lengths, np.int64), row_length=row_length)
+    total = sum(lengths)
+    places = {}
+    for row, start, length, stretch, offset in pieces.tolist():
+        for n in range(length):
+            assert (row, start + n) not in places
+            places[row, start + n] = (stretch, offset + n)
+    assert sorted(places) == [divmod(place, row_length) for place in range(total)]
+    stream = [(stretch, token) for stretch, length in enumerate(lengths) for token in range(length)]
+    assert sorted(places.values()) == stream
+    tokens = [places[place] for place in sorted(places)]
+    assert tokens == stream or method == "best_fit"
+    edge = 4 * row_length
+    groups = [sorted(tokens[start : start + edge]) for start in range(0, total, edge)]
+    assert [token for group in groups for token in group] == stream, "rows of different groups are mixed"
+
+
+@given(st.lists(st.integers(0, 9), max_size=60))
+def test_first_fit_cuts_nothing_and_leaves_no_row_that_another_would_have_held(lengths):
+    rows = first_fit(lengths, row_length=9)
+    filled = [0] * (max(rows, default=-1) + 1)
+    for row, length in zip(rows, lengths, strict=True):
+        filled[row] += length
+    assert max(filled, default=0) <= 9
+    assert all(one + other > 9 for n, one in enumerate(filled) for other in filled[:n] if one)
+
+
+def test_a_stretch_that_fits_in_no_row_is_refused():
+    with pytest.raises(ValueError, match="a stretch of 10 tokens fits in no row of 9"):
+        first_fit([3, 10], row_length=9)

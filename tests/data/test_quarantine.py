@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,14 +13,16 @@ from hypothesis import strategies as st
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.data import files, lanes, quarantine
-from lamda.data.blocks import Packing, read_blocks
+from lamda.data.blocks import LaneReader, Packing, Part
 from lamda.data.card import Source
-from lamda.data.corpus import open_corpus, packing_of
+from lamda.data.corpus import open_corpus, require_a_batch
+from lamda.data.documents import Document
 from lamda.data.files import DataError, File, read_lines
-from lamda.data.lanes import Cursor, cut_into_lanes, read_lane
-from lamda.data.loader import Loader, merge_cursors
+from lamda.data.held_out import require_documents
+from lamda.data.lanes import RAW_TEXT, Cursor, cut_into_lanes, read_lane
 from lamda.data.quarantine import BadLine, Quarantined, few, first_of, write_first
 from tests.conftest import make_text
+from tests.data.ranks import read
 
 SOURCE = Source(name="s", licence="none", files=("x",), domain="meta.pile_set_name")
 BAD = b"{not json}"
@@ -31,14 +32,25 @@ def good(text, domain="d"):
     return json.dumps({"text": text, "meta": {"pile_set_name": domain}}).encode()
 
 
-def lanes_of(folder: Path, contents, *, count, limit=1.0):
+def lanes_of(folder: Path, contents, *, count=1, limit=1.0):
     """Lanes over .jsonl files of these lines."""
     made = []
     for number, lines in enumerate(contents):
         path = folder / f"{number}.jsonl"
         path.write_bytes(b"\n".join(lines) + b"\n")
-        made.append(File(str(path), path.stat().st_size))
-    return cut_into_lanes(SOURCE, made, lanes=count, max_bad_fraction=limit)
+        made.append(path)
+    return cut(*made, count=count, limit=limit)
+
+
+def cut(*paths: Path, count=1, limit=1.0):
+    found = [File(str(path), path.stat().st_size) for path in paths]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lanes, "LEAST_ROWS", 1)
+        return cut_into_lanes(SOURCE, found, row_length=1, most=count, max_bad_fraction=limit)
+
+
+def entries(lane):
+    return list(read_lane(lane, Cursor()))
 
 
 @pytest.mark.parametrize(
@@ -57,27 +69,48 @@ def lanes_of(folder: Path, contents, *, count, limit=1.0):
     ],
 )
 def test_a_line_without_a_document_is_told_with_its_place_and_reason(tmp_path, line, reason):
-    (lane,) = lanes_of(tmp_path, [[good("a"), b"", b"  ", line, good("b")]], count=1)
-    first, second = islice(read_lane(lane, Cursor()), 2)
-    assert (first.text, first.bad, second.text) == ("a", (), "b")
-    (bad,) = second.bad
-    assert (bad.epoch, bad.file, bad.line) == (0, str(tmp_path / "0.jsonl"), 3)
+    (lane,) = lanes_of(tmp_path, [[good("a"), b"", b"  ", line, good("b")]])
+    first, bad, second = entries(lane)
+    assert (first.text, second.text) == ("a", "b")
+    assert bad.place == f"{tmp_path / '0.jsonl'}, line 4"
     assert bad.reason.startswith(reason)
     assert bad.beginning == line.decode("utf-8", "backslashreplace")
 
 
-def test_text_under_another_key_is_answered_with_the_keys_that_there_are_and_the_remedy(tmp_path):
-    (lane,) = lanes_of(tmp_path, [[b'{"content": "a", "meta": {}}'] * 3], count=1)
-    with pytest.raises(DataError, match=r"its keys are 'content', 'meta'\).*a card whose `text:` names it"):
-        next(read_lane(lane, Cursor()))
+def test_a_bad_line_of_a_lane_that_begins_inside_a_file_has_its_byte_as_its_place(tmp_path):
+    lines = [BAD if n % 50 == 33 else good(make_text(n, 9)) for n in range(400)]
+    found = lanes_of(tmp_path, [lines], count=5)
+    assert len(found) == 5
+    data = (tmp_path / "0.jsonl").read_bytes()
+    places = [bad.place for lane in found for bad in entries(lane) if isinstance(bad, BadLine)]
+    assert len(places) == 8
+    for place in places:
+        kind, number = place.removeprefix(f"{tmp_path / '0.jsonl'}, ").replace(",", "").split()
+        start = int(number) if kind == "byte" else len(b"".join(data.splitlines(True)[: int(number) - 1]))
+        assert data[start:].startswith(BAD)
+    assert {place.split(", ")[1].split()[0] for place in places} == {"byte", "line"}
 
 
-def test_a_parquet_file_without_the_column_is_answered_with_those_that_it_has(tmp_path):
+def config_of(folder: Path) -> Config:
+    return Config.model_validate(
+        {
+            "data": {"corpus": "standard_library", "files": f"{folder}/*", "sequence_length": 8},
+            "train": {"steps": 1, "global_batch_size": 2, "micro_batch_size": 1},
+        }
+    )
+
+
+def test_text_under_another_key_is_answered_with_the_keys_that_there_are_and_the_remedy(tmp_path, tokenizer):
+    (tmp_path / "0.jsonl").write_bytes(b'{"content": "a", "meta": {}}\n' * 3)
+    with pytest.raises(UserError, match=r"none of 3 lines.*its keys are 'content', 'meta'\).*a card whose `text:`"):
+        require_a_batch(open_corpus(config_of(tmp_path).data), config_of(tmp_path), tokenizer)
+
+
+def test_a_parquet_file_without_the_column_is_answered_with_those_that_it_has(tmp_path, tokenizer):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"content": ["a"], "id": [1]}), path)
-    (lane,) = cut_into_lanes(SOURCE, [File(str(path), path.stat().st_size)], lanes=1)
-    with pytest.raises(DataError, match=r"no column 'text' or 'meta' \(the file has 'content', 'id'\)"):
-        next(read_lane(lane, Cursor()))
+    with pytest.raises(UserError, match=r"no column 'text'.* \(the file has 'content', 'id'\)"):
+        require_a_batch(open_corpus(config_of(tmp_path).data), config_of(tmp_path), tokenizer)
 
 
 def test_strange_names_of_keys_are_cut_short():
@@ -86,11 +119,8 @@ def test_strange_names_of_keys_are_cut_short():
 
 def test_a_missing_domain_is_unknown_and_not_bad(tmp_path):
     lines = [b'{"text": "a"}', b'{"text": "b", "meta": null}', b'{"text": "c", "meta": {"pile_set_name": 3}}']
-    (lane,) = lanes_of(tmp_path, [lines], count=1)
-    documents = list(islice(read_lane(lane, Cursor()), 3))
-    assert [(document.text, document.domain, document.bad) for document in documents] == [
-        (text, "unknown", ()) for text in "abc"
-    ]
+    (lane,) = lanes_of(tmp_path, [lines])
+    assert [(document.text, document.domain) for document in entries(lane)] == [(text, "unknown") for text in "abc"]
 
 
 def test_a_line_over_the_limit_is_bad_and_the_lines_around_it_are_whole(tmp_path, monkeypatch):
@@ -104,45 +134,37 @@ def test_a_line_over_the_limit_is_bad_and_the_lines_around_it_are_whole(tmp_path
     lines = list(read_lines(file))
     assert [line.data for line in lines] == [line[:1001] for line in content]
     assert [line.byte for line in lines] == [sum(len(line) + 1 for line in content[:n]) for n in range(5)]
-    (lane,) = cut_into_lanes(SOURCE, [file], lanes=1, max_bad_fraction=1.0)
-    documents = list(islice(read_lane(lane, Cursor()), 3))
-    assert [document.line for document in documents] == [0, 2, 4]
-    assert [[bad.line for bad in document.bad] for document in documents] == [[], [1], [3]]
-    assert documents[1].bad[0].beginning == content[1][:200].decode()
+    (lane,) = cut(path)
+    found = entries(lane)
+    assert [entry.line for entry in found[::2]] == [0, 2, 4]
+    assert [entry.place for entry in found[1::2]] == [f"{path}, line 2", f"{path}, line 4"]
+    assert found[1].beginning == content[1][:200].decode()
 
 
 def test_a_row_of_parquet_without_text_is_bad(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = tmp_path / "0.parquet"
     pq.write_table(pa.table({"text": ["a", None, "b"]}), path)
-    (lane,) = cut_into_lanes(SOURCE, [File(str(path), path.stat().st_size)], lanes=1, max_bad_fraction=1.0)
-    first, second = islice(read_lane(lane, Cursor()), 2)
-    assert (first.text, second.text, [bad.line for bad in second.bad]) == ("a", "b", [1])
-    assert second.bad[0].beginning == "{'text': None}"
+    (lane,) = cut(path)
+    first, bad, second = entries(lane)
+    assert (first.text, second.text, bad.place) == ("a", "b", f"{path}, line 2")
+    assert bad.beginning == "{'text': None}"
 
 
 @pytest.mark.parametrize("number", [b"NaN", b"-Infinity", b"[Infinity, NaN]"])
 def test_a_number_that_json_does_not_know_costs_no_document(tmp_path, number):
     line = b'{"text": "a \xc3\xbc NaN", "id": 123456789012345678901234567890, "score": ' + number
-    (lane,) = lanes_of(tmp_path, [[line + b"}", line, line[:-1] + b'"\\ud800", "x": NaN}', good("b")]], count=1)
-    first, second = islice(read_lane(lane, Cursor()), 2)
-    assert (first.text, first.bad, second.text) == ("a \u00fc NaN", (), "b")
-    assert [(bad.line, bad.reason[:8]) for bad in second.bad] == [(1, "not JSON"), (2, "not JSON")]
+    (lane,) = lanes_of(tmp_path, [[line + b"}", line, line[:-1] + b'"\\ud800", "x": NaN}', good("b")]])
+    first, *bad, second = entries(lane)
+    assert (first.text, second.text) == ("a \u00fc NaN", "b")
+    assert [(each.place.split()[-1], each.reason[:8]) for each in bad] == [("2", "not JSON"), ("3", "not JSON")]
 
 
-def parquet(path: Path, columns, **fields) -> File:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def parquet(path: Path, columns, **fields) -> Path:
     pq.write_table(pa.table(columns), path, **fields)
-    return File(str(path), path.stat().st_size)
+    return path
 
 
 def test_only_the_needed_columns_of_parquet_are_read(tmp_path):
-    import pyarrow as pa
-
     odd = {
         "pairs": pa.array([[("k", 1)]] * 3, pa.map_(pa.string(), pa.int64())),
         "id": pa.ExtensionArray.from_storage(pa.uuid(), pa.array([b"0" * 16] * 3, pa.binary(16))),
@@ -151,40 +173,44 @@ def test_only_the_needed_columns_of_parquet_are_read(tmp_path):
     file = parquet(
         tmp_path / "part[1]::x.parquet", {"text": ["a", "b", "c"], "meta": [{"pile_set_name": "p"}] * 3} | odd
     )
-    (lane,) = cut_into_lanes(SOURCE, [file], lanes=1)
-    assert [(row.text, row.domain) for row in islice(read_lane(lane, Cursor()), 4)] == [(text, "p") for text in "abca"]
+    (lane,) = cut(file)
+    assert [(row.text, row.domain) for row in entries(lane)] == [(text, "p") for text in "abc"]
 
 
 def test_text_of_parquet_that_cannot_be_decoded_is_one_bad_line(tmp_path):
-    import pyarrow as pa
-
     text = pa.Array.from_buffers(
         pa.string(), 3, [None, pa.array([0, 1, 2, 3], pa.int32()).buffers()[1], pa.py_buffer(b"a\xffb")]
     )
-    (lane,) = cut_into_lanes(SOURCE, [parquet(tmp_path / "0.parquet", {"text": text})], lanes=1, max_bad_fraction=1)
-    first, second = islice(read_lane(lane, Cursor()), 2)
+    (lane,) = cut(parquet(tmp_path / "0.parquet", {"text": text}))
+    first, bad, second = entries(lane)
     assert (first.text, second.text) == ("a", "b")
-    assert [(bad.line, bad.reason[:17]) for bad in second.bad] == [(1, "cannot be decoded")]
+    assert (bad.place.split()[-1], bad.reason[:17]) == ("2", "cannot be decoded")
 
 
-def test_a_parquet_file_without_rows_or_whole_is_named_with_what_to_do(tmp_path):
-    import pyarrow as pa
-
-    empty = parquet(tmp_path / "0.parquet", {"text": pa.array([], pa.string())})
-    lanes = cut_into_lanes(SOURCE, [empty], lanes=2)
-    with pytest.raises(DataError, match=r"0\.parquet: holds no document .*take the file out"):
-        next(read_lane(lanes[0], Cursor()))
-    Path(empty.url).write_bytes(Path(empty.url).read_bytes()[:-1] + b"x")
-    with pytest.raises(DataError, match=r"0\.parquet: cannot be read as parquet"):
-        next(read_lane(lanes[0], Cursor()))
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    file = parquet(tmp_path / "0.parquet", {"text": ["a"]})
+    (lane,) = cut(file)
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    for failing in (lambda: cut(file), lambda: entries(lane)):
+        with pytest.raises(DataError, match=r"0\.parquet: cannot be read as parquet"):
+            failing()
 
 
-@pytest.mark.parametrize(("suffix", "content"), [(".jsonl", b""), (".jsonl.gz", gzip.compress(b" \n\n", mtime=0))])
-def test_no_number_of_lanes_helps_a_file_without_text(tmp_path, suffix, content):
-    (tmp_path / f"0{suffix}").write_bytes(content)
-    lanes = cut_into_lanes(SOURCE, [File(str(tmp_path / f"0{suffix}"), len(content))], lanes=2)
-    with pytest.raises(DataError, match="take the file out"):
-        next(read_lane(lanes[0], Cursor()))
+EMPTY = [(".jsonl", b""), (".jsonl.gz", gzip.compress(b" \n\n", mtime=0)), (".parquet", None)]
+
+
+@pytest.mark.parametrize(("suffix", "content"), EMPTY)
+def test_a_file_without_text_is_nothing_beside_others_and_held_out_alone_is_refused(tmp_path, suffix, content):
+    (path,), other = [tmp_path / f"0{suffix}"], tmp_path / "1.jsonl"
+    if content is None:
+        parquet(path, {"text": pa.array([], pa.string())})
+    else:
+        path.write_bytes(content)
+    other.write_bytes(good("a") + b"\n" + good("b") + b"\n")
+    assert [entry.text for lane in cut(path, other, count=8) for entry in entries(lane)] == ["a", "b"]
+    source = Source(name="s", licence="none", files=(str(path),))
+    with pytest.raises(DataError, match=r"holds no document"):
+        require_documents(source, form=RAW_TEXT, on_wait=lambda: None)
 
 
 LINES = st.lists(st.sampled_from(["good", "empty", "long", "bad", "blank"]), min_size=1, max_size=14)
@@ -194,124 +220,118 @@ LINES = st.lists(st.sampled_from(["good", "empty", "long", "bad", "blank"]), min
 @given(
     contents=st.lists(LINES, min_size=1, max_size=3),
     count=st.sampled_from([1, 2, 3]),
-    rows=st.sampled_from([1, 3]),
     length=st.sampled_from([2, 11]),
+    ends=st.lists(st.floats(0, 1), max_size=5),
 )
-def test_counters_and_bad_lines_are_a_function_of_the_place(tmp_path_factory, tokenizer, contents, count, rows, length):
+def test_counters_and_bad_lines_are_a_function_of_the_place(tmp_path_factory, tokenizer, contents, count, length, ends):
     kinds = {"good": good("of the and"), "empty": good(""), "long": good(make_text(1, 40)), "bad": BAD, "blank": b" "}
-    contents = [[*content, "good", "good", "good"] for content in contents]
     texts = [[kinds[kind] for kind in content] for content in contents]
+    seen = []
     for lane in lanes_of(tmp_path_factory.mktemp("lane"), texts, count=count):
-        of_lane = [  # (file, line, is bad) of the lines that count, in the lane's order
-            (position, line, contents[int(Path(share.file.url).stem)][line] == "bad")
-            for position, share in enumerate(lane.shares)
-            for line, kind in enumerate(contents[int(Path(share.file.url).stem)])
-            if line % share.modulus == share.residue and kind != "blank"
+        of_lane = entries(lane)
+        order = [  # (file, line) of each document, the lines before it and the bad ones among them
+            (entry.file, entry.line, number, sum(isinstance(each, BadLine) for each in of_lane[:number]))
+            for number, entry in enumerate(of_lane)
+            if isinstance(entry, Document)
         ]
-        packing = Packing(rows=rows, row_length=length, seed=3)
-        made = list(islice(read_blocks(lane, Cursor(), packing=packing, tokenizer=tokenizer), 9))
-        for _, cursor in made:
-            before = [bad for position, line, bad in of_lane if (position, line) < (cursor.file, cursor.line)]
-            assert cursor.lines == cursor.epoch * len(of_lane) + len(before)
-            assert cursor.bad == cursor.epoch * sum(bad for *_, bad in of_lane) + sum(before)
-        for k, (_, cursor) in enumerate(made[:-1]):
-            again = list(islice(read_blocks(lane, cursor, packing=packing, tokenizer=tokenizer), len(made) - k - 1))
-            assert [after for _, after in again] == [after for _, after in made[k + 1 :]]
-            assert [block.quarantined for block, _ in again] == [block.quarantined for block, _ in made[k + 1 :]]
-        last = made[-1][1]
-        seen = [bad for block, _ in made for bad in block.quarantined]
-        assert len(set(seen)) == len(seen) == last.bad
+        reader, start, made = LaneReader(lane, tokenizer, Packing(length)), Cursor(), []
+        for target in [*(int(end * lane.length) for end in sorted(ends)), None]:
+            part = Part(0, start, target)
+            made.append((part, reader.read(part)))
+            start = made[-1][1].after
+        for part, rows in made:
+            cursor = rows.after
+            assert cursor == Cursor() or (cursor.file, cursor.line, cursor.lines, cursor.bad) in order
+            again = LaneReader(lane, tokenizer, Packing(length)).read(part)
+            assert (again.after, again.block.quarantined) == (rows.after, rows.block.quarantined)
+        found = [bad for _, rows in made for bad in rows.block.quarantined]
+        assert found == [entry for entry in of_lane if isinstance(entry, BadLine)]
+        seen += found
+    assert len(set(seen)) == len(seen) == sum(kind == "bad" for content in contents for kind in content)
 
 
 def test_too_many_bad_lines_stop_the_run_from_any_cursor(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(quarantine, "JUDGED_FROM", 100)
     lines = [good("of")] * 30 + [BAD, b"5", b"[]", b"{}", BAD] + [good("and")] * 500
-    packing = Packing(rows=1, row_length=8, seed=0)
-    (strict,) = lanes_of(tmp_path, [lines], count=1, limit=0.04)
-    made = []
-    with pytest.raises(
-        DataError,
-        match=r"lane 0: 5 of 100 lines .* data\.max_bad_fraction 0\.04.*0\.jsonl, line 31: not JSON.*line 32: no text",
-    ):
-        made.extend(islice(read_blocks(strict, Cursor(), packing=packing, tokenizer=tokenizer), 250))
-    with pytest.raises(DataError, match="lane 0: 5 of 100 lines"):
-        list(islice(read_blocks(strict, made[-1][1], packing=packing, tokenizer=tokenizer), 250))
-    (lenient,) = lanes_of(tmp_path, [lines], count=1, limit=0.05)
-    *_, (_, cursor) = islice(read_blocks(lenient, Cursor(), packing=packing, tokenizer=tokenizer), 250)
-    assert cursor.epoch
-    assert cursor.bad >= 5
+    (strict,) = lanes_of(tmp_path, [lines], limit=0.04)
+    told = r"lane 0: 5 of 100 lines .* data\.max_bad_fraction 0\.04"
+    reader = LaneReader(strict, tokenizer, Packing(8))
+    monkeypatch.setattr("lamda.data.blocks.ENCODE_CHARACTERS", 100)
+    first = reader.read(Part(0, Cursor(), strict.length // 8))
+    assert first.after.bad == 5
+    with pytest.raises(DataError, match=rf"{told}.*0\.jsonl, line 31: not JSON.*line 32: no text"):
+        LaneReader(strict, tokenizer, Packing(8)).read(Part(0, Cursor(), None))
+    with pytest.raises(DataError, match=told):
+        LaneReader(strict, tokenizer, Packing(8)).read(Part(0, first.after, None))
+    with pytest.raises(DataError, match=told):
+        reader.read(Part(0, first.after, None))
+    (lenient,) = lanes_of(tmp_path, [lines], limit=0.05)
+    assert LaneReader(lenient, tokenizer, Packing(8)).read(Part(0, Cursor(), None)).after.bad == 5
 
 
-def test_a_lane_of_bad_lines_alone_is_an_error_that_shows_them(tmp_path):
-    (lane,) = lanes_of(tmp_path, [[BAD, b"5"]], count=1)
-    with pytest.raises(UserError, match=r"all its 2 lines are bad.*line 1: not JSON.*line 2: no text"):
-        next(read_lane(lane, Cursor()))
+def test_text_of_bad_lines_alone_is_an_error_that_shows_them(tmp_path, tokenizer):
+    (tmp_path / "0.jsonl").write_bytes(BAD + b"\n5\n")
+    with pytest.raises(UserError, match=r"none of 2 lines holds a document\..*line 1: not JSON.*line 2: no text"):
+        require_a_batch(open_corpus(config_of(tmp_path).data), config_of(tmp_path), tokenizer)
 
 
-def test_a_file_with_a_broken_end_is_still_an_error(tmp_path):
+def test_a_file_with_a_broken_end_is_still_an_error(tmp_path, monkeypatch):
     path = tmp_path / "0.jsonl.gz"
     path.write_bytes(gzip.compress(good("a") + b"\n" + BAD)[:-3])
-    (lane,) = cut_into_lanes(SOURCE, [File(str(path), path.stat().st_size)], lanes=1, max_bad_fraction=1.0)
     with pytest.raises(DataError, match="truncated"):
-        list(islice(read_lane(lane, Cursor()), 2))
+        cut(path, count=2)
+    monkeypatch.setattr(lanes, "CUT_COMPRESSED", (0, 0))
+    (lane,) = cut(path)
+    with pytest.raises(DataError, match="truncated"):
+        entries(lane)
 
 
-def test_any_ranks_and_stops_find_the_same_bad_lines(tmp_path, tokenizer):
+def test_any_ranks_and_stops_find_the_same_bad_lines(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(lanes, "LEAST_ROWS", 20)
+    monkeypatch.setattr("lamda.data.windows.FIRST_TOKENS", 300)
     for number in range(3):
         lines = [BAD if n % 5 == number else good(make_text(n, n)) for n in range(40)]
         (tmp_path / f"{number}.jsonl").write_bytes(b"\n".join(lines))
     config = Config.model_validate(
         {
             "data": {
-                "corpus": "standard_library", "files": f"{tmp_path}/*", "sequence_length": 13, "block_rows": 3,
-                "lanes": 5, "max_bad_fraction": 0.5,
+                "corpus": "standard_library", "files": f"{tmp_path}/*", "sequence_length": 12, "shuffle": 40,
+                "max_bad_fraction": 0.5,
             },
             "train": {"steps": 1, "global_batch_size": 12, "micro_batch_size": 1},
         }
     )  # fmt: skip
     corpus = open_corpus(config.data)
+    assert len(corpus.lanes) > 4
     assert all(lane.max_bad_fraction == 0.5 for lane in corpus.lanes)
-
-    def read(parts):
-        found: list[Quarantined] = []
-        cursors, consumed = None, 0
-        for world, steps in parts:
-            loaders = [
-                Loader(
-                    corpus, tokenizer, packing=packing_of(config), batch=12, micro_batch=1, rank=rank, world=world,
-                    consumed=consumed, cursors=cursors,
-                )
-                for rank in range(world)
-            ]  # fmt: skip
-            for loader in loaders:
-                *_, step = islice(loader, steps)
-                found += loader.quarantined()
-            consumed = step.consumed
-            cursors = merge_cursors(loader.cursors(consumed) for loader in loaders)
-            for loader in loaders:
-                loader.close()
-        return first_of(found), cursors
-
-    straight, cursors = read([(1, 12)])
-    assert len(straight) > 10
-    assert [(each.lane, each.block, each.bad.epoch, each.bad.line) for each in straight] == sorted(
-        (each.lane, each.block, each.bad.epoch, each.bad.line) for each in straight
-    )
-    assert {Path(each.bad.file).name for each in straight} == {f"{number}.jsonl" for number in range(3)}
-    for parts in ([(3, 12)], [(2, 5), (1, 4), (4, 3)]):
-        assert read(parts) == (straight, cursors)
+    straight = read(config, corpus, tokenizer, until=lambda step: step.epochs["files"] >= 1)
+    count = len(straight.digests)
+    assert sorted({each.bad.place.split(",")[0] for each in straight.quarantined}) == [
+        str(tmp_path / f"{number}.jsonl") for number in range(3)
+    ]
+    assert len(straight.quarantined) == 24
+    assert straight.quarantined == sorted(set(straight.quarantined))
+    assert read(config, corpus, tokenizer, count=count, world=3).quarantined == straight.quarantined
+    run, found = None, []
+    for world in (2, 1, 4, 2):
+        run = read(config, corpus, tokenizer, count=-(-count // 4), world=world, after=run)
+        found += run.quarantined
+    assert first_of(found) == straight.quarantined
 
 
 def test_only_the_first_hundred_are_kept():
-    bad = quarantine.bad_line(0, "f", 1, "r", b"x" * 900)
-    found = [Quarantined(lane, block, bad) for lane in range(30) for block in range(10)]
+    found = [
+        Quarantined(lane, quarantine.bad_line(f"f, line {line}", "r", b"x" * 900))
+        for lane in range(30)
+        for line in range(1, 10)
+    ]
     kept = first_of([*reversed(found), *found])
     assert kept == found[:100]
-    assert bad.beginning == "x" * 200
+    assert kept[0].bad.beginning == "x" * 200
 
 
 def test_the_file_holds_the_first_ones_once_whatever_the_order_of_finding(tmp_path):
-    found = [Quarantined(n % 3, n // 9, BadLine(0, "f", n, "not JSON", "{x")) for n in range(150)]
+    found = [Quarantined(n % 3, BadLine(f"f, line {n:03}", "not JSON", "{x")) for n in range(150)]
     straight, restarted = tmp_path / "straight.jsonl", tmp_path / "restarted.jsonl"
     write_first(straight, found)
     for part in (found[90:], found[:100], found[40:60]):
@@ -319,6 +339,7 @@ def test_the_file_holds_the_first_ones_once_whatever_the_order_of_finding(tmp_pa
     assert restarted.read_bytes() == straight.read_bytes()
     rows = [json.loads(line) for line in straight.read_text().splitlines()]
     assert len(rows) == 100
-    assert rows == sorted(rows, key=lambda row: (row["lane"], row["block"], row["line"]))
-    assert rows[0]["line"] == found[0].bad.line + 1  # as in the warning
+    assert rows == sorted(rows, key=lambda row: (row["lane"], row["place"]))
+    assert rows[0] == {"lane": 0, "place": "f, line 000", "reason": "not JSON", "beginning": "{x"}
+    assert write_first(straight, found) == []
     assert not list(tmp_path.glob(".*"))

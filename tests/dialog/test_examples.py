@@ -3,14 +3,13 @@
 import json
 import random
 from collections import Counter
-from itertools import islice, pairwise
 
 import numpy as np
 import pytest
 
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
-from lamda.data.blocks import Packing, read_blocks
+from lamda.data.blocks import LaneReader, Packing, Part
 from lamda.data.card import Source
 from lamda.data.corpus import fingerprint, open_corpus
 from lamda.data.documents import Document
@@ -49,7 +48,7 @@ def lane_of(folder, records, **more):
     form = Conversations(row_length=LENGTH, seed=5, **{"generative": 1, "discriminative": 2, **more})
     path = folder / "talk.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    (lane,) = cut_into_lanes(SOURCE, [File(str(path), path.stat().st_size)], lanes=1, form=form)
+    (lane,) = cut_into_lanes(SOURCE, [File(str(path), path.stat().st_size)], row_length=LENGTH, most=1, form=form)
     return lane
 
 
@@ -115,7 +114,7 @@ def test_over_the_epochs_each_example_comes_once(tokenizer):
     record, encoding = talk(19, turns=9), Encoding(tokenizer)
     generative, ratings = examples_of(parse_conversation(record))
     assert (len(generative) % 2, len(ratings) % 3) != (0, 0)
-    given = [Document(json.dumps(record), "s", epoch, 0, 4, 0) for epoch in range(len(generative) * len(ratings))]
+    given = [Document(json.dumps(record), "s", 0, 4, 0, epoch=epoch) for epoch in range(len(generative) * len(ratings))]
     found = [form.encode([document], tokenizer)[0] for document in given]
     for kind, count, items in (("generative", 2, generative), ("rating", 3, ratings)):
         own = [example for epoch in found for example in (epoch[:2] if kind == "generative" else epoch[2:])]
@@ -126,67 +125,67 @@ def test_over_the_epochs_each_example_comes_once(tokenizer):
         assert len(own) == count * len(given)
         assert all(part == wanted for part in rounds[: len(own) // len(items)])
     assert form.encode(given[:1], tokenizer)[0][0].ids.tolist() == found[0][0].ids.tolist()
-    other = [Document(json.dumps(record), "s", 0, 0, line, 0) for line in range(9)]
+    other = [Document(json.dumps(record), "s", 0, line, 0, epoch=0) for line in range(9)]
     assert len({tuple(part[0].ids.tolist()) for part in form.encode(other, tokenizer)}) > 1
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8])
-def test_blocks_hold_each_example_whole_and_once_and_come_from_their_cursor_alone(tmp_path, tokenizer, rows):
+@pytest.mark.parametrize("windows", [1, 3, 8])
+def test_rows_hold_each_example_whole_and_once_and_come_from_their_cursor_alone(tmp_path, tokenizer, windows):
     records = [talk(seed) for seed in range(30)]
     lane = lane_of(tmp_path, records)
-    packing = Packing(rows=rows, row_length=LENGTH, seed=3, method="whole")
-    expected = [
-        (epoch, line, part)
-        for epoch in range(6)
-        for line, record in enumerate(records)
-        for part in lane.form.encode([Document(json.dumps(record), "s", epoch, 0, line, 0)], tokenizer)[0]
-    ]
-    made = list(islice(read_blocks(lane, Cursor(), packing=packing, tokenizer=tokenizer), 60 // rows))
-    found = []
-    for block, _ in made:
-        padding = np.ones(block.ids.shape, bool)
-        for run in block.runs:
-            part = slice(run["start"], run["start"] + run["length"])
-            if run["document"] >= 0:
-                padding[run["row"], part] = False
-                place = block.documents[run["document"]]
-                ids, mask = block.ids[run["row"], part], block.loss_mask[run["row"], part]
-                found.append(((place.epoch, place.line, int(run["token"])), place.domain, ids.tolist(), mask.tolist()))
-        assert (block.ids[padding] == tokenizer.padding).all()
-        assert not block.loss_mask[padding].any()
-        assert block.loss_mask.any(axis=1).all()
-        assert (block.run_of[:, :-1] <= block.run_of[:, 1:]).all()
-    found.sort()
-    assert [(epoch, line) for (epoch, line, _), *_ in found] == [place[:2] for place in expected[: len(found)]]
-    for (_, kind, ids, mask), (_, _, part) in zip(found, expected, strict=False):
-        assert (kind, ids, mask) == (part.domain, part.ids.tolist(), part.scored.tolist())
-    for (_, cursor), (block, after) in pairwise(made):
-        again, again_after = next(read_blocks(lane, cursor, packing=packing, tokenizer=tokenizer))
-        assert np.array_equal(again.ids, block.ids)
-        assert np.array_equal(again.loss_mask, block.loss_mask)
-        assert np.array_equal(again.runs, block.runs)
-        assert again.documents == block.documents
-        assert again_after == after
+    packing = Packing(LENGTH, "whole")
+    for epoch in range(3):
+        expected = [
+            (line, part)
+            for line, record in enumerate(records)
+            for part in lane.form.encode([Document(json.dumps(record), "s", 0, line, 0, epoch=epoch)], tokenizer)[0]
+        ]
+        reader, start, made = LaneReader(lane, tokenizer, packing), Cursor(), []
+        for number in range(1, windows + 1):
+            part = Part(epoch, start, None if number == windows else lane.length * number // windows)
+            made.append((part, reader.read(part)))
+            start = made[-1][1].after
+        found = []
+        for part, (block, tokens, after) in made:
+            padding = np.ones(block.ids.shape, bool)
+            for span in block.spans:
+                place = slice(span["start"], span["start"] + span["length"])
+                if span["document"] >= 0:
+                    padding[span["row"], place] = False
+                    document = block.documents[span["document"]]
+                    ids, mask = block.ids[span["row"], place], block.loss_mask[span["row"], place]
+                    found.append(((document.line, int(span["token"])), document.domain, ids.tolist(), mask.tolist()))
+            assert (block.ids[padding] == tokenizer.padding).all()
+            assert not block.loss_mask[padding].any()
+            assert block.loss_mask.any(axis=1).all()
+            assert (block.segment_ids[:, :-1] <= block.segment_ids[:, 1:]).all()
+            again = LaneReader(lane, tokenizer, packing).read(part)
+            assert np.array_equal(again.block.ids, block.ids)
+            assert np.array_equal(again.block.loss_mask, block.loss_mask)
+            assert np.array_equal(again.block.spans, block.spans)
+            assert again.block.documents == block.documents
+            assert (again.tokens, again.after) == (tokens, after)
+        found.sort()
+        assert [line for (line, _), *_ in found] == [line for line, _ in expected]
+        for (_, kind, ids, mask), (_, part) in zip(found, expected, strict=True):
+            assert (kind, ids, mask) == (part.domain, part.ids.tolist(), part.scored.tolist())
 
 
 def test_a_bad_record_is_quarantined_with_its_line_and_reason(tmp_path, tokenizer):
     silent = {"messages": [{"role": "user", "content": "anybody?"}]}
     records = [talk(1), {"text": "raw"}, talk(2), {"messages": [{"role": "bot", "content": "x"}]}, silent, talk(3)]
     lane = lane_of(tmp_path, records)
-    packing = Packing(rows=8, row_length=LENGTH, seed=3, method="whole")
-    made = list(islice(read_blocks(lane, Cursor(), packing=packing, tokenizer=tokenizer), 2))
-    bad = sorted({(bad.line, bad.reason) for block, _ in made for bad in block.quarantined})
-    assert [line for line, _ in bad] == [1, 3, 4]
+    reader = LaneReader(lane, tokenizer, Packing(LENGTH, "whole"))
+    bad = [(bad.place, bad.reason) for bad in reader.read(Part(0, Cursor(), None)).block.quarantined]
+    assert [place for place, _ in bad] == [f"{tmp_path / 'talk.jsonl'}, line {number}" for number in (2, 4, 5)]
     assert [reason.split(",")[0].split(":")[0] for _, reason in bad] == [
         "it has no list of messages", "message 1", "there is nothing to learn",
     ]  # fmt: skip
-    again = list(islice(read_blocks(lane, made[0][1], packing=packing, tokenizer=tokenizer), 1))
-    assert again[0][1] == made[1][1]
 
 
 def test_dialogues_ask_for_whole_packing_and_are_in_the_fingerprint(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(talk(seed)) + "\n" for seed in range(9)))
-    data = {"corpus": "standard_library", "files": str(tmp_path / "a.jsonl"), "lanes": 1, "packing": "whole"}
+    data = {"corpus": "standard_library", "files": str(tmp_path / "a.jsonl"), "packing": "whole"}
     config = Config.model_validate({"data": data, "train": {"steps": 1}})
     corpus = open_corpus(config.data, form=Conversations.of(config))
     print_of = fingerprint(corpus, config, tokenizer)

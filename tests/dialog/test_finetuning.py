@@ -49,7 +49,7 @@ def place(tmp_path_factory, tokenizer_path):
     (folder / "run.yaml").write_text(
         f"model: {{weights: '{start}'}}\n"
         f"data: {{corpus: dialog, files: '{folder}/train.jsonl', eval_files: '{folder}/val.jsonl', packing: whole, "
-        "sequence_length: 64, block_rows: 4}\n"
+        "sequence_length: 64}\n"
         "train: {steps: 6, global_batch_size: 8, micro_batch_size: 2, lr: 1e-2}\n"
         "checkpoint: {every: 2}\nwandb: {mode: disabled}\n"
     )
@@ -78,10 +78,10 @@ def test_a_stopped_run_goes_on_with_other_ranks_to_the_same_weights(place, monke
     assert {"eval/perplexity", "eval/auc/unsafe", "eval/accuracy/grounded"} <= final.keys()
     assert "loss/generative" in final or any(f"loss/{name}" in final for name in ("unsafe", "sensible"))
     (bad,) = {
-        (entry["line"], entry["reason"])
+        (entry["place"], entry["reason"])
         for entry in map(json.loads, (place / "alone/quarantine.jsonl").read_text().splitlines())
     }
-    assert bad == (8, "message 1: role is 'bot', not one of system, user, assistant, tool")
+    assert bad == (f"{place}/train.jsonl, line 8", "message 1: role is 'bot', not one of system, user, assistant, tool")
     for count, text in (("0", "at least 1"), ("-3", "at least 1")):
         with pytest.raises(UserError, match=text):
             evaluate([str(place / "alone"), "--examples", count])

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 from lamda import distributed
 from lamda.config.schema import Config
-from lamda.data.lanes import Cursor
 from lamda.data.loader import MicroBatch, Step
+from lamda.data.windows import SourceOrder
 from lamda.inference.sampling import Sampling
 from lamda.interop.harness.ranks import RanksDecoder
 from lamda.interop.harness.scoring import Prompt, Row
@@ -148,9 +148,9 @@ def run(job: dict, world: distributed.World, device: torch.device, out: Path) ->
         model = out / "tokenizer.model"
         model.touch()
         distributed.barrier()
-        lanes = {"cursors": {0: Cursor(block=1)}}
+        order = {"order": (SourceOrder(measured=(3, 1)),)}
         saver = Saver(out / job["save"], engine=engine, tokenizer=model)
-        ended = saver.begin(RunState(**{**vars(state), **lanes})) or saver.finish()
+        ended = saver.begin(RunState(**{**vars(state), **order})) or saver.finish()
         assert ended.problem is None, ended.problem
     weights = {name: weight.clone() for name, weight in engine.weights()}
     if world.is_main:

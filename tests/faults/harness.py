@@ -43,7 +43,7 @@ class Place:
         write_shard(folder / "val.jsonl", [make_text(900 + n, 30) for n in range(2)])
         data = {
             "corpus": "standard_library", "files": f"{folder}/train/*", "eval_files": f"{folder}/val.jsonl",
-            "sequence_length": 32, "block_rows": 4,
+            "sequence_length": 32,
         }  # fmt: skip
         (folder / "run.yaml").write_text(
             f"{SETTINGS}\ndata: {json.dumps(data)}\ntokenizer: {{path: '{tokenizer}'}}\n", "utf-8"

@@ -19,7 +19,7 @@ def test_a_killed_run_is_proved_to_end_as_an_unbroken_one(tmp_path, monkeypatch,
         write_shard(tmp_path / "text" / f"{file}.jsonl.zst", texts)
     (tmp_path / "run.yaml").write_text(
         f"{SETTINGS}\nrun: {{dir: {tmp_path}/runs/mine}}\n"
-        f"data: {{corpus: standard_library, files: '{tmp_path}/text/*', sequence_length: 32, block_rows: 4}}\n"
+        f"data: {{corpus: standard_library, files: '{tmp_path}/text/*', sequence_length: 32}}\n"
     )
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)

@@ -78,7 +78,8 @@ def test_a_full_disk_from_the_first_step_on_costs_side_files_alone(tmp_path, tok
     """Over text with bad lines. Only saves fail; where the ready blocks alone have no room, not even they."""
     place = Place.make(tmp_path, tokenizer_path)
     for file in range(3):
-        path = write_shard(tmp_path / "train" / f"{file}.jsonl", [make_text(file, 50) for _ in range(30)])
+        # few, so that rows of further epochs are made while the run goes
+        path = write_shard(tmp_path / "train" / f"{file}.jsonl", [make_text(file, 50) for _ in range(3)])
         path.write_bytes(b"no record\n" + path.read_bytes())
     disk = tmp_path / "disk"
     disk.mkdir()

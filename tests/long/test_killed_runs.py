@@ -26,7 +26,7 @@ FLAGS = {
     "model.vocab_size": 2000, "model.d_model": 64, "model.n_layers": 2, "model.n_heads": 2, "model.d_head": 32,
     "model.d_ff": 128, "tokenizer.train_bytes": 2_000_000, "data.corpus": "standard_library",
     "data.sequence_length": 128,
-    "data.block_rows": 16, "train.steps": STEPS, "train.global_batch_size": 16, "train.micro_batch_size": 4,
+    "train.steps": STEPS, "train.global_batch_size": 16, "train.micro_batch_size": 4,
     "checkpoint.every": 4, "data.files": f"{DATA}/pile-sample/train/*.jsonl.zst",
     "data.eval_files": f"{DATA}/pile-sample/val.jsonl.zst",
 }  # fmt: skip

@@ -4,9 +4,15 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 
 from lamda.cli import main
+from lamda.config.loading import load_config
+from lamda.data.corpus import open_corpus, packing_of
+from lamda.data.loader import Loader, batch_digest
+from lamda.data.tokenizer import Tokenizer
+from lamda.training.run_directory import RunDirectory
 from tests.conftest import make_text, write_shard
 from tests.runs.conftest import leave_status, make_run, save_checkpoint
 
@@ -110,17 +116,39 @@ def test_nobody_is_asked_whether_he_means_what_he_wrote(tmp_path, capsys):
     assert "did you mean" not in capsys.readouterr().err
 
 
+def first_digest(run):
+    config = load_config(["--config", str(run.config)])
+    loader = Loader(
+        open_corpus(config.data),
+        Tokenizer.load(run.tokenizer),
+        packing=packing_of(config),
+        seed=config.run.seed,
+        batch=config.train.global_batch_size,
+        micro_batch=1,
+        rank=0,
+        world=1,
+    )
+    with loader:
+        step = next(iter(loader))
+    return batch_digest(step.digests[np.argsort(step.positions)])
+
+
 @pytest.mark.parametrize("manifest", [b"", b"[]", b"\xff\0", b"{}"])
 def test_a_row_is_found_without_a_checkpoint_whose_manifest_is_damaged(tmp_path, capsys, tokenizer_path, manifest):
     text = write_shard(tmp_path / "text.jsonl", [make_text(n, 60) for n in range(30)])
-    run = make_run(tmp_path / "run", losses=[3.0, 2.5], samples=4, tokens=64, batch_digest="0" * 16)
+    run = RunDirectory(tmp_path / "run")
+    run.create()
     run.config.write_text(
         f"model: {{vocab_size: 400}}\ndata: {{files: [{text}], eval_files: [{text}], sequence_length: 16}}\n"
         "train: {steps: 2, global_batch_size: 2, micro_batch_size: 2}\n"
     )
     run.tokenizer.write_bytes(tokenizer_path.read_bytes())
-    damaged = run.checkpoints / "step-00000002"
+    make_run(run.path, losses=[3.0], samples=2, tokens=32, batch_digest=first_digest(run))
+    damaged = run.checkpoints / "step-00000001"
     damaged.mkdir(parents=True)
     (damaged / "manifest.json").write_bytes(manifest)
     assert main(["where", str(run.path), "--step", "1", "--row", "0"]) == 0
     assert "text.jsonl, line" in capsys.readouterr().out
+    make_run(run.path, losses=[3.0], samples=2, tokens=32, batch_digest="0" * 16)
+    assert main(["where", str(run.path), "--step", "1", "--row", "0"]) == 2
+    assert "not those of its batch_digest" in capsys.readouterr().err

@@ -26,17 +26,18 @@ def evaluated(run, files, capsys):
     return json.loads(capsys.readouterr().out, parse_constant=no_constant)
 
 
-def test_an_empty_document_beside_others_changes_nothing(run, tmp_path, capsys):
+def test_an_empty_document_beside_others_is_its_end_symbol(run, tmp_path, capsys):
     with_empty = write_shard(tmp_path / "a.jsonl", ["", make_text(1, 40)])
     without = write_shard(tmp_path / "b.jsonl", [make_text(1, 40)])
     figures = evaluated(run, with_empty, capsys)
-    assert figures["tokens"] == evaluated(run, without, capsys)["tokens"]
+    alone = evaluated(run, without, capsys)
+    assert (figures["tokens"], figures["bytes"]) == (alone["tokens"] + 1, alone["bytes"])
     assert figures["loss"] > 0
 
 
 def test_text_of_empty_documents_alone_is_refused(run, tmp_path):
     files = write_shard(tmp_path / "empty.jsonl", ["", ""])
-    with pytest.raises(UserError, match=r"the text has no token to score: .*empty\.jsonl has empty documents alone"):
+    with pytest.raises(UserError, match=r"there is no text to score: .*empty\.jsonl has empty documents alone"):
         main([str(run), "--files", str(files), "--json"])
 
 

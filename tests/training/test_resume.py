@@ -1,5 +1,7 @@
 """Where a run begins follows from checkpoint.resume and what is there; what does not fit is refused by name."""
 
+from pathlib import Path
+
 import pytest
 
 from lamda.config import Config
@@ -206,24 +208,33 @@ def test_a_checkpoint_of_another_framework_is_refused_with_the_way_on(directory,
         assert f"model.weights {path}/model.safetensors and another run.dir" in str(caught.value)
 
 
-SAVED = {"seed": 0, "lanes": 8, "tokenizer": "a" * 64, "files": [["x", 1]]}
+SAVED = {"seed": 0, "shuffle": 8, "tokenizer": "a" * 64, "files": [["x", 1]]}
 
 
 def start(fingerprint):
-    return Start(None, RunState(step=3, fingerprint=fingerprint))
+    return Start(Path("step-3"), RunState(step=3, fingerprint=fingerprint))
 
 
-def test_the_same_data_goes_on(directory):
+def test_the_same_data_goes_on():
     assert start(SAVED).check_data(dict(SAVED)) == start(SAVED).state
-    assert start({}).check_data(SAVED) == start(SAVED).state
+
+
+def test_a_new_run_takes_the_data_that_is_there():
+    assert Start(None, RunState()).check_data(SAVED) == RunState(fingerprint=SAVED)
+
+
+def test_a_checkpoint_that_does_not_say_what_its_order_depends_on_is_refused():
+    current = {**SAVED, "format": 2}
+    with pytest.raises(UserError, match=r"^step-3: its samples are in the order of another version \(format None"):
+        start({}).check_data(current)
 
 
 @pytest.mark.parametrize(
     ("current", "told"),
     [
-        ({**SAVED, "seed": 1, "lanes": 9}, "seed was 0, is 1; lanes was 8, is 9. Set"),
+        ({**SAVED, "seed": 1, "shuffle": 9}, "seed was 0, is 1; shuffle was 8, is 9. Set"),
         ({**SAVED, "packing": "concat"}, "packing was None, is concat. Set"),
-        ({key: value for key, value in SAVED.items() if key != "lanes"}, "lanes was 8, is None. Set"),
+        ({key: value for key, value in SAVED.items() if key != "shuffle"}, "shuffle was 8, is None. Set"),
         ({**SAVED, "tokenizer": "b" * 64}, f"tokenizer was {'a' * 57}..., is {'b' * 57}.... Set"),
         ({**SAVED, "files": [["x", 1], ["y", 2]]}, "files gained ['y', 2]. Set"),
         ({**SAVED, "files": [["x", 3]]}, "files lost ['x', 1] and gained ['x', 3]. Set"),

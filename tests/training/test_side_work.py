@@ -62,7 +62,7 @@ def skipped(directory):
 def bad_lines(directory):
     file = QuarantineFile(directory.quarantine)
     for _ in range(2):
-        file.add([Quarantined(0, 0, BadLine(0, "file", 3, "not JSON", "x"))])
+        file.add([Quarantined(0, BadLine("file, line 4", "not JSON", "x"))])
 
 
 def log(directory):

@@ -7,7 +7,6 @@ a head to come, a time for a request as a whole, a least speed at which its clie
 from __future__ import annotations
 
 import asyncio
-import resource
 import signal
 import socket
 import threading
@@ -20,6 +19,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from lamda.data.open_files import allow_open_files
 from lamda.dialog.server.app import App
 from lamda.dialog.server.guard import is_chunked
 
@@ -87,7 +87,7 @@ class Doors:
     def __init__(self, app: App) -> None:
         self.limits, self.metrics = app.limits, app.metrics
         # A burst is accepted before the first of it can be cut off: each connection has two descriptors set aside.
-        descriptors = _descriptors(2 * app.limits.connections + _OTHER_DESCRIPTORS)
+        descriptors = allow_open_files(2 * app.limits.connections + _OTHER_DESCRIPTORS)
         self.most = max(min(app.limits.connections, (descriptors - _OTHER_DESCRIPTORS) // 2), 1)
         self.waiting: dict[Connection, None] = {}
 
@@ -219,14 +219,3 @@ class Connection(H11Protocol):
             self.cut("delivery_seconds")
         else:
             self._watch_reading()
-
-
-def _descriptors(wanted: int) -> int:
-    """File descriptors that this process may have, after asking for as many as are wanted."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = wanted
-    return soft if soft != resource.RLIM_INFINITY else wanted

@@ -1,0 +1,101 @@
+"""A rank's rows of the windows: read ahead in threads, by lane, and let go when they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lamda.data.block_files import BlockFolder
+from lamda.data.blocks import LaneReader, Packing, Part, PartRows, RowBlock
+from lamda.data.lanes import Lane
+from lamda.data.quarantine import KEPT, Quarantined, first_of
+from lamda.data.tokenizer import Tokenizer
+from lamda.data.windows import Announcement
+
+
+class LaneRows(NamedTuple):
+    """What a lane gave to a window: its rows, the domain of each of their documents [n + 1], and what is announced.
+
+    The last domain is that of no document. Nothing here is of each token, but for the rows themselves.
+    """
+
+    block: RowBlock
+    domains: NDArray[np.int16]
+    announcement: Announcement
+
+
+class RowReader:
+    """Reads lanes' parts of windows in background threads. Close it to end them.
+
+    domains: numbers of the names that are told apart. ready: where rows are kept, if anywhere.
+    """
+
+    def __init__(
+        self,
+        lanes: tuple[Lane, ...],
+        tokenizer: Tokenizer,
+        packing: Packing,
+        *,
+        threads: int,
+        domains: Mapping[str, int],
+        ready: BlockFolder | None,
+    ) -> None:
+        self._lanes, self._tokenizer, self._packing = lanes, tokenizer, packing
+        self._domains, self._ready = domains, ready
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lane")
+        self._readers: dict[int, tuple[Lock, LaneReader]] = {}
+        self._coming: dict[int, dict[int, Future[LaneRows]]] = {}  # by lane and window
+        self._quarantined: list[Quarantined] = []
+
+    def begin(self, lane: int, window: int, part: Part) -> None:
+        """Read a lane's part of a window, unless that has begun already."""
+        own = self._coming.setdefault(lane, {})
+        if window not in own:
+            own[window] = self._pool.submit(self._read, lane, window, part)
+
+    def get(self, lane: int, window: int, part: Part) -> LaneRows:
+        """A lane's part of a window, waited for. Raises DataError where the text cannot be read."""
+        self.begin(lane, window, part)
+        return self._coming[lane][window].result()
+
+    def drop(self, lane: int, *, before: int) -> None:
+        """Let go of a lane's rows of the windows before one."""
+        own = self._coming.get(lane, {})
+        for window in [window for window in own if window < before]:
+            own.pop(window).cancel()
+
+    def quarantined(self) -> list[Quarantined]:
+        """The first bad lines, by lane and place, of all parts that were read."""
+        return first_of(self._quarantined)
+
+    def close(self) -> None:
+        """End the threads and let go of files."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, lane: int, window: int, part: Part) -> LaneRows:
+        rows = self._ready.find(lane, window, part) if self._ready is not None else None
+        if rows is None:
+            rows = self._made(lane, part)
+            if self._ready is not None:
+                self._ready.keep(lane, window, part, rows, narrow=self._tokenizer.vocab_size <= 1 << 16)
+                rows = self._ready.find(lane, window, part) or rows  # mapped: a window may be an epoch
+        if len(self._quarantined) < KEPT:
+            self._quarantined += [Quarantined(lane, bad) for bad in rows.block.quarantined]
+        announcement = Announcement(len(rows.block.ids), rows.tokens, rows.after)
+        return LaneRows(rows.block, self._domains_of(rows.block), announcement)
+
+    def _made(self, lane: int, part: Part) -> PartRows:
+        new = (Lock(), LaneReader(self._lanes[lane], self._tokenizer, self._packing))
+        lock, reader = self._readers.setdefault(lane, new)
+        with lock:
+            return reader.read(part)
+
+    def _domains_of(self, block: RowBlock) -> NDArray[np.int16]:
+        other = len(self._domains)
+        names = [self._domains.get(document.domain, other) for document in block.documents]
+        return np.array([*names, other], np.int16)

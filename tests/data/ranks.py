@@ -1,0 +1,195 @@
+"""Ranks in one process, a thread each, and text of numbers: each token of a corpus is told from every other one."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Barrier, Thread
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+import zstandard
+from numpy.typing import NDArray
+
+from lamda.config.schema import Config
+from lamda.data.block_files import BlockFolder
+from lamda.data.corpus import Corpus, packing_of
+from lamda.data.loader import Loader, Step, batch_digest
+from lamda.data.order import next_samples
+from lamda.data.quarantine import Quarantined, first_of
+from lamda.data.windows import SourceOrder, Window
+
+
+class Numbers:
+    """A text is numbers between spaces, and these are its ids."""
+
+    end_of_document, padding, vocab_size, sha256 = 0, 1, 1 << 16, "numbers"
+    token_bytes = np.ones(1 << 16, np.int64)
+
+    def encode_documents(self, texts: Sequence[str], *, threads: int) -> list[NDArray[np.uint32]]:
+        return [np.array(text.split(), np.uint32) for text in texts]
+
+    def pieces(self, text: str) -> list[str]:
+        words = text.split()
+        return [" ".join(words[start : start + 40]) + " " for start in range(0, len(words), 40)] or [text]
+
+
+BAD, BLANK = "bad", "blank"
+Line = list[int] | str
+"""A document's ids, or BAD or BLANK."""
+
+
+def write_file(path: Path, lines: Sequence[Line]) -> None:
+    """A file of lines by its suffix; a .txt holds the one line that it is given, parquet no blank ones."""
+    texts = [" ".join(map(str, line)) for line in lines if not isinstance(line, str)]
+    if path.suffix == ".txt":
+        path.write_text(texts[0])
+    elif path.suffix == ".parquet":
+        rows = iter(texts)
+        column = [None if line == BAD else next(rows) for line in lines if line != BLANK]
+        pq.write_table(pa.table({"text": pa.array(column, pa.string())}), path, row_group_size=3)
+    else:
+        rows = iter(texts)
+        kinds = {BAD: "{no json", BLANK: " "}
+        content = [kinds[line] if isinstance(line, str) else json.dumps({"text": next(rows)}) for line in lines]
+        data = "".join(line + "\n" for line in content).encode()
+        pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(path.suffix, bytes)
+        path.write_bytes(pack(data))
+
+
+def config_of(folder: Path, weights: Sequence[float], *, batch: int = 12, **data: Any) -> Config:
+    """A run over the sources `0`, `1`, ... in folders of these names."""
+    sources = [
+        {"name": str(number), "licence": "none", "files": f"{folder}/{number}/*", "weight": weight}
+        for number, weight in enumerate(weights)
+    ]
+    (folder / "card.yaml").write_text(yaml.safe_dump({"name": "c", "description": "numbers", "sources": sources}))
+    return Config.model_validate(
+        {
+            "run": {"seed": 5},
+            "data": {"corpus": str(folder / "card.yaml"), "blocks": str(folder / "blocks"), **data},
+            "train": {"steps": 1, "global_batch_size": batch, "micro_batch_size": 1},
+        }
+    )
+
+
+ROWS = ("ids", "scored", "domains")
+
+
+@dataclass
+class Run:
+    """What ranks read. ids, scored, domains: [B, L+1], [B, L], [B, L] of each step, in the order of its samples."""
+
+    digests: list[str] = field(default_factory=list)
+    ids: list[NDArray[np.uint32]] = field(default_factory=list)
+    scored: list[NDArray[np.bool_]] = field(default_factory=list)
+    domains: list[NDArray[np.int16]] = field(default_factory=list)
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    order: tuple[SourceOrder, ...] = ()
+    consumed: int = 0
+    quarantined: list[Quarantined] = field(default_factory=list)
+    windows: list[tuple[int, Window]] = field(default_factory=list)
+
+
+class _Exchange:
+    def __init__(self, world: int) -> None:
+        self.barrier, self._values = Barrier(world, timeout=60), [None] * world
+
+    def of(self, rank: int) -> Callable[[Any], list[Any]]:
+        def exchange(value: Any) -> list[Any]:
+            self._values[rank] = value
+            self.barrier.wait()
+            values = list(self._values)
+            self.barrier.wait()
+            return values
+
+        return exchange
+
+
+def read(
+    config: Config,
+    corpus: Corpus,
+    tokenizer: Any,
+    *,
+    count: int | None = None,
+    until: Callable[[Step], bool] | None = None,
+    world: int = 1,
+    after: Run | None = None,
+    skipped: Sequence[tuple[int, int]] = (),
+    threads: int = 1,
+    ready: BlockFolder | None = None,
+    with_order: bool = True,
+    domains: Sequence[str] = (),
+) -> Run:
+    """The next `count` steps on `world` ranks, or those until one; after a run, as its checkpoint says."""
+    batch = config.train.global_batch_size
+    consumed, order = (after.consumed, after.order) if after else (0, ())
+    exchange, errors, windows = _Exchange(world), [], []
+    loaders = [
+        Loader(
+            corpus, tokenizer, packing=packing_of(config), seed=config.run.seed, batch=batch,
+            micro_batch=config.train.micro_batch_size, rank=rank, world=world, consumed=consumed, skipped=skipped,
+            order=[saved(each) for each in order] if with_order else (), exchange=exchange.of(rank), threads=threads,
+            domains=domains, document_mask=config.data.separates_documents, ready=ready,
+            on_window=lambda source, known, rank=rank: rank or windows.append((source, known.windows[-1])),
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    found: list[list[Step]] = [[] for _ in loaders]
+
+    def run(rank: int) -> None:
+        try:
+            for step in loaders[rank] if count != 0 else ():
+                found[rank].append(step)
+                if len(found[rank]) == count or (until is not None and until(step)):
+                    break
+        except BaseException as error:  # a rank that fails must not leave the others waiting
+            errors.append(error)
+            exchange.barrier.abort()
+
+    ranks = [Thread(target=run, args=(rank,)) for rank in range(world)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    for loader in loaders:
+        loader.close()
+    if errors:
+        raise errors[0]
+    assert all(loader.order() == loaders[0].order() for loader in loaders)
+    result = Run(order=loaders[0].order(), consumed=consumed, windows=windows)
+    result.quarantined = first_of(each for loader in loaders for each in loader.quarantined())
+    for parts in zip(*found, strict=True):
+        _add(result, parts, batch=batch, skipped=skipped)
+    return result
+
+
+def _add(run: Run, parts: Sequence[Step], *, batch: int, skipped: Sequence[tuple[int, int]]) -> None:
+    """A step of all ranks: each of its samples is one rank's."""
+    places = np.concatenate([part.positions for part in parts])
+    assert sorted(places) == list(range(batch))
+    digests, *rows = (
+        np.concatenate(each)[np.argsort(places)]
+        for each in (
+            [part.digests for part in parts],
+            *([getattr(each, name) for part in parts for each in part.micro_batches] for name in ROWS),
+        )
+    )
+    run.consumed = next_samples(run.consumed, batch, skipped)[1]
+    assert {part.consumed for part in parts} == {run.consumed}
+    assert all(part.epochs == parts[0].epochs for part in parts)
+    run.digests.append(batch_digest(digests))
+    for name, found in zip(ROWS, rows, strict=True):
+        getattr(run, name).append(found)
+    run.epochs.append(dict(parts[0].epochs))
+
+
+def saved(order: SourceOrder) -> SourceOrder:
+    """As a checkpoint brings it back."""
+    return SourceOrder.from_json(json.loads(json.dumps(order.to_json())))
