@@ -89,6 +89,11 @@ class Engine:
         self.devices = world.size
         own = deepspeed_config.build(config, world=world.size)
         self.stage, self.is_bf16 = deepspeed_config.zero_stage(own), deepspeed_config.is_bf16(own)
+        if self.is_bf16 and world.is_main and _emulates_bf16(device):
+            log.warning(
+                "this processor has no bf16 instructions: a step takes several times as long as in fp32, which "
+                "--deepspeed.config deepspeed/fp32.json trains in"
+            )
         # Without ZeRO and in fp32 DeepSpeed neither tells the gradient's norm nor refuses one that is not finite.
         self._is_unguarded = self.stage == 0 and not self.is_bf16
         if self._is_unguarded:
@@ -336,6 +341,11 @@ class _Part:
         kinds = torch.arange(domains, device=nats_BL.device)
         of_domain_dN = (self.domains_BL.flatten() == kinds[:, None]).float() * self.scored_BL.flatten()
         return torch.stack([of_domain_dN @ nats_BL.float().flatten(), of_domain_dN.sum(dim=1)]).double()
+
+
+def _emulates_bf16(device: torch.device) -> bool:
+    """Whether PyTorch has no fast bf16 product here: measured with 2.13 on AVX2, 100 tokens/s for 600 in fp32."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def test_a_console_of_another_encoding_shows_the_sample_all_the_same(place, alon
     out, err = finish(start(place, "latin", PYTHONIOENCODING="latin-1"))
     assert "a continuation, as it came" in out
     assert "everything is in" in out
-    assert err == ""
+    assert [line for line in err.splitlines() if "no bf16 instructions" not in line] == []
 
 
 def test_a_home_and_a_cache_that_cannot_be_written_cost_nothing(place, alone):

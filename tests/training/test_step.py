@@ -123,3 +123,16 @@ def test_the_length_of_a_run_decides_whether_it_compiles(tmp_path, device):
     assert not compiling.is_worthwhile(wants(enough), device, stage=3)
     with pytest.raises(UserError, match=r"train\.compile is always, but ZeRO stage 3 cannot be compiled"):
         compiling.is_worthwhile(wants(1, compile="always"), device, stage=3)
+
+
+@pytest.mark.parametrize(
+    ("capability", "bf16", "says"), [("AVX2", True, True), ("AVX2", False, False), ("AVX512", True, False)]
+)
+def test_a_processor_without_bf16_instructions_is_told_of_fp32(
+    tmp_path, device, monkeypatch, caplog, capability, bf16, says
+):
+    if device.type != "cpu":
+        pytest.skip("of processors")
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    Engine(config({"stage": 1, "bf16": bf16}, tmp_path, 0), world=World(), device=device)
+    assert ("no bf16 instructions" in caplog.text) == says
