@@ -15,7 +15,10 @@ from lamda.config.settings import ConfigError, Contents, Kind, Problem, Schema, 
 
 __all__ = ["KEYS", "SECTIONS", "ConfigError", "load_config", "wants_help"]
 
-SCHEMA = Schema(Config, flag="config", among="configs/*.yaml")
+REMOVED = frozenset({"data.lanes", "data.block_rows"})
+"""Keys of earlier versions: read over in files, since checkpoints hold the config.yaml that they were made with."""
+
+SCHEMA = Schema(Config, flag="config", among="configs/*.yaml", removed=REMOVED)
 SECTIONS, KEYS = SCHEMA.sections, SCHEMA.keys
 
 
@@ -75,6 +78,8 @@ def _read_flags(argv: Sequence[str], problems: list[Problem]) -> tuple[str | Non
             problems.append(Problem(place, "", f"{value}: is not a flag; write --section.key VALUE"))
         elif name in _OF_LAUNCHERS:
             problems.append(Problem(place, name, f"there is no such key; {_OF_LAUNCHERS[name]}"))
+        elif name in REMOVED:
+            problems.append(Problem(place, name, "is gone; leave it out (CHANGELOG.md)"))
         elif name != "config" and name not in KEYS:
             problems.append(Problem(place, name, f"there is no such key{SCHEMA.nearest_key(name)}"))
         elif value is None:

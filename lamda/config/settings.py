@@ -73,11 +73,12 @@ class Contents(NamedTuple):
 class Schema(Generic[Whole]):
     """A model whose fields are sections of keys.
 
-    flag: names the file on the command line. among: glob of the files that come with the package.
+    flag: names the file on the command line. among: glob of the files that come with the package. removed: keys of
+    earlier versions, which their files still hold and which mean nothing any more.
     """
 
-    def __init__(self, model: type[Whole], *, flag: str, among: str) -> None:
-        self.model, self.flag, self.among = model, flag, among
+    def __init__(self, model: type[Whole], *, flag: str, among: str, removed: frozenset[str] = frozenset()) -> None:
+        self.model, self.flag, self.among, self.removed = model, flag, among, removed
         self.sections: Mapping[str, type[Section]] = {
             name: cast("type[Section]", field.annotation) for name, field in model.model_fields.items()
         }
@@ -228,7 +229,7 @@ class _Reading:
                 if dotted in schema.keys:
                     value = value_of(node, wanted=kind(schema.keys[dotted]))
                     self.settings[dotted] = Setting(value, key_place)
-                else:
+                elif dotted not in schema.removed:
                     told = f"there is no such key{schema.nearest_key(dotted)}"
                     self._problems.append(Problem(key_place, dotted, told))
 

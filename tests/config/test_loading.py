@@ -323,3 +323,11 @@ def test_a_path_begins_at_the_home_folder_where_it_says_so(monkeypatch):
 def test_a_path_with_a_line_break_is_refused(name):
     with pytest.raises(ConfigError, match=r"--run\.dir: should hold no line break"):
         load_config(["--config", "tiny", "--run.dir", name])
+
+
+def test_the_config_of_a_run_of_an_earlier_version_is_read_without_its_removed_keys(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("data: {lanes: 8, block_rows: 64, threads: 3}\ntrain: {steps: 2}\n")
+    assert load_config(["--config", str(path)]).data.threads == 3
+    with pytest.raises(ConfigError, match=r"data.lanes: is gone"):
+        load_config(["--config", str(path), "--data.lanes", "8"])
