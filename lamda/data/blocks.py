@@ -348,7 +348,7 @@ def _full_rows(
 def _table(pieces: NDArray[np.void], token: NDArray[np.int64], *, rows: int, length: int) -> NDArray[np.void]:
     """The spans of pieces. token: [pieces] of its document, that each begins with.
 
-    A row's first id is of its first piece, where that goes on with its document, and else of no document, as padding.
+    A row's first id is of its first piece, where that continues its document, and else of no document, as padding.
     """
     table = np.zeros(len(pieces), SPAN)
     table["row"], table["start"], table["length"] = pieces["row"], pieces["start"] + 1, pieces["length"]

@@ -32,7 +32,7 @@ class LaneRows(NamedTuple):
 class RowReader:
     """Reads lanes' parts of windows in background threads. Close it to end them.
 
-    domains: numbers of the names that are told apart. ready: where rows are kept, if anywhere.
+    domains: numbers of the names that are kept apart. ready: where rows are kept, if anywhere.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The benchmark of the order counts what the loader gives, and tells a good order from a bad one."""
+"""The benchmark of the order counts what the loader gives, and separates a good order from a bad one."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Ranks in one process, a thread each, and text of numbers: each token of a corpus is told from every other one."""
+"""Ranks in one process, a thread each, and text of numbers: each token of a corpus differs from every other one."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def test_a_processor_without_bf16_instructions_is_told_of_fp32(
     tmp_path, device, monkeypatch, caplog, capability, bf16, says
 ):
     if device.type != "cpu":
-        pytest.skip("of processors")
+        pytest.skip("bf16 is asked of a CPU here; the test device is a GPU, which has its own")
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
     Engine(config({"stage": 1, "bf16": bf16}, tmp_path, 0), world=World(), device=device)
     assert ("no bf16 instructions" in caplog.text) == says
