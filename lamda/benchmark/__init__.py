@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import platform
 import shlex
@@ -45,6 +46,20 @@ def environment(words: Sequence[str], packages: Sequence[str]) -> dict[str, Any]
         "cores": os.cpu_count(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Write a report where `read_report` finds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A report that was written. Raises UserError where there is none."""
+    if not path.exists():
+        raise UserError(f"{path} is not there: measure first, without --markdown")
+    report: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return report
 
 
 def _commit() -> str | None:

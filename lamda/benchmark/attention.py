@@ -8,7 +8,6 @@ goes from the packed projection of queries, keys and values and the bias table t
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from lamda.benchmark import environment
+from lamda.benchmark import environment, read_report, write_report
 from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 from lamda.model.attention.backends import Backend, backend_for, check_backend
@@ -59,11 +58,8 @@ def main(argv: list[str]) -> int:
             dtype=getattr(torch, options.dtype),
             compiled=options.compile,
         )
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    elif not options.json.exists():
-        raise UserError(f"{options.json} is not there: measure first, without --markdown")
-    print(markdown(json.loads(options.json.read_text("utf-8"))))
+        write_report(options.json, report)
+    print(markdown(read_report(options.json)))
     return 0
 
 

@@ -8,7 +8,6 @@ the width: the exponent of a power law is 0 where they move alike, and 0.5 or 1 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from lamda.benchmark import environment
+from lamda.benchmark import environment, write_report
 from lamda.config import ModelConfig
 from lamda.config.schema import TrainConfig
 from lamda.model import LaMDA
@@ -47,8 +46,7 @@ def main(argv: list[str]) -> int:
         for optimizer in options.optimizer
     }
     report = environment(["coordinates", *argv], PACKAGES) | {"widths": WIDTHS, "optimisers": found}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    write_report(options.json, report)
     print("\n".join(table(found)))
     return 0
 

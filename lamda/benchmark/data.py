@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from lamda.benchmark import environment
+from lamda.benchmark import environment, read_report, write_report
 from lamda.benchmark.data_stages import ENCODER, USUAL, WHOLE, Timing, micro_batches, run_config, stages
 from lamda.benchmark.texts import (
     Text,
@@ -64,11 +63,8 @@ def main(argv: list[str]) -> int:
                 documents=options.documents,
             )
         report = environment(["data", *argv], PACKAGES) | measured
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    elif not options.json.exists():
-        raise UserError(f"{options.json} is not there: measure first, without --markdown")
-    print(markdown(json.loads(options.json.read_text("utf-8"))))
+        write_report(options.json, report)
+    print(markdown(read_report(options.json)))
     return 0
 
 

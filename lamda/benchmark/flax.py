@@ -7,7 +7,6 @@ DeepSpeed's file asks for; the ratio is the median of the rounds', so that whate
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lamda.benchmark import environment
+from lamda.benchmark import environment, write_report
 from lamda.benchmark.plain_loop import PlainLoop
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
@@ -42,8 +41,7 @@ def main(argv: list[str]) -> int:
     options, rest = parser.parse_known_args(argv)
     config = load_config(rest)
     report = environment(["flax", *argv], PACKAGES) | measure(config, steps=options.steps, alone=options.alone)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    write_report(options.json, report)
     print(markdown(report))
     return 0
 

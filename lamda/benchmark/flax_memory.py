@@ -7,11 +7,10 @@ computes products of bf16 in fp32, so that another device needs less than is tol
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from lamda.benchmark import environment
+from lamda.benchmark import environment, write_report
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.flax.framework import require_jax
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> int:
 
     report = environment(["flax_memory", *argv], PACKAGES) | measure(config)
     if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        write_report(options.json, report)
     print(told(report))
     return 0
 

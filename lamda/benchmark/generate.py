@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lamda.benchmark import environment
+from lamda.benchmark import environment, write_report
 from lamda.config import ModelConfig
 from lamda.config.loading import load_config
 from lamda.inference.generation import prefill, sample
@@ -50,8 +49,7 @@ def main(argv: list[str]) -> int:
         candidates=options.candidates,
         rounds=options.rounds,
     )
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    write_report(options.json, report)
     print(markdown(report))
     return 0
 

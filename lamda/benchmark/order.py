@@ -8,7 +8,6 @@ that are drawn at random, without replacement, are the same ones.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,9 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lamda.benchmark import environment
+from lamda.benchmark import environment, read_report, write_report
 from lamda.benchmark.order_corpora import Case, Labels, cases, pile_documents
-from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.data.corpus import Corpus, open_corpus, packing_of
 from lamda.data.documents import Document, Encoded, RawText
@@ -67,11 +65,8 @@ def main(argv: list[str]) -> int:
             }
         text = "made up" if options.data is None else "The Pile's format"
         report = {**environment(["order", *argv], PACKAGES), "sorted_text": text, "batch": BATCH, "cases": measured}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    elif not options.json.exists():
-        raise UserError(f"{options.json} is not there: measure first, without --markdown")
-    print(markdown(json.loads(options.json.read_text("utf-8"))))
+        write_report(options.json, report)
+    print(markdown(read_report(options.json)))
     return 0
 
 

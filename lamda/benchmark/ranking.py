@@ -7,7 +7,6 @@ other ratings, rates every candidate by the same formula. A single sample is wor
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lamda.benchmark import environment
+from lamda.benchmark import environment, write_report
 from lamda.config.errors import UserError
 from lamda.data.hashing import permutation
 from lamda.dialog.conversation import Message, parse_conversation
@@ -53,8 +52,7 @@ def main(argv: list[str]) -> int:
     speaker = Speaker.of(run, manner=Manner(candidates=options.candidates, threshold=1.0, sampling=sampling))
     found = np.array(list(_compared(speaker, other, contexts, sampling)))
     report = environment(["ranking", *argv], PACKAGES) | summary(found)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    write_report(options.json, report)
     print("\n".join(table(report)))
     return 0
 

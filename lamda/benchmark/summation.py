@@ -7,7 +7,6 @@ bf16 numbers is exact in fp32, and so the same in any order, while their exponen
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Sequence
 from contextlib import closing
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lamda.benchmark import environment
+from lamda.benchmark import environment, write_report
 from lamda.benchmark.data_stages import micro_batches
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
@@ -42,8 +41,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--micro-batches: a step has at least 1, not {options.micro_batches}")
     found = [measure(find_checkpoint(path), count=options.micro_batches) for path in options.paths]
     report = environment(["summation", *argv], PACKAGES) | {"checkpoints": found}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    write_report(options.json, report)
     print(table(found))
     return 0
 

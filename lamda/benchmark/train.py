@@ -9,7 +9,6 @@ median of the steps' ratios, so that whatever else the machine does meets both.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import tempfile
 import time
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 from lamda import distributed
-from lamda.benchmark import environment, gemm
+from lamda.benchmark import environment, gemm, read_report, write_report
 from lamda.benchmark.plain_loop import PlainLoop
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
@@ -57,16 +56,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--markdown", action="store_true", help="measure nothing, print the table of --json FILE")
     options, rest = parser.parse_known_args(argv)
     if options.markdown:
-        if not options.json.exists():
-            raise UserError(f"{options.json} is not there: measure first, without --markdown")
-        print(markdown(json.loads(options.json.read_text("utf-8"))))
+        print(markdown(read_report(options.json)))
         return 0
     world = distributed.read_world()
     measured = measure(load_config(rest), world, steps=options.steps, seconds=options.gemm_seconds, plain=options.plain)
     if world.is_main:
         report = environment(["train", *argv], PACKAGES) | measured
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        write_report(options.json, report)
         print(markdown(report))
     return 0
 

@@ -374,7 +374,10 @@ def _joined(spans: Sequence[_Span]) -> list[_Span]:
             joined[-1].append(span)
         else:
             joined.append([span])
-    return [parts[0]._replace(ids=np.concatenate([part.ids for part in parts])) for parts in joined]
+    return [
+        parts[0]._replace(ids=np.concatenate([part.ids for part in parts])) if len(parts) > 1 else parts[0]
+        for parts in joined
+    ]
 
 
 def _ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import orjson
@@ -114,7 +115,7 @@ class Lane:
     max_bad_fraction: float
     form: Form = RAW_TEXT
 
-    @property
+    @cached_property
     def length(self) -> int:
         """On the source's axis."""
         return sum(share.length for share in self.shares)

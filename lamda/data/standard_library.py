@@ -7,9 +7,9 @@ A source file is a document; training and held-out documents are kept apart by f
 from __future__ import annotations
 
 import hashlib
-import shutil
 import sys
 import sysconfig
+import tempfile
 import tokenize
 from pathlib import Path, PurePath
 
@@ -28,7 +28,7 @@ def write_corpus(folder: str | Path, *, shards: int = 8) -> None:
     """Write `train/00.jsonl.zst` and so on, `val.jsonl.zst` and `manifest.json` into `folder`.
 
     The folder appears when all of it is written: one that is there is left alone, whatever interpreter wrote
-    it, and what an interrupted call left beside it is replaced.
+    it. Several processes may call this at once; the first to end makes the folder.
 
     Args:
         folder: a path that is free, or where a corpus is.
@@ -42,18 +42,27 @@ def write_corpus(folder: str | Path, *, shards: int = 8) -> None:
         return
     if folder.exists():
         raise UserError(f"{folder} is there and is not a corpus: move it away, or give another folder")
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "train").mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+        partial = Path(beside) / folder.name
+        _write(partial, shards=shards)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not (folder / "manifest.json").exists():
+                raise
+
+
+def _write(folder: Path, *, shards: int) -> None:
+    (folder / "train").mkdir(parents=True)
     train, held_out = _split(_sources(Path(sysconfig.get_path("stdlib"))))
     documents = {f"train/{shard:02}.jsonl.zst": train[shard::shards] for shard in range(shards)}
     documents["val.jsonl.zst"] = held_out
     for name, lines in documents.items():
-        write_file(partial / name, zstandard.ZstdCompressor().compress(b"".join(lines)))
+        write_file(folder / name, zstandard.ZstdCompressor().compress(b"".join(lines)))
     files = {name: {"documents": len(lines), "bytes": sum(map(len, lines))} for name, lines in documents.items()}
     manifest = {"python": sys.version, "files": files}
-    write_file(partial / "manifest.json", orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
-    partial.rename(folder)
+    write_file(folder / "manifest.json", orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
 
 
 def _sources(library: Path) -> dict[PurePath, str]:

@@ -111,6 +111,21 @@ def test_interrupted_corpus_is_completed(library, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"library", "corpus", "reference"}
 
 
+def test_a_process_that_is_second_takes_what_the_first_one_made(library, tmp_path, monkeypatch):
+    write = standard_library._write
+
+    def overtaken(folder, *, shards):
+        write(folder, shards=shards)
+        with monkeypatch.context() as patch:
+            patch.setattr(standard_library, "_write", write)
+            write_corpus(tmp_path / "corpus", shards=SHARDS)
+
+    monkeypatch.setattr(standard_library, "_write", overtaken)
+    write_corpus(tmp_path / "corpus", shards=SHARDS + 1)
+    assert len(list((tmp_path / "corpus/train").iterdir())) == SHARDS
+    assert {path.name for path in tmp_path.iterdir()} == {"library", "corpus"}
+
+
 def test_other_folder_is_refused_and_untouched(library, tmp_path):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus/mine.txt").write_text("mine")

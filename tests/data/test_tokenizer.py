@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 
 from lamda.config import Config
 from lamda.config.errors import UserError
+from lamda.data import tokenizer as tokenizer_module
 from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.tokenizer_training import train_tokenizer
@@ -239,17 +241,33 @@ def test_missing_and_foreign_models_are_refused(tmp_path):
         Tokenizer.load(tmp_path / "foreign.model")
 
 
+@pytest.fixture(scope="session")
+def crossing_path(tmp_path_factory):
+    """A model with pieces of letters and punctuation, as of languages whose letters have marks."""
+    path = tmp_path_factory.mktemp("crossing") / "tokenizer.model"
+    with mock.patch.object(
+        sentencepiece.SentencePieceTrainer,
+        "train",
+        functools.partial(sentencepiece.SentencePieceTrainer.train, split_by_unicode_script=False),
+    ):
+        train_tokenizer(["a.b, a.b (a.b) a_b 9.a " * 300], path, vocab_size=350)
+    return path
+
+
+@pytest.mark.parametrize("finest", [0, 1], ids=["words and punctuation", "words"])
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(
-        st.text(st.sampled_from("ab Z09é字.,_\n\t\r▁") | st.characters(exclude_categories=["Cs"]), max_size=60)
+    texts=st.lists(
+        st.text(st.sampled_from("ab Z09é字.,_(\n\t\r▁") | st.characters(exclude_categories=["Cs"]), max_size=60)
         | st.sampled_from(sorted(HARD.values())),
         max_size=6,
     )
 )
-def test_remembered_words_change_no_id(model_path, tokenizer, texts):
-    direct = Tokenizer.load(model_path)
-    direct._words = None
+def test_remembered_words_change_no_id(model_path, crossing_path, finest, texts):
+    path = crossing_path if finest else model_path
+    tokenizer, direct = Tokenizer.load(path), Tokenizer.load(path)
+    assert tokenizer._word is tokenizer_module._WORDS[finest]
+    direct._word = None
     expected = direct.encode_documents(texts, threads=1)
     for _ in range(2):
         found = tokenizer.encode_documents(texts, threads=1)
@@ -274,7 +292,7 @@ def test_a_vocabulary_with_pieces_over_words_is_encoded_as_a_whole(tmp_path):
     )  # fmt: skip
     tokenizer = Tokenizer(model.getvalue())
     assert any("▁" in piece.lstrip("▁") for piece in tokenizer._pieces())
-    assert tokenizer._words is None
+    assert tokenizer._word is None
 
 
 def test_a_disk_that_is_full_leaves_no_half_copy_of_a_runs_tokenizer(model_path, tmp_path, monkeypatch):
