@@ -140,7 +140,7 @@ class _Span(NamedTuple):
 
     document: or the piece of it that was encoded by itself. token: of the document's tokens, the one that the ids
     begin with. first, total: the piece's first one, and how many it has. lines, bad_lines: of the lane, before this
-    document. bad: the bad lines just before it, where it begins here. digest: of its text.
+    document. bad: the bad lines just before it, where it begins here. text: the whole document's.
     """
 
     document: Document
@@ -152,12 +152,12 @@ class _Span(NamedTuple):
     lines: int
     bad_lines: int
     bad: tuple[BadLine, ...]
-    digest: str
+    text: str
 
     def cursor(self, taken: int) -> Cursor:
         """The place after the first `taken` of these ids."""
-        place = self.document
-        return Cursor(place.file, place.line, place.byte, self.token + taken, self.lines, self.bad_lines, self.digest)
+        place, digest = self.document, _digest(self.text)
+        return Cursor(place.file, place.line, place.byte, self.token + taken, self.lines, self.bad_lines, digest)
 
     def cut(self, count: int) -> tuple[_Span, _Span]:
         """The first `count` ids, and the others."""
@@ -247,19 +247,18 @@ class _Spans:
             if isinstance(entry, BadLine):
                 bad.append(entry)
                 continue
-            digest = _digest(entry.text)
             if self._skip and not batch:
-                _require_same(self._lane, start, entry, digest)
+                _require_same(self._lane, start, entry)
             lines, bad_lines = lines + len(bad), bad_lines + len(bad)
             for piece in self._lane.form.pieces(entry._replace(epoch=self._epoch), self._tokenizer):
-                batch.append(_Piece(piece, tuple(bad), lines, bad_lines, digest))
+                batch.append(_Piece(piece, tuple(bad), lines, bad_lines, entry.text))
                 bad, held = [], held + 4 + len(piece.text)
                 if held >= ENCODE_CHARACTERS or (self._target is not None and piece.end >= self._target):
                     yield from self._encoded(batch)
                     batch, held = [], 0
             lines += 1
         if self._skip and not batch:
-            _require_same(self._lane, start, None, "")
+            _require_same(self._lane, start, None)
         yield from self._encoded(batch)
         self.trailing = tuple(bad)
 
@@ -279,7 +278,7 @@ class _Spans:
                     piece.lines,
                     piece.bad_lines,
                     bad,
-                    piece.digest,
+                    piece.text,
                 )
                 self._token, bad = self._token + len(part.ids), ()
                 if count := min(self._skip, len(part.ids)):
@@ -298,16 +297,17 @@ class _Piece(NamedTuple):
     bad: tuple[BadLine, ...]
     lines: int
     bad_lines: int
-    digest: str
+    text: str
 
 
 def _digest(text: str) -> str:
     return blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _require_same(lane: Lane, cursor: Cursor, document: Document | None, digest: str) -> None:
+def _require_same(lane: Lane, cursor: Cursor, document: Document | None) -> None:
     """Raise DataError where the document that a cursor stands in is not at its place any more."""
-    if document is not None and document[2:4] == cursor.place[:2] and cursor.digest in (None, digest):
+    is_there = document is not None and document[2:4] == cursor.place[:2]
+    if document is not None and is_there and cursor.digest in (None, _digest(document.text)):
         return
     raise _changed(lane, cursor, "the document there is not the one that the checkpoint stopped in")
 

@@ -115,7 +115,9 @@ class Loader:
         self._order = [each.without(row) for each, row in zip(known, before, strict=True)]
         self._stage = corpus.mixture.stage(consumed)
         self._own, self._near = self._lanes_of(margin=0.0), self._lanes_of(margin=2 / batch)
+        # Both by source and window; the second by lane.
         self._places: dict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._found: dict[tuple[int, int], dict[int, LaneRows]] = {}
         for source in range(len(corpus.sources)):
             self._begin_known(source)
             self._begin_next(source)
@@ -266,8 +268,9 @@ class Loader:
             return
         for lane in self._corpus.sources[source]:
             self._rows.drop(lane.index, before=windows[0].number)
-        for key in [key for key in self._places if key[0] == source and key[1] < windows[0].number]:
-            del self._places[key]
+        for number in {window.number for window in before.windows} - {window.number for window in windows}:
+            self._places.pop((source, number), None)
+            self._found.pop((source, number), None)
         self._begin_next(source)
 
     def _places_of(
@@ -291,8 +294,11 @@ class Loader:
         }
 
     def _rows_of(self, source: int, number: int, lane: int) -> LaneRows:
-        window = next(window for window in self._order[source].windows if window.number == number)
-        return self._rows.get(self._lane(source, lane).index, number, self._part(source, window, lane))
+        found = self._found.setdefault((source, number), {})
+        if lane not in found:
+            window = next(window for window in self._order[source].windows if window.number == number)
+            found[lane] = self._rows.get(self._lane(source, lane).index, number, self._part(source, window, lane))
+        return found[lane]
 
     def _micro_batch_of(self, found: Sequence[tuple[LaneRows, int]]) -> MicroBatch:
         shape = len(found), self._packing.length
