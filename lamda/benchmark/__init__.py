@@ -18,8 +18,8 @@ from lamda.config.errors import UserError
 from lamda.distributed import choose_accelerator
 
 BENCHMARKS = (
-    "attention", "coordinates", "data", "flax", "flax_memory", "generate", "month", "order", "ranking", "summation",
-    "train",
+    "attention", "coordinates", "data", "flax", "flax_memory", "generate", "learning", "month", "order", "ranking",
+    "summation", "train",
 )  # fmt: skip
 
 
