@@ -38,7 +38,7 @@ IDENTITY = ("model", "label", "setting", "rows", "seed", "rate", "recipe")
 """What a run is the same by."""
 
 SIZES = ("vocab_size", "d_model", "n_layers", "n_heads", "d_head", "d_ff")
-TOLD_EVERY = 25
+REPORT_EVERY = 25
 BATCHES = 4
 """Steps' rows that a measurement of time goes round."""
 
@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"what a peer's + has: {', '.join(f'{key}={value:g}' for key, value in asdict(TREATMENTS).items())}",
     )  # fmt: skip
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast (%(default)s)")
-    parser.add_argument("--time", action="store_true", help="measure the time a token of all models in turn instead")
+    parser.add_argument("--time", action="store_true", help="measure the time per token of all models in turn instead")
     parser.add_argument("--rounds", metavar="N", type=int, default=9, help="of --time (%(default)s)")
     parser.add_argument(
         "--json", metavar="FILE", type=Path, default=Path("benchmarks/learning.json"), help="(%(default)s)"
@@ -187,13 +187,13 @@ def _run(
     step_tokens = config.train.global_batch_size * config.data.sequence_length
     title = f"[{place}] {planned.model}, rate {planned.rate:g}, seed {config.run.seed}"
 
-    def told(step: int, loss: float, seconds: float) -> None:
-        if step // TOLD_EVERY > (step - LOSS_EVERY) // TOLD_EVERY or step == steps:
+    def on_progress(step: int, loss: float, seconds: float) -> None:
+        if step // REPORT_EVERY > (step - LOSS_EVERY) // REPORT_EVERY or step == steps:
             speed, left = step * step_tokens / seconds, (steps - step) * seconds / step
             speeds = f"{speed:,.0f} tokens/s, {left:.0f} s left"
             print(f"{title}: step {step}/{steps}, loss {loss:.3f}, {speeds}", flush=True)
 
-    found = run(learner, rows, how, seed=config.run.seed, steps=steps, told=told)
+    found = run(learner, rows, how, seed=config.run.seed, steps=steps, on_progress=on_progress)
     final = "diverged" if found["final"] is None else f"{found['final']:.4f} nats held out"
     print(f"{title}: {final}", flush=True)
     return {"parameters": learner.sizes, **found}

@@ -52,10 +52,10 @@ class Nanochat(nn.Module):
         )
         self.head = nn.Linear(d_model, vocab_size, bias=False)
         self.register_buffer("rotation_2LK", _rotation(length, d_head), persistent=False)
-        self._initialise(seed)
+        self._initialize(seed)
 
     @torch.no_grad()
-    def _initialise(self, seed: int) -> None:
+    def _initialize(self, seed: int) -> None:
         """Embedding 1; matrices 1/sqrt(inputs), less where outputs are fewer (Yang et al., arXiv 2310.17813)."""
         for name, weight in self.named_parameters():
             outputs, inputs = weight.shape

@@ -143,7 +143,7 @@ def recipe_of(name: str, config: Config, rate: float, treatments: Treatments) ->
 
 
 def _sizes(config: Config, parts: Mapping[Part, list[nn.Parameter]], *, has_wide_heads: bool) -> dict[str, int]:
-    """Parameters of the blocks' matrices and in all, and FLOPs a token as `flops_per_token` counts them."""
+    """Parameters of the blocks' matrices and in all, and FLOPs per token as `flops_per_token` counts them."""
     model = config.model
     matrices = sum(parameter.numel() for parameter in parts["matrices"])
     width = model.n_heads * model.d_head if has_wide_heads else model.d_model

@@ -131,7 +131,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             f"{setting['sequence_length']}, {setting['precision']}; {_made_on(runs)}."
         )
         if timed := _timing(report, setting):
-            text.append(f"Time a token of all models in turn: {_made_on([timed])}.")
+            text.append(f"Time per token of all models in turn: {_made_on([timed])}.")
         lines = lines_of([run for run in runs if run["label"] is None])
         reference = next((line for line in lines if line.name == "lamda"), None)
         text += ["", *_table(lines, reference, timed["models"] if timed else {})]
@@ -160,8 +160,8 @@ def _timing(report: Mapping[str, Any], setting: Mapping[str, Any]) -> Mapping[st
 
 
 def _table(lines: Sequence[Line], reference: Line | None, times: Mapping[str, Any]) -> Iterator[str]:
-    yield _row("model", "rate", "held-out nats", "bits a byte", "to lamda", "time a token", "matrices", "parameters",
-               "FLOPs a token", "other rates")  # fmt: skip
+    yield _row("model", "rate", "held-out nats", "bits per byte", "to lamda", "time per token", "matrices",
+               "parameters", "FLOPs per token", "other rates")  # fmt: skip
     yield _row("---", *["---:"] * 8, "---")
     for line in lines:
         sizes, time = line.runs[0]["parameters"], times.get(line.model.removesuffix("+"))
@@ -255,8 +255,8 @@ def _draw_setting(left: Axes, right: Axes, runs: Sequence[Run], times: Mapping[s
     setting = runs[0]["setting"]
     left.set_title(f"{setting['size']}, {setting['precision']}", loc="left", fontsize="small")
     left.set_xlabel("million tokens")
-    right.set_xlabel("seconds, from the time a token" if times else "seconds: not measured (--time)")
-    left.set_ylabel("held-out nats a token")
+    right.set_xlabel("seconds, from the time per token" if times else "seconds: not measured (--time)")
+    left.set_ylabel("held-out nats per token")
     left.legend(frameon=False, fontsize="small")
     for panel in (left, right):
         panel.grid(alpha=0.25)

@@ -73,7 +73,7 @@ class Rows:
         self.digest = cache(self._digest)
 
     def steps(self, seed: int) -> Generator[Step, None, None]:
-        """The steps of a run with this seed, for ever. Close it to end the loader's threads."""
+        """The steps of a run with this seed, endless. Close it to end the loader's threads."""
         config = self.config
         with Loader(
             self.corpus,
@@ -187,11 +187,11 @@ def evaluate(learner: Learner, held_out: HeldOutRows, how: How, *, rows: int) ->
 
 
 def run(
-    learner: Learner, rows: Rows, how: How, *, seed: int, steps: int, told: Callable[[int, float, float], object]
+    learner: Learner, rows: Rows, how: How, *, seed: int, steps: int, on_progress: Callable[[int, float, float], object]
 ) -> dict[str, Any]:
     """Train and evaluate. Curves are of [tokens, nats]; a loss that is not finite ends the run without figures.
 
-    told: called every LOSS_EVERY steps with the step, the mean loss since the last time, and the seconds of all steps.
+    on_progress: called every LOSS_EVERY steps with the step, the mean loss since the last time, and all steps' seconds.
     """
     batch_tokens = rows.config.train.global_batch_size * rows.config.data.sequence_length
     evaluated = {round(steps * point / POINTS) for point in range(1, POINTS)} - {0, steps}
@@ -209,7 +209,7 @@ def run(
             seconds += time.perf_counter() - began
             if count == LOSS_EVERY or step == steps:
                 loss = float(summed) / count
-                told(step, loss, seconds)
+                on_progress(step, loss, seconds)
                 if not isfinite(loss):
                     return {**_curves(losses, held_out, seconds), "diverged_at": step}
                 losses.append([step * batch_tokens, round(loss, DIGITS)])
@@ -241,9 +241,9 @@ def _final(learner: Learner, rows: Rows, how: How, held_out: list[list[float]], 
 def time_in_turn(
     learners: Mapping[str, Learner], batches: Sequence[Batch], how: How, *, rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """Seconds a token of each model: TIMED_STEPS steps of each in turn, `rounds` times after a round that is dropped.
+    """Seconds per token of each model: TIMED_STEPS steps of each in turn, `rounds` times after a round that is dropped.
 
-    So whatever else the machine does meets all of them, and what is told of a model is the median of the rounds, and
+    So whatever else the machine does meets all of them, and the figure of a model is the median of the rounds, and
     of the rounds' ratios to the first model.
     """
     tokens = TIMED_STEPS * sum(scored_BL.numel() for _, scored_BL in batches[0])

@@ -6,13 +6,13 @@ Every model has one layout, so that ids of control symbols are constants of the 
     64       unknown, which SentencePiece demands and byte fallback never gives
     65..67   newline, tab, carriage return
     68..323  the 256 bytes
-    324..    learnt pieces
+    324..    learned pieces
 
 Control symbols are of SentencePiece's CONTROL type: no text encodes to them, even where it spells one out.
 
 The encoding is a function of the text alone. A text is cut after newlines into pieces of about 20 kB, which
 encode several times faster than a whole book; newlines never merge with anything, so the cut changes no id.
-Text is also cut into words, as finely as no learnt piece reaches over a cut, and a word that comes again is not
+Text is also cut into words, as finely as no learned piece reaches over a cut, and a word that comes again is not
 encoded again: BPE never merges over a cut that no piece reaches over, so this changes no id either.
 """
 
@@ -181,9 +181,9 @@ class Tokenizer:
                 yield encoded[start:end]
 
     def _finest_words(self) -> re.Pattern[str] | None:
-        """The first of _WORDS of which each learnt piece is inside one word; None where no one is."""
-        learnt = [piece.replace(SPACE_PIECE, " ") for piece in self._pieces() if piece not in RESERVED_PIECES]
-        return next((word for word in _WORDS if all(map(word.fullmatch, learnt))), None)
+        """The first of _WORDS of which each learned piece is inside one word; None where no one is."""
+        learned = [piece.replace(SPACE_PIECE, " ") for piece in self._pieces() if piece not in RESERVED_PIECES]
+        return next((word for word in _WORDS if all(map(word.fullmatch, learned))), None)
 
     @staticmethod
     def _white_space() -> dict[str, bytes]:

@@ -204,7 +204,7 @@ def test_muon_is_pytorchs_but_for_its_bf16(shape):
     assert (moved - expected).norm() < 0.02 * expected.norm()
 
 
-def test_a_missing_package_is_told(monkeypatch):
+def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "x_transformers", None)
     with pytest.raises(UserError, match=r"lamda-pytorch\[benchmark\]"):
         make_learner("x-transformers", narrow(), rate=1e-3, device=CPU.device)
@@ -280,7 +280,7 @@ def test_times_are_of_all_models_in_turn(small, tmp_path):
 def test_a_run_whose_loss_is_not_finite_ends(rows, monkeypatch):
     monkeypatch.setattr(learning_runs, "train_step", lambda *_, **__: torch.tensor(torch.nan))
     learner = make_learner("nanochat", rows.config, rate=1.0, device=CPU.device)
-    found = learning_runs.run(learner, rows, CPU, seed=0, steps=40, told=lambda *_: None)
+    found = learning_runs.run(learner, rows, CPU, seed=0, steps=40, on_progress=lambda *_: None)
     assert found["diverged_at"] == 10
     assert found["final"] is None
     json.dumps(found, allow_nan=False)
@@ -364,7 +364,7 @@ def test_curves_are_by_tokens_and_by_measured_time(tmp_path, monkeypatch):
         learning_report.draw(a_record(), tmp_path / "found.nothing")
 
 
-def test_an_empty_record_is_told(tmp_path, capsys):
+def test_an_empty_record_is_reported(tmp_path, capsys):
     (tmp_path / "found.json").write_text(json.dumps({"runs": [], "times": []}))
     for what in (["--markdown"], ["--picture", str(tmp_path / "found.svg")]):
         assert main(["learning", *what, "--json", str(tmp_path / "found.json")]) == 2
