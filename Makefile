@@ -23,8 +23,9 @@ CONFIG ?= configs/tiny.yaml
 pretrain: $(VENV)/.installed
 	$(BIN)/lamda pretrain --config $(CONFIG)
 
+# As collected: reordered by their number of tests, files with few long tests would come last, on one worker.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 serve-test: $(VENV)/.installed-dev
 	if [ "$$(id -u)" = 0 ] && command -v apt-get && ! command -v chromium; then \
@@ -72,14 +73,16 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[plot]'
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	touch $(VENV)/.installed $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed-dev
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
