@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import chain, islice
@@ -20,11 +20,11 @@ from sentencepiece import SentencePieceProcessor
 from lamda.benchmark.texts import Text
 from lamda.config.schema import Config
 from lamda.data.blocks import ENCODE_CHARACTERS, LaneReader, Part
-from lamda.data.corpus import open_corpus, packing_of
+from lamda.data.corpus import Corpus, open_corpus, packing_of
 from lamda.data.documents import Document
 from lamda.data.files import File, read_all, read_lines
 from lamda.data.lanes import RAW_TEXT, Cursor
-from lamda.data.loader import Loader
+from lamda.data.loader import Loader, Step
 from lamda.data.quarantine import BadLine
 from lamda.data.tokenizer import _SPACE_PIECE_UTF8, Tokenizer, _cut
 
@@ -50,20 +50,26 @@ def run_config(shards: Sequence[Path], **data: Any) -> Config:
 
 
 def micro_batches(config: Config, tokenizer: Tokenizer) -> Iterator[NDArray[np.uint32]]:
-    """Our way, for ever: from files to the ids of a rank's micro-batches, [b, L+1]."""
+    """Our way, endless: from files to the ids of a rank's micro-batches, [b, L+1]."""
+    with closing(loader_steps(config, open_corpus(config.data), tokenizer, seed=config.run.seed)) as steps:
+        for step in steps:
+            yield from (micro_batch.ids for micro_batch in step.micro_batches)
+
+
+def loader_steps(config: Config, corpus: Corpus, tokenizer: Tokenizer, *, seed: int) -> Generator[Step, None, None]:
+    """The steps of a run on one rank, endless. Close it to end the loader's threads."""
     with Loader(
-        open_corpus(config.data),
+        corpus,
         tokenizer,
         packing=packing_of(config),
-        seed=config.run.seed,
+        seed=seed,
         batch=config.train.global_batch_size,
         micro_batch=config.train.micro_batch_size,
         rank=0,
         world=1,
         threads=config.data.threads,
     ) as loader:
-        for step in loader:
-            yield from (micro_batch.ids for micro_batch in step.micro_batches)
+        yield from loader
 
 
 def usual_dataset(config: Config) -> IterableDataset:

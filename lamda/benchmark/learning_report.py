@@ -26,7 +26,7 @@ NORMAL = 1.959964
 COLORS = {
     "lamda": "#000000", "llama": "#0072B2", "gpt2": "#E69F00", "x-transformers": "#009E73", "nanochat": "#D55E00"
 }  # fmt: skip
-"""Of Okabe and Ito's palette, which colour-blind people tell apart."""
+"""Of Okabe and Ito's palette, which color-blind people can distinguish."""
 
 
 @dataclass(frozen=True)

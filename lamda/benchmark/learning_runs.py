@@ -20,12 +20,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lamda.benchmark.data_stages import loader_steps
 from lamda.benchmark.learning_peers import Learner
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
-from lamda.data.corpus import Corpus, open_corpus, packing_of
+from lamda.data.corpus import Corpus, open_corpus
 from lamda.data.held_out import HeldOut
-from lamda.data.loader import Loader, Step, batch_digest
+from lamda.data.loader import Step, batch_digest
 from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
 from lamda.model.loss import token_losses, token_nats
@@ -74,19 +75,7 @@ class Rows:
 
     def steps(self, seed: int) -> Generator[Step, None, None]:
         """The steps of a run with this seed, endless. Close it to end the loader's threads."""
-        config = self.config
-        with Loader(
-            self.corpus,
-            self.tokenizer,
-            packing=packing_of(config),
-            seed=seed,
-            batch=config.train.global_batch_size,
-            micro_batch=config.train.micro_batch_size,
-            rank=0,
-            world=1,
-            threads=config.data.threads,
-        ) as loader:
-            yield from loader
+        return loader_steps(self.config, self.corpus, self.tokenizer, seed=seed)
 
     def _digest(self, seed: int) -> str:
         """What names the first step's rows with this seed."""

@@ -28,7 +28,7 @@ def write_corpus(folder: str | Path, *, shards: int = 8) -> None:
     """Write `train/00.jsonl.zst` and so on, `val.jsonl.zst` and `manifest.json` into `folder`.
 
     The folder appears when all of it is written: one that is there is left alone, whatever interpreter wrote
-    it. Several processes may call this at once; the first to end makes the folder.
+    it. Several processes may call this together; the first to end makes the folder.
 
     Args:
         folder: a path that is free, or where a corpus is.
