@@ -23,6 +23,12 @@ from lamda.data.tokenizer import Tokenizer
 from lamda.data.tokenizer_training import train_tokenizer
 from lamda.distributed import World
 
+# One thread a worker: OpenMP's threads wait for one another in a busy loop, which made tests beside others up to 13
+# times as slow. Processes that tests start inherit both; those with more threads sleep while they wait.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INTERPRETED = {"TRITON_INTERPRET": "1"} if DEVICE.type == "cpu" else {}
 """What Triton wants in the environment when it is first imported and whenever a kernel runs, and nobody else."""

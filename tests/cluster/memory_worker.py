@@ -34,10 +34,15 @@ def size(tensors) -> int:
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
 
 
-def alive() -> int:
-    """Bytes of all tensors that Python knows, and of their gradients."""
+def known() -> list[torch.Tensor]:
+    """All tensors that Python knows."""
     gc.collect()
-    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+    return [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+
+
+def alive(*, beside: set[int]) -> int:
+    """Bytes of all tensors that Python knows but for those with these ids, and of their gradients."""
+    tensors = [each for each in known() if id(each) not in beside]
     return size([*tensors, *(each.grad for each in tensors if each.is_leaf and each.grad is not None)])
 
 
@@ -53,9 +58,8 @@ def measure(preset: str, case: dict, world: distributed.World, device: torch.dev
     """All figures of a case. What was there before it does not count."""
     file = folder / f"deepspeed-{world.rank}.json"
     file.write_text(json.dumps(case))
-    gc.collect()
-    gc.freeze()
-    found = {}
+    there, found = known(), {}
+    beside = {id(each) for each in there}
     with Storages() as storages:
         engine = Engine(config(preset, file, ranks=world.size), world=world, device=device)
         base = engine.deepspeed.basic_optimizer
@@ -65,7 +69,7 @@ def measure(preset: str, case: dict, world: distributed.World, device: torch.dev
         found["masters"] = size(masters) if engine.deepspeed.optimizer is not base else 0
         found["moments"] = size(each for state in base.state.values() for each in state.values() if each.ndim)
         engine.deepspeed.allreduce_gradients = before(
-            engine.deepspeed.allreduce_gradients, lambda: found.update(backward=alive())
+            engine.deepspeed.allreduce_gradients, lambda: found.update(backward=alive(beside=beside))
         )
         engine.step(batch(world), learning_rate=1e-4)
         del engine.deepspeed.allreduce_gradients
