@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal, get_args
 
 from lamda.cluster.activations import Activations, Recompute, activations
 from lamda.cluster.sharding import Sharding
 from lamda.config import ModelConfig
 from lamda.config.schema import Config
-from lamda.model.weights import part_of, plain_slices
+from lamda.model.weights import is_matrix, weight_shapes
 
 Phase = Literal["start", "loss", "backward", "reduction", "update"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -78,7 +79,7 @@ class Setting:
 
 def parameter_sizes(model: ModelConfig) -> list[int]:
     """Elements of every parameter of the module, in its order."""
-    return [sum(plain.numel for plain in slices) for slices in plain_slices(model).values()]
+    return [prod(shape) for shape in weight_shapes(model).values()]
 
 
 def items(setting: Setting) -> list[Item]:
@@ -111,12 +112,12 @@ def model_states(found: Sequence[Item]) -> int:
 def optimizer_state(model: ModelConfig, optimizer: str) -> int:
     """Elements of fp32 that an optimiser keeps beside the weights (`lamda.training.optimiser.fresh_state`)."""
     kept = 0
-    for name, plains in plain_slices(model).items():
-        numel, (rows, *columns) = sum(plain.numel for plain in plains), plains[0].shape
+    for name, shape in weight_shapes(model).items():
+        numel = prod(shape)
         if optimizer == "adafactor":
-            kept += len(plains) * rows + columns[0] if columns else numel
+            kept += sum(shape)
         else:
-            kept += numel if optimizer == "muon" and part_of(name) == "matrices" else 2 * numel
+            kept += numel if optimizer == "muon" and is_matrix(name) else 2 * numel
     return kept
 
 

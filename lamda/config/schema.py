@@ -203,8 +203,8 @@ class TrainConfig(Section):
     )
     optimizer: Literal["adamw", "muon", "adafactor"] = Field(
         "adamw",
-        description="adamw; muon for the blocks' matrices and adamw for the rest (ZeRO stage 1 in bf16); adafactor "
-        "(stage 0)",
+        description="adamw; muon for the blocks' matrices and adamw for the rest (ZeRO stage 1 in bf16, "
+        "stage 0 in fp32); adafactor (stage 0)",
     )
     lr: float = Field(
         3e-4, gt=0, description="peak learning rate; muon takes adamw's, adafactor's is relative to a weight's size"
@@ -218,19 +218,20 @@ class TrainConfig(Section):
         description="rank of the adapters that are trained in place of the weights (LoRA, docs/dialog.md); 0: none",
     )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
-    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the second moment")
+    beta2: float = Field(0.99, ge=0, lt=1, description="AdamW's decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     embedding_lr_scale: float = Field(
-        10.0,
+        50.0,
         gt=0,
         description="the embedding's rate / lr: its weights are an order of magnitude larger than a matrix's; "
-        "adafactor, which measures weights itself, does without",
+        "adafactor, which measures weights itself, needs none",
+    )
+    norm_lr_scale: float = Field(10.0, gt=0, description="the rate of norms' scales / lr (adafactor needs none)")
+    bias_lr_scale: float = Field(
+        100.0, gt=0, description="the rate of the relative-bias tables / lr (adafactor needs none)"
     )
     weight_decay: float = Field(
-        0.1,
-        ge=0,
-        description="decay of matrices and embedding, each at its own rate, so that the embedding's is "
-        "embedding_lr_scale times a matrix's (adafactor: the same); norms and bias tables have none",
+        0.1, ge=0, description="decay of the blocks' matrices; embedding, norms and bias tables have none"
     )
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0 is no clipping")
     schedule: Literal["cosine", "wsd", "inverse_sqrt"] = Field(

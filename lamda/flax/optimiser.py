@@ -22,7 +22,7 @@ from lamda.training.rates import ADAFACTOR_EPS, ADAMW_RMS, MUON_MOMENTUM, rate_s
 
 def make_optimizer(train: TrainConfig, model: ModelConfig) -> GradientTransformationExtraArgs:
     """The optimiser of a model's stacked weights; its `update` takes the step's `rate` beside gradients and state."""
-    scales = rate_scales(train, d_model=model.d_model)
+    scales = rate_scales(train, model)
     decays = weight_decays(train, scales)
 
     def of_part(part: Part, *, is_stacked: bool) -> GradientTransformation:
@@ -35,7 +35,7 @@ def make_optimizer(train: TrainConfig, model: ModelConfig) -> GradientTransforma
 
     labels, kinds = {}, {}
     for name in stacked_shapes(model):
-        part, is_stacked = part_of(name) if part_of(name) in scales else "others", name.startswith("layers.")
+        part, is_stacked = part_of(name), name.startswith("layers.")
         labels[name] = f"{part} of layers" if is_stacked else part
         kinds[labels[name]] = of_part(part, is_stacked=is_stacked)
     return optax.partition(kinds, labels)
@@ -45,7 +45,7 @@ def _direction(train: TrainConfig, part: Part, *, scale: float) -> GradientTrans
     """A step of the optimiser at rate 1, uphill and without decay."""
     if train.optimizer == "adafactor":
         return _adafactor(scale)
-    if train.optimizer == "muon" and part == "matrices":
+    if train.optimizer == "muon" and part in ("query", "matrices"):
         return optax.chain(
             optax.contrib.scale_by_muon(beta=MUON_MOMENTUM, weight_dimension_numbers=_dimensions), _to_adamws_rms()
         )

@@ -22,7 +22,7 @@ from lamda.config import ModelConfig
 from lamda.config.schema import Recompute
 from lamda.durable import umask_mode
 from lamda.flax.model import LaMDA, Placement
-from lamda.model.weights import check_shapes, plain_slices
+from lamda.model.weights import check_shapes, weight_shapes
 
 Weights = dict[str, Array]
 """Stacked weights by name."""
@@ -31,15 +31,10 @@ Read = Callable[[str, tuple[slice, ...]], NDArray[np.generic]]
 """(plain name, what of it) -> its values."""
 
 
-def plain_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every weight by plain name."""
-    return {plain.name: plain.shape for part in plain_slices(config).values() for plain in part}
-
-
 def stacked_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every weight as the model keeps it."""
     shapes = {}
-    for name, shape in plain_shapes(config).items():
+    for name, shape in weight_shapes(config).items():
         stacked = stacked_name(name)
         shapes[stacked] = shape if stacked == name else (config.n_layers, *shape)
     return shapes
@@ -80,7 +75,7 @@ def load_weights(
     """
     with safe_open(path, "np") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-        check_shapes(plain_shapes(config), {name: tuple(each.get_shape()) for name, each in slices.items()})
+        check_shapes(weight_shapes(config), {name: tuple(each.get_shape()) for name, each in slices.items()})
         own = file.get_tensor("final_norm.scale").dtype
         return make_weights(config, lambda name, index: slices[name][index], dtype=dtype or own, shardings=shardings)
 

@@ -42,6 +42,5 @@ def flops_per_token(config: ModelConfig, sequence_length: int, *, lora_rank: int
 
 def adapter_parameters(config: ModelConfig, *, lora_rank: int) -> int:
     """Parameters of the adapters beside the blocks' matrices (`lamda.training.lora`)."""
-    D, F, heads = config.d_model, config.d_ff, config.n_heads * config.d_head
-    inputs_and_outputs = (D + 3 * heads) + (heads + D) + (D + 2 * F) + (F + D)
-    return config.n_layers * lora_rank * inputs_and_outputs
+    D, F, HK = config.d_model, config.d_ff, config.n_heads * config.d_head
+    return config.n_layers * lora_rank * (4 * (D + HK) + 3 * (D + F))

@@ -117,10 +117,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up = Linear(config.d_model, 2 * config.d_ff)
+        self.gate, self.up = (Linear(config.d_model, config.d_ff) for _ in range(2))
         self.down = Linear(config.d_ff, config.d_model)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """[B, L, D] to [B, L, D]."""
-        gate_BLF, up_BLF = self.gate_up(x_BLD).chunk(2, dim=-1)
-        return self.down(functional.gelu(gate_BLF, approximate="tanh") * up_BLF)
+        return self.down(functional.gelu(self.gate(x_BLD), approximate="tanh") * self.up(x_BLD))

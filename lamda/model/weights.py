@@ -1,14 +1,8 @@
-"""The weights by plain name, and how the module packs them.
-
-Query, key and value are one matrix in the module, and so are gate and up. Files and people see the
-plain ones; matrices are [out, in], rows of query, key and value head by head.
-"""
+"""The weights by name: the same in the module, in files and for people. Matrices are [outputs, inputs]."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, Literal, cast
 
 from lamda.config import ModelConfig
@@ -18,41 +12,26 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 BUCKETS = 32
-Part = Literal["embedding", "matrices", "final_norm", "others"]
+Part = Literal["embedding", "query", "matrices", "norms", "final_norm", "bias"]
 _NAMED = 8
 
 
-@dataclass(frozen=True)
-class PlainSlice:
-    """A plain weight and its place: elements `start` to `start + numel` of the flattened parameter."""
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def numel(self) -> int:
-        """Elements of the weight."""
-        return prod(self.shape)
-
-
-def plain_slices(config: ModelConfig) -> dict[str, list[PlainSlice]]:
-    """The plain weights of every parameter of the module, by the parameter's name, in the module's order."""
+def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight by name, in the module's order. Rows of query, key and value go head by head."""
     D, F, HK = config.d_model, config.d_ff, config.n_heads * config.d_head
     table = (BUCKETS, config.n_heads)
-    slices = {} if config.bias_per_layer else _unpacked("relative_bias", table)
-    slices |= _unpacked("embedding.weight", (config.vocab_size, D))
-    for i in range(config.n_layers):
-        layer = f"layers.{i}"
-        slices |= _unpacked(f"{layer}.attention_norm.scale", (D,))
+    shapes: dict[str, tuple[int, ...]] = {} if config.bias_per_layer else {"relative_bias": table}
+    shapes["embedding.weight"] = (config.vocab_size, D)
+    for layer in (f"layers.{i}" for i in range(config.n_layers)):
+        shapes[f"{layer}.attention_norm.scale"] = (D,)
         if config.bias_per_layer:
-            slices |= _unpacked(f"{layer}.attention.relative_bias", table)
-        slices |= _packed(f"{layer}.attention", ("query", "key", "value"), (HK, D))
-        slices |= _unpacked(f"{layer}.attention.output.weight", (D, HK))
-        slices |= _unpacked(f"{layer}.feed_forward_norm.scale", (D,))
-        slices |= _packed(f"{layer}.feed_forward", ("gate", "up"), (F, D))
-        slices |= _unpacked(f"{layer}.feed_forward.down.weight", (D, F))
-    return slices | _unpacked("final_norm.scale", (D,))
+            shapes[f"{layer}.attention.relative_bias"] = table
+        shapes |= {f"{layer}.attention.{name}.weight": (HK, D) for name in ("query", "key", "value")}
+        shapes[f"{layer}.attention.output.weight"] = (D, HK)
+        shapes[f"{layer}.feed_forward_norm.scale"] = (D,)
+        shapes |= {f"{layer}.feed_forward.{name}.weight": (F, D) for name in ("gate", "up")}
+        shapes[f"{layer}.feed_forward.down.weight"] = (D, F)
+    return shapes | {"final_norm.scale": (D,)}
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -66,25 +45,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def export_weights(model: nn.Module) -> dict[str, Tensor]:
     """See `LaMDA.export_weights`."""
-    slices = plain_slices(cast("ModelConfig", model.config))
-    return {
-        plain.name: parameter.detach().view(-1)[plain.start : plain.start + plain.numel].view(plain.shape)
-        for packed, parameter in model.named_parameters()
-        for plain in slices[packed]
-    }
-
-
-def _unpacked(name: str, shape: tuple[int, ...]) -> dict[str, list[PlainSlice]]:
-    return {name: [PlainSlice(name, shape, 0)]}
-
-
-def _packed(layer: str, parts: Sequence[str], shape: tuple[int, ...]) -> dict[str, list[PlainSlice]]:
-    places = enumerate(parts)
-    return {
-        f"{layer}.{'_'.join(parts)}.weight": [
-            PlainSlice(f"{layer}.{part}.weight", shape, place * prod(shape)) for place, part in places
-        ]
-    }
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def check_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
@@ -110,9 +71,15 @@ def _some(names: Sequence[str]) -> str:
 
 
 def part_of(name: str) -> Part:
-    """The part of the model that a parameter belongs to."""
-    if name == "embedding.weight":
-        return "embedding"
-    if name == "final_norm.scale":
-        return "final_norm"
-    return "matrices" if name.endswith(".weight") else "others"
+    """The part of the model that a weight belongs to; adapters are matrices."""
+    last = name.removesuffix(".weight").rpartition(".")[2]
+    if last == "scale":
+        return "final_norm" if name == "final_norm.scale" else "norms"
+    if last == "relative_bias":
+        return "bias"
+    return cast("Part", last) if last in ("embedding", "query") else "matrices"
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a weight is a matrix of a block (or an adapter's)."""
+    return part_of(name) in ("query", "matrices")

@@ -7,6 +7,7 @@ that a rank needs. `lamda.training.snapshot` writes it, `lamda.training.manifest
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.distributed import barrier
-from lamda.model.weights import PlainSlice, part_of
+from lamda.model.weights import is_matrix
 from lamda.training import lora, manifest
 from lamda.training.fragments import Fragment, fragments, reset_state
 from lamda.training.optimiser import fresh_state
@@ -32,12 +33,11 @@ Sizes = dict[tuple[str, str], int]
 def load(path: Path, *, engine: Engine) -> RunState:
     """Fill the engine from a verified checkpoint; every rank calls it. Raises UserError before anything is filled."""
     state = manifest.read_state(path)
-    slices = lora.slices(engine.config)
     saved = SavedState(path, state_sizes(engine.config))
     reset_state(engine.deepspeed, optimizer=engine.config.train.optimizer, updates=state.updates)
     with torch.no_grad():
         for fragment in fragments(engine.deepspeed):
-            for name, kind, start, tensor in _named(fragment, slices):
+            for name, kind, start, tensor in _named(fragment):
                 saved.fill(tensor, name=name, kind=kind, start=start)
                 engine.progress()
     engine.publish_weights()
@@ -50,10 +50,9 @@ def load_weights_alone(path: Path, *, engine: Engine) -> None:
 
     Adapters stay as they are.
     """
-    slices = lora.slices(engine.config)
     with safe_open(path, "pt") as file, torch.no_grad():
         for fragment in fragments(engine.deepspeed):
-            for name, kind, start, tensor in _named(fragment, slices):
+            for name, kind, start, tensor in _named(fragment):
                 if kind in ("weight", "frozen") and not lora.is_adapter(name):
                     tensor.copy_(file.get_tensor(name).flatten()[start : start + tensor.numel()])
                     engine.progress()
@@ -62,43 +61,29 @@ def load_weights_alone(path: Path, *, engine: Engine) -> None:
 
 def own_tensors(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
     """This rank's optimiser state: (key, view) for each piece and kind, its place in the key."""
-    slices = lora.slices(engine.config)
     for fragment in fragments(engine.deepspeed):
         if fragment.is_owner:
-            for name, kind, start, tensor in _named(fragment, slices):
+            for name, kind, start, tensor in _named(fragment):
                 yield f"{name}|{kind}|{start}", tensor
 
 
 def state_sizes(config: Config) -> Sizes:
     """All that a checkpoint of this model and optimiser holds; `_named` says under which names."""
     optimizer, sizes = config.train.optimizer, {}
-    for name, plains in lora.slices(config).items():
+    for name, shape in lora.trained_shapes(config).items():
         if config.train.lora_rank and not lora.is_adapter(name):
-            sizes |= {(plain.name, "frozen"): plain.numel for plain in plains}
+            sizes[name, "frozen"] = prod(shape)
             continue
-        rows, *columns = plains[0].shape
-        whole = torch.empty(rows * len(plains), *columns, device="meta")
-        state = fresh_state(whole, optimizer=optimizer, is_muon=optimizer == "muon" and part_of(name) == "matrices")
-        for kind, tensor in {"weight": whole, **state}.items():
-            if tensor.numel() == whole.numel():
-                sizes |= {(plain.name, kind): plain.numel for plain in plains}
-            else:
-                sizes[name, kind] = tensor.numel()
+        weight = torch.empty(shape, device="meta")
+        state = fresh_state(weight, optimizer=optimizer, is_muon=optimizer == "muon" and is_matrix(name))
+        sizes |= {(name, kind): tensor.numel() for kind, tensor in {"weight": weight, **state}.items()}
     return sizes
 
 
-def _named(fragment: Fragment, slices: dict[str, list[PlainSlice]]) -> Iterator[tuple[str, str, int, torch.Tensor]]:
-    """A fragment's tensors as (name, kind, start, view).
-
-    What an element has is cut into pieces of the plain weights, under their names; what only the whole
-    (packed) parameter has stands under its own.
-    """
-    for plain in slices[fragment.name]:
-        first = max(fragment.start, plain.start)
-        last = min(fragment.start + fragment.numel, plain.start + plain.numel)
-        if first < last:
-            for kind, tensor in fragment.tensors.items():
-                yield plain.name, kind, first - plain.start, tensor[first - fragment.start : last - fragment.start]
+def _named(fragment: Fragment) -> Iterator[tuple[str, str, int, torch.Tensor]]:
+    """A fragment's tensors as (name, kind, start, view)."""
+    for kind, tensor in fragment.tensors.items():
+        yield fragment.name, kind, fragment.start, tensor
     for kind, factor in fragment.factors.items():
         yield fragment.name, kind, 0, factor
 

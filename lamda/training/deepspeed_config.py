@@ -125,10 +125,12 @@ def _problems_of_optimizer(own: dict[str, Any], path: Path, optimizer: str) -> l
             "cuts up; use stage 0 (deepspeed/stage0.json), or another optimiser"
         ]
     accumulation = own.get("data_types", {}).get("grad_accum_dtype")
-    if optimizer == "muon" and not (stage == 1 and is_bf16(own) and accumulation == "fp32"):
+    sees_matrices = stage == 1 and accumulation == "fp32" if is_bf16(own) else stage == 0
+    if optimizer == "muon" and not sees_matrices:
         return [
-            f"{path}: train.optimizer muon: DeepSpeed orthogonalises whole matrices, after clipping, at ZeRO stage 1 "
-            "in bf16 with data_types.grad_accum_dtype fp32 alone; use ds_config.json, or another optimiser"
+            f"{path}: train.optimizer muon: DeepSpeed orthogonalizes whole matrices, after clipping, at ZeRO stage 1 "
+            "in bf16 with data_types.grad_accum_dtype fp32 (ds_config.json), and at stage 0 in fp32 "
+            "(deepspeed/fp32.json); use one of these, or another optimizer"
         ]
     return []
 

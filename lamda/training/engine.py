@@ -29,7 +29,7 @@ from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
 from lamda.model.initialisation import initialise
 from lamda.model.loss import token_nats
-from lamda.model.weights import plain_slices
+from lamda.model.weights import weight_shapes
 from lamda.training import checkpoint, comparison, compiling, deepspeed_config, fp8, lora
 from lamda.training.fragments import publish_weights, reset_state
 from lamda.training.metrics import peak_flops
@@ -217,17 +217,15 @@ class Engine:
             yield
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """On rank 0 the weights that the model computes with, by plain name; gathered one at a time at stage 3.
+        """On rank 0 the weights that the model computes with, by name; gathered one at a time at stage 3.
 
         Adapters (`lamda.training.lora`) are in them. A view is valid until the next one is asked for. Every rank
         goes through the whole iteration.
         """
-        for name, plains in plain_slices(self.config.model).items():
+        for name in weight_shapes(self.config.model):
             with self.whole(self.model.get_parameter(name)):
                 if self.world.is_main:
-                    flat = lora.merged(self.model, name).reshape(-1)
-                    for plain in plains:
-                        yield plain.name, flat[plain.start : plain.start + plain.numel].view(plain.shape)
+                    yield name, lora.merged(self.model, name)
 
     def publish_weights(self) -> None:
         """Bring filled fp32 weights into the parameters that the model computes with."""

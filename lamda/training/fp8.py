@@ -13,7 +13,7 @@ import torch
 from lamda.config.errors import UserError
 from lamda.model import LaMDA
 
-PRODUCTS = ("query_key_value", "gate_up", "down")
+PRODUCTS = ("query", "key", "value", "gate", "up", "down")
 MULTIPLE = 16
 
 

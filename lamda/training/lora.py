@@ -3,7 +3,7 @@
     y = W x + B A x      W [outputs, inputs] frozen, A [rank, inputs], B [outputs, rank]
 
 B starts at zero, and so the model as it was. The paper's factor alpha / rank is 1: beside AdamW it acts as a learning
-rate does. What the module packs into one matrix (query, key and value; gate and up) shares one pair.
+rate does. Each of a block's matrices has a pair of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lamda.config.schema import Config
 from lamda.model import LaMDA
 from lamda.model.initialisation import generator
 from lamda.model.layers import Linear
-from lamda.model.weights import PlainSlice, part_of, plain_slices
+from lamda.model.weights import is_matrix, weight_shapes
 
 
 class Adapted(nn.Module):
@@ -66,17 +66,16 @@ def is_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
-def slices(config: Config) -> dict[str, list[PlainSlice]]:
-    """`plain_slices` of the model as a run trains it: with the adapters' matrices, which go by their own names."""
-    found = plain_slices(config.model)
+def trained_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """`weight_shapes` of the model as a run trains it: with the adapters' matrices."""
+    shapes = weight_shapes(config.model)
     if config.train.lora_rank == 0:
-        return found
+        return shapes
     adapters = {}
-    for packed, plains in found.items():
-        if part_of(packed) == "matrices":
-            outputs, inputs = plains[0].shape
-            shapes = {"a": (config.train.lora_rank, inputs), "b": (len(plains) * outputs, config.train.lora_rank)}
-            for letter, shape in shapes.items():
-                name = f"{packed.removesuffix('weight')}lora_{letter}.weight"
-                adapters[name] = [PlainSlice(name, shape, 0)]
-    return found | adapters
+    for name, shape in shapes.items():
+        if is_matrix(name):
+            outputs, inputs = shape
+            stem = name.removesuffix("weight")
+            adapters[f"{stem}lora_a.weight"] = (config.train.lora_rank, inputs)
+            adapters[f"{stem}lora_b.weight"] = (outputs, config.train.lora_rank)
+    return shapes | adapters

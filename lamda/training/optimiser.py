@@ -1,12 +1,14 @@
 """The optimisers: AdamW, DeepSpeed's Muon with AdamW beside it, and Adafactor; their groups, rates and states.
 
-Every optimiser sees the model in parts: the embedding with a rate of its own, the blocks' matrices, the final norm,
-and the rest. Only the first two decay: norms' scales and relative-bias tables shift scores and scales, not features.
+Every optimiser sees the model in parts, each with a rate of its own (`lamda.training.rates`). Only the blocks' matrices
+decay.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
@@ -21,17 +23,18 @@ State = dict[str, torch.Tensor]
 
 def make_optimizer(model: LaMDA, train: TrainConfig) -> torch.optim.Optimizer:
     """The optimiser of a model. The rate starts at 0: `set_learning_rate` gives each step its own."""
-    scales = rate_scales(train, d_model=model.config.d_model)
+    scales = rate_scales(train, model.config)
     decays = weight_decays(train, scales)
     groups: dict[Part, dict] = {
         part: {"params": [], "weight_decay": decays[part], "scale": scale} for part, scale in scales.items()
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[part_of(name) if part_of(name) in groups else "others"]["params"].append(parameter)
+            groups[part_of(name)]["params"].append(parameter)
     groups = {part: group for part, group in groups.items() if group["params"]}
     if train.optimizer == "muon":
-        return _muon(groups, train)
+        matrices = [groups.pop(part) for part in ("query", "matrices") if part in groups]
+        return make_muon(matrices, list(groups.values()), train)
     if train.optimizer == "adafactor":
         return torch.optim.Adafactor(groups.values(), lr=0.0, eps=ADAFACTOR_EPS)
     return torch.optim.AdamW(groups.values(), lr=0.0, **_adamw_numbers(train))
@@ -63,32 +66,45 @@ def eager_kernels(train: TrainConfig) -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager") if train.optimizer == "muon" else nullcontext()
 
 
-def _muon(of_part: dict[Part, dict], train: TrainConfig) -> MuonWithAuxAdam:
-    """Muon for the matrices, in groups of one number of inputs, whose updates get the RMS of AdamW's.
+def make_muon(matrices: Iterable[dict], others: Iterable[dict], train: TrainConfig) -> MuonWithAuxAdam:
+    """Muon for groups of matrices, AdamW for other groups; each has `params`, `scale` and `weight_decay`."""
+    numbers = _adamw_numbers(train)
+    adamw = {key: numbers[key] for key in ("betas", "eps")}
+    groups = [split for group in matrices for split in _by_inputs(group)]
+    groups += [{**group, **adamw, "use_muon": False, "lr": 0.0} for group in others]
+    optimizer = MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"lr": 0.0, **numbers})
+    optimizer.step = partial(_step_with_gradients, optimizer, optimizer.step)
+    return optimizer
+
+
+def _step_with_gradients(optimizer: MuonWithAuxAdam, step: Callable[..., object], *args: object) -> None:
+    """DeepSpeed's Muon takes missing gradients for zeros: momentum and decay would move the weights in a refused step.
+
+    No subclass, because DeepSpeed knows the optimizers that it has tested with ZeRO by their exact class.
+    """
+    if any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"]):
+        step(*args)
+
+
+def _by_inputs(group: dict) -> Iterator[dict]:
+    """Groups of matrices with one number of inputs, whose updates get the RMS of AdamW's.
 
     An orthogonal [m, n] has an RMS of 1 / sqrt(max(m, n)); DeepSpeed multiplies it by sqrt(max(1, m/n)), which makes
     1 / sqrt(n) of it. So n inputs ask for a scale of ADAMW_RMS sqrt(n). Decay is in units of the plain rate.
     """
-    matrices = of_part.pop("matrices")
     of_inputs: dict[int, list[torch.nn.Parameter]] = {}
-    for matrix in matrices["params"]:
+    for matrix in group["params"]:
         of_inputs.setdefault(matrix.shape[1], []).append(matrix)
-    numbers = _adamw_numbers(train)
-    adamw = {key: numbers[key] for key in ("betas", "eps")}
-    groups = [{**group, **adamw, "use_muon": False, "lr": 0.0} for group in of_part.values()]
     for inputs, alike in of_inputs.items():
         to_adamw = ADAMW_RMS * inputs**0.5
-        groups.append(
-            {
-                "params": alike,
-                "use_muon": True,
-                "lr": 0.0,
-                "momentum": MUON_MOMENTUM,
-                "weight_decay": matrices["weight_decay"] / to_adamw,
-                "scale": matrices["scale"] * to_adamw,
-            }
-        )
-    return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"lr": 0.0, **numbers})
+        yield {
+            "params": alike,
+            "use_muon": True,
+            "lr": 0.0,
+            "momentum": MUON_MOMENTUM,
+            "weight_decay": group["weight_decay"] / to_adamw,
+            "scale": group["scale"] * to_adamw,
+        }
 
 
 def _adamw_numbers(train: TrainConfig) -> dict[str, object]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from lamda.config.schema import TrainConfig
+from typing import get_args
+
+from lamda.config.schema import ModelConfig, TrainConfig
 from lamda.model.weights import Part
+
+PARTS: tuple[Part, ...] = get_args(Part)
 
 MUON_MOMENTUM = 0.95
 """Muon's decay of its momentum, Nesterov's way (Jordan et al., kellerjordan.github.io/posts/muon)."""
@@ -20,33 +24,37 @@ PyTorch's own, fp32's resolution, stops what has gradients below 1e-7; the paper
 """
 
 
-def rate_scales(train: TrainConfig, *, d_model: int) -> dict[Part, float]:
-    """The rate of each part of the model / the run's; the final norm is one of the others where it has none.
+def rate_scales(train: TrainConfig, model: ModelConfig) -> dict[Part, float]:
+    """The learning rate of each part of the model / the run's (docs/learning.md has what each of them gains).
 
-    With `train.base_width` they keep the size of what a step changes the same at every width (muP, arXiv
+    A query's weights begin 1/sqrt(K) times as large as a key's, in place of that factor in the scores, and an AdamW or
+    Muon step moves all weights by the same: at the matrices' rate queries would turn over within a few steps.
+    Scales of norms and bias tables are few and large, and an input to everything after them.
+
+    With `train.base_width` rates keep the size of what a step changes the same at every width (muP, arXiv
     2203.03466; heads keep theirs). A matrix adds up D inputs that an AdamW step moves alike, so its rate falls as
     1/D; Muon's and Adafactor's steps have a size of their own, an operator's norm and a share of the weight, which
     leave 1/sqrt(D). The tied embedding and the scales before it keep theirs as inputs; as outputs they
     ask for logits times 1/D instead of the model's 1/sqrt(D), which the final norm takes on.
     """
-    width = d_model / (train.base_width or d_model)
-    is_adafactor = train.optimizer == "adafactor"
-    scales: dict[Part, float] = {
-        "embedding": 1.0 if is_adafactor else train.embedding_lr_scale,
-        "matrices": width**-1 if train.optimizer == "adamw" else width**-0.5,
-        "others": 1.0,
+    width = model.d_model / (train.base_width or model.d_model)
+    matrices = width**-1 if train.optimizer == "adamw" else width**-0.5
+    if train.optimizer == "adafactor":  # its steps are a share of what they move
+        return dict.fromkeys(PARTS, 1.0) | {"query": matrices, "matrices": matrices}
+    return {
+        "embedding": train.embedding_lr_scale,
+        "query": matrices * model.d_head**-0.5,
+        "matrices": matrices,
+        "norms": train.norm_lr_scale,
+        "final_norm": train.norm_lr_scale * width**-0.5,
+        "bias": train.bias_lr_scale,
     }
-    # A group of its own only where it needs one: ZeRO rounds the gradient's norm group by group.
-    return scales if is_adafactor or width == 1 else {**scales, "final_norm": width**-0.5}
 
 
 def weight_decays(train: TrainConfig, scales: dict[Part, float]) -> dict[Part, float]:
-    """The decay of each part at the run's rate times its scale; only the embedding and the matrices have any.
+    """The decay of each part at the run's rate times its scale; only the blocks' matrices have any.
 
-    A rate that follows the width does not take the decay along: rate times decay stays what it was.
+    A part's own rate does not take the decay along: rate times decay is the same for all matrices.
     """
-    decays: dict[Part, float] = {
-        "embedding": train.weight_decay,
-        "matrices": train.weight_decay / scales["matrices"],
-    }
-    return {part: decays.get(part, 0.0) for part in scales}
+    decayed = ("query", "matrices")
+    return {part: train.weight_decay / scale if part in decayed else 0.0 for part, scale in scales.items()}

@@ -207,6 +207,8 @@ def _tell_changes(config: Config, path: Path) -> None:
     except (FileNotFoundError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path / 'config.yaml'}: cannot be read ({error})") from error
     changes = [f"{key} {_change(before[key], now[key])}" for key in before if before[key] != now[key]]
+    if "train.norm_lr_scale" not in saved:
+        changes.append("rates of query, norms and bias tables, and no decay of the embedding (CHANGELOG.md)")
     if changes:
         log.warning("resumed with other settings than %s was trained with: %s", path, "; ".join(changes))
 

@@ -7,6 +7,7 @@ computes with. `lamda.training.checkpoint` reads them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from lamda.durable import umask_mode
-from lamda.model.weights import plain_slices
+from lamda.model.weights import weight_shapes
 from lamda.training.checkpoint import own_tensors
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ class Snapshots:
         size = sum(tensor.nbytes for _, tensor in own_tensors(self._engine))
         if self._engine.world.is_main:
             model = self._engine.model
-            for name, plains in plain_slices(self._engine.config.model).items():
-                size += model.get_parameter(name).element_size() * sum(plain.numel for plain in plains)
+            for name, shape in weight_shapes(self._engine.config.model).items():
+                size += model.get_parameter(name).element_size() * prod(shape)
         return size
 
     def take(self, folder: Path) -> Callable[[], list[Path]]:

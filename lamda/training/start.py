@@ -10,7 +10,7 @@ from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.inference.loading import WEIGHTS, find_checkpoint, saved_config
-from lamda.model.weights import check_shapes, plain_slices
+from lamda.model.weights import check_shapes, weight_shapes
 
 
 def with_start(config: Config) -> Config:
@@ -39,4 +39,4 @@ def check_weights(path: Path, model: ModelConfig) -> None:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"model.weights {path}: cannot be read ({error})") from error
-    check_shapes({plain.name: plain.shape for part in plain_slices(model).values() for plain in part}, found)
+    check_shapes(weight_shapes(model), found)

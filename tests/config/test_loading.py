@@ -61,7 +61,7 @@ def test_defaults_yield_to_preset_to_file_to_flags(write):
     assert config.model.d_ff == 77
     assert config.model.n_heads == 5
     assert config.train.lr == 2e-4
-    assert config.train.beta2 == 0.95
+    assert config.train.beta2 == 0.99
 
 
 def test_a_preset_from_a_flag_yields_to_the_files_dimensions(write):

@@ -18,6 +18,7 @@ from tests.distributed.engine_worker import (
     LENGTH,
     MICRO,
     MODEL,
+    RATES,
     Letters,
     asked_prompts,
     asked_rows,
@@ -40,9 +41,10 @@ def label(stage, bf16):
 
 OPTIMISERS = {
     "muon": {"optimizer": "muon", "stage": 1, "bf16": True},
+    "muon-fp32": {"optimizer": "muon", "stage": 0, "bf16": False},
     "adafactor": {"optimizer": "adafactor", "stage": 0, "bf16": False},
 }
-"""The optimisers beside AdamW, where they are allowed; Adafactor in fp32, which adds no bf16 gradients up."""
+"""The optimizers beside AdamW, where they are allowed; Adafactor in fp32, which adds no bf16 gradients up."""
 
 FORMATS = {f"muon-{dtype}": {**OPTIMISERS["muon"], "orthogonalize_in": dtype} for dtype in ("float32", "float16")}
 """Muon in either format, of which DeepSpeed takes what the processor has (fp16 from Sapphire Rapids on)."""
@@ -106,13 +108,22 @@ class PlainMuon(torch.optim.Optimizer):
             weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * update)
 
 
+def scale_of(name: str) -> float:
+    """The rate of a parameter / the run's."""
+    if name.endswith("query.weight"):
+        return MODEL["d_head"] ** -0.5
+    kinds = {"embedding.weight": "embedding", "norm.scale": "norm", "relative_bias": "bias"}
+    return next((RATES[kind] for end, kind in kinds.items() if name.endswith(end)), 1.0)
+
+
 def plain_optimizers(groups: list[dict], optimizer: str) -> list[torch.optim.Optimizer]:
     """What moves the groups, one a parameter, in plain PyTorch."""
     if optimizer == "adafactor":
-        return [torch.optim.Adafactor([{**group, "scale": 1.0} for group in groups], eps=(2.0**-63, 1e-3))]
-    matrices = [group for group in groups if optimizer == "muon" and group["scale"] == 1 and group["weight_decay"]]
+        alike = [group | {"scale": 1.0, "weight_decay": group["scale"] * group["weight_decay"]} for group in groups]
+        return [torch.optim.Adafactor(alike, eps=(2.0**-63, 1e-3))]
+    matrices = [group for group in groups if optimizer == "muon" and group["weight_decay"]]
     rest = [group for group in groups if not any(group is matrix for matrix in matrices)]
-    adamw = torch.optim.AdamW(rest, betas=(0.9, 0.95), eps=1e-8)
+    adamw = torch.optim.AdamW(rest, betas=(0.9, 0.99), eps=1e-8)
     return [adamw, PlainMuon(matrices, {})] if matrices else [adamw]
 
 
@@ -133,10 +144,10 @@ def plain_loop(
     groups = [
         {
             "params": [master],
-            "scale": 10.0 if name == "embedding.weight" else 1.0,
-            "weight_decay": 0.1 if parameter.ndim > 1 and not name.endswith("relative_bias") else 0.0,
+            "scale": scale_of(name),
+            "weight_decay": 0.1 / scale_of(name) if name.startswith("layers.") and name.endswith(".weight") else 0.0,
         }
-        for master, (name, parameter) in zip(masters, named, strict=True)
+        for master, (name, _) in zip(masters, named, strict=True)
     ]
     optimizers = plain_optimizers(groups, optimizer)
     losses = []

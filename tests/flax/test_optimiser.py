@@ -63,13 +63,13 @@ def moved_by_torch(
 )
 @pytest.mark.parametrize(
     ("name", "part", "layer"),
-    [(SINGLE, "embedding", None), (STACKED, "matrices", 2), ("layers.attention.relative_bias", "others", 0),
-     ("layers.attention_norm.scale", "others", 1), ("final_norm.scale", "final_norm", None)],
+    [(SINGLE, "embedding", None), (STACKED, "matrices", 2), ("layers.attention.query.weight", "query", 1),
+     ("layers.attention.relative_bias", "bias", 0), ("layers.attention_norm.scale", "norms", 1),
+     ("final_norm.scale", "final_norm", None)],
 )  # fmt: skip
 def test_each_part_moves_as_with_pytorch(optimizer, size, name, part, layer):
     train = train_config(optimizer)
-    scales = rate_scales(train, d_model=MODEL.d_model)
-    part = part if part in scales else "others"
+    scales = rate_scales(train, MODEL)
     decay = weight_decays(train, scales)[part]
 
     def make(weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -89,7 +89,7 @@ def test_muon_moves_each_layers_matrix_by_a_nearly_orthogonal_step_of_adamws_siz
     weights = {name: jnp.zeros(shape) for name, shape in stacked_shapes(MODEL).items()}
     gradients = {name: jnp.asarray(normal(weight.shape, 3)) for name, weight in weights.items()}
     updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(weights), weights, rate=1.0)
-    scale = rate_scales(train, d_model=MODEL.d_model)["matrices"]
+    scale = rate_scales(train, MODEL)["matrices"]
     for update, gradient in zip(updates[STACKED], gradients[STACKED], strict=True):
         assert np.sqrt(np.square(update).mean()) == pytest.approx(0.2 * scale, rel=0.2)
         left, _, right = np.linalg.svd(gradient, full_matrices=False)

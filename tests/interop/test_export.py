@@ -184,12 +184,12 @@ def test_float32_of_adapters_is_their_sum(train, saved, tmp_path):
     wide, narrow = load_file(tmp_path / "wide" / "model.safetensors"), load_file(saved / "model.safetensors")
     state = load_file(saved / STATE)
     stem, width = "layers.1.attention", 24
-    b = state[f"{stem}.query_key_value.lora_b.weight|weight|0"].view(3 * width, RANK)
-    a = state[f"{stem}.query_key_value.lora_a.weight|weight|0"].view(RANK, width)
-    assert b.abs().max() > 0
-    for place, part in enumerate(("query", "key", "value")):
+    for part in ("query", "key", "value"):
+        b = state[f"{stem}.{part}.lora_b.weight|weight|0"].view(width, RANK)
+        a = state[f"{stem}.{part}.lora_a.weight|weight|0"].view(RANK, width)
+        assert b.abs().max() > 0
         frozen = state[f"{stem}.{part}.weight|frozen|0"].view(width, width).float()
-        wanted = frozen + b[place * width : (place + 1) * width] @ a
+        wanted = frozen + b @ a
         torch.testing.assert_close(wide[f"{stem}.{part}.weight"], wanted)
     for name, weight in wide.items():
         torch.testing.assert_close(weight.bfloat16(), narrow[name], rtol=1e-2, atol=1e-4, msg=name)

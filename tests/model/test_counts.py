@@ -61,7 +61,7 @@ def test_flops_with_adapters_equal_pytorchs_count_of_products(rank):
         nats.backward()
     half_of_attention = 6 * config.n_layers * length * config.n_heads * config.d_head
     counted = counter.get_total_flops() / length - half_of_attention
-    not_needed = 2 * 32 * (3 * 2 * 8 + rank)
+    not_needed = 2 * 32 * 3 * (2 * 8 + rank)
     assert flops_per_token(config, length, lora_rank=rank) - not_needed == pytest.approx(counted, rel=1e-9)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from lamda.config import ModelConfig
 from lamda.model import LaMDA
+from lamda.model.attention.bias import causal_buckets
 from lamda.model.initialisation import generator, initial_weights, initialise
 from lamda.model.loss import cross_entropy
 
@@ -19,6 +20,7 @@ def initialised(*, seed: int = 0, dtype: torch.dtype = torch.float32, **dimensio
     return model
 
 
+FIXED = ("scale", "relative_bias")
 SMALL = {"vocab_size": 11, "d_model": 6, "n_layers": 2, "n_heads": 2, "d_head": 3, "d_ff": 5}
 
 
@@ -27,12 +29,15 @@ def test_weights_depend_on_the_seed_and_the_plain_name_alone():
     first = initialised(**SMALL).export_weights()
     torch.manual_seed(1)
     torch.testing.assert_close(initialised(**SMALL).export_weights(), first, rtol=0, atol=0)
-    deeper = initialised(**{**SMALL, "n_layers": 5}).export_weights()
-    torch.testing.assert_close({name: deeper[name] for name in first}, first, rtol=0, atol=0)
-    drawn = [weight.flatten()[:4] for name, weight in deeper.items() if not name.endswith("scale")]
-    assert len({tuple(weight.tolist()) for weight in drawn}) == len(drawn)
+    deeper = initialised(**{**SMALL, "n_layers": 8}).export_weights()
+    halved = ("output.weight", "down.weight")  # 1 / sqrt(2N), four times the layers
+    torch.testing.assert_close(
+        {name: deeper[name] * (2 if name.endswith(halved) else 1) for name in first}, first, rtol=1e-6, atol=0
+    )
+    drawn = {name: weight for name, weight in deeper.items() if not name.endswith(FIXED)}
+    assert len({tuple(weight.flatten()[:4].tolist()) for weight in drawn.values()}) == len(drawn)
     other = initialised(**SMALL, seed=1).export_weights()
-    assert all((other[name] != first[name]).any() for name in first if not name.endswith("scale"))
+    assert all((other[name] != first[name]).any() == (not name.endswith(FIXED)) for name in first)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -50,15 +55,14 @@ def test_weights_have_the_published_scales():
         "layers.0.attention.query.weight": (D * K) ** -0.5,
         "layers.0.attention.key.weight": D**-0.5,
         "layers.0.attention.value.weight": D**-0.5,
-        "layers.0.attention.output.weight": (H * K) ** -0.5,
-        "layers.0.attention.relative_bias": (32 * H) ** -0.5,
+        "layers.0.attention.output.weight": (2 * H * K) ** -0.5,
         "layers.0.feed_forward.gate.weight": D**-0.5,
         "layers.0.feed_forward.up.weight": D**-0.5,
-        "layers.0.feed_forward.down.weight": F**-0.5,
+        "layers.0.feed_forward.down.weight": (2 * F) ** -0.5,
     }
-    scales = {name for name in weights if name.endswith("scale")}
-    assert set(weights) - scales == set(expected)
-    assert all((weights[name] == 1).all() for name in scales)
+    fixed = {name for name in weights if name.endswith(FIXED)}
+    assert set(weights) - fixed == set(expected)
+    assert all((weights[name] == 1).all() for name in fixed if name.endswith("scale"))
     for name, std in expected.items():
         drawn = weights[name]
         assert drawn.std().item() == pytest.approx(std, rel=5 / sqrt(2 * drawn.numel())), name
@@ -68,17 +72,28 @@ def test_weights_have_the_published_scales():
         assert drawn.abs().max() <= sqrt(3) * drawn.std() * 1.05, "uniform: nothing beyond sqrt(3) deviations"
 
 
+def test_bias_tables_begin_as_alibis_slopes():
+    """As far as buckets hold one distance each; beyond, a bucket has the bias of its nearest distance."""
+    table_RH = initialised(**{**SMALL, "n_heads": 8}).layers[1].attention.relative_bias
+    distances = torch.arange(16)[:, None]
+    torch.testing.assert_close(table_RH[:16].detach(), -distances * 0.5 ** torch.arange(1, 9))
+    bias_HN = table_RH[causal_buckets(500)].T.detach()
+    assert (bias_HN.diff() <= 0).all(), "it never rises with the distance"
+    assert (bias_HN[:, -1] == -113 * 0.5 ** torch.arange(1, 9)).all()
+
+
 @pytest.mark.parametrize(
-    "dimensions",
+    ("base_width", "dimensions"),
     [
-        {"preset": "tiny"},
-        {"vocab_size": 8000, "d_model": 1024, "n_layers": 6, "n_heads": 2, "d_head": 64, "d_ff": 1024},
+        (None, {"preset": "tiny"}),
+        (192, {"vocab_size": 8000, "d_model": 1024, "n_layers": 6, "n_heads": 2, "d_head": 64, "d_ff": 1024}),
     ],
     ids=["tiny", "wide"],
 )
 @torch.no_grad()
-def test_the_first_loss_is_near_that_of_guessing(dimensions):
-    model = initialised(**dimensions)
+def test_the_first_loss_is_near_that_of_guessing(base_width, dimensions):
+    model = LaMDA(ModelConfig(**dimensions))
+    initialise(model, seed=0, base_width=base_width)
     tokens_BL = torch.randint(model.config.vocab_size, (2, 129), generator=torch.Generator().manual_seed(0))
     nats, _ = cross_entropy(model(tokens_BL[:, :-1]), tokens_BL[:, 1:])
     assert nats.item() / 256 == pytest.approx(log(model.config.vocab_size), rel=0.03)
@@ -86,7 +101,7 @@ def test_the_first_loss_is_near_that_of_guessing(dimensions):
 
 @torch.no_grad()
 def test_every_layer_adds_the_scale_that_theory_gives():
-    """A gate and an up of unit variance give E[gelu(z)^2] through `down`; attention adds at most unit variance."""
+    """A gate and an up of unit variance give E[gelu(z)^2] through `down`, attention at most 1; over 2N of each."""
     model = initialised(vocab_size=500, d_model=256, n_layers=24, n_heads=8, d_head=32, d_ff=512)
     attention, feed_forward = [], []
     for layer in model.layers:
@@ -99,8 +114,8 @@ def test_every_layer_adds_the_scale_that_theory_gives():
 
     grid = [i / 100 for i in range(-800, 801)]
     expected = sum(gelu(z) ** 2 * exp(-z * z / 2) / sqrt(2 * pi) / 100 for z in grid)
-    assert all(power == pytest.approx(expected, rel=0.2) for power in feed_forward)
-    assert all(0.01 < power < 1 for power in attention)
+    assert all(48 * power == pytest.approx(expected, rel=0.2) for power in feed_forward)
+    assert all(0.01 < 48 * power < 1 for power in attention)
 
 
 def test_logits_fall_with_the_width_from_the_base_on():

@@ -1,4 +1,4 @@
-"""Plain names and packed parameters."""
+"""Weights by name."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ import torch
 from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 from lamda.model import LaMDA
-from lamda.model.weights import plain_slices
+from lamda.model.weights import weight_shapes
 
 
-def test_slices_cover_every_parameter_without_gap_or_overlap(model):
-    slices = plain_slices(model.config)
-    parameters = dict(model.named_parameters())
-    assert set(slices) == set(parameters)
-    for packed, plains in slices.items():
-        assert [plain.start for plain in plains] == [sum(p.numel for p in plains[:i]) for i in range(len(plains))]
-        assert sum(plain.numel for plain in plains) == parameters[packed].numel()
+def test_shapes_are_those_of_the_module_in_its_order(model):
+    found = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    assert sorted(weight_shapes(model.config).items()) == sorted(found)
 
 
 def test_weights_survive_export_and_load(model):

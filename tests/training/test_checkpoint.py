@@ -14,7 +14,6 @@ from lamda.distributed import World
 from lamda.model import LaMDA
 from lamda.model.initialisation import initialise
 from lamda.model.loss import cross_entropy
-from lamda.model.weights import plain_slices
 from lamda.training import checkpoint, manifest
 from lamda.training.engine import Engine
 from lamda.training.optimiser import make_optimizer, set_learning_rate
@@ -108,13 +107,9 @@ def test_rate_betas_decay_and_clipping_are_those_of_the_new_run(saved, engine):
 
 
 def fill(model, optimizer, stored):
-    """Weights and moments from a checkpoint's plain names."""
-    slices = plain_slices(model.config)
+    """Weights and moments from a checkpoint."""
     for name, parameter in model.named_parameters():
-        kinds = {}
-        for kind in ("weight", "exp_avg", "exp_avg_sq"):
-            parts = [stored[f"{plain.name}|{kind}|0"] for plain in sorted(slices[name], key=lambda part: part.start)]
-            kinds[kind] = torch.cat(parts).view(parameter.shape)
+        kinds = {kind: stored[f"{name}|{kind}|0"].view(parameter.shape) for kind in ("weight", "exp_avg", "exp_avg_sq")}
         parameter.data.copy_(kinds.pop("weight"))
         optimizer.state[parameter] = {"step": torch.tensor(2.0), **kinds}
 

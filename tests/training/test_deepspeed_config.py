@@ -10,7 +10,8 @@ from lamda.config.loading import load_config
 from lamda.training.deepspeed_config import OWNED_BY_CONFIG, REFUSED, build, is_bf16, zero_stage
 
 TRAIN = {"steps": 10, "global_batch_size": 48, "micro_batch_size": 4, "gradient_clipping": 0.5}
-SHIPPED = ["ds_config.json", "deepspeed/fp32.json"]
+SHIPPED = {"ds_config.json": 1, "deepspeed/fp32.json": 0}
+"""The ZeRO stage of each file."""
 
 
 @pytest.fixture
@@ -97,11 +98,11 @@ FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
     [
         ("adafactor", 1, True, FP32_SUMS, "use stage 0"),
         ("adafactor", 3, False, {}, "use stage 0"),
-        ("muon", 0, True, {}, "use ds_config.json"),
-        ("muon", 1, True, {}, "use ds_config.json"),
-        ("muon", 1, False, {}, "use ds_config.json"),
-        ("muon", 2, True, FP32_SUMS, "use ds_config.json"),
-        ("muon", 3, True, FP32_SUMS, "use ds_config.json"),
+        ("muon", 0, True, {}, "ds_config.json"),
+        ("muon", 1, True, {}, "ds_config.json"),
+        ("muon", 1, False, {}, "ds_config.json"),
+        ("muon", 2, True, FP32_SUMS, "ds_config.json"),
+        ("muon", 3, True, FP32_SUMS, "ds_config.json"),
     ],
 )
 def test_an_optimiser_is_refused_where_it_would_not_see_whole_matrices(
@@ -113,7 +114,10 @@ def test_an_optimiser_is_refused_where_it_would_not_see_whole_matrices(
     assert build_from(own)
 
 
-@pytest.mark.parametrize(("optimizer", "name"), [("muon", "ds_config.json"), ("adafactor", "deepspeed/stage0.json")])
+@pytest.mark.parametrize(
+    ("optimizer", "name"),
+    [("muon", "ds_config.json"), ("muon", "deepspeed/fp32.json"), ("adafactor", "deepspeed/stage0.json")],
+)
 def test_a_shipped_file_suits_every_optimiser(optimizer, name):
     assert build(Config(train={**TRAIN, "optimizer": optimizer}, deepspeed={"config": name}), world=1)
 
@@ -136,7 +140,7 @@ def test_deepspeed_accepts_the_shipped_files_for_2b(name):
     from deepspeed.runtime.config import DeepSpeedConfig
 
     theirs = DeepSpeedConfig(built)
-    assert theirs.zero_optimization_stage == zero_stage(built) == 1
+    assert theirs.zero_optimization_stage == zero_stage(built) == SHIPPED[name]
     assert theirs.bfloat16_config.enabled == is_bf16(built) == (name == "ds_config.json")
     assert theirs.train_batch_size == 256
     assert theirs.gradient_accumulation_steps == 32

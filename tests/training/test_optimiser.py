@@ -13,13 +13,20 @@ from lamda.training.optimiser import eager_kernels, make_optimizer, set_learning
 SHAPE = {"vocab_size": 97, "d_model": 48, "n_layers": 1, "n_heads": 2, "d_head": 16, "d_ff": 224}
 
 
+SCALES = {"embedding_lr_scale": 10, "norm_lr_scale": 3, "bias_lr_scale": 7}
+
+
+def scale_of(name):
+    """The rate of a weight / the run's, by the keys of the configuration; a query's by 1 / sqrt(K)."""
+    kinds = {"embedding.weight": 10, "scale": 3, "relative_bias": 7, "query.weight": 0.25}
+    return next((scale for kind, scale in kinds.items() if name.endswith(kind)), 1)
+
+
 def moved(optimizer, *, weight_decay, gradient, base_width=None):
     """How far one step at a rate of 0.01 moves each weight, by name; gradients are `gradient` times random ones."""
     model = LaMDA(ModelConfig(**SHAPE))
     initialise(model, seed=0)
-    train = TrainConfig(
-        steps=1, optimizer=optimizer, weight_decay=weight_decay, embedding_lr_scale=10, base_width=base_width
-    )
+    train = TrainConfig(steps=1, optimizer=optimizer, weight_decay=weight_decay, base_width=base_width, **SCALES)
     before = {name: weight.clone() for name, weight in model.export_weights().items()}
     made = make_optimizer(model, train)
     set_learning_rate(made, 0.01)
@@ -36,9 +43,9 @@ def is_matrix(name):
 
 
 def test_muon_moves_every_matrix_by_the_rms_of_adamw():
-    """0.2 of the rate, wide, tall and square; the rest is AdamW's own first step, a rate or ten times it."""
+    """0.2 of the rate, wide, tall and square; the rest is AdamW's own first step, the weight's rate."""
     for name, (way, _) in moved("muon", weight_decay=0, gradient=1e-3).items():
-        wanted = 0.2 if is_matrix(name) else 10 if name == "embedding.weight" else 1
+        wanted = scale_of(name) * (0.2 if is_matrix(name) else 1)
         assert way.square().mean().sqrt() == pytest.approx(0.01 * wanted, rel=0.2 if is_matrix(name) else 1e-2), name
 
 
@@ -46,9 +53,12 @@ def test_muon_moves_every_matrix_by_the_rms_of_adamw():
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
 def test_decay_is_in_units_of_the_rate_alone(optimizer, base_width):
     for name, (way, before) in moved(optimizer, weight_decay=0.5, gradient=0.0, base_width=base_width).items():
-        is_decayed = is_matrix(name) or name == "embedding.weight"
-        scale = 10 if name == "embedding.weight" and optimizer != "adafactor" else 1
-        torch.testing.assert_close(way, -0.01 * 0.5 * scale * is_decayed * before, rtol=0, atol=1e-7)
+        torch.testing.assert_close(way, -0.01 * 0.5 * is_matrix(name) * before, rtol=0, atol=1e-7)
+
+
+def test_adamw_moves_each_part_at_its_own_rate():
+    for name, (way, _) in moved("adamw", weight_decay=0, gradient=1e-3).items():
+        assert way.square().mean().sqrt() == pytest.approx(0.01 * scale_of(name), rel=1e-2), name
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])

@@ -32,12 +32,14 @@ def config(resume, **model):
     return Config(model={**MODEL, **model}, train={"steps": 10}, checkpoint={"resume": str(resume)})
 
 
-def save(directory, step, **named):
+def save(directory, step, *, without="", **named):
+    """without: a key that the version which wrote it did not know."""
     final = directory.checkpoints / f"step-{step:08d}"
     temporary = directory.checkpoints / f".{final.name}.tmp"
     make_fresh(temporary)
     RunState(step=step).write(temporary / "run_state.json")
-    (temporary / "config.yaml").write_text(to_yaml(config("auto")))
+    lines = to_yaml(config("auto")).splitlines(keepends=True)
+    (temporary / "config.yaml").write_text("".join(line for line in lines if not without or without not in line))
     files = {name: sync_and_describe(temporary / name) for name in ("run_state.json", "config.yaml")}
     dimensions = config("auto").model.dimensions
     commit(temporary, final, {"step": step, "model": dimensions, **named, "files": files}, keep=9)
@@ -112,6 +114,14 @@ def test_other_settings_of_training_are_told_in_one_line(directory, world, caplo
     choose_start(config("auto").model_copy(update={"train": train}), directory, world)
     (line,) = caplog.messages
     assert line.endswith("train.lr was 0.0003, is 2e-05; train.schedule was cosine, is wsd")
+
+
+def test_a_checkpoint_from_before_each_part_had_its_rate_is_reported(directory, world, caplog):
+    save(directory, 2, without="norm_lr_scale")
+    directory.metrics.touch()
+    choose_start(config("auto"), directory, world)
+    (line,) = caplog.messages
+    assert line.endswith("rates of query, norms and bias tables, and no decay of the embedding (CHANGELOG.md)")
 
 
 def test_another_attention_between_documents_is_told_as_well(directory, world, caplog):

@@ -18,7 +18,8 @@ from lamda.interop.huggingface.card import model_card
 from lamda.interop.huggingface.folders import new_folder
 from lamda.interop.huggingface.source import Source
 from lamda.interop.huggingface.tokenization import save_tokenizer
-from lamda.interop.huggingface.weights import DTYPES, Stored, masters, shapes_of, write_shards
+from lamda.interop.huggingface.weights import DTYPES, Stored, masters, write_shards
+from lamda.model.weights import weight_shapes
 
 
 def main(argv: list[str]) -> int:
@@ -52,7 +53,7 @@ def export(path: Path, to: Path, *, dtype: str | None = None, max_shard_size: st
     _check_tokenizer(source)
     try:
         with new_folder(to, {"source": source.manifest.get("sha256"), "step": source.manifest.get("step")}) as folder:
-            write_shards(folder, shapes_of(source.config.model), read, dtype=dtype, max_shard_size=max_shard_size)
+            write_shards(folder, weight_shapes(source.config.model), read, dtype=dtype, max_shard_size=max_shard_size)
             save_tokenizer(source.path / "tokenizer.model", folder)
             _configuration(source.config, dtype).save_pretrained(folder)
             _generation().save_pretrained(folder)

@@ -17,7 +17,8 @@ from lamda.data.tokenizer import Tokenizer
 from lamda.durable import read_regular
 from lamda.interop.huggingface.configuration import LamdaConfig
 from lamda.interop.huggingface.folders import new_folder
-from lamda.interop.huggingface.weights import Stored, shapes_of, write_shards
+from lamda.interop.huggingface.weights import Stored, write_shards
+from lamda.model.weights import weight_shapes
 from lamda.training import manifest
 
 _WHOLE = "1000000GB"
@@ -59,7 +60,7 @@ def bring_in(path: Path, to: Path) -> None:
         "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
     }
     with new_folder(to, {"source": None, "step": None}) as folder:
-        write_shards(folder, shapes_of(model), stored.read, dtype=stored.dtype, max_shard_size=_WHOLE)
+        write_shards(folder, weight_shapes(model), stored.read, dtype=stored.dtype, max_shard_size=_WHOLE)
         (folder / "config.yaml").write_text(to_yaml(Config.model_validate(values)), "utf-8")
         shutil.copyfile(tokenizer, folder / "tokenizer.model")
 

@@ -18,7 +18,7 @@ from lamda.config import Config, ModelConfig
 from lamda.config.errors import UserError
 from lamda.durable import read_regular, umask_mode
 from lamda.inference.loading import WEIGHTS
-from lamda.model.weights import PlainSlice, check_shapes, part_of, plain_slices
+from lamda.model.weights import check_shapes, is_matrix, weight_shapes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 INDEX = f"{WEIGHTS}.index.json"
@@ -26,11 +26,6 @@ _STORED = {"BF16": "bfloat16", "F32": "float32"}
 
 Read = Callable[[str], Tensor]
 """The weight of a name."""
-
-
-def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every plain weight, in the model's order."""
-    return {plain.name: plain.shape for plains in plain_slices(model).values() for plain in plains}
 
 
 def write_shards(
@@ -89,7 +84,7 @@ class Stored:
                         dtypes.add(opened.get_slice(name).get_dtype())
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{file}: cannot be read ({error})") from error
-        check_shapes(shapes_of(model), shapes)
+        check_shapes(weight_shapes(model), shapes)
         if len(dtypes) != 1 or not dtypes <= _STORED.keys():
             raise UserError(
                 f"{folder}: the weights are of type {', '.join(sorted(dtypes))}; save them all in bfloat16 or float32"
@@ -137,23 +132,21 @@ def masters(checkpoint: Path, config: Config) -> Read:
         )
     saved = SavedState(checkpoint, state_sizes(config))
     adapted = config.train.lora_rank > 0
-    places = {plain.name: (packed, plain) for packed, plains in plain_slices(config.model).items() for plain in plains}
+    shapes = weight_shapes(config.model)
 
     def filled(name: str, kind: str, shape: tuple[int, ...]) -> Tensor:
         target = torch.empty(shape)
         saved.fill(target.view(-1), name=name, kind=kind, start=0)
         return target
 
-    def adapter(packed: str, plain: PlainSlice) -> Tensor:
-        rank, (outputs, inputs) = config.train.lora_rank, plain.shape
-        stem = packed.removesuffix("weight")
-        b = torch.empty(outputs, rank)
-        saved.fill(b.view(-1), name=f"{stem}lora_b.weight", kind="weight", start=plain.start // inputs * rank)
+    def adapter(name: str) -> Tensor:
+        rank, (outputs, inputs) = config.train.lora_rank, shapes[name]
+        stem = name.removesuffix("weight")
+        b = filled(f"{stem}lora_b.weight", "weight", (outputs, rank))
         return b @ filled(f"{stem}lora_a.weight", "weight", (rank, inputs))
 
     def read(name: str) -> Tensor:
-        packed, plain = places[name]
-        weight = filled(name, "frozen" if adapted else "weight", plain.shape)
-        return weight + adapter(packed, plain) if adapted and part_of(packed) == "matrices" else weight
+        weight = filled(name, "frozen" if adapted else "weight", shapes[name])
+        return weight + adapter(name) if adapted and is_matrix(name) else weight
 
     return read

@@ -71,13 +71,16 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.n_heads = config.n_heads
-        self.query_key_value = Linear(config.d_model, 3 * config.n_heads * config.d_head)
-        self.output = Linear(config.n_heads * config.d_head, config.d_model)
+        D, HK = config.d_model, config.n_heads * config.d_head
+        self.query, self.key, self.value = (Linear(D, HK) for _ in range(3))
+        self.output = Linear(HK, D)
         self.relative_bias = bias_table(config) if config.bias_per_layer else None
 
     def forward(self, x_BLD: Tensor, view: View | KeyValues) -> Tensor:
         """[B, L, D] to [B, L, D]."""
-        packed = rearrange(self.query_key_value(x_BLD), "b l (n h k) -> n b h l k", n=3, h=self.n_heads)
-        q_BHLK, k_BHLK, v_BHLK = packed.unbind()
+        q_BHLK, k_BHLK, v_BHLK = (
+            rearrange(matrix(x_BLD), "b l (h k) -> b h l k", h=self.n_heads)
+            for matrix in (self.query, self.key, self.value)
+        )
         mixed_BHLK = view.attend(q_BHLK, k_BHLK, v_BHLK, self.relative_bias)
         return self.output(rearrange(mixed_BHLK, "b h l k -> b l (h k)"))
