@@ -1,7 +1,7 @@
 """`benchmark.py learning`: what a token teaches LaMDA beside peers of its size, on the same rows.
 
 The project's loader and tokenizer feed every model; a seed gives all of them the same rows in the same order. Each
-has its own usual recipe, at rates that are swept, and a peer's `+` has what of LaMDA's recipe it can use. Every run is
+has its own usual recipe, at rates that are swept, and a peer's `+` has LaMDA's as far as it fits. Every run is
 kept as it ends, and one that is there already is not repeated.
 
 Held-out loss over seconds is never that of one run: runs at different times on a machine that others use do not
@@ -15,7 +15,7 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice, product
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from lamda.benchmark import environment, read_report
-from lamda.benchmark.learning_peers import MODELS, PEERS, TREATMENTS, Treatments, make_learner, recipe_of
+from lamda.benchmark.learning_peers import EMBEDDING_SCALE, MODELS, PEERS, make_learner, recipe_of
 from lamda.benchmark.learning_report import best_rate, draw, markdown
 from lamda.benchmark.learning_runs import LOSS_EVERY, How, Rows, batch_of, run, time_in_turn
 from lamda.config.errors import UserError
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
     has_rate = any(word.partition("=")[0] == "--train.lr" for word in rest)
     planned = list(_plan(names, config, rows, how, options, own_rate=config.train.lr if has_rate else None))
     for number, each in enumerate(planned, 1):
-        found = _run(each, rows, how, options.treatments, place=f"{number}/{len(planned)}")
+        found = _run(each, rows, how, options.embedding_scale, place=f"{number}/{len(planned)}")
         _add(options.json, "runs", {**each.identity, **found, "environment": facts})
     print(markdown(read_report(options.json)))
     return 0
@@ -102,8 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--label", metavar="TEXT", help="an ablation of lamda: what is different, in words")
     parser.add_argument(
-        "--treatments", nargs="+", type=_treatment, default=[], metavar="KEY=VALUE",
-        help=f"what a peer's + has: {', '.join(f'{key}={value:g}' for key, value in asdict(TREATMENTS).items())}",
+        "--embedding-scale", metavar="X", type=float, default=EMBEDDING_SCALE,
+        help="the embedding's rate / the run's of a peer's + (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast (%(default)s)")
     parser.add_argument("--time", action="store_true", help="measure the time per token of all models in turn instead")
@@ -119,13 +119,6 @@ def _parser() -> argparse.ArgumentParser:
 def _rate(text: str) -> float | None:
     """None stands for the best of the record."""
     return None if text == "best" else float(text)
-
-
-def _treatment(text: str) -> tuple[str, float]:
-    key, _, value = text.partition("=")
-    if key not in asdict(TREATMENTS):
-        raise argparse.ArgumentTypeError(f"{key!r} is none of {', '.join(asdict(TREATMENTS))}")
-    return key, float(value)
 
 
 def _environment(words: Sequence[str], how: How) -> dict[str, Any]:
@@ -162,13 +155,12 @@ def _plan(
     there = {_key(each) for each in known}
     tokens = config.steps * config.train.global_batch_size * config.data.sequence_length
     setting = {**_setting(config, how), "tokens": tokens, "held_out": rows.held_out.digest}
-    treatments = _treatments(options.treatments)
     for seed, name in product(options.seeds, names):
         of_seed = config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
         rates = [own_rate] if name == "lamda" and own_rate else PEERS[name.removesuffix("+")].rates
         for rate in options.lr or rates:
             alike = {"model": name, "label": options.label, "setting": setting}
-            alike["recipe"] = recipe_of(name, config, 1.0, treatments).facts
+            alike["recipe"] = recipe_of(name, config, 1.0, options.embedding_scale).facts
             chosen = best_rate(known, alike) if rate is None else rate
             identity = {**alike, "rows": rows.digest(seed), "seed": seed, "rate": chosen}
             if _key(identity) in there:
@@ -177,13 +169,9 @@ def _plan(
                 yield Planned(of_seed, name, chosen, identity)
 
 
-def _run(
-    planned: Planned, rows: Rows, how: How, treatments: Sequence[tuple[str, float]], *, place: str
-) -> dict[str, Any]:
+def _run(planned: Planned, rows: Rows, how: How, embedding_scale: float, *, place: str) -> dict[str, Any]:
     config, steps = planned.config, planned.config.steps
-    learner = make_learner(
-        planned.model, config, rate=planned.rate, device=how.device, treatments=_treatments(treatments)
-    )
+    learner = make_learner(planned.model, config, rate=planned.rate, device=how.device, embedding_scale=embedding_scale)
     step_tokens = config.train.global_batch_size * config.data.sequence_length
     title = f"[{place}] {planned.model}, rate {planned.rate:g}, seed {config.run.seed}"
 
@@ -210,10 +198,6 @@ def _time(names: Sequence[str], rows: Rows, how: How, *, rounds: int) -> dict[st
     for name, each in found.items():
         print(f"{name}: {1 / each['seconds_per_token']:,.0f} tokens/s, {each['ratio']:.2f} of lamda's time", flush=True)
     return {"setting": _setting(config, how), "models": found}
-
-
-def _treatments(changed: Sequence[tuple[str, float]]) -> Treatments:
-    return replace(TREATMENTS, **dict(changed))
 
 
 def _key(run_: Mapping[str, Any]) -> str:

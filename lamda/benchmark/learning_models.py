@@ -15,7 +15,7 @@ from lamda.benchmark.learning_nanochat import Nanochat
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.model import LaMDA
-from lamda.model.initialisation import initialise
+from lamda.model.initialisation import initialise, slopes
 
 STD = 0.02
 """The deviation of GPT-2's and Llama's matrices at the start."""
@@ -107,6 +107,16 @@ def x_transformers(config: Config) -> nn.Module:
         )
         length = config.data.sequence_length
         return TransformerWrapper(num_tokens=model.vocab_size, max_seq_len=length, attn_layers=decoder)
+
+
+@torch.no_grad()
+def restart_x_transformers(module: nn.Module) -> None:
+    """LaMDA's start of the parts that this decoder has too: residual outputs by 1/sqrt(2N), a bias table of slopes."""
+    residual = [weight for name, weight in module.named_parameters() if name.endswith(("to_out.weight", "ff.2.weight"))]
+    for weight in residual:
+        weight.mul_(len(residual) ** -0.5)
+    (bias,) = (part for part in module.modules() if hasattr(part, "relative_attention_bias"))
+    slopes(bias.relative_attention_bias.weight).div_(bias.scale)
 
 
 def nanochat(config: Config) -> nn.Module:

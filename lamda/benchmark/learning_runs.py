@@ -37,9 +37,9 @@ Precision = Literal["fp32", "bf16"]
 
 LOSS_EVERY = 10
 """Steps whose mean is a point of the curve of training losses."""
-POINTS = 10
+POINTS = 8
 """Evaluations of a run, the last one at its end."""
-POINT_ROWS, FINAL_ROWS = 128, 512
+POINT_ROWS, FINAL_ROWS = 64, 512
 """Held-out rows of a point, and of the figure at the end, the former among them."""
 ROWS_AT_ONCE = 8
 DIGITS = 6

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lamda.benchmark import learning, learning_report, learning_runs, main
 from lamda.benchmark.learning_nanochat import Muon, Nanochat
-from lamda.benchmark.learning_peers import MODELS, PEERS, Treatments, make_learner, recipe_of, require_alike
+from lamda.benchmark.learning_peers import MODELS, PEERS, make_learner, recipe_of, require_alike
 from lamda.benchmark.learning_runs import How, Rows, evaluate, train_step
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
@@ -161,20 +161,41 @@ def test_nanochat_tells_positions_apart_by_their_distance():
     assert scores_LL[0].unique().numel() == 12
 
 
-def test_treatments_reach_the_parameters():
-    treatments = Treatments(norm_scale=7.0, embedding_scale=3.0, embedding_decay=0.02, beta2=0.98)
-    learner = make_learner("llama+", narrow(), rate=1e-3, device=CPU.device, treatments=treatments)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_lamdas_recipe_reaches_a_peers_parameters(optimizer):
+    keys = ["--train.norm_lr_scale", "7", "--train.beta2", "0.98", "--train.optimizer", optimizer]
+    config = narrow(*keys, "--train.steps", "1000", "--train.warmup_steps", "20")
+    learner = make_learner("llama+", config, rate=1e-3, device=CPU.device, embedding_scale=3.0)
     learner.set_rate(20, steps=1000)  # the end of the warm-up
     by_scale = {round(group["lr"] / 1e-3, 6): group for group in groups(learner)}
     assert [parameter.shape for parameter in by_scale[3.0]["params"]] == [(400, 32)]
-    assert by_scale[3.0]["weight_decay"] == 0.02
+    assert by_scale[3.0]["weight_decay"] == 0
     assert by_scale[3.0]["betas"] == (0.9, 0.98)
     assert {parameter.ndim for parameter in by_scale[7.0]["params"]} == {1}
     assert by_scale[7.0]["weight_decay"] == 0
-    plain = make_learner("llama", narrow(), rate=1e-3, device=CPU.device)
+    of_muon = [group for group in groups(learner) if group.get("use_muon")]
+    assert sum(len(group["params"]) for group in of_muon) == (14 if optimizer == "muon" else 0)
+    plain = make_learner("llama", config, rate=1e-3, device=CPU.device)
     assert {group["scale"] for group in groups(plain)} == {1.0}
     decays = {parameter.ndim: group["weight_decay"] for group in groups(plain) for parameter in group["params"]}
     assert decays == {2: 0.1, 1: 0.0}
+
+
+@pytest.mark.skipif(find_spec("x_transformers") is None, reason="x-transformers is not installed")
+def test_x_transformers_gets_lamdas_start_and_bias_rate():
+    plain, restarted = (
+        make_learner(name, narrow(), rate=1e-3, device=CPU.device) for name in ("x-transformers", "x-transformers+")
+    )
+    before, after = (dict(learner.module.named_parameters()) for learner in (plain, restarted))
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    (table,) = (name for name in changed if "relative_attention_bias" in name)
+    assert len(changed - {table}) == 4
+    for name in changed - {table}:
+        torch.testing.assert_close(after[name], before[name] / 2)
+    slopes = torch.tensor([2.0**-4, 2.0**-8])  # ALiBi's of two heads
+    torch.testing.assert_close(after[table][:16], -torch.arange(16.0)[:, None] * slopes / 24**0.5)
+    (group,) = (group for group in groups(restarted) if any(each is after[table] for each in group["params"]))
+    assert (group["scale"], len(group["params"])) == (100.0, 1)
 
 
 def test_nanochat_has_its_published_rates_and_momentum():
@@ -260,7 +281,7 @@ def test_a_record_is_continued_and_nothing_is_done_twice(small, tmp_path, monkey
         ("lamda", 0.003, 0, "no z-loss"),
     ]  # fmt: skip
     assert first["losses"][-1][0] == first["held_out"][-1][0] == 640
-    assert len(first["held_out"]) == 10
+    assert len(first["held_out"]) == 8
     assert first["seconds"] > 0
     assert {"command", "commit", "cpu", "versions", "device", "threads"} <= set(first["environment"])
     assert main([*options, "--models", "nanochat", "--label", "none"]) == 2
@@ -373,6 +394,6 @@ def test_an_empty_record_is_reported(tmp_path, capsys):
 
 def test_recipes_of_lamda_are_the_configurations():
     config = narrow("--train.beta2", "0.98")
-    recipe = recipe_of("lamda", config, 3e-3, Treatments())
+    recipe = recipe_of("lamda", config, 3e-3, 5.0)
     assert (recipe.train.lr, recipe.facts["beta2"], recipe.facts["z_loss"]) == (3e-3, 0.98, config.train.z_loss)
     assert not {"lr", "steps", "micro_batch_size"} & set(recipe.facts)
