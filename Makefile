@@ -1,4 +1,4 @@
-# make pretrain   install, then train the tiny LaMDA on this machine's own text (10 minutes on two cores)
+# make pretrain   install, then train the tiny LaMDA on this machine's own text (11 minutes on two cores)
 # make test       install, then run the whole test suite
 # make test-long longer suites: runs killed at random on real text (needs LAMDA_TEST_DATA)
 # make serve-test  the HTTP server under the official client; its page and reports in Chromium (Debian's, else they skip)

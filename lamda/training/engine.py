@@ -348,7 +348,7 @@ def _emulates_bf16(device: torch.device) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed reports its memory as it starts, and calls PyTorch by older names: not the user's to mend.
+    """DeepSpeed reports its memory as it starts, and calls PyTorch by older names: nothing that a user can fix.
 
     For each report it collects garbage, some 20 times 0.5 s on a CPU. Once is enough: frozen objects are left out.
     """

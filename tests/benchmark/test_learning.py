@@ -184,7 +184,8 @@ def test_lamdas_recipe_reaches_a_peers_parameters(optimizer):
 @pytest.mark.skipif(find_spec("x_transformers") is None, reason="x-transformers is not installed")
 def test_x_transformers_gets_lamdas_start_and_bias_rate():
     plain, restarted = (
-        make_learner(name, narrow(), rate=1e-3, device=CPU.device) for name in ("x-transformers", "x-transformers+")
+        make_learner(name, narrow("--train.bias_lr_scale", "30"), rate=1e-3, device=CPU.device)
+        for name in ("x-transformers", "x-transformers+")
     )
     before, after = (dict(learner.module.named_parameters()) for learner in (plain, restarted))
     changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
@@ -195,7 +196,7 @@ def test_x_transformers_gets_lamdas_start_and_bias_rate():
     slopes = torch.tensor([2.0**-4, 2.0**-8])  # ALiBi's of two heads
     torch.testing.assert_close(after[table][:16], -torch.arange(16.0)[:, None] * slopes / 24**0.5)
     (group,) = (group for group in groups(restarted) if any(each is after[table] for each in group["params"]))
-    assert (group["scale"], len(group["params"])) == (100.0, 1)
+    assert (group["scale"], len(group["params"])) == (30.0, 1)
 
 
 def test_nanochat_has_its_published_rates_and_momentum():
