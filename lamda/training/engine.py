@@ -350,7 +350,7 @@ def _emulates_bf16(device: torch.device) -> bool:
 def _quiet() -> Iterator[None]:
     """DeepSpeed reports its memory as it starts, and calls PyTorch by older names: nothing that a user can fix.
 
-    For each report it collects garbage, some 20 times 0.5 s on a CPU. Once is enough: frozen objects are left out.
+    For each report it collects garbage, 14 times 0.5 s a start on a CPU. Once is enough: frozen objects are left out.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

@@ -1,6 +1,6 @@
 """The optimisers: AdamW, DeepSpeed's Muon with AdamW beside it, and Adafactor; their groups, rates and states.
 
-Every optimiser sees the model in parts, each with a rate of its own (`lamda.training.rates`). Only the blocks' matrices
+Every optimizer sees the model in parts, each with a rate of its own (`lamda.training.rates`). Only the blocks' matrices
 decay.
 """
 
