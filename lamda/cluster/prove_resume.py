@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 STEPS, CHECKPOINTS = 12, 4
 POLL_SECONDS = 0.01
 LOG_LINES = 25
+EXACT_MICRO_BATCHES = 2
+"""Micro-batches per step up to which gradients do not depend on the number of ranks: a sum of two has one order."""
 
 
 def main(argv: list[str]) -> int:
@@ -71,6 +73,8 @@ def main(argv: list[str]) -> int:
     else:
         print(table(ranks, trials))
         print(f"{'nothing differs' if is_exact else 'it differs'}{f'; everything is in {kept}' if kept else ''}")
+        if hint := rounding_hint(config, ranks, trials):
+            print(hint)
     return 0 if is_exact else 1
 
 
@@ -237,6 +241,20 @@ def choose_ranks(config: Config, *, ranks: int | None, others: int | None) -> tu
         micro_batches = config.train.global_batch_size // config.train.micro_batch_size
         others = next(fewer for fewer in range(ranks // 2, 0, -1) if micro_batches % fewer == 0)
     return ranks, others
+
+
+def rounding_hint(config: Config, ranks: int, trials: list[Trial]) -> str:
+    """Why another number of ranks may differ in last digits, where that is all that differs; else empty."""
+    micro_batches = config.train.global_batch_size // config.train.micro_batch_size
+    differing = [trial for trial in trials if not trial.is_exact]
+    if micro_batches <= EXACT_MICRO_BATCHES or not differing or any(trial.ranks == ranks for trial in differing):
+        return ""
+    if any(trial.differences["samples"] for trial in differing):
+        return ""
+    return (
+        f"on {_ranks(ranks)} nothing differs, and all samples are equal; another number of ranks adds a step's "
+        f"{micro_batches} micro-batches in another order, which rounds some sums differently (docs/reliability.md)"
+    )
 
 
 def table(ranks: int, trials: list[Trial]) -> str:

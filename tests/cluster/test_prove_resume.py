@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lamda.cluster.compare import Difference, compare_checkpoints, compare_runs, optimiser_state_of, weights_of
-from lamda.cluster.prove_resume import Proof, Trial, choose_ranks, main, table
+from lamda.cluster.prove_resume import Proof, Trial, choose_ranks, main, rounding_hint, table
 from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.training.run_directory import RunDirectory
@@ -230,18 +230,39 @@ def test_the_table_has_a_line_for_each_thing_and_a_column_for_each_resumed_run()
     assert json.loads(json.dumps(trials[1].as_dict()))["differences"]["weights"] == {"step": 6, "largest": 1.25e-07}
 
 
+def trial_of(ranks, **differences):
+    names = ("loss", "samples", "weights", "optimiser state")
+    return Trial(ranks, 7, "step-00000006", {name: differences.get(name) for name in names})
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "trials", "hinted"),
+    [
+        (4, [trial_of(2), trial_of(1, weights=Difference(6, 1e-7))], True),
+        (2, [trial_of(2), trial_of(1, weights=Difference(6, 1e-7))], False),
+        (4, [trial_of(2, weights=Difference(6, 1e-7)), trial_of(1)], False),
+        (4, [trial_of(2), trial_of(1, samples=Difference(3), weights=Difference(6, 1e-7))], False),
+        (4, [trial_of(2), trial_of(1)], False),
+    ],
+)
+def test_only_what_another_order_of_sums_explains_is_explained_by_it(micro_batches, trials, hinted):
+    assert ("in another order" in rounding_hint(config_of(2 * micro_batches, 2), 2, trials)) is hinted
+
+
 @pytest.mark.parametrize(
     ("difference", "more", "code", "kept"),
     [(None, [], 0, 0), (None, ["--keep"], 0, 1), (Difference(6, 0.5), [], 1, 1), (Difference(6), ["--json"], 1, 1)],
 )
 def test_what_differs_is_kept_and_ends_with_1(tmp_path, monkeypatch, capfd, difference, more, code, kept):
-    monkeypatch.setattr(Proof, "run", lambda *_: [Trial(1, 7, "step-00000006", {"weights": difference})])
+    monkeypatch.setattr(Proof, "run", lambda *_: [trial_of(1, weights=difference)])
     flags = ["--config", "configs/tiny.yaml", "--run.dir", str(tmp_path / "run"), "--ranks", "2"]
     assert main([*flags, *more]) == code
     told = capfd.readouterr().out
     assert len(list(tmp_path.iterdir())) == kept
     assert all(str(path) in told for path in tmp_path.iterdir())
-    assert json.loads(told)["exact"] is False if "--json" in more else ("equal" in told) == (difference is None)
+    assert (
+        json.loads(told)["exact"] is False if "--json" in more else ("nothing differs" in told) == (difference is None)
+    )
 
 
 def test_a_run_that_fails_shows_the_end_of_its_log_and_stays(tmp_path, monkeypatch, capfd):
