@@ -40,7 +40,7 @@ settings.load_profile("repeatable")
 # Here, before any test's imports: PyTorch's counter of FLOPs and others import Triton too.
 if find_spec("triton") is not None:
     with patch.dict(os.environ, INTERPRETED):
-        importlib.import_module("lamda.model.attention.launch")
+        importlib.import_module("lamda.model.attention.kernel_ops")
 
 WORDS = [
     "the",

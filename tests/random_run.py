@@ -12,8 +12,8 @@ from lamda.config.help import to_yaml
 from lamda.config.schema import Config
 from lamda.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
 from lamda.model import LaMDA
-from lamda.model.initialisation import initialise
-from lamda.training.manifest import MANIFEST, seal, sync_and_describe
+from lamda.model.initialization import initialise
+from lamda.storage.commit import MANIFEST, seal, sync_and_describe
 
 
 def write_run(path: Path, tokenizer_path: Path, *, dtype: torch.dtype = torch.float32, packing: str = "concat") -> Path:

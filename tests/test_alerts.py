@@ -11,12 +11,12 @@ from lamda import distributed
 from lamda.config import Config
 from lamda.distributed import World
 from lamda.launch.pretrain import main
+from lamda.storage.run_directory import RunDirectory
+from lamda.storage.state import RunState
 from lamda.training.attempt import Attempt
+from lamda.training.loggers import MainReport
 from lamda.training.progress import TrainingProgress
-from lamda.training.report import MainReport
-from lamda.training.run_directory import RunDirectory
-from lamda.training.state import RunState
-from lamda.training.train import _Start
+from lamda.training.setup import _Start
 from lamda.training.watchdog import HANG_EXIT
 from tests.conftest import make_text, write_shard
 from tests.wandb_run import environment, forgotten

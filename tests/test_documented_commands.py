@@ -55,10 +55,10 @@ def _script(words, text):
             yield f"there is no key {flag}"
         yield from _configuration(text)
     elif script == "scripts/benchmark.py":
-        source = (ROOT / f"lamda/benchmark/{words[words.index(script) + 1].replace('-', '_')}.py").read_text("utf-8")
+        source = (ROOT / f"benchmarks/{words[words.index(script) + 1].replace('-', '_')}.py").read_text("utf-8")
         for flag in sorted(_flags(text) - {f"--{key}" for key in KEYS} - {"--config"}):
             is_field = re.search(rf"^    {flag[2:]}: ", source, re.M)  # `month` has its times' fields as options
-            if not is_field and f'"{flag}"' not in source + (ROOT / "lamda/benchmark/__init__.py").read_text("utf-8"):
+            if not is_field and f'"{flag}"' not in source + (ROOT / "benchmarks/__init__.py").read_text("utf-8"):
                 yield f"the benchmark has no option {flag}"
 
 

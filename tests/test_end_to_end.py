@@ -14,8 +14,8 @@ from lamda.data.loader import Loader, batch_digest, row_digest
 from lamda.data.prepare import main as prepare_command
 from lamda.data.tokenizer import Tokenizer
 from lamda.runs.where import main as where_command
+from lamda.storage.metrics import read_metrics
 from lamda.training.evaluate import main as evaluate_command
-from lamda.training.metrics import read_metrics
 from tests.conftest import make_text, write_shard
 from tests.interop.conftest import write_tasks
 from tests.launch import run_deepspeed, run_ranks

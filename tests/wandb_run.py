@@ -16,9 +16,9 @@ from typing import Any
 import wandb
 
 from lamda.config import Config
-from lamda.training.metrics import MetricsFile, read_metrics
-from lamda.training.run_directory import RunDirectory
-from lamda.training.wandb_mirror import WandbMirror
+from lamda.storage.metrics import MetricsFile, read_metrics
+from lamda.storage.run_directory import RunDirectory
+from lamda.training.wandb_logger import WandbMirror
 from tests.launch import ROOT
 
 CHECKPOINT_EVERY = 7

@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 
 from lamda.config.errors import UserError
-from lamda.training.manifest import complete, framework_of, read, step_of
-from lamda.training.metrics import read_metrics
-from lamda.training.run_directory import RunDirectory
+from lamda.storage.commit import complete, framework_of, read, step_of
+from lamda.storage.metrics import read_metrics
+from lamda.storage.run_directory import RunDirectory
 
 Tensors = Mapping[str, Callable[[], torch.Tensor]]
 """Tensors by name, each read when it is called for: a checkpoint may be larger than memory."""

@@ -45,9 +45,9 @@ def main(argv: list[str]) -> int:
 
 def checks() -> list[Check]:
     """Everything that a rank can look at by itself, in the order of telling."""
-    from lamda.cluster.checks import hardware, software, surroundings
+    from lamda.cluster.checks import environment, hardware, software
 
-    return [*software.CHECKS, *hardware.CHECKS, *surroundings.CHECKS]
+    return [*software.CHECKS, *hardware.CHECKS, *environment.CHECKS]
 
 
 def alone(subject: Subject) -> dict[str, Finding]:

@@ -17,7 +17,7 @@ from lamda.cluster.environment import is_secret, passed_on
 from lamda.cluster.job import Job
 from lamda.cluster.supervise import supervise
 from lamda.config.errors import UserError
-from lamda.training.run_directory import RunDirectory
+from lamda.storage.run_directory import RunDirectory
 
 SSH_OPTIONS = ("-o BatchMode=yes", "-o ConnectTimeout=10", "-o ServerAliveInterval=10", "-o ServerAliveCountMax=3")
 """A node that vanishes ends its connection after half a minute instead of never."""

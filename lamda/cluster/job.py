@@ -9,12 +9,12 @@ from pathlib import Path
 
 from lamda.cluster.plan import Machine, plan
 from lamda.cluster.site import Site
+from lamda.config import ds_config
 from lamda.config.batches import micro_batches_per_rank
 from lamda.config.errors import UserError, all_of
 from lamda.config.help import to_yaml
 from lamda.config.schema import Config
-from lamda.training import deepspeed_config
-from lamda.training.run_directory import RunDirectory
+from lamda.storage.run_directory import RunDirectory
 
 TRAINING, DOCTOR = "lamda.launch.pretrain", "lamda.cluster.doctor"
 
@@ -105,7 +105,7 @@ class Job:
             raise UserError("\n".join(planned["warnings"]))
 
     def _check_deepspeed(self) -> None:
-        deepspeed_config.build(self.config, world=1)  # the batch has a check of its own
+        ds_config.build(self.config, world=1)  # the batch has a check of its own
 
     def _nodes_that_work(self) -> list[int]:
         """The two nearest numbers of nodes whose ranks can share the batch as it is."""

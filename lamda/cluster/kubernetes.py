@@ -19,7 +19,7 @@ from lamda.cluster.environment import is_secret, passed_on
 from lamda.cluster.job import Job, Submitted
 from lamda.config.errors import UserError
 from lamda.config.help import to_yaml
-from lamda.training.stopping import STOP_EXIT
+from lamda.training.stop_requests import STOP_EXIT
 
 API = "trainer.kubeflow.org/v1alpha1"
 STEP_LABEL = "trainer.kubeflow.org/trainjob-ancestor-step"

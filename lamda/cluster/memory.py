@@ -110,7 +110,7 @@ def model_states(found: Sequence[Item]) -> int:
 
 
 def optimizer_state(model: ModelConfig, optimizer: str) -> int:
-    """Elements of fp32 that an optimiser keeps beside the weights (`lamda.training.optimiser.fresh_state`)."""
+    """Elements of fp32 that an optimiser keeps beside the weights (`lamda.engines.deepspeed.optimizer.fresh_state`)."""
     kept = 0
     for name, shape in weight_shapes(model).items():
         numel = prod(shape)

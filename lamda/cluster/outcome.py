@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any, Literal
 
-from lamda.training.run_directory import RunDirectory
-from lamda.training.stopping import BY_FILE, STOP_EXIT
+from lamda.storage.run_directory import RunDirectory
+from lamda.training.stop_requests import BY_FILE, STOP_EXIT
 
 MISTAKE_EXIT = 2
 RESTARTS = 3

@@ -20,11 +20,11 @@ from lamda.cluster.interval import GPU_HOURS_A_FAILURE, best_interval, lost_shar
 from lamda.cluster.memory import Setting, by_phase, items, model_states, parameter_sizes, peak
 from lamda.cluster.plan_text import plan_text
 from lamda.cluster.sharding import Sharding
+from lamda.config import ds_config
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
 from lamda.model.counts import flops_per_token, parameters, parameters_by_part
-from lamda.training import deepspeed_config
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def plan(config: Config, machine: Machine) -> dict[str, Any]:
     a DeepSpeed file with wrong keys. What does not fit is told in `warnings`, with the nearest settings that do.
     """
     machine.check()
-    own = deepspeed_config.build(config, world=machine.gpus)
+    own = ds_config.build(config, world=machine.gpus)
     sharding = Sharding.of(own, ranks=machine.gpus)
     accumulation = own["gradient_accumulation_steps"]
     setting = Setting.of(config, sharding, accumulation=accumulation)

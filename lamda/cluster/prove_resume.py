@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lamda.cluster.launch import Launch
+from lamda.cluster.processes import Launch
 from lamda.config.batches import micro_batches_per_rank
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
-from lamda.training.metrics import read_metrics
-from lamda.training.run_directory import RunDirectory
-from lamda.training.stopping import interrupting_signals
+from lamda.storage.metrics import read_metrics
+from lamda.storage.run_directory import RunDirectory
+from lamda.training.stop_requests import interrupting_signals
 
 if TYPE_CHECKING:
     from lamda.cluster.compare import Difference

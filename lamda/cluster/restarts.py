@@ -15,8 +15,8 @@ from pathlib import Path
 from lamda import console
 from lamda.cluster.outcome import MISTAKE_EXIT, RESTARTS, outcome, saved_step, status_of
 from lamda.storage.lock import STALE_SECONDS
-from lamda.training.run_directory import RunDirectory
-from lamda.training.stopping import STOP_EXIT
+from lamda.storage.run_directory import RunDirectory
+from lamda.training.stop_requests import STOP_EXIT
 
 REQUEUE_EXIT = 99
 """Exit code of `end` where the job should be started again."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lamda.config.ds_config import is_bf16, zero_stage
 from lamda.config.errors import UserError
-from lamda.training.deepspeed_config import is_bf16, zero_stage
 
 _WIDTHS = {"fp32": 4, "float32": 4, "fp16": 2, "float16": 2, "bf16": 2, "bfloat16": 2}
 

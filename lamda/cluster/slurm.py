@@ -19,7 +19,7 @@ from lamda.cluster.job import Job, Submitted
 from lamda.cluster.restarts import REQUEUE_EXIT
 from lamda.cluster.site import seconds
 from lamda.config.errors import UserError
-from lamda.training.stopping import STOP_EXIT
+from lamda.training.stop_requests import STOP_EXIT
 
 FIRST_PORT, PORTS = 20000, 10000
 

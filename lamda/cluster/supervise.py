@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from lamda import console
-from lamda.cluster.launch import POLL_SECONDS, Launch
 from lamda.cluster.outcome import MISTAKE_EXIT, RESTARTS, Outcome, outcome, saved_step, signal_name, status_of
+from lamda.cluster.processes import POLL_SECONDS, Launch
 from lamda.config.errors import UserError
 from lamda.config.loading import KEYS, load_config
-from lamda.training.run_directory import RunDirectory
-from lamda.training.stopping import STOP_EXIT, heeded_signals
+from lamda.storage.run_directory import RunDirectory
+from lamda.training.stop_requests import STOP_EXIT, heeded_signals
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 ORPHAN_SECONDS = 30.0

@@ -19,8 +19,8 @@ from lamda.dialog.conversation import ATTRIBUTES, parse_conversation
 from lamda.dialog.discrimination import accuracy, auc, auc_interval, calibration_error
 from lamda.dialog.encoding import Encoding, Example
 from lamda.dialog.examples import Rating, examples_of
+from lamda.engines.protocol import Scorer
 from lamda.model.loss import token_nats
-from lamda.training.framework import Scorer
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from lamda.dialog.encoding import Encoding
 from lamda.dialog.evaluation import HeldOutDialogues, table
 from lamda.dialog.examples import Conversations, Response, examples_of
 from lamda.distributed import on_main
-from lamda.training.loop import Run
+from lamda.training.inputs import validation
 from lamda.training.pretraining import continuation
-from lamda.training.text import validation
+from lamda.training.trainer import Run
 
 
 class Finetuning:

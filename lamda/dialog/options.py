@@ -10,8 +10,8 @@ from lamda.config.loading import load_config
 from lamda.dialog.speaker import Manner
 from lamda.dialog.tools.toolset import Toolset, open_toolset
 from lamda.inference.sampling import Sampling
-from lamda.training.metrics import read_metrics
-from lamda.training.run_directory import RunDirectory
+from lamda.storage.metrics import read_metrics
+from lamda.storage.run_directory import RunDirectory
 
 _log = logging.getLogger(__name__)
 

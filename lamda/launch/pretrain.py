@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lamda.engines.deepspeed.framework import DeepSpeed
 from lamda.interop.harness import open_benchmarks
-from lamda.training.deepspeed_framework import DeepSpeed
 from lamda.training.main import launch
 
 if TYPE_CHECKING:

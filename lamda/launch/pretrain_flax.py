@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from lamda.flax.framework import Flax
+from lamda.engines.flax.framework import Flax
 from lamda.interop.harness import open_benchmarks
 from lamda.launch.pretrain import pretraining
 from lamda.training.main import launch

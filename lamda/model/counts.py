@@ -41,6 +41,6 @@ def flops_per_token(config: ModelConfig, sequence_length: int, *, lora_rank: int
 
 
 def adapter_parameters(config: ModelConfig, *, lora_rank: int) -> int:
-    """Parameters of the adapters beside the blocks' matrices (`lamda.training.lora`)."""
+    """Parameters of the adapters beside the blocks' matrices (`lamda.engines.deepspeed.lora`)."""
     D, F, HK = config.d_model, config.d_ff, config.n_heads * config.d_head
     return config.n_layers * lora_rank * (4 * (D + HK) + 3 * (D + F))

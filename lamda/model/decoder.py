@@ -25,7 +25,7 @@ from lamda.model.weights import export_weights, load_weights
 
 
 class LaMDA(nn.Module):
-    """Tokens to logits. Its weights are NaN until `load_weights` or `lamda.model.initialisation.initialise`.
+    """Tokens to logits. Its weights are NaN until `load_weights` or `lamda.model.initialization.initialise`.
 
     recompute: what the backward pass computes again instead of keeping it. With "ffn" the inside of
     the feed-forward layers, with "block" of whole blocks; with either the logits too, where losses are asked for.

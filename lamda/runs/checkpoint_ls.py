@@ -10,7 +10,7 @@ from pathlib import Path
 from lamda.config.errors import UserError
 from lamda.runs.checkpoints import Saved, all_checkpoints, glance, read_config
 from lamda.runs.tables import NONE, duration, show_table, size_of
-from lamda.training.run_directory import RunDirectory
+from lamda.storage.run_directory import RunDirectory
 
 
 def main(argv: list[str]) -> int:

@@ -13,7 +13,7 @@ from lamda.config.errors import UserError
 from lamda.config.progress import Progress
 from lamda.runs.checkpoints import NAME, NAME_HELP, PRUNED, find_checkpoints, glance, read_manifest
 from lamda.runs.tables import show_table, size_of
-from lamda.training import manifest
+from lamda.storage import commit
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ def verify(path: Path, *, checked: Callable[[int], object]) -> Verdict:
         sizes = [entry["size"] for _, entry in sorted(read_manifest(path)["files"].items())]
     except UserError:
         sizes = []
-    done, problem = 0, None if sizes else manifest.problem_of(path)
+    done, problem = 0, None if sizes else commit.problem_of(path)
     for part, size in enumerate(sizes):
-        problem = manifest.problem_of(path, part=part, parts=len(sizes))
+        problem = commit.problem_of(path, part=part, parts=len(sizes))
         if problem is not None:
             break
         done += size

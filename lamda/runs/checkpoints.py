@@ -15,7 +15,7 @@ from lamda.durable import read_regular
 from lamda.runs.reading import changed_at
 from lamda.storage import manifest
 from lamda.storage.reading import UnreadableError
-from lamda.training.run_directory import RunDirectory
+from lamda.storage.run_directory import RunDirectory
 
 NAME = "CHECKPOINT_OR_RUN"
 NAME_HELP = "a checkpoint's folder, a run's (its newest checkpoint), or RUN@STEP"

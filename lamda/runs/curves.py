@@ -13,7 +13,7 @@ from lamda.config.errors import UserError
 from lamda.config.presets import nearest
 from lamda.console import one_line
 from lamda.runs.reading import Metrics, find_runs
-from lamda.training.run_directory import RunDirectory
+from lamda.storage.run_directory import RunDirectory
 
 SCALES = {"step": ("step", "step"), "tokens": ("tokens", "tokens"), "time": ("step_seconds", "hours in steps")}
 """What `--x` takes: the column it needs and the axis's label."""

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
-from lamda.runs.catalogue import SECTIONS, Panel
-from lamda.training.run_directory import RunDirectory
+from lamda.runs.panels import SECTIONS, Panel
+from lamda.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2.interface import LinePlot
@@ -157,7 +157,7 @@ def save(*, entity: str | None, project: str) -> str:
     """Create the workspace in W&B; its address. Raises UserError where that cannot be."""
     import wandb
 
-    from lamda.training.wandb_mirror import sign_in
+    from lamda.training.wandb_logger import sign_in
 
     try:
         wandb.setup(wandb.Settings(silent=True))

@@ -13,9 +13,9 @@ from typing import Any
 from lamda.config.errors import UserError
 from lamda.runs.reading import DEPTH, Row, changed_at, find_runs, last_row, read_standing
 from lamda.runs.tables import NONE, duration, figure, of_total, show_table
+from lamda.storage.commit import complete
 from lamda.storage.reading import UnreadableError
-from lamda.training.manifest import complete
-from lamda.training.run_directory import RunDirectory
+from lamda.storage.run_directory import RunDirectory
 
 REASON = 80
 """Characters of a reason in the table; --json has all."""

@@ -10,8 +10,8 @@ import numpy as np
 
 from lamda.config.errors import UserError
 from lamda.console import one_line
-from lamda.runs.catalogue import panel_of
 from lamda.runs.curves import SCALES, Curve, read_curves, short, smoothed
+from lamda.runs.panels import panel_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

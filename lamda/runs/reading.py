@@ -15,8 +15,8 @@ from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.durable import open_regular
 from lamda.storage import lock
+from lamda.storage.run_directory import RunDirectory
 from lamda.training.attempt import STARTING
-from lamda.training.run_directory import RunDirectory
 
 DEPTH = 4
 """Folders below the given one in which runs are looked for."""

@@ -10,9 +10,9 @@ from html import escape
 from importlib.resources import files
 
 from lamda import __version__
-from lamda.runs.charts import COLOURS, chart
 from lamda.runs.checkpoints import Saved
 from lamda.runs.findings import Chart, Findings, charts_of, differences
+from lamda.runs.svg_chart import COLOURS, chart
 from lamda.runs.tables import NONE, duration, size_of
 
 DIVIDER = "⟫"

@@ -19,9 +19,9 @@ from lamda.config.presets import nearest
 from lamda.runs.curve import draw
 from lamda.runs.reading import Metrics, Row, Standing, changed_at, find_runs, last_lines, read_standing
 from lamda.runs.tables import STYLES, duration, figure, of_total
-from lamda.training.manifest import complete
-from lamda.training.run_directory import RunDirectory
-from lamda.training.stopping import STOP_EXIT
+from lamda.storage.commit import complete
+from lamda.storage.run_directory import RunDirectory
+from lamda.training.stop_requests import STOP_EXIT
 
 SECONDS = 1.0
 """Between two looks."""

@@ -29,9 +29,9 @@ from lamda.data.order import consumed_after, next_samples
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.windows import Announcement, Plan, SourceOrder, Window, places
 from lamda.dialog.examples import form_of
-from lamda.training.manifest import STATE, complete, problem_of, read_state
-from lamda.training.metrics import read_metrics
-from lamda.training.run_directory import RunDirectory
+from lamda.storage.commit import STATE, complete, problem_of, read_state
+from lamda.storage.metrics import read_metrics
+from lamda.storage.run_directory import RunDirectory
 from lamda.training.window_log import KeptWindows
 
 

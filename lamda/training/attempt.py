@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from lamda.distributed import World, on_main
-from lamda.training.run_directory import RunDirectory
-from lamda.training.stopping import STOP_EXIT
+from lamda.storage.run_directory import RunDirectory
+from lamda.training.stop_requests import STOP_EXIT
 
 ENDS = {"finished": 0, "preempted": STOP_EXIT, "failed": 1}
 """How a start can end, and its exit code."""

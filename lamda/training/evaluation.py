@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from lamda.console import visible
 from lamda.data.held_out import HeldOut, Row, micro_batches
+from lamda.engines.protocol import Scorer
 from lamda.model import LaMDA
 from lamda.model.loss import token_nats
-from lamda.training.framework import Scorer
 
 Nats = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """(inputs_BL, targets_BL, documents_BL) -> nats_BL on the model's device."""
@@ -39,7 +39,7 @@ class HeldOutText:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory as a `lamda.training.framework.Scorer`."""
+    """A model in memory as a `lamda.engines.protocol.Scorer`."""
 
     model: LaMDA
 

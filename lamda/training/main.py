@@ -12,10 +12,10 @@ from lamda.config.loading import load_config, wants_help
 from lamda.data.errors import DataUnavailableError
 from lamda.distributed import ReportedElsewhereError
 from lamda.storage.reading import UnreadableError
-from lamda.training.stopping import Signals
+from lamda.training.stop_requests import Signals
 
 if TYPE_CHECKING:
-    from lamda.training.framework import Framework
+    from lamda.engines.protocol import Framework
     from lamda.training.task import OpenBenchmarks, Task
 
 
@@ -56,7 +56,7 @@ def _launch(
         framework.check(config, world)
     except UserError as error:
         return _tell(error, quiet=not world.is_main)
-    from lamda.training.train import train
+    from lamda.training.setup import train
 
     try:
         return train(config, world, task(), framework, open_benchmarks, signals)

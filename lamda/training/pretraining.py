@@ -15,8 +15,8 @@ from lamda.data.tokenizer import Tokenizer
 from lamda.distributed import on_main
 from lamda.inference.sampling import Sampling
 from lamda.training.evaluation import HeldOutText, held_out_bytes, table
-from lamda.training.loop import Run
-from lamda.training.text import validation
+from lamda.training.inputs import validation
+from lamda.training.trainer import Run
 
 COMPARED_BYTES = 32_000_000
 """Held-out text up to this size is also compressed, to set the bits per byte beside something known."""

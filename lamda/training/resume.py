@@ -16,11 +16,11 @@ from lamda.config.schema import Config
 from lamda.data.corpus import changed_files, differences
 from lamda.distributed import World, on_main
 from lamda.durable import Progress, read_regular
+from lamda.storage import commit
 from lamda.storage.reading import reading
-from lamda.training import manifest
+from lamda.storage.run_directory import RunDirectory
+from lamda.storage.state import RunState
 from lamda.training.rollback import set_spoilt_aside
-from lamda.training.run_directory import RunDirectory
-from lamda.training.state import RunState
 
 log = logging.getLogger(__name__)
 
@@ -85,19 +85,19 @@ def choose_start(
         return Start(None, RunState())
     if wish in ("auto", "required"):
         on_main(world, lambda: set_spoilt_aside(directory))
-        path = manifest.find_valid(directory.checkpoints, world=world, progress=progress)
+        path = commit.find_valid(directory.checkpoints, world=world, progress=progress)
     else:
         path = Path(wish)
-        problem = manifest.verify(path, world=world, progress=progress)
+        problem = commit.verify(path, world=world, progress=progress)
         if problem is not None:
             raise UserError(f"checkpoint.resume {wish}: {problem}")
         on_main(world, lambda: _inherit_windows(path, directory))
     if path is None:
-        on_main(world, lambda: manifest.require_none(directory.checkpoints, noted=directory.noted_checkpoint()))
+        on_main(world, lambda: commit.require_none(directory.checkpoints, noted=directory.noted_checkpoint()))
         return Start(None, RunState())
 
     def check() -> RunState:
-        state = manifest.read_state(path)
+        state = commit.read_state(path)
         _check_framework(framework, path)
         _check_model(config, path)
         _check_optimizer(config, path)
@@ -113,13 +113,13 @@ def choose_start(
 def settings_of(path: Path) -> Config | None:
     """The configuration that a checkpoint was made with; None where this version does not take it any more."""
     try:
-        return load_config(["--config", str(manifest.named(path, "config.yaml"))])
+        return load_config(["--config", str(commit.named(path, "config.yaml"))])
     except UserError:
         return None
 
 
 def _check_wish(config: Config, directory: RunDirectory) -> None:
-    wish, here = config.checkpoint.resume, manifest.complete(directory.checkpoints)
+    wish, here = config.checkpoint.resume, commit.complete(directory.checkpoints)
     if wish == "never" and directory.holds_a_run:
         raise UserError(f"checkpoint.resume never: {directory.path} already holds a run; choose another run.dir")
     if wish == "required" and not here:
@@ -128,10 +128,10 @@ def _check_wish(config: Config, directory: RunDirectory) -> None:
         return
     if not Path(wish).is_dir():
         raise UserError(f"checkpoint.resume {wish}: no such checkpoint (nor one of auto, required, never)")
-    if there := manifest.complete(RunDirectory(Path(wish)).checkpoints):
+    if there := commit.complete(RunDirectory(Path(wish)).checkpoints):
         raise UserError(f"checkpoint.resume {wish}: is a run; name one of its checkpoints, such as {there[-1]}")
-    step = manifest.step_in(Path(wish))
-    newer = [path.name for path in here if step is not None and manifest.step_of(path) > step]
+    step = commit.step_in(Path(wish))
+    newer = [path.name for path in here if step is not None and commit.step_of(path) > step]
     if newer:
         raise UserError(
             f"checkpoint.resume {wish}: {directory.path} holds newer checkpoints ({newer[-1]}), which going on from "
@@ -140,7 +140,7 @@ def _check_wish(config: Config, directory: RunDirectory) -> None:
 
 
 def _check_framework(name: str, path: Path) -> None:
-    there = manifest.framework_of(manifest.read(path))
+    there = commit.framework_of(commit.read(path))
     if there != name:
         raise UserError(
             f"{path} holds the state of {there}, which {name} cannot go on from. Go on with {there}, or start from the "
@@ -150,7 +150,7 @@ def _check_framework(name: str, path: Path) -> None:
 
 def _check_model(config: Config, path: Path) -> None:
     wanted = config.model.dimensions
-    there = manifest.read(path)["model"]
+    there = commit.read(path)["model"]
     told = [
         f"{key} is {there.get(key)}, the configuration says {value}"
         for key, value in wanted.items()
@@ -163,7 +163,7 @@ def _check_model(config: Config, path: Path) -> None:
 
 
 def _check_optimizer(config: Config, path: Path) -> None:
-    there = manifest.read(path).get("optimizer", "adamw")  # before there were others, none was named
+    there = commit.read(path).get("optimizer", "adamw")  # before there were others, none was named
     if there != config.train.optimizer:
         raise UserError(
             f"{path} holds the state of {there}, which train.optimizer {config.train.optimizer} cannot go on from. Set "
@@ -173,7 +173,7 @@ def _check_optimizer(config: Config, path: Path) -> None:
 
 
 def _check_adapters(config: Config, path: Path) -> None:
-    there = manifest.read(path).get("lora_rank", 0)  # before there were adapters, none was named
+    there = commit.read(path).get("lora_rank", 0)  # before there were adapters, none was named
     if there != config.train.lora_rank:
         held = f"adapters of rank {there}" if there else "no adapters"
         raise UserError(
@@ -201,7 +201,7 @@ def _tell_changes(config: Config, path: Path) -> None:
     now = _settings(config.model_dump(mode="json"))
     try:
         with reading(path / "config.yaml"):
-            text = read_regular(manifest.named(path, "config.yaml"))
+            text = read_regular(commit.named(path, "config.yaml"))
         saved = _settings(yaml.safe_load(text))
         before = {key: float(saved[key]) if isinstance(now[key], float) else saved[key] for key in now if key in saved}
     except (FileNotFoundError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 from lamda.config.errors import RunError, UserError
 from lamda.distributed import World, on_main
 from lamda.durable import replace_file
-from lamda.training import manifest
-from lamda.training.run_directory import RunDirectory
-from lamda.training.state import RunState
+from lamda.storage import commit
+from lamda.storage.run_directory import RunDirectory
+from lamda.storage.state import RunState
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def find_sound(directory: RunDirectory, *, first: int, world: World) -> Path:
     Every rank calls it. Raises RunError where no checkpoint is valid.
     """
     for name in on_main(world, lambda: _by_soundness(directory, first=first)):
-        if manifest.verify(directory.checkpoints / name, world=world) is None:
+        if commit.verify(directory.checkpoints / name, world=world) is None:
             return directory.checkpoints / name
     raise RunError(f"{directory.checkpoints}: the run has to roll back, and no checkpoint is valid")
 
@@ -53,10 +53,10 @@ def set_spoilt_aside(directory: RunDirectory) -> None:
         return
     spoilt = [path for path, state in _states(directory) if _is_spoilt(state, windows)]
     for path in spoilt:
-        target = manifest.free_name(path, suffix=".spoilt")
+        target = commit.free_name(path, suffix=".spoilt")
         path.rename(target)
         log.warning("checkpoint %s has seen samples that the run skips; it is now %s", path, target.name)
-    if spoilt and (left := manifest.complete(directory.checkpoints)):
+    if spoilt and (left := commit.complete(directory.checkpoints)):
         replace_file(directory.checkpoints / "LATEST", left[-1].name)
 
 
@@ -77,9 +77,9 @@ def _by_soundness(directory: RunDirectory, *, first: int) -> list[str]:
 def _states(directory: RunDirectory) -> list[tuple[Path, RunState]]:
     """The complete checkpoints that hold a state of this version, oldest first. Raises UnreadableError."""
     found = []
-    for path in manifest.complete(directory.checkpoints):
+    for path in commit.complete(directory.checkpoints):
         try:
-            found.append((path, manifest.read_state(path)))
+            found.append((path, commit.read_state(path)))
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
             log.warning("checkpoint %s: its run_state.json cannot be read (%s)", path, error)
     return found

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lamda.config.schema import Config
+from lamda.engines.protocol import StepResult
 from lamda.model.counts import flops_per_token
-from lamda.training.framework import StepResult
-from lamda.training.state import RunState
+from lamda.storage.state import RunState
 
 OTHER = "other"
 """Stands for all domains whose names were not known at the start."""

@@ -12,9 +12,9 @@ from lamda.data.tokenizer import Tokenizer
 from lamda.distributed import World
 
 if TYPE_CHECKING:
-    from lamda.training.engine import Engine
-    from lamda.training.framework import Scorer
-    from lamda.training.loop import Run
+    from lamda.engines.deepspeed.engine import Engine
+    from lamda.engines.protocol import Scorer
+    from lamda.training.trainer import Run
 
 FULL = "eval/full/"
 """What begins the names of the last step's figures of all the held-out text; others `eval/...` are of some rows."""
@@ -47,7 +47,7 @@ class Evaluation(Protocol):
 
 
 class Task(Protocol):
-    """What is handed to `lamda.training.train.train`."""
+    """What is handed to `lamda.training.setup.train`."""
 
     def form(self, config: Config) -> Form:
         """What the records of the corpus are."""

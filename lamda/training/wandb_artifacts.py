@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from lamda.training import manifest
+from lamda.storage import commit
 
 
 def log_checkpoint(run: Any, path: Path, *, way: Literal["reference", "upload"], best: bool) -> None:
@@ -17,7 +17,7 @@ def log_checkpoint(run: Any, path: Path, *, way: Literal["reference", "upload"],
     """
     import wandb
 
-    content = manifest.read(path)
+    content = commit.read(path)
     artifact = wandb.Artifact(
         f"{run.id}-checkpoint", type="model", metadata={"step": content["step"], "files": content["files"]}
     )
@@ -26,6 +26,6 @@ def log_checkpoint(run: Any, path: Path, *, way: Literal["reference", "upload"],
         artifact.add_dir(str(path), policy="immutable", skip_cache=True)
     else:
         # Unlike the addresses, the manifest differs between two checkpoints of one name.
-        artifact.add_file(str(path / manifest.MANIFEST), policy="immutable", skip_cache=True)
+        artifact.add_file(str(path / commit.MANIFEST), policy="immutable", skip_cache=True)
         artifact.add_reference(path.resolve().as_uri(), name=path.name, checksum=False)
     run.log_artifact(artifact, aliases=["latest", path.name, *(["best"] if best else [])])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from sentencepiece import SentencePieceProcessor
 
-from lamda.benchmark import data, main
-from lamda.benchmark.data_stages import (
+from benchmarks import data, main
+from benchmarks.data_stages import (
     ENCODER,
     USUAL,
     WHOLE,
@@ -19,12 +19,12 @@ from lamda.benchmark.data_stages import (
     usual_dataset,
     usual_micro_batches,
 )
-from lamda.benchmark.texts import books, short_documents, write_text
+from benchmarks.texts import books, short_documents, write_text
 from tests.conftest import make_text, write_shard
 
 
 def test_both_ways_give_the_same_rows(tmp_path, tokenizer, tokenizer_path, monkeypatch):
-    monkeypatch.setattr("lamda.benchmark.texts.SHARDS", 1)
+    monkeypatch.setattr("benchmarks.texts.SHARDS", 1)
     documents = [make_text(seed, 7 * seed) for seed in range(90)]
     text = write_text(tmp_path / "text", documents, tokenizer, tokens=10**9)
     config = run_config(text.shards, sequence_length=13, shuffle="none")

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from lamda.benchmark.generate import markdown, measure
+from benchmarks.generate import markdown, measure
 from lamda.config import ModelConfig
 
 

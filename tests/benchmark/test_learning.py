@@ -12,10 +12,10 @@ import torch
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from lamda.benchmark import learning, learning_report, learning_runs, main
-from lamda.benchmark.learning_nanochat import Muon, Nanochat
-from lamda.benchmark.learning_peers import MODELS, PEERS, make_learner, recipe_of, require_alike
-from lamda.benchmark.learning_runs import How, Rows, evaluate, train_step
+from benchmarks import learning, learning_report, learning_runs, main
+from benchmarks.learning_nanochat import Muon, Nanochat
+from benchmarks.learning_peers import MODELS, PEERS, make_learner, recipe_of, require_alike
+from benchmarks.learning_runs import How, Rows, evaluate, train_step
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from tests.conftest import make_text, write_shard

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lamda.benchmark.month import DAY, GPU_HOURS_PER_FAILURE, HOUR, Times, simulate
+from benchmarks.month import DAY, GPU_HOURS_PER_FAILURE, HOUR, Times, simulate
 
 TIMES = Times(interval=1000.0, stall=2.0, save=20.0, start=100.0, detect=600.0, queue=50.0)
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from lamda.benchmark import main, order
-from lamda.benchmark.order_corpora import Case, Labelled, pile_documents
+from benchmarks import main, order
+from benchmarks.order_corpora import Case, Labelled, pile_documents
 from tests.conftest import make_text, write_shard
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from lamda.benchmark.summation import added_up, compare, on_ranks
+from benchmarks.summation import added_up, compare, on_ranks
 
 
 def test_the_order_of_ranks_is_told_apart_where_it_rounds():

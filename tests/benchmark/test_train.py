@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from lamda.benchmark.gemm import shapes
-from lamda.benchmark.train import PARTS
+from benchmarks.gemm import shapes
+from benchmarks.train import PARTS
 from lamda.config import ModelConfig
 from lamda.model.counts import flops_per_token
 from tests.conftest import make_text, write_shard

@@ -16,7 +16,7 @@ import torch
 from lamda import distributed
 from lamda.config.schema import Config
 from lamda.data.loader import MicroBatch, Step
-from lamda.training.engine import Engine
+from lamda.engines.deepspeed.engine import Engine
 from tests.cluster.storages import Storages
 
 LENGTH, ACCUMULATION = 8, 2

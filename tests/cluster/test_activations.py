@@ -11,7 +11,7 @@ from lamda.config import ModelConfig
 from lamda.model import LaMDA, decoder
 from lamda.model.attention import sdpa
 from lamda.model.counts import flops_per_token
-from lamda.model.initialisation import initialise
+from lamda.model.initialization import initialise
 from lamda.model.loss import ROWS, token_losses
 from tests.cluster.storages import Storages
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lamda.cluster import doctor
-from lamda.cluster.checks import hardware, ranks, software, surroundings
+from lamda.cluster.checks import environment, hardware, ranks, software
 from lamda.cluster.checks.finding import Check, Finding, Subject, failure, ok, warning
 from lamda.config import Config
 from lamda.distributed import World
@@ -130,17 +130,17 @@ def test_a_missing_compiler_matters_where_kernels_are_built(subject, monkeypatch
 
 
 def test_the_room_for_checkpoints_is_judged_by_their_size(subject, monkeypatch):
-    size = surroundings.checkpoint_bytes(subject)
+    size = environment.checkpoint_bytes(subject)
     for share, level in ((0.9, "failure"), (2, "warning"), (5, "ok")):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=share * size: SimpleNamespace(free=free))
-        assert surroundings.space(subject).level == level
+        assert environment.space(subject).level == level
 
 
 def test_the_size_of_a_checkpoint_is_that_of_a_real_one(subject):
     """2 bytes of bf16 weights and 12 of fp32 weights and moments, or 16 in fp32."""
     count = sum(each.numel() for each in _model(subject).parameters())
-    assert surroundings.checkpoint_bytes(subject) == 14 * count
-    assert surroundings.checkpoint_bytes(changed(subject, deepspeed={"config": "deepspeed/fp32.json"})) == 16 * count
+    assert environment.checkpoint_bytes(subject) == 14 * count
+    assert environment.checkpoint_bytes(changed(subject, deepspeed={"config": "deepspeed/fp32.json"})) == 16 * count
 
 
 def _model(subject):
@@ -151,34 +151,34 @@ def _model(subject):
 
 
 def test_a_disk_too_slow_for_the_time_limit_is_a_warning(subject, monkeypatch):
-    assert surroundings.speed(subject).level == "ok"
-    size = surroundings.checkpoint_bytes(subject)
-    monkeypatch.setattr(surroundings, "writing_rate", lambda _: size / 4 / 200)  # four ranks write
-    assert "a checkpoint takes 200.0 s" in surroundings.speed(subject).text
-    assert surroundings.speed(subject).level == "warning"
+    assert environment.speed(subject).level == "ok"
+    size = environment.checkpoint_bytes(subject)
+    monkeypatch.setattr(environment, "writing_rate", lambda _: size / 4 / 200)  # four ranks write
+    assert "a checkpoint takes 200.0 s" in environment.speed(subject).text
+    assert environment.speed(subject).level == "warning"
     assert not list(Path(subject.config.run.dir).iterdir())
 
 
 @pytest.mark.parametrize(("skew", "level"), [(0, "ok"), (10, "warning"), (-100, "failure")])
 def test_a_file_server_with_another_clock_is_found(subject, monkeypatch, skew, level):
     now = time.time
-    monkeypatch.setattr(surroundings.time, "time", lambda: now() + skew)
-    assert surroundings.file_clock(subject).level == level
+    monkeypatch.setattr(environment.time, "time", lambda: now() + skew)
+    assert environment.file_clock(subject).level == level
 
 
 def test_text_that_is_missing_or_cut_off_is_a_failure(subject, tmp_path):
-    assert surroundings.data(subject).text.startswith("1 files, ")
+    assert environment.data(subject).text.startswith("1 files, ")
     (shard,) = (tmp_path / "text").iterdir()
     shard.write_bytes(shard.read_bytes()[:-5])
-    assert "is truncated" in surroundings.data(subject).text
+    assert "is truncated" in environment.data(subject).text
     shard.unlink()
-    assert surroundings.data(subject).level == "failure"
+    assert environment.data(subject).level == "failure"
 
 
 def test_a_server_that_never_answers_does_not_hold_up_the_doctor(subject, monkeypatch):
-    monkeypatch.setattr(surroundings, "PATIENCE", 0.1)
+    monkeypatch.setattr(environment, "PATIENCE", 0.1)
     monkeypatch.setattr("lamda.data.corpus.open_corpus", lambda _: time.sleep(30))
-    assert surroundings.data(subject) == failure("no answer for 0.1 s", surroundings.data(subject).advice)
+    assert environment.data(subject) == failure("no answer for 0.1 s", environment.data(subject).advice)
 
 
 def test_a_check_that_fails_with_anything_costs_no_other_finding(subject, monkeypatch):
@@ -196,8 +196,8 @@ def test_a_check_that_fails_with_anything_costs_no_other_finding(subject, monkey
 
 
 def test_a_run_without_wandb_is_warned_and_not_failed(subject, monkeypatch):
-    monkeypatch.setattr("lamda.training.wandb_mirror.is_installed", lambda: False)
-    told = surroundings.weights_and_biases(changed(subject, wandb={"mode": "offline"}))
+    monkeypatch.setattr("lamda.training.wandb_logger.is_installed", lambda: False)
+    told = environment.weights_and_biases(changed(subject, wandb={"mode": "offline"}))
     assert told.level == "warning"
     assert "pip install wandb" in told.advice
     installed = software.installed
@@ -206,23 +206,23 @@ def test_a_run_without_wandb_is_warned_and_not_failed(subject, monkeypatch):
 
 
 def test_wandb_is_asked_only_where_the_run_will_and_never_fails_it(subject, monkeypatch):
-    assert surroundings.weights_and_biases(subject) == ok("wandb.mode is disabled")
+    assert environment.weights_and_biases(subject) == ok("wandb.mode is disabled")
     online = changed(subject, wandb={"mode": "online"})
     server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # answers 501 to everything
     threading.Thread(target=server.handle_request, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr("lamda.training.wandb_mirror.sign_in", lambda: address)
-    assert surroundings.weights_and_biases(online) == ok(f"{address} answers, and there is a key for it")
+    monkeypatch.setattr("lamda.training.wandb_logger.sign_in", lambda: address)
+    assert environment.weights_and_biases(online) == ok(f"{address} answers, and there is a key for it")
     server.server_close()
-    assert surroundings.weights_and_biases(online).level == "warning"
+    assert environment.weights_and_biases(online).level == "warning"
 
     def without_key():
         import wandb
 
         raise wandb.errors.AuthenticationError("no W&B key")
 
-    monkeypatch.setattr("lamda.training.wandb_mirror.sign_in", without_key)
-    assert surroundings.weights_and_biases(online).text == "no W&B key"
+    monkeypatch.setattr("lamda.training.wandb_logger.sign_in", without_key)
+    assert environment.weights_and_biases(online).text == "no W&B key"
 
 
 def test_ranks_that_cannot_share_the_batch_are_told_by_the_doctor_as_well(subject):
@@ -280,7 +280,7 @@ def test_the_exit_code_is_that_of_the_worst_and_json_says_the_same(subject, monk
     code = doctor.main(arguments)
     told = json.loads(capsys.readouterr().out)
     assert told["worst"] == levels[code] == "warning"
-    monkeypatch.setattr(surroundings, "checkpoint_bytes", lambda _: 1 << 60)
+    monkeypatch.setattr(environment, "checkpoint_bytes", lambda _: 1 << 60)
     assert doctor.main(arguments[:-1]) == 2
     lines = capsys.readouterr().out.splitlines()
     assert next(line for line in lines if "run directory" in line).startswith("failure  run directory")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lamda.cluster.launch import Launch
+from lamda.cluster.processes import Launch
 
 SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(120)"]
 
@@ -84,7 +84,7 @@ PROOF = """
 import sys, time
 from pathlib import Path
 from lamda.cluster import prove_resume
-from lamda.cluster.launch import Launch
+from lamda.cluster.processes import Launch
 from lamda.cli import main
 folder = Path(sys.argv[1])
 

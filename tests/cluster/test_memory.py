@@ -14,7 +14,7 @@ from lamda.cluster.communication import traffic
 from lamda.cluster.memory import STEP, Setting, by_phase, items, model_states, optimizer_state, parameter_sizes
 from lamda.cluster.sharding import Sharding
 from lamda.config import Config, ModelConfig
-from lamda.training.checkpoint import state_sizes
+from lamda.engines.deepspeed.checkpoint import state_sizes
 from tests.cluster.memory_worker import ACCUMULATION, LENGTH
 from tests.launch import run_ranks
 

@@ -13,7 +13,7 @@ from lamda.cluster.compare import Difference, compare_checkpoints, compare_runs,
 from lamda.cluster.prove_resume import Proof, Trial, choose_ranks, main, rounding_hint, table
 from lamda.config import Config
 from lamda.config.errors import UserError
-from lamda.training.run_directory import RunDirectory
+from lamda.storage.run_directory import RunDirectory
 
 SHAPES = {"embedding": 24, "blocks.0.gate": 15}
 

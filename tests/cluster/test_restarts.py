@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lamda.cluster.restarts import REQUEUE_EXIT, begin, end
-from lamda.training.run_directory import RunDirectory
+from lamda.storage.run_directory import RunDirectory
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from lamda.cluster.submit import main
-from lamda.training.run_directory import RunDirectory
+from lamda.storage.run_directory import RunDirectory
 from tests.launch import ROOT
 
 # A step trains until it is told to stop, or until the file `failed` is there.

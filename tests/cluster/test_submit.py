@@ -192,7 +192,7 @@ def test_a_program_is_told_the_job_that_waits_in_the_queue(submit, monkeypatch, 
     (tools / tool).write_text(f"#!/bin/sh\ncat > {tmp_path}/given\necho '4711;main'\n", "utf-8")
     (tools / tool).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    monkeypatch.setattr("lamda.training.run_directory.RunDirectory.create", lambda self: None)
+    monkeypatch.setattr("lamda.storage.run_directory.RunDirectory.create", lambda self: None)
     monkeypatch.setattr("lamda.cluster.job.Job.write", lambda self, **files: None)
     files = ["--cluster", str(tmp_path / "site.yaml"), "--config", str(tmp_path / "run.yaml")]
     assert main([*files, "--nodes", "2", "--run.dir", "/data/x", "--json"]) == 0

@@ -12,7 +12,7 @@ import pytest
 
 from lamda.cluster.supervise import Supervisor, main
 from lamda.config.errors import UserError
-from lamda.training.run_directory import RunDirectory
+from lamda.storage.run_directory import RunDirectory
 
 PRELUDE = """
 import json, os, signal, subprocess, sys, time

@@ -22,8 +22,8 @@ from lamda.data.files import File, read_lines
 from lamda.data.lanes import Cursor, cut_into_lanes
 from lamda.data.resolving import require_here, resolve
 from lamda.data.windows import SourceOrder, Window
+from lamda.storage.state import RunState
 from lamda.training.resume import Start
-from lamda.training.state import RunState
 from tests.conftest import make_text, write_shard
 
 PACKING = Packing(14)

@@ -22,10 +22,10 @@ import numpy as np  # noqa: E402
 from lamda.config.schema import Config, FlaxConfig  # noqa: E402
 from lamda.data.loader import MicroBatch, Step  # noqa: E402
 from lamda.distributed import World, start_hosts, stop  # noqa: E402
-from lamda.flax.engine import FlaxEngine  # noqa: E402
-from lamda.flax.weights import plain_weights  # noqa: E402
+from lamda.engines.flax.engine import FlaxEngine  # noqa: E402
+from lamda.engines.flax.weights import plain_weights  # noqa: E402
 from lamda.inference.sampling import Sampling  # noqa: E402
-from lamda.training import manifest  # noqa: E402
+from lamda.storage import commit  # noqa: E402
 
 STEPS, BATCH, LENGTH, VOCABULARY = 3, 16, 12, 96
 MESHES = {1: {"1x1x1": (1, 1, 8)}, 8: {"8x1x1": (1, 1, 1), "2x4x1": (4, 1, 2), "2x2x2": (2, 2, 2)}}
@@ -103,8 +103,8 @@ def main(folder: Path) -> None:
     if DEVICES == 8:
         (folder / "checkpoint").mkdir()
         files = engines["2x2x2"].copy(folder / "checkpoint")()
-        names = {str(file.relative_to(folder / "checkpoint")): manifest.sync_and_describe(file) for file in files}
-        manifest.seal(folder / "checkpoint", {"files": names})
+        names = {str(file.relative_to(folder / "checkpoint")): commit.sync_and_describe(file) for file in files}
+        commit.seal(folder / "checkpoint", {"files": names})
         engines["2x4x1"].load(folder / "checkpoint")
         found["moved"] = {name: each.tolist() for name, each in plain_weights(engines["2x4x1"].state.weights)}
         found["moved on"] = trained(engines["2x4x1"], micro_batch=2)

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-from lamda.training.metrics import read_metrics
+from lamda.storage.metrics import read_metrics
 from tests.faults.harness import Place
 from tests.launch import ENVIRONMENT, ROOT, run_ranks
 

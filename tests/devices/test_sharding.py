@@ -13,7 +13,7 @@ import pytest
 
 from lamda.config.errors import UserError
 from lamda.config.schema import FlaxConfig, ModelConfig
-from lamda.flax.sharding import make_mesh
+from lamda.engines.flax.sharding import make_mesh
 from tests.launch import ENVIRONMENT, ROOT
 
 WORKER = Path(__file__).with_name("mesh_worker.py")

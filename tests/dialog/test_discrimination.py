@@ -16,7 +16,7 @@ from lamda.dialog.discrimination import accuracy, auc, auc_interval, calibration
 from lamda.dialog.evaluation import HeldOutDialogues, table
 from lamda.dialog.examples import Conversations
 from lamda.model import LaMDA
-from lamda.model.initialisation import initialise
+from lamda.model.initialization import initialise
 from lamda.training.evaluation import LoadedModel
 from tests.dialog.test_examples import talk
 

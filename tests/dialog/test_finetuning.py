@@ -18,10 +18,10 @@ from lamda.dialog.evaluate import main as evaluate
 from lamda.dialog.evaluation import DialogScores
 from lamda.inference.sampling import NotFiniteError
 from lamda.model import LaMDA
-from lamda.model.initialisation import initialise
+from lamda.model.initialization import initialise
 from lamda.runs.where import where
-from lamda.training.metrics import read_metrics
-from lamda.training.run_directory import RunDirectory
+from lamda.storage.metrics import read_metrics
+from lamda.storage.run_directory import RunDirectory
 from lamda.training.start import with_start
 from tests.dialog.test_examples import talk
 from tests.launch import run_ranks

@@ -18,7 +18,7 @@ from lamda.dialog.tools.toolset import Toolset
 from lamda.inference.generation import prefill, sample
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
-from lamda.model.initialisation import initialise
+from lamda.model.initialization import initialise
 
 TALK = [Message("user", "the of and"), Message("assistant", "to in"), Message("user", "is that for")]
 

@@ -20,7 +20,7 @@ from lamda.dialog.tools.result import Result
 from lamda.dialog.tools.toolset import Toolset
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
-from lamda.model.initialisation import initialise
+from lamda.model.initialization import initialise
 
 
 class Shelf:

@@ -21,13 +21,13 @@ from lamda import distributed
 from lamda.config.schema import Config
 from lamda.data.loader import MicroBatch, Step
 from lamda.data.windows import SourceOrder
+from lamda.engines.deepspeed import checkpoint
+from lamda.engines.deepspeed.engine import Engine, StepResult
 from lamda.inference.sampling import Sampling
-from lamda.interop.harness.ranks import RanksDecoder
+from lamda.interop.harness.in_training import RanksDecoder
 from lamda.interop.harness.scoring import Prompt, Row
-from lamda.training import checkpoint
-from lamda.training.engine import Engine, StepResult
-from lamda.training.saving import Saver
-from lamda.training.state import RunState
+from lamda.storage.state import RunState
+from lamda.training.saver import Saver
 
 BATCH, MICRO, LENGTH, VOCABULARY = 8, 2, 12, 61
 MODEL = {"vocab_size": VOCABULARY, "d_model": 24, "n_layers": 2, "n_heads": 3, "d_head": 8, "d_ff": 40}

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from lamda.config import ModelConfig
 from lamda.interop.harness.scoring import LocalDecoder
 from lamda.model import LaMDA
-from lamda.model.initialisation import initialise
+from lamda.model.initialization import initialise
 from lamda.model.loss import cross_entropy
 from tests.distributed.engine_worker import (
     BATCH,

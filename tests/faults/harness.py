@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lamda.training.metrics import read_metrics
+from lamda.storage.metrics import read_metrics
 from tests.conftest import make_text, write_shard
 from tests.launch import ENVIRONMENT, ROOT, free_port
 

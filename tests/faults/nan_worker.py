@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from lamda import distributed
-from lamda.training.engine import Engine
-from lamda.training.fragments import fragments
+from lamda.engines.deepspeed.engine import Engine
+from lamda.engines.deepspeed.fragments import fragments
 from tests.distributed.engine_worker import batch, config
 
 OUT, STEPS = Path(sys.argv[1]), int(sys.argv[2])

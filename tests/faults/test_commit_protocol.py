@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lamda.training import manifest
+from lamda.storage import commit
 from tests.faults.harness import IS_FULL
 
 KILLS, DAMAGES = (200, 1000) if IS_FULL else (20, 100)
@@ -19,7 +19,7 @@ KILLS, DAMAGES = (200, 1000) if IS_FULL else (20, 100)
 ENDLESS_SAVES = """
 import sys
 from pathlib import Path
-from lamda.training.manifest import commit, complete, make_fresh, step_of, sweep, sync_and_describe
+from lamda.storage.commit import commit, complete, make_fresh, step_of, sweep, sync_and_describe
 folder = Path(sys.argv[1])
 sweep(folder)
 step = max(map(step_of, complete(folder)), default=0)
@@ -49,7 +49,7 @@ def test_a_killed_save_leaves_complete_checkpoints_alone(tmp_path):
         process.wait()
         there = _complete(tmp_path)
         assert len(there) >= 2, "two are kept; each crash may leave one that was about to go"
-        assert [manifest.problem_of(path) for path in there] == [None] * len(there)
+        assert [commit.problem_of(path) for path in there] == [None] * len(there)
         named = int((tmp_path / "LATEST").read_text().removeprefix("step-"))
         assert named in (_newest(tmp_path), _newest(tmp_path) - 1), "a crash may come before LATEST, never between"
         assert _newest(tmp_path) > newest
@@ -61,11 +61,11 @@ def checkpoints(tmp_path, world):
     """Three small checkpoints of real files."""
     for step in (1, 2, 3):
         temporary = tmp_path / f".step-{step:08d}.tmp"
-        manifest.make_fresh(temporary)
+        commit.make_fresh(temporary)
         for name in ("model.safetensors", "optimizer-00000-of-00001.safetensors", "run_state.json"):
             (temporary / name).write_bytes(random.Random(f"{name}{step}").randbytes(3000))
-        files = {file.name: manifest.sync_and_describe(file) for file in temporary.iterdir()}
-        manifest.commit(temporary, tmp_path / f"step-{step:08d}", {"step": step, "files": files}, keep=9)
+        files = {file.name: commit.sync_and_describe(file) for file in temporary.iterdir()}
+        commit.commit(temporary, tmp_path / f"step-{step:08d}", {"step": step, "files": files}, keep=9)
     return tmp_path
 
 
@@ -75,12 +75,12 @@ def test_every_damage_is_found_and_the_one_before_is_taken(checkpoints, world):
     contents = {file: file.read_bytes() for file in whole.iterdir()}
     for _ in range(DAMAGES):
         told = draw.choice([_flip, _truncate, _swap, _vanish])(draw, contents)
-        assert manifest.find_valid(checkpoints, world=world).name == "step-00000002", told
+        assert commit.find_valid(checkpoints, world=world).name == "step-00000002", told
         (damaged,) = checkpoints.glob("*.damaged")
         damaged.rename(whole)
         for file, content in contents.items():
             file.write_bytes(content)
-        assert manifest.find_valid(checkpoints, world=world) == whole
+        assert commit.find_valid(checkpoints, world=world) == whole
 
 
 def _flip(draw: random.Random, contents: dict[Path, bytes]) -> str:
@@ -113,8 +113,8 @@ def _vanish(draw: random.Random, contents: dict[Path, bytes]) -> str:
 
 
 def _complete(folder: Path) -> list[Path]:
-    return manifest.complete(folder)
+    return commit.complete(folder)
 
 
 def _newest(folder: Path) -> int:
-    return max((manifest.step_of(path) for path in _complete(folder)), default=0)
+    return max((commit.step_of(path) for path in _complete(folder)), default=0)

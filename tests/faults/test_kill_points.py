@@ -6,8 +6,8 @@ rank 0 at the moments of the commit as well.
 
 import pytest
 
-from lamda.training.faults import COMMIT_POINTS, SAVE_POINTS, STEP_POINTS
-from lamda.training.manifest import complete, problem_of
+from lamda.storage.commit import complete, problem_of
+from lamda.training.fault_injection import COMMIT_POINTS, SAVE_POINTS, STEP_POINTS
 from tests.faults.harness import IS_FULL
 
 MOMENTS = [*((point, 5) for point in STEP_POINTS), *((point, 6) for point in SAVE_POINTS)]

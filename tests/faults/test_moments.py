@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from lamda.training.faults import TRICKLE_SECONDS
+from lamda.training.fault_injection import TRICKLE_SECONDS
 from lamda.training.watchdog import HANG_EXIT
 
 LAST = 10

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from lamda.config import ModelConfig
-from lamda.flax.bias import causal_buckets, row_bias
-from lamda.flax.weights import Weights, bind, load_weights, make_weights, plain_weights
+from lamda.engines.flax.bias import causal_buckets, row_bias
+from lamda.engines.flax.weights import Weights, bind, load_weights, make_weights, plain_weights
 from lamda.model import LaMDA
 from lamda.model.attention import bias as reference
-from lamda.model.initialisation import initialise
+from lamda.model.initialization import initialise
 from tests.model.conftest import GoldenCase, golden  # noqa: F401 - a fixture
 
 Losses = tuple[jax.Array, tuple[jax.Array, jax.Array]]

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from lamda.config.schema import ModelConfig, TrainConfig
-from lamda.flax.optimiser import make_optimizer
-from lamda.flax.weights import stacked_shapes
-from lamda.training.rates import ADAFACTOR_EPS, rate_scales, weight_decays
+from lamda.engines.flax.optimizer import make_optimizer
+from lamda.engines.flax.weights import stacked_shapes
+from lamda.engines.param_groups import ADAFACTOR_EPS, rate_scales, weight_decays
 
 MODEL = ModelConfig(vocab_size=19, d_model=12, n_layers=3, n_heads=2, d_head=5, d_ff=14)
 RATES = [0.3, 0.2, 0.4, 0.05]

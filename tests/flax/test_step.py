@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from lamda.config.schema import Config
-from lamda.flax.optimiser import make_optimizer
-from lamda.flax.sharding import make_mesh
-from lamda.flax.step import Batch, Step, TrainState, make_step
-from lamda.flax.weights import make_weights
+from lamda.engines.deepspeed.optimizer import make_optimizer as make_torch_optimizer
+from lamda.engines.deepspeed.optimizer import set_learning_rate
+from lamda.engines.flax.optimizer import make_optimizer
+from lamda.engines.flax.sharding import make_mesh
+from lamda.engines.flax.step import Batch, Step, TrainState, make_step
+from lamda.engines.flax.weights import make_weights
 from lamda.model import LaMDA
-from lamda.model.initialisation import initial_weights, initialise
-from lamda.training.optimiser import make_optimizer as make_torch_optimizer
-from lamda.training.optimiser import set_learning_rate
-from lamda.training.schedule import learning_rate
+from lamda.model.initialization import initial_weights, initialise
+from lamda.training.lr_schedule import learning_rate
 
 STEPS, ROWS, LENGTH, VOCABULARY = 100, 4, 24, 61
 CONFIG = Config(

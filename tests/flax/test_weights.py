@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from lamda.config import ModelConfig
 from lamda.config.errors import UserError
-from lamda.flax.weights import load_weights, plain_weights, save_weights
+from lamda.engines.flax.weights import load_weights, plain_weights, save_weights
 from lamda.model import LaMDA
-from lamda.model.initialisation import initialise
+from lamda.model.initialization import initialise
 
 CONFIG = ModelConfig(vocab_size=53, d_model=22, n_layers=3, n_heads=3, d_head=7, d_ff=31)
 

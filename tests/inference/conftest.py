@@ -7,7 +7,7 @@ import torch
 
 from lamda.config import ModelConfig
 from lamda.model import LaMDA
-from lamda.model.initialisation import initialise
+from lamda.model.initialization import initialise
 
 
 def make_model(*, bias_per_layer: bool = True, dtype: torch.dtype = torch.float64, vocab_size: int = 53) -> LaMDA:

@@ -10,7 +10,7 @@ from lamda.inference.generation import generate, prefill, sample
 from lamda.inference.int8 import Int8Matrix, to_int8
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
-from lamda.model.initialisation import initialise
+from lamda.model.initialization import initialise
 
 
 def make():

@@ -21,6 +21,8 @@ from lamda.cli import main
 from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.distributed import World
+from lamda.engines.deepspeed import checkpoint
+from lamda.engines.deepspeed.engine import Engine
 from lamda.inference.loading import find_checkpoint, load_run
 from lamda.interop.huggingface import export as export_module
 from lamda.interop.huggingface import weights as weights_module
@@ -28,12 +30,11 @@ from lamda.interop.huggingface.card import model_card
 from lamda.interop.huggingface.export import export
 from lamda.interop.huggingface.importing import bring_in
 from lamda.interop.huggingface.source import Source
-from lamda.training import checkpoint, manifest
-from lamda.training.engine import Engine
-from lamda.training.metrics import MetricsFile
-from lamda.training.saving import Saver
+from lamda.storage import commit
+from lamda.storage.metrics import MetricsFile
+from lamda.storage.state import RunState
+from lamda.training.saver import Saver
 from lamda.training.start import check_weights
-from lamda.training.state import RunState
 from tests.distributed.engine_worker import batch, config
 from tests.random_run import write_run
 
@@ -126,7 +127,7 @@ def test_weights_come_back_byte_for_byte(saved, exported, tmp_path):
     bring_in(exported, tmp_path / "back")
     for name in ("model.safetensors", "tokenizer.model"):
         assert (tmp_path / "back" / name).read_bytes() == (saved / name).read_bytes()
-    assert manifest.problem_of(tmp_path / "back") is None
+    assert commit.problem_of(tmp_path / "back") is None
 
 
 def test_what_transformers_saved_comes_in(saved, exported, tmp_path):
@@ -208,7 +209,7 @@ def test_the_card_tells_data_licence_metrics_and_hashes(run, saved, exported):
     card = (exported / "README.md").read_text("utf-8")
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "# ship\n" in card
-    for told in ("standard_library", "PSF-2.0", "2 of 9", "192", "U+2581", manifest.read(saved)["sha256"]):
+    for told in ("standard_library", "PSF-2.0", "2 of 9", "192", "U+2581", commit.read(saved)["sha256"]):
         assert told in card
     loss = json.loads((run / "metrics.jsonl").read_text("utf-8").split("\n")[1])["loss"]
     assert f"| loss (nats a token) | {loss:.4f} |" in card

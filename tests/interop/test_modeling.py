@@ -19,7 +19,7 @@ from lamda.inference.sampling import Sampling
 from lamda.interop.huggingface import LamdaConfig, LamdaForCausalLM, LamdaModel
 from lamda.interop.huggingface.tokenization import fast_tokenizer
 from lamda.model import LaMDA
-from lamda.model.initialisation import initialise
+from lamda.model.initialization import initialise
 from lamda.model.loss import token_nats
 
 CLOSE = {"rtol": 0, "atol": 1e-9}

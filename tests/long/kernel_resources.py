@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from lamda.model.attention import band_kernel, kernels
 from lamda.model.attention.bias import BAND
-from lamda.model.attention.launch import MAX_WIDTH, tiles_for
+from lamda.model.attention.kernel_ops import MAX_WIDTH, tiles_for
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 """What one program may take, by compute capability (CUDA C++ Programming Guide, table of compute capabilities)."""
@@ -29,7 +29,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def launches(sm: int, *, dtype: str, documents: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
-    """(kernel, its constants, Triton's options) as `lamda.model.attention.launch` has them."""
+    """(kernel, its constants, Triton's options) as `lamda.model.attention.kernel_ops` has them."""
     tiles = tiles_for(divmod(sm, 10), element_size=4 if dtype == "fp32" else 2)
     sizes = {"K": MAX_WIDTH, "K2": MAX_WIDTH, "BAND": BAND, "DOCUMENTS": documents, "WIDE": tl.float32}
     walks = sizes | {"NEAR": False, "ROUND": False}

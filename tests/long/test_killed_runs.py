@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from lamda.training.metrics import read_metrics
+from lamda.storage.metrics import read_metrics
 from tests.launch import ENVIRONMENT, ROOT, free_port
 from tests.wandb_run import environment
 from tests.wandb_server import WandbServer

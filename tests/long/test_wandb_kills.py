@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 import wandb
 
-from lamda.training.run_directory import RunDirectory
+from lamda.storage.run_directory import RunDirectory
 from tests.wandb_run import Run, environment, kill_and_resume
 from tests.wandb_server import WandbServer
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from lamda.config import ModelConfig
 from lamda.model import LaMDA
-from lamda.model.initialisation import initialise
+from lamda.model.initialization import initialise
 from tests.conftest import INTERPRETED
 
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -23,7 +23,7 @@ from tests.conftest import DEVICE
 from tests.model.conftest import needs_kernels
 
 if find_spec("triton") is not None:
-    from lamda.model.attention import kernels, launch
+    from lamda.model.attention import kernel_ops, kernels
 
 WAYS = ["sdpa", pytest.param("fused", marks=needs_kernels), pytest.param("split", marks=needs_kernels)]
 if DEVICE.type == "cuda":
@@ -188,8 +188,8 @@ def test_a_models_logits_and_gradients_are_those_of_math(way, model, documents):
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU has its own tiles")
 def test_the_tiles_of_smaller_gpus_give_the_same(monkeypatch):
     """The interpreter takes Hopper's; elsewhere a walk's steps and the band's tiles are smaller."""
-    tiles = launch.tiles_for((8, 0), element_size=2)
-    monkeypatch.setattr(launch, "_tiles", lambda _: tiles)
+    tiles = kernel_ops.tiles_for((8, 0), element_size=2)
+    monkeypatch.setattr(kernel_ops, "_tiles", lambda _: tiles)
     case = Case.random((1, 1, 133, 5), torch.float32, documents="returning")
     found = errors(case.run("fused", torch.float32), case.run("math", torch.float64))
     assert max(found.values()) < 1e-5, found
@@ -211,7 +211,7 @@ def test_what_no_kernel_was_compiled_for_is_refused(monkeypatch, way, capability
 
     def start() -> None:
         check_backend(way, torch.device("cuda"), training=True)
-        launch._tiles(torch.empty(shape, dtype=dtype))
+        kernel_ops._tiles(torch.empty(shape, dtype=dtype))
 
     with pytest.raises(UserError, match=message):
         start()

@@ -29,10 +29,10 @@ def _inputs(dtype: torch.dtype, *, documents: bool) -> tuple[Arguments, torch.Te
 
 
 def _kernels(dtype: torch.dtype, documents: bool) -> dict[str, Arguments]:
-    from lamda.model.attention import launch
+    from lamda.model.attention import kernel_ops
 
     (q, k, v), band, ids = _inputs(dtype, documents=documents)
-    out, lse = launch.band_attention(q, k, v, band, ids, False)
+    out, lse = kernel_ops.band_attention(q, k, v, band, ids, False)
     d_out = torch.ones(B, H, L, K, dtype=dtype, device=DEVICE)
     return {
         "band_attention": (q, k, v, band, ids, False),
@@ -69,9 +69,9 @@ FAMILIES: dict[Callable[..., dict[str, Arguments]], list[str]] = {
 
 
 def test_every_operator_of_the_project_is_checked():
-    from lamda.model.attention import launch, plain
+    from lamda.model.attention import kernel_ops, plain
 
-    assert {launch, plain, sdpa}, "imported, and so registered"
+    assert {kernel_ops, plain, sdpa}, "imported, and so registered"
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lamda::")}
     assert {name.removeprefix("lamda::").partition(".")[0] for name in registered} == {
         name for names in FAMILIES.values() for name in names

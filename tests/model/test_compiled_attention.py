@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from lamda.config import ModelConfig
+from lamda.engines.deepspeed import compile
 from lamda.model import LaMDA
 from lamda.model.attention import flex
 from lamda.model.attention.bias import BAND
-from lamda.model.initialisation import initialise
-from lamda.training import compiling
+from lamda.model.initialization import initialise
 from tests.conftest import DEVICE
 from tests.model.conftest import needs_kernels
 
@@ -69,6 +69,6 @@ def test_a_compiled_block_gives_the_logits_and_gradients_of_math(way, length, do
 def test_flex_stays_compiled_where_a_runs_blocks_are_not(everywhere):
     """Evaluation computes without the compiled blocks; uncompiled, FlexAttention would hold all scores."""
     model = model_of("flex")
-    with torch.no_grad(), compiling.eagerly(compiled=True):
+    with torch.no_grad(), compile.eagerly(compiled=True):
         step(model, 9, documents=False)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

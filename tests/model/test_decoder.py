@@ -7,7 +7,7 @@ import torch
 
 from lamda.config import ModelConfig
 from lamda.model import LaMDA
-from lamda.model.initialisation import initialise
+from lamda.model.initialization import initialise
 
 
 def test_a_token_changes_no_logits_before_it(model):

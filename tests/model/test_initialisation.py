@@ -10,7 +10,7 @@ import torch
 from lamda.config import ModelConfig
 from lamda.model import LaMDA
 from lamda.model.attention.bias import causal_buckets
-from lamda.model.initialisation import generator, initial_weights, initialise
+from lamda.model.initialization import generator, initial_weights, initialise
 from lamda.model.loss import cross_entropy
 
 

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 from lamda.config.help import to_yaml
 from lamda.config.schema import Config
-from lamda.training.metrics import MetricsFile
-from lamda.training.run_directory import RunDirectory
+from lamda.storage.metrics import MetricsFile
+from lamda.storage.run_directory import RunDirectory
 
 HOST = socket.gethostname()
 

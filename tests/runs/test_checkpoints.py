@@ -11,7 +11,7 @@ from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.runs import checkpoint_diff, checkpoint_ls, checkpoint_show, checkpoint_verify
 from lamda.runs.checkpoints import find_checkpoint, find_checkpoints
-from lamda.training import manifest
+from lamda.storage import commit
 from tests.runs.conftest import save_checkpoint
 
 
@@ -104,9 +104,9 @@ def test_a_checkpoint_of_another_framework_is_told_by_its_name(tmp_path, weights
         (path / "state" / "d").mkdir(parents=True)
         (path / "state" / "d" / "0").write_bytes(b"moments")
         content = json.loads((path / "manifest.json").read_text())
-        content["files"]["state/d/0"] = manifest.sync_and_describe(path / "state" / "d" / "0")
+        content["files"]["state/d/0"] = commit.sync_and_describe(path / "state" / "d" / "0")
         del content["zero_stage"], content["sha256"]
-        (path / "manifest.json").write_text(manifest.sealed({**content, "ranks": 1, "framework": "flax"}))
+        (path / "manifest.json").write_text(commit.sealed({**content, "ranks": 1, "framework": "flax"}))
     assert checkpoint_ls.main([str(tmp_path / "a")]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[-4:-2] == ["1", "flax"]
     (found,) = told(capsys, checkpoint_ls, tmp_path / "a")
@@ -127,8 +127,8 @@ def test_verify_accepts_what_training_committed(tmp_path, capsys):
     temporary, final = tmp_path / "checkpoints" / ".step-00000003.tmp", checkpoint(tmp_path, 3)
     temporary.mkdir(parents=True)
     (temporary / "model.safetensors").write_bytes(b"weights")
-    files = {"model.safetensors": manifest.sync_and_describe(temporary / "model.safetensors")}
-    manifest.commit(temporary, final, {"step": 3, "files": files}, keep=1)
+    files = {"model.safetensors": commit.sync_and_describe(temporary / "model.safetensors")}
+    commit.commit(temporary, final, {"step": 3, "files": files}, keep=1)
     (verdict,) = told(capsys, checkpoint_verify, tmp_path)
     assert (verdict["checkpoint"], verdict["bytes"], verdict["problem"]) == (str(final), 7, None)
 
@@ -155,14 +155,14 @@ def test_verify_finds_a_file_that_is_gone(run, capsys):
 
 
 def test_a_checkpoint_that_a_running_run_prunes_is_no_damage(run, monkeypatch, capsys):
-    original = manifest.problem_of
+    original = commit.problem_of
 
     def prune(path, **part):
         if path == checkpoint(run, 5) and path.exists():
-            manifest.remove(path)
+            commit.remove(path)
         return original(path, **part)
 
-    monkeypatch.setattr(manifest, "problem_of", prune)
+    monkeypatch.setattr(commit, "problem_of", prune)
     verdicts = told(capsys, checkpoint_verify, run)
     assert [verdict["problem"] for verdict in verdicts] == ["pruned meanwhile", None, None]
 

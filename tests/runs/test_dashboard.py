@@ -11,8 +11,8 @@ import wandb
 from lamda.cli import main
 from lamda.config.help import to_yaml
 from lamda.config.schema import Config
-from lamda.runs.catalogue import PANELS, SECTIONS, panel_of
 from lamda.runs.dashboard import build, specification
+from lamda.runs.panels import PANELS, SECTIONS, panel_of
 from tests.wandb_run import environment, forgotten
 from tests.wandb_server import WandbServer
 
@@ -112,7 +112,7 @@ def test_w_and_b_that_does_not_take_it_is_told_with_what_to_do(capsys, monkeypat
     def without_key():
         raise wandb.errors.AuthenticationError("no W&B key: set WANDB_API_KEY, or run `wandb login`")
 
-    monkeypatch.setattr("lamda.training.wandb_mirror.sign_in", without_key)
+    monkeypatch.setattr("lamda.training.wandb_logger.sign_in", without_key)
     assert main(["dashboard", "--project", "p"]) == 2
     told = capsys.readouterr().err
     assert "no W&B key: set WANDB_API_KEY" in told

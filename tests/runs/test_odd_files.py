@@ -12,7 +12,7 @@ from lamda.config.loading import load_config
 from lamda.data.corpus import open_corpus, packing_of
 from lamda.data.loader import Loader, batch_digest
 from lamda.data.tokenizer import Tokenizer
-from lamda.training.run_directory import RunDirectory
+from lamda.storage.run_directory import RunDirectory
 from tests.conftest import make_text, write_shard
 from tests.runs.conftest import leave_status, make_run, save_checkpoint
 

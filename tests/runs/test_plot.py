@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from lamda.config.errors import UserError
 from lamda.runs.curves import read_curves, smoothed
 from lamda.runs.plot import COLOURS, NOT_FINITE, draw, main
-from lamda.training.metrics import MetricsFile
+from lamda.storage.metrics import MetricsFile
 from tests.runs.conftest import make_run
 
 FLOATS = st.floats(-1e6, 1e6) | st.sampled_from([np.nan, np.inf])

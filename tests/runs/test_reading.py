@@ -15,8 +15,8 @@ from lamda.config.schema import Config
 from lamda.runs import reading
 from lamda.runs.reading import Metrics, find_runs, last_lines, last_row, read_standing
 from lamda.storage.lock import STALE_SECONDS
-from lamda.training.metrics import MetricsFile, read_metrics
-from lamda.training.run_directory import RunDirectory
+from lamda.storage.metrics import MetricsFile, read_metrics
+from lamda.storage.run_directory import RunDirectory
 from tests.runs.conftest import leave_lock, leave_status, make_run
 
 OURS, OTHERS, DEAD = os.getpid(), os.getppid(), None

@@ -14,10 +14,10 @@ import yaml
 from lamda.cli import main
 from lamda.config.help import to_yaml
 from lamda.config.schema import Config
-from lamda.runs.catalogue import PANELS
-from lamda.runs.charts import BINS, HEIGHT, WIDTH, Axis, Bins, chart
 from lamda.runs.curves import Curve
-from lamda.training.metrics import MetricsFile
+from lamda.runs.panels import PANELS
+from lamda.runs.svg_chart import BINS, HEIGHT, WIDTH, Axis, Bins, chart
+from lamda.storage.metrics import MetricsFile
 from tests.runs.conftest import leave_status, make_run, save_checkpoint
 
 MARKUP = "</script><img src=x onerror=\"document.title='broken'\">"

@@ -13,8 +13,8 @@ from lamda.config.errors import UserError
 from lamda.runs import watch as module
 from lamda.runs.reading import Standing
 from lamda.runs.watch import Lines, Look, main, picture, watch
-from lamda.training.metrics import MetricsFile
-from lamda.training.run_directory import RunDirectory
+from lamda.storage.metrics import MetricsFile
+from lamda.storage.run_directory import RunDirectory
 from tests.runs.conftest import leave_lock, leave_status, make_run, save_checkpoint
 
 FIGURES = {"lr": 1e-3, "tokens_per_second": 5000.0, "step_seconds": 2.0, "mfu": None}

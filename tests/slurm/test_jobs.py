@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lamda.training.run_directory import RunDirectory
+from lamda.storage.run_directory import RunDirectory
 from tests.launch import ENVIRONMENT
 from tests.slurm.conftest import STEPS, job_log, number_of
 

@@ -1,4 +1,4 @@
-"""Pre-training in plain PyTorch on one rank, by the contract of `lamda.training.framework` and the loop of all runs.
+"""Pre-training in plain PyTorch on one rank, by the contract of `lamda.engines.protocol` and the loop of all runs.
 
 `python -m tests.training.plain_framework ARGUMENTS` as `scripts/pretrain.py ARGUMENTS`; it ends with 3 where the run
 has loaded DeepSpeed. TEST_SPOIL_AFTER=N: the N-th step of the process spoils the weights.
@@ -20,13 +20,13 @@ from lamda.data.loader import batch_digest
 from lamda.distributed import World
 from lamda.inference.generation import generate
 from lamda.model import LaMDA
-from lamda.model.initialisation import initialise
+from lamda.model.initialization import initialise
 from lamda.model.loss import token_nats
 from lamda.training.main import launch
 
 
 class Plain:
-    """See `lamda.training.framework.Framework`."""
+    """See `lamda.engines.protocol.Framework`."""
 
     name = "plain"
 
@@ -46,7 +46,7 @@ class Plain:
 
 
 class Engine:
-    """See `lamda.training.framework.Engine`."""
+    """See `lamda.engines.protocol.Engine`."""
 
     device, is_compiled, peak_flops, devices = torch.device("cpu"), False, 1e12, 2
 

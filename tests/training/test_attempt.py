@@ -3,8 +3,8 @@
 import pytest
 
 from lamda.distributed import World
+from lamda.storage.run_directory import RunDirectory
 from lamda.training.attempt import Attempt
-from lamda.training.run_directory import RunDirectory
 
 
 @pytest.fixture

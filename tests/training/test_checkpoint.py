@@ -11,14 +11,15 @@ from safetensors.torch import load_file, save_file
 from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.distributed import World
+from lamda.engines.deepspeed import checkpoint
+from lamda.engines.deepspeed.engine import Engine
+from lamda.engines.deepspeed.optimizer import make_optimizer, set_learning_rate
 from lamda.model import LaMDA
-from lamda.model.initialisation import initialise
+from lamda.model.initialization import initialise
 from lamda.model.loss import cross_entropy
-from lamda.training import checkpoint, manifest
-from lamda.training.engine import Engine
-from lamda.training.optimiser import make_optimizer, set_learning_rate
-from lamda.training.saving import Saver
-from lamda.training.state import RunState
+from lamda.storage import commit
+from lamda.storage.state import RunState
+from lamda.training.saver import Saver
 from tests.distributed.engine_worker import BATCH, LENGTH, batch, config, tokens
 
 OLD = {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "gradient_clipping": 0.05}
@@ -62,11 +63,11 @@ def copied(saved, tmp_path):
 
 def seal(path):
     """A manifest that vouches for what lies there: an attacker would write one too."""
-    content = manifest.read(path)
+    content = commit.read(path)
     del content["sha256"]
-    content["files"] = {name: manifest.sync_and_describe(path / name) for name in content["files"]}
-    (path / manifest.MANIFEST).write_text(manifest.sealed(content))
-    assert manifest.problem_of(path) is None
+    content["files"] = {name: commit.sync_and_describe(path / name) for name in content["files"]}
+    (path / commit.MANIFEST).write_text(commit.sealed(content))
+    assert commit.problem_of(path) is None
 
 
 def change(path, edit):
@@ -133,7 +134,7 @@ def test_pickles_beside_the_state_are_never_opened(copied, engine, tmp_path):
     for name in names:
         (copied / name).write_bytes(trap)
     (copied.parent / "latest").write_text(copied.name)
-    assert manifest.find_valid(copied.parent, world=World()) == copied
+    assert commit.find_valid(copied.parent, world=World()) == copied
     checkpoint.load(copied, engine=engine)
     assert not sprung.exists()
     pickle.loads(trap)

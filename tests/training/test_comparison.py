@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamda.distributed import World
-from lamda.training import comparison
-from lamda.training.comparison import odd_ranks
-from lamda.training.engine import Engine
-from lamda.training.fragments import fragments
-from lamda.training.votes import outvoted
+from lamda.engines.deepspeed import weight_check
+from lamda.engines.deepspeed.engine import Engine
+from lamda.engines.deepspeed.fragments import fragments
+from lamda.engines.deepspeed.weight_check import odd_ranks
+from lamda.engines.weight_check import outvoted
 from tests.distributed.engine_worker import batch, config
 
 
@@ -42,18 +42,18 @@ words = st.lists(st.integers(-(2**15), 2**15 - 1), min_size=1, max_size=40)
 @given(words, st.integers(0, 1 << 40), st.data())
 def test_the_hash_adds_up_over_pieces_and_any_one_change_shows(bits, start, data):
     flat = torch.tensor(bits, dtype=torch.int16).view(torch.bfloat16)
-    whole = comparison._hash(flat, start=start)
+    whole = weight_check._hash(flat, start=start)
     cut = data.draw(st.integers(0, len(bits)))
-    parts = comparison._hash(flat[:cut], start=start) + comparison._hash(flat[cut:], start=start + cut)
+    parts = weight_check._hash(flat[:cut], start=start) + weight_check._hash(flat[cut:], start=start + cut)
     assert parts == whole
     place = data.draw(st.integers(0, len(bits) - 1))
     other = data.draw(st.integers(-(2**15), 2**15 - 1).filter(lambda word: word != bits[place]))
     changed = torch.tensor([*bits[:place], other, *bits[place + 1 :]], dtype=torch.int16)
-    assert comparison._hash(changed.view(torch.bfloat16), start=start) != whole
+    assert weight_check._hash(changed.view(torch.bfloat16), start=start) != whole
 
 
 def test_pieces_larger_than_a_chunk_hash_the_same(monkeypatch):
     flat = torch.randn(1000)
-    whole = comparison._hash(flat, start=3)
-    monkeypatch.setattr(comparison, "CHUNK", 7)
-    assert comparison._hash(flat, start=3) == whole
+    whole = weight_check._hash(flat, start=3)
+    monkeypatch.setattr(weight_check, "CHUNK", 7)
+    assert weight_check._hash(flat, start=3) == whole

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from lamda.config import Config
+from lamda.config.ds_config import OWNED_BY_CONFIG, REFUSED, build, is_bf16, zero_stage
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
-from lamda.training.deepspeed_config import OWNED_BY_CONFIG, REFUSED, build, is_bf16, zero_stage
 
 TRAIN = {"steps": 10, "global_batch_size": 48, "micro_batch_size": 4, "gradient_clipping": 0.5}
 SHIPPED = {"ds_config.json": 1, "deepspeed/fp32.json": 0}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lamda.config.errors import UserError
-from lamda.training.faults import KINDS, POINTS, InjectedError, parse, reach
+from lamda.training.fault_injection import KINDS, POINTS, InjectedError, parse, reach
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_truncate_cuts_the_file(plan, tmp_path):
 
 @pytest.mark.parametrize(("kind", "code"), [("kill", -9), ("term", -15), ("usr1", -10)])
 def test_signals_befall_the_process_itself(kind, code):
-    script = "from lamda.training.faults import reach; reach('fetch', rank=0, step=1)"
+    script = "from lamda.training.fault_injection import reach; reach('fetch', rank=0, step=1)"
     environment = {"LAMDA_ALLOW_FAULTS": "1", "LAMDA_FAULT": f"fetch:{kind}:0:1"}
     assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == code
 

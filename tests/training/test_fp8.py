@@ -5,9 +5,9 @@ import torch
 
 from lamda.config import ModelConfig
 from lamda.config.errors import UserError
+from lamda.engines.deepspeed import fp8
 from lamda.model import LaMDA
-from lamda.model.initialisation import initialise
-from lamda.training import fp8
+from lamda.model.initialization import initialise
 
 SHAPE = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 2, "d_head": 16}
 

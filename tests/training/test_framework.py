@@ -6,26 +6,24 @@ import sys
 
 import pytest
 
-from lamda.training import manifest
-from lamda.training.metrics import read_metrics
+from lamda.storage import commit
+from lamda.storage.metrics import read_metrics
 from tests.faults.harness import Place
 from tests.launch import ENVIRONMENT, ROOT
 
-MODULES = (
-    "train", "loop", "saving", "pretraining", "report", "row", "resume", "manifest", "health", "task", "main", "text",
-    "evaluation", "framework", "deepspeed_framework",
-)  # fmt: skip
+TRAINING = sorted(path.stem for path in (ROOT / "lamda/training").glob("*.py"))
+MODULES = [f"lamda.training.{name}" for name in TRAINING]
 
 
 @pytest.mark.parametrize(
     "modules",
-    [["lamda.training.train"], [f"lamda.training.{name}" for name in MODULES] + ["lamda.dialog.finetuning"]],
-    ids=["train", "each"],
+    [["lamda.training.setup"], [*MODULES, "lamda.engines.deepspeed.framework", "lamda.dialog.finetuning"]],
+    ids=["setup", "each"],
 )
 def test_a_run_is_imported_without_deepspeed(modules):
     code = "import importlib, sys\n"
     code += f"for name in {modules}: importlib.import_module(name)\n"
-    code += "sys.exit('deepspeed' in sys.modules or 'lamda.training.engine' in sys.modules)"
+    code += "sys.exit('deepspeed' in sys.modules or 'lamda.engines.deepspeed.engine' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -66,9 +64,9 @@ def test_another_framework_trains_evaluates_saves_and_shows_a_sample_in_the_same
     assert rows[-1]["eval/loss"] < rows[4]["eval/loss"]
     assert rows[0]["model_flops_per_second"] == pytest.approx(1e12 * rows[0]["mfu"])
     newest = place.folder / "straight" / "checkpoints" / "step-00000010"
-    assert manifest.problem_of(newest) is None
-    told = manifest.read(newest)
-    assert manifest.framework_of(told) == "plain"
+    assert commit.problem_of(newest) is None
+    told = commit.read(newest)
+    assert commit.framework_of(told) == "plain"
     assert sorted(told["files"]) == [
         "config.yaml", "model.safetensors", "run_state.json", "state/moments.safetensors", "tokenizer.model",
     ]  # fmt: skip

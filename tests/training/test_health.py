@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from lamda.config.schema import TrainConfig
-from lamda.training.health import Health
+from lamda.training.anomalies import Health
 
 QUIET = [4.0 - 0.01 * step + 0.02 * random.Random(step).uniform(-1, 1) for step in range(60)]
 

@@ -5,20 +5,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
-from lamda.config import Config
+from lamda.config import Config, ds_config
 from lamda.config.errors import UserError
 from lamda.distributed import World
+from lamda.engines.deepspeed import checkpoint, lora
+from lamda.engines.deepspeed.engine import Engine
+from lamda.engines.deepspeed.weight_check import odd_ranks
 from lamda.launch.pretrain import main
 from lamda.model import LaMDA
-from lamda.model.initialisation import initialise
+from lamda.model.initialization import initialise
 from lamda.model.loss import cross_entropy
-from lamda.training import checkpoint, deepspeed_config, lora
-from lamda.training.comparison import odd_ranks
-from lamda.training.engine import Engine
+from lamda.storage.run_directory import RunDirectory
+from lamda.storage.state import RunState
 from lamda.training.resume import choose_start
-from lamda.training.run_directory import RunDirectory
-from lamda.training.saving import Saver
-from lamda.training.state import RunState
+from lamda.training.saver import Saver
 from tests.distributed.engine_worker import BATCH, LENGTH, MODEL, batch, config, tokens
 
 RANK, RATE = 3, 1e-2
@@ -178,13 +178,13 @@ def test_all_that_adapters_cannot_go_with_is_told_at_once(config_of):
     own = config_of(2, bf16=False, fp8=True, optimizer="muon", base_width=8)
     own = own.model_copy(update={"model": own.model.model_copy(update={"weights": None})})
     with pytest.raises(UserError) as caught:
-        deepspeed_config.build(own, world=1)
+        ds_config.build(own, world=1)
     for wrong in ("set model.weights", "train.fp8", "set train.optimizer adamw", "train.base_width", "use stage 1"):
         assert wrong in str(caught.value)
     without = own.train.model_copy(update={"lora_rank": 0, "optimizer": "adamw"})
-    assert deepspeed_config.build(own.model_copy(update={"train": without}), world=1)
+    assert ds_config.build(own.model_copy(update={"train": without}), world=1)
     for stage, bf16 in STAGES:
-        assert deepspeed_config.build(config_of(stage, bf16=bf16), world=1)
+        assert ds_config.build(config_of(stage, bf16=bf16), world=1)
 
 
 def test_pretraining_from_nothing_with_adapters_ends_before_it_begins(capsys):

@@ -15,10 +15,8 @@ from hypothesis import strategies as st
 
 from lamda.config.errors import UserError
 from lamda.distributed import World
-from lamda.storage.manifest import sealed
-from lamda.storage.reading import UnreadableError
-from lamda.training import manifest
-from lamda.training.manifest import (
+from lamda.storage import commit as checkpoints
+from lamda.storage.commit import (
     MANIFEST,
     commit,
     complete,
@@ -31,7 +29,9 @@ from lamda.training.manifest import (
     sync_and_describe,
     verify,
 )
-from lamda.training.state import RunState
+from lamda.storage.manifest import sealed
+from lamda.storage.reading import UnreadableError
+from lamda.storage.state import RunState
 
 MODEL = {"d_model": 24, "bias_per_layer": True}
 CONTENT = {"model.safetensors": bytes(range(256)) * 3, "run_state.json": b'{"step": 1}', "empty": b""}
@@ -117,7 +117,7 @@ def test_a_longer_file_is_named(tmp_path, world):
 
 def test_files_in_subfolders_are_synced_with_their_folders_and_verified(tmp_path, world, monkeypatch):
     synced = []
-    monkeypatch.setattr(manifest, "sync_folder", lambda path: synced.append(path.name))
+    monkeypatch.setattr(checkpoints, "sync_folder", lambda path: synced.append(path.name))
     path = save(tmp_path, 1, files={**CONTENT, "state/d/0": b"numbers", "state/names": b"[]"})
     assert {"state", "d", f".{name_of(1)}.tmp"} <= set(synced)
     assert verify(path, world=world) is None

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lamda.training.metrics import MetricsFile, peak_flops, read_metrics
+from lamda.storage.metrics import MetricsFile, peak_flops, read_metrics
 
 
 def fail_on_constant(name):

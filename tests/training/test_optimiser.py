@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from lamda.benchmark.coordinates import check
+from benchmarks.coordinates import check
 from lamda.config import ModelConfig
 from lamda.config.schema import TrainConfig
+from lamda.engines.deepspeed.optimizer import eager_kernels, make_optimizer, set_learning_rate
 from lamda.model import LaMDA
-from lamda.model.initialisation import initialise
-from lamda.training.optimiser import eager_kernels, make_optimizer, set_learning_rate
+from lamda.model.initialization import initialise
 
 SHAPE = {"vocab_size": 97, "d_model": 48, "n_layers": 1, "n_heads": 2, "d_head": 16, "d_ff": 224}
 

@@ -8,11 +8,11 @@ from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.config.help import to_yaml
 from lamda.config.schema import TrainConfig
+from lamda.storage.commit import commit, make_fresh, sync_and_describe
+from lamda.storage.run_directory import RunDirectory
+from lamda.storage.state import RunState
 from lamda.training import resume as resuming
-from lamda.training.manifest import commit, make_fresh, sync_and_describe
 from lamda.training.resume import Start
-from lamda.training.run_directory import RunDirectory
-from lamda.training.state import RunState
 
 MODEL = {"vocab_size": 97, "d_model": 24, "n_layers": 3, "n_heads": 3, "d_head": 8, "d_ff": 40}
 

@@ -3,10 +3,10 @@
 import pytest
 
 from lamda.config.errors import UserError
-from lamda.training import manifest
+from lamda.storage import commit
+from lamda.storage.run_directory import RunDirectory
+from lamda.storage.state import RunState
 from lamda.training.rollback import find_sound, set_spoilt_aside
-from lamda.training.run_directory import RunDirectory
-from lamda.training.state import RunState
 
 BATCH = 8
 
@@ -21,11 +21,11 @@ def directory(tmp_path):
 def save(directory, step, *, skipped=(), consumed=None):
     final = directory.checkpoints / f"step-{step:08d}"
     temporary = directory.checkpoints / f".{final.name}.tmp"
-    manifest.make_fresh(temporary)
+    commit.make_fresh(temporary)
     consumed = BATCH * step if consumed is None else consumed
     RunState(step=step, consumed=consumed, skipped=tuple(skipped)).write(temporary / "run_state.json")
-    files = {"run_state.json": manifest.sync_and_describe(temporary / "run_state.json")}
-    manifest.commit(temporary, final, {"step": step, "files": files}, keep=99)
+    files = {"run_state.json": commit.sync_and_describe(temporary / "run_state.json")}
+    commit.commit(temporary, final, {"step": step, "files": files}, keep=99)
     return final
 
 
@@ -54,7 +54,7 @@ def test_a_run_rolls_back_to_the_newest_checkpoint_that_nothing_speaks_against(
         save(directory, step)
     for window in noted:
         directory.note_skipped(window, step=first, reason="a test")
-    assert manifest.step_of(find_sound(directory, first=first, world=world)) == expected
+    assert commit.step_of(find_sound(directory, first=first, world=world)) == expected
 
 
 def test_a_damaged_checkpoint_is_passed_over(directory, world):

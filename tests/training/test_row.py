@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from lamda.config.schema import Config
+from lamda.storage.state import RunState
 from lamda.training.row import FinishedStep
-from lamda.training.state import RunState
 
 PARTS = {("a", "other"): [(2.0, 10), (3.0, 50), (9.0, 1)], ("a", "b"): [(2.0, 10), (3.0, 50), (9.0, 1)]}
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack, suppress
 import pytest
 
 from lamda.config.errors import UserError
-from lamda.training.run_directory import RunDirectory
+from lamda.storage.run_directory import RunDirectory
 
 
 @pytest.fixture

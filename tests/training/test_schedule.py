@@ -7,8 +7,8 @@ from math import cos, pi
 import pytest
 
 from lamda.config.schema import Config, TrainConfig
-from lamda.training.schedule import learning_rate, next_learning_rate, remarks, total_steps
-from lamda.training.state import RunState
+from lamda.storage.state import RunState
+from lamda.training.lr_schedule import learning_rate, next_learning_rate, remarks, total_steps
 
 PEAK, WARMUP, STEPS, FLOOR = 3e-3, 7, 101, 0.1
 

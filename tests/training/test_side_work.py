@@ -11,13 +11,13 @@ from lamda.best_effort import BestEffort
 from lamda.config.loading import load_config
 from lamda.data.quarantine import BadLine, Quarantined, QuarantineFile
 from lamda.distributed import World
-from lamda.training import manifest
-from lamda.training.metrics import MetricsFile, read_metrics
+from lamda.storage import commit
+from lamda.storage.metrics import MetricsFile, read_metrics
+from lamda.storage.run_directory import RunDirectory
 from lamda.training.profile import Profile
-from lamda.training.run_directory import RunDirectory
 from lamda.training.run_log import run_log
-from lamda.training.stopping import Signals, StopRequests
-from lamda.training.wandb_mirror import WandbMirror
+from lamda.training.stop_requests import Signals, StopRequests
+from lamda.training.wandb_logger import WandbMirror
 from lamda.training.watchdog import Watchdog
 from tests.conftest import full_disk
 
@@ -126,7 +126,7 @@ SIDE_WORK = {
 @pytest.mark.parametrize("failure", ["full", "no folder", None])
 @pytest.mark.parametrize("work", SIDE_WORK, ids=lambda work: work.__name__)
 def test_side_work_is_a_warning_and_no_more(tmp_path, monkeypatch, caplog, work, failure):
-    monkeypatch.setattr("lamda.training.wandb_mirror.WandbMirror._work", lambda self: None)  # the library's own part
+    monkeypatch.setattr("lamda.training.wandb_logger.WandbMirror._work", lambda self: None)  # the library's own part
     place = tmp_path / "place"
     if failure == "no folder" and work is not rows:
         place.write_bytes(b"")  # whoever the tests run as, nothing can be made or found below a file
@@ -154,11 +154,11 @@ def test_an_old_checkpoint_that_cannot_be_deleted_spoils_no_new_one(tmp_path, mo
     def refuse(path):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr(manifest, "remove", refuse)
+    monkeypatch.setattr(commit, "remove", refuse)
     for step in (1, 2):
         temporary = tmp_path / f".step-{step:08d}.tmp"
-        manifest.make_fresh(temporary)
-        manifest.commit(temporary, tmp_path / f"step-{step:08d}", {"step": step, "files": {}}, keep=1)
+        commit.make_fresh(temporary)
+        commit.commit(temporary, tmp_path / f"step-{step:08d}", {"step": step, "files": {}}, keep=1)
     assert (tmp_path / "LATEST").read_text() == "step-00000002"
     assert "an old checkpoint cannot be deleted (Permission denied)" in caplog.text
 

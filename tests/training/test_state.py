@@ -7,7 +7,7 @@ import pytest
 from lamda.config.errors import UserError
 from lamda.data.lanes import Cursor
 from lamda.data.windows import SourceOrder, Window
-from lamda.training.state import RunState
+from lamda.storage.state import RunState
 
 CURSOR = Cursor(file=2, line=40, byte=2**33, token=5, lines=41, bad=1, digest="d")
 WINDOW = Window(3, 1, 2**40, 900, 5, 2**32, (CURSOR, Cursor()), (7, 0), (CURSOR, CURSOR))

@@ -11,9 +11,9 @@ from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.data.loader import MicroBatch
 from lamda.distributed import World
+from lamda.engines.deepspeed import compile
+from lamda.engines.deepspeed.engine import Engine
 from lamda.model import decoder
-from lamda.training import compiling
-from lamda.training.engine import Engine
 from tests.distributed.engine_worker import BATCH, LENGTH, batch, config
 
 
@@ -101,7 +101,7 @@ def test_what_fits_is_measured_after_the_failed_step_is_let_go(tmp_path, device,
         alive.extend(each() for each in failed)
         return rows == 1
 
-    monkeypatch.setattr("lamda.training.engine._or_nan", run_out)
+    monkeypatch.setattr("lamda.engines.deepspeed.engine._or_nan", run_out)
     monkeypatch.setattr(engine, "_fits", fits)
     with pytest.raises(UserError, match="; 1 does, or take" if stage == 1 else "; take a smaller one, train.recompute"):
         engine.step(batch(0, World()), learning_rate=1e-2)
@@ -113,16 +113,16 @@ def test_the_length_of_a_run_decides_whether_it_compiles(tmp_path, device):
         own = config({"stage": 1, "bf16": True}, tmp_path, 0).model_dump(exclude_unset=True)
         return Config.model_validate({**own, "train": own["train"] | {"steps": steps} | train})
 
-    flops = compiling.run_flops(wants(1))
+    flops = compile.run_flops(wants(1))
     assert flops > BATCH * LENGTH * 6 * 61 * 24
-    enough = int(compiling.WORTH_FLOPS["cpu"] / flops) + 1
-    assert compiling.is_worthwhile(wants(enough), device, stage=1)
-    assert not compiling.is_worthwhile(wants(enough - 1), device, stage=1)
-    assert compiling.is_worthwhile(wants(1, compile="always"), device, stage=1)
-    assert not compiling.is_worthwhile(wants(enough, compile="never"), device, stage=1)
-    assert not compiling.is_worthwhile(wants(enough), device, stage=3)
+    enough = int(compile.WORTH_FLOPS["cpu"] / flops) + 1
+    assert compile.is_worthwhile(wants(enough), device, stage=1)
+    assert not compile.is_worthwhile(wants(enough - 1), device, stage=1)
+    assert compile.is_worthwhile(wants(1, compile="always"), device, stage=1)
+    assert not compile.is_worthwhile(wants(enough, compile="never"), device, stage=1)
+    assert not compile.is_worthwhile(wants(enough), device, stage=3)
     with pytest.raises(UserError, match=r"train\.compile is always, but ZeRO stage 3 cannot be compiled"):
-        compiling.is_worthwhile(wants(1, compile="always"), device, stage=3)
+        compile.is_worthwhile(wants(1, compile="always"), device, stage=3)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from lamda.distributed import Launcher, World, read_world
-from lamda.training.stopping import Signals, StopRequests
+from lamda.training.stop_requests import Signals, StopRequests
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def test_a_signal_is_heard_while_the_main_thread_is_deep_in_a_call(tmp_path):
 
 LEAVES = """
 import os, signal, sys, threading
-from lamda.training.stopping import Signals
+from lamda.training.stop_requests import Signals
 if sys.argv[2] == "nohup":
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 with Signals() as signals:

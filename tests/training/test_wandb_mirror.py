@@ -18,9 +18,9 @@ import pytest
 import wandb
 
 from lamda.config.loading import load_config
-from lamda.training import wandb_mirror
-from lamda.training.metrics import read_metrics
-from lamda.training.wandb_mirror import WandbMirror, mirror_mode
+from lamda.storage.metrics import read_metrics
+from lamda.training import wandb_logger
+from lamda.training.wandb_logger import WandbMirror, mirror_mode
 from tests.wandb_run import Run, environment, kill_and_resume, row
 from tests.wandb_server import WandbServer
 
@@ -59,7 +59,7 @@ def server(monkeypatch):
 def limit(name):
     """A limit of the mirror's is one second instead of half a minute."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wandb_mirror, name, 1)
+        patch.setattr(wandb_logger, name, 1)
         yield
 
 
@@ -302,7 +302,7 @@ def test_disabled_touches_nothing(tmp_path, monkeypatch):
 
 
 def test_a_library_that_does_not_load_is_said_once_and_the_id_is_kept(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(wandb_mirror, "is_installed", lambda: True)
+    monkeypatch.setattr(wandb_logger, "is_installed", lambda: True)
     monkeypatch.setitem(sys.modules, "wandb", None)
     with Run(tmp_path, run_id="0badcafe") as run:
         run.train(2)

@@ -13,10 +13,10 @@ from pathlib import Path
 from statistics import median
 
 import lamda
+from lamda.cluster.checks.environment import SKEW_FAILURE, SKEW_WARNING
 from lamda.cluster.checks.finding import Finding, Subject, failure, ok, warning
 from lamda.cluster.checks.hardware import driver_version, gpu_name, nccl_version
 from lamda.cluster.checks.software import installed, requirements
-from lamda.cluster.checks.surroundings import SKEW_FAILURE, SKEW_WARNING
 from lamda.distributed import barrier, broadcast, gather
 from lamda.model.counts import parameters
 

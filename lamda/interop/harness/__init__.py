@@ -8,7 +8,7 @@ from lamda.config.schema import Config
 from lamda.distributed import World
 
 if TYPE_CHECKING:
-    from lamda.interop.harness.ranks import TasksOfRun
+    from lamda.interop.harness.in_training import TasksOfRun
 
 
 def open_benchmarks(config: Config, world: World) -> TasksOfRun | None:
@@ -18,6 +18,6 @@ def open_benchmarks(config: Config, world: World) -> TasksOfRun | None:
     """
     if not config.eval.tasks:
         return None
-    from lamda.interop.harness.ranks import TasksOfRun
+    from lamda.interop.harness.in_training import TasksOfRun
 
     return TasksOfRun.open(config, world)

@@ -9,8 +9,8 @@ from lamda.data.card import Card, load_card
 from lamda.interop.huggingface.source import Source
 from lamda.interop.huggingface.tokenization import JOINER, SPELLINGS
 from lamda.model.counts import parameters
-from lamda.training.manifest import sync_and_describe
-from lamda.training.schedule import total_steps
+from lamda.storage.commit import sync_and_describe
+from lamda.training.lr_schedule import total_steps
 from lamda.training.task import FULL
 
 _HEAD = """\

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lamda.config.errors import UserError
 from lamda.durable import sync_folder
-from lamda.training.manifest import make_fresh, seal, sync_and_describe
+from lamda.storage.commit import make_fresh, seal, sync_and_describe
 
 UNSEALED = ("README.md",)
 """What people may change afterwards."""

@@ -25,7 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from lamda.interop.huggingface.configuration import LamdaConfig
 from lamda.model.attention.bias import MAX_DISTANCE, causal_buckets
-from lamda.model.initialisation import draws
+from lamda.model.initialization import draws
 from lamda.model.layers import Embedding, Linear, RMSNorm, bias_table
 
 
@@ -139,7 +139,7 @@ class LamdaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw what a file did not bring, with the deviations of `lamda.model.initialisation`."""
+        """Draw what a file did not bring, with the deviations of `lamda.model.initialization`."""
         by_kind = draws(self.config.dimensions)
         for name, weight in module.named_parameters(recurse=False):
             kind = getattr(module, "kind", "embedding") if name == "weight" else name

@@ -10,10 +10,10 @@ from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.inference.loading import saved_config
-from lamda.training import manifest
-from lamda.training.metrics import read_metrics
-from lamda.training.run_directory import RunDirectory
-from lamda.training.state import RunState
+from lamda.storage import commit
+from lamda.storage.metrics import read_metrics
+from lamda.storage.run_directory import RunDirectory
+from lamda.storage.state import RunState
 
 
 @dataclass(frozen=True)
@@ -25,21 +25,21 @@ class Source:
 
     path: Path
     config: Config
-    manifest: dict[str, Any]
+    commit: dict[str, Any]
     state: RunState | None
     metrics: list[dict[str, Any]]
 
     @classmethod
     def of(cls, path: Path) -> Source:
         """Raises UserError where the checkpoint is damaged, by its hashes."""
-        if not (path / manifest.MANIFEST).exists():
+        if not (path / commit.MANIFEST).exists():
             return cls(path, saved_config(path), {}, None, [])
-        problem = manifest.problem_of(path)
+        problem = commit.problem_of(path)
         if problem:
             raise UserError(f"{path}: {problem}; `lamda checkpoint ls` shows the others")
-        config = load_config(["--config", str(manifest.named(path, "config.yaml"))])
-        content = manifest.read(path)
-        state = manifest.read_state(path) if manifest.STATE in content["files"] else None
+        config = load_config(["--config", str(commit.named(path, "config.yaml"))])
+        content = commit.read(path)
+        state = commit.read_state(path) if commit.STATE in content["files"] else None
         rows = read_metrics(RunDirectory(path.absolute().parents[1]).metrics) if state else []
         return cls(path, config, content, state, [row for row in rows if row["step"] <= content["step"]])
 

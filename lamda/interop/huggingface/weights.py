@@ -122,10 +122,10 @@ def masters(checkpoint: Path, config: Config) -> Read:
     Raises UserError where they are not there.
     """
     # These bring DeepSpeed with them, which weights as they are stored do not need.
-    from lamda.training import manifest
-    from lamda.training.checkpoint import SavedState, state_sizes
+    from lamda.engines.deepspeed.checkpoint import SavedState, state_sizes
+    from lamda.storage import commit
 
-    if not (checkpoint / manifest.MANIFEST).is_file() or not [*checkpoint.glob("optimizer-*.safetensors")]:
+    if not (checkpoint / commit.MANIFEST).is_file() or not [*checkpoint.glob("optimizer-*.safetensors")]:
         raise UserError(
             f"{checkpoint}: has no optimiser's state of DeepSpeed's, whose fp32 weights --dtype float32 asks for (a "
             "Flax run keeps them with Orbax); leave --dtype out"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lamda.model.attention import launch
+from lamda.model.attention import kernel_ops
 from lamda.model.attention.bias import bias_band
 
 
@@ -54,7 +54,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, band: Tensor, documents: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        out, lse = launch.band_attention(q, k, v, band, documents, near=False)
+        out, lse = kernel_ops.band_attention(q, k, v, band, documents, near=False)
         ctx.save_for_backward(q, k, v, band, documents, out, lse)
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -63,7 +63,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, band, documents, out, lse = ctx.saved_tensors
-        d_q, d_k, d_v = launch.band_attention_backward(d_out, q, k, v, band, documents, out, lse, near=False)
+        d_q, d_k, d_v = kernel_ops.band_attention_backward(d_out, q, k, v, band, documents, out, lse, near=False)
         return d_q, d_k, d_v, None, None
 
 
@@ -85,5 +85,5 @@ class _BandGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        d_band = launch.band_gradient(d_out, *ctx.saved_tensors)
+        d_band = kernel_ops.band_gradient(d_out, *ctx.saved_tensors)
         return d_out, None, None, None, None, d_band, None

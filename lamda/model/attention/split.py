@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lamda.model.attention import fused, launch
+from lamda.model.attention import fused, kernel_ops
 from lamda.model.attention.bias import BAND
 from lamda.model.attention.fused import bias, mask, with_band_gradient
 from lamda.model.attention.plain import check_plain, plain_attention, plain_attention_backward
@@ -39,7 +39,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = launch.band_attention(q, k, v, band, None, near=True)
+        out, lse = kernel_ops.band_attention(q, k, v, band, None, near=True)
         if q.shape[2] > BAND:
             far_out, far_lse = plain_attention(q[:, :, BAND:], k[:, :, :-BAND], v[:, :, :-BAND])
             near_out, near_lse = out[:, :, BAND:], lse[:, :, BAND:].clone()
@@ -54,7 +54,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, band, out, lse = ctx.saved_tensors
-        d_q, d_k, d_v = launch.band_attention_backward(d_out, q, k, v, band, None, out, lse, near=True)
+        d_q, d_k, d_v = kernel_ops.band_attention_backward(d_out, q, k, v, band, None, out, lse, near=True)
         if q.shape[2] > BAND:
             d_out, q, out, lse = (each[:, :, BAND:].contiguous() for each in (d_out, q, out, lse))
             far = plain_attention_backward(d_out, q, k[:, :, :-BAND], v[:, :, :-BAND], out, lse)

@@ -1,0 +1,122 @@
+"""The coordinate check: whether a few steps change activations by the same at every width (muP, arXiv 2203.03466).
+
+A rate carries over from a narrow model to a wide one where what a step changes has one size in both. So every
+width is trained for the same steps on the same tokens, and how far hidden states and logits have moved is set against
+the width: the exponent of a power law is 0 where they move alike, and 0.5 or 1 where a wide model moves by more.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from benchmarks import environment, write_report
+from lamda.config import ModelConfig
+from lamda.config.schema import TrainConfig
+from lamda.engines.deepspeed.optimizer import eager_kernels, make_optimizer, set_learning_rate
+from lamda.model import LaMDA
+from lamda.model.initialization import initialise
+
+PACKAGES = ("torch", "deepspeed")
+WIDTHS = (128, 256, 512, 1024)
+D_HEAD, VOCABULARY, LAYERS = 32, 256, 3
+ROWS, LENGTH = 4, 64
+WATCHED = ("attention", "feed-forward", "stream", "logits")
+
+
+def main(argv: list[str]) -> int:
+    """As `--help` says."""
+    parser = argparse.ArgumentParser(prog="benchmark.py coordinates", allow_abbrev=False)
+    parser.add_argument("--optimizer", choices=("adamw", "muon", "adafactor"), nargs="+", default=["adamw"])
+    parser.add_argument("--lr", type=float, default=4e-3, help="at the lowest width (%(default)s)")
+    parser.add_argument("--steps", type=int, default=6, help="of training (%(default)s)")
+    parser.add_argument("--json", metavar="FILE", type=Path, default=Path("benchmarks/coordinates.json"))
+    options = parser.parse_args(argv)
+    found = {
+        optimizer: {
+            name: check(optimizer, lr=options.lr, steps=options.steps, base_width=base)
+            for name, base in (("as given", None), ("base_width", min(WIDTHS)))
+        }
+        for optimizer in options.optimizer
+    }
+    report = environment(["coordinates", *argv], PACKAGES) | {"widths": WIDTHS, "optimisers": found}
+    write_report(options.json, report)
+    print("\n".join(table(found)))
+    return 0
+
+
+def check(
+    optimizer: str, *, lr: float, steps: int, base_width: int | None, widths: Sequence[int] = WIDTHS
+) -> dict[str, Any]:
+    """For each of WATCHED: the RMS of its change at every width, and the exponent of the width that fits it."""
+    train = TrainConfig(steps=steps, optimizer=optimizer, lr=lr, base_width=base_width, weight_decay=0)
+    moved = [changes(width, train, steps=steps) for width in widths]
+    return {
+        name: {"rms": (sizes := [each[name] for each in moved]), "exponent": exponent(widths, sizes)}
+        for name in WATCHED
+    }
+
+
+def exponent(widths: Sequence[int], sizes: Sequence[float]) -> float:
+    """The slope of log(size) over log(width), by least squares."""
+    return float(np.polyfit(np.log(widths), np.log(sizes), 1)[0])
+
+
+def changes(width: int, train: TrainConfig, *, steps: int) -> dict[str, float]:
+    """The RMS of what `steps` steps on one batch of random tokens change in the last block and after it."""
+    model = LaMDA(
+        ModelConfig(
+            vocab_size=VOCABULARY,
+            d_model=width,
+            n_layers=LAYERS,
+            n_heads=width // D_HEAD,
+            d_head=D_HEAD,
+            d_ff=4 * width,
+        )
+    )
+    initialise(model, seed=0, base_width=train.base_width)
+    draw = torch.Generator().manual_seed(0)
+    ids_BL = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), generator=draw)
+    before = watch(model, ids_BL[:, :-1])
+    optimizer = make_optimizer(model, train)
+    set_learning_rate(optimizer, train.lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        logits_BLV = model(ids_BL[:, :-1])
+        functional.cross_entropy(logits_BLV.flatten(0, 1), ids_BL[:, 1:].flatten()).backward()
+        with eager_kernels(train):
+            optimizer.step()
+    after = watch(model, ids_BL[:, :-1])
+    return {name: float((after[name] - before[name]).square().mean().sqrt()) for name in WATCHED}
+
+
+@torch.no_grad()
+def watch(model: LaMDA, tokens_BL: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the last block's halves add, the stream after it, and the logits."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, module: torch.nn.Module) -> torch.utils.hooks.RemovableHandle:
+        return module.register_forward_hook(lambda _module, _inputs, output: seen.__setitem__(name, output.clone()))
+
+    last = model.layers[-1]
+    watched = zip(WATCHED, (last.attention, last.feed_forward, last), strict=False)
+    handles = [keep(name, module) for name, module in watched]
+    seen["logits"] = model(tokens_BL)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def table(found: dict[str, dict[str, Any]]) -> Iterable[str]:
+    """A row for each optimiser and way: the exponents."""
+    yield f"{'exponent of the width':24}" + "".join(f"{name:>14}" for name in WATCHED)
+    for optimizer, ways in found.items():
+        for way, rows in ways.items():
+            cells = "".join(f"{rows[name]['exponent']:14.2f}" for name in WATCHED)
+            yield f"{optimizer + ', ' + way:24}" + cells

@@ -1,0 +1,140 @@
+"""`benchmark.py flax`: a configuration's training step in JAX and in plain PyTorch, in turn, in one run.
+
+Both compute the same mathematics on the same random rows (`benchmarks.plain_loop`), in the precision that
+DeepSpeed's file asks for; the ratio is the median of the rounds', so that whatever else the machine does meets both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import environment, write_report
+from benchmarks.plain_loop import PlainLoop
+from lamda.config import ds_config
+from lamda.config.loading import load_config
+from lamda.config.schema import Config
+from lamda.data.loader import MicroBatch, Step
+from lamda.distributed import stop
+from lamda.engines.deepspeed import compile
+from lamda.engines.flax.framework import Flax
+from lamda.model.counts import flops_per_token, parameters
+
+PACKAGES = ("torch", "jax", "flax", "optax")
+WARM_UP = 3
+
+
+def main(argv: list[str]) -> int:
+    """As `--help` says; raises UserError."""
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py flax", allow_abbrev=False, epilog="--config FILE and --section.key VALUE as in pretrain.py"
+    )
+    parser.add_argument("--steps", type=int, default=10, help="that count, after 3 that do not (%(default)s)")
+    parser.add_argument("--alone", action="store_true", help="JAX alone: where PyTorch has no such device (TPU)")
+    parser.add_argument("--json", metavar="FILE", type=Path, default=Path("benchmarks/flax.json"), help="(%(default)s)")
+    options, rest = parser.parse_known_args(argv)
+    config = load_config(rest)
+    report = environment(["flax", *argv], PACKAGES) | measure(config, steps=options.steps, alone=options.alone)
+    write_report(options.json, report)
+    print(markdown(report))
+    return 0
+
+
+def measure(config: Config, *, steps: int, alone: bool) -> dict[str, Any]:
+    """Seconds of `steps` steps in each framework, and their ratio."""
+    flax = Flax()
+    world = flax.world()
+    flax.check(config, world)
+    engine = flax.engine(config, world=world, device=flax.start(config, world), domains=1)
+    is_bf16 = ds_config.is_bf16(ds_config.read(config))
+    beside = None if alone else _plain(config, is_bf16=is_bf16)
+    rounds: dict[str, list[float]] = {"jax": [], "pytorch": []}
+    for step in _random_steps(config, count=WARM_UP + steps):
+        began = time.perf_counter()
+        engine.step(step, learning_rate=config.train.lr).loss()
+        rounds["jax"].append(time.perf_counter() - began)
+        if beside is not None:
+            rounds["pytorch"].append(_timed(beside, step, rate=config.train.lr))
+    stop()
+    tokens = config.train.global_batch_size * config.data.sequence_length
+    flops = tokens * flops_per_token(config.model, config.data.sequence_length) / engine.devices
+    seconds = {name: median(each[WARM_UP:]) for name, each in rounds.items() if each}
+    counted = zip(rounds["jax"][WARM_UP:], rounds["pytorch"][WARM_UP:], strict=not alone)
+    return {
+        "device": _device_kind(),
+        "devices": engine.devices,
+        "mesh": dict(engine.mesh.shape),
+        "model": config.model.dimensions,
+        "parameters": parameters(config.model),
+        "rows": {
+            "length": config.data.sequence_length,
+            "micro_batch": config.train.micro_batch_size,
+            "batch": config.train.global_batch_size,
+        },
+        "how": {"bf16": is_bf16, "recompute": config.train.recompute, "pytorch_attention": config.model.attention},
+        "step_seconds": seconds,
+        "first_step_seconds": {name: each[0] for name, each in rounds.items() if each},
+        "tokens_per_second": {name: tokens / each for name, each in seconds.items()},
+        "mfu": flops / seconds["jax"] / engine.peak_flops if engine.peak_flops else None,
+        "jax_to_pytorch": [jax / pytorch for jax, pytorch in counted],
+    }
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table of a report, with what it was measured on."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    rows, precision = report["rows"], "bf16" if report["how"]["bf16"] else "fp32"
+    lines = [
+        f"`{report['command']}` at {report['commit']}, {report['devices']} x {report['device']} ({report['cpu']}, "
+        f"{report['cores']} cores), {versions}.",
+        f"{report['parameters']:,} parameters, micro-batch {rows['micro_batch']} x {rows['length']}, batch "
+        f"{rows['batch']}, {precision}.",
+        "",
+        "| | tokens/s | step | the first step |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, seconds in report["step_seconds"].items():
+        first, rate = report["first_step_seconds"][name], report["tokens_per_second"][name]
+        lines.append(f"| {name} | {rate:,.0f} | {seconds:.3f} s | {first:.1f} s |")
+    if ratios := report["jax_to_pytorch"]:
+        spread = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        lines.append(f"\nA step in JAX / the same in plain PyTorch: {spread}.")
+    return "\n".join(lines)
+
+
+def _device_kind() -> str:
+    import jax
+
+    return jax.devices()[0].device_kind
+
+
+def _plain(config: Config, *, is_bf16: bool) -> PlainLoop:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compiled = compile.is_worthwhile(config, device, stage=0)
+    return PlainLoop(config, device=device, dtype=torch.bfloat16 if is_bf16 else torch.float32, compiled=compiled)
+
+
+def _timed(loop: PlainLoop, step: Step, *, rate: float) -> float:
+    began = time.perf_counter()
+    ids_MBL = torch.stack([torch.from_numpy(part.ids.astype("int64")) for part in step.micro_batches])
+    loop.step(ids_MBL.to(loop.device), learning_rate=rate)
+    if loop.device.type == "cuda":
+        torch.cuda.synchronize(loop.device)
+    return time.perf_counter() - began
+
+
+def _random_steps(config: Config, *, count: int) -> Iterator[Step]:
+    random = np.random.default_rng(config.run.seed)
+    batch, micro, length = config.train.global_batch_size, config.train.micro_batch_size, config.data.sequence_length
+    for number in range(count):
+        ids = random.integers(config.model.vocab_size, size=(batch // micro, micro, length + 1)).astype(np.uint32)
+        scored, domains = np.ones(ids[..., 1:].shape, bool), np.zeros(ids[..., 1:].shape, np.int16)
+        rows = tuple(map(MicroBatch, ids, scored, domains))
+        yield Step(rows, np.arange(batch), np.zeros((batch, 32), np.uint8), consumed=(number + 1) * batch)

@@ -1,0 +1,50 @@
+"""The same training step in plain PyTorch on one device, to see what an engine around it costs."""
+
+from __future__ import annotations
+
+import torch
+
+from lamda.config.schema import Config
+from lamda.engines.deepspeed import compile
+from lamda.engines.deepspeed.optimizer import eager_kernels, make_optimizer, set_learning_rate
+from lamda.model import LaMDA
+from lamda.model.initialization import initialise
+
+
+class PlainLoop:
+    """bf16 (or fp32) weights with fp32 masters, fp32 accumulation, clipping, and the run's own optimiser."""
+
+    def __init__(self, config: Config, *, device: torch.device, dtype: torch.dtype, compiled: bool) -> None:
+        self._config, self.device = config, device
+        self._model = LaMDA(config.model, recompute=config.train.recompute)
+        initialise(self._model, seed=config.run.seed, base_width=config.train.base_width)
+        self._model.to(device)
+        self._optimizer = make_optimizer(self._model, config.train)
+        self._masters = list(self._model.parameters())
+        self._working = LaMDA(config.model, recompute=config.train.recompute).to(device, dtype)
+        self._copy_back()
+        if compiled:
+            compile.compile_blocks(self._working)
+
+    def step(self, ids_MBL: torch.Tensor, *, learning_rate: float) -> None:
+        """One step over micro-batches of ids [M, b, L+1]."""
+        set_learning_rate(self._optimizer, learning_rate)
+        targets = ids_MBL[..., 1:].numel()
+        for ids_BL in ids_MBL:
+            nats_BL, partition_BL = self._working(ids_BL[:, :-1], targets_BL=ids_BL[:, 1:])
+            ((nats_BL + self._config.train.z_loss * partition_BL.square()).sum() / targets).backward()
+            for master, parameter in zip(self._masters, self._working.parameters(), strict=True):
+                if master.grad is None:
+                    master.grad = parameter.grad.float()
+                else:
+                    master.grad += parameter.grad
+                parameter.grad = None
+        torch.nn.utils.clip_grad_norm_(self._masters, self._config.train.gradient_clipping)
+        with eager_kernels(self._config.train):
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._copy_back()
+
+    def _copy_back(self) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(list(self._working.parameters()), self._masters)

@@ -1,0 +1,261 @@
+"""`benchmark.py train`: a configuration's training step beside the matrix rate of the same device, in one run.
+
+model FLOP/s = tokens/s x (6 x matrices + 6 x layers x L x heads x head width): the backward pass is twice
+the forward, causal attention counts half, recomputation counts nothing. The rate beside it is of the model's
+own five products and their gradients, as often as a step has them, measured after every step: the share is the
+median of the steps' ratios, so that whatever else the machine does meets both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks import environment, gemm, read_report, write_report
+from benchmarks.plain_loop import PlainLoop
+from lamda import distributed
+from lamda.config.errors import UserError
+from lamda.config.loading import load_config
+from lamda.config.schema import Config
+from lamda.data.loader import Step
+from lamda.dialog.examples import form_of
+from lamda.distributed import World
+from lamda.engines.deepspeed.engine import Engine
+from lamda.model.counts import flops_per_token, parameters
+from lamda.storage.metrics import peak_flops
+from lamda.storage.run_directory import RunDirectory
+from lamda.storage.state import RunState
+from lamda.training.inputs import Text
+
+PACKAGES = ("torch", "deepspeed")
+WARM_UP = 3
+PARTS = ("data wait", "forward", "backward", "optimiser", "rest")
+
+
+def main(argv: list[str]) -> int:
+    """As `--help` says; raises UserError."""
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py train", allow_abbrev=False, epilog="--config FILE and --section.key VALUE as in pretrain.py"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="that count, after 3 that do not (%(default)s)")
+    parser.add_argument("--gemm-seconds", type=float, default=60.0, help="of matrix products (%(default)s)")
+    parser.add_argument("--plain", action="store_true", help="the same step in plain PyTorch too, in turn with ours")
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, default=Path("benchmarks/train.json"), help="(%(default)s)"
+    )
+    parser.add_argument("--markdown", action="store_true", help="measure nothing, print the table of --json FILE")
+    options, rest = parser.parse_known_args(argv)
+    if options.markdown:
+        print(markdown(read_report(options.json)))
+        return 0
+    world = distributed.read_world()
+    measured = measure(load_config(rest), world, steps=options.steps, seconds=options.gemm_seconds, plain=options.plain)
+    if world.is_main:
+        report = environment(["train", *argv], PACKAGES) | measured
+        write_report(options.json, report)
+        print(markdown(report))
+    return 0
+
+
+def measure(config: Config, world: World, *, steps: int, seconds: float, plain: bool) -> dict[str, Any]:
+    """What rank 0 tells of `steps` steps on all ranks."""
+    if plain and world.size > 1:
+        raise UserError("--plain: the plain loop runs on one rank")
+    device = distributed.start(world, threads=config.run.threads)
+    with ExitStack() as stack:
+        stack.callback(distributed.stop)
+        folder = Path(distributed.broadcast(stack.enter_context(tempfile.TemporaryDirectory())))
+        text = Text.open(config, _directory(folder, world), world, form=form_of(config))
+        engine = Engine(config, world=world, device=device, domains=len(text.domains) + 1)
+        dtype = torch.bfloat16 if engine.is_bf16 else torch.float32
+        rows = config.train.micro_batch_size * config.data.sequence_length
+        before = _allocated(device)
+        products = gemm.MatrixRate(config.model, rows=rows, device=device, dtype=dtype)
+        loader = stack.enter_context(text.loader(config, world, RunState()))
+        beside = PlainLoop(config, device=device, dtype=dtype, compiled=engine.is_compiled) if plain else None
+        others = _allocated(device) - before
+        rounds = list(_rounds(engine, iter(loader), products, steps=steps, slice_=seconds / steps, beside=beside))
+        for each in rounds:
+            each["bytes"] -= others
+    return _report(config, engine, products, rounds)
+
+
+def _directory(folder: Path, world: World) -> RunDirectory:
+    directory = RunDirectory(folder / "run")
+    distributed.on_main(world, directory.create)
+    return directory
+
+
+def _rounds(
+    engine: Engine,
+    batches: Iterator[Step],
+    products: gemm.MatrixRate,
+    *,
+    steps: int,
+    slice_: float,
+    beside: PlainLoop | None,
+) -> Iterator[dict[str, float]]:
+    """Seconds of a step and of its parts, from fetching its batch to its figures, and the matrix rate after it."""
+    rate = engine.config.train.lr
+    for number, (waited, step) in enumerate(islice(_fetched(batches), WARM_UP + steps)):
+        if engine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(engine.device)
+        clock = Clock(engine.device)
+        engine.step(step, learning_rate=rate, at=clock.mark).loss()
+        found = {"data wait": waited, **clock.parts(), "bytes": float(_peak_memory(engine.device))}
+        if beside is not None:
+            found["plain"] = _timed_plain(beside, step, engine.device, rate)
+        if number >= WARM_UP:
+            found["matrix rate"] = products.measure(slice_)
+        yield found
+
+
+def _fetched(batches: Iterator[Step]) -> Iterator[tuple[float, Step]]:
+    while True:
+        began = time.perf_counter()
+        step = next(batches)
+        yield time.perf_counter() - began, step
+
+
+def _timed_plain(loop: PlainLoop, step: Step, device: torch.device, rate: float) -> float:
+    began = time.perf_counter()
+    ids = torch.stack([torch.from_numpy(part.ids.astype("int64")) for part in step.micro_batches]).to(device)
+    loop.step(ids, learning_rate=rate)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+class Clock:
+    """When a step reached each of its points; on a GPU, when the GPU did."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+        self.mark("begin")
+
+    def mark(self, point: str, _: torch.Tensor | None = None) -> None:
+        """The step is at `point` (`Engine.step` tells)."""
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((point, event))
+        else:
+            self._marks.append((point, time.perf_counter()))
+
+    def parts(self) -> dict[str, float]:
+        """Seconds from each point to the next, added up by kind, and of the whole step."""
+        self.mark("end")
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        kinds = {"forward": "forward", "loss": "backward", "backward": "optimiser"}
+        parts = {"forward": 0.0, "backward": 0.0, "optimiser": 0.0, "rest": 0.0}
+        for (point, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+            parts[kinds.get(point, "rest")] += self._between(start, end)
+        return {**parts, "whole": sum(parts.values())}
+
+    def _between(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
+
+
+def _allocated(device: torch.device) -> int:
+    """Bytes of a GPU that are in use, 0 on a CPU: what else this benchmark holds there is no part of a step."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's allocator since the step began, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _report(
+    config: Config, engine: Engine, products: gemm.MatrixRate, rounds: list[dict[str, float]]
+) -> dict[str, Any]:
+    train, length, ranks = config.train, config.data.sequence_length, engine.world.size
+    counted = rounds[WARM_UP:]
+    tokens = train.global_batch_size * length
+    flops = tokens * flops_per_token(config.model, length) / ranks
+    seconds = [each["whole"] + each["data wait"] for each in counted]
+    shares = [flops / took / each["matrix rate"] for took, each in zip(seconds, counted, strict=True)]
+    on_gpu = engine.device.type == "cuda"
+    name = torch.cuda.get_device_name(engine.device) if on_gpu else "CPU"
+    peak = peak_flops(name) if on_gpu else None
+    step = median(seconds)
+    report = {
+        "device": name,
+        "ranks": ranks,
+        "threads": torch.get_num_threads(),
+        "model": config.model.dimensions,
+        "parameters": parameters(config.model),
+        "rows": {"length": length, "micro_batch": train.micro_batch_size, "batch": train.global_batch_size},
+        "how": {
+            "attention": config.model.attention,
+            "compiled": engine.is_compiled,
+            "recompute": train.recompute,
+            "optimizer": train.optimizer,
+            "zero_stage": engine.stage,
+            "bf16": engine.is_bf16,
+        },
+        "matrix_rate": products.report(),
+        "step_seconds": step,
+        "first_step_seconds": rounds[0]["whole"],
+        "tokens_per_second": tokens / step,
+        "model_flops_per_second": flops / step,
+        "share_of_matrix_rate": {"median": median(shares), "rounds": shares},
+        "mfu": flops / step / peak if peak else None,
+        "peak_memory_bytes": int(rounds[WARM_UP - 1]["bytes"]),
+        "parts": {part: median(each[part] for each in counted) for part in PARTS},
+    }
+    if "plain" in counted[0]:
+        ratios = [each["whole"] / each["plain"] for each in counted]
+        report["engine_to_plain"] = {"median": median(ratios), "rounds": ratios}
+    return report
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table of a report, with what it was measured on."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    rows, how, step = report["rows"], report["how"], report["step_seconds"]
+    mfu = "none (no data sheet for this device)" if report["mfu"] is None else f"{report['mfu']:.1%}"
+    lines = [
+        ("tokens/s", f"{report['tokens_per_second']:,.0f}"),
+        ("model TFLOP/s a rank", f"{report['model_flops_per_second'] / 1e12:.3g}"),
+        ("matrix rate, TFLOP/s a rank", f"{report['matrix_rate']['flops_per_second'] / 1e12:.3g}"),
+        ("share of the matrix rate", _with_spread(report["share_of_matrix_rate"], ".1%")),
+        ("MFU", mfu),
+        ("peak memory a rank", f"{report['peak_memory_bytes'] / 1e9:.2f} GB"),
+        ("step", f"{step:.3f} s (the first {report['first_step_seconds']:.1f} s)"),
+        *((f"- {part}", f"{seconds / step:.1%}") for part, seconds in report["parts"].items()),
+    ]
+    if "engine_to_plain" in report:
+        lines.append(("step under the engine / plain PyTorch", _with_spread(report["engine_to_plain"], ".3f")))
+    kind = f"{'bf16' if how['bf16'] else 'fp32'}, ZeRO {how['zero_stage']}, {how['optimizer']}"
+    way = f"{'compiled' if how['compiled'] else 'eager'}, attention {how['attention']}, recompute {how['recompute']}"
+    return "\n".join(
+        [
+            f"`{report['command']}` at {report['commit']}, {report['ranks']} x {report['device']} ({report['cpu']}, "
+            f"{report['cores']} cores, {report['threads']} threads a rank), {versions}.",
+            f"{report['parameters']:,} parameters, micro-batch {rows['micro_batch']} x {rows['length']}, batch "
+            f"{rows['batch']}; {kind}; {way}.",
+            "",
+            "| | |",
+            "|---|---:|",
+            *(f"| {name} | {value} |" for name, value in lines),
+        ]
+    )
+
+
+def _with_spread(ratio: dict[str, Any], form: str) -> str:
+    return f"{ratio['median']:{form}} ({min(ratio['rounds']):{form}} to {max(ratio['rounds']):{form}})"

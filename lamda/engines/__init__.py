@@ -1,0 +1,1 @@
+"""Engines: one optimizer step, scores and checkpoints on a framework; `protocol` is what training sees of one."""

@@ -1,0 +1,144 @@
+"""The optimiser's state by parameter name, whatever ZeRO stage holds it.
+
+DeepSpeed flattens parameters and gives each rank a stretch of them. A fragment is the piece of one
+parameter that a rank owns: its fp32 weights and the optimiser's state of them, as views to read and to
+fill. Saving and loading go through fragments alone, so that stages and numbers of ranks may change in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from deepspeed import DeepSpeedEngine
+
+from lamda.engines.deepspeed.optimizer import State, fresh_state
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements `start` to `start + len` of the flattened parameter `name`.
+
+    tensors: "weight" and whatever state an element has, [numel] fp32 views of the optimiser's own memory; of a
+    parameter that is not trained "frozen" alone, a view of all of it, in its own precision.
+    factors: state of the parameter as a whole (Adafactor's rows and columns), flat; the fragment is whole then.
+    is_owner: whether this rank saves it (rank 0 saves what every rank holds: all at stage 0, and what is frozen).
+    """
+
+    name: str
+    start: int
+    tensors: State
+    factors: State
+    is_owner: bool = True
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The piece itself, without the state."""
+        return self.tensors["weight" if "weight" in self.tensors else "frozen"]
+
+    @property
+    def numel(self) -> int:
+        """Elements of this piece."""
+        return self.weight.numel()
+
+
+def reset_state(engine: DeepSpeedEngine, *, optimizer: str, updates: int) -> None:
+    """Give every parameter that the optimiser of this rank sees the state of none, after `updates` steps."""
+    base = engine.basic_optimizer
+    for group, parameter in _flat_parameters(engine):
+        is_muon = group.get("use_muon", False)
+        # Muon counts no steps; whatever else runs fused keeps its counter on the device.
+        device = parameter.device if group.get("fused") else torch.device("cpu")
+        counter = {} if is_muon else {"step": torch.tensor(float(updates), device=device)}
+        base.state[parameter] = {**counter, **fresh_state(parameter.detach(), optimizer=optimizer, is_muon=is_muon)}
+
+
+def fragments(engine: DeepSpeedEngine) -> Iterator[Fragment]:
+    """This rank's fragments, frozen ones first, in the model's order; state must exist (`reset_state`)."""
+    stage, named = engine.zero_optimization_stage(), []
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            named.append((name, parameter))
+        else:
+            yield Fragment(name, 0, {"frozen": parameter.detach().view(-1)}, {}, is_owner=engine.global_rank == 0)
+    if stage == 0:
+        yield from _whole(engine, named)
+    elif stage == 3:
+        yield from _partitioned(engine, named)
+    else:
+        yield from _flattened(engine, named)
+
+
+def publish_weights(engine: DeepSpeedEngine) -> None:
+    """After the fp32 weights were filled: bring them into the parameters that the model computes with."""
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if stage in (1, 2):
+        optimizer.update_lp_params()
+    elif stage == 3:
+        for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if hasattr(optimizer, "persistent_parameters") and optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    elif _has_masters(engine):
+        for narrow, wide in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for parameter, master in zip(narrow, wide, strict=True):
+                parameter.data.copy_(master.data)
+
+
+def _has_masters(engine: DeepSpeedEngine) -> bool:
+    return hasattr(engine.optimizer, "fp32_groups")
+
+
+def _flat_parameters(engine: DeepSpeedEngine) -> list[tuple[dict, torch.Tensor]]:
+    """What the optimiser moves, each with its group."""
+    groups = engine.basic_optimizer.param_groups
+    if engine.zero_optimization_stage() == 3:  # its pieces are no groups' own; AdamW alone is there
+        return [(groups[0], parameter) for parameter in engine.optimizer.fp32_partitioned_groups_flat]
+    return [(group, parameter) for group in groups for parameter in group["params"]]
+
+
+def _views(weight: torch.Tensor, state: State, *, start: int, numel: int) -> State:
+    flat = {"weight": weight.detach().view(-1)}
+    flat |= {kind: tensor.view(-1) for kind, tensor in state.items() if tensor.numel() == weight.numel()}
+    return {kind: tensor.narrow(0, start, numel) for kind, tensor in flat.items() if kind != "step"}
+
+
+def _factors(weight: torch.Tensor, state: State) -> State:
+    others = {kind: tensor.view(-1) for kind, tensor in state.items() if tensor.numel() != weight.numel()}
+    return {kind: tensor for kind, tensor in others.items() if kind != "step"}
+
+
+def _whole(engine: DeepSpeedEngine, named: list[tuple[str, torch.nn.Parameter]]) -> Iterator[Fragment]:
+    masters = {}
+    if _has_masters(engine):
+        for narrow, wide in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
+            masters.update({id(parameter): master for parameter, master in zip(narrow, wide, strict=True)})
+    for name, parameter in named:
+        weight = masters.get(id(parameter), parameter)
+        state = engine.basic_optimizer.state[weight]
+        tensors = _views(weight, state, start=0, numel=weight.numel())
+        yield Fragment(name, 0, tensors, _factors(weight, state), is_owner=engine.global_rank == 0)
+
+
+def _flattened(engine: DeepSpeedEngine, named: list[tuple[str, torch.nn.Parameter]]) -> Iterator[Fragment]:
+    flat = [parameter for _, parameter in _flat_parameters(engine)]
+    for name, parameter in named:
+        mapping = parameter._hp_mapping
+        if mapping is not None:
+            whole = flat[mapping.param_group_index]
+            place = mapping.hp_fragment_address
+            tensors = _views(whole, engine.basic_optimizer.state[whole], start=place.start, numel=place.numel)
+            yield Fragment(name, mapping.lp_fragment_address.start, tensors, {})
+
+
+def _partitioned(engine: DeepSpeedEngine, named: list[tuple[str, torch.nn.Parameter]]) -> Iterator[Fragment]:
+    optimizer = engine.optimizer
+    for name, parameter in named:
+        group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = engine.global_rank * length
+        numel = min(length, parameter.ds_numel - start)
+        if numel > 0:
+            whole = optimizer.fp32_partitioned_groups_flat[group]
+            tensors = _views(whole, engine.basic_optimizer.state[whole], start=offset, numel=numel)
+            yield Fragment(name, start, tensors, {})

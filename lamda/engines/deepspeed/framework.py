@@ -1,0 +1,55 @@
+"""DeepSpeed as the framework of a run; it is loaded by the time it is needed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lamda import distributed
+from lamda.config import ds_config
+from lamda.config.batches import micro_batches_per_rank
+from lamda.config.schema import Config
+from lamda.distributed import World
+from lamda.durable import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from lamda.engines.deepspeed.engine import Engine
+
+
+class DeepSpeed:
+    """See `lamda.engines.protocol.Framework`."""
+
+    name = "deepspeed"
+
+    def world(self) -> World:
+        """The place that the launcher gave this process."""
+        return distributed.read_world()
+
+    def check(self, config: Config, world: World) -> None:
+        """Batches that the ranks can share, and DeepSpeed's own file."""
+        micro_batches_per_rank(config.train, world=world.size)
+        ds_config.build(config, world=world.size)
+
+    def start(self, config: Config, world: World) -> torch.device:
+        """Join the process group; the device is the one that trains."""
+        from lamda.model.attention.backends import check_backend
+
+        distributed.choose_accelerator()
+        device = distributed.start(world, threads=config.run.threads)
+        distributed.on_main(world, lambda: check_backend(config.model.attention, device, training=True))
+        return device
+
+    def engine(
+        self,
+        config: Config,
+        *,
+        world: World,
+        device: torch.device,
+        domains: int,
+        progress: Progress = lambda: None,
+    ) -> Engine:
+        """The model under DeepSpeed."""
+        from lamda.engines.deepspeed.engine import Engine
+
+        return Engine(config, world=world, device=device, domains=domains, progress=progress)

@@ -1,0 +1,81 @@
+"""LoRA (Hu et al., arXiv 2106.09685), `train.lora_rank`: the model stays as it is, products beside its matrices learn.
+
+    y = W x + B A x      W [outputs, inputs] frozen, A [rank, inputs], B [outputs, rank]
+
+B starts at zero, and so the model as it was. The paper's factor alpha / rank is 1: beside AdamW it acts as a learning
+rate does. Each of a block's matrices has a pair of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lamda.config.schema import Config
+from lamda.model import LaMDA
+from lamda.model.initialization import generator
+from lamda.model.layers import Linear
+from lamda.model.weights import is_matrix, weight_shapes
+
+
+class Adapted(nn.Module):
+    """A frozen matrix [outputs, inputs], under the name that it had, and its adapter."""
+
+    def __init__(self, weight: nn.Parameter, *, rank: int) -> None:
+        super().__init__()
+        outputs, inputs = weight.shape
+        self.weight = weight.requires_grad_(requires_grad=False)
+        self.lora_a, self.lora_b = Linear(inputs, rank), Linear(rank, outputs)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """The product with x [..., inputs]: [..., outputs]."""
+        return functional.linear(x_BLD, self.weight) + self.lora_b(self.lora_a(x_BLD))
+
+    def merged(self) -> Tensor:
+        """The one matrix that computes the same: added in fp32, in the weight's precision."""
+        product = self.lora_b.weight.detach().float() @ self.lora_a.weight.detach().float()
+        return product.add_(self.weight).to(self.weight.dtype)
+
+
+@torch.no_grad()
+def adapt(model: LaMDA, *, rank: int, seed: int) -> None:
+    """Freeze the model and put an adapter beside each of the blocks' matrices.
+
+    A's entries have the variance 1 / inputs, so that A x is as large as x; they depend on the seed and their name
+    alone, as those of `lamda.model.initialization`.
+    """
+    model.requires_grad_(requires_grad=False)
+    matrices = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
+    for name, matrix in matrices:
+        adapted = Adapted(matrix.weight, rank=rank)
+        a, b = adapted.lora_a.weight, adapted.lora_b.weight
+        a.copy_(torch.empty(a.shape).normal_(0.0, a.shape[1] ** -0.5, generator=generator(seed, f"{name}.lora_a")))
+        b.zero_()
+        model.set_submodule(name, adapted)
+
+
+def merged(model: LaMDA, name: str) -> Tensor:
+    """The parameter of that name; a matrix with its adapter, where it has one."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return owner.merged() if isinstance(owner, Adapted) else model.get_parameter(name).detach()
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is an adapter's."""
+    return ".lora_" in name
+
+
+def trained_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """`weight_shapes` of the model as a run trains it: with the adapters' matrices."""
+    shapes = weight_shapes(config.model)
+    if config.train.lora_rank == 0:
+        return shapes
+    adapters = {}
+    for name, shape in shapes.items():
+        if is_matrix(name):
+            outputs, inputs = shape
+            stem = name.removesuffix("weight")
+            adapters[f"{stem}lora_a.weight"] = (config.train.lora_rank, inputs)
+            adapters[f"{stem}lora_b.weight"] = (outputs, config.train.lora_rank)
+    return shapes | adapters

@@ -1,0 +1,111 @@
+"""The optimisers: AdamW, DeepSpeed's Muon with AdamW beside it, and Adafactor; their groups, rates and states.
+
+Every optimizer sees the model in parts, each with a rate of its own (`lamda.engines.param_groups`). Only the blocks'
+matrices decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+from lamda.config.schema import TrainConfig
+from lamda.engines.param_groups import ADAFACTOR_EPS, ADAMW_RMS, MUON_MOMENTUM, rate_scales, weight_decays
+from lamda.model import LaMDA
+from lamda.model.weights import Part, part_of
+
+State = dict[str, torch.Tensor]
+
+
+def make_optimizer(model: LaMDA, train: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser of a model. The rate starts at 0: `set_learning_rate` gives each step its own."""
+    scales = rate_scales(train, model.config)
+    decays = weight_decays(train, scales)
+    groups: dict[Part, dict] = {
+        part: {"params": [], "weight_decay": decays[part], "scale": scale} for part, scale in scales.items()
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[part_of(name)]["params"].append(parameter)
+    groups = {part: group for part, group in groups.items() if group["params"]}
+    if train.optimizer == "muon":
+        matrices = [groups.pop(part) for part in ("query", "matrices") if part in groups]
+        return make_muon(matrices, list(groups.values()), train)
+    if train.optimizer == "adafactor":
+        return torch.optim.Adafactor(groups.values(), lr=0.0, eps=ADAFACTOR_EPS)
+    return torch.optim.AdamW(groups.values(), lr=0.0, **_adamw_numbers(train))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group this rate times its scale; the schedule is a function of the step and keeps no state."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
+
+
+def fresh_state(like: torch.Tensor, *, optimizer: str, is_muon: bool) -> State:
+    """The state of `like` before the first step, but for its counter.
+
+    like: a parameter, or a flat stretch of several of one group. is_muon: whether Muon moves it (else AdamW, or
+    Adafactor, whose factors are a row's and a column's mean squares and ask for the whole parameter).
+    """
+    if is_muon:
+        return {"momentum_buffer": torch.zeros_like(like)}
+    if optimizer != "adafactor":
+        return {moment: torch.zeros_like(like) for moment in ("exp_avg", "exp_avg_sq")}
+    if like.ndim < 2:
+        return {"variance": torch.zeros_like(like)}
+    return {"row_var": like.new_zeros(like.shape[0], 1), "col_var": like.new_zeros(1, like.shape[1])}
+
+
+def eager_kernels(train: TrainConfig) -> AbstractContextManager[object]:
+    """DeepSpeed marks Muon's kernels for compiling, a minute on a CPU for a few products of matrices: not here."""
+    return torch.compiler.set_stance("force_eager") if train.optimizer == "muon" else nullcontext()
+
+
+def make_muon(matrices: Iterable[dict], others: Iterable[dict], train: TrainConfig) -> MuonWithAuxAdam:
+    """Muon for groups of matrices, AdamW for other groups; each has `params`, `scale` and `weight_decay`."""
+    numbers = _adamw_numbers(train)
+    adamw = {key: numbers[key] for key in ("betas", "eps")}
+    groups = [split for group in matrices for split in _by_inputs(group)]
+    groups += [{**group, **adamw, "use_muon": False, "lr": 0.0} for group in others]
+    optimizer = MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"lr": 0.0, **numbers})
+    optimizer.step = partial(_step_with_gradients, optimizer, optimizer.step)
+    return optimizer
+
+
+def _step_with_gradients(optimizer: MuonWithAuxAdam, step: Callable[..., object], *args: object) -> None:
+    """DeepSpeed's Muon takes missing gradients for zeros: momentum and decay would move the weights in a refused step.
+
+    No subclass, because DeepSpeed knows the optimizers that it has tested with ZeRO by their exact class.
+    """
+    if any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"]):
+        step(*args)
+
+
+def _by_inputs(group: dict) -> Iterator[dict]:
+    """Groups of matrices with one number of inputs, whose updates get the RMS of AdamW's.
+
+    An orthogonal [m, n] has an RMS of 1 / sqrt(max(m, n)); DeepSpeed multiplies it by sqrt(max(1, m/n)), which makes
+    1 / sqrt(n) of it. So n inputs ask for a scale of ADAMW_RMS sqrt(n). Decay is in units of the plain rate.
+    """
+    of_inputs: dict[int, list[torch.nn.Parameter]] = {}
+    for matrix in group["params"]:
+        of_inputs.setdefault(matrix.shape[1], []).append(matrix)
+    for inputs, alike in of_inputs.items():
+        to_adamw = ADAMW_RMS * inputs**0.5
+        yield {
+            "params": alike,
+            "use_muon": True,
+            "lr": 0.0,
+            "momentum": MUON_MOMENTUM,
+            "weight_decay": group["weight_decay"] / to_adamw,
+            "scale": group["scale"] * to_adamw,
+        }
+
+
+def _adamw_numbers(train: TrainConfig) -> dict[str, object]:
+    return {"betas": (train.beta1, train.beta2), "eps": train.eps, "fused": True}

@@ -1,0 +1,70 @@
+"""The state of a Flax run in a checkpoint: Orbax keeps what training needs, `model.safetensors` what everybody reads.
+
+    state/              fp32 weights and the optimiser's state, written by Orbax, each process its own parts
+    model.safetensors   the weights that the model computes with, by plain name
+
+Orbax reads a state back onto any mesh. Whether a checkpoint is complete, its manifest tells
+(`lamda.storage.commit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from jax.typing import DTypeLike
+
+from lamda.config.errors import UserError
+from lamda.engines.flax.step import TrainState
+from lamda.engines.flax.weights import plain_weights, save_weights
+from lamda.inference.loading import WEIGHTS
+from lamda.storage.manifest import read
+
+STATE = "state"
+
+
+class Checkpointer:
+    """Writes one checkpoint at a time, and reads them. Every process makes the same calls."""
+
+    def __init__(self, *, dtype: DTypeLike, is_main: bool) -> None:
+        self._dtype, self._is_main = dtype, is_main
+        self._orbax = ocp.StandardCheckpointer()
+
+    def size(self, state: TrainState) -> int:
+        """Bytes that this process writes: its parts of the state, and on the first one the whole weights."""
+        parts = sum(
+            shard.data.nbytes
+            for array in jax.tree.leaves(state)
+            for shard in array.addressable_shards
+            if shard.replica_id == 0
+        )
+        narrow = jax.numpy.dtype(self._dtype).itemsize
+        return parts + self._is_main * sum(weight.size * narrow for weight in state.weights.values())
+
+    def take(self, state: TrainState, folder: Path) -> Callable[[], list[Path]]:
+        """Copy the state to host memory; what finishes writing it into `folder`, from any thread."""
+        weights = {name: weight.astype(self._dtype) for name, weight in state.weights.items()}
+        plain = {name: whole for name, whole in plain_weights(weights) if self._is_main}
+        target = (folder / STATE).absolute()
+        self._orbax.save(target, state)
+
+        def write() -> list[Path]:
+            self._orbax.wait_until_finished()
+            if not self._is_main:
+                return []
+            save_weights(plain, folder / WEIGHTS)
+            return [folder / WEIGHTS, *(path for path in (folder / STATE).rglob("*") if path.is_file())]
+
+        return write
+
+    def read(self, path: Path, like: TrainState) -> TrainState:
+        """The state of a checkpoint. like: arrays of its shapes that lie as these shall.
+
+        Raises UserError where a file is there that the manifest does not name: Orbax would read it.
+        """
+        there = {file.relative_to(path).as_posix() for file in (path / STATE).rglob("*") if not file.is_dir()}
+        if unnamed := sorted(there - read(path)["files"].keys()):
+            raise UserError(f"{path}: manifest.json does not name {unnamed[0]}; take another checkpoint")
+        return self._orbax.restore((path / STATE).absolute(), like)

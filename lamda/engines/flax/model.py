@@ -1,0 +1,327 @@
+"""LaMDA's decoder in Flax NNX: the equations, weights and names of `lamda/model/decoder.py`.
+
+B batch, L length, D model width, H heads, K head width, F feed-forward width, V vocabulary;
+M keys, R buckets of distance, S layers.
+
+The blocks are one block whose weights have a first dimension S, which `nnx.scan` goes through: a program is as
+long as one block. Matrices are [out, in] as in the files, so that weights pass through without a transpose; XLA
+lays them out as a device likes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx, struct
+from jax import Array
+from jax.typing import DTypeLike
+
+from lamda.config import ModelConfig
+from lamda.config.schema import Recompute
+from lamda.engines.flax.bias import bias_at, row_bias
+from lamda.model.weights import BUCKETS
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+"""What a matrix of weights makes of activations: dear to compute, and small beside scores and shares, [B, H, L, M]."""
+
+
+class Placement:
+    """One device, where everything lies; `lamda.engines.flax.sharding` has that of a mesh."""
+
+    def rows(self, x_BLD: Array) -> Array:
+        """The residual stream, cut by rows."""
+        return x_BLD
+
+    def everywhere(self, logits_BV: Array) -> Array:
+        """Logits that every process reads."""
+        return logits_BV
+
+    def whole(self, module: Module, name: str) -> Module:
+        """A module whose weights are as whole as it computes with them. name: what their names begin with."""
+        return module
+
+
+class KeyValues(NamedTuple):
+    """Keys and values [S, B, M, H, K] of the tokens so far, and how many a row has: [B]."""
+
+    keys_SBMHK: Array
+    values_SBMHK: Array
+    lengths_B: Array
+
+
+class LaMDA(nnx.Module):
+    """Tokens to logits. Its weights are NaN until `lamda.engines.flax.weights` fills them.
+
+    dtype: of the weights, and so of the computation. recompute: as of the PyTorch model, by `jax.checkpoint`; "none"
+    still makes again what is cheap: scores and shares, and what stands between two matrices.
+    placement: where things lie on more than one device.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        recompute: Recompute = "none",
+        placement: Placement | None = None,
+    ) -> None:
+        self.config, self.recompute = config, recompute
+        self.placement = placement or Placement()
+        self.embedding = Embedding(config.vocab_size, config.d_model, dtype)
+        self.layers = nnx.vmap(
+            lambda: Block(config, dtype, recompute, self.placement), in_axes=(), axis_size=config.n_layers
+        )()
+        self.final_norm = RMSNorm(config.d_model, dtype)
+        self.relative_bias = None if config.bias_per_layer else _bias_table(config, dtype)
+
+    def __call__(self, tokens_BL: Array, documents_BL: Array | None = None) -> Array:
+        """Logits [B, L, V] of the token after each. documents: an id a token; attention stays inside a document."""
+        return self.embedding.logits(self._hidden(tokens_BL, documents_BL))
+
+    def losses(self, tokens_BL: Array, targets_BL: Array, documents_BL: Array | None = None) -> tuple[Array, Array]:
+        """Nats of each target and the logsumexp of its logits, [B, L] each, in fp32 or wider."""
+        x_BLD, embedding = self._hidden(tokens_BL, documents_BL), self.placement.whole(self.embedding, "embedding")
+
+        def of_head(embedding: Embedding, x_BLD: Array) -> tuple[Array, Array]:
+            return token_losses(embedding.logits(x_BLD), targets_BL)
+
+        return (of_head if self.recompute == "none" else nnx.remat(of_head))(embedding, x_BLD)
+
+    def extend(self, tokens_BL: Array, cache: KeyValues, *, last_B: Array) -> tuple[Array, KeyValues]:
+        """Tokens that follow the cached ones: logits [B, V] after each row's token number `last_B`, and the cache.
+
+        What comes after it in a row is padding, which does not count as cached.
+        """
+        place, embedding = self.placement, self.placement.whole(self.embedding, "embedding")
+        places_BL = cache.lengths_B[:, None] + jnp.arange(tokens_BL.shape[1])
+        seen = _Cached(cache.keys_SBMHK.shape[2], places_BL)
+        if self.relative_bias is not None:
+            seen = seen.replace(shared=seen.bias(self.relative_bias[...]))
+
+        @nnx.scan(in_axes=(0, nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+        def through(block: Block, x_BLD: Array, before: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+            return block.extend(x_BLD, seen, before)
+
+        x_BLD, after = through(self.layers, embedding(tokens_BL), (cache.keys_SBMHK, cache.values_SBMHK))
+        last_B1D = jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)
+        logits_BV = place.everywhere(embedding.logits(self._scaled(last_B1D))[:, 0])
+        return logits_BV, KeyValues(*after, cache.lengths_B + last_B + 1)
+
+    def _hidden(self, tokens_BL: Array, documents_BL: Array | None) -> Array:
+        """What the output projection takes, [B, L, D]."""
+        place, seen = self.placement, _Row(tokens_BL.shape[1], _others(documents_BL))
+        if self.relative_bias is not None:
+            seen = seen.replace(shared=seen.bias(self.relative_bias[...]))
+
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        def through(block: Block, x_BLD: Array) -> Array:
+            return place.rows(block(x_BLD, seen))
+
+        return self._scaled(through(self.layers, place.rows(place.whole(self.embedding, "embedding")(tokens_BL))))
+
+    def _scaled(self, x_BLD: Array) -> Array:
+        return self.final_norm(x_BLD) * self.config.d_model**-0.5
+
+
+class Block(nnx.Module):
+    """Attention, then the gated feed-forward layer, each on a normed copy of the residual stream."""
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, recompute: Recompute, placement: Placement) -> None:
+        self.recompute, self.placement = recompute, placement
+        self.attention_norm = RMSNorm(config.d_model, dtype)
+        self.attention = Attention(config, dtype)
+        self.feed_forward_norm = RMSNorm(config.d_model, dtype)
+        self.feed_forward = FeedForward(config, dtype)
+
+    def __call__(self, x_BLD: Array, seen: _Row) -> Array:
+        """The residual stream [B, L, D] after this block."""
+        whole = _again(Block._whole) if self.recompute == "block" else Block._whole
+        return whole(self, x_BLD, seen)
+
+    def extend(self, x_BLD: Array, seen: _Cached, before: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        """The same of tokens that follow cached ones, and this layer's keys and values with them."""
+        attention = self.placement.whole(self.attention, "attention")
+        q_BLHK, k_BLHK, v_BLHK = attention.project(self.attention_norm(x_BLD))
+        rows = jnp.arange(len(x_BLD))[:, None]
+        k_BMHK, v_BMHK = (
+            cached.at[rows, seen.places_BL].set(new) for cached, new in zip(before, (k_BLHK, v_BLHK), strict=True)
+        )
+        x_BLD = x_BLD + attention.mix(q_BLHK, k_BMHK, v_BMHK, seen)
+        return x_BLD + self._gated(x_BLD), (k_BMHK, v_BMHK)
+
+    def _whole(self, x_BLD: Array, seen: _Row) -> Array:
+        # Where such functions are nested JAX heeds the outermost alone, so the halves stand beside each other.
+        mixed = _again(Block._mixed, keep=PRODUCTS)
+        gated = _again(Block._gated, keep=None if self.recompute == "ffn" else PRODUCTS)
+        x_BLD = x_BLD + mixed(self, x_BLD, seen)
+        return x_BLD + gated(self, x_BLD)
+
+    def _mixed(self, x_BLD: Array, seen: _Row) -> Array:
+        return self.placement.whole(self.attention, "attention")(self.attention_norm(x_BLD), seen)
+
+    def _gated(self, x_BLD: Array) -> Array:
+        return self.placement.whole(self.feed_forward, "feed_forward")(self.feed_forward_norm(x_BLD))
+
+
+class Attention(nnx.Module):
+    """softmax(q k^T + bias[distance]) v, with a bias table of its own or the one that all layers share."""
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike) -> None:
+        width = config.n_heads * config.d_head
+        self.n_heads = config.n_heads
+        self.query = Linear(config.d_model, width, dtype)
+        self.key = Linear(config.d_model, width, dtype)
+        self.value = Linear(config.d_model, width, dtype)
+        self.output = Linear(width, config.d_model, dtype)
+        self.relative_bias = _bias_table(config, dtype) if config.bias_per_layer else None
+
+    def __call__(self, x_BLD: Array, seen: _Row) -> Array:
+        """[B, L, D] to [B, L, D]."""
+        return self.mix(*self.project(x_BLD), seen)
+
+    def project(self, x_BLD: Array) -> tuple[Array, Array, Array]:
+        """Query, key and value of each token, [B, L, H, K]."""
+        q_BLHK, k_BLHK, v_BLHK = (
+            rearrange(matrix(x_BLD), "b l (h k) -> b l h k", h=self.n_heads)
+            for matrix in (self.query, self.key, self.value)
+        )
+        return q_BLHK, k_BLHK, v_BLHK
+
+    def mix(self, q_BLHK: Array, k_BMHK: Array, v_BMHK: Array, seen: Seen) -> Array:
+        """What the queries take from the values, [B, L, D]; scores and softmax in the bias's precision."""
+        bias = seen.bias(self.relative_bias[...]) if seen.shared is None else seen.shared
+        scores_BHLM = jnp.einsum("blhk,bmhk->bhlm", q_BLHK, k_BMHK, preferred_element_type=bias.dtype) + bias
+        if seen.hidden_BLM is not None:
+            scores_BHLM = jnp.where(seen.hidden_BLM[:, None], -jnp.inf, scores_BHLM)
+        shares_BHLM = jax.nn.softmax(scores_BHLM, axis=-1).astype(v_BMHK.dtype)
+        return self.output(rearrange(jnp.einsum("bhlm,bmhk->blhk", shares_BHLM, v_BMHK), "b l h k -> b l (h k)"))
+
+
+class FeedForward(nnx.Module):
+    """Gated GELU in its tanh form (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike) -> None:
+        self.gate = Linear(config.d_model, config.d_ff, dtype)
+        self.up = Linear(config.d_model, config.d_ff, dtype)
+        self.down = Linear(config.d_ff, config.d_model, dtype)
+
+    def __call__(self, x_BLD: Array) -> Array:
+        """[B, L, D] to [B, L, D]."""
+        return self.down(jax.nn.gelu(self.gate(x_BLD), approximate=True) * self.up(x_BLD))
+
+
+class Linear(nnx.Module):
+    """A matrix [outputs, inputs] without bias."""
+
+    def __init__(self, inputs: int, outputs: int, dtype: DTypeLike) -> None:
+        self.weight = nnx.Param(jnp.full((outputs, inputs), jnp.nan, dtype))
+
+    def __call__(self, x_BLN: Array) -> Array:
+        """[B, L, inputs] to [B, L, outputs]."""
+        return jnp.einsum("bli,oi->blo", x_BLN, self.weight[...])
+
+
+class Embedding(nnx.Module):
+    """A vector [D] a token, on the way in and on the way out."""
+
+    def __init__(self, size: int, width: int, dtype: DTypeLike) -> None:
+        self.weight = nnx.Param(jnp.full((size, width), jnp.nan, dtype))
+
+    def __call__(self, tokens_BL: Array) -> Array:
+        """[B, L] to [B, L, D]."""
+        return self.weight[...][tokens_BL]
+
+    def logits(self, x_BLD: Array) -> Array:
+        """[B, L, D] to [B, L, V]: the product with every token's vector."""
+        return jnp.einsum("bld,vd->blv", x_BLD, self.weight[...])
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, computed in fp32 or wider (Zhang and Sennrich, arXiv 1910.07467)."""
+
+    def __init__(self, width: int, dtype: DTypeLike) -> None:
+        self.scale = nnx.Param(jnp.full((width,), jnp.nan, dtype))
+
+    def __call__(self, x_BLD: Array) -> Array:
+        """[B, L, D] to [B, L, D]."""
+        wide_BLD = _wide(x_BLD)
+        scale_BL1 = jax.lax.rsqrt(jnp.square(wide_BLD).mean(axis=-1, keepdims=True) + 1e-6)
+        return (wide_BLD * scale_BL1 * self.scale[...]).astype(x_BLD.dtype)
+
+
+class Seen(Protocol):
+    """What tokens see of each other. shared: the bias, where all layers share one."""
+
+    shared: Array | None
+    hidden_BLM: Array | None
+
+    def bias(self, table_RH: Array) -> Array:
+        """The bias of a layer, -inf at future keys; broadcasts to [B, H, L, M]."""
+        ...
+
+
+@struct.dataclass
+class _Row:
+    """Whole rows. hidden_BLM: True at keys of other documents."""
+
+    length: int = struct.field(pytree_node=False)
+    hidden_BLM: Array | None
+    shared: Array | None = None
+
+    def bias(self, table_RH: Array) -> Array:
+        return row_bias(table_RH, self.length)
+
+
+@struct.dataclass
+class _Cached:
+    """Tokens at some places of rows that are there in part. places_BL: of the new tokens; longest: of all rows."""
+
+    longest: int = struct.field(pytree_node=False)
+    places_BL: Array
+    hidden_BLM: Array | None = None
+    shared: Array | None = None
+
+    def bias(self, table_RH: Array) -> Array:
+        distances_BLM = self.places_BL[:, :, None] - jnp.arange(self.longest)
+        return bias_at(table_RH, distances_BLM, longest=self.longest)
+
+
+def token_losses(logits_BLV: Array, targets_BL: Array) -> tuple[Array, Array]:
+    """Cross-entropy of each target in nats and the logsumexp of its logits, [B, L] each, in fp32 or wider."""
+    logits_BLV = _wide(logits_BLV)
+    partition_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
+    chosen_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
+    return partition_BL - chosen_BL, partition_BL
+
+
+def empty_cache(config: ModelConfig, *, rows: int, longest: int, dtype: DTypeLike) -> KeyValues:
+    """Room for `longest` tokens a row."""
+    shape = (config.n_layers, rows, longest, config.n_heads, config.d_head)
+    return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(rows, jnp.int32))
+
+
+def _bias_table(config: ModelConfig, dtype: DTypeLike) -> nnx.Param:
+    """[R, H]: what a bucket of distance adds to a head's scores."""
+    return nnx.Param(jnp.full((BUCKETS, config.n_heads), jnp.nan, dtype))
+
+
+def _others(documents_BL: Array | None) -> Array | None:
+    return None if documents_BL is None else documents_BL[:, :, None] != documents_BL[:, None, :]
+
+
+def _again(method: Callable[..., Array], keep: Callable[..., bool] | None = None) -> Callable[..., Array]:
+    """The same, whose backward pass computes all again but what `keep` says; its weights come together again as well.
+
+    Inside a scan nothing could be merged with the forward pass, which prevent_cse is against.
+    """
+    return nnx.remat(method, policy=keep, prevent_cse=False)
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,134 @@
+"""Where arrays lie on the mesh (data, fsdp, tensor).
+
+    data    copies of the model, each with rows of its own
+    fsdp    rows of its own as well, but weights and the optimiser's state are cut among its devices (ZeRO-3)
+    tensor  heads, feed-forward width and vocabulary are cut: the devices compute parts of the same rows
+
+XLA adds what has to be sent. Dimensions: legend in `lamda/engines/flax/model.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lamda.config.errors import UserError
+from lamda.config.schema import FlaxConfig, ModelConfig
+from lamda.engines.flax.model import Module, Placement
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+"""The axes that share a step's rows."""
+
+WEIGHTS = {
+    "embedding.weight": PartitionSpec("tensor", "fsdp"),
+    "query.weight": PartitionSpec("tensor", "fsdp"),
+    "key.weight": PartitionSpec("tensor", "fsdp"),
+    "value.weight": PartitionSpec("tensor", "fsdp"),
+    "output.weight": PartitionSpec("fsdp", "tensor"),
+    "gate.weight": PartitionSpec("tensor", "fsdp"),
+    "up.weight": PartitionSpec("tensor", "fsdp"),
+    "down.weight": PartitionSpec("fsdp", "tensor"),
+    "relative_bias": PartitionSpec(None, "tensor"),
+    "scale": PartitionSpec(),
+}
+"""By a weight's last words; the layers' weights have one more dimension before these, which is not cut."""
+
+
+def make_mesh(config: FlaxConfig, model: ModelConfig) -> Mesh:
+    """All devices, the ones that compute the same rows beside each other.
+
+    Raises UserError where fsdp and tensor do not fit the devices or the model's dimensions.
+    """
+    devices, each = jax.devices(), config.fsdp * config.tensor
+    if len(devices) % each:
+        raise UserError(
+            f"flax.fsdp {config.fsdp} x flax.tensor {config.tensor} is {each}, which does not divide the "
+            f"{len(devices)} devices; choose two numbers whose product does"
+        )
+    if jax.process_count() > 1 and jax.local_device_count() % config.tensor:
+        raise UserError(
+            f"flax.tensor {config.tensor} does not divide the {jax.local_device_count()} devices of a process: the "
+            "parts of a row must lie in one"
+        )
+    problems = [*_uncut(model, config)]
+    if problems:
+        raise UserError("\n".join(problems))
+    shape = (len(devices) // each, config.fsdp, config.tensor)
+    return Mesh(np.array(devices).reshape(shape), AXES)
+
+
+def _uncut(model: ModelConfig, config: FlaxConfig) -> Iterable[str]:
+    for key, size, axis, parts in (
+        ("n_heads", model.n_heads, "tensor", config.tensor),
+        ("d_ff", model.d_ff, "tensor", config.tensor),
+        ("vocab_size", model.vocab_size, "tensor", config.tensor),
+        ("d_model", model.d_model, "fsdp", config.fsdp),
+    ):
+        if size % parts:
+            yield f"flax.{axis} {parts} does not divide model.{key} {size}; choose one that does"
+
+
+class MeshPlacement(Placement):
+    """See `lamda.engines.flax.model`.
+
+    Rows lie by the axes that share them; a module's weights come together along fsdp.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+
+    def rows(self, x_BLD: Array) -> Array:  # noqa: D102 - as above
+        return jax.lax.with_sharding_constraint(x_BLD, NamedSharding(self._mesh, PartitionSpec(ROWS)))
+
+    def everywhere(self, logits_BV: Array) -> Array:  # noqa: D102 - as above
+        return jax.lax.with_sharding_constraint(logits_BV, NamedSharding(self._mesh, PartitionSpec()))
+
+    def whole(self, module: Module, name: str) -> Module:  # noqa: D102 - as above
+        graph, state = nnx.split(module)
+        gathered = [
+            (path, weight.replace(self._gathered(".".join([name, *map(str, path)]), weight[...])))
+            for path, weight in nnx.to_flat_state(state)
+        ]
+        return nnx.merge(graph, nnx.from_flat_state(gathered))
+
+    def _gathered(self, name: str, weight: Array) -> Array:
+        """Left to itself XLA may send activations instead, or whole rows."""
+        spec = [None if axis == "fsdp" else axis for axis in _spec(name)]
+        return jax.lax.with_sharding_constraint(weight, NamedSharding(self._mesh, PartitionSpec(*spec)))
+
+
+def weight_sharding(name: str, mesh: Mesh) -> NamedSharding:
+    """Where a stacked weight lies; what an optimiser keeps for each of its elements lies there too."""
+    spec = _spec(name)
+    return NamedSharding(mesh, PartitionSpec(None, *spec) if name.startswith("layers.") else spec)
+
+
+def _spec(name: str) -> PartitionSpec:
+    return next(spec for ending, spec in WEIGHTS.items() if name.endswith(ending))
+
+
+def shardings_like(tree: Any, mesh: Mesh, shapes: dict[str, tuple[int, ...]]) -> Any:
+    """For a tree such as an optimiser's state: where each array lies.
+
+    What stands under a weight's name and has its shape lies as the weight does, all else on every device.
+    """
+
+    def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = next((key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), None)
+        if name in shapes and leaf.shape == shapes[name]:
+            return weight_sharding(name, mesh)
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def row_ranks(mesh: Mesh) -> int:
+    """Devices, or groups of them, that have rows of their own."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]

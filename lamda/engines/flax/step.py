@@ -1,0 +1,114 @@
+"""One step of training as one compiled program: micro-batches in turn, then the update or its refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from lamda.config.schema import Config
+from lamda.engines.flax.sharding import ROWS, MeshPlacement, shardings_like
+from lamda.engines.flax.weights import Weights, bind, stacked_shapes
+
+
+class TrainState(NamedTuple):
+    """What training changes: fp32 weights by stacked name, and what the optimiser keeps."""
+
+    weights: Weights
+    optimizer: Any
+
+
+class Batch(NamedTuple):
+    """A step's rows in A micro-batches of b rows over all devices.
+
+    ids, documents: [A, b, L+1] int32, documents only where attention stays inside them. scored, domains:
+    [A, b, L], of the targets.
+    """
+
+    ids: Array
+    scored: Array
+    domains: Array
+    documents: Array | None
+
+
+class Figures(NamedTuple):
+    """sums: [2, domains], nats and targets. updated: whether loss and gradient were finite, so that weights moved."""
+
+    sums: Array
+    grad_norm: Array
+    updated: Array
+
+
+Step = Callable[[TrainState, Batch, Array], tuple[TrainState, Figures]]
+
+
+def make_step(
+    config: Config,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    state: TrainState,
+    mesh: Mesh,
+    dtype: DTypeLike,
+    domains: int,
+) -> Step:
+    """(state, batch, rate) -> (state, figures); the state that is given is used up.
+
+    state: arrays or their shapes. dtype: of the computation; gradients add up in the weights' precision.
+    """
+    placement = MeshPlacement(mesh)
+    lies = shardings_like(state, mesh, stacked_shapes(config.model))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def losses(narrow: Weights, part: Batch, targets: Array) -> tuple[Array, Array]:
+        """The loss that is minimised, a share of the step's, and [2, domains]: nats and targets."""
+        model = bind(config.model, narrow, recompute=config.train.recompute, placement=placement)
+        documents_BL = None if part.documents is None else part.documents[:, :-1]
+        nats_BL, partition_BL = model.losses(part.ids[:, :-1], part.ids[:, 1:], documents_BL)
+        losses_BL = nats_BL + config.train.z_loss * jnp.square(partition_BL)
+        of_domain_dN = jax.nn.one_hot(part.domains.reshape(-1), domains, axis=0) * part.scored.reshape(-1)
+        sums = jnp.stack([of_domain_dN @ nats_BL.reshape(-1), of_domain_dN.sum(axis=1)])
+        return (losses_BL * part.scored).sum() / targets, sums
+
+    def step(state: TrainState, batch: Batch, rate: Array) -> tuple[TrainState, Figures]:
+        narrow = jax.tree.map(lambda weight: weight.astype(dtype), state.weights)
+        targets = batch.scored.sum(dtype=jnp.float32)
+
+        def add(total: tuple[Weights, Array, Array], part: Batch) -> tuple[tuple[Weights, Array, Array], None]:
+            (loss, sums), gradients = jax.value_and_grad(losses, has_aux=True)(narrow, part, targets)
+            wide = jax.tree.map(lambda gradient, weight: gradient.astype(weight.dtype), gradients, state.weights)
+            return jax.tree.map(jnp.add, total, (wide, loss, sums)), None
+
+        nothing = jax.tree.map(jnp.zeros_like, state.weights)
+        start = (nothing, jnp.zeros(()), jnp.zeros((2, domains)))
+        (gradients, loss, sums), _ = jax.lax.scan(add, start, batch)
+        norm = optax.tree.norm(gradients)
+        is_finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        moved = _update(optimizer, state, _clipped(gradients, norm, limit=config.train.gradient_clipping), rate)
+        after = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), moved, state)
+        return after, Figures(sums, norm, is_finite)
+
+    batch_lies = NamedSharding(mesh, PartitionSpec(None, ROWS))
+    return jax.jit(
+        step, in_shardings=(lies, batch_lies, everywhere), out_shardings=(lies, everywhere), donate_argnums=0
+    )
+
+
+def _update(
+    optimizer: optax.GradientTransformationExtraArgs, state: TrainState, gradients: Weights, rate: Array
+) -> TrainState:
+    updates, kept = optimizer.update(gradients, state.optimizer, state.weights, rate=rate)
+    return TrainState(optax.apply_updates(state.weights, updates), kept)
+
+
+def _clipped(gradients: Weights, norm: Array, *, limit: float) -> Weights:
+    """As PyTorch clips: by a norm that is a little too large. A limit of 0 is none."""
+    if not limit:
+        return gradients
+    factor = jnp.minimum(1.0, limit / (norm + 1e-6))
+    return jax.tree.map(lambda gradient: gradient * factor, gradients)

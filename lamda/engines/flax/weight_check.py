@@ -1,0 +1,43 @@
+"""Whether every copy of the weights is still the same: a bit that turned over in one device shows here."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+
+from lamda.engines.flax.sharding import AXES, weight_sharding
+from lamda.engines.flax.weights import Weights
+from lamda.engines.weight_check import outvoted
+
+
+def odd_processes(weights: Weights, mesh: Mesh) -> list[int]:
+    """The processes with a device whose copy is not the one that most have; every process calls it.
+
+    Copies lie along the mesh's data axis; where it has one device, there is nothing to compare.
+    """
+    if mesh.shape["data"] == 1:
+        return []
+    specs = {name: weight_sharding(name, mesh).spec for name in weights}
+    hashed = jax.shard_map(_hash, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(AXES), check_vma=False)
+    everywhere = jax.sharding.NamedSharding(mesh, PartitionSpec())
+    hashes = np.asarray(jax.jit(hashed, out_shardings=everywhere)(weights)).reshape(mesh.devices.shape)
+    odd = {
+        mesh.devices[copy, fsdp, tensor].process_index
+        for fsdp, tensor in np.ndindex(hashes.shape[1:])
+        for copy in outvoted(hashes[:, fsdp, tensor].tolist())
+    }
+    return sorted(odd)
+
+
+def _hash(weights: Weights) -> Array:
+    """[1]: a sum modulo 2^32 of bits times an odd number for each place: any one changed element changes it."""
+    return sum(map(_hash_one, weights.values()), start=jnp.zeros(1, jnp.uint32))
+
+
+def _hash_one(weight: Array) -> Array:
+    bits = jax.lax.bitcast_convert_type(weight.reshape(-1), jnp.uint32)
+    places = jax.lax.iota(jnp.uint32, bits.shape[0])
+    return (bits * (2 * places + 1)).sum(keepdims=True, dtype=jnp.uint32)

@@ -1,0 +1,126 @@
+"""The weights of the JAX model: by plain name in files, and stacked over the layers in memory.
+
+`layers.3.attention.query.weight` of a file is the fourth part of `layers.attention.query.weight`, [S, ...].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import Sharding
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from lamda.config import ModelConfig
+from lamda.config.schema import Recompute
+from lamda.durable import umask_mode
+from lamda.engines.flax.model import LaMDA, Placement
+from lamda.model.weights import check_shapes, weight_shapes
+
+Weights = dict[str, Array]
+"""Stacked weights by name."""
+
+Read = Callable[[str, tuple[slice, ...]], NDArray[np.generic]]
+"""(plain name, what of it) -> its values."""
+
+
+def stacked_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight as the model keeps it."""
+    shapes = {}
+    for name, shape in weight_shapes(config).items():
+        stacked = stacked_name(name)
+        shapes[stacked] = shape if stacked == name else (config.n_layers, *shape)
+    return shapes
+
+
+def stacked_name(plain: str) -> str:
+    """`layers.attention.query.weight` of `layers.3.attention.query.weight`; other names are their own."""
+    layers, _, rest = plain.partition(".")
+    return f"layers.{rest.partition('.')[2]}" if layers == "layers" else plain
+
+
+def make_weights(
+    config: ModelConfig, read: Read, *, dtype: DTypeLike, shardings: Mapping[str, Sharding] | None = None
+) -> Weights:
+    """Stacked weights of what `read` gives; each device's part is read alone. shardings: by stacked name."""
+
+    def part_of(name: str, index: tuple[slice, ...]) -> NDArray[np.generic]:
+        if not name.startswith("layers."):
+            return read(name, index)
+        layers = range(config.n_layers)[index[0]]
+        return np.stack([read(f"layers.{layer}.{name.removeprefix('layers.')}", index[1:]) for layer in layers])
+
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return {
+        name: jax.make_array_from_callback(
+            shape, here if shardings is None else shardings[name], lambda index, n=name: part_of(n, index).astype(dtype)
+        )
+        for name, shape in stacked_shapes(config).items()
+    }
+
+
+def load_weights(
+    path: Path, config: ModelConfig, *, dtype: DTypeLike | None = None, shardings: Mapping[str, Sharding] | None = None
+) -> Weights:
+    """Stacked weights of a `model.safetensors`, in its own precision unless `dtype` says another.
+
+    Raises UserError that names every missing, unexpected and mis-shaped one.
+    """
+    with safe_open(path, "np") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+        check_shapes(weight_shapes(config), {name: tuple(each.get_shape()) for name, each in slices.items()})
+        own = file.get_tensor("final_norm.scale").dtype
+        return make_weights(config, lambda name, index: slices[name][index], dtype=dtype or own, shardings=shardings)
+
+
+def plain_weights(weights: Mapping[str, Array]) -> Iterator[tuple[str, NDArray[np.generic]]]:
+    """Host copies of whole weights by plain name, one at a time on the devices too; every process goes through all."""
+    for name, array in weights.items():
+        if name.startswith("layers."):
+            rest = name.removeprefix("layers.")
+            yield from ((f"layers.{layer}.{rest}", _whole(_layer(array, layer))) for layer in range(len(array)))
+        else:
+            yield name, _whole(array)
+
+
+def save_weights(weights: Mapping[str, NDArray[np.generic]], path: Path) -> None:
+    """Write a `model.safetensors` as the PyTorch side does, to the last byte."""
+    with umask_mode(path):
+        save_file(dict(weights), path, metadata={"format": "pt"})
+
+
+def bind(
+    config: ModelConfig,
+    weights: Mapping[str, Array],
+    *,
+    recompute: Recompute = "none",
+    placement: Placement | None = None,
+) -> LaMDA:
+    """The model of these weights, which may be tracers. recompute, placement: as of `LaMDA`."""
+    dtype = next(iter(weights.values())).dtype
+    empty = nnx.eval_shape(lambda: LaMDA(config, dtype=dtype, recompute=recompute, placement=placement))
+    graph, state = nnx.split(empty)
+    flat = nnx.to_flat_state(state)
+    filled = [(path, variable.replace(weights[".".join(map(str, path))])) for path, variable in flat]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+@jax.jit
+def _layer(array: Array, layer: int) -> Array:
+    return array[layer]
+
+
+def _whole(array: Array) -> NDArray[np.generic]:
+    """An array on the host, gathered from other processes where it lies there."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(array, tiled=True)

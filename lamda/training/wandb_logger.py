@@ -1,0 +1,321 @@
+"""Weights & Biases as a mirror of metrics.jsonl: never the truth, never in the way.
+
+One thread makes every call of the library; training only puts things into its queue. A start finds the
+last step that W&B has, replays what it lacks from metrics.jsonl, and skips what it has: so a run that is
+killed and resumed, online or offline, has each step once under one id. What a rollback made void cannot
+be taken back there: those steps keep the values of the first time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import queue
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from lamda.best_effort import BestEffort, reason_of
+from lamda.config.schema import Config
+from lamda.durable import replace_file
+from lamda.storage.metrics import read_metrics
+from lamda.storage.run_directory import RunDirectory
+from lamda.training.wandb_artifacts import log_checkpoint
+
+log = logging.getLogger(__name__)
+
+MODES = ("online", "offline", "disabled")
+"""What W&B is sent: all, later, nothing."""
+INIT_SECONDS = 30
+"""How long a start waits for W&B before it goes offline."""
+UPLOAD_SECONDS = 40
+"""How long the end waits for what is still to be sent."""
+END_SECONDS = 46
+"""When the end gives up, whatever the library does."""
+HANG_SECONDS = 10
+"""The same for the end of a run that hangs: its other ranks wait for it to leave."""
+
+
+class WandbMirror:
+    """One W&B run for the whole life of a run; whatever fails is said once, and the run goes on.
+
+    run_id: the run's id, kept in RUN/wandb/run-id too; None where W&B is disabled and was never used.
+    """
+
+    def __init__(self, config: Config, *, folder: Path, run_id: str | None, step: int) -> None:
+        """Return at once. step: that of the state, after which no row of metrics.jsonl is left."""
+        self._config, self._folder, self._step = config, folder, step
+        self._queue: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
+        self._seen = 0
+        self._has_stopped = False
+        self._exit_code = 0
+        self._thread: threading.Thread | None = None
+        remembered = folder / "wandb" / "run-id"
+        with suppress(OSError):
+            run_id = run_id or remembered.read_text("utf-8")
+        self.run_id = run_id
+        self._mode = mirror_mode(config)
+        if self._mode == "disabled":
+            return
+        if not is_installed():
+            log.warning(
+                "W&B is not installed: nothing is mirrored, metrics.jsonl has every row. After `pip install wandb` the "
+                "next start sends them; wandb.mode disabled says that no mirror is wanted"
+            )
+            return
+        self.run_id = run_id or secrets.token_hex(4)
+        with BestEffort(f"W&B: {remembered} cannot be written"):
+            remembered.parent.mkdir(exist_ok=True)
+            replace_file(remembered, self.run_id)
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Mirror a finished step; costs the caller microseconds."""
+        row = dict(row)
+        self._put(lambda run: self._send(run, row))
+
+    def amend(self, figures: dict[str, Any]) -> None:
+        """Figures of a step that is mirrored already: they go to the run's summary, for W&B takes no row twice."""
+        self._put_alone("figures of an evaluation", lambda run: run.summary.update(figures))
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell the run's owner of something to look at."""
+        self._put_alone(f"the alert {title!r}", lambda run: run.alert(title[:63], text, level="WARN"))
+
+    def checkpoint(self, path: Path, *, best: bool) -> None:
+        """Make a complete checkpoint known as an artifact, in the way that `wandb.checkpoints` says."""
+        way = self._config.wandb.checkpoints
+        if way != "none":
+            self._put_alone(f"checkpoint {path}", lambda run: log_checkpoint(run, path, way=way, best=best))
+
+    def finish(self, *, exit_code: int = 0, seconds: float | None = None) -> None:
+        """Wait until everything is sent, but hardly longer than `seconds` (END_SECONDS by default).
+
+        What W&B did not get is sent at the next start.
+
+        exit_code: 0 makes the run finished there, others failed.
+        """
+        if self._thread is None:
+            return
+        self._exit_code, seconds = exit_code, END_SECONDS if seconds is None else seconds
+        self._queue.put(None)
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            self._say_stopped(f"it does not end within {seconds:g} s")
+            _kill_service()
+            self._thread.join(2)
+
+    def _put(self, action: Callable[[Any], None]) -> None:
+        if self._thread is not None and self._thread.is_alive():
+            self._queue.put(action)
+
+    def _put_alone(self, what: str, action: Callable[[Any], object]) -> None:
+        """Put what may fail alone, without the rows after it."""
+
+        def attempt(run: Any) -> None:
+            with BestEffort(f"W&B has not got {what}", errors=Exception):
+                action(run)
+
+        self._put(attempt)
+
+    def _work(self) -> None:
+        """The thread: start, replay, then whatever the queue holds, until its end."""
+        try:
+            run = self._start()
+            if self._seen < self._step:
+                for row in read_metrics(RunDirectory(self._folder).metrics):
+                    if row["step"] <= self._step:
+                        self._send(run, row)
+            for action in iter(self._queue.get, None):
+                action(run)
+            run.finish(exit_code=self._exit_code)
+        except Exception as error:
+            self._say_stopped(reason_of(error))
+        with suppress(Exception):
+            # Nothing of the library shall wait when the interpreter exits.
+            import wandb
+
+            wandb.teardown()
+
+    def _say_stopped(self, reason: str) -> None:
+        if not self._has_stopped:
+            self._has_stopped = True
+            log.warning("W&B stopped (%s): metrics.jsonl has every row, the next start sends the rest", reason)
+
+    def _send(self, run: Any, row: dict[str, Any]) -> None:
+        if row["step"] > self._seen:
+            run.log({key: value for key, value in row.items() if _is_shown(value)}, step=row["step"], commit=True)
+            self._seen = row["step"]
+
+    def _start(self) -> Any:
+        """The W&B run, online if possible; `_seen` becomes the last step that W&B has."""
+        import wandb
+
+        wandb.setup(wandb.Settings(silent=True))
+        logs = self._logs()
+        if self._mode == "online":
+            try:
+                run = self._start_online()
+            except Exception as error:
+                self._go_offline(reason_of(error), logs)
+            else:
+                self._seen = max(0, run.starting_step - 1) if run.resumed else 0
+                for old in logs:
+                    # This start sends their rows; `wandb sync` would send them twice.
+                    old.with_suffix(".wandb.synced").touch()
+                return run
+        self._seen = next((step for old in logs if (step := _last_step(old))), 0)
+        return self._init("offline")
+
+    def _start_online(self) -> Any:
+        sign_in()
+        return self._init("online")
+
+    def _go_offline(self, reason: str, logs: list[Path]) -> None:
+        """Say so, and clear away what the failed start left: it would hold the id, and look like a run."""
+        import wandb
+
+        wandb.teardown()
+        for empty in set(self._logs()) - set(logs):
+            shutil.rmtree(empty.parent, ignore_errors=True)
+        kept = self._folder / "wandb"
+        # `wandb sync` continues a run only from where the server is: after rows that were sent online, and
+        # perhaps not all received, it would number the rest anew.
+        pure = all(old.parent.name.startswith("offline-") for old in logs)
+        by_hand = f", or `wandb sync {kept}`" if pure else ""
+        log.warning(
+            "W&B is offline (%s): rows are kept in %s; the next start that reaches W&B sends them%s",
+            reason,
+            kept,
+            by_hand,
+        )
+
+    def _init(self, mode: str) -> Any:
+        import wandb
+
+        ours = self._config.wandb
+        run = wandb.init(
+            project=ours.project,
+            entity=ours.entity,
+            name=ours.name or self._folder.resolve().name,
+            id=self.run_id,
+            resume="allow",
+            dir=self._folder,
+            mode=mode,
+            config={**self._config.model_dump(mode="json"), "git_commit": _git_commit()},
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                init_timeout=INIT_SECONDS,
+                finish_timeout=UPLOAD_SECONDS,
+                finish_timeout_raises=True,
+                x_transaction_log_flush_interval=1,
+                # Command line, SLURM_* variables and the repository's address can hold secrets.
+                x_disable_meta=True,
+                disable_git=True,
+                disable_code=True,
+                # "Stop run" in the browser; the library's own way is a SIGINT in the middle of a step.
+                stop_fn=RunDirectory(self._folder).stop.touch,
+            ),
+        )
+        run.define_metric("tokens")
+        run.define_metric("*", step_metric="tokens")
+        return run
+
+    def _logs(self) -> list[Path]:
+        """The library's transaction logs of this id, one a start, the newest first."""
+        found = self._folder.glob(f"wandb/*run-*/run-{self.run_id}.wandb")
+        return sorted(found, key=lambda file: file.stat().st_mtime_ns, reverse=True)
+
+
+def mirror_mode(config: Config) -> str:
+    """`online`, `offline` or `disabled`: of wandb.mode and the environment's WANDB_MODE what sends less.
+
+    A WANDB_MODE that is not known sends nothing.
+    """
+    said = os.environ.get("WANDB_MODE", "").lower()
+    known = {"": MODES[0], "run": "online", "shared": "online", "dryrun": "offline", **{mode: mode for mode in MODES}}
+    if said not in known:
+        log.warning("WANDB_MODE is %r, none of %s: W&B is sent nothing", said, ", ".join(MODES))
+    return max(config.wandb.mode, known.get(said, "disabled"), key=MODES.index)
+
+
+def is_installed() -> bool:
+    """Whether the library is there; a run's own folder `wandb/` in the working directory is not it."""
+    found = importlib.util.find_spec("wandb")
+    return found is not None and found.origin is not None
+
+
+def sign_in() -> str:
+    """W&B's address, for which there is a key. Raises `wandb.errors.AuthenticationError` where there is none."""
+    import wandb
+    from wandb.sdk.lib import wbauth
+
+    host = wandb.setup().settings.base_url
+    if wbauth.authenticate_session(host=host, source="lamda", prompt=False) is None:
+        raise wandb.errors.AuthenticationError("no W&B key: set WANDB_API_KEY, or run `wandb login`")
+    return host
+
+
+def _last_step(transactions: Path) -> int:
+    """The last step in a transaction log that counts; 0 where there is none.
+
+    An offline log that a kill cut in the middle of a record counts as not there and is set aside:
+    `wandb sync` would stop at it, and send its rows again every time.
+    """
+    try:
+        step, damage = _inspect(transactions)
+    except (OSError, ValueError, KeyError) as error:
+        step, damage = 0, reason_of(error)
+    if damage and transactions.parent.name.startswith("offline-"):
+        transactions.rename(transactions.with_suffix(".wandb.damaged"))
+        log.warning("%s is set aside (%s); its rows are written again", transactions, damage)
+        return 0
+    return step
+
+
+def _inspect(transactions: Path) -> tuple[int, str]:
+    """The last step in a transaction log, and what is wrong with the log."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(transactions)]
+    last = ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as reader:
+        for line in reader.stdout:
+            if '"type":"history"' in line:
+                last = line
+        said = reader.stderr.read().strip()
+    step = json.loads(last)["history"]["step"]["num"] if last else 0
+    return step, said if reader.returncode or "incomplete" in said else ""
+
+
+def _is_shown(value: object) -> bool:
+    return value is not None and not (isinstance(value, float) and not isfinite(value))
+
+
+def _kill_service() -> None:
+    """End the library's own process, for which it would wait without a limit."""
+    for children in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):
+            for child in children.read_text("utf-8").split():
+                if Path(f"/proc/{child}/comm").read_text("utf-8").strip() == "wandb-core":
+                    os.kill(int(child), signal.SIGKILL)
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, where it runs from a checkout."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
