@@ -1,17 +1,17 @@
-# make pretrain   install, then train the tiny LaMDA on this machine's own text (11 minutes on two cores)
-# make test       install, then run the whole test suite
-# make test-long longer suites: runs killed at random on real text (needs LAMDA_TEST_DATA)
-# make serve-test  the HTTP server under the official client; its page and reports in Chromium (Debian's, else they skip)
-# make serve-attack  1,000 hostile clients against the HTTP server for ten minutes (SECONDS=60: for one), and four honest ones
-# make faults  two ranks through everything that may befall a run, each once (some 10 minutes)
-# make faults-full  the same in the numbers of docs/reliability.md (some 40 minutes)
-# make cluster  jobs on a SLURM and on two hosts that are made on this machine (needs root and Debian, else it skips)
-# make flax-test  JAX on meshes of devices, over processes, beside PyTorch's run, killed and gone on (some 3 minutes)
-# make transformers-test  transformers' own common tests on LaMDA, from TRANSFORMERS_CHECKOUT (docs/huggingface.md)
-# make package-test  build the package, install it into an empty environment, train with it (some 5 minutes);
-#                 DIST=FOLDER keeps what was built
-# make docs       build the documentation into build/site; links are checked (make docs-test runs its commands)
-# make lint       ruff, the layers contract, and the types of the public surface (mypy)
+# make pretrain           install, then train the tiny LaMDA on the Python standard library (11 minutes on two cores)
+# make test               install, then run the whole test suite
+# make test-long          longer suites: runs killed at random on real text (needs LAMDA_TEST_DATA)
+# make serve-test         the HTTP server under the official client; its page and reports in Chromium (else skipped)
+# make serve-attack       1,000 hostile and four honest clients against the HTTP server for ten minutes (or SECONDS=60)
+# make faults             fault-injection tests: every failure mode once, on two ranks (about 10 minutes)
+# make faults-full        the same as often as docs/reliability.md says (about 40 minutes)
+# make cluster            jobs on SLURM and on two hosts, set up on this machine (needs root and Debian, else skipped)
+# make flax-test          JAX on meshes and over processes, compared with PyTorch, killed, resumed (about 3 minutes)
+# make transformers-test  transformers' common tests on LaMDA, from TRANSFORMERS_CHECKOUT (docs/huggingface.md)
+# make package-test       build the package, install it into an empty environment, train with it (about 5 minutes);
+#                         DIST=FOLDER keeps the wheel and the source archive
+# make docs               build the documentation into build/site and check its links (make docs-test runs its commands)
+# make lint               ruff, import-linter, mypy
 
 PYTHON ?= python3
 VENV := .venv
@@ -23,7 +23,7 @@ CONFIG ?= configs/tiny.yaml
 pretrain: $(VENV)/.installed
 	$(BIN)/lamda pretrain --config $(CONFIG)
 
-# As collected: reordered by their number of tests, files with few long tests would come last, on one worker.
+# Keep the collected order: reordered by number of tests, files with few long tests would run last, on one worker.
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
