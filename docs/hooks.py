@@ -1,4 +1,4 @@
-"""What `mkdocs build` adds: pages that the code itself tells, and the repository's files that pages link to."""
+"""What `mkdocs build` adds: pages generated from the code, and the repository's files that pages link to."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OUTSIDE = re.compile(r"\]\(\.\./([^)#\s]+)\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are made, and every file outside docs/ that a page links to."""
+    """Add the generated pages, and every file outside docs/ that a page links to."""
     made = {
         "configuration.md": configuration(),
         "commands.md": commands(),
@@ -45,13 +45,13 @@ def configuration() -> str:
     parts = [
         "# Configuration",
         "A run is one YAML file, keys nested by section; every key is also a flag, `--section.key VALUE`, which wins. "
-        "A preset fills in what neither sets. What is wrong is told all at once, with file, line and the nearest key. "
-        "`lamda config show --config FILE` prints what a file resolves to. Lists are written `[a, b]`; `null` is "
-        "nothing.",
-        "This page is made from `lamda/config/schema.py` whenever the documentation is built.",
+        "A preset fills in what neither sets. All errors are reported together, with file, line and the nearest key. "
+        "`lamda config show --config FILE` prints the resolved configuration. Lists are written `[a, b]`; `null` means "
+        "no value.",
+        "This page is generated from `lamda/config/schema.py` when the documentation is built.",
         "```yaml\nrun:\n  dir: runs/mine\nmodel:\n  preset: 110m\ntrain:\n  tokens: 2.2e9\n```",
         f"Shipped files: {', '.join(f'`{path.stem}`' for path in sorted((ROOT / 'configs').glob('*.yaml')))}; a name "
-        "without a suffix is looked for among them (`--config tiny`).",
+        "without a suffix is looked up among them (`--config tiny`).",
         "## Presets of `model.preset`",
         _table(("preset", *PRESETS["tiny"]), [(name, *shape.values()) for name, shape in PRESETS.items()]),
     ]
@@ -66,14 +66,14 @@ def configuration() -> str:
 
 
 def commands() -> str:
-    """The map of the commands, with usage and details, as `lamda COMMAND --help` has them."""
+    """All commands, with usage and details, as `lamda COMMAND --help` prints them."""
     parts = [
         "# Commands",
-        "`lamda --help` shows this map, `lamda COMMAND --help` what stands here; `lamda completion bash|zsh|fish` "
-        "teaches your shell. Exit codes: 0 all went well, 1 it did not, 2 something that you can mend (told on "
-        "standard error, without a traceback), 75 a run that stopped when asked to, with everything saved, 130 Ctrl-C, "
-        "141 the reader of a pipe has left. Colours appear at a terminal alone (`NO_COLOR` turns them off) and say "
-        "nothing that words do not.",
+        "`lamda --help` prints this list, `lamda COMMAND --help` the text below; `lamda completion bash|zsh|fish` "
+        "sets up shell completion. Exit codes: 0 success, 1 failure, 2 an error that you can fix (printed on standard "
+        "error, without a traceback), 75 a run that stopped on request, with everything saved, 130 Ctrl-C, 141 the "
+        "reader of a pipe has exited. Colors are used only at a terminal (`NO_COLOR` turns them off) and carry no "
+        "information of their own.",
     ]
     for title, names in MAP.items():
         parts.append(f"## {title}")
