@@ -111,7 +111,7 @@ def _rounds(
         if engine.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(engine.device)
         clock = Clock(engine.device)
-        engine.step(step, learning_rate=rate, at=clock.mark).loss()
+        engine.train_step(step, lr=rate, on_phase=clock.mark).wait().loss()
         found = {"data wait": waited, **clock.parts(), "bytes": float(_peak_memory(engine.device))}
         if beside is not None:
             found["plain"] = _timed_plain(beside, step, engine.device, rate)

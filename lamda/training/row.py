@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from lamda.config.schema import Config
-from lamda.engines.protocol import StepResult
+from lamda.engines.protocol import PendingStep, StepMetrics
 from lamda.model.counts import flops_per_token
 from lamda.storage.state import RunState
 
@@ -28,7 +29,7 @@ class FinishedStep:
     """
 
     state: RunState
-    result: StepResult
+    pending: PendingStep
     rate: float
     waited: float
     stalled: float
@@ -36,13 +37,18 @@ class FinishedStep:
     epochs: Mapping[str, float] = field(default_factory=dict)
     more: dict[str, float] = field(default_factory=dict)
 
+    @cached_property
+    def metrics(self) -> StepMetrics:
+        """Waits for the step."""
+        return self.pending.wait()
+
     def targets(self) -> int:
         """The targets of this step that had a loss."""
-        return sum(targets for _, targets in self.result.by_domain())
+        return sum(targets for _, targets in self.metrics.by_domain())
 
     def signals(self) -> list[float]:
         """The ranks' sums of what they told with this step."""
-        return self.result.signals()
+        return self.metrics.counters
 
     def row(self, config: Config, domains: tuple[str, ...], *, peak_flops: float | None, devices: int) -> Row:
         """This step's metrics. domains: names in the order of their numbers. peak_flops: of each of the devices."""
@@ -51,9 +57,9 @@ class FinishedStep:
         flops = positions_per_second * per_token / devices
         return {
             "step": self.state.step,
-            "loss": self.result.loss(),
+            "loss": self.metrics.loss(),
             "lr": self.rate,
-            "grad_norm": float(self.result.grad_norm),
+            "grad_norm": self.metrics.grad_norm,
             "tokens": self.state.tokens,
             "samples": self.state.samples,
             "tokens_per_second": self.targets() / self.seconds,
@@ -64,7 +70,7 @@ class FinishedStep:
             "save_seconds": self.stalled,
             "skipped_steps": self.state.step - self.state.updates,
             "rollbacks": self.state.rollbacks,
-            "batch_digest": self.result.batch_digest(),
+            "batch_digest": self.metrics.batch_digest,
             **{f"epoch/{name}": epochs for name, epochs in self.epochs.items()},
             **self._domains(domains),
             **self.more,
@@ -76,7 +82,7 @@ class FinishedStep:
             return {}
         nats: dict[str, float] = {}
         targets: dict[str, int] = {}
-        for name, (loss, count) in zip((*domains, OTHER), self.result.by_domain(), strict=True):
+        for name, (loss, count) in zip((*domains, OTHER), self.metrics.by_domain(), strict=True):
             if count:  # a domain of the corpus may be called `other` as well
                 nats[name], targets[name] = nats.get(name, 0.0) + loss * count, targets.get(name, 0) + count
         losses = {f"loss/{name}": nats[name] / count for name, count in targets.items()}

@@ -1,6 +1,6 @@
 """Saving in the background: the state is copied to host memory at once and written while training goes on.
 
-The engine knows what its state is (`lamda.engines.protocol.Engine.copy`), this file how it becomes a checkpoint.
+The engine knows what its state is (`lamda.engines.protocol.Engine.snapshot`), this file how it becomes a checkpoint.
 A save has two parts, and each ends when all ranks have settled theirs: every rank writes its own
 files; then rank 0 commits them (`lamda.storage.commit`). The ranks tell each other with the figures
 of the steps in between, so that nobody waits. A save that fails leaves the last checkpoint as it was.
@@ -89,7 +89,7 @@ class Saver:
             raise problem
         if problem is not None:
             return Saved(state.step, self._final, problem)
-        write = self._engine.copy(self._temporary)
+        write = self._engine.snapshot(self._temporary)
         self._at("save.copied")
         self._start(lambda: self._write(write))
         return None
@@ -193,7 +193,7 @@ class Saver:
         content = {
             "step": self._state.step,
             "ranks": self._world.size,
-            **self._engine.describe(),
+            **self._engine.manifest_entries(),
             "model": self._config.model.dimensions,
             "optimizer": self._config.train.optimizer,
             "lora_rank": self._config.train.lora_rank,

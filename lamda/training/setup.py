@@ -154,7 +154,7 @@ class _Start:
                 at("load")
                 if start.path is not None:
                     with reading(start.path):
-                        engine.load(start.path)
+                        engine.load_checkpoint(start.path)
                 elif config.model.weights is not None:
                     engine.load_weights(Path(config.model.weights))
                 at("start")

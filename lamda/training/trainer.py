@@ -144,7 +144,7 @@ class Run:
             done += own * self.world.size
             advance(own * self.world.size)
 
-        with self.report.long_job("evaluating", total=total, unit="rows") as advance, self.engine.evaluating():
+        with self.report.long_job("evaluating", total=total, unit="rows") as advance, self.engine.eval_mode():
             scores = self.held_out.score(
                 _Watched(self.engine, at=self._at_batch),
                 device=self.engine.device,
@@ -161,7 +161,7 @@ class Run:
     def score_tasks(self) -> dict[str, float]:
         """The figures of `eval.tasks`, on rank 0; none where a task fails, which is told."""
         try:
-            with self.engine.evaluating():
+            with self.engine.eval_mode():
                 return self.benchmarks.score(self.engine, self.tokenizer, mark=self._at_batch, shows=self._shows)
         except TaskError as error:
             self.report.warn("evaluation failed", f"step {self.state.step}: eval.tasks: {error}; training goes on")
@@ -220,9 +220,9 @@ class Run:
         self.profile.begin(self.state.step + 1)
         rate = next_learning_rate(config, self.state)
         signals = (int(self.requests.reason() is not None), self.saver.settled)
-        result = self.engine.step(batch, learning_rate=rate, signals=signals, at=self._at)
+        result = self.engine.train_step(batch, lr=rate, counters=signals, on_phase=self._at)
         self.state = self.state.after(
-            consumed=batch.consumed, rows=config.train.global_batch_size, updated=result.updated
+            consumed=batch.consumed, rows=config.train.global_batch_size, updated=not result.skipped
         )
         self.profile.end(self.state.step)
         stalled, self._stalled = self._stalled, 0.0
@@ -240,13 +240,15 @@ class Run:
         """Read a step's figures, tell them, and do what the ranks have agreed on with them."""
         self.state = self.state.with_targets(finished.targets())
         finished.state = replace(finished.state, tokens=self.state.tokens)
-        row = finished.row(self.config, self.domains, peak_flops=self.engine.peak_flops, devices=self.engine.devices)
+        row = finished.row(
+            self.config, self.domains, peak_flops=self.engine.peak_flops, devices=self.engine.num_devices
+        )
         self.report.row(row)
         self._at("report", step=finished.state.step)
         stops, settled = finished.signals()
         self._stop_is_agreed |= stops > 0
         self._tell(self.saver.advance(settled))
-        refused = not finished.result.updated
+        refused = finished.pending.skipped
         if refused and not self._health.last_was_refused:
             self.report.warn(
                 "step refused", f"step {row['step']}: its loss or gradient is not finite; the weights stay as they are"
@@ -282,7 +284,7 @@ class Run:
         window = (there.consumed, here.consumed)
         on_main(self.world, lambda: self.directory.note_skipped(window, step=setback.step, reason=setback.reason))
         on_main(self.world, lambda: rollback.set_spoilt_aside(self.directory))
-        self.engine.load(path)
+        self.engine.load_checkpoint(path)
         self.state = replace(
             there, skipped=(*here.skipped, window), rollbacks=here.rollbacks + 1, wandb_id=here.wandb_id
         )
@@ -309,7 +311,7 @@ class Run:
 
     def _compare(self) -> None:
         every = self.config.run.compare_every
-        if every is not None and self.state.step % every == 0 and (odd := self.engine.odd_ranks()):
+        if every is not None and self.state.step % every == 0 and (odd := self.engine.corrupted_ranks()):
             raise RunError(
                 f"step {self.state.step}: the weights of rank {', '.join(map(str, odd))} of {self.world.size} are not "
                 f"what the optimiser computed: memory or a device is faulty. {self._kept()}"

@@ -61,10 +61,10 @@ def train(tmp_path_factory, device, tokenizer_path):
         )
         engine = Engine(own, world=World(), device=device)
         if weights is not None:
-            checkpoint.load_weights_alone(weights, engine=engine)
+            checkpoint.load_weights(weights, engine.deepspeed)
         with MetricsFile(run / "metrics.jsonl", discarded=run / "metrics.discarded.jsonl", step=0) as metrics:
             for step in (1, 2):
-                loss = engine.step(batch(step, World()), learning_rate=1e-2).loss()
+                loss = engine.train_step(batch(step, World()), lr=1e-2).wait().loss()
                 metrics.write(
                     {"step": step, "loss": loss, **({"eval/loss": 5.75, "eval/full/loss": 5.25} if step == 1 else {})}
                 )

@@ -10,7 +10,7 @@ from lamda.config.errors import UserError
 from lamda.distributed import World
 from lamda.engines.deepspeed import checkpoint, lora
 from lamda.engines.deepspeed.engine import Engine
-from lamda.engines.deepspeed.weight_check import odd_ranks
+from lamda.engines.deepspeed.weight_check import corrupted_ranks
 from lamda.launch.pretrain import main
 from lamda.model import LaMDA
 from lamda.model.initialization import initialise
@@ -27,7 +27,7 @@ of_each_stage = pytest.mark.parametrize(("stage", "bf16"), STAGES)
 
 
 def step(engine: Engine, number: int) -> float:
-    return engine.step(batch(number, World()), learning_rate=RATE).loss()
+    return engine.train_step(batch(number, World()), lr=RATE).wait().loss()
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def engine_of(config_of, base, device):
     def make(stage: int, *, bf16: bool, loaded: bool = True, **train) -> Engine:
         engine = Engine(config_of(stage, bf16=bf16, **train), world=World(), device=device)
         if loaded:
-            checkpoint.load_weights_alone(base, engine=engine)
+            engine.load_weights(base)
         return engine
 
     return make
@@ -113,7 +113,7 @@ def test_steps_are_those_of_adamw_on_the_two_factors_alone(engine_of, base, devi
             assert not torch.equal(found, begun[name]), name
         else:
             assert torch.equal(found, frozen[name]), name
-    assert odd_ranks(engine) == []
+    assert corrupted_ranks(engine.deepspeed) == []
 
 
 @of_each_stage
@@ -147,10 +147,10 @@ def test_a_resumed_run_is_the_straight_one_to_the_last_bit(engine_of, tmp_path, 
     saved = saver.finish()
     assert saved.problem is None
     resumed = engine_of(stage, bf16=bf16, loaded=False)
-    checkpoint.load(saved.path, engine=resumed)
+    resumed.load_checkpoint(saved.path)
     for number in (3, 4):
         assert step(resumed, number) == step(straight, number)
-    for state in (lambda engine: dict(checkpoint.own_tensors(engine)), every_parameter):
+    for state in (lambda engine: dict(checkpoint.local_state(engine.deepspeed)), every_parameter):
         one, other = state(resumed), state(straight)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)

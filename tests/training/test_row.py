@@ -2,9 +2,11 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from lamda.config.schema import Config
+from lamda.engines.protocol import StepMetrics
 from lamda.storage.state import RunState
 from lamda.training.row import FinishedStep
 
@@ -12,9 +14,8 @@ PARTS = {("a", "other"): [(2.0, 10), (3.0, 50), (9.0, 1)], ("a", "b"): [(2.0, 10
 
 
 def row_of(domains, parts, **train):
-    result = SimpleNamespace(
-        loss=lambda: 1.0, grad_norm=1.0, updated=True, by_domain=lambda: parts, batch_digest=lambda: "0"
-    )
+    sums = np.array([[loss * count for loss, count in parts], [count for _, count in parts]], np.float64)
+    result = SimpleNamespace(wait=lambda: StepMetrics(sums, 1.0, "0", ()), skipped=False)
     config = Config.model_validate(
         {"data": {"sequence_length": 32}, "train": {"steps": 9, "global_batch_size": 8, **train}}
     )

@@ -25,7 +25,7 @@ class Adapted(nn.Module):
     def __init__(self, weight: nn.Parameter, *, rank: int) -> None:
         super().__init__()
         outputs, inputs = weight.shape
-        self.weight = weight.requires_grad_(requires_grad=False)
+        self.weight = weight.requires_grad_(False)  # noqa: FBT003 - torch's
         self.lora_a, self.lora_b = Linear(inputs, rank), Linear(rank, outputs)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def adapt(model: LaMDA, *, rank: int, seed: int) -> None:
     model.requires_grad_(requires_grad=False)
     matrices = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
     for name, matrix in matrices:
-        adapted = Adapted(matrix.weight, rank=rank)
+        adapted = Adapted(matrix.get_parameter("weight"), rank=rank)
         a, b = adapted.lora_a.weight, adapted.lora_b.weight
         a.copy_(torch.empty(a.shape).normal_(0.0, a.shape[1] ** -0.5, generator=generator(seed, f"{name}.lora_a")))
         b.zero_()

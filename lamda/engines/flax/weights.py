@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -53,14 +54,17 @@ def make_weights(
 
     def part_of(name: str, index: tuple[slice, ...]) -> NDArray[np.generic]:
         if not name.startswith("layers."):
-            return read(name, index)
-        layers = range(config.n_layers)[index[0]]
-        return np.stack([read(f"layers.{layer}.{name.removeprefix('layers.')}", index[1:]) for layer in layers])
+            return read(name, index).astype(dtype)
+        parts = [
+            read(f"layers.{layer}.{name.removeprefix('layers.')}", index[1:])
+            for layer in range(config.n_layers)[index[0]]
+        ]
+        return np.stack(parts).astype(dtype)
 
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return {
         name: jax.make_array_from_callback(
-            shape, here if shardings is None else shardings[name], lambda index, n=name: part_of(n, index).astype(dtype)
+            shape, here if shardings is None else shardings[name], partial(part_of, name)
         )
         for name, shape in stacked_shapes(config).items()
     }

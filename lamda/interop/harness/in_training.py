@@ -117,7 +117,7 @@ class RanksDecoder:
             return found[: len(own)]
         if self._engine.stage < 3:
             return continue_prompts(self._engine.model, self._tokenizer, own) if own else []
-        with self._engine.whole(*self._engine.model.parameters()):
+        with self._engine.gathered_parameters():
             written = continue_prompts(self._engine.model, self._tokenizer, items)
         return written[world.rank :: world.size]
 
