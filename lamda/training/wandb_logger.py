@@ -23,14 +23,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lamda.best_effort import BestEffort, reason_of
 from lamda.config.schema import Config
 from lamda.durable import replace_file
+from lamda.storage import commit
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
-from lamda.training.wandb_artifacts import log_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class WandbMirror:
         """Make a complete checkpoint known as an artifact, in the way that `wandb.checkpoints` says."""
         way = self._config.wandb.checkpoints
         if way != "none":
-            self._put_alone(f"checkpoint {path}", lambda run: log_checkpoint(run, path, way=way, best=best))
+            self._put_alone(f"checkpoint {path}", lambda run: _log_checkpoint(run, path, way=way, best=best))
 
     def finish(self, *, exit_code: int = 0, seconds: float | None = None) -> None:
         """Wait until everything is sent, but hardly longer than `seconds` (END_SECONDS by default).
@@ -201,7 +201,7 @@ class WandbMirror:
             by_hand,
         )
 
-    def _init(self, mode: str) -> Any:
+    def _init(self, mode: Literal["online", "offline"]) -> Any:
         import wandb
 
         ours = self._config.wandb
@@ -237,6 +237,29 @@ class WandbMirror:
         """The library's transaction logs of this id, one a start, the newest first."""
         found = self._folder.glob(f"wandb/*run-*/run-{self.run_id}.wandb")
         return sorted(found, key=lambda file: file.stat().st_mtime_ns, reverse=True)
+
+
+def _log_checkpoint(run: Any, path: Path, *, way: Literal["reference", "upload"], best: bool) -> None:
+    """Log a complete checkpoint as the next version of artifact `<run id>-checkpoint`, of type "model".
+
+    way: "reference" stores the manifest and the files' addresses, "upload" the files. Metadata: the step,
+    and size and sha256 of every file. Aliases: "latest", the folder's name, and "best" if it is that.
+    Raises OSError where the checkpoint is gone, and the library's errors.
+    """
+    import wandb
+
+    content = commit.read(path)
+    artifact = wandb.Artifact(
+        f"{run.id}-checkpoint", type="model", metadata={"step": content["step"], "files": content["files"]}
+    )
+    # A checkpoint never changes: nothing needs to be copied before it is read.
+    if way == "upload":
+        artifact.add_dir(str(path), policy="immutable", skip_cache=True)
+    else:
+        # Unlike the addresses, the manifest differs between two checkpoints of one name.
+        artifact.add_file(str(path / commit.MANIFEST), policy="immutable", skip_cache=True)
+        artifact.add_reference(path.resolve().as_uri(), name=path.name, checksum=False)
+    run.log_artifact(artifact, aliases=["latest", path.name, *(["best"] if best else [])])
 
 
 def mirror_mode(config: Config) -> str:
@@ -290,12 +313,14 @@ def _inspect(transactions: Path) -> tuple[int, str]:
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(transactions)]
     last = ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout is not None
+        assert reader.stderr is not None
         for line in reader.stdout:
             if '"type":"history"' in line:
                 last = line
-        said = reader.stderr.read().strip()
+        problem = reader.stderr.read().strip()
     step = json.loads(last)["history"]["step"]["num"] if last else 0
-    return step, said if reader.returncode or "incomplete" in said else ""
+    return step, problem if reader.returncode or "incomplete" in problem else ""
 
 
 def _is_shown(value: object) -> bool:

@@ -19,10 +19,10 @@ from lamda.data.loader import batch_digest
 from lamda.distributed import World
 from lamda.engines.protocol import StepMetrics
 from lamda.inference.generation import generate
+from lamda.launch.main import launch
 from lamda.model import LaMDA
 from lamda.model.initialization import initialise
 from lamda.model.loss import token_nats
-from lamda.training.main import launch
 
 
 class Plain:
@@ -152,7 +152,7 @@ class Engine:
 
 
 def pretraining():
-    from lamda.training.pretraining import Pretraining
+    from lamda.training.task import Pretraining
 
     return Pretraining()
 

@@ -4,7 +4,7 @@ import pytest
 
 from lamda.distributed import World
 from lamda.storage.run_directory import RunDirectory
-from lamda.training.attempt import Attempt
+from lamda.training.stop_requests import Attempt
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from lamda.model.initialization import initialise
 from lamda.model.loss import cross_entropy
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
-from lamda.training.resume import choose_start
+from lamda.training.resume import find_resume_point
 from lamda.training.saver import Saver
 from tests.distributed.engine_worker import BATCH, LENGTH, MODEL, batch, config, tokens
 
@@ -203,7 +203,7 @@ def test_another_rank_than_the_checkpoints_is_refused_by_name(engine_of, config_
     assert saver.finish().problem is None
 
     def start(rank):
-        return choose_start(config_of(1, bf16=True, lora_rank=rank), directory, world, framework="deepspeed")
+        return find_resume_point(config_of(1, bf16=True, lora_rank=rank), directory, world, framework="deepspeed")
 
     assert start(saved).state.step == 1
     with pytest.raises(UserError, match=rf"Set train\.lora_rank {saved}, or start from the weights alone: model\.wei"):

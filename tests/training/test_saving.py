@@ -58,8 +58,8 @@ def test_steps_go_on_while_it_is_written_and_it_holds_the_state_it_began_with(sa
     assert saver.begin(RunState(step=1)) is None
     for step in range(3):
         engine.train_step(batch(step, World()), lr=1e-2)
-    assert saver.settled == 0
-    assert saver.advance(saver.settled) is None, "nobody waits for a rank that has not settled"
+    assert saver.completed_parts == 0
+    assert saver.advance(saver.completed_parts) is None, "nobody waits for a rank that has not settled"
     held.set()
     saved = saver.finish()
     assert (saved.step, saved.problem) == (1, None)
@@ -73,10 +73,10 @@ def test_it_ends_by_the_ranks_sums_alone_and_once(saver):
     """As in the loop: the sum comes with a step, and each part of a save ends at one."""
     assert saver.begin(RunState(step=1)) is None
     end = time.monotonic() + 60
-    while (saved := saver.advance(saver.settled)) is None:
+    while (saved := saver.advance(saver.completed_parts)) is None:
         assert time.monotonic() < end
     assert (saved.step, saved.problem) == (1, None)
-    assert saver.advance(saver.settled) is None
+    assert saver.advance(saver.completed_parts) is None
     assert saver.begin(RunState(step=2)) is None
     assert saver.finish().step == 2
     assert saver.finish() is None

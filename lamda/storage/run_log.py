@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from lamda.best_effort import BestEffort
 from lamda.console import SHOWN
@@ -92,11 +93,11 @@ def _none(record: logging.LogRecord) -> bool:
     return False
 
 
-class _StandardError(logging.StreamHandler):
+class _StandardError(logging.StreamHandler[TextIO]):
     """Standard error as it is when a record comes: a bar puts what is written there above itself."""
 
     @property
-    def stream(self):  # noqa: ANN202
+    def stream(self) -> TextIO:
         return sys.stderr
 
     @stream.setter
