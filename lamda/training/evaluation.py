@@ -63,7 +63,7 @@ class HeldOutText:
 
 
 @dataclass(frozen=True)
-class LoadedModel:
+class TorchScorer:
     """A model in memory as a `lamda.engines.protocol.Scorer`."""
 
     model: LaMDA
@@ -241,7 +241,7 @@ def evaluate_checkpoint(path: Path, *, files: str | None) -> dict[str, Any]:
     if not sources:
         raise UserError(f"{path}: its run has no validation text; give --files")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = LoadedModel(load_model(path, config.model).to(device))
+    model = TorchScorer(load_model(path, config.model).to(device))
     text = HeldOut(
         sources,
         Tokenizer.load(path / "tokenizer.model"),

@@ -265,7 +265,7 @@ class TrainingProgress:
         try:
             with Progress(name, total=total, unit=unit) if self._visible else nullcontext() as job:
                 yield job.advance if job else lambda more: None
-        finally:  # a task of `eval.tasks` may fail, and training goes on
+        finally:  # a task of `eval.tasks` may fail, and training continues
             if self._bar:
                 self._bar.start()
 

@@ -17,7 +17,7 @@ from lamda.config.help import to_yaml
 from lamda.config.progress import computing
 from lamda.config.schema import Config
 from lamda.distributed import FailedElsewhereError, ReportedElsewhereError, World
-from lamda.durable import replace_file
+from lamda.durable import Progress, replace_file
 from lamda.engines.protocol import Engine, Framework
 from lamda.storage import commit
 from lamda.storage.lock import LostLockError, RunLock
@@ -85,7 +85,7 @@ def train(
             raise  # another process, or rank 0, writes status.json
         except (UserError, UnreadableError) as error:
             if world.is_main and not attempt.is_training:
-                attempt.refuse(str(error))
+                attempt.reject(str(error))
             else:
                 attempt.end("failed", reason=f"rank {world.rank}: {error}")
             raise
@@ -202,30 +202,32 @@ class _Start:
                 log.warning("%s", remark)
             stack.callback(watchdog.close)  # W&B's last uploads have a time limit of their own
             stack.enter_context(logger.profile)
-            evaluation = self.task.open_evaluation(
-                config, inputs.tokenizer, on_wait=lambda: watchdog.progress_during(TEXT_PHASES)
-            )
-            saver = Saver(
-                directory.checkpoints,
-                engine=engine,
-                tokenizer=directory.tokenizer,
-                require_lock=self.lock.require,
-                sync_rows=directory.sync_metrics,
-                note=directory.note_checkpoint,
-                progress=watchdog.progress,
-            )
-            trainer = Trainer(
-                directory,
-                engine=engine,
-                inputs=inputs,
-                evaluator=Evaluator(engine, self.task, inputs.tokenizer, evaluation, benchmarks, logger, guard),
-                saver=saver,
-                logger=logger,
-                guard=guard,
-                state=replace(state, wandb_id=logger.wandb_id),
-            )
+            state = replace(state, wandb_id=logger.wandb_id)
+            evaluator = self._evaluator(engine, inputs, benchmarks, logger, guard)
+            saver = self._saver(engine, progress=watchdog.progress)
+            trainer = Trainer(directory, engine, inputs, evaluator, saver, logger, guard, state)
             trainer.fit()
             return self._finish(trainer)
+
+    def _evaluator(
+        self, engine: Engine, inputs: Inputs, benchmarks: Benchmarks | None, logger: RunLogger, guard: Guard
+    ) -> Evaluator:
+        held_out = self.task.open_evaluation(
+            self.config, inputs.tokenizer, on_wait=lambda: guard.watchdog.progress_during(TEXT_PHASES)
+        )
+        return Evaluator(engine, self.task, inputs.tokenizer, held_out, benchmarks, logger, guard)
+
+    def _saver(self, engine: Engine, *, progress: Progress) -> Saver:
+        directory = self.directory
+        return Saver(
+            directory.checkpoints,
+            engine=engine,
+            tokenizer=directory.tokenizer,
+            require_lock=self.lock.require,
+            sync_rows=directory.sync_metrics,
+            note=directory.note_checkpoint,
+            progress=progress,
+        )
 
     def _finish(self, trainer: Trainer) -> int:
         """Show the results, record how the run ended, and return its exit code."""

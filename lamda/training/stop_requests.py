@@ -31,7 +31,7 @@ INTERRUPT_EXIT = 130
 ENDS = {"finished": 0, "preempted": STOP_EXIT, "failed": 1}
 """How a start can end, and its exit code."""
 STARTING = "starting"
-"""The phase of a running status before the first step: what it says of steps is not known yet."""
+"""The phase of a running status before the first step; the number of steps is not known yet."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
@@ -182,7 +182,7 @@ class Attempt:
         if self.exit_code() is None:
             self._directory.write_status(status, **details)
 
-    def refuse(self, reason: str) -> None:
+    def reject(self, reason: str) -> None:
         """A rejected start changes nothing: restore the previous status."""
         if self._world.is_main:
             if self.found:

@@ -73,15 +73,15 @@ def make_weights(
 def load_weights(
     path: Path, config: ModelConfig, *, dtype: DTypeLike | None = None, shardings: Mapping[str, Sharding] | None = None
 ) -> Weights:
-    """Stacked weights of a `model.safetensors`, in its own precision unless `dtype` says another.
+    """Stacked weights of a `model.safetensors`, in its precision unless `dtype` is given.
 
     Raises UserError that names every missing, unexpected and mis-shaped one.
     """
     with safe_open(path, "np") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
         check_shapes(weight_shapes(config), {name: tuple(each.get_shape()) for name, each in slices.items()})
-        own = file.get_tensor("final_norm.scale").dtype
-        return make_weights(config, lambda name, index: slices[name][index], dtype=dtype or own, shardings=shardings)
+        saved = file.get_tensor("final_norm.scale").dtype
+        return make_weights(config, lambda name, index: slices[name][index], dtype=dtype or saved, shardings=shardings)
 
 
 def plain_weights(weights: Mapping[str, Array]) -> Iterator[tuple[str, NDArray[np.generic]]]:
