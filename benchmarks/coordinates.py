@@ -19,7 +19,7 @@ from torch.nn import functional
 from benchmarks import environment, write_report
 from lamda.config import ModelConfig
 from lamda.config.schema import TrainConfig
-from lamda.engines.deepspeed.optimizer import eager_kernels, make_optimizer, set_learning_rate
+from lamda.engines.deepspeed.optimizer import make_optimizer, set_learning_rate, without_compile
 from lamda.model import LaMDA
 from lamda.model.initialization import initialise
 
@@ -90,7 +90,7 @@ def changes(width: int, train: TrainConfig, *, steps: int) -> dict[str, float]:
         optimizer.zero_grad()
         logits_BLV = model(ids_BL[:, :-1])
         functional.cross_entropy(logits_BLV.flatten(0, 1), ids_BL[:, 1:].flatten()).backward()
-        with eager_kernels(train):
+        with without_compile(train):
             optimizer.step()
     after = watch(model, ids_BL[:, :-1])
     return {name: float((after[name] - before[name]).square().mean().sqrt()) for name in WATCHED}

@@ -58,7 +58,7 @@ def measure(config: Config, *, steps: int, alone: bool) -> dict[str, Any]:
     rounds: dict[str, list[float]] = {"jax": [], "pytorch": []}
     for step in _random_steps(config, count=WARM_UP + steps):
         began = time.perf_counter()
-        engine.step(step, learning_rate=config.train.lr).loss()
+        engine.train_step(step, lr=config.train.lr).wait().loss()
         rounds["jax"].append(time.perf_counter() - began)
         if beside is not None:
             rounds["pytorch"].append(_timed(beside, step, rate=config.train.lr))

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", options.devices)
-    from lamda.engines.flax.memory import measure
+    from benchmarks.step_memory import measure
 
     report = environment(["flax_memory", *argv], PACKAGES) | measure(config)
     if options.json is not None:

@@ -29,7 +29,7 @@ from lamda.data.held_out import HeldOut
 from lamda.data.loader import Step, batch_digest
 from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
-from lamda.engines.deepspeed.optimizer import eager_kernels
+from lamda.engines.deepspeed.optimizer import without_compile
 from lamda.model.loss import token_losses, token_nats
 from lamda.training.inputs import validation
 
@@ -153,7 +153,7 @@ def train_step(learner: Learner, batch: Batch, how: How, *, step: int, steps: in
     trained = [parameter for parameter in learner.module.parameters() if parameter.requires_grad]
     if train.gradient_clipping:
         torch.nn.utils.clip_grad_norm_(trained, train.gradient_clipping)
-    with eager_kernels(train):
+    with without_compile(train):
         for optimizer in learner.optimizers:
             optimizer.step()
     for optimizer in learner.optimizers:

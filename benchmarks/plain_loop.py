@@ -6,7 +6,7 @@ import torch
 
 from lamda.config.schema import Config
 from lamda.engines.deepspeed import compile
-from lamda.engines.deepspeed.optimizer import eager_kernels, make_optimizer, set_learning_rate
+from lamda.engines.deepspeed.optimizer import make_optimizer, set_learning_rate, without_compile
 from lamda.model import LaMDA
 from lamda.model.initialization import initialise
 
@@ -40,7 +40,7 @@ class PlainLoop:
                     master.grad += parameter.grad
                 parameter.grad = None
         torch.nn.utils.clip_grad_norm_(self._masters, self._config.train.gradient_clipping)
-        with eager_kernels(self._config.train):
+        with without_compile(self._config.train):
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._copy_back()

@@ -35,7 +35,7 @@ from lamda.model.counts import flops_per_token, parameters
 from lamda.storage.metrics import peak_flops
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
-from lamda.training.inputs import Text
+from lamda.training.inputs import Inputs
 
 PACKAGES = ("torch", "deepspeed")
 WARM_UP = 3
@@ -75,13 +75,13 @@ def measure(config: Config, world: World, *, steps: int, seconds: float, plain: 
     with ExitStack() as stack:
         stack.callback(distributed.stop)
         folder = Path(distributed.broadcast(stack.enter_context(tempfile.TemporaryDirectory())))
-        text = Text.open(config, _directory(folder, world), world, form=form_of(config))
-        engine = Engine(config, world=world, device=device, domains=len(text.domains) + 1)
+        inputs = Inputs.open(config, _directory(folder, world), world, form=form_of(config))
+        engine = Engine(config, world=world, device=device, domains=len(inputs.domains) + 1)
         dtype = torch.bfloat16 if engine.is_bf16 else torch.float32
         rows = config.train.micro_batch_size * config.data.sequence_length
         before = _allocated(device)
         products = gemm.MatrixRate(config.model, rows=rows, device=device, dtype=dtype)
-        loader = stack.enter_context(text.loader(config, world, RunState()))
+        loader = stack.enter_context(inputs.loader(RunState()))
         beside = PlainLoop(config, device=device, dtype=dtype, compiled=engine.is_compiled) if plain else None
         others = _allocated(device) - before
         rounds = list(_rounds(engine, iter(loader), products, steps=steps, slice_=seconds / steps, beside=beside))
@@ -111,7 +111,7 @@ def _rounds(
         if engine.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(engine.device)
         clock = Clock(engine.device)
-        engine.step(step, learning_rate=rate, at=clock.mark).loss()
+        engine.train_step(step, lr=rate, on_phase=clock.mark).wait().loss()
         found = {"data wait": waited, **clock.parts(), "bytes": float(_peak_memory(engine.device))}
         if beside is not None:
             found["plain"] = _timed_plain(beside, step, engine.device, rate)

@@ -55,7 +55,7 @@ COMMANDS = {
         _main_of("lamda.launch.finetune"), _CONFIG, "fine-tune a model on dialogues and ratings, or go on with a run"
     ),
     "evaluate": Command(
-        _main_of("lamda.training.evaluate"),
+        _main_of("lamda.training.evaluation"),
         "RUN_OR_CHECKPOINT [--files GLOB] [--json]",
         "loss, perplexity and bits per byte of a checkpoint on text, in all and by domain",
     ),

@@ -1,7 +1,7 @@
-"""Ranks: who am I, and the few collectives that the project needs.
+"""Ranks: this process among all, and the few collectives that the project needs.
 
-The only file that reads launcher variables. Torch is imported where it is used, so that a wrong
-configuration is answered before anything heavy is loaded.
+The only file that reads launcher variables. Torch is imported where it is used, so that a wrong configuration is
+reported before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 JOIN_SECONDS = 600.0
-"""How long a rank waits for the others to come; PyTorch itself would wait half an hour."""
+"""How long a rank waits for the others to join; PyTorch's default is half an hour."""
 
 
 class ReportedElsewhereError(UserError):
-    """An error that rank 0 tells; this rank only ends."""
+    """An error that rank 0 reports; this rank only exits."""
 
 
 class FailedElsewhereError(RunError):
-    """A failure that rank 0 tells; this rank only ends."""
+    """A failure that rank 0 reports; this rank only exits."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes and speaks for all."""
+        """Whether this is rank 0, which writes files and reports for all."""
         return self.rank == 0
 
 
 def read_world() -> World:
-    """The place that the launcher gave this process (DeepSpeed's, torchrun's), or a world of one.
+    """The rank that the launcher (DeepSpeed, torchrun) gave this process, or a world of one rank.
 
-    Raises UserError where its variables give none, as a script's `RANK=$SLURM_PROCID` outside of SLURM.
+    Raises UserError if its variables are wrong, such as `RANK=$SLURM_PROCID` outside of SLURM.
     """
     variables = os.environ
     size = _variable("WORLD_SIZE", 1, least=1)
@@ -131,7 +131,7 @@ def _command_line(pid: int) -> bytes:
 
 
 def choose_accelerator() -> None:
-    """Name the CPU to DeepSpeed where there is no GPU: left to find out, it warns on every rank."""
+    """Set DeepSpeed's accelerator to the CPU if there is no GPU: otherwise it warns on every rank."""
     import torch
 
     if not torch.cuda.is_available():
@@ -143,7 +143,7 @@ def start(world: World, *, threads: int | None) -> torch.device:
 
     threads: CPU threads of this rank; by default the usable cores over the ranks of this machine.
     """
-    # Its C++ operator serves inference alone, and building it would cost a minute at every first start.
+    # Its C++ operator is only for inference, and building it takes a minute at the first start.
     import deepspeed.ops
     import torch
 
@@ -164,7 +164,7 @@ def start(world: World, *, threads: int | None) -> torch.device:
 
 
 def start_hosts(world: World, *, threads: int | None, address: str | None = None) -> None:
-    """Join a group of the processes alone, for a framework whose devices have collectives of their own.
+    """Join a process group of the hosts, for a framework whose devices have their own collectives.
 
     address: `host:port` where rank 0 listens; by default what the launcher says.
     """
@@ -185,7 +185,7 @@ def start_hosts(world: World, *, threads: int | None, address: str | None = None
 
 
 def free_address() -> str:
-    """`host:port` of this machine, free now, as others reach it: the address it has on the way to them."""
+    """A free `host:port` of this machine under the address by which other hosts reach it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
         try:
             way.connect((os.environ.get("MASTER_ADDR", "192.0.2.1"), 9))  # sends nothing
@@ -198,13 +198,13 @@ def free_address() -> str:
 
 
 def _keep_segments() -> None:
-    """Let PyTorch grow a GPU's segments of memory, unless the user sets them: fixed ones leave gaps."""
+    """Let PyTorch grow GPU memory segments unless the user has configured them: fixed ones fragment."""
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _keep_memory() -> None:
-    """Let glibc keep memory that is freed: it gives large pieces back, and every step would fault its pages in anew."""
+    """Let glibc keep freed memory: else it returns large blocks, and every step faults their pages in again."""
     import ctypes
 
     libc = ctypes.CDLL(None)
@@ -215,8 +215,8 @@ def _keep_memory() -> None:
 
 
 @contextmanager
-def patience(waiting: str, world: World, *, seconds: float = JOIN_SECONDS) -> Iterator[None]:
-    """End this process with exit code 1, saying what it waited for, if the block takes longer than `seconds`."""
+def exit_after(waiting: str, world: World, *, seconds: float = JOIN_SECONDS) -> Iterator[None]:
+    """Exit with code 1 and a message of what was waited for if the block takes longer than `seconds`."""
 
     def give_up() -> None:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -239,12 +239,12 @@ def patience(waiting: str, world: World, *, seconds: float = JOIN_SECONDS) -> It
 
 @contextmanager
 def _joining(world: World) -> Iterator[None]:
-    """The ranks come together within JOIN_SECONDS. Raises RunError where they cannot: another try may find it cured."""
+    """The ranks join within JOIN_SECONDS. Raises RunError if they cannot: another attempt may succeed."""
     import torch.distributed as dist
 
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
-        with patience("for all ranks to come", world):
+        with exit_after("for all ranks to come", world):
             yield
     except dist.DistError as error:
         if "EADDRINUSE" in str(error):
@@ -256,7 +256,7 @@ def _joining(world: World) -> Iterator[None]:
 
 
 def _defaults(world: World) -> dict[str, str]:
-    """What a launcher would set, for a run without one."""
+    """The variables that a launcher would set, for a run without one."""
     if world.size > 1:
         return {}
     with socket.socket() as free:
@@ -313,12 +313,12 @@ def on_main(world: World, action: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     if elsewhere is not None:
-        raise elsewhere("rank 0 tells the reason")
+        raise elsewhere("rank 0 reports the reason")
     return cast("T", result)
 
 
 def agree(world: World, action: Callable[[], T]) -> T:
-    """Run `action` on every rank; a UserError or RunError on any of them ends all, told once."""
+    """Run `action` on every rank; a UserError or RunError on any of them ends all ranks and is reported once."""
     failure: UserError | RunError | None = None
     result = None
     try:
@@ -335,7 +335,7 @@ def agree(world: World, action: Callable[[], T]) -> T:
 
 
 def _elsewhere(failure: UserError | RunError | None) -> type[ReportedElsewhereError | FailedElsewhereError] | None:
-    """What the ranks raise that do not tell a failure."""
+    """The exception of the ranks that do not report a failure."""
     if failure is None:
         return None
     return ReportedElsewhereError if isinstance(failure, UserError) else FailedElsewhereError

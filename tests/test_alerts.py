@@ -13,10 +13,9 @@ from lamda.distributed import World
 from lamda.launch.pretrain import main
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
-from lamda.training.attempt import Attempt
-from lamda.training.loggers import MainReport
-from lamda.training.progress import TrainingProgress
+from lamda.training.loggers import RunLogger, TrainingProgress
 from lamda.training.setup import _Start
+from lamda.training.stop_requests import Attempt
 from lamda.training.watchdog import HANG_EXIT
 from tests.conftest import make_text, write_shard
 from tests.wandb_run import environment, forgotten
@@ -63,12 +62,12 @@ def test_each_kind_of_trouble_is_an_alert(tmp_path, tokenizer_path, server, in_t
     told = [(alert["title"], alert["text"]) for alert in server.alerts]
     titles = Counter(title for title, _ in told)
     assert titles.pop("checkpoint failed") in (1, 2), "a save may still be under way when the run goes back"
-    assert titles == {"lines quarantined": 1, "step refused": 2, "went back": 1, "run failed": 1}
+    assert titles == {"lines quarantined": 1, "step skipped": 2, "rolled back": 1, "run failed": 1}
     texts = dict(told)
     assert "text.jsonl, line 1 (" in texts["lines quarantined"]
     assert "checkpoint of step 4" in texts["checkpoint failed"]
-    assert "step 5: its loss or gradient is not finite" in texts["step refused"]
-    assert "back to step-00000002" in texts["went back"]
+    assert "step 5 skipped: its loss or gradient is not finite" in texts["step skipped"]
+    assert "back to step-00000002" in texts["rolled back"]
     assert "train.rollbacks is 1" in texts["run failed"]
     (run,) = server.runs.values()
     assert run.exit_code == 1, "it looks failed there"
@@ -78,12 +77,13 @@ def test_a_hang_is_an_alert_and_sent_before_the_process_ends(tmp_path, server, c
     config = Config(train={"steps": 9}, wandb={"mode": "online"})
     directory = RunDirectory(tmp_path / "run")
     directory.create()
-    report = MainReport(config, directory, RunState(), TrainingProgress(done=0, steps=9, visible=False))
+    progress = TrainingProgress(done=0, steps=9, visible=False)
+    logger = RunLogger(config, directory, RunState(), progress, enabled=True)
     attempt = Attempt(directory, World())
     others = dict.fromkeys(("task", "framework", "open_benchmarks", "signals", "lock"))
-    start = _Start(config=config, world=World(), directory=directory, attempt=attempt, report=report, **others)
+    start = _Start(config=config, world=World(), directory=directory, attempt=attempt, logger=logger, **others)
     with caplog.at_level(logging.CRITICAL):
-        start._tell_hang("rank 1 is silent since step 4")
+        start._report_hang("rank 1 is silent since step 4")
     assert [(alert["title"], alert["text"]) for alert in server.alerts] == [
         ("run hangs", "rank 1 is silent since step 4")
     ]

@@ -15,7 +15,7 @@ from lamda.data.prepare import main as prepare_command
 from lamda.data.tokenizer import Tokenizer
 from lamda.runs.where import main as where_command
 from lamda.storage.metrics import read_metrics
-from lamda.training.evaluate import main as evaluate_command
+from lamda.training.evaluation import main as evaluate_command
 from tests.conftest import make_text, write_shard
 from tests.interop.conftest import write_tasks
 from tests.launch import run_deepspeed, run_ranks
@@ -127,7 +127,7 @@ def test_stopping_resuming_and_other_ranks_change_no_bit(place, broken):
     _, _, resumed = broken
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert "step-00000012 is damaged" in resumed.stderr
-    assert "going on from" in resumed.stdout
+    assert "continuing from" in resumed.stdout
     assert "step-00000008" in resumed.stdout
     assert (place / "broken" / "checkpoints" / "step-00000012.damaged").is_dir()
     for name in ("batch_digest", "loss", "eval/loss"):

@@ -64,7 +64,7 @@ def together(subject: Subject) -> dict[str, Finding]:
     distributed.start(world, threads=1)
     places = distributed.gather(f"rank {world.rank} (host {socket.gethostname()})")
     own = {check.name: run(check, subject) if _looks(check, world) else None for check in checks()}
-    with distributed.patience("to compare with the others", world):
+    with distributed.exit_after("to compare with the others", world):
         everyone = distributed.gather(own)
         across = ranks.look(subject)
     return {name: merged([each[name] for each in everyone], places) for name in own} | across

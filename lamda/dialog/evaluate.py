@@ -19,7 +19,7 @@ from lamda.dialog.evaluation import HeldOutDialogues, table
 from lamda.dialog.examples import Conversations
 from lamda.inference.loading import find_checkpoint, load_model, saved_config
 from lamda.inference.sampling import check_finite
-from lamda.training.evaluation import LoadedModel
+from lamda.training.evaluation import TorchScorer
 
 
 def main(argv: list[str]) -> int:
@@ -63,7 +63,7 @@ def evaluate_checkpoint(
     if not sources:
         raise UserError(f"{path}: its run has no validation dialogues; give --files")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = LoadedModel(load_model(path, config.model).to(device))
+    model = TorchScorer(load_model(path, config.model).to(device))
     tokenizer = Tokenizer.load(path / "tokenizer.model")
     held_out = HeldOut(sources, tokenizer, config.data.sequence_length, Conversations.of(config))
     dialogues = HeldOutDialogues(held_out)

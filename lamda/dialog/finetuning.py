@@ -16,51 +16,51 @@ from lamda.dialog.encoding import Encoding
 from lamda.dialog.evaluation import HeldOutDialogues, table
 from lamda.dialog.examples import Conversations, Response, examples_of
 from lamda.distributed import on_main
+from lamda.engines.protocol import Engine
 from lamda.training.inputs import validation
-from lamda.training.pretraining import continuation
-from lamda.training.trainer import Run
+from lamda.training.task import Scores, continuation
 
 
 class Finetuning:
     """See `lamda.training.task.Task`."""
 
+    def __init__(self) -> None:
+        self._evaluation: HeldOutDialogues | None = None
+
     def form(self, config: Config) -> Form:
         """Conversations."""
         return Conversations.of(config)
 
-    def held_out(
+    def open_evaluation(
         self, config: Config, tokenizer: Tokenizer, *, on_wait: Callable[[], object] = lambda: None
     ) -> HeldOutDialogues | None:
         """The validation dialogues, if there are any."""
-        sources = validation(config)
-        if not sources:
-            return None
-        return HeldOutDialogues(
-            HeldOut(sources, tokenizer, config.data.sequence_length, Conversations.of(config), on_wait=on_wait)
-        )
+        if sources := validation(config):
+            form, length = Conversations.of(config), config.data.sequence_length
+            self._evaluation = HeldOutDialogues(HeldOut(sources, tokenizer, length, form, on_wait=on_wait))
+        return self._evaluation
 
-    def told(self, run: Run) -> Iterator[str]:
-        """Perplexity, and how well ratings are told."""
-        yield from table(run.scores.report())
+    def summary(self, scores: Scores) -> Iterator[str]:
+        """Perplexity, and how well ratings are predicted."""
+        yield from table(scores.report())
 
-    def sample(self, run: Run, tokenizer: Tokenizer) -> str:
-        """What the model answers to the first held-out message that has an answer, or to nothing."""
+    def sample(self, engine: Engine, tokenizer: Tokenizer) -> str:
+        """The model's response to the first held-out message that has one, or to nothing."""
         encoding = Encoding(tokenizer)
 
         def prompt() -> tuple[str, list[int]]:
-            context = _context(run)
+            context = self._context()
             said = "".join(f"{message.role}: {message.content}\n" for message in context)
-            return said, encoding.context(context, max_tokens=run.config.data.sequence_length)
+            return said, encoding.context(context, max_tokens=engine.config.data.sequence_length)
 
-        said, ids = on_main(run.world, prompt)
-        return f"{said}assistant⟫ {tokenizer.decode(continuation(run, ids, stop_ids=tuple(encoding.stop_ids)))}\n"
+        said, ids = on_main(engine.world, prompt)
+        return f"{said}assistant⟫ {tokenizer.decode(continuation(engine, ids, stop_ids=tuple(encoding.stop_ids)))}\n"
 
-
-def _context(run: Run) -> tuple[Message, ...]:
-    with BestEffort("no held-out message to answer", then="nothing is answered", errors=Exception):
-        for document in run.held_out.text.documents() if run.held_out is not None else ():
-            generative, _ = examples_of(parse_conversation(orjson.loads(document.text)))
-            for each in generative:
-                if isinstance(each, Response) and each.context:
-                    return each.context
-    return ()
+    def _context(self) -> tuple[Message, ...]:
+        with BestEffort("no held-out message to answer", then="nothing is answered", errors=Exception):
+            for document in self._evaluation.text.documents() if self._evaluation is not None else ():
+                generative, _ = examples_of(parse_conversation(orjson.loads(document.text)))
+                for each in generative:
+                    if isinstance(each, Response) and each.context:
+                        return each.context
+        return ()

@@ -1,4 +1,4 @@
-"""The rate of each part of the model, and what the optimisers of both frameworks have in common."""
+"""Learning rates and weight decay of each part of the model, and constants that both frameworks' optimizers share."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from lamda.model.weights import Part
 PARTS: tuple[Part, ...] = get_args(Part)
 
 MUON_MOMENTUM = 0.95
-"""Muon's decay of its momentum, Nesterov's way (Jordan et al., kellerjordan.github.io/posts/muon)."""
+"""Muon's momentum, Nesterov (Jordan et al., kellerjordan.github.io/posts/muon)."""
 
 ADAMW_RMS = 0.2
-"""What Muon's updates are brought to: the usual RMS of AdamW's (Liu et al., arXiv 2502.16982, section 2.2)."""
+"""The RMS that Muon's updates are scaled to, the usual one of AdamW (Liu et al., arXiv 2502.16982, section 2.2)."""
 
 
 ADAFACTOR_EPS = (2.0**-63, 1e-3)
 """PyTorch's two epsilons of Adafactor. The first bounds a row's mean square, and its square, the least normal number
 
-of fp32, bounds the variance: weights move alike for gradients down to 1e-9, and one that is always 0 moves nothing.
-PyTorch's own, fp32's resolution, stops what has gradients below 1e-7; the paper's 1e-30 has no square in fp32.
+of fp32, bounds the variance: updates are alike for gradients down to 1e-9, and a gradient of 0 changes nothing.
+PyTorch's default, fp32's resolution, stops weights with gradients below 1e-7; the paper's 1e-30 has no square in fp32.
 """
 
 
 def rate_scales(train: TrainConfig, model: ModelConfig) -> dict[Part, float]:
-    """The learning rate of each part of the model / the run's (docs/learning.md has what each of them gains).
+    """The learning rate of each part of the model / the run's (docs/learning.md has the gain of each).
 
     A query's weights begin 1/sqrt(K) times as large as a key's, in place of that factor in the scores, and an AdamW or
     Muon step moves all weights by the same: at the matrices' rate queries would turn over within a few steps.
@@ -54,7 +54,7 @@ def rate_scales(train: TrainConfig, model: ModelConfig) -> dict[Part, float]:
 def weight_decays(train: TrainConfig, scales: dict[Part, float]) -> dict[Part, float]:
     """The decay of each part at the run's rate times its scale; only the blocks' matrices have any.
 
-    A part's own rate does not take the decay along: rate times decay is the same for all matrices.
+    The part's rate scale does not change the decay: rate times decay is the same for all matrices.
     """
     decayed = ("query", "matrices")
     return {part: train.weight_decay / scale if part in decayed else 0.0 for part, scale in scales.items()}

@@ -1,17 +1,21 @@
-"""What trains a model: the calls by which the loop knows a framework, and nothing of the framework itself.
+"""The interface between the training loop and a framework; it imports neither.
 
-`lamda.engines.deepspeed.framework` is DeepSpeed.
+`lamda.engines.deepspeed` and `lamda.engines.flax` implement it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from lamda.config.schema import Config
     from lamda.data.loader import Step
@@ -19,31 +23,43 @@ if TYPE_CHECKING:
     from lamda.durable import Progress
     from lamda.inference.sampling import Sampling
 
+PhaseHook = Callable[[str, "torch.Tensor | None"], None]
+"""Called at "forward", "loss", "backward" and "update" of a step, some with a tensor that a fault may spoil."""
 
-class StepResult(Protocol):
-    """A step's figures, which its device may still be computing: reading them waits for it.
 
-    grad_norm: of the gradient before it was clipped. updated: whether the weights have changed; a step whose loss
-    or gradient is not finite is refused on all ranks alike.
+@dataclass(frozen=True)
+class StepMetrics:
+    """Metrics of one step over all ranks, on the host.
+
+    sums: [2, domains], summed cross-entropy in nats and number of target tokens. grad_norm: before clipping.
+    batch_digest: see `lamda.data.loader.batch_digest`. counters: sums over the ranks of those given to `train_step`.
     """
 
-    grad_norm: float | torch.Tensor
-    updated: bool
+    sums: NDArray[np.float64]
+    grad_norm: float
+    batch_digest: str
+    counters: Sequence[float]
 
     def loss(self) -> float:
-        """Cross-entropy in nats a target, over all ranks."""
-        ...
+        """Cross-entropy in nats per target token; NaN where there are none."""
+        nats, targets = self.sums.sum(axis=1).tolist()
+        return nats / targets if targets else nan
 
     def by_domain(self) -> list[tuple[float, int]]:
-        """(loss, targets) of each domain; the loss of none is NaN."""
+        """(loss, number of target tokens) of each domain; the loss is NaN where there are none."""
+        return [(nats / targets if targets else nan, int(targets)) for nats, targets in self.sums.T.tolist()]
+
+
+class PendingStep(Protocol):
+    """A step that the device may still be computing."""
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the loss or the gradient was not finite on any rank, so that no rank changed its weights."""
         ...
 
-    def batch_digest(self) -> str:
-        """16 hex digits that name the batch (`lamda.data.loader.batch_digest`)."""
-        ...
-
-    def signals(self) -> list[float]:
-        """The ranks' sums of the numbers that they told with the step."""
+    def wait(self) -> StepMetrics:
+        """Wait for the step and copy its metrics to the host."""
         ...
 
 
@@ -51,104 +67,114 @@ class Scorer(Protocol):
     """A model as evaluations see it. Where ranks share a model, every rank makes the same calls."""
 
     def logits(self, inputs_BL: torch.Tensor) -> torch.Tensor:
-        """[B, L, V] of token ids."""
+        """[B, L, V] for token ids [B, L]."""
         ...
 
     def nats(
         self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor, documents_BL: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[B, L], the cross-entropy of each target; the logits need not leave the device.
+        """[B, L], the cross-entropy of each target; the logits may stay on the device.
 
-        documents: an id an input, where attention stays inside a document.
+        documents: [B, L], the document id of each input, where attention stays inside a document.
         """
         ...
 
 
 class Engine(Scorer, Protocol):
-    """A model, its optimiser and the devices that share them. Every rank has one and makes the same calls.
+    """A model, its optimizer and the devices that share them. Every rank has one and makes the same calls."""
 
-    device: where the host's collectives keep their tensors, and what a `Scorer` is given. is_compiled: whether the
-    first step compiles. peak_flops: of one device (None: not known, then there is no MFU). devices: those of all
-    ranks that share a batch's work.
-    """
+    @property
+    def config(self) -> Config:
+        """The run's configuration."""
+        ...
 
-    config: Config
-    world: World
-    device: torch.device
-    is_compiled: bool
-    peak_flops: float | None
-    devices: int
+    @property
+    def world(self) -> World:
+        """This rank among all."""
+        ...
 
-    def step(
-        self,
-        batch: Step,
-        *,
-        learning_rate: float,
-        signals: tuple[int, ...],
-        at: Callable[[str, torch.Tensor | None], None],
-    ) -> StepResult:
+    @property
+    def device(self) -> torch.device:
+        """The device of the host's collectives and of a `Scorer`'s inputs."""
+        ...
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the first step compiles."""
+        ...
+
+    @property
+    def peak_flops(self) -> float | None:
+        """FLOP/s of one device; None where it is not known (then there is no MFU)."""
+        ...
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of all ranks that share the work of a batch."""
+        ...
+
+    def train_step(self, batch: Step, *, lr: float, counters: Sequence[int], on_phase: PhaseHook) -> PendingStep:
         """Train on this rank's micro-batches of a step.
 
-        signals: numbers of this rank whose sums over the ranks come with the result. at: told of the moments
-        `faults.STEP_POINTS` from "forward" to "update", and of a tensor there that a fault may spoil, if there is one.
+        counters: integers of this rank, to be summed over the ranks. on_phase: called at each phase of the step.
         """
         ...
 
-    def evaluating(self) -> AbstractContextManager[None]:
-        """Around calls of `logits` and `nats`: without gradients, and back to training after."""
+    def eval_mode(self) -> AbstractContextManager[None]:
+        """Wraps calls of `logits` and `nats`: no gradients; training mode afterwards."""
         ...
 
     def generate(self, ids: Sequence[int], sampling: Sampling) -> list[int]:
-        """What the model writes after `ids`, the same on every rank."""
+        """Continue `ids`; the same result on every rank."""
         ...
 
-    def load(self, path: Path) -> None:
-        """Take weights and the optimiser's state from a verified checkpoint.
+    def load_checkpoint(self, path: Path) -> None:
+        """Load weights and optimizer state from a verified checkpoint.
 
         Raises UserError before anything is changed.
         """
         ...
 
     def load_weights(self, path: Path) -> None:
-        """Take the weights of a safetensors file by plain name; the optimiser's state is that of none."""
+        """Load the weights of a safetensors file by plain name and reset the optimizer state."""
         ...
 
-    def odd_ranks(self) -> list[int]:
-        """The ranks whose weights are not what the optimiser computed."""
+    def corrupted_ranks(self) -> list[int]:
+        """Ranks whose weights do not match what the optimizer computed."""
         ...
 
     def checkpoint_bytes(self) -> int:
-        """What this rank would write."""
+        """Bytes that this rank would write."""
         ...
 
-    def copy(self, folder: Path) -> Callable[[], list[Path]]:
-        """Copy this rank's state to host memory; the next steps may change it at once.
+    def snapshot(self, folder: Path) -> Callable[[], list[Path]]:
+        """Copy this rank's state to host memory; afterwards the next steps may change it.
 
-        Returns what writes the copy into `folder`, which stands and has room: a thread calls it, while training goes
-        on, and gets the files that this rank has written, in subfolders or not. Of all ranks' files `model.safetensors`
-        has the weights that the model computes with. The copy is valid until the next one is made.
+        Returns a function that writes the copy into `folder`, which must exist and have room, and returns the files
+        that this rank wrote, possibly in subfolders. A thread calls it while training continues. Among all ranks'
+        files, `model.safetensors` has the weights that the model computes with. A copy is valid until the next one.
         """
         ...
 
-    def describe(self) -> dict[str, Any]:
-        """What the engine adds to a checkpoint's manifest: "framework", its name, and what it tells of itself."""
+    def manifest_entries(self) -> dict[str, Any]:
+        """The engine's entries in a checkpoint's manifest: "framework", its name, and its own settings."""
         ...
 
 
 class Framework(Protocol):
-    """What is handed to `lamda.training.main.launch`. It loads its libraries where it needs them.
+    """Makes the engine of a run. It imports its libraries only where it needs them."""
 
-    name: as in checkpoints' manifests.
-    """
-
-    name: str
+    @property
+    def name(self) -> str:
+        """The name in checkpoints' manifests."""
+        ...
 
     def world(self) -> World:
-        """This process among all of the run."""
+        """This process among all of the run. Raises UserError where the launcher's variables are wrong."""
         ...
 
     def check(self, config: Config, world: World) -> None:
-        """Raise UserError for what can be known wrong before anything heavy is loaded."""
+        """Raise UserError for mistakes that show before anything heavy is imported."""
         ...
 
     def start(self, config: Config, world: World) -> torch.device:
@@ -156,8 +182,9 @@ class Framework(Protocol):
         ...
 
     def engine(self, config: Config, *, world: World, device: torch.device, domains: int, progress: Progress) -> Engine:
-        """An engine with fresh weights. domains: those whose losses are told apart. Raises UserError.
+        """An engine with fresh weights. Raises UserError.
 
-        progress: called by the engine as it makes or loads weights, and for each token that it writes.
+        domains: number of domains with a loss of their own. progress: called as weights are made or loaded, and for
+        each generated token.
         """
         ...

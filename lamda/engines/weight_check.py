@@ -1,12 +1,12 @@
-"""Who is wrong where copies differ."""
+"""Which ranks are wrong where copies of the weights differ."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 
-def outvoted(copies: list[int]) -> list[int]:
-    """The ranks whose hash is not the one that most have; all of them where two hashes have as many."""
+def minority_ranks(copies: list[int]) -> list[int]:
+    """The ranks whose hash is not the most frequent one; all ranks where two hashes are equally frequent."""
     (most, votes), *others = Counter(copies).most_common()
     if others and others[0][1] == votes:
         return list(range(len(copies)))

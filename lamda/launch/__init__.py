@@ -1,1 +1,1 @@
-"""What launchers and the command start: a task and a framework, handed to the training loop."""
+"""Entry points of launchers and commands: each combines a task, a framework and the benchmarks."""

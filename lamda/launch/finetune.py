@@ -1,4 +1,4 @@
-"""`lamda finetune` and `scripts/finetune.py`: fine-tuning, with the harness for `eval.tasks` at hand."""
+"""`lamda finetune` and `scripts/finetune.py`: fine-tuning, with lm-eval for `eval.tasks`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from lamda.engines.deepspeed.framework import DeepSpeed
 from lamda.interop.harness import open_benchmarks
-from lamda.training.main import launch
+from lamda.launch.main import launch
 
 if TYPE_CHECKING:
     from lamda.training.task import Task
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run fine-tuning; returns the exit code, as `lamda.training.main.launch`."""
+    """Run fine-tuning; returns the exit code, as `lamda.launch.main.launch`."""
     return launch(argv, _task, DeepSpeed(), open_benchmarks)
 
 

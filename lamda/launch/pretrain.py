@@ -1,4 +1,4 @@
-"""`lamda pretrain` and `scripts/pretrain.py`: pre-training under DeepSpeed, with the harness of `eval.tasks`."""
+"""`lamda pretrain` and `scripts/pretrain.py`: pre-training under DeepSpeed, with lm-eval for `eval.tasks`."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING
 
 from lamda.engines.deepspeed.framework import DeepSpeed
 from lamda.interop.harness import open_benchmarks
-from lamda.training.main import launch
+from lamda.launch.main import launch
 
 if TYPE_CHECKING:
     from lamda.training.task import Task
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run pre-training; returns the exit code, as `lamda.training.main.launch`."""
+    """Run pre-training; returns the exit code, as `lamda.launch.main.launch`."""
     return launch(argv, pretraining, DeepSpeed(), open_benchmarks)
 
 
 def pretraining() -> Task:
-    """The task, for any framework; it imports torch."""
-    from lamda.training.pretraining import Pretraining
+    """The task; imports torch."""
+    from lamda.training.task import Pretraining
 
     return Pretraining()
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from lamda.engines.flax.framework import Flax
 from lamda.interop.harness import open_benchmarks
+from lamda.launch.main import launch
 from lamda.launch.pretrain import pretraining
-from lamda.training.main import launch
 
 MULTIHOST = "--multihost"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run pre-training; returns the exit code, as `lamda.training.main.launch`.
+    """Run pre-training; returns the exit code, as `lamda.launch.main.launch`.
 
     With `--multihost` JAX itself finds the other processes (a TPU slice, a SLURM job).
     """

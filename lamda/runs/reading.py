@@ -16,7 +16,7 @@ from lamda.config.loading import load_config
 from lamda.durable import open_regular
 from lamda.storage import lock
 from lamda.storage.run_directory import RunDirectory
-from lamda.training.attempt import STARTING
+from lamda.training.stop_requests import STARTING
 
 DEPTH = 4
 """Folders below the given one in which runs are looked for."""

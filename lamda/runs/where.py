@@ -32,7 +32,7 @@ from lamda.dialog.examples import form_of
 from lamda.storage.commit import STATE, complete, problem_of, read_state
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
-from lamda.training.window_log import KeptWindows
+from lamda.storage.window_log import KeptWindows
 
 
 @dataclass(frozen=True)

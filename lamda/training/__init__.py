@@ -1,1 +1,1 @@
-"""Training under DeepSpeed: engine, optimiser, checkpoints, metrics, evaluation and the loop."""
+"""The training loop and what belongs to it, for any engine and any task."""

@@ -1,36 +1,46 @@
-"""Whether the losses are still those of a healthy run.
+"""Loss anomalies, and the checkpoint that a run rolls back to after one.
 
-A step whose loss or gradient is not finite has been refused on all ranks by then; too many in a row,
-or a finite loss far above the ones before it, is a reason to go back to the last checkpoint.
+All ranks skip a step whose loss or gradient is not finite. Too many of them in a row, or a finite loss far above the
+previous ones, is a reason to roll back.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Iterable
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+from lamda.config.errors import RunError, UserError
 from lamda.config.schema import FEWEST_LOSSES, TrainConfig
+from lamda.distributed import World, on_main
+from lamda.durable import replace_file
+from lamda.storage import commit
+from lamda.storage.run_directory import RunDirectory
+from lamda.storage.state import RunState
+
+log = logging.getLogger(__name__)
 
 NORMAL = 1.4826
 """Standard deviation of a normal distribution / its median absolute deviation."""
 
 
-class Trouble(NamedTuple):
-    """A reason to go back; a fatal one also ends a run that cannot. steps: the bad ones in a row, up to the newest."""
+class Anomaly(NamedTuple):
+    """A reason to roll back. must_roll_back: a run that cannot roll back fails. steps: number of bad ones in a row."""
 
     text: str
-    is_fatal: bool
+    must_roll_back: bool
     steps: int
 
 
-class Health:
-    """Judges steps one after the other.
+class AnomalyDetector:
+    """Checks the losses of consecutive steps.
 
-    history: (loss, refused steps so far) of the steps before, so that a restart judges as the unbroken run
-    would have.
+    history: (loss, number of skipped steps so far) of previous steps, so that a resumed run decides as the
+    uninterrupted one would have.
     """
 
     def __init__(self, train: TrainConfig, history: Iterable[tuple[float | None, int]] = ()) -> None:
@@ -38,30 +48,30 @@ class Health:
         self._losses: deque[float] = deque(maxlen=train.spike_window)
         self._bad_steps = 0
         before = 0
-        for loss, refusals in history:
-            self._take(loss, refused=refusals > before)
-            before = refusals
+        for loss, skips in history:
+            self._add(loss, skipped=skips > before)
+            before = skips
 
     @property
-    def last_was_refused(self) -> bool:
-        """Whether the newest step was."""
+    def last_was_skipped(self) -> bool:
+        """Whether the newest step was skipped."""
         return self._bad_steps > 0
 
-    def judge(self, loss: float, *, refused: bool) -> Trouble | None:
-        """Take a finished step's loss; what is wrong where the run ought to go back."""
+    def check(self, loss: float, *, skipped: bool) -> Anomaly | None:
+        """Add a finished step; returns the anomaly if the run should roll back."""
         score = self._score(loss)
-        self._take(loss, refused=refused)
+        self._add(loss, skipped=skipped)
         if self._bad_steps >= self._train.max_bad_steps:
             text = f"{self._bad_steps} steps in a row had a loss or gradient that is not finite"
-            return Trouble(text, is_fatal=True, steps=self._bad_steps)
+            return Anomaly(text, must_roll_back=True, steps=self._bad_steps)
         threshold = self._train.spike_threshold
         if threshold is not None and score > threshold:
             text = f"the loss {loss:.4f} is a spike, {score:.1f} robust deviations above the steps before it"
-            return Trouble(text, is_fatal=False, steps=1)
+            return Anomaly(text, must_roll_back=False, steps=1)
         return None
 
-    def _take(self, loss: float | None, *, refused: bool) -> None:
-        self._bad_steps = self._bad_steps + 1 if refused else 0
+    def _add(self, loss: float | None, *, skipped: bool) -> None:
+        self._bad_steps = self._bad_steps + 1 if skipped else 0
         if loss is not None and math.isfinite(loss):
             self._losses.append(loss)
 
@@ -72,3 +82,73 @@ class Health:
         middle = median(self._losses)
         spread = NORMAL * median(abs(other - middle) for other in self._losses)
         return (loss - middle) / spread if spread else math.inf if loss > middle else 0.0
+
+
+Window = tuple[int, int]
+"""Samples [from, to) of the order."""
+
+
+class RollbackError(Exception):
+    """The run has to roll back. step: the one with the anomaly. first: the first bad step in a row."""
+
+    def __init__(self, reason: str, *, step: int, first: int) -> None:
+        super().__init__(reason)
+        self.reason, self.step, self.first = reason, step, first
+
+
+def find_sound(directory: RunDirectory, *, first: int, world: World) -> Path:
+    """The newest valid checkpoint that may be sound; where there is none, the oldest valid one.
+
+    first: the first bad step. Its loss is that of the weights after the previous step, so a checkpoint of that step has
+    the bad weights too: only an older one has had a good loss since. And a run does not roll back to the same
+    checkpoint twice: other samples did not help.
+
+    Every rank calls it. Raises RunError where no checkpoint is valid.
+    """
+    for name in on_main(world, lambda: _by_soundness(directory, first=first)):
+        if commit.verify(directory.checkpoints / name, world=world) is None:
+            return directory.checkpoints / name
+    raise RunError(f"{directory.checkpoints}: the run has to roll back, and no checkpoint is valid")
+
+
+def set_spoilt_aside(directory: RunDirectory) -> None:
+    """Rename the checkpoints that the run rolled back from to `.spoilt`; LATEST then names the newest one left.
+
+    They are those that have seen samples of a window that the run skips. A start calls it too, for a run that was
+    killed in between.
+    """
+    if not (windows := directory.skipped()):
+        return
+    spoilt = [path for path, state in _states(directory) if _is_spoilt(state, windows)]
+    for path in spoilt:
+        target = commit.free_name(path, suffix=".spoilt")
+        path.rename(target)
+        log.warning("checkpoint %s has seen samples that the run skips; it is now %s", path, target.name)
+    if spoilt and (left := commit.complete(directory.checkpoints)):
+        replace_file(directory.checkpoints / "LATEST", left[-1].name)
+
+
+def _is_spoilt(state: RunState, windows: Iterable[Window]) -> bool:
+    return any(first < state.consumed and (first, last) not in state.skipped for first, last in windows)
+
+
+def _by_soundness(directory: RunDirectory, *, first: int) -> list[str]:
+    """Names of checkpoints, the best one to roll back to first."""
+    tried = {start for start, _ in directory.skipped()}
+    sound: list[str] = []
+    others: list[str] = []
+    for path, state in _states(directory):
+        is_sound = state.step <= first - 2 and state.consumed not in tried
+        (sound if is_sound else others).append(path.name)
+    return [*reversed(sound), *others]
+
+
+def _states(directory: RunDirectory) -> list[tuple[Path, RunState]]:
+    """The complete checkpoints that hold a state of this version, oldest first. Raises UnreadableError."""
+    found = []
+    for path in commit.complete(directory.checkpoints):
+        try:
+            found.append((path, commit.read_state(path)))
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+            log.warning("checkpoint %s: its run_state.json cannot be read (%s)", path, error)
+    return found

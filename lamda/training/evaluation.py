@@ -1,25 +1,50 @@
-"""Held-out loss: nats a target, perplexity and bits per byte, in all and by domain."""
+"""Held-out loss, perplexity and bits per byte, overall and by domain; the command `lamda evaluate`."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import log, nan
-from typing import Any
+from pathlib import Path
+from typing import Any, Required, TypedDict, Unpack
 
 import numpy as np
+import orjson
 import torch
 from numpy.typing import NDArray
 
+from lamda.config.errors import UserError
+from lamda.config.progress import Progress
 from lamda.console import visible
+from lamda.data.card import load_card
 from lamda.data.held_out import HeldOut, Row, micro_batches
+from lamda.data.tokenizer import Tokenizer
 from lamda.engines.protocol import Scorer
+from lamda.inference.loading import find_checkpoint, load_model, saved_config
 from lamda.model import LaMDA
 from lamda.model.loss import token_nats
+from lamda.storage.run_log import each_bad_line_once
 
 Nats = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """(inputs_BL, targets_BL, documents_BL) -> nats_BL on the model's device."""
+
+
+Sum = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+"""Adds an array up over all ranks."""
+
+
+class ScoreOptions(TypedDict, total=False):
+    """Keywords of evaluations; see `evaluate`."""
+
+    device: Required[torch.device]
+    micro_batch: Required[int]
+    rank: int
+    world: int
+    rows: int | None
+    total: Sum
+    scored: Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -32,13 +57,13 @@ class HeldOutText:
         """See `lamda.training.task.Evaluation`."""
         return islice(self.text.rows([]), limit)
 
-    def score(self, model: Scorer, **how: Any) -> Scores:
+    def score(self, model: Scorer, **options: Unpack[ScoreOptions]) -> Scores:
         """See `evaluate`."""
-        return evaluate(self.text, model.nats, **how)
+        return evaluate(self.text, model.nats, **options)
 
 
 @dataclass(frozen=True)
-class LoadedModel:
+class TorchScorer:
     """A model in memory as a `lamda.engines.protocol.Scorer`."""
 
     model: LaMDA
@@ -56,7 +81,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums by domain over the rows that were read: nats and number of scored targets, UTF-8 bytes."""
+    """Sums by domain over the rows that were read: nats, number of target tokens, UTF-8 bytes."""
 
     domains: tuple[str, ...]
     nats: NDArray[np.float64]
@@ -64,7 +89,7 @@ class Scores:
     utf8_bytes: NDArray[np.int64]
 
     def metrics(self) -> dict[str, float]:
-        """`eval/loss`, `eval/bits_per_byte` and `eval/loss/<domain>` as they stand in metrics.jsonl.
+        """`eval/loss`, `eval/bits_per_byte` and `eval/loss/<domain>`, as in metrics.jsonl.
 
         NaN where there is nothing to score.
         """
@@ -76,7 +101,7 @@ class Scores:
         return rows
 
     def report(self) -> dict[str, Any]:
-        """All figures, in all and by domain."""
+        """All figures, overall and by domain."""
         domains = {name: self._only(i).report_one() for i, name in enumerate(self.domains) if self.targets[i]}
         return {**self.report_one(), "domains": domains}
 
@@ -91,11 +116,11 @@ class Scores:
         }
 
     def loss(self) -> float:
-        """Nats a scored target."""
+        """Nats per target token."""
         return _ratio(self.nats.sum(), self.targets.sum())
 
     def bits_per_byte(self) -> float:
-        """All nats, end symbols included, in bits over the UTF-8 bytes of the text."""
+        """Total nats, including end symbols, in bits per UTF-8 byte of the text."""
         return _ratio(self.nats.sum() / log(2), self.utf8_bytes.sum())
 
     def _only(self, index: int) -> Scores:
@@ -116,13 +141,13 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     rows: int | None = None,
-    total: Callable[[NDArray[np.float64]], NDArray[np.float64]] = lambda sums: sums,
+    total: Sum = lambda sums: sums,
     scored: Callable[[int], object] = lambda rows: None,
 ) -> Scores:
     """Score the first `rows` rows (default: all), shared among the ranks in turn.
 
-    total: adds an array up over all ranks. scored: is told of this rank's rows as they are done.
-    Ranks without rows run an empty micro-batch, since the model's collectives (ZeRO-3) need every rank.
+    scored: called with the number of rows that this rank has just finished. Ranks without rows run an empty
+    micro-batch, because the model's collectives (ZeRO-3) need every rank.
     """
     domains: list[str] = []
     stream = islice(held_out.rows(domains), rows)
@@ -153,12 +178,12 @@ def _score(
     domains: int,
     separated: bool,
 ) -> NDArray[np.float64]:
-    """[3, domains]: nats, scored targets and bytes of a micro-batch, filled up with empty rows to `size`."""
+    """[3, domains]: nats, number of target tokens and bytes of a micro-batch, padded with empty rows to `size`."""
     ids = np.zeros((size, length + 1), np.int64)
     documents = np.zeros((size, length), np.int64) if separated else None
     for place, row in enumerate(batch):
         ids[place] = row.ids
-        if documents is not None:
+        if documents is not None and row.documents is not None:
             documents[place] = row.documents
     tokens = torch.from_numpy(ids).to(device)
     documents_BL = None if documents is None else torch.from_numpy(documents).to(device)
@@ -177,7 +202,7 @@ def _padded(sums: NDArray[np.float64], domains: int) -> NDArray[np.float64]:
 
 
 def held_out_bytes(held_out: HeldOut, *, limit: int) -> bytes | None:
-    """The held-out text as one string of bytes, or None where it is longer than `limit`."""
+    """The held-out text as one bytes string, or None where it is longer than `limit`."""
     parts: list[bytes] = []
     length = 0
     for document in held_out.documents():
@@ -195,3 +220,41 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         yield (
             f"{visible(name)[:24]:24}{part['loss']:9.4f}{part['perplexity']:12.2f}{part['bits_per_byte']:11.4f}{part['tokens']:13,}"
         )
+
+
+def main(argv: list[str]) -> int:
+    """`RUN_OR_CHECKPOINT [--files GLOB] [--json]`; without --files the run's own validation text."""
+    parser = argparse.ArgumentParser(prog="lamda evaluate", allow_abbrev=False)
+    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", type=Path)
+    parser.add_argument("--files", metavar="GLOB", help="text in place of the run's validation files")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    options = parser.parse_args(argv)
+    report = evaluate_checkpoint(find_checkpoint(options.path), files=options.files)
+    print(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode() if options.json else "\n".join(table(report)))
+    return 0
+
+
+def evaluate_checkpoint(path: Path, *, files: str | None) -> dict[str, Any]:
+    """The report of `Scores.report` for a checkpoint, with its path. Raises UserError where there is no text."""
+    config = saved_config(path, *([] if files is None else ["--data.eval_files", files]))
+    sources = load_card(config.data).validation
+    if not sources:
+        raise UserError(f"{path}: its run has no validation text; give --files")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = TorchScorer(load_model(path, config.model).to(device))
+    text = HeldOut(
+        sources,
+        Tokenizer.load(path / "tokenizer.model"),
+        config.data.sequence_length,
+        document_mask=config.data.separates_documents,
+    )
+    held_out = HeldOutText(text)
+    with (
+        torch.no_grad(),
+        each_bad_line_once(),  # the rows are counted first
+        Progress("evaluating", total=held_out.rows(None), unit="rows") as shown,
+    ):
+        scores = held_out.score(model, device=device, micro_batch=config.train.micro_batch_size, scored=shown.advance)
+    if not scores.utf8_bytes.sum():
+        raise UserError(f"there is no text to score: {files or 'data.eval_files'} has empty documents alone")
+    return {"checkpoint": str(path), **scores.report()}

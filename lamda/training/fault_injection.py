@@ -1,8 +1,8 @@
-"""Faults on purpose, to prove that a run survives them. Inert unless LAMDA_ALLOW_FAULTS is 1.
+"""Fault injection: tests prove that a run survives faults. Inactive unless LAMDA_ALLOW_FAULTS is 1.
 
-    LAMDA_FAULT="point:kind:rank:step"      several, separated by commas; `*` is every rank or step
+    LAMDA_FAULT="point:kind:rank:step"      several, separated by commas; `*` means every rank or step
 
-A point is a moment that the code reaches (`POINTS`), a kind is what befalls the run there (`KINDS`).
+A point is a place that the code reaches (`POINTS`); a kind is what happens there (`KINDS`).
 """
 
 from __future__ import annotations
@@ -51,10 +51,12 @@ class Fault(NamedTuple):
     step: int | None
 
 
-def reach(point: str, *, rank: int, step: int, tensor: torch.Tensor | None = None, path: Path | None = None) -> None:
-    """Say that the code is at `point`; a fault that was asked for here happens.
+def maybe_inject(
+    point: str, *, rank: int, step: int, tensor: torch.Tensor | None = None, path: Path | None = None
+) -> None:
+    """Inject the faults requested for this point, if any.
 
-    tensor: what `nan` and `flip` spoil. path: what `truncate` cuts. Raises what the kind raises.
+    tensor: changed by `nan` and `flip`. path: cut by `truncate`. Raises what the kind raises.
     """
     if os.environ.get("LAMDA_ALLOW_FAULTS") != "1":
         return
@@ -98,6 +100,7 @@ def _hold_the_gil(tensor: torch.Tensor | None, path: Path | None) -> None:
 
 
 def _nan(tensor: torch.Tensor | None, path: Path | None) -> None:
+    assert tensor is not None
     tensor.mul_(float("nan"))
 
 
@@ -105,16 +108,19 @@ def _flip(tensor: torch.Tensor | None, path: Path | None) -> None:
     """One bit in the middle of a parameter."""
     import torch
 
+    assert tensor is not None
     octets = tensor.detach().view(-1).view(torch.uint8)
     octets[octets.numel() // 2] ^= 1
 
 
 def _truncate(tensor: torch.Tensor | None, path: Path | None) -> None:
+    assert path is not None
     os.truncate(path, path.stat().st_size // 2)
 
 
 def _trickle(tensor: torch.Tensor | None, path: Path | None) -> None:
-    """A disk that takes a piece in a second."""
+    """A disk that takes one piece per second."""
+    assert path is not None
     slow = path.with_name("trickle")
     for _ in range(TRICKLE_SECONDS):
         with slow.open("ab") as stream:
@@ -151,4 +157,4 @@ KINDS: dict[str, Act] = {
     "truncate": _truncate,
     "cut": _cut_network,
 }
-"""What may befall a run."""
+"""Kinds of faults."""

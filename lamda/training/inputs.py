@@ -1,4 +1,4 @@
-"""What a run reads: its lanes, its tokenizer and its held-out text, opened once and checked before anything trains."""
+"""What a run reads: corpus, tokenizer, validation text and initial weights, all checked before the first step."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from lamda import distributed
 from lamda.best_effort import BestEffort
+from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.data.block_files import BlockFolder
@@ -24,18 +27,21 @@ from lamda.data.tokenizer import Tokenizer
 from lamda.data.windows import SourceOrder
 from lamda.distributed import World
 from lamda.durable import Progress
+from lamda.inference.loading import WEIGHTS, find_checkpoint, saved_config
+from lamda.model.weights import check_shapes, weight_shapes
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
-from lamda.training.start import check_weights
 
 
 @dataclass(frozen=True)
-class Text:
+class Inputs:
     """The training text and its tokenizer.
 
-    domains: those whose loss is told apart. fingerprint: all that the order of samples depends on.
+    domains: names of those with a loss of their own. fingerprint: everything that the order of samples depends on.
     """
 
+    config: Config
+    world: World
     corpus: Corpus
     tokenizer: Tokenizer
     domains: tuple[str, ...]
@@ -49,15 +55,15 @@ class Text:
         world: World,
         *,
         form: Form,
-        at: Callable[[str], object] = lambda phase: None,
+        on_phase: Callable[[str], object] = lambda phase: None,
         progress: Progress = lambda: None,
         on_wait: Progress = lambda: None,
-    ) -> Text:
-        """Rank 0 looks for the files, makes what is missing and hands the result to all.
+    ) -> Inputs:
+        """Rank 0 looks for the files, makes what is missing and sends the result to all ranks.
 
-        at: called on every rank with the name of each part of the work. progress: called as a part goes on. on_wait:
-        called while a server is waited for, now and when the text is read, from any thread.
-        Raises UserError for whatever the run would fail on later.
+        on_phase: called on every rank with the name of each phase. progress: called during a phase. on_wait: called
+        while a server is waited for, now and when the text is read, from any thread.
+        Raises UserError for everything that the run would fail on later.
         """
 
         def open_all() -> Corpus:
@@ -65,36 +71,32 @@ class Text:
             for source in validation(config):
                 require_documents(source, form=form, on_wait=on_wait)
             if config.model.weights is not None:
-                check_weights(Path(config.model.weights), config.model)
-            return corpus.waiting(nothing)  # what this rank's waits call is no other rank's
+                check_initial_weights(Path(config.model.weights), config.model)
+            return corpus.waiting(nothing)  # sent to the other ranks, which have an on_wait of their own
 
         def prepare() -> tuple[list[str], dict[str, Any]]:
             tokenizer = Tokenizer.load(directory.tokenizer)
             require_a_batch(corpus, config, tokenizer)
             return corpus.domains(), fingerprint(corpus, config, tokenizer)
 
-        at("corpus")
+        on_phase("corpus")
         corpus = distributed.on_main(world, open_all).waiting(on_wait)
         distributed.agree(world, lambda: require_here(corpus.files))
-        at("tokenizer")
+        on_phase("tokenizer")
         distributed.on_main(
             world,
             lambda: ensure_tokenizer(config, target=directory.tokenizer, corpus=corpus, progress=progress) and None,
         )
-        at("text")
+        on_phase("text")
         domains, found = distributed.on_main(world, prepare)
         tokenizer = distributed.agree(world, lambda: Tokenizer.load(directory.tokenizer))
-        return cls(corpus, tokenizer, tuple(domains), found)
+        return cls(config, world, corpus, tokenizer, tuple(domains), found)
 
     def loader(
-        self,
-        config: Config,
-        world: World,
-        state: RunState,
-        *,
-        on_window: Callable[[int, SourceOrder], object] = lambda source, order: None,
+        self, state: RunState, *, on_window: Callable[[int, SourceOrder], object] = lambda source, order: None
     ) -> Loader:
-        """This rank's steps from `state` on. on_window: as the loader's."""
+        """This rank's batches after `state`. on_window: as for the loader."""
+        config, world = self.config, self.world
         return Loader(
             self.corpus,
             self.tokenizer,
@@ -111,12 +113,12 @@ class Text:
             threads=config.data.threads,
             domains=self.domains,
             document_mask=config.data.separates_documents,
-            ready=self._ready_blocks(config, state),
+            ready=self._ready_blocks(state),
             on_window=on_window,
         )
 
-    def _ready_blocks(self, config: Config, state: RunState) -> BlockFolder | None:
-        folder = config.data.blocks
+    def _ready_blocks(self, state: RunState) -> BlockFolder | None:
+        folder = self.config.data.blocks
         if folder is None:
             return None
         keeping = BestEffort(f"data.blocks {folder}: not all blocks are kept", then="training continues without them")
@@ -124,7 +126,7 @@ class Text:
 
 
 def validation(config: Config) -> tuple[Source, ...]:
-    """The sources of the validation text. Raises UserError where there is none and evaluations are asked for."""
+    """The sources of the validation text. Raises UserError where there are none but `eval.every` is set."""
     sources = load_card(config.data).validation
     if not sources and config.eval.every is not None:
         why = (
@@ -137,3 +139,32 @@ def validation(config: Config) -> tuple[Source, ...]:
             "--eval.every null"
         )
     return sources
+
+
+def with_initial_weights(config: Config) -> Config:
+    """The configuration with `model.weights` resolved, where it names a run or a checkpoint.
+
+    The checkpoint's model dimensions replace those that are not set, and its tokenizer an unset `tokenizer.path`.
+    Raises UserError where dimensions that are set differ.
+    """
+    if config.model.weights is None or not Path(config.model.weights).is_dir():
+        return config
+    path = find_checkpoint(Path(config.model.weights))
+    saved = saved_config(path).model.dimensions
+    given = {key: value for key, value in config.model.dimensions.items() if key in config.model.model_fields_set}
+    differing = [f"{key} is {value}, there {saved[key]}" for key, value in given.items() if saved[key] != value]
+    if differing:
+        raise UserError(f"model.weights {config.model.weights}: {'; '.join(differing)}; leave these model keys out")
+    model = config.model.model_copy(update={**saved, "weights": str(path / WEIGHTS)})
+    tokenizer = config.tokenizer.model_copy(update={"path": config.tokenizer.path or str(path / "tokenizer.model")})
+    return config.model_copy(update={"model": model, "tokenizer": tokenizer})
+
+
+def check_initial_weights(path: Path, model: ModelConfig) -> None:
+    """Raise UserError where `path` is not a safetensors file with this model's weights."""
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"model.weights {path}: cannot be read ({error})") from error
+    check_shapes(weight_shapes(model), found)

@@ -1,4 +1,4 @@
-"""Learning rates and the length of a run: functions of the step, or of the rows where the length is given in tokens."""
+"""Learning rates and the length of a run, as functions of the step, or of the rows where the length is in tokens."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from lamda.config.schema import Config, TrainConfig
 from lamda.storage.state import RunState
 
 NOTABLE_CHANGE = 0.01
-"""Share by which a rate may differ from the one that the settings before would give, without a word."""
+"""Relative change of the rate, compared with the previous settings, below which there is no warning."""
 
 RATE_KEYS = (
     "steps", "tokens", "global_batch_size", "lr", "schedule", "warmup_steps", "decay_fraction", "min_lr_ratio"
 )  # fmt: skip
-"""Keys of `train` that a rate follows from."""
+"""Keys of `train` that determine the rate."""
 
 
 def learning_rate(step: float, *, train: TrainConfig, steps: int) -> float:
@@ -40,9 +40,9 @@ def learning_rate(step: float, *, train: TrainConfig, steps: int) -> float:
 
 
 def total_steps(config: Config, state: RunState) -> int:
-    """The number of the run's last step, seen from `state`; another batch size than before changes `train.tokens`' one.
+    """The number of the run's last step. With `train.tokens` it depends on `state` if the batch size has changed.
 
-    A row counts `data.sequence_length` of `train.tokens`, whatever part of its targets has a loss.
+    A row counts as `data.sequence_length` tokens, however many of its targets have a loss.
     """
     train, length = config.train, config.data.sequence_length
     if train.tokens is None:
@@ -52,7 +52,7 @@ def total_steps(config: Config, state: RunState) -> int:
 
 
 def next_learning_rate(config: Config, state: RunState) -> float:
-    """The rate of the step after `state`; where the length is in tokens, the place in it is counted in rows."""
+    """The rate of the step after `state`; where the length is in tokens, progress is counted in rows."""
     train = config.train
     if train.tokens is None:
         return learning_rate(state.step + 1, train=train, steps=config.steps)
@@ -61,7 +61,7 @@ def next_learning_rate(config: Config, state: RunState) -> float:
 
 
 def remarks(config: Config, state: RunState, *, before: Config | None) -> Iterator[str]:
-    """What a person should know of the rates to come: a peak that is never reached, a rate that jumps here.
+    """Warnings about the rates to come: a peak that is never reached, a rate that jumps here.
 
     before: the configuration of the checkpoint that the run continues from.
     """

@@ -1,4 +1,4 @@
-"""Where a run begins: its newest valid checkpoint, a named one, or nothing."""
+"""Where a run begins: its newest valid checkpoint, a given one, or from scratch."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from lamda.storage import commit
 from lamda.storage.reading import reading
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
-from lamda.training.rollback import set_spoilt_aside
+from lamda.training.anomalies import set_spoilt_aside
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Start:
-    """A checkpoint to go on from (or None), and the state in it."""
+class ResumePoint:
+    """A checkpoint to continue from (or None), and its state."""
 
     path: Path | None
     state: RunState
 
     def check_data(self, current: dict[str, Any], *, accepted: Sequence[str] = ()) -> RunState:
-        """The state to begin with, carrying `current` as its fingerprint.
+        """The state to begin with, with `current` as its fingerprint.
 
-        accepted: names of changed files whose text is taken for what it was. Raises UserError, naming what differs,
+        accepted: names of changed files whose text is accepted as unchanged. Raises UserError, naming all differences,
         where the samples would not be those of the checkpoint.
         """
         saved, state = self.state.fingerprint, replace(self.state, fingerprint=current)
@@ -50,39 +50,39 @@ class Start:
             )
         changed = changed_files(saved, current)
         names = [name for name in differences(saved, current) if name != "contents"]
-        told = [f"{name} {_change(saved.get(name), current.get(name))}" for name in names]
-        if told:
+        changes = [f"{name} {_change(saved.get(name), current.get(name))}" for name in names]
+        if changes:
             raise UserError(
-                f"{self.path}: the data would not be the checkpoint's: {'; '.join(told)}. Set these back, or start "
-                "another run.dir from the weights alone (model.weights)"
+                f"{self.path}: the data differs from the checkpoint: {'; '.join(changes)}. Restore these settings, or "
+                "start another run.dir from the weights alone (model.weights)"
             )
-        if refused := [name for name in changed if name not in accepted]:
+        if rejected := [name for name in changed if name not in accepted]:
             raise UserError(
-                f"{self.path}: the text was changed since it was written, in {len(refused)} files of the same name and "
-                f"size: {', '.join(refused[:10])}. Put the former files back, or start another run.dir from the "
+                f"{self.path}: the text has changed since it was written, in {len(rejected)} files of the same name "
+                f"and size: {', '.join(rejected[:10])}. Put the former files back, or start another run.dir from the "
                 "weights alone (model.weights). Where a file is the same and only its server's tag is new, name it in "
                 "data.accept_changed"
             )
         if "contents" not in saved:
             log.info("%s does not say what its files held: that they are unchanged is not verified", self.path)
-        if changed:  # what the documents at the cursors were is no longer of use
+        if changed:  # the digests of the documents at the cursors no longer match
             log.info("taken for unchanged, as data.accept_changed says: %s", ", ".join(changed))
             state = replace(state, order=tuple(each.without_digests() for each in state.order))
         return state
 
 
-def choose_start(
+def find_resume_point(
     config: Config, directory: RunDirectory, world: World, *, framework: str, progress: Progress = lambda: None
-) -> Start:
-    """What `checkpoint.resume` asks for, verified. Every rank calls it. Raises UserError and
-    UnreadableError.
+) -> ResumePoint:
+    """The checkpoint that `checkpoint.resume` asks for, verified. Every rank calls it.
 
-    framework: the name of the one that is to go on from it. progress: called while files are hashed.
+    framework: name of the framework that resumes. progress: called while files are hashed.
+    Raises UserError and UnreadableError.
     """
     wish = config.checkpoint.resume
     on_main(world, lambda: _check_wish(config, directory))
     if wish == "never":
-        return Start(None, RunState())
+        return ResumePoint(None, RunState())
     if wish in ("auto", "required"):
         on_main(world, lambda: set_spoilt_aside(directory))
         path = commit.find_valid(directory.checkpoints, world=world, progress=progress)
@@ -94,7 +94,7 @@ def choose_start(
         on_main(world, lambda: _inherit_windows(path, directory))
     if path is None:
         on_main(world, lambda: commit.require_none(directory.checkpoints, noted=directory.noted_checkpoint()))
-        return Start(None, RunState())
+        return ResumePoint(None, RunState())
 
     def check() -> RunState:
         state = commit.read_state(path)
@@ -102,16 +102,16 @@ def choose_start(
         _check_model(config, path)
         _check_optimizer(config, path)
         _check_adapters(config, path)
-        _tell_changes(config, path)
+        _report_changes(config, path)
         if path.parent == directory.checkpoints and not directory.metrics.exists():
             log.warning("%s is gone: the rows up to step %d are missing", directory.metrics, state.step)
         return state
 
-    return Start(path, _with_noted_windows(on_main(world, check), directory))
+    return ResumePoint(path, _with_noted_windows(on_main(world, check), directory))
 
 
 def settings_of(path: Path) -> Config | None:
-    """The configuration that a checkpoint was made with; None where this version does not take it any more."""
+    """The configuration of a checkpoint; None where this version rejects it."""
     try:
         return load_config(["--config", str(commit.named(path, "config.yaml"))])
     except UserError:
@@ -134,7 +134,7 @@ def _check_wish(config: Config, directory: RunDirectory) -> None:
     newer = [path.name for path in here if step is not None and commit.step_of(path) > step]
     if newer:
         raise UserError(
-            f"checkpoint.resume {wish}: {directory.path} holds newer checkpoints ({newer[-1]}), which going on from "
+            f"checkpoint.resume {wish}: {directory.path} holds newer checkpoints ({newer[-1]}), which continuing from "
             "here would overwrite; choose another run.dir"
         )
 
@@ -143,7 +143,7 @@ def _check_framework(name: str, path: Path) -> None:
     there = commit.framework_of(commit.read(path))
     if there != name:
         raise UserError(
-            f"{path} holds the state of {there}, which {name} cannot go on from. Go on with {there}, or start from the "
+            f"{path} was written by {there}; {name} cannot resume from it. Continue with {there}, or start from the "
             f"weights alone: model.weights {path / 'model.safetensors'} and another run.dir"
         )
 
@@ -151,14 +151,14 @@ def _check_framework(name: str, path: Path) -> None:
 def _check_model(config: Config, path: Path) -> None:
     wanted = config.model.dimensions
     there = commit.read(path)["model"]
-    told = [
+    problems = [
         f"{key} is {there.get(key)}, the configuration says {value}"
         for key, value in wanted.items()
         if there.get(key) != value
     ]
-    if told:
+    if problems:
         raise UserError(
-            f"{path} is a checkpoint of another model: {'; '.join(told)}. Mend model.*, or choose another run.dir"
+            f"{path} is a checkpoint of another model: {'; '.join(problems)}. Fix model.*, or choose another run.dir"
         )
 
 
@@ -166,8 +166,8 @@ def _check_optimizer(config: Config, path: Path) -> None:
     there = commit.read(path).get("optimizer", "adamw")  # before there were others, none was named
     if there != config.train.optimizer:
         raise UserError(
-            f"{path} holds the state of {there}, which train.optimizer {config.train.optimizer} cannot go on from. Set "
-            f"train.optimizer {there}, or start from the weights alone: model.weights {path / 'model.safetensors'} "
+            f"{path} holds the state of {there}, which train.optimizer {config.train.optimizer} cannot resume from. "
+            f"Set train.optimizer {there}, or start from the weights alone: model.weights {path / 'model.safetensors'} "
             "and another run.dir"
         )
 
@@ -177,27 +177,27 @@ def _check_adapters(config: Config, path: Path) -> None:
     if there != config.train.lora_rank:
         held = f"adapters of rank {there}" if there else "no adapters"
         raise UserError(
-            f"{path} holds {held}, which train.lora_rank {config.train.lora_rank} cannot go on from. Set "
+            f"{path} holds {held}, which train.lora_rank {config.train.lora_rank} cannot resume from. Set "
             f"train.lora_rank {there}, or start from the weights alone: model.weights {path / 'model.safetensors'} and "
             "another run.dir"
         )
 
 
 def _with_noted_windows(state: RunState, directory: RunDirectory) -> RunState:
-    """The state, jumping over what the run went back from after this checkpoint was written."""
+    """The state with the sample ranges to skip because of rollbacks since this checkpoint was written."""
     skipped = (*state.skipped, *(window for window in directory.skipped() if window not in state.skipped))
     return replace(state, skipped=skipped, rollbacks=max(state.rollbacks, directory.rollbacks))
 
 
 def _inherit_windows(path: Path, directory: RunDirectory) -> None:
-    """Skip what the run that `path` is a checkpoint of has noted since it was written."""
+    """Skip the sample ranges that the run of checkpoint `path` has recorded since."""
     folder = path.resolve().parent
     if folder.name == directory.checkpoints.name and folder.parent != directory.path.resolve():
         directory.inherit_skipped(RunDirectory(folder.parent))
 
 
-def _tell_changes(config: Config, path: Path) -> None:
-    """Say in one line which settings of training are not the checkpoint's; the run continues with the new ones."""
+def _report_changes(config: Config, path: Path) -> None:
+    """Warn in one line of training settings that differ from the checkpoint's; the run continues with the new ones."""
     now = _settings(config.model_dump(mode="json"))
     try:
         with reading(path / "config.yaml"):
@@ -214,19 +214,19 @@ def _tell_changes(config: Config, path: Path) -> None:
 
 
 def _settings(sections: dict[str, Any]) -> dict[str, Any]:
-    """What training depends on and a checkpoint does not hold, by key; other keys of `data` are in its fingerprint."""
-    settings = {f"train.{key}": value for key, value in dict(sections["train"]).items() if key not in _HOW_NOT_WHAT}
+    """Settings that training depends on and a checkpoint does not hold; other keys of `data` are in its fingerprint."""
+    settings = {f"train.{key}": value for key, value in dict(sections["train"]).items() if key not in _MAY_CHANGE}
     if "document_mask" in sections.get("data", {}):
         settings["data.document_mask"] = sections["data"]["document_mask"]
     return settings
 
 
-_HOW_NOT_WHAT = {"steps", "tokens", "micro_batch_size", "recompute", "compile", "profile"}
-"""Keys of `train` that a resumed run may change without a word."""
+_MAY_CHANGE = {"steps", "tokens", "micro_batch_size", "recompute", "compile", "profile"}
+"""Keys of `train` that a resumed run may change without a warning."""
 
 
 def _change(before: Any, now: Any) -> str:
-    """`was A, is B`, of long values the part that differs."""
+    """`was A, is B`; of long values only the part that differs."""
     if isinstance(before, list) and isinstance(now, list):
         gone, new = [each for each in before if each not in now], [each for each in now if each not in before]
         if gone or new:

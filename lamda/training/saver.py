@@ -1,9 +1,9 @@
-"""Saving in the background: the state is copied to host memory at once and written while training goes on.
+"""Asynchronous checkpointing: the state is copied to host memory and written while training continues.
 
-The engine knows what its state is (`lamda.engines.protocol.Engine.copy`), this file how it becomes a checkpoint.
-A save has two parts, and each ends when all ranks have settled theirs: every rank writes its own
-files; then rank 0 commits them (`lamda.storage.commit`). The ranks tell each other with the figures
-of the steps in between, so that nobody waits. A save that fails leaves the last checkpoint as it was.
+The engine copies its state (`lamda.engines.protocol.Engine.snapshot`); this file makes a checkpoint of it. A save has
+two parts, and each ends when all ranks have completed theirs: every rank writes its own files; then rank 0 commits them
+(`lamda.storage.commit`). The ranks learn about each other from the counters of the steps in between, so that no rank
+waits. A save that fails leaves the last checkpoint unchanged.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from lamda.storage.state import RunState
 from lamda.training import fault_injection
 
 SPARE = 1.2
-"""Free space that a save asks for / its own size."""
-POLL_SECONDS, POLL_SECONDS_A_RANK = 1.0, 0.02
-"""Between two looks at a save that is waited for; with more ranks fewer, for each looks at all files."""
+"""Free disk space that a save needs / its size."""
+POLL_SECONDS, POLL_SECONDS_PER_RANK = 1.0, 0.02
+"""Polling interval of a save that is waited for; longer with more ranks, because each reads the sizes of all files."""
 
 
 @dataclass(frozen=True)
-class Saved:
+class SaveResult:
     """How a save ended: `problem` is None where the checkpoint at `path` is complete."""
 
     step: int
@@ -58,9 +58,9 @@ class Saver:
         note: Callable[[int], None] = lambda step: None,
         progress: Progress = lambda: None,
     ) -> None:
-        """require_lock: raises LostLockError on rank 0 where another process writes the run by now; then every rank
-        does. sync_rows: brings the rows up to a checkpoint to the disk, before the checkpoint is complete. note: keeps
-        the step of a complete one. progress: called while a save that is waited for makes progress.
+        """require_lock: raises LostLockError on rank 0 if another process has taken over the run; then every rank
+        raises it. sync_rows: syncs the metrics up to a checkpoint to disk before the checkpoint is complete. note:
+        records the step of a complete one. progress: called while a save that is waited for makes progress.
         """
         self._require_lock, self._sync_rows, self._note = require_lock, sync_rows, note
         self._folder, self._engine, self._tokenizer = folder, engine, tokenizer
@@ -72,46 +72,49 @@ class Saver:
         self._progress, self._pieces = progress, 0
 
     @property
-    def settled(self) -> int:
-        """Parts of saves that this rank has settled since the start; their sum over the ranks is for `advance`."""
+    def completed_parts(self) -> int:
+        """Parts of saves that this rank has completed since the start; their sum over the ranks is for `advance`."""
         return self._jobs - (self._job is not None and not self._job.is_done)
 
-    def begin(self, state: RunState) -> Saved | None:
-        """Copy the state, and start to write it; no other save is under way.
+    def begin(self, state: RunState) -> SaveResult | None:
+        """Copy the state and begin to write it; no other save is in progress.
 
-        Returns how it ended where it cannot even begin: there is no room.
+        Returns how the save ended if it cannot begin, because there is no room.
         """
         self._state, self._is_written = state, False
-        self._at("save.begin")
+        self._mark("save.begin")
         size = sum(gather(self._engine.checkpoint_bytes()))
         problem = on_main(self._world, lambda: self._make_room(size))
         if isinstance(problem, LostLockError):
             raise problem
         if problem is not None:
-            return Saved(state.step, self._final, problem)
-        write = self._engine.copy(self._temporary)
-        self._at("save.copied")
+            return SaveResult(state.step, self._final, problem)
+        write = self._engine.snapshot(self._temporary)
+        self._mark("save.copied")
         self._start(lambda: self._write(write))
         return None
 
-    def advance(self, settled: int) -> Saved | None:
-        """Go on where every rank has settled this part; how the save ended, once. settled: sum over the ranks."""
-        if self._job is None or settled < self._jobs * self._world.size:
-            return None
-        return self._next_part()
+    def advance(self, completed_parts: int) -> SaveResult | None:
+        """Begin the next part if every rank has completed this one; returns once how the save ended.
 
-    def finish(self) -> Saved | None:
-        """Wait for the save that is under way, if one is; how it ended."""
+        completed_parts: sum over the ranks.
+        """
+        if self._job is None or completed_parts < self._jobs * self._world.size:
+            return None
+        return self._next_part(self._job)
+
+    def finish(self) -> SaveResult | None:
+        """Wait for the save in progress, if there is one; returns how it ended."""
         saved = None
         while self._job is not None:
             self._wait(self._job)
-            saved = self._next_part()
+            saved = self._next_part(self._job)
         return saved
 
     def _wait(self, job: _Job) -> None:
-        """Wait for a part, and tell of its progress: pieces that are synced and hashed, files that grow or go."""
+        """Wait for a part and report its progress: pieces that are synced and hashed, files that grow or disappear."""
         before = None
-        while not job.wait(max(POLL_SECONDS, POLL_SECONDS_A_RANK * self._world.size)):
+        while not job.wait(max(POLL_SECONDS, POLL_SECONDS_PER_RANK * self._world.size)):
             now = self._pieces, _sizes(self._folder)
             if now != before:
                 self._progress()
@@ -128,18 +131,18 @@ class Saver:
     def _temporary(self) -> Path:
         return self._folder / f".{self._final.name}.tmp"
 
-    def _at(self, point: str, path: Path | None = None) -> None:
-        fault_injection.reach(point, rank=self._world.rank, step=self._state.step, path=path)
+    def _mark(self, point: str, path: Path | None = None) -> None:
+        fault_injection.maybe_inject(point, rank=self._world.rank, step=self._state.step, path=path)
 
     def _start(self, work: Callable[[], dict[str, Any]]) -> None:
         self._jobs += 1
         self._job = _Job(work)
 
-    def _next_part(self) -> Saved | None:
-        """All ranks are done with a part: hear of failures, then commit what was written."""
-        found = gather((self._job.result, self._job.problem))
+    def _next_part(self, job: _Job) -> SaveResult | None:
+        """All ranks have completed a part: gather failures, then commit what was written."""
+        found = gather((job.result, job.problem))
         self._job = None
-        self._at("save.done" if self._is_written else "save.settled")
+        self._mark("save.done" if self._is_written else "save.settled")
         failures = [f"rank {rank} {problem}" for rank, (_, problem) in enumerate(found) if problem is not None]
         if failures:
             lost = [problem for _, problem in found if isinstance(problem, LostLockError)]
@@ -147,16 +150,16 @@ class Saver:
                 raise lost[0]
             if self._world.is_main:
                 shutil.rmtree(self._temporary, ignore_errors=True)
-            return Saved(self._state.step, self._final, "; ".join(failures))
+            return SaveResult(self._state.step, self._final, "; ".join(failures))
         if self._is_written:
-            return Saved(self._state.step, self._final)
+            return SaveResult(self._state.step, self._final)
         self._is_written = True
         files = {name: entry for part, _ in found for name, entry in part.items()}
         self._start(lambda: self._commit(files) if self._world.is_main else {})
         return None
 
     def _make_room(self, size: int) -> str | LostLockError | None:
-        """An empty temporary folder on a disk with room enough; what is wrong, or None."""
+        """Make an empty temporary folder and check the disk space; returns the problem, or None."""
         try:
             self._require_lock()
             make_fresh(self._temporary)
@@ -172,7 +175,7 @@ class Saver:
         return None
 
     def _write(self, write: Callable[[], list[Path]]) -> dict[str, Any]:
-        """Write this rank's files; their entries in the manifest."""
+        """Write this rank's files; returns their entries in the manifest."""
         folder, files = self._temporary, write()
         if self._world.is_main:
             self._state.write(folder / "run_state.json")
@@ -180,11 +183,11 @@ class Saver:
             shutil.copyfile(self._tokenizer, folder / "tokenizer.model")
             files = [*files, *(folder / name for name in ("run_state.json", "config.yaml", "tokenizer.model"))]
         first = next(iter(files), None)
-        self._at("save.written", first)
+        self._mark("save.written", first)
         described = {
             file.relative_to(folder).as_posix(): sync_and_describe(file, progress=self._count_piece) for file in files
         }
-        self._at("save.synced", first)
+        self._mark("save.synced", first)
         return described
 
     def _commit(self, files: dict[str, Any]) -> dict[str, Any]:
@@ -193,7 +196,7 @@ class Saver:
         content = {
             "step": self._state.step,
             "ranks": self._world.size,
-            **self._engine.describe(),
+            **self._engine.manifest_entries(),
             "model": self._config.model.dimensions,
             "optimizer": self._config.train.optimizer,
             "lora_rank": self._config.train.lora_rank,
@@ -203,13 +206,13 @@ class Saver:
             "files": files,
         }
         keep = self._config.checkpoint
-        commit(self._temporary, self._final, content, keep=keep.keep, keep_every=keep.keep_every, at=self._at)
+        commit(self._temporary, self._final, content, keep=keep.keep, keep_every=keep.keep_every, at=self._mark)
         self._note(self._state.step)
         return {}
 
 
 def _sizes(folder: Path) -> list[int]:
-    """Bytes on the disk of each file of checkpoints that are being written or deleted."""
+    """Blocks on disk of each file of checkpoints that are being written or deleted."""
     sizes = []
     for file in folder.glob(".step-*.tmp/**/*"):
         with suppress(OSError):  # it has gone meanwhile
@@ -218,7 +221,7 @@ def _sizes(folder: Path) -> list[int]:
 
 
 class _Job:
-    """Work in a thread, and how it ended."""
+    """Work in a thread, and its result."""
 
     def __init__(self, work: Callable[[], dict[str, Any]]) -> None:
         self.result: dict[str, Any] = {}
@@ -232,7 +235,7 @@ class _Job:
         return not self._thread.is_alive()
 
     def wait(self, seconds: float) -> bool:
-        """Wait so long at the most; whether it is done."""
+        """Wait at most `seconds`; returns whether it is done."""
         self._thread.join(seconds)
         return self.is_done
 

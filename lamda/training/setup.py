@@ -1,4 +1,4 @@
-"""A run from start to end: prepare, train, evaluate, show; what it trains for is handed in."""
+"""A run from start to end: open everything, train, show the results. The task and the framework are arguments."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,40 +17,37 @@ from lamda.config.help import to_yaml
 from lamda.config.progress import computing
 from lamda.config.schema import Config
 from lamda.distributed import FailedElsewhereError, ReportedElsewhereError, World
-from lamda.durable import replace_file
+from lamda.durable import Progress, replace_file
 from lamda.engines.protocol import Engine, Framework
 from lamda.storage import commit
 from lamda.storage.lock import LostLockError, RunLock
 from lamda.storage.reading import UnreadableError, reading
 from lamda.storage.run_directory import RunDirectory
+from lamda.storage.run_log import run_log
 from lamda.storage.state import RunState
-from lamda.training.attempt import Attempt
 from lamda.training.fault_injection import STEP_POINTS
-from lamda.training.inputs import Text
-from lamda.training.loggers import MainReport, SilentReport
+from lamda.training.inputs import Inputs, with_initial_weights
+from lamda.training.loggers import RunLogger, TrainingProgress
 from lamda.training.lr_schedule import remarks, total_steps
-from lamda.training.profile import Profile
-from lamda.training.progress import TrainingProgress
-from lamda.training.resume import choose_start, settings_of
-from lamda.training.run_log import run_log
+from lamda.training.resume import find_resume_point, settings_of
 from lamda.training.saver import Saver
-from lamda.training.start import with_start
-from lamda.training.stop_requests import STOP_EXIT, Signals, StopRequests
-from lamda.training.task import Benchmarks, OpenBenchmarks, Task
-from lamda.training.trainer import Run
-from lamda.training.watchdog import Watchdog, clear_heartbeats
-from lamda.training.window_log import WindowLog
+from lamda.training.stop_requests import STOP_EXIT, Attempt, Signals, StopRequests
+from lamda.training.task import Benchmarks, Evaluator, OpenBenchmarks, Task
+from lamda.training.trainer import Trainer
+from lamda.training.watchdog import Guard, Watchdog, clear_heartbeats
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
 
-STOP_PATIENCE = 20.0
+STOP_TIMEOUT_SECONDS = 20.0
 """Seconds without progress of a step after a signal: then another rank is dead, and a launcher kills after 30."""
 
 TEXT_PHASES = ("corpus", "tokenizer", "text", "fetch", "evaluate", "finish")
 """Phases in which the main thread may wait for text, and so for a server."""
+
+HIGHER_AGAIN = dict.fromkeys(("cosine", "wsd"), " (the learning rate then rises again: docs/faq.md)")
 
 
 def train(
@@ -61,12 +58,12 @@ def train(
     open_benchmarks: OpenBenchmarks,
     signals: Signals,
 ) -> int:
-    """Train `config` for `task` to its end, or until asked to stop, from wherever the run directory stands.
+    """Start or continue the run of `config` and train until it is finished or asked to stop.
 
-    open_benchmarks: loads the tasks of `eval.tasks`. signals: entered, and ending the process so far.
+    open_benchmarks: loads the tasks of `eval.tasks`. signals: entered; until training begins they end the process.
     Returns the exit code: 0 finished, 75 stopped with everything saved. Raises UserError and RunError.
     """
-    config, directory = with_start(config), RunDirectory(Path(config.run.dir))
+    config, directory = with_initial_weights(config), RunDirectory(Path(config.run.dir))
     with ExitStack() as stack:
         stack.callback(distributed.stop)
         device = framework.start(config, world)
@@ -82,27 +79,28 @@ def train(
             attempt.begin()
             start = _Start(config, world, task, framework, open_benchmarks, signals, directory, lock, attempt)
             code = start.run(device)
-            distributed.barrier()  # a launcher whose first rank has left kills the others, who may have rows to send
+            distributed.barrier()  # a launcher whose first rank has exited kills the others, which may still upload
             return code
         except (LostLockError, ReportedElsewhereError, FailedElsewhereError):
-            raise  # status.json is another process's by now, or rank 0 writes it
+            raise  # another process, or rank 0, writes status.json
         except (UserError, UnreadableError) as error:
             if world.is_main and not attempt.is_training:
-                attempt.refuse(str(error))
+                attempt.reject(str(error))
             else:
                 attempt.end("failed", reason=f"rank {world.rank}: {error}")
             raise
         except BaseException as error:
-            if not isinstance(error, RunError) and (code := attempt.exit_code()) in (0, STOP_EXIT):
+            other = None if isinstance(error, RunError) else attempt.exit_code()
+            if other is not None and other in (0, STOP_EXIT):
                 log.info("rank %d: another rank has ended the run", world.rank)
-                return code
+                return other
             attempt.end("failed", reason=f"rank {world.rank}: {type(error).__name__}: {error}")
             raise
 
 
 @dataclass
 class _Start:
-    """A start of a run whose directory is this process's own: everything is opened, then it trains."""
+    """A start of a run, after the lock is taken: opens everything, then trains."""
 
     config: Config
     world: World
@@ -113,77 +111,78 @@ class _Start:
     directory: RunDirectory
     lock: RunLock
     attempt: Attempt
-    report: SilentReport = field(default_factory=SilentReport)
+    logger: RunLogger | None = None
 
     def run(self, device: torch.device) -> int:
-        """The exit code. Raises UserError and RunError."""
-        config, directory, world = self.config, self.directory, self.world
-        with Watchdog(directory.heartbeats, world=world, seconds=config.run.hang_seconds, tell=self._tell_hang) as dog:
-            requests = StopRequests(
-                directory.stop, world=world, margin=config.run.stop_before_end, signals=self.signals
-            )
+        """Returns the exit code. Raises UserError and RunError."""
+        config, directory, world, timeout = self.config, self.directory, self.world, self.config.run.hang_seconds
+        with Watchdog(directory.heartbeats, world=world, seconds=timeout, report=self._report_hang) as watchdog:
+            margin = config.run.stop_before_end
+            requests = StopRequests(directory.stop, world=world, margin=margin, signals=self.signals)
             requests.discard_old()
 
-            def at(phase: str) -> None:
-                dog.mark(phase, step=0)
+            def on_phase(phase: str) -> None:
+                watchdog.mark(phase, step=0)
 
-            # A GPU's collectives spin while they wait: there a busy processor is no sign of progress.
-            with computing(dog.progress) if device.type == "cpu" else nullcontext():
-                at("resume")
+            # A GPU's collectives spin while they wait, so CPU time shows no progress there.
+            with computing(watchdog.progress) if device.type == "cpu" else nullcontext():
+                on_phase("resume")
                 distributed.on_main(world, lambda: commit.sweep(directory.checkpoints))
-                start = choose_start(config, directory, world, framework=self.framework.name, progress=dog.progress)
+                start = find_resume_point(
+                    config, directory, world, framework=self.framework.name, progress=watchdog.progress
+                )
                 if start.state.step >= total_steps(config, start.state) and self._was_finished(start.state.step):
                     self.signals.leave_at_once(exit_code=0)
                     return 0
-                at("benchmarks")
+                on_phase("benchmarks")
                 benchmarks = self.open_benchmarks(config, world)
-                text = Text.open(
+                inputs = Inputs.open(
                     config,
                     directory,
                     world,
                     form=self.task.form(config),
-                    at=at,
-                    progress=dog.progress,
-                    on_wait=lambda: dog.progress_during(TEXT_PHASES),
+                    on_phase=on_phase,
+                    progress=watchdog.progress,
+                    on_wait=lambda: watchdog.progress_during(TEXT_PHASES),
                 )
-                state = start.check_data(text.fingerprint, accepted=config.data.accept_changed or ())
-                at("engine")
+                state = start.check_data(inputs.fingerprint, accepted=config.data.accept_changed or ())
+                on_phase("engine")
                 engine = self.framework.engine(
-                    config, world=world, device=device, domains=len(text.domains) + 1, progress=dog.progress
+                    config, world=world, device=device, domains=len(inputs.domains) + 1, progress=watchdog.progress
                 )
-                at("load")
+                on_phase("load")
                 if start.path is not None:
                     with reading(start.path):
-                        engine.load(start.path)
+                        engine.load_checkpoint(start.path)
                 elif config.model.weights is not None:
                     engine.load_weights(Path(config.model.weights))
-                at("start")
-            return self._train(engine, start.path, state, text, benchmarks, dog, requests)
+                on_phase("start")
+            guard = Guard(requests, watchdog, world=world)
+            return self._train(engine, start.path, state, inputs, benchmarks, guard)
 
     def _was_finished(self, step: int) -> bool:
-        """Whether the run had come to its end, and said so; that is said again."""
+        """Whether the run has finished at this step and status.json said so; then both are reported again."""
 
-        def say_again() -> bool:
+        def report_again() -> bool:
             found = self.attempt.found
             if found.get("status") != "finished" or found.get("step") != step:
                 return False
-            print(f"{self.directory.path}: finished, {step} steps; raise train.steps to go on")
+            print(f"{self.directory.path}: finished, {step} steps; raise train.steps to continue")
             self.directory.restore_status(found)
             return True
 
-        return distributed.on_main(self.world, say_again)
+        return distributed.on_main(self.world, report_again)
 
     def _train(
         self,
         engine: Engine,
-        checkpoint_path: Path | None,
+        checkpoint: Path | None,
         state: RunState,
-        text: Text,
+        inputs: Inputs,
         benchmarks: Benchmarks | None,
-        watchdog: Watchdog,
-        requests: StopRequests,
+        guard: Guard,
     ) -> int:
-        config, world, directory = self.config, self.world, self.directory
+        config, world, directory, watchdog = self.config, self.world, self.directory, guard.watchdog
         if world.is_main:
             with BestEffort(f"{directory.config} cannot be written"):
                 replace_file(directory.config, to_yaml(config))
@@ -192,106 +191,101 @@ class _Start:
         self.signals.note(lambda number: self._hurry(number, watchdog))
         with ExitStack() as stack:
             progress = stack.enter_context(TrainingProgress(done=state.step, steps=steps, visible=world.is_main))
-            if checkpoint_path is not None:
-                progress.say(f"going on from {checkpoint_path}")
+            if checkpoint is not None:
+                progress.say(f"continuing from {checkpoint}")
             if engine.is_compiled:
                 progress.say("the first step compiles the model, a minute or so")
-            if world.is_main:
-                self.report = stack.enter_context(MainReport(config, directory, state, progress))
-            before = None if checkpoint_path is None else settings_of(checkpoint_path)
+            logger = RunLogger(config, directory, state, progress, enabled=world.is_main)
+            self.logger = stack.enter_context(logger)
+            before = None if checkpoint is None else settings_of(checkpoint)
             for remark in remarks(config, state, before=before) if world.is_main else ():
                 log.warning("%s", remark)
-            stack.callback(watchdog.close)  # what W&B is still to get has a time limit of its own
-            windows = WindowLog(directory.order)
-            if world.is_main:
-                windows.begin(state.order)
-            run = Run(
-                config=config,
-                world=world,
-                directory=directory,
-                engine=engine,
-                open_loader=lambda state: text.loader(
-                    config, world, state, on_window=windows.add if world.is_main else lambda source, order: None
-                ),
-                held_out=self.task.held_out(
-                    config, text.tokenizer, on_wait=lambda: watchdog.progress_during(TEXT_PHASES)
-                ),
-                benchmarks=benchmarks,
-                tokenizer=text.tokenizer,
-                domains=text.domains,
-                saver=Saver(
-                    directory.checkpoints,
-                    engine=engine,
-                    tokenizer=directory.tokenizer,
-                    require_lock=self.lock.require,
-                    sync_rows=directory.sync_metrics,
-                    note=directory.note_checkpoint,
-                    progress=watchdog.progress,
-                ),
-                requests=requests,
-                watchdog=watchdog,
-                report=self.report,
-                state=replace(state, wandb_id=self.report.wandb_id),
-                profile=stack.enter_context(
-                    Profile(config.train.profile if world.is_main else None, directory.profile)
-                ),
-            )
-            run.train()
-            return self._leave(run, progress)
+            stack.callback(watchdog.close)  # W&B's last uploads have a time limit of their own
+            stack.enter_context(logger.profile)
+            state = replace(state, wandb_id=logger.wandb_id)
+            evaluator = self._evaluator(engine, inputs, benchmarks, logger, guard)
+            saver = self._saver(engine, progress=watchdog.progress)
+            trainer = Trainer(directory, engine, inputs, evaluator, saver, logger, guard, state)
+            trainer.fit()
+            return self._finish(trainer)
 
-    def _leave(self, run: Run, progress: TrainingProgress) -> int:
-        """Show what came out, tell how the run ended, and return its exit code."""
-        steps = {"step": run.state.step, "steps": total_steps(run.config, run.state)}
-        stopped = run.stopped or _finish(run, self.task, progress)
+    def _evaluator(
+        self, engine: Engine, inputs: Inputs, benchmarks: Benchmarks | None, logger: RunLogger, guard: Guard
+    ) -> Evaluator:
+        held_out = self.task.open_evaluation(
+            self.config, inputs.tokenizer, on_wait=lambda: guard.watchdog.progress_during(TEXT_PHASES)
+        )
+        return Evaluator(engine, self.task, inputs.tokenizer, held_out, benchmarks, logger, guard)
+
+    def _saver(self, engine: Engine, *, progress: Progress) -> Saver:
+        directory = self.directory
+        return Saver(
+            directory.checkpoints,
+            engine=engine,
+            tokenizer=directory.tokenizer,
+            require_lock=self.lock.require,
+            sync_rows=directory.sync_metrics,
+            note=directory.note_checkpoint,
+            progress=progress,
+        )
+
+    def _finish(self, trainer: Trainer) -> int:
+        """Show the results, record how the run ended, and return its exit code."""
+        steps = {"step": trainer.state.step, "steps": total_steps(self.config, trainer.state)}
+        stopped = trainer.stopped or _show_results(trainer)
         if stopped is not None:
-            rest = "; what is left to show is made then" if run.is_over else ""
-            progress.say(
-                f"stopped after step {run.state.step}, all of it saved: {stopped}; the same command goes on{rest}"
+            rest = "; what is left to show is made then" if trainer.is_over else ""
+            trainer.logger.say(
+                f"stopped after step {trainer.state.step}, all of it saved: {stopped}; the same command continues{rest}"
             )
-        run.requests.obeyed()
-        if run.world.is_main and stopped is None:
+        trainer.guard.requests.obeyed()
+        if self.world.is_main and stopped is None:
             self.attempt.end("finished", **steps)
-        elif run.world.is_main:
+        elif self.world.is_main:
             self.attempt.end("preempted", **steps, reason=stopped)
         code = 0 if stopped is None else STOP_EXIT
         self.signals.leave_at_once(exit_code=code)
         return code
 
     def _hurry(self, number: signal.Signals, watchdog: Watchdog) -> None:
-        watchdog.hurry(STOP_PATIENCE, during=STEP_POINTS)
+        watchdog.hurry(STOP_TIMEOUT_SECONDS, during=STEP_POINTS)
         if number == signal.SIGINT and self.world.is_main:
-            with suppress(OSError):  # not `print`: a signal may come in the middle of one
+            with suppress(OSError):  # not `print`: the signal may interrupt one
                 os.write(2, b"\nstopping after this step, with a checkpoint; press Ctrl-C again to leave at once\n")
 
-    def _tell_hang(self, verdict: str) -> None:
+    def _report_hang(self, verdict: str) -> None:
         log.error("the run hangs and ends: %s; stacks are in %s", verdict, self.directory.path / "hang")
         self.attempt.end("failed", reason=verdict)
-        self.report.hang(verdict)
+        if self.logger is not None:
+            self.logger.hang(verdict)
 
 
-def _finish(run: Run, task: Task, progress: TrainingProgress) -> str | None:
-    """Show the last evaluation, a sample, and where everything is; why it was left before, if it was asked to stop."""
-    run.begin_finish()
+def _show_results(trainer: Trainer) -> str | None:
+    """Show the last evaluation, a sample and the folder; returns the reason if a rank is asked to stop meanwhile."""
+    evaluator, guard, say = trainer.evaluator, trainer.guard, trainer.logger.say
+    guard.mark("finish", step=trainer.state.step)
     then = "the run is complete without it"
     with BestEffort("the last table cannot be made", errors=Exception, then=then):
-        for line in task.told(run) if run.scores is not None else ():
-            progress.say(line)
-        for name, value in (run.recorded_figures() if run.scores is None else run.task_figures).items():
-            progress.say(f"{name} {value:.4f}")
-    if (reason := run.agreed_stop()) is not None:
+        if evaluator.scores is not None and trainer.world.is_main:
+            with computing(guard.watchdog.progress):
+                for line in evaluator.task.summary(evaluator.scores):
+                    say(line)
+        metrics = trainer.recorded_metrics() if evaluator.scores is None else evaluator.task_metrics
+        for name, value in metrics.items():
+            say(f"{name} {value:.4f}")
+    if (reason := guard.agreed_stop_reason()) is not None:
         return reason
-    sample = task.sample(run, run.tokenizer)  # work of all ranks: where one fails alone, the others would wait for it
-    if run.world.is_main:
-        progress.say(f"a continuation, as it came:\n{sample}")
-        file = run.directory.samples / f"step-{run.state.step:08d}.txt"
+    # No BestEffort: if one rank failed alone, the others would wait for it.
+    sample = evaluator.task.sample(trainer.engine, evaluator.tokenizer)
+    if trainer.world.is_main:
+        say(f"a continuation, as it came:\n{sample}")
+        file = trainer.directory.samples / f"step-{trainer.state.step:08d}.txt"
         with BestEffort(f"{file} cannot be written", then=then):
             file.parent.mkdir(exist_ok=True)
             replace_file(file, sample)
-        progress.say(
-            f"everything is in {run.directory.path}; to go on, run the same command with a larger train.steps or "
-            f"train.tokens{_HIGHER_AGAIN.get(run.config.train.schedule, '')}"
+        higher_again = HIGHER_AGAIN.get(trainer.config.train.schedule, "")
+        say(
+            f"everything is in {trainer.directory.path}; to go on, run the same command with a larger train.steps or "
+            f"train.tokens{higher_again}"
         )
     return None
-
-
-_HIGHER_AGAIN = dict.fromkeys(("cosine", "wsd"), " (the learning rate then rises again: docs/faq.md)")

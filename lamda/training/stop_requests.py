@@ -1,8 +1,8 @@
-"""Requests to stop: a signal, RUN/STOP, the scheduler's time limit, a launcher that is gone.
+"""How a run stops: requests (a signal, RUN/STOP, a time limit, a launcher that is gone), exit codes, status.json.
 
-While the run trains, a request is only noted here. The ranks agree on it with the next step's figures, so that all of
-them save and leave after the same step, whichever of them was asked. Before, there is nothing to save, and
-afterwards everything is saved: then a signal ends the process right away.
+During training a request is only recorded here. The ranks agree on it with the next step's metrics, so that all of them
+save and exit after the same step, whichever rank was asked. Before training there is nothing to save, and afterwards
+everything is saved: then a signal ends the process immediately.
 """
 
 from __future__ import annotations
@@ -16,17 +16,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from lamda.best_effort import BestEffort
-from lamda.distributed import Launcher, World
+from lamda.distributed import Launcher, World, on_main
+from lamda.storage.run_directory import RunDirectory
 
 STOP_EXIT = 75
-"""Exit code of a run that stopped when asked to and can go on (EX_TEMPFAIL)."""
+"""Exit code of a run that stopped on request and can be continued (EX_TEMPFAIL)."""
 BY_FILE = "STOP was there"
-"""Reason of a stop that somebody asked for by `touch RUN/STOP`."""
+"""Reason of a stop requested by `touch RUN/STOP`."""
 INTERRUPT_EXIT = 130
 """Exit code of a run that Ctrl-C ended before its first step, or for the second time."""
+ENDS = {"finished": 0, "preempted": STOP_EXIT, "failed": 1}
+"""How a start can end, and its exit code."""
+STARTING = "starting"
+"""The phase of a running status before the first step; the number of steps is not known yet."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
@@ -37,7 +42,7 @@ def heeded_signals() -> tuple[signal.Signals, ...]:
 
 @contextmanager
 def interrupting_signals() -> Iterator[None]:
-    """Every signal that asks to stop is a KeyboardInterrupt: for a command that must end what it has started."""
+    """Every signal that asks to stop becomes a KeyboardInterrupt, for commands that must end their child processes."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -51,9 +56,9 @@ def interrupting_signals() -> Iterator[None]:
 
 
 class Signals:
-    """Hears the signals that ask to stop, from its entering to its end, which are the process's own.
+    """Receives the signals that ask to stop, as a context manager around the process's work.
 
-    requested: the name of the signal that came, since `note`.
+    requested: name of the signal received since `note`.
     """
 
     def __init__(self) -> None:
@@ -78,18 +83,18 @@ class Signals:
         self._woken.close()
 
     def leave_at_once(self, *, exit_code: int | None = None, report: Callable[[str], None] = lambda name: None) -> None:
-        """From now on a signal ends the process: there is nothing to save, or nothing left to save.
+        """From now on a signal ends the process: there is nothing (left) to save.
 
-        exit_code: by default that of a stop or, for Ctrl-C, of an interrupt. report: called first with the name.
+        exit_code: by default that of a stop or, for Ctrl-C, of an interrupt. report: called first, with its name.
         """
         self._react = lambda number: _leave(number, exit_code=exit_code, report=report)
 
     def note(self, react: Callable[[signal.Signals], None]) -> None:
-        """From now on a signal is noted. react: called from another thread, even while the main thread waits."""
+        """From now on a signal is recorded. react: called from another thread, even while the main thread waits."""
         self._react = react
 
     def _listen(self) -> None:
-        """The interpreter's own handlers wait until the main thread comes back from a collective; this one does not."""
+        """Python's own handlers run only once the main thread returns from a collective; this thread does not wait."""
         with self._heard:
             while numbers := self._heard.recv(1):
                 if numbers[0] in self._before:
@@ -111,10 +116,7 @@ def _leave(number: signal.Signals, *, exit_code: int | None, report: Callable[[s
 
 
 class StopRequests:
-    """Why this rank would stop; RUN/STOP counts while this is entered.
-
-    margin: seconds before the scheduler's limit at which to stop.
-    """
+    """Why this rank would stop. margin: seconds before the scheduler's time limit at which to stop."""
 
     def __init__(self, file: Path, *, world: World, margin: float, signals: Signals) -> None:
         self._file, self._world, self._margin, self._signals = file, world, margin, signals
@@ -122,7 +124,7 @@ class StopRequests:
         self._looking = BestEffort(f"{file} cannot be looked for")
 
     def discard_old(self) -> None:
-        """Forget a RUN/STOP that was meant for a run that has ended."""
+        """Delete a RUN/STOP that was meant for a run that has ended."""
         if self._world.is_main:
             with self._looking:
                 self._file.unlink(missing_ok=True)
@@ -142,7 +144,57 @@ class StopRequests:
         return None
 
     def obeyed(self) -> None:
-        """The run has saved and leaves."""
+        """Delete RUN/STOP: the run has saved and exits."""
         if self._world.is_main:
             with self._looking:
                 self._file.unlink(missing_ok=True)
+
+
+class Attempt:
+    """One start of a run in status.json. Any rank may record how it ended; the first record counts.
+
+    found: status.json as it was before. is_training: whether training has begun.
+    """
+
+    def __init__(self, directory: RunDirectory, world: World) -> None:
+        self.found: dict[str, Any] = {}
+        self.is_training = False
+        self._directory, self._world = directory, world
+        self._began, self.found = on_main(world, lambda: (time.time(), directory.read_status()))
+
+    def begin(self) -> None:
+        """Record that the run is starting, unless a rank has already ended it. Every rank calls it."""
+
+        def write() -> None:
+            if self.exit_code() is None:
+                self._directory.write_status("running", phase=STARTING)
+
+        on_main(self._world, write)
+
+    def train(self, *, step: int, steps: int) -> None:
+        """Record that training begins after `step`."""
+        self.is_training = True
+        if self._world.is_main:
+            self._directory.write_status("running", step=step, steps=steps)
+
+    def end(self, status: Literal["finished", "preempted", "failed"], **details: Any) -> None:
+        """Record how it ended, unless a rank has already done so."""
+        if self.exit_code() is None:
+            self._directory.write_status(status, **details)
+
+    def reject(self, reason: str) -> None:
+        """A rejected start changes nothing: restore the previous status."""
+        if self._world.is_main:
+            if self.found:
+                self._directory.restore_status(self.found)
+            else:
+                self._directory.write_status("failed", reason=reason)
+
+    def exit_code(self) -> int | None:
+        """The exit code of the end that some rank has recorded; None where none has."""
+        status = self._directory.read_status()
+        return ENDS.get(status.get("status", "")) if status.get("time", 0.0) >= self._began else None
+
+    def leave_by_signal(self) -> Callable[[str], None]:
+        """A function that records the signal, by its name, that ended the start."""
+        return lambda name: self.end("preempted", reason=f"{name} before the first step: nothing has changed")

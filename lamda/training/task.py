@@ -1,36 +1,58 @@
-"""What a run trains for: everything in which pre-training and fine-tuning differ."""
+"""What a run trains for, and how it is evaluated. This is pre-training; `lamda.dialog.finetuning` is the other task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Protocol, Unpack
 
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from lamda.best_effort import BestEffort
 from lamda.config.schema import Config
+from lamda.data.compression import compressed_bits_per_byte
 from lamda.data.documents import Form
+from lamda.data.held_out import HeldOut
+from lamda.data.lanes import RAW_TEXT
 from lamda.data.tokenizer import Tokenizer
-from lamda.distributed import World
+from lamda.distributed import World, on_main
+from lamda.engines.protocol import Engine, Scorer
+from lamda.inference.sampling import Sampling
+from lamda.training.evaluation import HeldOutText, ScoreOptions, held_out_bytes, table
+from lamda.training.inputs import validation
 
 if TYPE_CHECKING:
-    from lamda.engines.deepspeed.engine import Engine
-    from lamda.engines.protocol import Scorer
-    from lamda.training.trainer import Run
+    from lamda.training.loggers import RunLogger
+    from lamda.training.watchdog import Guard
 
 FULL = "eval/full/"
-"""What begins the names of the last step's figures of all the held-out text; others `eval/...` are of some rows."""
+"""Prefix of the last step's metrics on all the held-out text; other `eval/...` are on some rows."""
+
+COMPARED_BYTES = 32_000_000
+"""Held-out text up to this size is also compressed, to compare the bits per byte with something known."""
 
 Mark = Callable[[], None]
-"""Tells the watchdog that something goes on."""
+"""Tells the watchdog about progress."""
 
 Shows = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""(what is done, how many there are) -> what is told of so many more."""
+"""(name of a job, its size) -> callback for how many more are done."""
 
 
 class Scores(Protocol):
-    """What an evaluation found."""
+    """The result of an evaluation."""
 
     def metrics(self) -> dict[str, float]:
-        """Its figures as they stand in metrics.jsonl, `eval/...`."""
+        """`eval/...`, as in metrics.jsonl."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """All figures."""
         ...
 
 
@@ -38,45 +60,45 @@ class Evaluation(Protocol):
     """Held-out data of a run."""
 
     def rows(self, limit: int | None) -> Iterable[object]:
-        """As many things as `score` will tell `scored` of, over all ranks."""
+        """As many objects as `score` will report to `scored`, over all ranks."""
         ...
 
-    def score(self, model: Scorer, **how: Any) -> Scores:
-        """Score the model; every rank calls it. `how`: as the keywords of `lamda.training.evaluation.evaluate`."""
+    def score(self, model: Scorer, **options: Unpack[ScoreOptions]) -> Scores:
+        """Score the model; every rank calls it. See `lamda.training.evaluation.evaluate`."""
         ...
 
 
 class Task(Protocol):
-    """What is handed to `lamda.training.setup.train`."""
+    """Everything in which pre-training and fine-tuning differ."""
 
     def form(self, config: Config) -> Form:
-        """What the records of the corpus are."""
+        """The kind of records in the corpus."""
         ...
 
-    def held_out(
+    def open_evaluation(
         self, config: Config, tokenizer: Tokenizer, *, on_wait: Callable[[], object] = lambda: None
     ) -> Evaluation | None:
-        """What the run is evaluated on, if anything. on_wait: called while a server is waited for."""
+        """The held-out data, if there is any. on_wait: called while a server is waited for."""
         ...
 
-    def told(self, run: Run) -> Iterator[str]:
+    def summary(self, scores: Scores) -> Iterator[str]:
         """The last evaluation as lines for a person."""
         ...
 
-    def sample(self, run: Run, tokenizer: Tokenizer) -> str:
-        """Something that the trained model wrote; every rank calls it."""
+    def sample(self, engine: Engine, tokenizer: Tokenizer) -> str:
+        """Text that the trained model generates; every rank calls it."""
         ...
 
 
 class TaskError(Exception):
-    """A task of `eval.tasks` failed, with all ranks still in step: the run can go on without its figures."""
+    """A task of `eval.tasks` failed, with all ranks still in step: the run can continue without its metrics."""
 
 
 class Benchmarks(Protocol):
     """The tasks of `eval.tasks`, loaded."""
 
     def score(self, engine: Engine, tokenizer: Tokenizer, *, mark: Mark, shows: Shows) -> dict[str, float]:
-        """On rank 0 their figures as they stand in metrics.jsonl, `eval/<task>/<metric>`; every rank calls it.
+        """On rank 0 their `eval/<task>/<metric>`, as in metrics.jsonl; every rank calls it.
 
         Raises TaskError on rank 0.
         """
@@ -85,3 +107,200 @@ class Benchmarks(Protocol):
 
 OpenBenchmarks = Callable[[Config, World], Benchmarks | None]
 """Loads the tasks of `eval.tasks`, if there are any; every rank calls it, at the start. Raises UserError."""
+
+
+class EvaluationInterruptedError(Exception):
+    """The ranks have agreed to stop during an evaluation; all of them are in step."""
+
+
+@dataclass
+class Evaluator:
+    """Evaluates a run on its task's held-out data and on the tasks of `eval.tasks`.
+
+    scores, task_metrics: of the last evaluation (the metrics on rank 0).
+    """
+
+    engine: Engine
+    task: Task
+    tokenizer: Tokenizer
+    held_out: Evaluation | None
+    benchmarks: Benchmarks | None
+    logger: RunLogger
+    guard: Guard
+    scores: Scores | None = None
+    task_metrics: dict[str, float] = field(default_factory=dict)
+    _step: int = 0
+    _rows_scored: dict[int | None, int] = field(default_factory=dict)
+
+    def is_due(self, step: int, *, is_last: bool) -> bool:
+        """Whether `evaluate` has anything to do after this step."""
+        return self._held_out_is_due(step, is_last=is_last) or self._tasks_are_due(step, is_last=is_last)
+
+    def evaluate(self, step: int, *, is_last: bool) -> dict[str, float]:
+        """The metrics that are due after `step`. Raises EvaluationInterruptedError on all ranks."""
+        self._step = step
+        metrics: dict[str, float] = {}
+        try:
+            if self._held_out_is_due(step, is_last=is_last):
+                metrics |= self._score_held_out(is_last=is_last)
+            if self._tasks_are_due(step, is_last=is_last):
+                self.task_metrics = self._score_tasks()
+                metrics |= self.task_metrics
+        except EvaluationInterruptedError:
+            self.scores, self.task_metrics = None, {}
+            raise
+        return metrics
+
+    def _held_out_is_due(self, step: int, *, is_last: bool) -> bool:
+        return self.held_out is not None and (is_last or _is_multiple(step, self.engine.config.eval.every))
+
+    def _tasks_are_due(self, step: int, *, is_last: bool) -> bool:
+        return self.benchmarks is not None and (is_last or _is_multiple(step, self.engine.config.eval.tasks_every))
+
+    def _score_held_out(self, *, is_last: bool) -> dict[str, float]:
+        """`eval/...` of the same `eval.batches` batches each time; at the last step also `eval/full/...` of all."""
+        settings = self.engine.config.eval
+        began = time.monotonic()
+        self.scores = self._score(settings.batches)
+        metrics = self.scores.metrics()
+        if is_last:
+            self._announce_full(time.monotonic() - began)
+            self.scores = self._score(settings.full_batches)
+            metrics |= {FULL + name.removeprefix("eval/"): value for name, value in self.scores.metrics().items()}
+        return metrics
+
+    def _announce_full(self, seconds: float) -> None:
+        """Report how long scoring all the held-out text may take. seconds: that its first batches took."""
+        settings = self.engine.config.eval
+        limit, first = self._num_rows(settings.full_batches), self._rows_scored[self._num_rows(settings.batches)]
+        pace = seconds / max(1, first)
+        if limit is not None:
+            much = f"at most {limit:,} rows of the held-out text, {timedelta(seconds=round(limit * pace))} at the most"
+        else:
+            much = f"all of the held-out text, {timedelta(seconds=round(1000 * pace))} for each 1,000 rows"
+        self.logger.say(f"evaluating {much} (eval.full_batches bounds it)")
+
+    def _num_rows(self, batches: int | None) -> int | None:
+        return None if batches is None else batches * self.engine.config.train.global_batch_size
+
+    def _score(self, batches: int | None) -> Scores:
+        """Score the held-out text, its first batches or (None) all of it."""
+        assert self.held_out is not None
+        world, rows = self.engine.world, self._num_rows(batches)
+        total, done = self._rows_scored.get(rows) or self.held_out.rows(rows), 0
+
+        def scored(local: int) -> None:
+            nonlocal done
+            done += local * world.size
+            advance(local * world.size)
+
+        with self.logger.long_job("evaluating", total=total, unit="rows") as advance, self.engine.eval_mode():
+            scores = self.held_out.score(
+                _Watched(self.engine, on_batch=self._on_batch),
+                device=self.engine.device,
+                micro_batch=self.engine.config.train.micro_batch_size,
+                rank=world.rank,
+                world=world.size,
+                rows=rows,
+                total=self._all_reduce,
+                scored=scored,
+            )
+        self._rows_scored[rows] = done
+        return scores
+
+    def _score_tasks(self) -> dict[str, float]:
+        """The metrics of `eval.tasks`, on rank 0; none where a task fails, which is reported."""
+        assert self.benchmarks is not None
+        try:
+            with self.engine.eval_mode():
+                return self.benchmarks.score(self.engine, self.tokenizer, mark=self._on_batch, shows=self._shows)
+        except TaskError as error:
+            self.logger.warn("evaluation failed", f"step {self._step}: eval.tasks: {error}; training continues")
+            return {}
+
+    def _shows(self, name: str, total: int) -> AbstractContextManager[Callable[[float], None]]:
+        return self.logger.long_job(f"eval.tasks, {name}", total=total, unit="requests")
+
+    def _on_batch(self) -> None:
+        """Called before each batch, equally often on all ranks. Raises EvaluationInterruptedError."""
+        self.guard.mark("evaluate", step=self._step)
+        if self._all_reduce(np.array([float(self.guard.stop_reason() is not None)]))[0]:
+            raise EvaluationInterruptedError
+
+    def _all_reduce(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        tensor = torch.from_numpy(sums).to(self.engine.device)
+        dist.all_reduce(tensor)
+        return tensor.cpu().numpy()
+
+
+def _is_multiple(step: int, every: int | None) -> bool:
+    return every is not None and step > 0 and step % every == 0
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A model under evaluation; `on_batch` is called before each batch."""
+
+    model: Scorer
+    on_batch: Callable[[], None]
+
+    def logits(self, inputs_BL: torch.Tensor) -> torch.Tensor:
+        self.on_batch()
+        return self.model.logits(inputs_BL)
+
+    def nats(
+        self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor, documents_BL: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        self.on_batch()
+        return self.model.nats(inputs_BL, targets_BL, documents_BL)
+
+
+class Pretraining:
+    """Raw text, its held-out bits per byte, and a continuation of it."""
+
+    def __init__(self) -> None:
+        self._evaluation: HeldOutText | None = None
+        self._evaluates_all = False
+
+    def form(self, config: Config) -> Form:
+        """Raw text."""
+        return RAW_TEXT
+
+    def open_evaluation(
+        self, config: Config, tokenizer: Tokenizer, *, on_wait: Callable[[], object] = lambda: None
+    ) -> HeldOutText | None:
+        """The validation text, if there is any."""
+        if sources := validation(config):
+            length, is_masked = config.data.sequence_length, config.data.separates_documents
+            text = HeldOut(sources, tokenizer, length, document_mask=is_masked, on_wait=on_wait)
+            self._evaluation, self._evaluates_all = HeldOutText(text), config.eval.full_batches is None
+        return self._evaluation
+
+    def summary(self, scores: Scores) -> Iterator[str]:
+        """The table of losses, and the bits per byte of compressors on the same text."""
+        yield from table(scores.report())
+        if self._evaluation is None or not self._evaluates_all:
+            return
+        if text := held_out_bytes(self._evaluation.text, limit=COMPARED_BYTES):
+            others = ", ".join(f"{name} {bits:.4f}" for name, bits in compressed_bits_per_byte(text).items())
+            yield f"bits per byte on the same text: {others}"
+
+    def sample(self, engine: Engine, tokenizer: Tokenizer) -> str:
+        """A continuation of the first held-out words, or of an empty document."""
+        prompt = on_main(engine.world, self._prompt)
+        ids = [tokenizer.end_of_document, *tokenizer.encode(prompt)]
+        return f"{prompt}⟫{tokenizer.decode(continuation(engine, ids, stop_ids=(tokenizer.end_of_document,)))}\n"
+
+    def _prompt(self) -> str:
+        with BestEffort("no held-out text to continue", then="an empty document is continued", errors=Exception):
+            if self._evaluation is not None:
+                beginning = next(iter(self._evaluation.text.documents())).text[:200]
+                return "".join(beginning.splitlines(keepends=True)[:-1]) or beginning
+        return ""
+
+
+def continuation(engine: Engine, ids: Sequence[int], *, stop_ids: Sequence[int]) -> list[int]:
+    """100 tokens after `ids`, sampled with the run's seed; every rank calls it."""
+    seed = engine.config.run.seed
+    sampling = Sampling(max_new_tokens=100, temperature=0.8, seed=seed, stop_ids=frozenset(stop_ids))
+    return engine.generate(ids, sampling)

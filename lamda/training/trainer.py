@@ -1,414 +1,306 @@
-"""The training loop: fetch, step, log, evaluate, save; and go back, or leave, where that is called for."""
+"""The training loop: fetch, step, log, evaluate, save; and roll back or stop where necessary."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from itertools import chain
+from typing import NamedTuple
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from numpy.typing import NDArray
 
 from lamda.config.errors import RunError
 from lamda.config.schema import Config
 from lamda.data.errors import DataError, DataUnavailableError
 from lamda.data.loader import Loader, Step
 from lamda.data.quarantine import Quarantined, QuarantineFile
-from lamda.data.tokenizer import Tokenizer
+from lamda.data.windows import SourceOrder
 from lamda.distributed import World, broadcast, gather, on_main
-from lamda.engines.protocol import Engine, Scorer
+from lamda.engines.protocol import Engine
 from lamda.storage import commit
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
-from lamda.training import fault_injection, rollback
-from lamda.training.anomalies import Health
-from lamda.training.loggers import SilentReport
+from lamda.storage.window_log import WindowLog
+from lamda.training.anomalies import AnomalyDetector, RollbackError, find_sound, set_spoilt_aside
+from lamda.training.inputs import Inputs
+from lamda.training.loggers import FinishedStep, RunLogger
 from lamda.training.lr_schedule import next_learning_rate, total_steps
-from lamda.training.profile import Profile
-from lamda.training.rollback import Setback
-from lamda.training.row import FinishedStep
-from lamda.training.saver import Saved, Saver
-from lamda.training.stop_requests import StopRequests
-from lamda.training.task import FULL, Benchmarks, Evaluation, Scores, TaskError
-from lamda.training.watchdog import Watchdog
+from lamda.training.saver import Saver, SaveResult
+from lamda.training.task import EvaluationInterruptedError, Evaluator
+from lamda.training.watchdog import Guard
 
 
-class EvaluationLeftError(Exception):
-    """The ranks have agreed to stop, in the middle of an evaluation; all of them are in step."""
+class FetchedBatch(NamedTuple):
+    """A batch of the loader, how long the loop waited for it, and when it began to wait (`time.monotonic`)."""
+
+    step: Step
+    wait_seconds: float
+    began: float
 
 
 @dataclass
-class Run:
-    """A run in progress: its parts, and the state that the next checkpoint saves.
+class Trainer:
+    """A run in progress. state: what the next checkpoint saves. stopped: why the run stopped early, if it did."""
 
-    stopped: why the run left before its end. scores, task_figures: of the last evaluations (the figures on rank 0).
-    """
-
-    config: Config
-    world: World
     directory: RunDirectory
     engine: Engine
-    open_loader: Callable[[RunState], Loader]
-    held_out: Evaluation | None
-    benchmarks: Benchmarks | None
-    tokenizer: Tokenizer
-    domains: tuple[str, ...]
+    inputs: Inputs
+    evaluator: Evaluator
     saver: Saver
-    requests: StopRequests
-    watchdog: Watchdog
-    report: SilentReport
+    logger: RunLogger
+    guard: Guard
     state: RunState
-    profile: Profile
-    scores: Scores | None = None
-    task_figures: dict[str, float] = field(default_factory=dict)
     stopped: str | None = None
-    _health: Health = field(init=False)
-    _stop_is_agreed: bool = False
-    _left_evaluation: bool = False
-    _stalled: float = 0.0
+    _anomalies: AnomalyDetector = field(init=False)
     _quarantine: QuarantineFile = field(init=False)
-    _rows_scored: dict[int | None, int] = field(default_factory=dict)
+    _windows: WindowLog = field(init=False)
+    _stop_is_agreed: bool = False
+    _evaluation_was_interrupted: bool = False
+    _save_seconds: float = 0.0
 
-    def train(self) -> None:
-        """Go on to the last step, or to where the run was asked to stop; either way a checkpoint holds it all.
-
-        Raises RunError where that cannot be.
-        """
-        self._health = self._history()
+    def __post_init__(self) -> None:
         self._quarantine = QuarantineFile(self.directory.quarantine)
-        self._make_up()
-        while not self.is_over and self.stopped is None:
-            with self.open_loader(self.state) as loader:
-                setback = self._go_on(loader)
-            if setback is not None:
-                self._go_back(setback)
+        self._windows = WindowLog(self.directory.order)
+        if self.world.is_main:
+            self._windows.begin(self.state.order)
 
-    def agreed_stop(self) -> str | None:
-        """Why a rank was asked to stop, the same on every rank, which all call it; None where none was."""
-        return next(filter(None, gather(self.requests.reason())), None)
+    @property
+    def config(self) -> Config:
+        """The run's configuration."""
+        return self.engine.config
+
+    @property
+    def world(self) -> World:
+        """This rank among all."""
+        return self.engine.world
 
     @property
     def is_over(self) -> bool:
         """Whether the last step is done."""
         return self.state.step >= total_steps(self.config, self.state)
 
-    def begin_finish(self) -> None:
-        """The last step is saved, and what came out is shown."""
-        self._at("finish", step=self.state.step)
+    def fit(self) -> None:
+        """Train to the last step, or until asked to stop; in both cases a checkpoint then holds everything.
 
-    def recorded_figures(self) -> dict[str, float]:
-        """Of the evaluations at the last step, as its row has them: where a start before this one has made them."""
-        rows = read_metrics(self.directory.metrics)[-1:] if self.world.is_main else []
-        return {
-            name: value for row in rows for name, value in row.items() if name.startswith("eval/") and value is not None
-        }
+        Raises RunError where that is impossible.
+        """
+        self._anomalies = self.loss_history()
+        self.evaluate_if_missed()
+        while not self.is_over and self.stopped is None:
+            try:
+                with self.inputs.loader(self.state, on_window=self._keep_window) as loader:
+                    self.train(loader)
+            except RollbackError as error:
+                self.rollback(error)
 
-    def score_held_out(self) -> dict[str, float]:
-        """`eval/...` of the same `eval.batches` batches each time; at the last step `eval/full/...` of all the text."""
-        began = time.monotonic()
-        self.scores = self.evaluate(self.config.eval.batches)
-        figures = self.scores.metrics()
-        if self.is_over:
-            self._announce_full(time.monotonic() - began)
-            self.scores = self.evaluate(self.config.eval.full_batches)
-            figures |= {FULL + name.removeprefix("eval/"): value for name, value in self.scores.metrics().items()}
-        return figures
+    def train(self, loader: Loader) -> None:
+        """Train to the end or a stop. Raises RollbackError.
 
-    def _announce_full(self, seconds: float) -> None:
-        """Say how long all the held-out text may take. seconds: that its first batches took."""
-        limit, known = self._rows_of(self.config.eval.full_batches), self._rows_scored
-        first = known[self._rows_of(self.config.eval.batches)]
-        pace = seconds / max(1, first)
-        if limit is not None:
-            much = f"at most {limit:,} rows of the held-out text, {timedelta(seconds=round(limit * pace))} at the most"
-        else:
-            much = f"all of the held-out text, {timedelta(seconds=round(1000 * pace))} for each 1,000 rows"
-        self.report.say(f"evaluating {much} (eval.full_batches bounds it)")
+        A step's metrics are read while the device computes the next one.
+        """
+        previous: FinishedStep | None = None
+        for batch in self.batches(loader):
+            step = self.train_step(batch)
+            self.log_step(previous)
+            self.check_weights()
+            step.extra |= self.evaluate()
+            previous = self.maybe_save(step, loader)
+            self.maybe_stop()
 
-    def _rows_of(self, batches: int | None) -> int | None:
-        return None if batches is None else batches * self.config.train.global_batch_size
+    def batches(self, loader: Loader) -> Iterator[FetchedBatch]:
+        """The batches that are left to train on. Raises DataUnavailableError."""
+        batches = iter(loader)
+        while not self.is_over and self.stopped is None:
+            self._mark("fetch")
+            began = time.monotonic()
+            try:
+                batch = next(batches)
+            except DataError as error:
+                # The text was readable when the run began: another attempt may succeed.
+                raise DataUnavailableError(f"step {self.state.step + 1}: {error}") from error
+            yield FetchedBatch(batch, time.monotonic() - began, began)
 
-    def evaluate(self, batches: int | None) -> Scores:
-        """Score the held-out text, its first batches or (None) all of it."""
-        rows = self._rows_of(batches)
-        total, done = self._rows_scored.get(rows) or self.held_out.rows(rows), 0
+    def train_step(self, batch: FetchedBatch) -> FinishedStep:
+        """One optimizer step; the device may still be computing it."""
+        self.logger.profile.begin(self.state.step + 1)
+        lr = next_learning_rate(self.config, self.state)
+        counters = (int(self.guard.stop_reason() is not None), self.saver.completed_parts)
+        pending = self.engine.train_step(batch.step, lr=lr, counters=counters, on_phase=self._mark)
+        rows = self.config.train.global_batch_size
+        self.state = self.state.after(consumed=batch.step.consumed, rows=rows, updated=not pending.skipped)
+        self.logger.profile.end(self.state.step)
+        save_seconds, self._save_seconds = self._save_seconds, 0.0
+        return FinishedStep(
+            self.state,
+            pending,
+            lr=lr,
+            data_wait_seconds=batch.wait_seconds,
+            save_seconds=save_seconds,
+            seconds=time.monotonic() - batch.began,
+            epochs=batch.step.epochs,
+        )
 
-        def scored(own: int) -> None:
-            nonlocal done
-            done += own * self.world.size
-            advance(own * self.world.size)
-
-        with self.report.long_job("evaluating", total=total, unit="rows") as advance, self.engine.evaluating():
-            scores = self.held_out.score(
-                _Watched(self.engine, at=self._at_batch),
-                device=self.engine.device,
-                micro_batch=self.config.train.micro_batch_size,
-                rank=self.world.rank,
-                world=self.world.size,
-                rows=rows,
-                total=self._total,
-                scored=scored,
+    def log_step(self, step: FinishedStep | None) -> None:
+        """Read and log a step's metrics, and act on what the ranks have agreed on. Raises RollbackError, RunError."""
+        if step is None:
+            return
+        self.state = self.state.with_targets(step.num_tokens)
+        step.state = replace(step.state, tokens=self.state.tokens)
+        number, skipped = step.state.step, step.pending.skipped
+        self.logger.log(step.metrics(self.engine, self.inputs.domains))
+        self._mark("report", step=number)
+        stops, completed_parts = step.measured.counters
+        self._stop_is_agreed |= stops > 0
+        self.report_save(self.saver.advance(int(completed_parts)))
+        if skipped and not self._anomalies.last_was_skipped:
+            self.logger.warn(
+                "step skipped", f"step {number} skipped: its loss or gradient is not finite; weights unchanged"
             )
-        self._rows_scored[rows] = done
-        return scores
+        anomaly = self._anomalies.check(step.measured.loss(), skipped=skipped)
+        if anomaly is None:
+            return
+        if (blocker := self.rollback_blocker()) is None:
+            raise RollbackError(anomaly.text, step=number, first=number - anomaly.steps + 1)
+        if anomaly.must_roll_back:
+            raise RunError(f"step {number}: {anomaly.text}, and the run cannot roll back: {blocker}")
+        self.logger.warn("loss spike", f"step {number}: {anomaly.text}; training continues, because {blocker}")
 
-    def score_tasks(self) -> dict[str, float]:
-        """The figures of `eval.tasks`, on rank 0; none where a task fails, which is told."""
+    def evaluate(self) -> dict[str, float]:
+        """The metrics that are due at this step; none if the ranks agree to stop meanwhile."""
         try:
-            with self.engine.evaluating():
-                return self.benchmarks.score(self.engine, self.tokenizer, mark=self._at_batch, shows=self._shows)
-        except TaskError as error:
-            self.report.warn("evaluation failed", f"step {self.state.step}: eval.tasks: {error}; training goes on")
+            return self.evaluator.evaluate(self.state.step, is_last=self.is_over)
+        except EvaluationInterruptedError:
+            self._stop_is_agreed = self._evaluation_was_interrupted = True
+            self.logger.say(f"step {self.state.step}: the evaluation was left; the same command makes up for it")
             return {}
 
-    def _go_on(self, loader: Loader) -> Setback | None:
-        """Train until the end, a stop, or a setback. A step's figures are read while the next one is computed."""
-        pending: FinishedStep | None = None
-        for batch, waited, began in self._batches(loader):
-            current = self._step(batch, waited=waited, began=began)
-            if pending is not None and (setback := self._close(pending)):
-                return setback
-            pending = current
-            self._compare()
-            pending.more |= self._evaluated()
-            if self._checkpoint_is_due or self._stop_is_agreed:
-                if setback := self._close(pending):
-                    return setback
-                pending = None
-                self._save(loader, wait=self.is_over or self._stop_is_agreed)
-            if self._stop_is_agreed and (not self.is_over or self._left_evaluation):
-                self.stopped = self.agreed_stop() or "asked to stop"
-                return None
-        return None
-
-    def _evaluated(self) -> dict[str, float]:
-        """The figures that are due at this step; none where the run is asked to stop meanwhile."""
-        figures: dict[str, float] = {}
-        try:
-            if self._evaluation_is_due:
-                figures |= self.score_held_out()
-            if self._tasks_are_due:
-                self.task_figures = self.score_tasks()
-                figures |= self.task_figures
-        except EvaluationLeftError:
-            self._stop_is_agreed = self._left_evaluation = True
-            self.scores, self.task_figures = None, {}
-            self.report.say(f"step {self.state.step}: the evaluation was left; the same command makes up for it")
-            return {}
-        return figures
-
-    def _make_up(self) -> None:
-        """Evaluate the step that the run begins with, where it was left by a stop and its row has no figures."""
-        if not (self._evaluation_is_due or self._tasks_are_due):
+    def evaluate_if_missed(self) -> None:
+        """Evaluate the step that the run begins with, if a stop interrupted its evaluation."""
+        if not self.evaluator.is_due(self.state.step, is_last=self.is_over):
             return
         rows = on_main(self.world, lambda: read_metrics(self.directory.metrics)[-1:])
         if not rows or rows[0]["step"] != self.state.step or any(name.startswith("eval/") for name in rows[0]):
             return
-        if figures := self._evaluated():
-            self.report.amend(self.state.step, figures)
-        if self._left_evaluation:
-            self.stopped = self.agreed_stop() or "asked to stop"
+        if metrics := self.evaluate():
+            self.logger.amend(self.state.step, metrics)
+        if self._evaluation_was_interrupted:
+            self.stop()
 
-    def _step(self, batch: Step, *, waited: float, began: float) -> FinishedStep:
-        config = self.config
-        self.profile.begin(self.state.step + 1)
-        rate = next_learning_rate(config, self.state)
-        signals = (int(self.requests.reason() is not None), self.saver.settled)
-        result = self.engine.step(batch, learning_rate=rate, signals=signals, at=self._at)
-        self.state = self.state.after(
-            consumed=batch.consumed, rows=config.train.global_batch_size, updated=result.updated
-        )
-        self.profile.end(self.state.step)
-        stalled, self._stalled = self._stalled, 0.0
-        return FinishedStep(
-            self.state,
-            result,
-            rate=rate,
-            waited=waited,
-            stalled=stalled,
-            seconds=time.monotonic() - began,
-            epochs=batch.epochs,
-        )
-
-    def _close(self, finished: FinishedStep) -> Setback | None:
-        """Read a step's figures, tell them, and do what the ranks have agreed on with them."""
-        self.state = self.state.with_targets(finished.targets())
-        finished.state = replace(finished.state, tokens=self.state.tokens)
-        row = finished.row(self.config, self.domains, peak_flops=self.engine.peak_flops, devices=self.engine.devices)
-        self.report.row(row)
-        self._at("report", step=finished.state.step)
-        stops, settled = finished.signals()
-        self._stop_is_agreed |= stops > 0
-        self._tell(self.saver.advance(settled))
-        refused = not finished.result.updated
-        if refused and not self._health.last_was_refused:
-            self.report.warn(
-                "step refused", f"step {row['step']}: its loss or gradient is not finite; the weights stay as they are"
-            )
-        trouble = self._health.judge(row["loss"], refused=refused)
-        if trouble is None:
-            return None
-        if (obstacle := self._obstacle()) is None:
-            return Setback(trouble.text, step=row["step"], first=row["step"] - trouble.steps + 1)
-        if trouble.is_fatal:
-            raise RunError(f"step {row['step']}: {trouble.text}, and the run cannot go back: {obstacle}")
-        self.report.warn("loss spike", f"step {row['step']}: {trouble.text}; the run goes on, for {obstacle}")
+    def maybe_save(self, step: FinishedStep, loader: Loader) -> FinishedStep | None:
+        """Log and save this step if a checkpoint is due or the run stops; returns it if it is still to be logged."""
+        if not (self.is_over or self._stop_is_agreed or self.state.step % self.config.checkpoint.every == 0):
+            return step
+        self.log_step(step)
+        self.save(loader, wait=self.is_over or self._stop_is_agreed)
         return None
 
-    def _save(self, loader: Loader, *, wait: bool) -> None:
-        """Save this step in the background, or now. Raises RunError where a save that is waited for fails."""
+    def save(self, loader: Loader, *, wait: bool) -> None:
+        """Save this step, in the background unless `wait`. Raises RunError where a save that is waited for fails."""
         began = time.monotonic()
-        self._at("save", step=self.state.step)
+        self._mark("save", step=self.state.step)
         quarantined = gather(loader.quarantined())
         if self.world.is_main:
-            self._keep_quarantined(chain.from_iterable(quarantined))
-        self._tell(self.saver.finish())
-        ended = self.saver.begin(replace(self.state, order=loader.order())) or (self.saver.finish() if wait else None)
-        self._stalled += time.monotonic() - began
-        self._tell(ended)
-        if wait and ended.problem is not None:
-            raise RunError(f"the last checkpoint could not be written: {ended.problem}. {self._kept()}")
+            self.report_bad_lines(chain.from_iterable(quarantined))
+        self.report_save(self.saver.finish())
+        result = self.saver.begin(replace(self.state, order=loader.order()))
+        if result is None and wait:
+            result = self.saver.finish()
+        self._save_seconds += time.monotonic() - began
+        self.report_save(result)
+        if wait and result is not None and result.problem is not None:
+            raise RunError(f"the last checkpoint could not be written: {result.problem}. {self._resume_point()}")
 
-    def _go_back(self, setback: Setback) -> None:
-        """Return to a sound checkpoint; the samples from there to here are never used again."""
-        path = rollback.find_sound(self.directory, first=setback.first, world=self.world)
+    def maybe_stop(self) -> None:
+        """Stop if the ranks have agreed to, unless everything is done anyway."""
+        if self._stop_is_agreed and (not self.is_over or self._evaluation_was_interrupted):
+            self.stop()
+
+    def stop(self) -> None:
+        """End the loop after this step."""
+        self.stopped = self.guard.agreed_stop_reason() or "asked to stop"
+
+    def rollback(self, error: RollbackError) -> None:
+        """Return to a sound checkpoint; the samples since then are never used again."""
+        path = find_sound(self.directory, first=error.first, world=self.world)
         there, here = commit.read_state(path), self.state
         window = (there.consumed, here.consumed)
-        on_main(self.world, lambda: self.directory.note_skipped(window, step=setback.step, reason=setback.reason))
-        on_main(self.world, lambda: rollback.set_spoilt_aside(self.directory))
-        self.engine.load(path)
-        self.state = replace(
-            there, skipped=(*here.skipped, window), rollbacks=here.rollbacks + 1, wandb_id=here.wandb_id
+        on_main(self.world, lambda: self.directory.note_skipped(window, step=error.step, reason=error.reason))
+        on_main(self.world, lambda: set_spoilt_aside(self.directory))
+        self.engine.load_checkpoint(path)
+        skipped, rollbacks = (*here.skipped, window), here.rollbacks + 1
+        self.state = replace(there, skipped=skipped, rollbacks=rollbacks, wandb_id=here.wandb_id)
+        self.logger.rewind(there.step)
+        self.logger.warn(
+            "rolled back",
+            f"step {error.step}: {error.reason}; back to {path.name}, without samples {window[0]} to {window[1] - 1} "
+            f"(time {rollbacks} of {self.config.train.rollbacks})",
         )
-        self.report.rewind(there.step)
-        self.report.warn(
-            "went back",
-            f"step {setback.step}: {setback.reason}; back to {path.name}, without samples {window[0]} to "
-            f"{window[1] - 1} (time {self.state.rollbacks} of {self.config.train.rollbacks})",
-        )
-        self._health = self._history()
+        self._anomalies = self.loss_history()
 
-    def _obstacle(self) -> str | None:
-        """Why the run cannot go back, if it cannot."""
+    def rollback_blocker(self) -> str | None:
+        """Why the run cannot roll back, if it cannot."""
         if self.state.rollbacks >= self.config.train.rollbacks:
             return f"train.rollbacks is {self.config.train.rollbacks}"
-        self._tell(self.saver.finish())
-        there = on_main(self.world, lambda: bool(commit.complete(self.directory.checkpoints)))
-        return None if there else "there is no checkpoint yet"
+        self.report_save(self.saver.finish())
+        has_checkpoint = on_main(self.world, lambda: bool(commit.complete(self.directory.checkpoints)))
+        return None if has_checkpoint else "there is no checkpoint yet"
 
-    def _history(self) -> Health:
-        """The run's health by the rows so far, the same on every rank."""
+    def loss_history(self) -> AnomalyDetector:
+        """The anomaly detector after all steps so far, the same on every rank."""
         rows = read_metrics(self.directory.metrics) if self.world.is_main else []
-        return Health(self.config.train, broadcast([(row["loss"], row["skipped_steps"]) for row in rows]))
+        return AnomalyDetector(self.config.train, broadcast([(row["loss"], row["skipped_steps"]) for row in rows]))
 
-    def _compare(self) -> None:
+    def check_weights(self) -> None:
+        """Raise RunError if the weights of a rank are corrupted, where `run.compare_every` asks for a check."""
         every = self.config.run.compare_every
-        if every is not None and self.state.step % every == 0 and (odd := self.engine.odd_ranks()):
+        if every is not None and self.state.step % every == 0 and (ranks := self.engine.corrupted_ranks()):
             raise RunError(
-                f"step {self.state.step}: the weights of rank {', '.join(map(str, odd))} of {self.world.size} are not "
-                f"what the optimiser computed: memory or a device is faulty. {self._kept()}"
+                f"step {self.state.step}: the weights of rank {', '.join(map(str, ranks))} of {self.world.size} do not "
+                f"match the optimizer's weights: suspect faulty memory or a faulty device. {self._resume_point()}"
             )
 
-    def _tell(self, saved: Saved | None) -> None:
-        if saved is None:
+    def report_save(self, result: SaveResult | None) -> None:
+        """Report how a save ended, if one did."""
+        if result is None:
             return
-        if saved.problem is None:
-            self.report.saved(saved.path)
+        if result.problem is None:
+            self.logger.checkpoint(result.path)
         else:
-            self.report.warn(
+            self.logger.warn(
                 "checkpoint failed",
-                f"checkpoint of step {saved.step}: {saved.problem}; training goes on, and the next save tries again. "
-                f"{self._kept()}",
+                f"checkpoint of step {result.step}: {result.problem}; training goes on, and the next save tries again. "
+                f"{self._resume_point()}",
             )
 
-    def _kept(self) -> str:
-        """What the same command would continue from, in a sentence; it is for rank 0."""
-        found = commit.complete(self.directory.checkpoints) if self.world.is_main else []
-        if not found:
-            return "No checkpoint is complete yet: the same command would begin with step 1"
-        return f"{found[-1].name} is complete: the same command would continue from it"
-
-    def _keep_quarantined(self, found: Iterable[Quarantined]) -> None:
+    def report_bad_lines(self, found: Iterable[Quarantined]) -> None:
+        """Write new bad lines to the quarantine file and report them."""
         if new := self._quarantine.add(found):
             bad = new[0].bad
-            self.report.warn(
+            self.logger.warn(
                 "lines quarantined",
                 f"step {self.state.step}: {len(new)} more lines hold no document, {bad.place} "
                 f"({bad.reason}) among them; see {self.directory.quarantine}",
             )
 
-    def _at_batch(self) -> None:
-        """Before each batch of an evaluation, of which all ranks have equally many. Raises EvaluationLeftError."""
-        self._at("evaluate", step=self.state.step)
-        if self._total(np.array([float(self.requests.reason() is not None)]))[0]:
-            raise EvaluationLeftError
+    def recorded_metrics(self) -> dict[str, float]:
+        """`eval/...` of the last step from metrics.jsonl, on rank 0: a previous start may have evaluated it."""
+        rows = read_metrics(self.directory.metrics)[-1:] if self.world.is_main else []
+        return {
+            name: value for row in rows for name, value in row.items() if name.startswith("eval/") and value is not None
+        }
 
-    def _at(self, point: str, tensor: torch.Tensor | None = None, *, step: int | None = None) -> None:
-        """Every moment of a step passes here: the watchdog sees progress, a test puts its faults."""
-        step = step or self.state.step + 1
-        self.watchdog.mark(point, step=step)
-        fault_injection.reach(point, rank=self.world.rank, step=step, tensor=tensor)
+    def _resume_point(self) -> str:
+        """What the same command would continue from, as a sentence, on rank 0."""
+        found = commit.complete(self.directory.checkpoints) if self.world.is_main else []
+        if not found:
+            return "No checkpoint is complete yet: the same command would begin with step 1"
+        return f"{found[-1].name} is complete: the same command would continue from it"
 
-    def _shows(self, what: str, total: int) -> AbstractContextManager[Callable[[float], None]]:
-        return self.report.long_job(f"eval.tasks, {what}", total=total, unit="requests")
+    def _keep_window(self, source: int, order: SourceOrder) -> None:
+        if self.world.is_main:
+            self._windows.add(source, order)
 
-    def _batches(self, loader: Loader) -> Iterator[tuple[Step, float, float]]:
-        """Batches with the seconds that they were waited for, and when the waiting began."""
-        batches = iter(loader)
-        while not self.is_over:
-            self._at("fetch")
-            began = time.monotonic()
-            try:
-                batch = next(batches)
-            except DataError as error:
-                # The text could be read when the run began: another try may find it whole again.
-                raise DataUnavailableError(f"step {self.state.step + 1}: {error}") from error
-            yield batch, time.monotonic() - began, began
-
-    @property
-    def _evaluation_is_due(self) -> bool:
-        every = self.config.eval.every
-        return self.held_out is not None and self._is_at(every)
-
-    @property
-    def _tasks_are_due(self) -> bool:
-        every = self.config.eval.tasks_every
-        return self.benchmarks is not None and self._is_at(every)
-
-    def _is_at(self, every: int | None) -> bool:
-        """Whether the last step is done, or one that `every` divides."""
-        step = self.state.step
-        return self.is_over or (every is not None and step > 0 and step % every == 0)
-
-    @property
-    def _checkpoint_is_due(self) -> bool:
-        return self.is_over or self.state.step % self.config.checkpoint.every == 0
-
-    def _total(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
-        tensor = torch.from_numpy(sums).to(self.engine.device)
-        dist.all_reduce(tensor)
-        return tensor.cpu().numpy()
-
-
-@dataclass(frozen=True)
-class _Watched:
-    """A model under evaluation; `at` is called before each of its batches."""
-
-    model: Scorer
-    at: Callable[[], None]
-
-    def logits(self, inputs_BL: torch.Tensor) -> torch.Tensor:
-        self.at()
-        return self.model.logits(inputs_BL)
-
-    def nats(
-        self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor, documents_BL: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        self.at()
-        return self.model.nats(inputs_BL, targets_BL, documents_BL)
+    def _mark(self, phase: str, tensor: torch.Tensor | None = None, *, step: int | None = None) -> None:
+        self.guard.mark(phase, step=step or self.state.step + 1, tensor=tensor)

@@ -1,9 +1,8 @@
-"""Weights & Biases as a mirror of metrics.jsonl: never the truth, never in the way.
+"""Weights & Biases as a mirror of metrics.jsonl, which stays authoritative.
 
-One thread makes every call of the library; training only puts things into its queue. A start finds the
-last step that W&B has, replays what it lacks from metrics.jsonl, and skips what it has: so a run that is
-killed and resumed, online or offline, has each step once under one id. What a rollback made void cannot
-be taken back there: those steps keep the values of the first time.
+One thread makes every call of the library; training only appends to its queue. A start finds the last step that W&B
+has, replays missing steps from metrics.jsonl, and skips existing ones: a run that is killed and resumed, online or
+offline, has each step once under one id. Steps that a rollback discarded keep their first values in W&B.
 """
 
 from __future__ import annotations
@@ -23,37 +22,37 @@ from collections.abc import Callable
 from contextlib import suppress
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lamda.best_effort import BestEffort, reason_of
 from lamda.config.schema import Config
 from lamda.durable import replace_file
+from lamda.storage import commit
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
-from lamda.training.wandb_artifacts import log_checkpoint
 
 log = logging.getLogger(__name__)
 
 MODES = ("online", "offline", "disabled")
-"""What W&B is sent: all, later, nothing."""
+"""W&B gets everything now, later, or nothing."""
 INIT_SECONDS = 30
 """How long a start waits for W&B before it goes offline."""
 UPLOAD_SECONDS = 40
 """How long the end waits for what is still to be sent."""
 END_SECONDS = 46
-"""When the end gives up, whatever the library does."""
+"""Limit of the end of a run, whatever the library does."""
 HANG_SECONDS = 10
 """The same for the end of a run that hangs: its other ranks wait for it to leave."""
 
 
 class WandbMirror:
-    """One W&B run for the whole life of a run; whatever fails is said once, and the run goes on.
+    """One W&B run for the whole life of a run; each failure is reported once, and the run continues.
 
     run_id: the run's id, kept in RUN/wandb/run-id too; None where W&B is disabled and was never used.
     """
 
     def __init__(self, config: Config, *, folder: Path, run_id: str | None, step: int) -> None:
-        """Return at once. step: that of the state, after which no row of metrics.jsonl is left."""
+        """Returns immediately. step: of the state; metrics.jsonl has no later rows."""
         self._config, self._folder, self._step = config, folder, step
         self._queue: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
         self._seen = 0
@@ -81,28 +80,28 @@ class WandbMirror:
         self._thread.start()
 
     def log(self, row: dict[str, Any]) -> None:
-        """Mirror a finished step; costs the caller microseconds."""
+        """Mirror a finished step; takes the caller microseconds."""
         row = dict(row)
         self._put(lambda run: self._send(run, row))
 
     def amend(self, figures: dict[str, Any]) -> None:
-        """Figures of a step that is mirrored already: they go to the run's summary, for W&B takes no row twice."""
+        """Add metrics of a step already sent: they go to the run's summary, because W&B accepts each step once."""
         self._put_alone("figures of an evaluation", lambda run: run.summary.update(figures))
 
     def alert(self, title: str, text: str) -> None:
-        """Tell the run's owner of something to look at."""
+        """Send the run's owner an alert."""
         self._put_alone(f"the alert {title!r}", lambda run: run.alert(title[:63], text, level="WARN"))
 
     def checkpoint(self, path: Path, *, best: bool) -> None:
-        """Make a complete checkpoint known as an artifact, in the way that `wandb.checkpoints` says."""
+        """Log a complete checkpoint as an artifact, as `wandb.checkpoints` says."""
         way = self._config.wandb.checkpoints
         if way != "none":
-            self._put_alone(f"checkpoint {path}", lambda run: log_checkpoint(run, path, way=way, best=best))
+            self._put_alone(f"checkpoint {path}", lambda run: _log_checkpoint(run, path, way=way, best=best))
 
     def finish(self, *, exit_code: int = 0, seconds: float | None = None) -> None:
-        """Wait until everything is sent, but hardly longer than `seconds` (END_SECONDS by default).
+        """Wait until everything is sent, at most about `seconds` (END_SECONDS by default).
 
-        What W&B did not get is sent at the next start.
+        The next start sends what W&B did not receive.
 
         exit_code: 0 makes the run finished there, others failed.
         """
@@ -121,7 +120,7 @@ class WandbMirror:
             self._queue.put(action)
 
     def _put_alone(self, what: str, action: Callable[[Any], object]) -> None:
-        """Put what may fail alone, without the rows after it."""
+        """Queue an action whose failure does not affect later ones."""
 
         def attempt(run: Any) -> None:
             with BestEffort(f"W&B has not got {what}", errors=Exception):
@@ -183,15 +182,15 @@ class WandbMirror:
         return self._init("online")
 
     def _go_offline(self, reason: str, logs: list[Path]) -> None:
-        """Say so, and clear away what the failed start left: it would hold the id, and look like a run."""
+        """Warn, and remove what the failed start left: it would keep the id and look like a run."""
         import wandb
 
         wandb.teardown()
         for empty in set(self._logs()) - set(logs):
             shutil.rmtree(empty.parent, ignore_errors=True)
         kept = self._folder / "wandb"
-        # `wandb sync` continues a run only from where the server is: after rows that were sent online, and
-        # perhaps not all received, it would number the rest anew.
+        # `wandb sync` continues a run only from the server's last step: after rows that were sent online, and
+        # perhaps not all received, it would renumber the rest.
         pure = all(old.parent.name.startswith("offline-") for old in logs)
         by_hand = f", or `wandb sync {kept}`" if pure else ""
         log.warning(
@@ -201,7 +200,7 @@ class WandbMirror:
             by_hand,
         )
 
-    def _init(self, mode: str) -> Any:
+    def _init(self, mode: Literal["online", "offline"]) -> Any:
         import wandb
 
         ours = self._config.wandb
@@ -234,21 +233,44 @@ class WandbMirror:
         return run
 
     def _logs(self) -> list[Path]:
-        """The library's transaction logs of this id, one a start, the newest first."""
+        """The library's transaction logs of this id, one per start, newest first."""
         found = self._folder.glob(f"wandb/*run-*/run-{self.run_id}.wandb")
         return sorted(found, key=lambda file: file.stat().st_mtime_ns, reverse=True)
 
 
+def _log_checkpoint(run: Any, path: Path, *, way: Literal["reference", "upload"], best: bool) -> None:
+    """Log a complete checkpoint as the next version of artifact `<run id>-checkpoint`, of type "model".
+
+    way: "reference" stores the manifest and the files' addresses, "upload" the files. Metadata: the step,
+    and size and sha256 of every file. Aliases: "latest", the folder's name, and "best" if it is that.
+    Raises OSError where the checkpoint is gone, and the library's errors.
+    """
+    import wandb
+
+    content = commit.read(path)
+    artifact = wandb.Artifact(
+        f"{run.id}-checkpoint", type="model", metadata={"step": content["step"], "files": content["files"]}
+    )
+    # A checkpoint never changes: nothing needs to be copied before it is read.
+    if way == "upload":
+        artifact.add_dir(str(path), policy="immutable", skip_cache=True)
+    else:
+        # Unlike the addresses, the manifest differs between two checkpoints of one name.
+        artifact.add_file(str(path / commit.MANIFEST), policy="immutable", skip_cache=True)
+        artifact.add_reference(path.resolve().as_uri(), name=path.name, checksum=False)
+    run.log_artifact(artifact, aliases=["latest", path.name, *(["best"] if best else [])])
+
+
 def mirror_mode(config: Config) -> str:
-    """`online`, `offline` or `disabled`: of wandb.mode and the environment's WANDB_MODE what sends less.
+    """`online`, `offline` or `disabled`: whichever of wandb.mode and WANDB_MODE sends less.
 
     A WANDB_MODE that is not known sends nothing.
     """
-    said = os.environ.get("WANDB_MODE", "").lower()
+    given = os.environ.get("WANDB_MODE", "").lower()
     known = {"": MODES[0], "run": "online", "shared": "online", "dryrun": "offline", **{mode: mode for mode in MODES}}
-    if said not in known:
-        log.warning("WANDB_MODE is %r, none of %s: W&B is sent nothing", said, ", ".join(MODES))
-    return max(config.wandb.mode, known.get(said, "disabled"), key=MODES.index)
+    if given not in known:
+        log.warning("WANDB_MODE is %r, none of %s: W&B is sent nothing", given, ", ".join(MODES))
+    return max(config.wandb.mode, known.get(given, "disabled"), key=MODES.index)
 
 
 def is_installed() -> bool:
@@ -258,7 +280,7 @@ def is_installed() -> bool:
 
 
 def sign_in() -> str:
-    """W&B's address, for which there is a key. Raises `wandb.errors.AuthenticationError` where there is none."""
+    """Sign in; returns W&B's address. Raises `wandb.errors.AuthenticationError` if there is no key."""
     import wandb
     from wandb.sdk.lib import wbauth
 
@@ -290,12 +312,14 @@ def _inspect(transactions: Path) -> tuple[int, str]:
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(transactions)]
     last = ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout is not None
+        assert reader.stderr is not None
         for line in reader.stdout:
             if '"type":"history"' in line:
                 last = line
-        said = reader.stderr.read().strip()
+        problem = reader.stderr.read().strip()
     step = json.loads(last)["history"]["step"]["num"] if last else 0
-    return step, said if reader.returncode or "incomplete" in said else ""
+    return step, problem if reader.returncode or "incomplete" in problem else ""
 
 
 def _is_shown(value: object) -> bool:
@@ -303,7 +327,7 @@ def _is_shown(value: object) -> bool:
 
 
 def _kill_service() -> None:
-    """End the library's own process, for which it would wait without a limit."""
+    """Kill the library's service process, which it would wait for without a limit."""
     for children in Path("/proc/self/task").glob("*/children"):
         with suppress(OSError):
             for child in children.read_text("utf-8").split():

@@ -1,9 +1,9 @@
-"""A watchdog that ends a run which hangs, and names the rank, the step and the phase that did not answer.
+"""A watchdog that ends a hanging run and names the rank, the step and the phase that did not respond.
 
-Every rank writes a heartbeat file into the run directory. A rank whose main thread makes no progress
-looks at all of them twice: those whose heart stopped in between are silent (stopped, dead, or caught in
-C code with the interpreter's lock); where all hearts beat and no rank makes progress, the ranks that are furthest
-behind are named. A rank that waits for another one's long work does not end the run while that work progresses.
+Every rank writes a heartbeat file into the run directory. A rank whose main thread makes no progress reads all of them
+twice: ranks whose heartbeat did not change are silent (stopped, dead, or in C code that holds the GIL). If all
+heartbeats change and no rank makes progress, the ranks that are furthest behind are named. A rank that waits for
+another one's long work does not end the run while that work makes progress.
 """
 
 from __future__ import annotations
@@ -19,26 +19,30 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from lamda.best_effort import BestEffort
-from lamda.distributed import World
+from lamda.distributed import World, gather
+from lamda.training import fault_injection
+from lamda.training.stop_requests import StopRequests
+
+if TYPE_CHECKING:
+    import torch
 
 HANG_EXIT = 76
 """Exit code of a run that the watchdog ended."""
 LONGEST_BEAT = 30.0
 STACKS = signal.SIGUSR2
-"""Asks a process for its stacks; answered even while it holds the interpreter's lock."""
+"""Asks a process for its stack traces; works even while it holds the GIL."""
 OTHERS_SECONDS = 2.0
-"""How long the rank that speaks waits for the others' stacks."""
+"""How long the reporting rank waits for the others' stack traces."""
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """A rank's sign of life: `beat` grows with time, `marks` with the phases that the main thread reaches.
+    """A rank's heartbeat. beat: grows with time. marks: number of phases reached, comparable between ranks.
 
-    Marks are comparable between ranks. progress: grows while a phase that takes long makes progress.
+    progress: grows while a long phase makes progress.
     """
 
     rank: int
@@ -63,13 +67,13 @@ class Watchdog:
     """Watches this rank's main thread while it is entered.
 
     folder: of the heartbeats; stacks go to `hang` beside it. seconds: the longest time without progress.
-    tell: called with the verdict, on the lowest rank that lives, before the process ends.
+    report: called with the verdict, on the lowest living rank, before the process ends.
     """
 
-    def __init__(self, folder: Path, *, world: World, seconds: float, tell: Callable[[str], None]) -> None:
-        self._folder, self._world, self._seconds, self._tell = folder, world, seconds, tell
+    def __init__(self, folder: Path, *, world: World, seconds: float, report: Callable[[str], None]) -> None:
+        self._folder, self._world, self._seconds, self._report = folder, world, seconds, report
         self._marks, self._progress, self._phase, self._step = 0, 0, "start", 0
-        self._hurried: Mapping[str, float] = {}
+        self._timeouts: Mapping[str, float] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._beats = 0
@@ -82,13 +86,11 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         if self._ended.is_set():
             return
         self._ended.set()
@@ -113,7 +115,7 @@ class Watchdog:
         self._marks += 1
 
     def progress(self) -> None:
-        """The phase goes on: more bytes are written, hashed or read, another attempt is made. For any thread."""
+        """The phase makes progress: more bytes are written, hashed or read, another attempt is made. For any thread."""
         self._progress += 1
 
     def progress_during(self, phases: Collection[str]) -> None:
@@ -122,8 +124,8 @@ class Watchdog:
             self.progress()
 
     def hurry(self, seconds: float, *, during: Collection[str]) -> None:
-        """Wait no longer than `seconds` in these phases from now on; others keep their time."""
-        self._hurried = dict.fromkeys(during, seconds)
+        """From now on wait at most `seconds` in these phases."""
+        self._timeouts = dict.fromkeys(during, seconds)
 
     @property
     def _stacks(self) -> Path:
@@ -131,7 +133,7 @@ class Watchdog:
 
     @property
     def _timeout(self) -> float:
-        return min(self._seconds, self._hurried.get(self._phase, self._seconds))
+        return min(self._seconds, self._timeouts.get(self._phase, self._seconds))
 
     @property
     def _interval(self) -> float:
@@ -155,10 +157,10 @@ class Watchdog:
             if self._place != place:
                 place, since = self._place, now
             elif now - since >= self._timeout:
-                self._judge(place)
+                self._end_if_hanging(place)
                 place, since = self._place, time.monotonic()
 
-    def _judge(self, place: tuple[int, int]) -> None:
+    def _end_if_hanging(self, place: tuple[int, int]) -> None:
         """Look at all ranks twice; end the process unless this rank or another has made progress in between."""
         before = self._look()
         for _ in range(3):
@@ -175,7 +177,7 @@ class Watchdog:
             os._exit(HANG_EXIT)
 
     def _end(self, hearts: Sequence[Heartbeat], silent: Sequence[Heartbeat]) -> None:
-        """Leave stacks and the verdict before the process ends, and kill the silent ones of this host."""
+        """Write stack traces and the verdict before the process ends, and kill the silent processes of this host."""
         text = verdict(hearts, silent, seconds=self._timeout)
         faulthandler.dump_traceback(file=self._file, all_threads=True)
         here = [heart for heart in silent if heart.host == socket.gethostname() and heart.rank != self._world.rank]
@@ -183,9 +185,9 @@ class Watchdog:
         if self._world.rank == min(living, default=self._world.rank):
             for heart in here:
                 with self._writing:
-                    self._question(heart)
+                    self._request_stacks(heart)
             time.sleep(OTHERS_SECONDS)
-            self._tell(text)
+            self._report(text)
             for heart in here:
                 with suppress(ProcessLookupError):
                     os.kill(heart.pid, signal.SIGKILL)
@@ -216,11 +218,11 @@ class Watchdog:
         for rank in range(self._world.size):
             with suppress(OSError, ValueError):
                 found[rank] = Heartbeat(**json.loads(self._path(rank).read_text("utf-8")))
-        found[self._world.rank] = self._heart()  # whether or not the disk takes it
+        found[self._world.rank] = self._heart()  # even if it could not be written
         return found
 
-    def _question(self, heart: Heartbeat) -> None:
-        """Ask a silent process of this host for its stacks; where nothing comes, write what the kernel knows."""
+    def _request_stacks(self, heart: Heartbeat) -> None:
+        """Ask a silent process of this host for its stack traces; if nothing comes, write its state in the kernel."""
         file = self._folder.parent / "hang" / f"rank-{heart.rank:05d}.txt"
         before = file.stat().st_size if file.exists() else 0
         with suppress(ProcessLookupError):
@@ -232,7 +234,7 @@ class Watchdog:
 
 
 def clear_heartbeats(folder: Path) -> None:
-    """Delete the signs of life of ranks that have ended; none of this run's may beat yet."""
+    """Delete the heartbeats of ranks that have ended; called before any rank of this run writes one."""
     for file in folder.glob("rank-*.json"):
         with BestEffort(f"{file} cannot be deleted"):
             file.unlink(missing_ok=True)
@@ -243,11 +245,11 @@ def _has_moved(before: Heartbeat | None, now: Heartbeat) -> bool:
 
 
 def verdict(hearts: Sequence[Heartbeat], silent: Sequence[Heartbeat], *, seconds: float) -> str:
-    """Who did not answer, and where; where all live, who is furthest behind."""
+    """Which ranks did not respond, and where; if all responded, which are furthest behind."""
     if silent:
-        told = [f"{heart} has not answered for {seconds:g} s, last seen in {heart.where}" for heart in silent]
+        problems = [f"{heart} has not answered for {seconds:g} s, last seen in {heart.where}" for heart in silent]
         waiting = {heart.where for heart in hearts if heart not in silent}
-        return "; ".join([*told, *(f"the others wait in {where}" for where in sorted(waiting))])
+        return "; ".join([*problems, *(f"the others wait in {where}" for where in sorted(waiting))])
     least = min(heart.marks for heart in hearts)
     behind = [heart for heart in hearts if heart.marks == least]
     if len(behind) == len(hearts) > 1:
@@ -256,15 +258,35 @@ def verdict(hearts: Sequence[Heartbeat], silent: Sequence[Heartbeat], *, seconds
 
 
 def kernel_state(pid: int) -> str:
-    """What /proc tells of a process: its state, and where in the kernel it waits."""
+    """The state of a process from /proc, and where in the kernel it waits."""
     try:
         fields: Mapping[str, str] = dict(
             line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text("utf-8").splitlines()
         )
     except OSError:
         return "The process is gone."
-    told = [f"State:{fields['State']}".replace("\t", " ")]
+    lines = [f"State:{fields['State']}".replace("\t", " ")]
     for name in ("wchan", "syscall", "stack"):
         with suppress(OSError):
-            told.append(f"{name}: {Path(f'/proc/{pid}/{name}').read_text('utf-8').strip()}")
-    return "\n".join(told)
+            lines.append(f"{name}: {Path(f'/proc/{pid}/{name}').read_text('utf-8').strip()}")
+    return "\n".join(lines)
+
+
+class Guard:
+    """What can end a run early: requests to stop, the watchdog and injected faults."""
+
+    def __init__(self, requests: StopRequests, watchdog: Watchdog, *, world: World) -> None:
+        self.requests, self.watchdog, self._world = requests, watchdog, world
+
+    def mark(self, phase: str, *, step: int, tensor: torch.Tensor | None = None) -> None:
+        """Called at every phase of a step: the watchdog sees progress, a test injects its faults."""
+        self.watchdog.mark(phase, step=step)
+        fault_injection.maybe_inject(phase, rank=self._world.rank, step=step, tensor=tensor)
+
+    def stop_reason(self) -> str | None:
+        """Why this rank was asked to stop, if it was."""
+        return self.requests.reason()
+
+    def agreed_stop_reason(self) -> str | None:
+        """Why a rank was asked to stop, the same on every rank; all ranks call it."""
+        return next(filter(None, gather(self.stop_reason())), None)

@@ -71,10 +71,10 @@ def measure(preset: str, case: dict, world: distributed.World, device: torch.dev
         engine.deepspeed.allreduce_gradients = before(
             engine.deepspeed.allreduce_gradients, lambda: found.update(backward=alive(beside=beside))
         )
-        engine.step(batch(world), learning_rate=1e-4)
+        engine.train_step(batch(world), lr=1e-4)
         del engine.deepspeed.allreduce_gradients
         storages.sent.clear()
-        engine.step(batch(world), learning_rate=1e-4)
+        engine.train_step(batch(world), lr=1e-4)
         found["peak"], found["sent"] = storages.peak, dict(storages.sent)
     return found
 

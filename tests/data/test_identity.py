@@ -23,7 +23,7 @@ from lamda.data.lanes import Cursor, cut_into_lanes
 from lamda.data.resolving import require_here, resolve
 from lamda.data.windows import SourceOrder, Window
 from lamda.storage.state import RunState
-from lamda.training.resume import Start
+from lamda.training.resume import ResumePoint
 from tests.conftest import make_text, write_shard
 
 PACKING = Packing(14)
@@ -73,7 +73,7 @@ def test_any_edit_of_the_same_size_is_refused_by_name(tmp_path, tokenizer, data,
     assert changed_files(before, now) == [f"{number}.jsonl"]
     assert differences(before, now) == ["contents"]
     with pytest.raises(UserError, match=rf"step-1: the text was changed .*: {number}\.jsonl\. Put the former"):
-        Start(Path("step-1"), RunState(fingerprint=before)).check_data(now)
+        ResumePoint(Path("step-1"), RunState(fingerprint=before)).check_data(now)
     with pytest.raises(DataError, match=rf"{number}\.jsonl: was changed since this run began"):
         next(read_lines(edited))
 
@@ -89,7 +89,7 @@ def test_an_older_checkpoint_resumes_and_says_what_is_not_verified(tmp_path, tok
     caplog.set_level(logging.INFO, logger="lamda")
     now = json.loads(json.dumps(print_of(shards(tmp_path / "text"), tokenizer)))
     old = {name: value for name, value in now.items() if name != "contents"}
-    state = Start(Path("step-1"), RunState(step=4, fingerprint=old)).check_data(now)
+    state = ResumePoint(Path("step-1"), RunState(step=4, fingerprint=old)).check_data(now)
     assert (state.step, state.fingerprint) == (4, now)
     assert "that they are unchanged is not verified" in caplog.text
 
@@ -104,14 +104,14 @@ def test_a_checkpoint_of_the_former_order_is_refused_in_words(tmp_path, tokenize
     with pytest.raises(
         UserError, match=r"step-4: its samples are in the order of another version \(format 1;.*weights"
     ):
-        Start(Path("step-4"), state).check_data(now)
+        ResumePoint(Path("step-4"), state).check_data(now)
 
 
 def test_a_changed_file_is_accepted_by_name_alone(tmp_path, tokenizer):
     before = print_of(shards(tmp_path / "text"), tokenizer)
     now = print_of(shards(tmp_path / "text", seed=0), tokenizer)
     now["contents"] = [[name, f"ETag {name}"] for name, _ in now["contents"]]
-    start = Start(Path("step-1"), RunState(fingerprint=before, order=(order_of(Cursor(1, digest="x")),)))
+    start = ResumePoint(Path("step-1"), RunState(fingerprint=before, order=(order_of(Cursor(1, digest="x")),)))
     with pytest.raises(UserError, match=r"in 1 files .*: 2\.jsonl\. .*data\.accept_changed"):
         start.check_data(now, accepted=("0.jsonl", "1.jsonl"))
     state = start.check_data(now, accepted=("0.jsonl", "1.jsonl", "2.jsonl"))

@@ -54,9 +54,10 @@ def batch_of(step: int, *, micro_batch: int) -> Step:
 
 
 def trained(engine: FlaxEngine, *, micro_batch: int) -> dict[str, object]:
-    results = [
-        engine.step(batch_of(step, micro_batch=micro_batch), learning_rate=1e-4, signals=(1,)) for step in range(STEPS)
+    steps = [
+        engine.train_step(batch_of(step, micro_batch=micro_batch), lr=1e-4, counters=(1,)) for step in range(STEPS)
     ]
+    results = [step.wait() for step in steps]
     return {
         "losses": [result.loss() for result in results],
         "norms": [result.grad_norm for result in results],
@@ -90,7 +91,7 @@ def odd_after_a_flip(engine: FlaxEngine) -> list[int]:
     copies[5].view(np.uint32)[3] ^= 1
     placed = [jax.device_put(copy, shard.device) for copy, shard in zip(copies, weight.addressable_shards, strict=True)]
     engine.state.weights[name] = jax.make_array_from_single_device_arrays(weight.shape, weight.sharding, placed)
-    return engine.odd_ranks()
+    return engine.corrupted_ranks()
 
 
 def main(folder: Path) -> None:
@@ -102,15 +103,15 @@ def main(folder: Path) -> None:
         found[name] = trained(engines[name], micro_batch=micro_batch)
     if DEVICES == 8:
         (folder / "checkpoint").mkdir()
-        files = engines["2x2x2"].copy(folder / "checkpoint")()
+        files = engines["2x2x2"].snapshot(folder / "checkpoint")()
         names = {str(file.relative_to(folder / "checkpoint")): commit.sync_and_describe(file) for file in files}
         commit.seal(folder / "checkpoint", {"files": names})
-        engines["2x4x1"].load(folder / "checkpoint")
+        engines["2x4x1"].load_checkpoint(folder / "checkpoint")
         found["moved"] = {name: each.tolist() for name, each in plain_weights(engines["2x4x1"].state.weights)}
         found["moved on"] = trained(engines["2x4x1"], micro_batch=2)
         found["on"] = trained(engines["2x2x2"], micro_batch=2)
         found["program"] = of_program(engines["2x4x1"], micro_batch=2)
-        found["odd"] = engines["8x1x1"].odd_ranks()
+        found["odd"] = engines["8x1x1"].corrupted_ranks()
         found["odd after a flip"] = odd_after_a_flip(engines["8x1x1"])
     stop()
     (folder / f"{DEVICES}.json").write_text(json.dumps(found), "utf-8")

@@ -17,7 +17,7 @@ from lamda.dialog.evaluation import HeldOutDialogues, table
 from lamda.dialog.examples import Conversations
 from lamda.model import LaMDA
 from lamda.model.initialization import initialise
-from lamda.training.evaluation import LoadedModel
+from lamda.training.evaluation import TorchScorer
 from tests.dialog.test_examples import talk
 
 PAIRS = st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.5, 0.5001, 1.0]), st.booleans()), min_size=1, max_size=40)
@@ -86,7 +86,7 @@ def test_held_out_scores_are_those_of_a_walk_over_all_examples(held_out, model, 
             (place,) = places
             odds = (logits[place - 1, one] - logits[place - 1, zero]).item()
             found.setdefault(item.kind, []).append((1 / (1 + math.exp(-odds)), item.rating))
-    scores = held_out.score(LoadedModel(model), device=torch.device("cpu"), micro_batch=5)
+    scores = held_out.score(TorchScorer(model), device=torch.device("cpu"), micro_batch=5)
     assert scores.targets == targets
     assert scores.loss() == pytest.approx(nats / targets, rel=1e-5)
     for name, pairs in found.items():
@@ -99,7 +99,7 @@ def test_held_out_scores_are_those_of_a_walk_over_all_examples(held_out, model, 
 
 
 def test_ranks_together_find_what_one_finds(held_out, model):
-    alone = held_out.score(LoadedModel(model), device=torch.device("cpu"), micro_batch=4, rows=26)
+    alone = held_out.score(TorchScorer(model), device=torch.device("cpu"), micro_batch=4, rows=26)
     parts: list[np.ndarray] = []
 
     def gathered(found):
@@ -107,5 +107,5 @@ def test_ranks_together_find_what_one_finds(held_out, model):
         return sum(parts)
 
     how = {"device": torch.device("cpu"), "micro_batch": 4, "rows": 26, "world": 3, "total": gathered}
-    together = [held_out.score(LoadedModel(model), rank=rank, **how) for rank in range(3)][-1]
+    together = [held_out.score(TorchScorer(model), rank=rank, **how) for rank in range(3)][-1]
     assert together.metrics() == pytest.approx(alone.metrics(), rel=1e-6, nan_ok=True)

@@ -22,7 +22,7 @@ from lamda.model.initialization import initialise
 from lamda.runs.where import where
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
-from lamda.training.start import with_start
+from lamda.training.inputs import with_initial_weights
 from tests.dialog.test_examples import talk
 from tests.launch import run_ranks
 
@@ -109,13 +109,13 @@ def test_a_stopped_run_goes_on_with_other_ranks_to_the_same_weights(place, monke
 
 def test_a_start_gives_its_dimensions_and_tokenizer_and_refuses_others(place):
     config = Config.model_validate({"model": {"weights": str(place / "pretrained")}, "train": {"steps": 1}})
-    found = with_start(config)
+    found = with_initial_weights(config)
     assert {key: found.model.dimensions[key] for key in MODEL} == MODEL
     assert found.model.weights == str(place / "pretrained/model.safetensors")
     assert found.tokenizer.path == str(place / "pretrained/tokenizer.model")
     other = {"model": {"weights": str(place / "pretrained"), "d_model": 64}, "train": {"steps": 1}}
     with pytest.raises(UserError, match="d_model is 64, there 32; leave these model keys out"):
-        with_start(Config.model_validate(other))
+        with_initial_weights(Config.model_validate(other))
 
 
 def test_ratings_of_one_class_alone_are_null_for_a_program_and_named_for_a_person(place, tmp_path, capsys):

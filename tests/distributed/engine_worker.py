@@ -22,7 +22,7 @@ from lamda.config.schema import Config
 from lamda.data.loader import MicroBatch, Step
 from lamda.data.windows import SourceOrder
 from lamda.engines.deepspeed import checkpoint
-from lamda.engines.deepspeed.engine import Engine, StepResult
+from lamda.engines.deepspeed.engine import DeepSpeedStep, Engine
 from lamda.inference.sampling import Sampling
 from lamda.interop.harness.in_training import RanksDecoder
 from lamda.interop.harness.scoring import Prompt, Row
@@ -108,15 +108,15 @@ def asked_prompts(count: int) -> list[Prompt]:
     ]
 
 
-def asked_after(engine: Engine, step: int, file: Path) -> Callable[..., StepResult]:
-    """`engine.step`, and after the step of that number what `eval.tasks` asks of the ranks."""
-    compute, count = engine.step, itertools.count(1)
+def asked_after(engine: Engine, step: int, file: Path) -> Callable[..., DeepSpeedStep]:
+    """`engine.train_step`, and after the step of that number what `eval.tasks` asks of the ranks."""
+    compute, count = engine.train_step, itertools.count(1)
 
-    def stepped(*parts: Any, **how: Any) -> StepResult:
+    def stepped(*parts: Any, **how: Any) -> DeepSpeedStep:
         result = compute(*parts, **how)
         if next(count) == step:
             decoder = RanksDecoder(engine, Letters(), mark=lambda: None)
-            with engine.evaluating():
+            with engine.eval_mode():
                 if engine.world.is_main:
                     scores, texts = decoder.score(asked_rows(5)), decoder.generate(asked_prompts(3))
                     decoder.dismiss()
@@ -136,19 +136,20 @@ def run(job: dict, world: distributed.World, device: torch.device, out: Path) ->
     engine = Engine(config(job, out, world.rank), world=world, device=device)
     state = RunState()
     if job.get("load"):
-        state = checkpoint.load(out / job["load"] / f"step-{job['from']:08d}", engine=engine)
+        state = checkpoint.load(out / job["load"] / f"step-{job['from']:08d}", engine.deepspeed, config=engine.config)
     losses, norms = [], []
     if "asked" in job:
-        engine.step = asked_after(engine, job["asked"], out / f"{job['name']}.json")
+        engine.train_step = asked_after(engine, job["asked"], out / f"{job['name']}.json")
     for step in range(state.step + 1, job["steps"] + 1):
         poisoned = job.get("poison") == step and world.rank == world.size - 1
         hook = engine.model.final_norm.register_forward_hook(lambda *parts: parts[-1] * torch.nan) if poisoned else None
-        result = engine.step(batch(step, world, masked=job.get("masked", False)), learning_rate=1e-2 * step)
+        result = engine.train_step(batch(step, world, masked=job.get("masked", False)), lr=1e-2 * step)
         if hook is not None:
             hook.remove()
-        losses.append(result.loss())
-        norms.append(float(result.grad_norm))
-        state = state.after(consumed=step, rows=BATCH, updated=result.updated).with_targets(BATCH * LENGTH)
+        metrics = result.wait()
+        losses.append(metrics.loss())
+        norms.append(metrics.grad_norm)
+        state = state.after(consumed=step, rows=BATCH, updated=not result.skipped).with_targets(BATCH * LENGTH)
     if job.get("save"):
         model = out / "tokenizer.model"
         model.touch()

@@ -4,12 +4,12 @@ import subprocess
 import sys
 import threading
 
-from lamda.distributed import World, patience
+from lamda.distributed import World, exit_after
 
 WAITS = """
 import time
-from lamda.distributed import World, patience
-with patience("for all ranks to come", World(rank=2, size=4), seconds=0.2):
+from lamda.distributed import World, exit_after
+with exit_after("for all ranks to come", World(rank=2, size=4), seconds=0.2):
     time.sleep(30)
 """
 
@@ -25,7 +25,7 @@ def test_a_rank_that_waits_in_vain_ends_and_says_where_it_looked(monkeypatch):
 
 def test_a_rank_whose_companions_come_in_time_goes_on():
     before = threading.enumerate()
-    with patience("for all ranks to come", World(), seconds=600):
+    with exit_after("for all ranks to come", World(), seconds=600):
         (timer,) = set(threading.enumerate()) - set(before)
     timer.join(60)
     assert not timer.is_alive(), "it is called off, and would else wait on"

@@ -30,7 +30,7 @@ def main() -> None:
     told = {}
     for stage in (1, 2, 3):
         engine = Engine(config({"stage": stage, "bf16": True}, OUT, world.rank), world=world, device=device)
-        engine.step(batch(0, world), learning_rate=1e-2)
+        engine.train_step(batch(0, world), lr=1e-2)
         before, draw = state(engine), random.Random(stage)
         updated = 0
         for step in range(1, STEPS + 1):
@@ -38,12 +38,12 @@ def main() -> None:
             is_mine = rank == world.rank
             hooks = spoil(engine, place, random.Random(step)) if is_mine else []
             at = spoil_loss if is_mine and place == "loss" else nothing
-            updated += engine.step(batch(step % 7, world), learning_rate=1e-2, at=at).updated
+            updated += not engine.train_step(batch(step % 7, world), lr=1e-2, on_phase=at).skipped
             for hook in hooks:
                 hook.remove()
         changed = torch.tensor(sum(not torch.equal(one, two) for one, two in zip(before, state(engine), strict=True)))
         dist.all_reduce(changed)
-        clean = engine.step(batch(1, world), learning_rate=1e-2).updated
+        clean = not engine.train_step(batch(1, world), lr=1e-2).skipped
         told[stage] = {"steps": STEPS, "updated": updated, "tensors_changed": changed.item(), "then_updates": clean}
     if world.is_main:
         print(json.dumps(told))

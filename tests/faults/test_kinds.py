@@ -112,7 +112,7 @@ def test_a_checkpoint_that_was_cut_is_set_aside_and_the_one_before_is_taken(plac
     assert codes[0] == -signal.SIGKILL
     place.finish("truncate")
     assert "step-00000006.damaged" in place.checkpoints("truncate")
-    assert "going on from" in place.log("truncate")
+    assert "continuing from" in place.log("truncate")
     assert "step-00000003" in place.log("truncate")
     assert place.difference(straight(1), "truncate") is None
 

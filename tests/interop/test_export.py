@@ -33,8 +33,8 @@ from lamda.interop.huggingface.source import Source
 from lamda.storage import commit
 from lamda.storage.metrics import MetricsFile
 from lamda.storage.state import RunState
+from lamda.training.inputs import check_initial_weights
 from lamda.training.saver import Saver
-from lamda.training.start import check_weights
 from tests.distributed.engine_worker import batch, config
 from tests.random_run import write_run
 
@@ -61,10 +61,10 @@ def train(tmp_path_factory, device, tokenizer_path):
         )
         engine = Engine(own, world=World(), device=device)
         if weights is not None:
-            checkpoint.load_weights_alone(weights, engine=engine)
+            checkpoint.load_weights(weights, engine.deepspeed)
         with MetricsFile(run / "metrics.jsonl", discarded=run / "metrics.discarded.jsonl", step=0) as metrics:
             for step in (1, 2):
-                loss = engine.step(batch(step, World()), learning_rate=1e-2).loss()
+                loss = engine.train_step(batch(step, World()), lr=1e-2).wait().loss()
                 metrics.write(
                     {"step": step, "loss": loss, **({"eval/loss": 5.75, "eval/full/loss": 5.25} if step == 1 else {})}
                 )
@@ -160,7 +160,7 @@ def test_what_came_back_generates_trains_and_goes_out_again(run, exported, tmp_p
     assert said[0] == said[1]
     loaded = load_run(tmp_path / "back")
     assert loaded.config.data.sequence_length == 12
-    check_weights(tmp_path / "back" / "model.safetensors", loaded.config.model)
+    check_initial_weights(tmp_path / "back" / "model.safetensors", loaded.config.model)
     export(tmp_path / "back", tmp_path / "again")
     assert (tmp_path / "again/model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
     assert "Unknown: these weights came without their run." in (tmp_path / "again/README.md").read_text("utf-8")

@@ -69,6 +69,6 @@ def test_a_compiled_block_gives_the_logits_and_gradients_of_math(way, length, do
 def test_flex_stays_compiled_where_a_runs_blocks_are_not(everywhere):
     """Evaluation computes without the compiled blocks; uncompiled, FlexAttention would hold all scores."""
     model = model_of("flex")
-    with torch.no_grad(), compile.eagerly(compiled=True):
+    with torch.no_grad(), compile.force_eager(compiled=True):
         step(model, 9, documents=False)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

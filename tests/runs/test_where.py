@@ -19,7 +19,7 @@ from lamda.data.windows import SourceOrder
 from lamda.runs import where as module
 from lamda.runs.where import where
 from lamda.storage.run_directory import RunDirectory
-from lamda.training.window_log import WindowLog
+from lamda.storage.window_log import WindowLog
 from tests.conftest import make_text, write_shard
 
 BATCH = 16

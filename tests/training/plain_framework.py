@@ -6,11 +6,10 @@ has loaded DeepSpeed. TEST_SPOIL_AFTER=N: the N-th step of the process spoils th
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from contextlib import contextmanager
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -18,11 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from lamda.data.loader import batch_digest
 from lamda.distributed import World
+from lamda.engines.protocol import StepMetrics
 from lamda.inference.generation import generate
+from lamda.launch.main import launch
 from lamda.model import LaMDA
 from lamda.model.initialization import initialise
 from lamda.model.loss import token_nats
-from lamda.training.main import launch
 
 
 class Plain:
@@ -45,10 +45,21 @@ class Plain:
         return Engine(config, world, domains)
 
 
+@dataclass
+class FinishedStep:
+    """See `lamda.engines.protocol.PendingStep`."""
+
+    metrics: StepMetrics
+    skipped: bool
+
+    def wait(self):
+        return self.metrics
+
+
 class Engine:
     """See `lamda.engines.protocol.Engine`."""
 
-    device, is_compiled, peak_flops, devices = torch.device("cpu"), False, 1e12, 2
+    device, is_compiled, peak_flops, num_devices = torch.device("cpu"), False, 1e12, 2
 
     def __init__(self, config, world, domains):
         self.config, self.world, self.domains = config, world, domains
@@ -57,43 +68,38 @@ class Engine:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0)
         self.steps, self.spoilt_after = 0, int(os.environ.get("TEST_SPOIL_AFTER") or -1)
 
-    def step(self, batch, *, learning_rate, signals, at):
-        self.optimizer.param_groups[0]["lr"] = learning_rate
+    def train_step(self, batch, *, lr, counters, on_phase):
+        self.optimizer.param_groups[0]["lr"] = lr
         sums = torch.zeros(2, self.domains, dtype=torch.float64)
         rows = [(torch.from_numpy(part.ids.astype("int64")), part) for part in batch.micro_batches]
         targets = sum(int(part.scored.sum()) for _, part in rows)
         for ids_BL, part in rows:
-            at("forward", None)
+            on_phase("forward", None)
             documents_BL = None if part.documents is None else torch.from_numpy(part.documents[:, :-1].astype("int64"))
             nats_BL, _ = self.model(ids_BL[:, :-1], documents_BL, targets_BL=ids_BL[:, 1:])
             scored_BL = torch.from_numpy(part.scored)
             loss = (nats_BL * scored_BL).sum() / targets
-            at("loss", loss)
+            on_phase("loss", loss)
             loss.backward()
-            at("backward", None)
+            on_phase("backward", None)
             for domain in range(self.domains):
                 own_BL = scored_BL & (torch.from_numpy(part.domains) == domain)
                 sums[:, domain] += torch.stack([nats_BL.detach()[own_BL].sum(), own_BL.sum()])
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        if updated := bool(norm.isfinite()):
+        if norm.isfinite():
             self.optimizer.step()
         self.optimizer.zero_grad()
-        at("update", self.model.embedding.weight)
+        on_phase("update", self.model.embedding.weight)
         self.steps += 1
         if self.steps == self.spoilt_after:
             with torch.no_grad():
                 self.model.embedding.weight.mul_(4)
-        return SimpleNamespace(
-            grad_norm=norm,
-            updated=updated,
-            loss=lambda: float(sums[0].sum() / sums[1].sum()),
-            by_domain=lambda: [(nats / n if n else math.nan, int(n)) for nats, n in sums.T.tolist()],
-            batch_digest=lambda: batch_digest(batch.digests[batch.positions.argsort()]),
-            signals=lambda: [float(number) for number in signals],
-        )
+        digest = batch_digest(batch.digests[batch.positions.argsort()])
+        metrics = StepMetrics(sums.numpy(), float(norm), digest, [float(number) for number in counters])
+        return FinishedStep(metrics, skipped=not norm.isfinite())
 
     @contextmanager
-    def evaluating(self):
+    def eval_mode(self):
         with torch.no_grad():
             yield
 
@@ -104,10 +110,10 @@ class Engine:
         return token_nats(self.model(inputs_BL, documents_BL), targets_BL)
 
     def generate(self, ids, sampling):
-        with self.evaluating():
+        with self.eval_mode():
             return generate(self.model, [ids], sampling)[0]
 
-    def load(self, path):
+    def load_checkpoint(self, path):
         self.load_weights(path / "model.safetensors")
         kept = load_file(path / "state" / "moments.safetensors")
         for number, parameter in enumerate(self.model.parameters()):
@@ -117,13 +123,13 @@ class Engine:
     def load_weights(self, path):
         self.model.load_weights(load_file(path))
 
-    def odd_ranks(self):
+    def corrupted_ranks(self):
         return []
 
     def checkpoint_bytes(self):
         return 3 * sum(parameter.nbytes for parameter in self.model.parameters())
 
-    def copy(self, folder):
+    def snapshot(self, folder):
         assert folder.is_dir(), "there is room by the time that the state is copied"
         weights = {name: weight.detach().clone() for name, weight in self.model.export_weights().items()}
         moments = {
@@ -141,12 +147,12 @@ class Engine:
 
         return write
 
-    def describe(self):
+    def manifest_entries(self):
         return {"framework": "plain"}
 
 
 def pretraining():
-    from lamda.training.pretraining import Pretraining
+    from lamda.training.task import Pretraining
 
     return Pretraining()
 

@@ -4,7 +4,7 @@ import pytest
 
 from lamda.distributed import World
 from lamda.storage.run_directory import RunDirectory
-from lamda.training.attempt import Attempt
+from lamda.training.stop_requests import Attempt
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_refused_start_changes_nothing(directory, device, before):
     there = directory.read_status()
     attempt = Attempt(directory, World())
     attempt.begin()
-    attempt.refuse("a typo")
+    attempt.reject("a typo")
     if before is None:
         assert (directory.read_status()["status"], directory.read_status()["reason"]) == ("failed", "a typo")
     else:

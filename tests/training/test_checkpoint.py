@@ -46,7 +46,7 @@ def saved(tmp_path_factory, device):
     folder = tmp_path_factory.mktemp("saved")
     trained = engine_of(folder, device, OLD)
     for step in (1, 2):
-        trained.step(batch(step, World()), learning_rate=1e-2)
+        trained.train_step(batch(step, World()), lr=1e-2)
     (folder / "tokenizer.model").touch()
     saver = Saver(folder / "checkpoints", engine=trained, tokenizer=folder / "tokenizer.model")
     state = RunState(step=2, updates=2, consumed=2 * BATCH, skipped=((3, 5),))
@@ -79,16 +79,18 @@ def change(path, edit):
 
 
 def test_state_comes_back_to_the_last_bit(saved, engine):
-    assert checkpoint.load(saved, engine=engine) == RunState(step=2, updates=2, consumed=2 * BATCH, skipped=((3, 5),))
-    stored, found = load_file(saved / STATE), dict(checkpoint.own_tensors(engine))
+    assert checkpoint.load(saved, engine.deepspeed, config=engine.config) == RunState(
+        step=2, updates=2, consumed=2 * BATCH, skipped=((3, 5),)
+    )
+    stored, found = load_file(saved / STATE), dict(checkpoint.local_state(engine.deepspeed))
     assert stored.keys() == found.keys()
     assert all(torch.equal(stored[key], found[key]) for key in stored)
 
 
 def test_rate_betas_decay_and_clipping_are_those_of_the_new_run(saved, engine):
     """One step after loading equals one of PyTorch's AdamW with the new numbers and the old moments."""
-    checkpoint.load(saved, engine=engine)
-    result = engine.step(batch(3, World()), learning_rate=0.004)
+    checkpoint.load(saved, engine.deepspeed, config=engine.config)
+    result = engine.train_step(batch(3, World()), lr=0.004)
     model = LaMDA(engine.config.model)
     initialise(model, seed=3)
     optimizer = make_optimizer(model, engine.config.train)
@@ -102,7 +104,7 @@ def test_rate_betas_decay_and_clipping_are_those_of_the_new_run(saved, engine):
         assert group["betas"] == (0.5, 0.7)
     set_learning_rate(optimizer, 0.004)
     optimizer.step()
-    torch.testing.assert_close(float(result.grad_norm), norm.item(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(result.wait().grad_norm, norm.item(), rtol=1e-5, atol=0)
     for (name, mine), theirs in zip(engine.model.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-6, msg=name)
 
@@ -135,7 +137,7 @@ def test_pickles_beside_the_state_are_never_opened(copied, engine, tmp_path):
         (copied / name).write_bytes(trap)
     (copied.parent / "latest").write_text(copied.name)
     assert commit.find_valid(copied.parent, world=World()) == copied
-    checkpoint.load(copied, engine=engine)
+    checkpoint.load(copied, engine.deepspeed, config=engine.config)
     assert not sprung.exists()
     pickle.loads(trap)
     assert sprung.exists(), "the trap works"
@@ -146,7 +148,7 @@ def test_a_pickle_that_the_manifest_vouches_for_is_refused_unopened(copied, engi
     (copied / STATE).write_bytes(pickle.dumps(Trap(sprung)))
     seal(copied)
     with pytest.raises(UserError, match=rf"{STATE}: is no safetensors file"):
-        checkpoint.load(copied, engine=engine)
+        checkpoint.load(copied, engine.deepspeed, config=engine.config)
     assert not sprung.exists()
 
 
@@ -162,11 +164,11 @@ def test_the_state_of_another_optimiser_is_refused_before_anything_is_filled(sav
     """`choose_start` tells it first, and the way on."""
     own = config({"stage": 0, "bf16": False, "optimizer": "adafactor"}, tmp_path, 0)
     other = Engine(own, world=World(), device=device)
-    before = {key: tensor.clone() for key, tensor in checkpoint.own_tensors(other)}
+    before = {key: tensor.clone() for key, tensor in checkpoint.local_state(other.deepspeed)}
     assert {tuple(key.split("|")[:2]): tensor.numel() for key, tensor in before.items()} == checkpoint.state_sizes(own)
     with pytest.raises(UserError, match=r"exp_avg.* which is no part of the state"):
-        checkpoint.load(saved, engine=other)
-    assert all(torch.equal(tensor, before[key]) for key, tensor in checkpoint.own_tensors(other))
+        checkpoint.load(saved, other.deepspeed, config=other.config)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in checkpoint.local_state(other.deepspeed))
 
 
 SCALE = "layers.0.attention_norm.scale"
@@ -189,9 +191,9 @@ SCALE = "layers.0.attention_norm.scale"
     ],
 )
 def test_what_does_not_fit_the_model_is_refused_before_anything_is_filled(saved, copied, engine, edit, message):
-    checkpoint.load(saved, engine=engine)
-    before = {key: tensor.clone() for key, tensor in checkpoint.own_tensors(engine)}
+    checkpoint.load(saved, engine.deepspeed, config=engine.config)
+    before = {key: tensor.clone() for key, tensor in checkpoint.local_state(engine.deepspeed)}
     change(copied, edit)
     with pytest.raises(UserError, match=message):
-        checkpoint.load(copied, engine=engine)
-    assert all(torch.equal(tensor, before[key]) for key, tensor in checkpoint.own_tensors(engine))
+        checkpoint.load(copied, engine.deepspeed, config=engine.config)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in checkpoint.local_state(engine.deepspeed))

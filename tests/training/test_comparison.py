@@ -9,31 +9,31 @@ from lamda.distributed import World
 from lamda.engines.deepspeed import weight_check
 from lamda.engines.deepspeed.engine import Engine
 from lamda.engines.deepspeed.fragments import fragments
-from lamda.engines.deepspeed.weight_check import odd_ranks
-from lamda.engines.weight_check import outvoted
+from lamda.engines.deepspeed.weight_check import corrupted_ranks
+from lamda.engines.weight_check import minority_ranks
 from tests.distributed.engine_worker import batch, config
 
 
 @pytest.mark.parametrize(("stage", "bf16"), [(0, True), (1, False), (1, True), (2, True)])
 def test_a_turned_bit_in_a_copy_or_behind_it_is_found(tmp_path, device, stage, bf16):
     engine = Engine(config({"stage": stage, "bf16": bf16}, tmp_path, 0), world=World(), device=device)
-    engine.step(batch(0, World()), learning_rate=1e-2)
-    assert odd_ranks(engine) == []
+    engine.train_step(batch(0, World()), lr=1e-2)
+    assert corrupted_ranks(engine.deepspeed) == []
     copy = list(engine.model.parameters())[-2].detach().view(-1)
     behind = next(iter(fragments(engine.deepspeed))).tensors["weight"].view(-1)
     for flat, bit in [(copy, 0), (copy, 8 * copy.element_size() - 2), (behind, 30)]:
         bits = flat.view({2: torch.int16, 4: torch.int32}[flat.element_size()])
         bits[7] ^= 1 << bit
-        assert odd_ranks(engine) == [0]
+        assert corrupted_ranks(engine.deepspeed) == [0]
         bits[7] ^= 1 << bit
-        assert odd_ranks(engine) == []
+        assert corrupted_ranks(engine.deepspeed) == []
 
 
 @pytest.mark.parametrize(
     ("copies", "odd"), [([5], []), ([5, 5], []), ([5, 6], [0, 1]), ([5, 6, 5], [1]), ([6, 6, 7, 6], [2])]
 )
 def test_where_there_is_no_second_copy_the_ranks_vote(copies, odd):
-    assert outvoted(copies) == odd
+    assert minority_ranks(copies) == odd
 
 
 words = st.lists(st.integers(-(2**15), 2**15 - 1), min_size=1, max_size=40)

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lamda.config.errors import UserError
-from lamda.training.evaluate import main
+from lamda.training.evaluation import main
 from tests.conftest import make_text, write_shard
 from tests.random_run import seal_checkpoint, write_run
 

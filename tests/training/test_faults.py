@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lamda.config.errors import UserError
-from lamda.training.fault_injection import KINDS, POINTS, InjectedError, parse, reach
+from lamda.training.fault_injection import KINDS, POINTS, InjectedError, maybe_inject, parse
 
 
 @pytest.fixture
@@ -23,24 +23,24 @@ def plan(monkeypatch):
 def test_without_leave_nothing_happens(monkeypatch):
     monkeypatch.delenv("LAMDA_ALLOW_FAULTS", raising=False)
     monkeypatch.setenv("LAMDA_FAULT", "update:exception:0:1, nonsense")
-    reach("update", rank=0, step=1)
+    maybe_inject("update", rank=0, step=1)
 
 
 def test_a_fault_befalls_its_point_rank_and_step_alone(plan):
     plan("update:exception:1:7")
     for point, rank, step in [("fetch", 1, 7), ("update", 0, 7), ("update", 1, 6)]:
-        reach(point, rank=rank, step=step)
+        maybe_inject(point, rank=rank, step=step)
     with pytest.raises(InjectedError):
-        reach("update", rank=1, step=7)
+        maybe_inject("update", rank=1, step=7)
     plan("fetch:exception:*:*")
     with pytest.raises(InjectedError):
-        reach("fetch", rank=5, step=99)
+        maybe_inject("fetch", rank=5, step=99)
 
 
 def test_a_full_disk_is_the_systems_own_error(plan):
     plan("save.written:full:0:1")
     with pytest.raises(OSError, match="No space left") as caught:
-        reach("save.written", rank=0, step=1)
+        maybe_inject("save.written", rank=0, step=1)
     assert caught.value.errno == errno.ENOSPC
 
 
@@ -48,7 +48,7 @@ def test_a_full_disk_is_the_systems_own_error(plan):
 def test_flip_turns_one_bit(plan, dtype):
     plan("update:flip:0:1")
     tensor = torch.ones(3, 5, dtype=dtype, requires_grad=True)
-    reach("update", rank=0, step=1, tensor=tensor)
+    maybe_inject("update", rank=0, step=1, tensor=tensor)
     bits = tensor.detach().view(-1).view(torch.uint8) ^ torch.ones(15, dtype=dtype).view(torch.uint8)
     assert sum(bin(octet).count("1") for octet in bits.tolist()) == 1
 
@@ -57,7 +57,7 @@ def test_nan_reaches_the_gradient(plan):
     plan("loss:nan:0:1")
     weight = torch.ones(2, requires_grad=True)
     loss = (weight * 3).sum()
-    reach("loss", rank=0, step=1, tensor=loss)
+    maybe_inject("loss", rank=0, step=1, tensor=loss)
     loss.backward()
     assert torch.isnan(weight.grad).all()
 
@@ -66,13 +66,13 @@ def test_truncate_cuts_the_file(plan, tmp_path):
     plan("save.synced:truncate:0:1")
     file = tmp_path / "file"
     file.write_bytes(bytes(10))
-    reach("save.synced", rank=0, step=1, path=file)
+    maybe_inject("save.synced", rank=0, step=1, path=file)
     assert file.stat().st_size == 5
 
 
 @pytest.mark.parametrize(("kind", "code"), [("kill", -9), ("term", -15), ("usr1", -10)])
 def test_signals_befall_the_process_itself(kind, code):
-    script = "from lamda.training.fault_injection import reach; reach('fetch', rank=0, step=1)"
+    script = "from lamda.training.fault_injection import maybe_inject; maybe_inject('fetch', rank=0, step=1)"
     environment = {"LAMDA_ALLOW_FAULTS": "1", "LAMDA_FAULT": f"fetch:{kind}:0:1"}
     assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == code
 

@@ -28,7 +28,7 @@ def test_a_run_is_imported_without_deepspeed(modules):
 
 
 def test_what_is_checked_early_needs_no_torch():
-    code = "import sys, lamda.training.main, lamda.launch.pretrain; sys.exit('torch' in sys.modules)"
+    code = "import sys, lamda.launch.main, lamda.launch.pretrain; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -89,4 +89,4 @@ def test_a_step_that_is_not_finite_is_refused_and_told(place, straight):
 def test_deepspeed_does_not_go_on_from_its_checkpoint(place, straight):
     refused = train(place, "straight", script=("scripts/pretrain.py",))
     assert refused.returncode == 2
-    assert "holds the state of plain, which deepspeed cannot go on from. Go on with plain" in refused.stderr
+    assert "was written by plain; deepspeed cannot resume from it. Continue with plain" in refused.stderr

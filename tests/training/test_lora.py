@@ -10,14 +10,14 @@ from lamda.config.errors import UserError
 from lamda.distributed import World
 from lamda.engines.deepspeed import checkpoint, lora
 from lamda.engines.deepspeed.engine import Engine
-from lamda.engines.deepspeed.weight_check import odd_ranks
+from lamda.engines.deepspeed.weight_check import corrupted_ranks
 from lamda.launch.pretrain import main
 from lamda.model import LaMDA
 from lamda.model.initialization import initialise
 from lamda.model.loss import cross_entropy
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
-from lamda.training.resume import choose_start
+from lamda.training.resume import find_resume_point
 from lamda.training.saver import Saver
 from tests.distributed.engine_worker import BATCH, LENGTH, MODEL, batch, config, tokens
 
@@ -27,7 +27,7 @@ of_each_stage = pytest.mark.parametrize(("stage", "bf16"), STAGES)
 
 
 def step(engine: Engine, number: int) -> float:
-    return engine.step(batch(number, World()), learning_rate=RATE).loss()
+    return engine.train_step(batch(number, World()), lr=RATE).wait().loss()
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def engine_of(config_of, base, device):
     def make(stage: int, *, bf16: bool, loaded: bool = True, **train) -> Engine:
         engine = Engine(config_of(stage, bf16=bf16, **train), world=World(), device=device)
         if loaded:
-            checkpoint.load_weights_alone(base, engine=engine)
+            engine.load_weights(base)
         return engine
 
     return make
@@ -113,7 +113,7 @@ def test_steps_are_those_of_adamw_on_the_two_factors_alone(engine_of, base, devi
             assert not torch.equal(found, begun[name]), name
         else:
             assert torch.equal(found, frozen[name]), name
-    assert odd_ranks(engine) == []
+    assert corrupted_ranks(engine.deepspeed) == []
 
 
 @of_each_stage
@@ -147,10 +147,10 @@ def test_a_resumed_run_is_the_straight_one_to_the_last_bit(engine_of, tmp_path, 
     saved = saver.finish()
     assert saved.problem is None
     resumed = engine_of(stage, bf16=bf16, loaded=False)
-    checkpoint.load(saved.path, engine=resumed)
+    resumed.load_checkpoint(saved.path)
     for number in (3, 4):
         assert step(resumed, number) == step(straight, number)
-    for state in (lambda engine: dict(checkpoint.own_tensors(engine)), every_parameter):
+    for state in (lambda engine: dict(checkpoint.local_state(engine.deepspeed)), every_parameter):
         one, other = state(resumed), state(straight)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
@@ -203,7 +203,7 @@ def test_another_rank_than_the_checkpoints_is_refused_by_name(engine_of, config_
     assert saver.finish().problem is None
 
     def start(rank):
-        return choose_start(config_of(1, bf16=True, lora_rank=rank), directory, world, framework="deepspeed")
+        return find_resume_point(config_of(1, bf16=True, lora_rank=rank), directory, world, framework="deepspeed")
 
     assert start(saved).state.step == 1
     with pytest.raises(UserError, match=rf"Set train\.lora_rank {saved}, or start from the weights alone: model\.wei"):

@@ -8,7 +8,7 @@ import torch
 from torch.profiler import record_function
 
 from lamda.config.loading import ConfigError, load_config
-from lamda.training.profile import Profile
+from lamda.training.loggers import Profile
 
 
 def run(folder, steps, *, until):

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from lamda.config import progress as long_jobs
-from lamda.training import progress
-from lamda.training.progress import TrainingProgress
+from lamda.training import loggers
+from lamda.training.loggers import TrainingProgress
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def clock(monkeypatch):
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(loggers, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 

@@ -12,7 +12,7 @@ from lamda.storage.commit import commit, make_fresh, sync_and_describe
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
 from lamda.training import resume as resuming
-from lamda.training.resume import Start
+from lamda.training.resume import ResumePoint
 
 MODEL = {"vocab_size": 97, "d_model": 24, "n_layers": 3, "n_heads": 3, "d_head": 8, "d_ff": 40}
 
@@ -25,7 +25,7 @@ def directory(tmp_path):
 
 
 def choose_start(config, directory, world, framework="deepspeed"):
-    return resuming.choose_start(config, directory, world, framework=framework)
+    return resuming.find_resume_point(config, directory, world, framework=framework)
 
 
 def config(resume, **model):
@@ -52,15 +52,15 @@ def damage(path):
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_a_new_directory_starts_from_nothing(directory, world, resume):
-    assert choose_start(config(resume), directory, world) == Start(None, RunState())
+    assert choose_start(config(resume), directory, world) == ResumePoint(None, RunState())
 
 
 @pytest.mark.parametrize("resume", ["auto", "required"])
 def test_the_newest_valid_checkpoint_is_taken(directory, world, resume):
     older, newer = save(directory, 2), save(directory, 4)
-    assert choose_start(config(resume), directory, world) == Start(newer, RunState(step=4))
+    assert choose_start(config(resume), directory, world) == ResumePoint(newer, RunState(step=4))
     damage(newer)
-    assert choose_start(config(resume), directory, world) == Start(older, RunState(step=2))
+    assert choose_start(config(resume), directory, world) == ResumePoint(older, RunState(step=2))
 
 
 def test_required_refuses_a_directory_without_checkpoint(directory, world):
@@ -102,7 +102,7 @@ def test_rows_that_are_gone_are_told(directory, world, caplog):
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(directory, world):
     directory.metrics.write_text('{"step": 1, "loss": 3.0}\n')
     directory.checkpoints.mkdir()
-    assert choose_start(config("auto"), directory, world) == Start(None, RunState())
+    assert choose_start(config("auto"), directory, world) == ResumePoint(None, RunState())
 
 
 def test_other_settings_of_training_are_told_in_one_line(directory, world, caplog):
@@ -146,7 +146,7 @@ def test_never_refuses_a_directory_that_holds_a_run(directory, world, trace):
 
 def test_a_path_is_taken_from_another_run(directory, world, tmp_path):
     path = save(RunDirectory(tmp_path / "other"), 6)
-    assert choose_start(config(path), directory, world) == Start(path, RunState(step=6))
+    assert choose_start(config(path), directory, world) == ResumePoint(path, RunState(step=6))
 
 
 def test_a_path_that_is_not_there_is_told_with_the_words_that_are(directory, world, tmp_path):
@@ -212,7 +212,7 @@ def test_a_checkpoint_of_another_framework_is_refused_with_the_way_on(directory,
     for resume in ("auto", path):
         with pytest.raises(UserError) as caught:
             choose_start(config(resume), directory, world, framework=wanted)
-        assert f"{path} holds the state of {there}, which {wanted} cannot go on from. Go on with {there}" in str(
+        assert f"{path} was written by {there}; {wanted} cannot resume from it. Continue with {there}" in str(
             caught.value
         )
         assert f"model.weights {path}/model.safetensors and another run.dir" in str(caught.value)
@@ -222,7 +222,7 @@ SAVED = {"seed": 0, "shuffle": 8, "tokenizer": "a" * 64, "files": [["x", 1]]}
 
 
 def start(fingerprint):
-    return Start(Path("step-3"), RunState(step=3, fingerprint=fingerprint))
+    return ResumePoint(Path("step-3"), RunState(step=3, fingerprint=fingerprint))
 
 
 def test_the_same_data_goes_on():
@@ -230,7 +230,7 @@ def test_the_same_data_goes_on():
 
 
 def test_a_new_run_takes_the_data_that_is_there():
-    assert Start(None, RunState()).check_data(SAVED) == RunState(fingerprint=SAVED)
+    assert ResumePoint(None, RunState()).check_data(SAVED) == RunState(fingerprint=SAVED)
 
 
 def test_a_checkpoint_that_does_not_say_what_its_order_depends_on_is_refused():
@@ -242,19 +242,19 @@ def test_a_checkpoint_that_does_not_say_what_its_order_depends_on_is_refused():
 @pytest.mark.parametrize(
     ("current", "told"),
     [
-        ({**SAVED, "seed": 1, "shuffle": 9}, "seed was 0, is 1; shuffle was 8, is 9. Set"),
-        ({**SAVED, "packing": "concat"}, "packing was None, is concat. Set"),
-        ({key: value for key, value in SAVED.items() if key != "shuffle"}, "shuffle was 8, is None. Set"),
-        ({**SAVED, "tokenizer": "b" * 64}, f"tokenizer was {'a' * 57}..., is {'b' * 57}.... Set"),
-        ({**SAVED, "files": [["x", 1], ["y", 2]]}, "files gained ['y', 2]. Set"),
-        ({**SAVED, "files": [["x", 3]]}, "files lost ['x', 1] and gained ['x', 3]. Set"),
+        ({**SAVED, "seed": 1, "shuffle": 9}, "seed was 0, is 1; shuffle was 8, is 9. Restore"),
+        ({**SAVED, "packing": "concat"}, "packing was None, is concat. Restore"),
+        ({key: value for key, value in SAVED.items() if key != "shuffle"}, "shuffle was 8, is None. Restore"),
+        ({**SAVED, "tokenizer": "b" * 64}, f"tokenizer was {'a' * 57}..., is {'b' * 57}.... Restore"),
+        ({**SAVED, "files": [["x", 1], ["y", 2]]}, "files gained ['y', 2]. Restore"),
+        ({**SAVED, "files": [["x", 3]]}, "files lost ['x', 1] and gained ['x', 3]. Restore"),
         (
             {**SAVED, "tokenizer": "a" * 63 + "b"},
-            f"tokenizer was ...{'a' * 57}, is ...{'a' * 56}b. Set",
+            f"tokenizer was ...{'a' * 57}, is ...{'a' * 56}b. Restore",
         ),
     ],
 )
 def test_other_data_is_refused_by_what_differs(current, told):
     with pytest.raises(UserError) as caught:
         start(SAVED).check_data(current)
-    assert f"the data would not be the checkpoint's: {told}" in str(caught.value)
+    assert f"the data differs from the checkpoint: {told}" in str(caught.value)

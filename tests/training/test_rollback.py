@@ -6,7 +6,7 @@ from lamda.config.errors import UserError
 from lamda.storage import commit
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
-from lamda.training.rollback import find_sound, set_spoilt_aside
+from lamda.training.anomalies import find_sound, set_spoilt_aside
 
 BATCH = 8
 

@@ -2,24 +2,28 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from lamda.config.schema import Config
+from lamda.engines.protocol import StepMetrics
 from lamda.storage.state import RunState
-from lamda.training.row import FinishedStep
+from lamda.training.loggers import FinishedStep
 
 PARTS = {("a", "other"): [(2.0, 10), (3.0, 50), (9.0, 1)], ("a", "b"): [(2.0, 10), (3.0, 50), (9.0, 1)]}
 
 
 def row_of(domains, parts, **train):
-    result = SimpleNamespace(
-        loss=lambda: 1.0, grad_norm=1.0, updated=True, by_domain=lambda: parts, batch_digest=lambda: "0"
-    )
+    sums = np.array([[loss * count for loss, count in parts], [count for _, count in parts]], np.float64)
+    result = SimpleNamespace(wait=lambda: StepMetrics(sums, 1.0, "0", ()), skipped=False)
     config = Config.model_validate(
         {"data": {"sequence_length": 32}, "train": {"steps": 9, "global_batch_size": 8, **train}}
     )
-    finished = FinishedStep(RunState(step=1, updates=1), result, rate=0.1, waited=0.0, stalled=0.0, seconds=2.0)
-    return finished.row(config, domains, peak_flops=None, devices=1)
+    finished = FinishedStep(
+        RunState(step=1, updates=1), result, lr=0.1, data_wait_seconds=0.0, save_seconds=0.0, seconds=2.0
+    )
+    engine = SimpleNamespace(config=config, peak_flops=None, num_devices=1)
+    return finished.metrics(engine, domains)
 
 
 @pytest.mark.parametrize("domains", PARTS)

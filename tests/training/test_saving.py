@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from lamda import durable
 from lamda.distributed import World
-from lamda.engines.deepspeed import snapshot
-from lamda.engines.deepspeed.checkpoint import load, own_tensors
+from lamda.engines.deepspeed import checkpoint
+from lamda.engines.deepspeed.checkpoint import local_state
 from lamda.engines.deepspeed.engine import Engine
 from lamda.storage import commit
 from lamda.storage.lock import LostLockError
@@ -54,17 +54,17 @@ def copy(tensors):
 
 
 def test_steps_go_on_while_it_is_written_and_it_holds_the_state_it_began_with(saver, engine, held):
-    before = copy(own_tensors(engine)), copy(engine.weights())
+    before = copy(local_state(engine.deepspeed)), copy(engine.weights())
     assert saver.begin(RunState(step=1)) is None
     for step in range(3):
-        engine.step(batch(step, World()), learning_rate=1e-2)
-    assert saver.settled == 0
-    assert saver.advance(saver.settled) is None, "nobody waits for a rank that has not settled"
+        engine.train_step(batch(step, World()), lr=1e-2)
+    assert saver.completed_parts == 0
+    assert saver.advance(saver.completed_parts) is None, "nobody waits for a rank that has not settled"
     held.set()
     saved = saver.finish()
     assert (saved.step, saved.problem) == (1, None)
-    load(saved.path, engine=engine)
-    for old, new in zip(before, (copy(own_tensors(engine)), copy(engine.weights())), strict=True):
+    engine.load_checkpoint(saved.path)
+    for old, new in zip(before, (copy(local_state(engine.deepspeed)), copy(engine.weights())), strict=True):
         assert old.keys() == new.keys()
         assert all(torch.equal(old[name], new[name]) for name in old)
 
@@ -73,10 +73,10 @@ def test_it_ends_by_the_ranks_sums_alone_and_once(saver):
     """As in the loop: the sum comes with a step, and each part of a save ends at one."""
     assert saver.begin(RunState(step=1)) is None
     end = time.monotonic() + 60
-    while (saved := saver.advance(saver.settled)) is None:
+    while (saved := saver.advance(saver.completed_parts)) is None:
         assert time.monotonic() < end
     assert (saved.step, saved.problem) == (1, None)
-    assert saver.advance(saver.settled) is None
+    assert saver.advance(saver.completed_parts) is None
     assert saver.begin(RunState(step=2)) is None
     assert saver.finish().step == 2
     assert saver.finish() is None
@@ -96,7 +96,7 @@ def test_a_write_that_fails_is_told_leaves_nothing_and_the_next_save_is_whole(sa
 
 
 def test_a_defect_of_our_own_in_the_thread_is_told_too(saver, monkeypatch):
-    monkeypatch.setattr(snapshot, "save_file", lambda *given, **more: [][1])
+    monkeypatch.setattr(checkpoint, "save_file", lambda *given, **more: [][1])
     assert saver.begin(RunState(step=1)) is None
     assert saver.finish().problem == "rank 0 failed (IndexError: list index out of range)"
 
@@ -118,7 +118,7 @@ def test_files_in_subfolders_are_part_of_the_checkpoint(saver, engine, monkeypat
 
         return write
 
-    monkeypatch.setattr(engine, "copy", copy)
+    monkeypatch.setattr(engine, "snapshot", copy)
     assert saver.begin(RunState(step=1)) is None
     path = saver.finish().path
     assert commit.read(path)["files"]["state/deep/numbers"]["size"] == 3
@@ -130,7 +130,7 @@ def test_files_in_subfolders_are_part_of_the_checkpoint(saver, engine, monkeypat
 def test_nothing_is_copied_before_there_is_room(saver, engine, monkeypatch):
     """Host memory for a copy that cannot be written would be taken for nothing."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(9, 9, 0))
-    monkeypatch.setattr(engine, "copy", lambda folder: pytest.fail("copied"))
+    monkeypatch.setattr(engine, "snapshot", lambda folder: pytest.fail("copied"))
     assert "are free" in saver.begin(RunState(step=1)).problem
 
 

@@ -14,8 +14,8 @@ from lamda.distributed import World
 from lamda.storage import commit
 from lamda.storage.metrics import MetricsFile, read_metrics
 from lamda.storage.run_directory import RunDirectory
-from lamda.training.profile import Profile
-from lamda.training.run_log import run_log
+from lamda.storage.run_log import run_log
+from lamda.training.loggers import Profile
 from lamda.training.stop_requests import Signals, StopRequests
 from lamda.training.wandb_logger import WandbMirror
 from lamda.training.watchdog import Watchdog
@@ -77,7 +77,7 @@ def trace(directory):
 
 
 def heartbeats(directory):
-    with Watchdog(directory.heartbeats, world=World(), seconds=600, tell=print) as watchdog:
+    with Watchdog(directory.heartbeats, world=World(), seconds=600, report=print) as watchdog:
         watchdog.mark("fetch", step=1)
 
 

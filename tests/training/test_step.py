@@ -23,8 +23,8 @@ def engine_of(folder, device, *, stage=1, **train) -> Engine:
 
 
 def steps(engine, count):
-    results = [engine.step(batch(step, World()), learning_rate=1e-2) for step in range(count)]
-    return [result.loss() for result in results], [weight.clone() for _, weight in engine.weights()]
+    results = [engine.train_step(batch(step, World()), lr=1e-2) for step in range(count)]
+    return [result.wait().loss() for result in results], [weight.clone() for _, weight in engine.weights()]
 
 
 @pytest.fixture
@@ -41,10 +41,10 @@ def test_compiled_blocks_give_the_same_steps_and_compile_once(tmp_path, device, 
     eager = engine_of(tmp_path, device, compile="never")
     expected, weights = steps(eager, 3)
     compiled = engine_of(tmp_path, device, compile="always")
-    first = compiled.step(batch(0, World()), learning_rate=1e-2).loss()
-    with compiled.evaluating():
+    first = compiled.train_step(batch(0, World()), lr=1e-2).wait().loss()
+    with compiled.eval_mode():
         compiled.model(torch.zeros(1, 5, dtype=torch.int64))
-    losses = [first, *(compiled.step(batch(step, World()), learning_rate=1e-2).loss() for step in (1, 2))]
+    losses = [first, *(compiled.train_step(batch(step, World()), lr=1e-2).wait().loss() for step in (1, 2))]
     assert losses == pytest.approx(expected, abs=2e-2)
     for (name, weight), other in zip(compiled.weights(), weights, strict=True):
         torch.testing.assert_close(weight, other, rtol=0, atol=0.15 if name == "embedding.weight" else 0.05, msg=name)
@@ -53,13 +53,13 @@ def test_compiled_blocks_give_the_same_steps_and_compile_once(tmp_path, device, 
 
 def test_a_later_step_of_another_shape_is_an_error_and_no_second_compilation(tmp_path, device, quick_compiler):
     engine = engine_of(tmp_path, device, compile="always")
-    engine.step(batch(0, World()), learning_rate=1e-2)
+    engine.train_step(batch(0, World()), lr=1e-2)
     halves = [
         MicroBatch(*(None if each is None else each[:1] for each in vars(part).values()))
         for part in batch(1, World()).micro_batches
     ]
     with pytest.raises(RuntimeError, match="recompile"):
-        engine.step(replace(batch(1, World()), micro_batches=tuple(halves)), learning_rate=1e-2)
+        engine.train_step(replace(batch(1, World()), micro_batches=tuple(halves)), lr=1e-2)
 
 
 @pytest.mark.parametrize("recompute", ["ffn", "block"])
@@ -69,7 +69,7 @@ def test_what_is_computed_again_changes_no_bit(tmp_path, device, recompute):
     assert all(torch.equal(one, other) for one, other in zip(expected[1], found[1], strict=True))
 
 
-@pytest.mark.parametrize(("limit", "told"), [(1, "; 1 does, or take train.recompute"), (0, "; nor does 1: take ")])
+@pytest.mark.parametrize(("limit", "told"), [(1, "; 1 fits, or set train.recompute"), (0, ", and so is 1: use ")])
 def test_memory_that_runs_out_names_the_micro_batch_that_fits(tmp_path, device, monkeypatch, limit, told):
     engine, forward = engine_of(tmp_path, device), decoder.LaMDA.forward
 
@@ -80,10 +80,8 @@ def test_memory_that_runs_out_names_the_micro_batch_that_fits(tmp_path, device, 
 
     monkeypatch.setattr(decoder.LaMDA, "forward", limited)
     with pytest.raises(UserError) as caught:
-        engine.step(batch(0, World()), learning_rate=1e-2)
-    assert "train.micro_batch_size 2 does not fit into memory (CUDA out of memory. Tried to allocate" in str(
-        caught.value
-    )
+        engine.train_step(batch(0, World()), lr=1e-2)
+    assert "train.micro_batch_size 2 is out of memory (CUDA out of memory. Tried to allocate" in str(caught.value)
     assert told in str(caught.value)
     assert "More lines" not in str(caught.value)
 
@@ -103,8 +101,8 @@ def test_what_fits_is_measured_after_the_failed_step_is_let_go(tmp_path, device,
 
     monkeypatch.setattr("lamda.engines.deepspeed.engine._or_nan", run_out)
     monkeypatch.setattr(engine, "_fits", fits)
-    with pytest.raises(UserError, match="; 1 does, or take" if stage == 1 else "; take a smaller one, train.recompute"):
-        engine.step(batch(0, World()), learning_rate=1e-2)
+    with pytest.raises(UserError, match="; 1 fits, or set" if stage == 1 else "; use a smaller one, train.recompute"):
+        engine.train_step(batch(0, World()), lr=1e-2)
     assert alive == ([None] if stage == 1 else [])
 
 

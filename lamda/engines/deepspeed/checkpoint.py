@@ -1,75 +1,84 @@
-"""What is in a checkpoint: state by parameter name, in safetensors, for any ranks and ZeRO stage.
+"""Checkpoints: state by parameter name in safetensors files, for any number of ranks and any ZeRO stage.
 
-Each rank saves the optimiser fragments that it owns, without communication; loading reads the slices
-that a rank needs. `lamda.engines.deepspeed.snapshot` writes it, `lamda.storage.commit` makes it complete or not there.
+Each rank writes the optimizer fragments that it owns, without communication, and rank 0 also the weights that the model
+computes with. Loading reads the slices that a rank needs. `lamda.storage.commit` makes a checkpoint complete.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from deepspeed import DeepSpeedEngine
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.distributed import barrier
+from lamda.durable import Progress, umask_mode
 from lamda.engines.deepspeed import lora
-from lamda.engines.deepspeed.fragments import Fragment, fragments, reset_state
+from lamda.engines.deepspeed.fragments import Fragment, fragments, gathered_parameters, publish_weights, reset_state
 from lamda.engines.deepspeed.optimizer import fresh_state
-from lamda.model.weights import is_matrix
+from lamda.model.weights import is_matrix, weight_shapes
 from lamda.storage import commit
 from lamda.storage.state import RunState
-
-if TYPE_CHECKING:
-    from lamda.engines.deepspeed.engine import Engine
 
 Sizes = dict[tuple[str, str], int]
 """Elements of each (name, kind) in a checkpoint."""
 
 
-def load(path: Path, *, engine: Engine) -> RunState:
-    """Fill the engine from a verified checkpoint; every rank calls it. Raises UserError before anything is filled."""
+def load(path: Path, engine: DeepSpeedEngine, *, config: Config, progress: Progress = lambda: None) -> RunState:
+    """Fill the engine from a verified checkpoint; every rank calls it. Raises UserError before anything is changed."""
     state = commit.read_state(path)
-    saved = SavedState(path, state_sizes(engine.config))
-    reset_state(engine.deepspeed, optimizer=engine.config.train.optimizer, updates=state.updates)
+    saved = SavedState(path, state_sizes(config))
+    reset_state(engine, optimizer=config.train.optimizer, updates=state.updates)
     with torch.no_grad():
-        for fragment in fragments(engine.deepspeed):
+        for fragment in fragments(engine):
             for name, kind, start, tensor in _named(fragment):
                 saved.fill(tensor, name=name, kind=kind, start=start)
-                engine.progress()
-    engine.publish_weights()
+                progress()
+    publish_weights(engine)
     barrier()
     return state
 
 
-def load_weights_alone(path: Path, *, engine: Engine) -> None:
-    """Start from weights alone (`model.weights`): the fp32 masters are these, the optimiser's state is none.
-
-    Adapters stay as they are.
-    """
+def load_weights(path: Path, engine: DeepSpeedEngine, *, progress: Progress = lambda: None) -> None:
+    """Fill the fp32 weights from a safetensors file (`model.weights`); adapters and optimizer state stay."""
     with safe_open(path, "pt") as file, torch.no_grad():
-        for fragment in fragments(engine.deepspeed):
+        for fragment in fragments(engine):
             for name, kind, start, tensor in _named(fragment):
                 if kind in ("weight", "frozen") and not lora.is_adapter(name):
                     tensor.copy_(file.get_tensor(name).flatten()[start : start + tensor.numel()])
-                    engine.progress()
-    engine.publish_weights()
+                    progress()
+    publish_weights(engine)
 
 
-def own_tensors(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
-    """This rank's optimiser state: (key, view) for each piece and kind, its place in the key."""
-    for fragment in fragments(engine.deepspeed):
+def local_state(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]]:
+    """This rank's optimizer state: (key, view) for each fragment and kind; the key contains the start."""
+    for fragment in fragments(engine):
         if fragment.is_owner:
             for name, kind, start, tensor in _named(fragment):
                 yield f"{name}|{kind}|{start}", tensor
 
 
+def model_weights(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]]:
+    """On rank 0 the weights that the model computes with, by name; at stage 3 gathered one at a time.
+
+    Adapters (`lamda.engines.deepspeed.lora`) are merged in. A view is valid until the next one is requested. Every rank
+    goes through the whole iteration.
+    """
+    model = engine.module
+    for name in weight_shapes(model.config):
+        with gathered_parameters(engine, [model.get_parameter(name)]):
+            if engine.global_rank == 0:
+                yield name, lora.merged(model, name)
+
+
 def state_sizes(config: Config) -> Sizes:
-    """All that a checkpoint of this model and optimiser holds; `_named` says under which names."""
+    """Everything that a checkpoint of this model and optimizer holds, under the names of `_named`."""
     optimizer, sizes = config.train.optimizer, {}
     for name, shape in lora.trained_shapes(config).items():
         if config.train.lora_rank and not lora.is_adapter(name):
@@ -90,7 +99,7 @@ def _named(fragment: Fragment) -> Iterator[tuple[str, str, int, torch.Tensor]]:
 
 
 class SavedState:
-    """The optimiser files of a checkpoint, read by slices; only files that its manifest names."""
+    """The optimizer files of a checkpoint, read by slices; only files that its manifest names."""
 
     def __init__(self, path: Path, sizes: Sizes) -> None:
         self._path = path
@@ -136,3 +145,63 @@ class SavedState:
                 end += length
             if end != size:
                 raise UserError(f"{self._path}: {size - end} elements of {kind} of {name} are missing")
+
+
+class Snapshots:
+    """Copies of this rank's state in host memory. All copies use the same memory."""
+
+    def __init__(self, engine: DeepSpeedEngine, *, device: torch.device) -> None:
+        self._engine = engine
+        self._memory = _HostMemory(pinned=device.type == "cuda")
+
+    def size(self) -> int:
+        """Bytes of this rank's tensors."""
+        size = sum(tensor.nbytes for _, tensor in local_state(self._engine))
+        if self._engine.global_rank == 0:
+            model = self._engine.module
+            for name, shape in weight_shapes(model.config).items():
+                size += model.get_parameter(name).element_size() * prod(shape)
+        return size
+
+    def take(self, folder: Path) -> Callable[[], list[Path]]:
+        """Copy this rank's state; returns a function that writes it into `folder`, from any thread.
+
+        The copy is valid until the next one is taken. Every rank calls it.
+        """
+        weights = self._memory.take(model_weights(self._engine))
+        local = self._memory.take(local_state(self._engine))
+        self._memory.wait()
+        rank, world_size = self._engine.global_rank, self._engine.world_size
+
+        def write() -> list[Path]:
+            files = {folder / f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors": local}
+            if rank == 0:
+                files[folder / "model.safetensors"] = weights
+            for file, tensors in files.items():
+                with umask_mode(file):
+                    save_file(tensors, file, metadata={"format": "pt"})
+            return list(files)
+
+        return write
+
+
+class _HostMemory:
+    """Copies of tensors in host memory, allocated once: fresh memory costs more than the copy."""
+
+    def __init__(self, *, pinned: bool) -> None:
+        self._pinned = pinned
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def take(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Copy each; valid until the next call with the same names, and on a GPU only after `wait`."""
+        taken = {}
+        for name, tensor in tensors:
+            if name not in self._buffers:
+                self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
+            taken[name] = self._buffers[name].copy_(tensor, non_blocking=True)
+        return taken
+
+    def wait(self) -> None:
+        """Wait for the copies."""
+        if self._pinned:
+            torch.cuda.current_stream().synchronize()

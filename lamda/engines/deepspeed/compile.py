@@ -1,4 +1,4 @@
-"""Whether a run's blocks are compiled, and how: each once, for one shape, and never again after the first step."""
+"""Whether a run's blocks are compiled, and how: once, for one shape, and never again after the first step."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lamda.model import LaMDA
 from lamda.model.counts import flops_per_token
 
 WORTH_FLOPS = {"cpu": 3e14, "cuda": 1e18}
-"""FLOPs of a run that compiling wins back: it costs most of a minute, and saves a quarter of the time."""
+"""FLOPs of a run from which compiling pays: it costs most of a minute and saves a quarter of the time."""
 
 
 def is_worthwhile(config: Config, device: torch.device, *, stage: int) -> bool:
-    """What `train.compile` says, or with `auto` the length of the run; so a resume decides as the start did.
+    """What `train.compile` says; with `auto` the length of the run decides, so that a resumed run decides the same.
 
     Raises UserError at ZeRO stage 3, whose hooks gather a block's weights in the middle of it.
     """
@@ -37,16 +37,16 @@ def run_flops(config: Config) -> float:
 
 
 def compile_blocks(model: LaMDA) -> None:
-    """Compile one block; all others, which are alike, run the same code."""
+    """Compile one block; all others are alike and run the same code."""
     for block in model.layers:
         block.compile(dynamic=False)
 
 
-def compiled_once(*, compiled: bool, first: bool) -> AbstractContextManager[object]:
-    """A step, which may compile if it is the `first`; later ones raise RuntimeError rather than compile again."""
+def no_recompile(*, compiled: bool, first: bool) -> AbstractContextManager[object]:
+    """Wraps a step. Only the `first` may compile; later ones raise RuntimeError rather than compile again."""
     return torch.compiler.set_stance("fail_on_recompile") if compiled and not first else nullcontext()
 
 
-def eagerly(*, compiled: bool) -> AbstractContextManager[object]:
-    """Whatever has another shape, or no gradients."""
+def force_eager(*, compiled: bool) -> AbstractContextManager[object]:
+    """Wraps everything with another shape, or without gradients."""
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

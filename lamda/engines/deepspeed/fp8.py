@@ -24,7 +24,8 @@ def check(model: LaMDA, device: torch.device) -> None:
         missing.append("a GPU of the Hopper class or newer (or Ada)")
     if find_spec("torchao") is None:
         missing.append("the package torchao (pip install 'lamda-pytorch[fp8]')")
-    odd = sorted({size for _, module in _products(model) for size in module.weight.shape if size % MULTIPLE})
+    shapes = [module.get_parameter("weight").shape for _, module in _products(model)]
+    odd = sorted({size for shape in shapes for size in shape if size % MULTIPLE})
     if odd:
         missing.append(f"widths that are multiples of {MULTIPLE}, not {', '.join(map(str, odd))}")
     if missing:

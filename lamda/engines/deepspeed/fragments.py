@@ -1,15 +1,18 @@
-"""The optimiser's state by parameter name, whatever ZeRO stage holds it.
+"""Optimizer state by parameter name, for every ZeRO stage.
 
-DeepSpeed flattens parameters and gives each rank a stretch of them. A fragment is the piece of one
-parameter that a rank owns: its fp32 weights and the optimiser's state of them, as views to read and to
-fill. Saving and loading go through fragments alone, so that stages and numbers of ranks may change in between.
+DeepSpeed flattens parameters and gives each rank a span of them. A fragment is the piece of one parameter that a rank
+owns: its fp32 weights and their optimizer state, as views to read and to fill. Saving and loading use only fragments,
+so that stage and number of ranks may change in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
+import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
 
@@ -20,8 +23,8 @@ from lamda.engines.deepspeed.optimizer import State, fresh_state
 class Fragment:
     """Elements `start` to `start + len` of the flattened parameter `name`.
 
-    tensors: "weight" and whatever state an element has, [numel] fp32 views of the optimiser's own memory; of a
-    parameter that is not trained "frozen" alone, a view of all of it, in its own precision.
+    tensors: "weight" and whatever state an element has, [numel] fp32 views of the optimizer's memory; for
+    a parameter that is not trained only "frozen", a view of all of it in its own precision.
     factors: state of the parameter as a whole (Adafactor's rows and columns), flat; the fragment is whole then.
     is_owner: whether this rank saves it (rank 0 saves what every rank holds: all at stage 0, and what is frozen).
     """
@@ -34,7 +37,7 @@ class Fragment:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The piece itself, without the state."""
+        """The elements of the parameter, without the state."""
         return self.tensors["weight" if "weight" in self.tensors else "frozen"]
 
     @property
@@ -44,7 +47,7 @@ class Fragment:
 
 
 def reset_state(engine: DeepSpeedEngine, *, optimizer: str, updates: int) -> None:
-    """Give every parameter that the optimiser of this rank sees the state of none, after `updates` steps."""
+    """Give every parameter that this rank's optimizer sees fresh state, with `updates` steps counted."""
     base = engine.basic_optimizer
     for group, parameter in _flat_parameters(engine):
         is_muon = group.get("use_muon", False)
@@ -63,11 +66,20 @@ def fragments(engine: DeepSpeedEngine) -> Iterator[Fragment]:
         else:
             yield Fragment(name, 0, {"frozen": parameter.detach().view(-1)}, {}, is_owner=engine.global_rank == 0)
     if stage == 0:
-        yield from _whole(engine, named)
+        yield from _stage0(engine, named)
     elif stage == 3:
-        yield from _partitioned(engine, named)
+        yield from _stage3(engine, named)
     else:
-        yield from _flattened(engine, named)
+        yield from _stage12(engine, named)
+
+
+def gathered_parameters(
+    engine: DeepSpeedEngine, parameters: Sequence[torch.nn.Parameter]
+) -> AbstractContextManager[object]:
+    """These parameters whole on every rank: at stage 3, where each rank holds a part, they are gathered."""
+    if engine.zero_optimization_stage() != 3:
+        return nullcontext()
+    return deepspeed.zero.GatheredParameters(parameters)
 
 
 def publish_weights(engine: DeepSpeedEngine) -> None:
@@ -90,10 +102,10 @@ def _has_masters(engine: DeepSpeedEngine) -> bool:
     return hasattr(engine.optimizer, "fp32_groups")
 
 
-def _flat_parameters(engine: DeepSpeedEngine) -> list[tuple[dict, torch.Tensor]]:
-    """What the optimiser moves, each with its group."""
+def _flat_parameters(engine: DeepSpeedEngine) -> list[tuple[dict[str, Any], torch.Tensor]]:
+    """What the optimizer updates, each with its group."""
     groups = engine.basic_optimizer.param_groups
-    if engine.zero_optimization_stage() == 3:  # its pieces are no groups' own; AdamW alone is there
+    if engine.zero_optimization_stage() == 3:  # its pieces belong to no group; there is only AdamW
         return [(groups[0], parameter) for parameter in engine.optimizer.fp32_partitioned_groups_flat]
     return [(group, parameter) for group in groups for parameter in group["params"]]
 
@@ -109,7 +121,7 @@ def _factors(weight: torch.Tensor, state: State) -> State:
     return {kind: tensor for kind, tensor in others.items() if kind != "step"}
 
 
-def _whole(engine: DeepSpeedEngine, named: list[tuple[str, torch.nn.Parameter]]) -> Iterator[Fragment]:
+def _stage0(engine: DeepSpeedEngine, named: list[tuple[str, torch.nn.Parameter]]) -> Iterator[Fragment]:
     masters = {}
     if _has_masters(engine):
         for narrow, wide in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
@@ -121,7 +133,8 @@ def _whole(engine: DeepSpeedEngine, named: list[tuple[str, torch.nn.Parameter]])
         yield Fragment(name, 0, tensors, _factors(weight, state), is_owner=engine.global_rank == 0)
 
 
-def _flattened(engine: DeepSpeedEngine, named: list[tuple[str, torch.nn.Parameter]]) -> Iterator[Fragment]:
+def _stage12(engine: DeepSpeedEngine, named: list[tuple[str, Any]]) -> Iterator[Fragment]:
+    # Any: DeepSpeed adds attributes to the parameters.
     flat = [parameter for _, parameter in _flat_parameters(engine)]
     for name, parameter in named:
         mapping = parameter._hp_mapping
@@ -132,7 +145,7 @@ def _flattened(engine: DeepSpeedEngine, named: list[tuple[str, torch.nn.Paramete
             yield Fragment(name, mapping.lp_fragment_address.start, tensors, {})
 
 
-def _partitioned(engine: DeepSpeedEngine, named: list[tuple[str, torch.nn.Parameter]]) -> Iterator[Fragment]:
+def _stage3(engine: DeepSpeedEngine, named: list[tuple[str, Any]]) -> Iterator[Fragment]:
     optimizer = engine.optimizer
     for name, parameter in named:
         group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]

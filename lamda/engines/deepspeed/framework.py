@@ -1,4 +1,4 @@
-"""DeepSpeed as the framework of a run; it is loaded by the time it is needed."""
+"""DeepSpeed as the framework of a run (`lamda.engines.protocol`); imported only where it is needed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class DeepSpeed:
         return distributed.read_world()
 
     def check(self, config: Config, world: World) -> None:
-        """Batches that the ranks can share, and DeepSpeed's own file."""
+        """Check that the ranks can share a batch, and ds_config.json."""
         micro_batches_per_rank(config.train, world=world.size)
         ds_config.build(config, world=world.size)
 

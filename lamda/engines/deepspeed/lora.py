@@ -1,9 +1,9 @@
-"""LoRA (Hu et al., arXiv 2106.09685), `train.lora_rank`: the model stays as it is, products beside its matrices learn.
+"""LoRA (Hu et al., arXiv 2106.09685), `train.lora_rank`: the model is frozen; low-rank adapters of its matrices learn.
 
     y = W x + B A x      W [outputs, inputs] frozen, A [rank, inputs], B [outputs, rank]
 
-B starts at zero, and so the model as it was. The paper's factor alpha / rank is 1: beside AdamW it acts as a learning
-rate does. Each of a block's matrices has a pair of its own.
+B starts at zero, so the model starts unchanged. The paper's factor alpha / rank is 1: with AdamW it acts like a
+learning rate. Each matrix of a block has its own pair.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lamda.model.weights import is_matrix, weight_shapes
 
 
 class Adapted(nn.Module):
-    """A frozen matrix [outputs, inputs], under the name that it had, and its adapter."""
+    """A frozen matrix [outputs, inputs] under its old name, and its adapter."""
 
     def __init__(self, weight: nn.Parameter, *, rank: int) -> None:
         super().__init__()
         outputs, inputs = weight.shape
-        self.weight = weight.requires_grad_(requires_grad=False)
+        self.weight = weight.requires_grad_(False)  # noqa: FBT003 - torch's
         self.lora_a, self.lora_b = Linear(inputs, rank), Linear(rank, outputs)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
@@ -33,22 +33,22 @@ class Adapted(nn.Module):
         return functional.linear(x_BLD, self.weight) + self.lora_b(self.lora_a(x_BLD))
 
     def merged(self) -> Tensor:
-        """The one matrix that computes the same: added in fp32, in the weight's precision."""
+        """The single matrix that computes the same: added in fp32, returned in the weight's precision."""
         product = self.lora_b.weight.detach().float() @ self.lora_a.weight.detach().float()
         return product.add_(self.weight).to(self.weight.dtype)
 
 
 @torch.no_grad()
 def adapt(model: LaMDA, *, rank: int, seed: int) -> None:
-    """Freeze the model and put an adapter beside each of the blocks' matrices.
+    """Freeze the model and add an adapter to each of the blocks' matrices.
 
-    A's entries have the variance 1 / inputs, so that A x is as large as x; they depend on the seed and their name
-    alone, as those of `lamda.model.initialization`.
+    A's entries have the variance 1 / inputs, so that A x is as large as x; they depend only on the seed and their
+    name, as those of `lamda.model.initialization`.
     """
     model.requires_grad_(requires_grad=False)
     matrices = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
     for name, matrix in matrices:
-        adapted = Adapted(matrix.weight, rank=rank)
+        adapted = Adapted(matrix.get_parameter("weight"), rank=rank)
         a, b = adapted.lora_a.weight, adapted.lora_b.weight
         a.copy_(torch.empty(a.shape).normal_(0.0, a.shape[1] ** -0.5, generator=generator(seed, f"{name}.lora_a")))
         b.zero_()
@@ -56,7 +56,7 @@ def adapt(model: LaMDA, *, rank: int, seed: int) -> None:
 
 
 def merged(model: LaMDA, name: str) -> Tensor:
-    """The parameter of that name; a matrix with its adapter, where it has one."""
+    """The parameter of that name, with its adapter merged in if it has one."""
     owner = model.get_submodule(name.rpartition(".")[0])
     return owner.merged() if isinstance(owner, Adapted) else model.get_parameter(name).detach()
 
@@ -67,7 +67,7 @@ def is_adapter(name: str) -> bool:
 
 
 def trained_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """`weight_shapes` of the model as a run trains it: with the adapters' matrices."""
+    """`weight_shapes` with the adapters' matrices."""
     shapes = weight_shapes(config.model)
     if config.train.lora_rank == 0:
         return shapes

@@ -1,7 +1,6 @@
-"""The optimisers: AdamW, DeepSpeed's Muon with AdamW beside it, and Adafactor; their groups, rates and states.
+"""The optimizers: AdamW, DeepSpeed's Muon combined with AdamW, and Adafactor; their parameter groups and states.
 
-Every optimizer sees the model in parts, each with a rate of its own (`lamda.engines.param_groups`). Only the blocks'
-matrices decay.
+Each part of the model has a learning rate of its own (`lamda.engines.param_groups`). Only the blocks' matrices decay.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
@@ -19,13 +19,15 @@ from lamda.model import LaMDA
 from lamda.model.weights import Part, part_of
 
 State = dict[str, torch.Tensor]
+Group = dict[str, Any]
+"""One of `torch.optim.Optimizer.param_groups`."""
 
 
 def make_optimizer(model: LaMDA, train: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser of a model. The rate starts at 0: `set_learning_rate` gives each step its own."""
+    """The optimizer of a model. The learning rate starts at 0: `set_learning_rate` sets it for each step."""
     scales = rate_scales(train, model.config)
     decays = weight_decays(train, scales)
-    groups: dict[Part, dict] = {
+    groups: dict[Part, Group] = {
         part: {"params": [], "weight_decay": decays[part], "scale": scale} for part, scale in scales.items()
     }
     for name, parameter in model.named_parameters():
@@ -47,10 +49,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def fresh_state(like: torch.Tensor, *, optimizer: str, is_muon: bool) -> State:
-    """The state of `like` before the first step, but for its counter.
+    """The state of `like` before the first step, without the step counter.
 
-    like: a parameter, or a flat stretch of several of one group. is_muon: whether Muon moves it (else AdamW, or
-    Adafactor, whose factors are a row's and a column's mean squares and ask for the whole parameter).
+    like: a parameter, or a flat span of several of one group. is_muon: whether Muon moves it (else AdamW, or
+    Adafactor, whose factors are mean squares of rows and columns and need the whole parameter).
     """
     if is_muon:
         return {"momentum_buffer": torch.zeros_like(like)}
@@ -61,12 +63,12 @@ def fresh_state(like: torch.Tensor, *, optimizer: str, is_muon: bool) -> State:
     return {"row_var": like.new_zeros(like.shape[0], 1), "col_var": like.new_zeros(1, like.shape[1])}
 
 
-def eager_kernels(train: TrainConfig) -> AbstractContextManager[object]:
-    """DeepSpeed marks Muon's kernels for compiling, a minute on a CPU for a few products of matrices: not here."""
+def without_compile(train: TrainConfig) -> AbstractContextManager[object]:
+    """Disables `torch.compile` of DeepSpeed's Muon kernels: it takes a minute on a CPU for a few matrix products."""
     return torch.compiler.set_stance("force_eager") if train.optimizer == "muon" else nullcontext()
 
 
-def make_muon(matrices: Iterable[dict], others: Iterable[dict], train: TrainConfig) -> MuonWithAuxAdam:
+def make_muon(matrices: Iterable[Group], others: Iterable[Group], train: TrainConfig) -> MuonWithAuxAdam:
     """Muon for groups of matrices, AdamW for other groups; each has `params`, `scale` and `weight_decay`."""
     numbers = _adamw_numbers(train)
     adamw = {key: numbers[key] for key in ("betas", "eps")}
@@ -78,15 +80,15 @@ def make_muon(matrices: Iterable[dict], others: Iterable[dict], train: TrainConf
 
 
 def _step_with_gradients(optimizer: MuonWithAuxAdam, step: Callable[..., object], *args: object) -> None:
-    """DeepSpeed's Muon takes missing gradients for zeros: momentum and decay would move the weights in a refused step.
+    """Skip a step without gradients: DeepSpeed's Muon takes them for zeros, and momentum and decay move the weights.
 
-    No subclass, because DeepSpeed knows the optimizers that it has tested with ZeRO by their exact class.
+    Not a subclass, because DeepSpeed checks for the exact classes that it has tested with ZeRO.
     """
     if any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"]):
         step(*args)
 
 
-def _by_inputs(group: dict) -> Iterator[dict]:
+def _by_inputs(group: Group) -> Iterator[Group]:
     """Groups of matrices with one number of inputs, whose updates get the RMS of AdamW's.
 
     An orthogonal [m, n] has an RMS of 1 / sqrt(max(m, n)); DeepSpeed multiplies it by sqrt(max(1, m/n)), which makes
@@ -107,5 +109,5 @@ def _by_inputs(group: dict) -> Iterator[dict]:
         }
 
 
-def _adamw_numbers(train: TrainConfig) -> dict[str, object]:
+def _adamw_numbers(train: TrainConfig) -> dict[str, Any]:
     return {"betas": (train.beta1, train.beta2), "eps": train.eps, "fused": True}

@@ -1,10 +1,9 @@
-"""The state of a Flax run in a checkpoint: Orbax keeps what training needs, `model.safetensors` what everybody reads.
+"""Checkpoints of a Flax run: Orbax stores the training state, `model.safetensors` the weights that every reader knows.
 
-    state/              fp32 weights and the optimiser's state, written by Orbax, each process its own parts
+    state/              fp32 weights and optimizer state, written by Orbax, each process its shards
     model.safetensors   the weights that the model computes with, by plain name
 
-Orbax reads a state back onto any mesh. Whether a checkpoint is complete, its manifest tells
-(`lamda.storage.commit`).
+Orbax restores a state onto any mesh. The manifest shows whether a checkpoint is complete (`lamda.storage.commit`).
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Checkpointer:
         self._orbax = ocp.StandardCheckpointer()
 
     def size(self, state: TrainState) -> int:
-        """Bytes that this process writes: its parts of the state, and on the first one the whole weights."""
+        """Bytes that this process writes: its shards of the state, and on the first process also the weights."""
         parts = sum(
             shard.data.nbytes
             for array in jax.tree.leaves(state)
@@ -44,7 +43,7 @@ class Checkpointer:
         return parts + self._is_main * sum(weight.size * narrow for weight in state.weights.values())
 
     def take(self, state: TrainState, folder: Path) -> Callable[[], list[Path]]:
-        """Copy the state to host memory; what finishes writing it into `folder`, from any thread."""
+        """Copy the state to host memory; returns a function that writes it into `folder`, from any thread."""
         weights = {name: weight.astype(self._dtype) for name, weight in state.weights.items()}
         plain = {name: whole for name, whole in plain_weights(weights) if self._is_main}
         target = (folder / STATE).absolute()
@@ -60,9 +59,9 @@ class Checkpointer:
         return write
 
     def read(self, path: Path, like: TrainState) -> TrainState:
-        """The state of a checkpoint. like: arrays of its shapes that lie as these shall.
+        """The state of a checkpoint. like: arrays with its shapes and the target shardings.
 
-        Raises UserError where a file is there that the manifest does not name: Orbax would read it.
+        Raises UserError if there is a file that the manifest does not list: Orbax would read it.
         """
         there = {file.relative_to(path).as_posix() for file in (path / STATE).rglob("*") if not file.is_dir()}
         if unnamed := sorted(there - read(path)["files"].keys()):

@@ -1,11 +1,10 @@
-"""The Flax model, its optimiser and the devices that share them, as the training loop knows an engine."""
+"""The Flax engine: training steps over a mesh of devices, scoring and checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -34,54 +33,37 @@ from lamda.engines.flax.sharding import (
     weight_sharding,
 )
 from lamda.engines.flax.step import Batch, Figures, TrainState, make_step
-from lamda.engines.flax.weight_check import odd_processes
+from lamda.engines.flax.weight_check import corrupted_processes
 from lamda.engines.flax.weights import Weights, bind, load_weights, make_weights, stacked_shapes
+from lamda.engines.protocol import PhaseHook, StepMetrics
 from lamda.inference.sampling import Sampling
 from lamda.model.initialization import initial_weights
 from lamda.storage.metrics import peak_flops
 
 
 @dataclass(frozen=True)
-class FlaxResult:
-    """See `lamda.engines.protocol.StepResult`. rows: [B, 32] uint8, the sha256 of each row in global order."""
+class FlaxStep:
+    """See `lamda.engines.protocol.PendingStep`. rows: [B, 32] uint8, the sha256 of each row in global order."""
 
     figures: Figures
     rows: NDArray[np.uint8]
-    told: list[float]
+    counters: Sequence[float]
 
     @property
-    def grad_norm(self) -> float:
-        """Of the gradient before it was clipped."""
-        return float(self.figures.grad_norm)
+    def skipped(self) -> bool:
+        """Whether the weights are unchanged; waits for the step."""
+        return not self.figures.updated
 
-    @property
-    def updated(self) -> bool:
-        """Whether the weights have changed; waits for the step."""
-        return bool(self.figures.updated)
-
-    def loss(self) -> float:
-        """Cross-entropy in nats a target, over all ranks."""
-        nats, targets = np.asarray(self.figures.sums, np.float64).sum(axis=1)
-        return float(nats / targets)
-
-    def by_domain(self) -> list[tuple[float, int]]:
-        """(loss, targets) of each domain; the loss of none is NaN."""
-        columns = np.asarray(self.figures.sums, np.float64).T.tolist()
-        return [(nats / targets if targets else nan, int(targets)) for nats, targets in columns]
-
-    def batch_digest(self) -> str:
-        """16 hex digits that name the batch."""
-        return batch_digest(self.rows)
-
-    def signals(self) -> list[float]:
-        """The ranks' sums of the numbers that they told with the step."""
-        return self.told
+    def wait(self) -> StepMetrics:
+        """Wait for the step and copy its metrics to the host."""
+        sums = np.asarray(self.figures.sums, np.float64)
+        return StepMetrics(sums, float(self.figures.grad_norm), batch_digest(self.rows), self.counters)
 
 
 class FlaxEngine:
     """See `lamda.engines.protocol.Engine`. A rank is a process, which may have many devices.
 
-    The state is fp32; dtype, of the computation, is bf16 where DeepSpeed's file says so.
+    The state is fp32; the computation is bf16 where ds_config.json enables it.
     """
 
     def __init__(
@@ -90,12 +72,12 @@ class FlaxEngine:
         self.config, self.world, self.device, self.is_compiled = config, world, torch.device("cpu"), True
         self.mesh = make_mesh(config.flax, config.model)
         self._placement = MeshPlacement(self.mesh)
-        self.devices = self.mesh.size
+        self.num_devices = self.mesh.size
         self.peak_flops = peak_flops(jax.devices()[0].device_kind)
         self.micro_batches = micro_batches_per_rank(config.train, world=row_ranks(self.mesh))
         self._dtype = jnp.bfloat16 if is_bf16 else jnp.float32
         optimizer = make_optimizer(config.train, config.model)
-        drawn = {}
+        drawn: dict[str, torch.Tensor] = {}
         for name, weight in initial_weights(config.model, seed=config.run.seed, base_width=config.train.base_width):
             drawn[name] = weight
             progress()
@@ -109,33 +91,33 @@ class FlaxEngine:
         self._logits = jax.jit(self._logits_of, out_shardings=self._rows)
         self._nats = jax.jit(self._nats_of, out_shardings=self._rows)
 
-    def step(
+    def train_step(
         self,
         batch: Step,
         *,
-        learning_rate: float,
-        signals: tuple[int, ...] = (),
-        at: Callable[[str, torch.Tensor | None], None] = lambda point, tensor: None,
-    ) -> FlaxResult:
+        lr: float,
+        counters: Sequence[int] = (),
+        on_phase: PhaseHook = lambda phase, tensor: None,
+    ) -> FlaxStep:
         """One compiled program over all devices (`lamda.engines.flax.step`)."""
-        at("forward", None)
-        self.state, figures = self._step(self.state, self._placed_batch(batch), jnp.float32(learning_rate))
-        at("update", None)
+        on_phase("forward", None)
+        self.state, figures = self._step(self.state, self._placed_batch(batch), jnp.float32(lr))
+        on_phase("update", None)
         rows = np.zeros((self.config.train.global_batch_size, 32), np.uint8)
-        parts = gather((batch.positions, batch.digests, signals))
+        parts = gather((batch.positions, batch.digests, tuple(counters)))
         for positions, digests, _ in parts:
             rows[positions] = digests
-        told = [float(sum(numbers)) for numbers in zip(*(part[2] for part in parts), strict=True)]
-        return FlaxResult(figures, rows, told)
+        totals = [float(sum(numbers)) for numbers in zip(*(part[2] for part in parts), strict=True)]
+        return FlaxStep(figures, rows, totals)
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """The weights in the computation's precision, made once."""
-        self._evaluated = self._narrow(self.state.weights)
+    def eval_mode(self) -> Iterator[None]:
+        """Makes the weights in the precision of the computation once for all calls."""
+        self._eval_weights = self._narrow(self.state.weights)
         try:
             yield
         finally:
-            del self._evaluated
+            del self._eval_weights
 
     def logits(self, inputs_BL: torch.Tensor) -> torch.Tensor:
         """[B, L, V] of this rank's rows."""
@@ -149,34 +131,34 @@ class FlaxEngine:
         return self._of_rows(self._nats, inputs_BL, targets_BL, *documents)
 
     def generate(self, ids: Sequence[int], sampling: Sampling) -> list[int]:
-        """What the model writes after `ids`, the same on every rank."""
+        """Continue `ids`; the same result on every rank."""
         weights = self._narrow(self.state.weights)
         (new,) = generate(self.config.model, weights, [ids], sampling, placement=self._placement)
         return new
 
-    def load(self, path: Path) -> None:
-        """Take a checkpoint's state, from whatever mesh it came."""
+    def load_checkpoint(self, path: Path) -> None:
+        """Load a checkpoint's state, written on any mesh."""
         self.state = self._checkpointer.read(path, self.state)
 
     def load_weights(self, path: Path) -> None:
-        """Take the weights of a safetensors file; the optimiser's state is that of none."""
+        """Load the weights of a safetensors file and reset the optimizer state."""
         weights = load_weights(path, self.config.model, dtype=jnp.float32, shardings=self._shardings())
         self.state = self._with_fresh_optimizer(weights, self._optimizer.init)
 
-    def odd_ranks(self) -> list[int]:
-        """The processes with a device whose copy of the weights is not the others'."""
-        return odd_processes(self.state.weights, self.mesh)
+    def corrupted_ranks(self) -> list[int]:
+        """See `lamda.engines.flax.weight_check`."""
+        return corrupted_processes(self.state.weights, self.mesh)
 
     def checkpoint_bytes(self) -> int:
-        """What this rank would write."""
+        """Bytes that this rank would write."""
         return self._checkpointer.size(self.state)
 
-    def copy(self, folder: Path) -> Callable[[], list[Path]]:
+    def snapshot(self, folder: Path) -> Callable[[], list[Path]]:
         """See `lamda.engines.flax.checkpoint`."""
         return self._checkpointer.take(self.state, folder)
 
-    def describe(self) -> dict[str, Any]:
-        """The framework, and the mesh that wrote."""
+    def manifest_entries(self) -> dict[str, Any]:
+        """Framework and mesh."""
         return {"framework": "flax", "mesh": dict(self.mesh.shape)}
 
     def _shardings(self) -> dict[str, NamedSharding]:
@@ -207,10 +189,10 @@ class FlaxEngine:
         count, each = len(tensors[0]), row_ranks(self.mesh) // self.world.size
         filled = [np.pad(tensor.numpy().astype(np.int32), ((0, -count % each), (0, 0))) for tensor in tensors]
         given = [jax.make_array_from_process_local_data(self._rows, part) for part in filled]
-        out = function(self._evaluated, *given)
+        out = function(self._eval_weights, *given)
         shards = {shard.index[0].start or 0: shard.data for shard in out.addressable_shards}
-        own = np.concatenate([np.asarray(shards[start], np.float32) for start in sorted(shards)])
-        return torch.from_numpy(own[:count])
+        local = np.concatenate([np.asarray(shards[start], np.float32) for start in sorted(shards)])
+        return torch.from_numpy(local[:count])
 
     def _logits_of(self, weights: Weights, inputs_BL: Array) -> Array:
         return bind(self.config.model, weights, placement=self._placement)(inputs_BL)

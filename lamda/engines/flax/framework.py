@@ -1,4 +1,4 @@
-"""JAX and Flax as the framework of a run (`lamda.engines.protocol`); they are loaded by the time they are needed."""
+"""JAX and Flax as the framework of a run (`lamda.engines.protocol`); imported only where they are needed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Flax:
         return World(rank=jax.process_index(), size=jax.process_count())
 
     def check(self, config: Config, world: World) -> None:
-        """What the JAX side has no equal of; devices are not known yet."""
+        """Reject what the JAX implementation does not have; devices are not known yet."""
         require_jax()
         ds_config.read(config)
         train = config.train
@@ -59,7 +59,7 @@ class Flax:
             "eval.tasks": config.eval.tasks or None,
         }
         problems = [
-            f"{key}: the JAX side has none; take it out, or train with scripts/pretrain.py"
+            f"{key}: the JAX implementation has none; remove it, or train with scripts/pretrain.py"
             for key, value in given.items()
             if value is not None
         ]
@@ -67,7 +67,7 @@ class Flax:
             raise UserError("\n".join(problems))
 
     def start(self, config: Config, world: World) -> torch.device:
-        """Join JAX's processes and a group of the hosts. Arrays that the loop itself shares lie on the CPU."""
+        """Join JAX's processes and a group of the hosts. The loop's own tensors are on the CPU."""
         import jax
         import torch
 
@@ -75,15 +75,15 @@ class Flax:
             from jax.experimental import multihost_utils
 
             address = distributed.free_address().encode().ljust(64) if world.is_main else bytes(64)
-            told = bytes(multihost_utils.broadcast_one_to_all(bytearray(address))).decode().strip()
-            distributed.start_hosts(world, threads=config.run.threads, address=told)
+            received = bytes(multihost_utils.broadcast_one_to_all(bytearray(address))).decode().strip()
+            distributed.start_hosts(world, threads=config.run.threads, address=received)
         else:
             distributed.start_hosts(world, threads=config.run.threads)
             if world.size > 1:
                 jax.config.update("jax_cpu_collectives_implementation", "gloo")
                 jax.distributed.initialize(distributed.broadcast(distributed.free_address()), world.size, world.rank)
         if not ds_config.is_bf16(ds_config.read(config)):
-            jax.config.update("jax_default_matmul_precision", "highest")  # a TPU would take fp32 for bf16
+            jax.config.update("jax_default_matmul_precision", "highest")  # a TPU would compute fp32 in bf16
         return torch.device("cpu")
 
     def engine(
@@ -107,5 +107,5 @@ def require_jax() -> None:
     """Raises UserError where the extra is not installed."""
     if missing := [name for name in ("jax", "flax", "optax", "orbax") if find_spec(name) is None]:
         raise UserError(
-            f"{', '.join(missing)}: not installed; `pip install 'lamda-pytorch[flax]'` brings what the JAX side needs"
+            f"{', '.join(missing)}: not installed; `pip install 'lamda-pytorch[flax]'` installs what JAX needs"
         )

@@ -11,6 +11,7 @@ lays them out as a device likes them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple, Protocol, TypeVar
 
 import jax
@@ -102,7 +103,7 @@ class LaMDA(nnx.Module):
         places_BL = cache.lengths_B[:, None] + jnp.arange(tokens_BL.shape[1])
         seen = _Cached(cache.keys_SBMHK.shape[2], places_BL)
         if self.relative_bias is not None:
-            seen = seen.replace(shared=seen.bias(self.relative_bias[...]))
+            seen = replace(seen, shared=seen.bias(self.relative_bias[...]))
 
         @nnx.scan(in_axes=(0, nnx.Carry, 0), out_axes=(nnx.Carry, 0))
         def through(block: Block, x_BLD: Array, before: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
@@ -117,7 +118,7 @@ class LaMDA(nnx.Module):
         """What the output projection takes, [B, L, D]."""
         place, seen = self.placement, _Row(tokens_BL.shape[1], _others(documents_BL))
         if self.relative_bias is not None:
-            seen = seen.replace(shared=seen.bias(self.relative_bias[...]))
+            seen = replace(seen, shared=seen.bias(self.relative_bias[...]))
 
         @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
         def through(block: Block, x_BLD: Array) -> Array:
@@ -195,7 +196,10 @@ class Attention(nnx.Module):
 
     def mix(self, q_BLHK: Array, k_BMHK: Array, v_BMHK: Array, seen: Seen) -> Array:
         """What the queries take from the values, [B, L, D]; scores and softmax in the bias's precision."""
-        bias = seen.bias(self.relative_bias[...]) if seen.shared is None else seen.shared
+        bias = seen.shared
+        if bias is None:
+            assert self.relative_bias is not None, "each layer has a table where none is shared"
+            bias = seen.bias(self.relative_bias[...])
         scores_BHLM = jnp.einsum("blhk,bmhk->bhlm", q_BLHK, k_BMHK, preferred_element_type=bias.dtype) + bias
         if seen.hidden_BLM is not None:
             scores_BHLM = jnp.where(seen.hidden_BLM[:, None], -jnp.inf, scores_BHLM)
@@ -306,7 +310,7 @@ def empty_cache(config: ModelConfig, *, rows: int, longest: int, dtype: DTypeLik
     return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(rows, jnp.int32))
 
 
-def _bias_table(config: ModelConfig, dtype: DTypeLike) -> nnx.Param:
+def _bias_table(config: ModelConfig, dtype: DTypeLike) -> nnx.Param[Array]:
     """[R, H]: what a bucket of distance adds to a head's scores."""
     return nnx.Param(jnp.full((BUCKETS, config.n_heads), jnp.nan, dtype))
 

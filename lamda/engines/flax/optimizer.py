@@ -1,7 +1,7 @@
-"""The optimisers of `lamda/engines/deepspeed/optimizer.py` from optax: the same parts, rates and decays.
+"""The optimizers of `lamda/engines/deepspeed/optimizer.py` in optax: the same parts, rates and decays.
 
 An update is asked for with its step's rate, `update(gradients, state, weights, rate=...)`: the schedule is a function
-of the step and keeps no state. Muon and Adafactor look at a whole matrix, so they see each layer's alone.
+of the step and keeps no state. Muon and Adafactor work on whole matrices, so they get each layer's separately.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lamda.model.weights import Part, part_of
 
 
 def make_optimizer(train: TrainConfig, model: ModelConfig) -> GradientTransformationExtraArgs:
-    """The optimiser of a model's stacked weights; its `update` takes the step's `rate` beside gradients and state."""
+    """The optimizer of a model's stacked weights; its `update` takes the step's `rate` besides gradients and state."""
     scales = rate_scales(train, model)
     decays = weight_decays(train, scales)
 
@@ -42,7 +42,7 @@ def make_optimizer(train: TrainConfig, model: ModelConfig) -> GradientTransforma
 
 
 def _direction(train: TrainConfig, part: Part, *, scale: float) -> GradientTransformation:
-    """A step of the optimiser at rate 1, uphill and without decay."""
+    """An optimizer step at rate 1, uphill and without decay."""
     if train.optimizer == "adafactor":
         return _adafactor(scale)
     if train.optimizer == "muon" and part in ("query", "matrices"):

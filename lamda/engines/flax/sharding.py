@@ -1,7 +1,7 @@
 """Where arrays lie on the mesh (data, fsdp, tensor).
 
-    data    copies of the model, each with rows of its own
-    fsdp    rows of its own as well, but weights and the optimiser's state are cut among its devices (ZeRO-3)
+    data    replicas of the model, each with different rows
+    fsdp    different rows as well, but weights and optimizer state are sharded over its devices (ZeRO-3)
     tensor  heads, feed-forward width and vocabulary are cut: the devices compute parts of the same rows
 
 XLA adds what has to be sent. Dimensions: legend in `lamda/engines/flax/model.py`.
@@ -105,7 +105,7 @@ class MeshPlacement(Placement):
 
 
 def weight_sharding(name: str, mesh: Mesh) -> NamedSharding:
-    """Where a stacked weight lies; what an optimiser keeps for each of its elements lies there too."""
+    """The sharding of a stacked weight; optimizer state of the same shape has the same one."""
     spec = _spec(name)
     return NamedSharding(mesh, PartitionSpec(None, *spec) if name.startswith("layers.") else spec)
 
@@ -115,9 +115,9 @@ def _spec(name: str) -> PartitionSpec:
 
 
 def shardings_like(tree: Any, mesh: Mesh, shapes: dict[str, tuple[int, ...]]) -> Any:
-    """For a tree such as an optimiser's state: where each array lies.
+    """The shardings of a tree such as an optimizer's state.
 
-    What stands under a weight's name and has its shape lies as the weight does, all else on every device.
+    Arrays with a weight's name and shape are sharded as the weight; all others are replicated.
     """
 
     def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -130,5 +130,5 @@ def shardings_like(tree: Any, mesh: Mesh, shapes: dict[str, tuple[int, ...]]) ->
 
 
 def row_ranks(mesh: Mesh) -> int:
-    """Devices, or groups of them, that have rows of their own."""
+    """Devices, or groups of devices, that have different rows."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

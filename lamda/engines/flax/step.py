@@ -1,4 +1,4 @@
-"""One step of training as one compiled program: micro-batches in turn, then the update or its refusal."""
+"""One training step as one compiled program: gradients of all micro-batches, then the update, or none if not finite."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lamda.engines.flax.weights import Weights, bind, stacked_shapes
 
 
 class TrainState(NamedTuple):
-    """What training changes: fp32 weights by stacked name, and what the optimiser keeps."""
+    """What training changes: fp32 weights by stacked name, and the optimizer state."""
 
     weights: Weights
     optimizer: Any
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """sums: [2, domains], nats and targets. updated: whether loss and gradient were finite, so that weights moved."""
+    """sums: [2, domains], nats and targets. updated: whether loss and gradient were finite."""
 
     sums: Array
     grad_norm: Array
@@ -57,7 +57,7 @@ def make_step(
     dtype: DTypeLike,
     domains: int,
 ) -> Step:
-    """(state, batch, rate) -> (state, figures); the state that is given is used up.
+    """(state, batch, rate) -> (state, figures); the input state is donated.
 
     state: arrays or their shapes. dtype: of the computation; gradients add up in the weights' precision.
     """
@@ -66,7 +66,7 @@ def make_step(
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def losses(narrow: Weights, part: Batch, targets: Array) -> tuple[Array, Array]:
-        """The loss that is minimised, a share of the step's, and [2, domains]: nats and targets."""
+        """This micro-batch's share of the step's loss, and [2, domains]: nats and targets."""
         model = bind(config.model, narrow, recompute=config.train.recompute, placement=placement)
         documents_BL = None if part.documents is None else part.documents[:, :-1]
         nats_BL, partition_BL = model.losses(part.ids[:, :-1], part.ids[:, 1:], documents_BL)

@@ -1,4 +1,4 @@
-"""Whether every copy of the weights is still the same: a bit that turned over in one device shows here."""
+"""Detects silent corruption of weights: any single flipped bit in one device's copy."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lamda.engines.flax.sharding import AXES, weight_sharding
 from lamda.engines.flax.weights import Weights
-from lamda.engines.weight_check import outvoted
+from lamda.engines.weight_check import minority_ranks
 
 
-def odd_processes(weights: Weights, mesh: Mesh) -> list[int]:
-    """The processes with a device whose copy is not the one that most have; every process calls it.
+def corrupted_processes(weights: Weights, mesh: Mesh) -> list[int]:
+    """The processes with a device whose copy is in the minority; every process calls it.
 
     Copies lie along the mesh's data axis; where it has one device, there is nothing to compare.
     """
@@ -24,12 +24,12 @@ def odd_processes(weights: Weights, mesh: Mesh) -> list[int]:
     hashed = jax.shard_map(_hash, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(AXES), check_vma=False)
     everywhere = jax.sharding.NamedSharding(mesh, PartitionSpec())
     hashes = np.asarray(jax.jit(hashed, out_shardings=everywhere)(weights)).reshape(mesh.devices.shape)
-    odd = {
+    corrupted = {
         mesh.devices[copy, fsdp, tensor].process_index
         for fsdp, tensor in np.ndindex(hashes.shape[1:])
-        for copy in outvoted(hashes[:, fsdp, tensor].tolist())
+        for copy in minority_ranks(hashes[:, fsdp, tensor].tolist())
     }
-    return sorted(odd)
+    return sorted(corrupted)
 
 
 def _hash(weights: Weights) -> Array:

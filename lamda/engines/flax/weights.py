@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -53,14 +54,17 @@ def make_weights(
 
     def part_of(name: str, index: tuple[slice, ...]) -> NDArray[np.generic]:
         if not name.startswith("layers."):
-            return read(name, index)
-        layers = range(config.n_layers)[index[0]]
-        return np.stack([read(f"layers.{layer}.{name.removeprefix('layers.')}", index[1:]) for layer in layers])
+            return read(name, index).astype(dtype)
+        parts = [
+            read(f"layers.{layer}.{name.removeprefix('layers.')}", index[1:])
+            for layer in range(config.n_layers)[index[0]]
+        ]
+        return np.stack(parts).astype(dtype)
 
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return {
         name: jax.make_array_from_callback(
-            shape, here if shardings is None else shardings[name], lambda index, n=name: part_of(n, index).astype(dtype)
+            shape, here if shardings is None else shardings[name], partial(part_of, name)
         )
         for name, shape in stacked_shapes(config).items()
     }
@@ -69,15 +73,15 @@ def make_weights(
 def load_weights(
     path: Path, config: ModelConfig, *, dtype: DTypeLike | None = None, shardings: Mapping[str, Sharding] | None = None
 ) -> Weights:
-    """Stacked weights of a `model.safetensors`, in its own precision unless `dtype` says another.
+    """Stacked weights of a `model.safetensors`, in its precision unless `dtype` is given.
 
     Raises UserError that names every missing, unexpected and mis-shaped one.
     """
     with safe_open(path, "np") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
         check_shapes(weight_shapes(config), {name: tuple(each.get_shape()) for name, each in slices.items()})
-        own = file.get_tensor("final_norm.scale").dtype
-        return make_weights(config, lambda name, index: slices[name][index], dtype=dtype or own, shardings=shardings)
+        saved = file.get_tensor("final_norm.scale").dtype
+        return make_weights(config, lambda name, index: slices[name][index], dtype=dtype or saved, shardings=shardings)
 
 
 def plain_weights(weights: Mapping[str, Array]) -> Iterator[tuple[str, NDArray[np.generic]]]:

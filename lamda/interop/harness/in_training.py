@@ -13,7 +13,8 @@ from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.data.tokenizer import Tokenizer
 from lamda.distributed import World, broadcast, gather, on_main
-from lamda.engines.deepspeed.engine import Engine
+from lamda.engines.deepspeed.engine import Engine as DeepSpeedEngine
+from lamda.engines.protocol import Engine
 from lamda.interop.harness.scoring import Prompt, Row, Score, continue_prompts, score_rows
 from lamda.interop.harness.tasks import Tasks, figures
 from lamda.training.task import Mark, Shows, TaskError
@@ -47,6 +48,7 @@ class TasksOfRun:
 
     def score(self, engine: Engine, tokenizer: Tokenizer, *, mark: Mark, shows: Shows) -> dict[str, float]:
         """Score the model as it stands, on rank 0 with the figures; the other ranks get none."""
+        assert isinstance(engine, DeepSpeedEngine), "other frameworks reject eval.tasks"
         decoder = RanksDecoder(engine, tokenizer, mark=mark)
         if self.tasks is None:
             decoder.serve()
@@ -75,7 +77,7 @@ class RanksDecoder:
     batch is on its way; where an error ends it, the ranks are no longer in step.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, mark: Mark) -> None:
+    def __init__(self, engine: DeepSpeedEngine, tokenizer: Tokenizer, *, mark: Mark) -> None:
         self._engine, self._tokenizer, self._mark = engine, tokenizer, mark
         self._own = engine.config.train.micro_batch_size
         self.batch = self._own * engine.world.size
@@ -117,7 +119,7 @@ class RanksDecoder:
             return found[: len(own)]
         if self._engine.stage < 3:
             return continue_prompts(self._engine.model, self._tokenizer, own) if own else []
-        with self._engine.whole(*self._engine.model.parameters()):
+        with self._engine.gathered_parameters():
             written = continue_prompts(self._engine.model, self._tokenizer, items)
         return written[world.rank :: world.size]
 

@@ -1,4 +1,4 @@
-"""The windows of a run's order, a line each in order.jsonl: what `lamda where` finds a row by."""
+"""The windows of a run's sample order, one per line of order.jsonl; `lamda where` looks rows up in it."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from lamda.best_effort import BestEffort
 from lamda.data.windows import SourceOrder
 
 _BEGINNING = re.compile(rb'{"source":(\d{1,9}),"windows":\[{"number":(\d{1,18}),"epoch":\d+,"base":(\d{1,18}),')
-"""Of a line: what it is found by, without reading the cursors of all lanes after it."""
+"""The beginning of a line: enough to look it up without parsing the cursors of all lanes."""
 
 
 class WindowLog:
-    """Appends windows as far as the disk takes them: a missing one is only slower to find."""
+    """Appends windows; where the disk is full a window is missing, and only slower to find."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._keeping = BestEffort(f"{path} cannot be written", then="training continues without it")
 
     def begin(self, orders: Sequence[SourceOrder]) -> None:
-        """Append the windows of each source that a checkpoint brings: it may be another run's."""
+        """Append the windows of each source in a checkpoint, which may be another run's."""
         for source, order in enumerate(orders):
             if order.windows:
                 self._append(source, order)
 
     def add(self, source: int, order: SourceOrder) -> None:
-        """Append the last window of a source that is known."""
+        """Append the last known window of a source."""
         self._append(source, SourceOrder(order.windows[-1:], order.measured))
 
     def _append(self, source: int, order: SourceOrder) -> None:
@@ -38,7 +38,7 @@ class WindowLog:
 
 
 class KeptWindows:
-    """The windows that a WindowLog wrote, read when they are asked for: a long run's are hundreds of megabytes."""
+    """The windows that a WindowLog wrote, read on demand: those of a long run take hundreds of megabytes."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -54,7 +54,7 @@ class KeptWindows:
         self._places = {source: sorted(found.values()) for source, found in places.items()}
 
     def up_to(self, source: int, row: int, *, lanes: int) -> SourceOrder:
-        """The last kept windows of a source of so many lanes that begin at a row or before it; none if none are."""
+        """The last windows of a source with `lanes` lanes that begin at or before a row; empty if there are none."""
         places = self._places.get(source, [])
         for _, _, offset in reversed(places[: bisect_right(places, row, key=lambda place: place[0])]):
             with self._path.open("rb") as stream:

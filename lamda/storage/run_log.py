@@ -1,4 +1,4 @@
-"""RUN/train.log: what the console shows, and everything that warns."""
+"""RUN/train.log: console output and warnings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from lamda.best_effort import BestEffort
 from lamda.console import SHOWN
@@ -17,9 +18,9 @@ LOGGERS = ("lamda", "DeepSpeed", "py.warnings")
 
 @contextmanager
 def run_log(path: Path, *, is_main: bool) -> Iterator[None]:
-    """While this is entered, warnings go to the console and to `path`, what the console shows to `path`, too.
+    """Inside this context, warnings go to the console and to `path`, and console output also to `path`.
 
-    is_main: rank 0, which alone writes `path` and warns of bad lines: it hears of the others' at each save.
+    is_main: only rank 0 writes `path` and warns of bad lines; it gathers those of other ranks at each save.
     """
     handlers: list[logging.Handler] = [_console_handler()]
     if is_main:
@@ -38,8 +39,8 @@ def run_log(path: Path, *, is_main: bool) -> Iterator[None]:
             yield
     finally:
         logging.captureWarnings(False)  # noqa: FBT003
-        for logger, own, level, propagate in before:
-            logger.handlers, logger.propagate = own, propagate
+        for logger, handlers_before, level, propagate in before:
+            logger.handlers, logger.propagate = handlers_before, propagate
             logger.setLevel(level)
         with BestEffort(f"{path} is not whole", then="the run is not concerned"):
             for handler in handlers:
@@ -47,7 +48,7 @@ def run_log(path: Path, *, is_main: bool) -> Iterator[None]:
 
 
 def each_bad_line_once() -> AbstractContextManager[None]:
-    """While this is entered, a bad line that is read again is not warned of again."""
+    """Inside this context, each bad line causes one warning, even if it is read again."""
     return _bad_lines_through(_EachOnce())
 
 
@@ -76,7 +77,7 @@ def _console_handler() -> logging.Handler:
 
 
 class _EachOnce(logging.Filter):
-    """A bad line is met by whoever reads it: the tokenizer's training, the run, the run again after a rollback."""
+    """A bad line is read by tokenizer training, by the run, and again after a rollback."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,11 +93,11 @@ def _none(record: logging.LogRecord) -> bool:
     return False
 
 
-class _StandardError(logging.StreamHandler):
-    """Standard error as it is when a record comes: a bar puts what is written there above itself."""
+class _StandardError(logging.StreamHandler[TextIO]):
+    """The current standard error: a progress bar replaces it to print above itself."""
 
     @property
-    def stream(self):  # noqa: ANN202
+    def stream(self) -> TextIO:
         return sys.stderr
 
     @stream.setter

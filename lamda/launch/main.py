@@ -1,4 +1,4 @@
-"""What every training command does: from a configuration to a trained, saved model."""
+"""The common part of the training commands: configuration in, exit code out."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 def launch(
     argv: Sequence[str] | None, task: Callable[[], Task], framework: Framework, open_benchmarks: OpenBenchmarks
 ) -> int:
-    """Train for a task, which is made once torch may be imported, with a framework; returns the exit code.
+    """Train for a task with a framework; returns the exit code.
 
-    open_benchmarks: loads the tasks of `eval.tasks`.
+    task: makes the task, after torch may be imported. open_benchmarks: loads the tasks of `eval.tasks`.
 
-    0 finished, 75 stopped when asked to, everything saved (`RUN/status.json` says the same), 1 failed, 2 a
-    user's mistake, 76 hung (`lamda.training.watchdog`), 130 interrupted at once. A signal before the first step
-    changes nothing and ends the process with 75.
+    0 finished, 75 stopped on request with everything saved (`RUN/status.json` has the same), 1 failed, 2 a mistake of
+    the user, 76 hung (`lamda.training.watchdog`), 130 interrupted immediately. A signal before the first step changes
+    nothing and ends the process with 75.
     """
     console.outlive()  # before a library takes the streams
     with Signals() as signals:
@@ -45,7 +45,7 @@ def _launch(
     try:
         world = framework.world()
     except UserError as error:
-        return _tell(error, quiet=False)
+        return _report(error, quiet=False)
     if world.is_main:
         signals.leave_at_once(report=lambda name: print(f"{name}: nothing has begun", file=sys.stderr, flush=True))
     arguments = sys.argv[1:] if argv is None else argv
@@ -55,16 +55,16 @@ def _launch(
         config = load_config(arguments)
         framework.check(config, world)
     except UserError as error:
-        return _tell(error, quiet=not world.is_main)
+        return _report(error, quiet=not world.is_main)
     from lamda.training.setup import train
 
     try:
         return train(config, world, task(), framework, open_benchmarks, signals)
     except UserError as error:
-        return _tell(error, quiet=isinstance(error, ReportedElsewhereError))
+        return _report(error, quiet=isinstance(error, ReportedElsewhereError))
     except RunError as error:
-        # Every rank raises it, but for what only this one cannot read.
-        _tell(error, quiet=not world.is_main and not isinstance(error, DataUnavailableError | UnreadableError))
+        # Every rank raises it, unless only this one cannot read something.
+        _report(error, quiet=not world.is_main and not isinstance(error, DataUnavailableError | UnreadableError))
         return 1
     except OSError as error:
         if (message := refused_by_system(error)) is None:
@@ -82,7 +82,7 @@ def _print_help() -> int:
     return 0
 
 
-def _tell(error: Exception, *, quiet: bool) -> int:
+def _report(error: Exception, *, quiet: bool) -> int:
     if not quiet:
         print(error, file=sys.stderr, flush=True)
     return 2
