@@ -31,8 +31,7 @@ from lamda.data.loader import Step
 from lamda.dialog.examples import form_of
 from lamda.distributed import World
 from lamda.engines.deepspeed.engine import Engine
-from lamda.model.counts import flops_per_token, parameters
-from lamda.storage.metrics import peak_flops
+from lamda.model.counts import flops_per_token, parameters, peak_flops
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
 from lamda.training.inputs import Text

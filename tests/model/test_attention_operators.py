@@ -53,7 +53,7 @@ def _sdpa(dtype: torch.dtype, documents: bool) -> dict[str, Arguments]:
 
 
 def _plain(dtype: torch.dtype, documents: bool) -> dict[str, Arguments]:
-    from lamda.model.attention.plain import plain_attention
+    from lamda.model.attention.split import plain_attention
 
     on_gpu = DEVICE.type == "cuda"  # whose kernels take 16 bits alone
     (q, k, v), *_ = _inputs(torch.bfloat16 if on_gpu else dtype, documents=documents)

@@ -32,10 +32,10 @@ from lamda.engines.deepspeed.snapshot import Snapshots
 from lamda.inference.generation import prefill, sample
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
+from lamda.model.counts import peak_flops
 from lamda.model.initialization import initialise
 from lamda.model.loss import token_nats
 from lamda.model.weights import weight_shapes
-from lamda.storage.metrics import peak_flops
 
 log = logging.getLogger(__name__)
 

@@ -37,8 +37,8 @@ from lamda.engines.flax.step import Batch, Figures, TrainState, make_step
 from lamda.engines.flax.weight_check import odd_processes
 from lamda.engines.flax.weights import Weights, bind, load_weights, make_weights, stacked_shapes
 from lamda.inference.sampling import Sampling
+from lamda.model.counts import peak_flops
 from lamda.model.initialization import initial_weights
-from lamda.storage.metrics import peak_flops
 
 
 @dataclass(frozen=True)
