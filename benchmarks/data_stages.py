@@ -19,13 +19,14 @@ from sentencepiece import SentencePieceProcessor
 
 from benchmarks.texts import Text
 from lamda.config.schema import Config
-from lamda.data.blocks import ENCODE_CHARACTERS, LaneReader, Part
+from lamda.data.blocks import LaneReader, Part
 from lamda.data.corpus import Corpus, open_corpus, packing_of
 from lamda.data.documents import Document
 from lamda.data.files import File, read_all, read_lines
 from lamda.data.lanes import RAW_TEXT, Cursor
 from lamda.data.loader import Loader, Step
 from lamda.data.quarantine import BadLine
+from lamda.data.spans import ENCODE_CHARACTERS
 from lamda.data.tokenizer import _SPACE_PIECE_UTF8, Tokenizer, _cut
 
 ENCODER, WHOLE, USUAL = "encode", "whole path", "usual way"

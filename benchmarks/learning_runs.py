@@ -27,8 +27,8 @@ from lamda.config.schema import Config
 from lamda.data.corpus import Corpus, open_corpus
 from lamda.data.held_out import HeldOut
 from lamda.data.loader import Step, batch_digest
-from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
+from lamda.data.tokenizer_training import ensure_tokenizer
 from lamda.engines.deepspeed.optimizer import eager_kernels
 from lamda.model.loss import token_losses, token_nats
 from lamda.training.inputs import validation

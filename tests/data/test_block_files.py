@@ -18,7 +18,8 @@ from lamda.data.blocks import LaneReader, Packing, Part, PartRows
 from lamda.data.card import Source
 from lamda.data.errors import DataError
 from lamda.data.files import File
-from lamda.data.lanes import Cursor, cut_into_lanes
+from lamda.data.lanes import Cursor
+from lamda.data.partitioning import cut_into_lanes
 from lamda.data.rows import RowReader
 from tests.conftest import full_disk, make_text, write_shard
 
@@ -215,7 +216,7 @@ def test_a_file_under_the_name_of_other_rows_is_not_read_as_them(lane, folder, t
     moved = folder.path / where
     moved.parent.mkdir(exist_ok=True)
     moved.write_bytes((folder.path / "lane-0000" / "00000000.rows").read_bytes())
-    with pytest.raises(DataError, match=f"{moved.name}: holds other rows than its name says .*lane-0000/00000000"):
+    with pytest.raises(DataError, match=f"{moved.name}: has the rows of .*lane-0000/00000000"):
         folder.find(int(where[8]), int(where[-6]), part)
 
 

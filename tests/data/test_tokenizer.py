@@ -23,9 +23,8 @@ from hypothesis import strategies as st
 from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.data import tokenizer as tokenizer_module
-from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
-from lamda.data.tokenizer_training import train_tokenizer
+from lamda.data.tokenizer_training import ensure_tokenizer, train_tokenizer
 from tests.conftest import full_disk, make_text
 
 TEXTS = [inspect.getsource(argparse), inspect.getsource(ast), "Grüße, 你好, привет! ▅▅▅ a▁b\r\n" * 5]
