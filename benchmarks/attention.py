@@ -7,10 +7,8 @@ goes from the packed projection of queries, keys and values and the bias table t
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
@@ -18,7 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from benchmarks import environment, read_report, write_report
+from benchmarks import new_parser, report
 from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 from lamda.model.attention.backends import Backend, backend_for, check_backend
@@ -33,9 +31,9 @@ PACKAGES = ("torch", "numpy")
 
 
 def main(argv: list[str]) -> int:
-    """As `--help` says; raises UserError."""
+    """See `--help`. Raises UserError."""
+    parser = new_parser("attention")
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="benchmark.py attention", allow_abbrev=False)
     parser.add_argument(
         "--lengths", metavar="L", type=int, nargs="+", default=[1024, 2048, 4096] if gpu else [512, 1024]
     )
@@ -44,23 +42,21 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--width", metavar="K", type=int, default=128 if gpu else 64, help="of a head (%(default)s)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="(%(default)s)")
     parser.add_argument("--compile", action="store_true", help="through torch.compile, as a compiled block has it")
-    parser.add_argument(
-        "--json", metavar="FILE", type=Path, default=Path("benchmarks/attention.json"), help="(%(default)s)"
-    )
-    parser.add_argument("--markdown", action="store_true", help="measure nothing, print the tables of --json FILE")
     options = parser.parse_args(argv)
-    if not options.markdown:
-        report = environment(["attention", *argv], PACKAGES) | measure(
+    return report(
+        options,
+        ["attention", *argv],
+        PACKAGES,
+        lambda: measure(
             lengths=options.lengths,
             tokens=options.tokens,
             heads=options.heads,
             width=options.width,
             dtype=getattr(torch, options.dtype),
             compiled=options.compile,
-        )
-        write_report(options.json, report)
-    print(markdown(read_report(options.json)))
-    return 0
+        ),
+        markdown,
+    )
 
 
 def measure(

@@ -7,16 +7,14 @@ the width: the exponent of a power law is 0 where they move alike, and 0.5 or 1 
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from benchmarks import environment, write_report
+from benchmarks import new_parser, report
 from lamda.config import ModelConfig
 from lamda.config.schema import TrainConfig
 from lamda.engines.deepspeed.optimizer import eager_kernels, make_optimizer, set_learning_rate
@@ -31,24 +29,24 @@ WATCHED = ("attention", "feed-forward", "stream", "logits")
 
 
 def main(argv: list[str]) -> int:
-    """As `--help` says."""
-    parser = argparse.ArgumentParser(prog="benchmark.py coordinates", allow_abbrev=False)
+    """See `--help`. Raises UserError."""
+    parser = new_parser("coordinates")
     parser.add_argument("--optimizer", choices=("adamw", "muon", "adafactor"), nargs="+", default=["adamw"])
     parser.add_argument("--lr", type=float, default=4e-3, help="at the lowest width (%(default)s)")
     parser.add_argument("--steps", type=int, default=6, help="of training (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", type=Path, default=Path("benchmarks/coordinates.json"))
     options = parser.parse_args(argv)
-    found = {
-        optimizer: {
-            name: check(optimizer, lr=options.lr, steps=options.steps, base_width=base)
-            for name, base in (("as given", None), ("base_width", min(WIDTHS)))
+
+    def measured() -> dict[str, Any]:
+        found = {
+            optimizer: {
+                name: check(optimizer, lr=options.lr, steps=options.steps, base_width=base)
+                for name, base in (("as given", None), ("base_width", min(WIDTHS)))
+            }
+            for optimizer in options.optimizer
         }
-        for optimizer in options.optimizer
-    }
-    report = environment(["coordinates", *argv], PACKAGES) | {"widths": WIDTHS, "optimisers": found}
-    write_report(options.json, report)
-    print("\n".join(table(found)))
-    return 0
+        return {"widths": WIDTHS, "optimisers": found}
+
+    return report(options, ["coordinates", *argv], PACKAGES, measured, table)
 
 
 def check(
@@ -113,10 +111,11 @@ def watch(model: LaMDA, tokens_BL: torch.Tensor) -> dict[str, torch.Tensor]:
     return seen
 
 
-def table(found: dict[str, dict[str, Any]]) -> Iterable[str]:
-    """A row for each optimiser and way: the exponents."""
-    yield f"{'exponent of the width':24}" + "".join(f"{name:>14}" for name in WATCHED)
-    for optimizer, ways in found.items():
-        for way, rows in ways.items():
+def table(report: dict[str, Any]) -> str:
+    """The exponents, one row per optimizer and setting."""
+    lines = [f"{'exponent of the width':24}" + "".join(f"{name:>14}" for name in WATCHED)]
+    for optimizer, settings in report["optimisers"].items():
+        for setting, rows in settings.items():
             cells = "".join(f"{rows[name]['exponent']:14.2f}" for name in WATCHED)
-            yield f"{optimizer + ', ' + way:24}" + cells
+            lines.append(f"{optimizer + ', ' + setting:24}" + cells)
+    return "\n".join(lines)

@@ -6,7 +6,6 @@ meets all of them: a ratio is of two figures of one round, and the median of the
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from benchmarks import environment, read_report, write_report
+from benchmarks import new_parser, report
 from benchmarks.data_stages import ENCODER, USUAL, WHOLE, Timing, micro_batches, run_config, stages
 from benchmarks.texts import (
     Text,
@@ -42,30 +41,27 @@ PACKAGES = ("numpy", "sentencepiece", "datasets", "pyarrow", "orjson", "zstandar
 
 
 def main(argv: list[str]) -> int:
-    """As `--help` says; raises UserError."""
-    parser = argparse.ArgumentParser(prog="benchmark.py data", allow_abbrev=False)
+    """See `--help`. Raises UserError."""
+    parser = new_parser("data")
     parser.add_argument("--files", metavar="GLOB", help="text to measure; default: the standard library's sources")
     parser.add_argument("--tokenizer", metavar="MODEL", type=Path, help="default: one trained on the standard library")
     parser.add_argument("--tokens", metavar="N", type=int, default=5_000_000, help="of each text (%(default)s)")
     parser.add_argument(
         "--documents", metavar="N", type=int, default=1_000_000, help="tiny ones that memory is seen over (%(default)s)"
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, default=Path("benchmarks/data.json"), help="(%(default)s)")
-    parser.add_argument("--markdown", action="store_true", help="measure nothing, print the tables of --json FILE")
     options = parser.parse_args(argv)
-    if not options.markdown:
+
+    def measured() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder, one_core():
-            measured = measure(
+            return measure(
                 Path(folder),
                 files=options.files,
                 model=options.tokenizer,
                 tokens=options.tokens,
                 documents=options.documents,
             )
-        report = environment(["data", *argv], PACKAGES) | measured
-        write_report(options.json, report)
-    print(markdown(read_report(options.json)))
-    return 0
+
+    return report(options, ["data", *argv], PACKAGES, measured, markdown)
 
 
 def measure(folder: Path, *, files: str | None, model: Path | None, tokens: int, documents: int) -> dict[str, Any]:

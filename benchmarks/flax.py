@@ -6,17 +6,15 @@ DeepSpeed's file asks for; the ratio is the median of the rounds', so that whate
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks import environment, write_report
+from benchmarks import new_parser, report
 from benchmarks.plain_loop import PlainLoop
 from lamda.config import ds_config
 from lamda.config.loading import load_config
@@ -32,19 +30,18 @@ WARM_UP = 3
 
 
 def main(argv: list[str]) -> int:
-    """As `--help` says; raises UserError."""
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py flax", allow_abbrev=False, epilog="--config FILE and --section.key VALUE as in pretrain.py"
-    )
+    """See `--help`. Raises UserError."""
+    parser = new_parser("flax", takes_config=True)
     parser.add_argument("--steps", type=int, default=10, help="that count, after 3 that do not (%(default)s)")
     parser.add_argument("--alone", action="store_true", help="JAX alone: where PyTorch has no such device (TPU)")
-    parser.add_argument("--json", metavar="FILE", type=Path, default=Path("benchmarks/flax.json"), help="(%(default)s)")
     options, rest = parser.parse_known_args(argv)
-    config = load_config(rest)
-    report = environment(["flax", *argv], PACKAGES) | measure(config, steps=options.steps, alone=options.alone)
-    write_report(options.json, report)
-    print(markdown(report))
-    return 0
+    return report(
+        options,
+        ["flax", *argv],
+        PACKAGES,
+        lambda: measure(load_config(rest), steps=options.steps, alone=options.alone),
+        markdown,
+    )
 
 
 def measure(config: Config, *, steps: int, alone: bool) -> dict[str, Any]:

@@ -7,7 +7,6 @@ have. A token of one sequence has to read every weight once, so that the sum's t
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import environment, write_report
+from benchmarks import new_parser, report
 from lamda.config import ModelConfig
 from lamda.config.loading import load_config
 from lamda.inference.generation import prefill, sample
@@ -32,26 +31,28 @@ PROC = Path("/proc/self")
 
 
 def main(argv: list[str]) -> int:
-    """As `--help` says, and the configuration's flags; raises UserError."""
-    parser = argparse.ArgumentParser(prog="benchmark.py generate", allow_abbrev=False)
+    """See `--help`. Raises UserError."""
+    parser = new_parser("generate", takes_config=True)
     parser.add_argument("--prompt", metavar="L", type=int, default=512, help="tokens of the prompt (%(default)s)")
     parser.add_argument("--new", metavar="N", type=int, default=64, help="tokens of a continuation (%(default)s)")
     parser.add_argument("--candidates", metavar="N", type=int, default=16, help="(%(default)s)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="(%(default)s)")
     parser.add_argument("--rounds", metavar="N", type=int, default=3, help="(%(default)s)")
-    parser.add_argument("--json", metavar="FILE", type=Path, default=Path("benchmarks/generate.json"))
     options, rest = parser.parse_known_args(argv)
-    report = environment(["generate", *argv], PACKAGES) | measure(
-        load_config(rest).model,
-        dtype=getattr(torch, options.dtype),
-        prompt=options.prompt,
-        new=options.new,
-        candidates=options.candidates,
-        rounds=options.rounds,
+    return report(
+        options,
+        ["generate", *argv],
+        PACKAGES,
+        lambda: measure(
+            load_config(rest).model,
+            dtype=getattr(torch, options.dtype),
+            prompt=options.prompt,
+            new=options.new,
+            candidates=options.candidates,
+            rounds=options.rounds,
+        ),
+        markdown,
     )
-    write_report(options.json, report)
-    print(markdown(report))
-    return 0
 
 
 @torch.no_grad()

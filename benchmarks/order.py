@@ -7,7 +7,6 @@ that are drawn at random, without replacement, are the same ones.
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import environment, read_report, write_report
+from benchmarks import new_parser, report
 from benchmarks.order_corpora import Case, Labels, cases, pile_documents
 from lamda.config.schema import Config
 from lamda.data.corpus import Corpus, open_corpus, packing_of
@@ -43,8 +42,8 @@ PACKAGES = ("numpy", "sentencepiece", "zstandard")
 
 
 def main(argv: list[str]) -> int:
-    """As `--help` says; raises UserError."""
-    parser = argparse.ArgumentParser(prog="benchmark.py order", allow_abbrev=False)
+    """See `--help`. Raises UserError."""
+    parser = new_parser("order")
     sample = os.environ.get("LAMDA_TEST_DATA")
     parser.add_argument(
         "--data",
@@ -52,22 +51,18 @@ def main(argv: list[str]) -> int:
         default=None if sample is None else f"{sample}/pile-sample/train/*",
         help="files as The Pile's, to sort by domain; default: the sample in LAMDA_TEST_DATA, or made-up text",
     )
-    parser.add_argument(
-        "--json", metavar="FILE", type=Path, default=Path("benchmarks/order.json"), help="(%(default)s)"
-    )
-    parser.add_argument("--markdown", action="store_true", help="measure nothing, print the table of --json FILE")
     options = parser.parse_args(argv)
-    if not options.markdown:
+
+    def measured() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
-            measured = {
+            found = {
                 case.name: measure(Path(folder) / f"{number}", case)
                 for number, case in enumerate(cases(None if options.data is None else pile_documents(options.data)))
             }
         text = "made up" if options.data is None else "The Pile's format"
-        report = {**environment(["order", *argv], PACKAGES), "sorted_text": text, "batch": BATCH, "cases": measured}
-        write_report(options.json, report)
-    print(markdown(read_report(options.json)))
-    return 0
+        return {"sorted_text": text, "batch": BATCH, "cases": found}
+
+    return report(options, ["order", *argv], PACKAGES, measured, markdown)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ bf16 numbers is exact in fp32, and so the same in any order, while their exponen
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Sequence
 from contextlib import closing
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment, write_report
+from benchmarks import new_parser, report
 from benchmarks.data_stages import micro_batches
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
@@ -31,19 +30,18 @@ CHUNK = 1 << 22
 
 
 def main(argv: list[str]) -> int:
-    """As `--help` says; raises UserError."""
-    parser = argparse.ArgumentParser(prog="benchmark.py summation", allow_abbrev=False)
+    """See `--help`. Raises UserError."""
+    parser = new_parser("summation")
     parser.add_argument("paths", metavar="RUN_OR_CHECKPOINT", type=Path, nargs="+")
     parser.add_argument("--micro-batches", type=int, default=16, help="of a step (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", type=Path, default=Path("benchmarks/summation.json"))
     options = parser.parse_args(argv)
-    if options.micro_batches < 1:
-        raise UserError(f"--micro-batches: a step has at least 1, not {options.micro_batches}")
-    found = [measure(find_checkpoint(path), count=options.micro_batches) for path in options.paths]
-    report = environment(["summation", *argv], PACKAGES) | {"checkpoints": found}
-    write_report(options.json, report)
-    print(table(found))
-    return 0
+
+    def measured() -> dict[str, Any]:
+        if options.micro_batches < 1:
+            raise UserError(f"--micro-batches: a step has at least 1, not {options.micro_batches}")
+        return {"checkpoints": [measure(find_checkpoint(path), count=options.micro_batches) for path in options.paths]}
+
+    return report(options, ["summation", *argv], PACKAGES, measured, table)
 
 
 def measure(path: Path, *, count: int) -> dict[str, Any]:
@@ -106,8 +104,9 @@ def _powers_of_two(highest: int) -> list[int]:
     return [1 << power for power in range(highest.bit_length()) if 1 << power <= highest]
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """A row for each checkpoint and number of micro-batches: elements in a million that depend on the order."""
+def table(report: dict[str, Any]) -> str:
+    """One row per checkpoint and number of micro-batches: elements per million that depend on the order."""
+    found = report["checkpoints"]
     highest = max(int(number) for each in found for number in each["by_micro_batches"])
     ranks = [number for number in _powers_of_two(highest) if number > 1]
     lines = ["elements in a million whose fp32 sum is not that of 1 rank", ""]
@@ -116,8 +115,9 @@ def table(found: list[dict[str, Any]]) -> str:
     )
     for each in found:
         millions = each["elements"] / 1e6
-        for number, row in each["by_micro_batches"].items():
-            cells = [f"{row['ranks'][count] / millions:.2f}" if count in row["ranks"] else "" for count in ranks]
+        for count, row in each["by_micro_batches"].items():
+            found_by_ranks = [row["ranks"].get(str(number)) for number in ranks]
+            cells = ["" if value is None else f"{value / millions:.2f}" for value in found_by_ranks]
             last = f"{row['float64_on_ranks'] / millions:.2f}"
-            lines.append(" | ".join([str(each["step"]), f"{each['elements']:,}", str(number), *cells, last]))
+            lines.append(" | ".join([str(each["step"]), f"{each['elements']:,}", count, *cells, last]))
     return "\n".join(lines)

@@ -8,7 +8,6 @@ median of the steps' ratios, so that whatever else the machine does meets both.
 
 from __future__ import annotations
 
-import argparse
 import resource
 import tempfile
 import time
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment, gemm, read_report, write_report
+from benchmarks import gemm, new_parser, report
 from benchmarks.plain_loop import PlainLoop
 from lamda import distributed
 from lamda.config.errors import UserError
@@ -42,28 +41,19 @@ PARTS = ("data wait", "forward", "backward", "optimiser", "rest")
 
 
 def main(argv: list[str]) -> int:
-    """As `--help` says; raises UserError."""
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py train", allow_abbrev=False, epilog="--config FILE and --section.key VALUE as in pretrain.py"
-    )
+    """See `--help`. Raises UserError."""
+    parser = new_parser("train", takes_config=True)
     parser.add_argument("--steps", type=int, default=20, help="that count, after 3 that do not (%(default)s)")
     parser.add_argument("--gemm-seconds", type=float, default=60.0, help="of matrix products (%(default)s)")
     parser.add_argument("--plain", action="store_true", help="the same step in plain PyTorch too, in turn with ours")
-    parser.add_argument(
-        "--json", metavar="FILE", type=Path, default=Path("benchmarks/train.json"), help="(%(default)s)"
-    )
-    parser.add_argument("--markdown", action="store_true", help="measure nothing, print the table of --json FILE")
     options, rest = parser.parse_known_args(argv)
-    if options.markdown:
-        print(markdown(read_report(options.json)))
-        return 0
-    world = distributed.read_world()
-    measured = measure(load_config(rest), world, steps=options.steps, seconds=options.gemm_seconds, plain=options.plain)
-    if world.is_main:
-        report = environment(["train", *argv], PACKAGES) | measured
-        write_report(options.json, report)
-        print(markdown(report))
-    return 0
+
+    def measured() -> dict[str, Any] | None:
+        world, config = distributed.read_world(), load_config(rest)
+        found = measure(config, world, steps=options.steps, seconds=options.gemm_seconds, plain=options.plain)
+        return found if world.is_main else None
+
+    return report(options, ["train", *argv], PACKAGES, measured, markdown)
 
 
 def measure(config: Config, world: World, *, steps: int, seconds: float, plain: bool) -> dict[str, Any]:

@@ -229,7 +229,7 @@ def test_a_preparation_whose_process_is_killed_says_so():
 
 def test_a_preparation_counts_each_document_and_token_once(lane, tokenizer):
     lengths = [len(tokenizer.encode(make_text(n, 31 * n % 90))) + 1 for n in range(25)]
-    summary, ends = prepare.Summary(), np.cumsum(lengths)
+    summary, ends = prepare.BlockStats(), np.cumsum(lengths)
     block = LaneReader(lane, tokenizer, PACKING).read(Part(0, Cursor(), None)).block
     summary.add(block, tokenizer.token_bytes)
     assert sum(summary.tokens.values()) == sum(lengths)

@@ -321,13 +321,13 @@ def test_a_remote_parquet_file_is_read_through_a_failing_server(server, monkeypa
 
 def test_waits_double_within_bounds_and_heed_the_server(server, monkeypatch):
     waits: list[float] = []
-    monkeypatch.setattr(remote, "_rest", lambda seconds, on_wait: waits.append(seconds))
+    monkeypatch.setattr(remote, "_wait", lambda seconds, on_wait: waits.append(seconds))
     server.reset(faults=[("status", 500)] * 8)
     retry = RetryPolicy(attempts=9, first_wait=1.0, max_wait=16.0)
     assert b"".join(server.file(retry).read(size=len(CONTENT))) == CONTENT
     for wait, longest in zip(waits, [1, 2, 4, 8, 16, 16, 16, 16], strict=True):
         assert longest / 2 <= wait <= longest
-    monkeypatch.setattr(remote, "_demanded", lambda error: {429: 40.0, 503: 9999.0}[error.code])
+    monkeypatch.setattr(remote, "_retry_after", lambda error: {429: 40.0, 503: 9999.0}[error.code])
     server.reset(faults=[("status", 429), ("status", 503)])
     waits.clear()
     list(server.file(retry).read(size=len(CONTENT)))
@@ -338,7 +338,7 @@ def test_whoever_waits_for_a_server_is_told_in_every_second_of_it(server, monkey
     """A server may ask for more time than a watchdog gives."""
     moments: list[float] = []
     monkeypatch.setattr(remote, "sleep", moments.append)
-    monkeypatch.setattr(remote, "_demanded", lambda error: 25.0)
+    monkeypatch.setattr(remote, "_retry_after", lambda error: 25.0)
     server.reset(faults=[("status", 503)] * 2)
     file = server.file(RetryPolicy(first_wait=0.0), on_wait=lambda: moments.append(0))
     assert b"".join(file.read(size=len(CONTENT))) == CONTENT
@@ -349,7 +349,7 @@ def test_whoever_waits_for_a_server_is_told_in_every_second_of_it(server, monkey
 
 def test_retry_after_is_read_as_seconds_or_as_a_date():
     def demanded(value):
-        return remote._demanded(remote.HTTPError("", 429, "", {"Retry-After": value}, None))
+        return remote._retry_after(remote.HTTPError("", 429, "", {"Retry-After": value}, None))
 
     assert demanded("17") == 17
     assert demanded("soon") == demanded("") == 0
