@@ -1,8 +1,8 @@
-"""The coordinate check: whether a few steps change activations by the same at every width (muP, arXiv 2203.03466).
+"""The muP coordinate check (arXiv 2203.03466): do a few steps change activations equally at every width?
 
-A rate carries over from a narrow model to a wide one where what a step changes has one size in both. So every
-width is trained for the same steps on the same tokens, and how far hidden states and logits have moved is set against
-the width: the exponent of a power law is 0 where they move alike, and 0.5 or 1 where a wide model moves by more.
+A learning rate transfers from a narrow to a wide model if a step changes both by the same amount. Every width is
+trained for the same steps on the same tokens, and the change of hidden states and logits is fitted to a power of the
+width: the exponent is 0 if all widths change equally, and 0.5 or 1 if wide models change more.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
 def check(
     optimizer: str, *, lr: float, steps: int, base_width: int | None, widths: Sequence[int] = WIDTHS
 ) -> dict[str, Any]:
-    """For each of WATCHED: the RMS of its change at every width, and the exponent of the width that fits it."""
+    """For each of WATCHED: the RMS of its change at every width, and the fitted exponent of the width."""
     train = TrainConfig(steps=steps, optimizer=optimizer, lr=lr, base_width=base_width, weight_decay=0)
     moved = [changes(width, train, steps=steps) for width in widths]
     return {
@@ -67,7 +67,7 @@ def exponent(widths: Sequence[int], sizes: Sequence[float]) -> float:
 
 
 def changes(width: int, train: TrainConfig, *, steps: int) -> dict[str, float]:
-    """The RMS of what `steps` steps on one batch of random tokens change in the last block and after it."""
+    """The RMS change of the last block and the logits by `steps` steps on one batch of random tokens."""
     model = LaMDA(
         ModelConfig(
             vocab_size=VOCABULARY,
@@ -96,7 +96,7 @@ def changes(width: int, train: TrainConfig, *, steps: int) -> dict[str, float]:
 
 @torch.no_grad()
 def watch(model: LaMDA, tokens_BL: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the last block's halves add, the stream after it, and the logits."""
+    """The outputs of both halves of the last block, the residual stream after it, and the logits."""
     seen: dict[str, torch.Tensor] = {}
 
     def keep(name: str, module: torch.nn.Module) -> torch.utils.hooks.RemovableHandle:

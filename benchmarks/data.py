@@ -1,7 +1,7 @@
-"""`benchmark.py data`: tokens a second of the data path, stage by stage, on one core, beside the usual way.
+"""`benchmark.py data`: tokens per second of each stage of the data path on one core, beside `datasets` streaming.
 
-All stages do the same text, one after the other and several times over, so that whatever else the machine does
-meets all of them: a ratio is of two figures of one round, and the median of the rounds' ratios is told.
+All stages process the same text in turn, for several rounds, so that other load on the machine affects all of them. A
+ratio compares two figures of one round; the report has the median over rounds.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
 
 
 def measure(folder: Path, *, files: str | None, model: Path | None, tokens: int, documents: int) -> dict[str, Any]:
-    """Rates on each text, and memory over many documents. `folder` takes what is written on the way."""
+    """Rates on each text, and memory over many documents. `folder` is for temporary files."""
     if model is None:
         model = folder / "tokenizer.model"
         with ProcessPoolExecutor(1, get_context("spawn")) as process:  # its memory is not the data path's
@@ -90,7 +90,7 @@ def _train_tokenizer(library: Path, model: Path) -> None:
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """All threads of this process, and those that they start, share one core. Raises UserError where they cannot."""
+    """Run all threads of this process on one core. Raises UserError if the system does not support that."""
     if not hasattr(os, "sched_setaffinity"):
         raise UserError("this system binds no thread to a core: run the benchmark on Linux")
     allowed = os.sched_getaffinity(0)
@@ -168,7 +168,7 @@ def _resident() -> float:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The tables of a report, with what they were measured on."""
+    """The tables of a report with its environment."""
     texts = report["texts"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     rows = [

@@ -1,7 +1,7 @@
-"""`benchmark.py flax`: a configuration's training step in JAX and in plain PyTorch, in turn, in one run.
+"""`benchmark.py flax`: the training step of a configuration in JAX and in plain PyTorch, alternating in one run.
 
-Both compute the same mathematics on the same random rows (`benchmarks.plain_loop`), in the precision that
-DeepSpeed's file asks for; the ratio is the median of the rounds', so that whatever else the machine does meets both.
+Both compute the same step on the same random rows (`benchmarks.plain_loop`), in the precision of the DeepSpeed file.
+The ratio is the median over rounds, so that other load on the machine affects both.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def measure(config: Config, *, steps: int, alone: bool) -> dict[str, Any]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table of a report, with what it was measured on."""
+    """The table of a report with its environment."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     rows, precision = report["rows"], "bf16" if report["how"]["bf16"] else "fp32"
     lines = [

@@ -1,8 +1,8 @@
-"""`benchmark.py generate`: sampling with shared keys and values, beside Hugging Face's and the memory's own speed.
+"""`benchmark.py generate`: sampling speed, beside `transformers` and the memory bandwidth of the device.
 
-All is done in turn, several rounds over, on random weights: a token of one candidate, of several, of the model in
-8 bits, of `transformers`' `generate` on a Llama of the same matrices, and a sum over as many bytes as the weights
-have. A token of one sequence has to read every weight once, so that the sum's time is what no token undercuts.
+Each round measures, on random weights: a token of one candidate, of several, and of the int8 model; a token of
+`transformers.generate` with a Llama of the same matrices; and a sum over as many bytes as the weights. A token of one
+sequence has to read every weight once, so the time of the sum is a lower bound.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
 def measure(
     config: ModelConfig, *, dtype: torch.dtype, prompt: int, new: int, candidates: int, rounds: int
 ) -> dict[str, Any]:
-    """Seconds, bytes and ratios; a ratio is of two times of one round, and the median of the rounds is told."""
+    """Seconds, bytes and ratios. A ratio compares two times of one round; reported is the median over rounds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = LaMDA(config)
     initialise(model, seed=0)

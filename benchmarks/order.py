@@ -1,8 +1,7 @@
-"""`benchmark.py order`: how good a sample of its corpus each batch is, beside rows drawn at random.
+"""`benchmark.py order`: how well each batch represents its corpus, compared with random batches of the same rows.
 
-The project's own loader reads corpora that are hard to shuffle, one epoch's worth of rows each. Every token has its
-number in the corpus in place of its id, so that what is seen, how often and when is counted, not estimated. The rows
-that are drawn at random, without replacement, are the same ones.
+The loader reads one epoch of corpora that are hard to shuffle. Every token id is replaced by the number of the token in
+the corpus, so that it is counted exactly which tokens are seen, how often and when.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ from lamda.data.windows import SourceOrder
 
 BATCH = 32
 SMALL_BATCH = 8
-"""In which sources are counted."""
+"""Batch size for counting sources."""
 
 DRAWINGS = 20
-"""Times that rows are drawn at random; their mean is what is reported."""
+"""Random permutations of the rows; their mean is reported."""
 
 VOCABULARY = 8_000
 TOKENIZER_BYTES = 4_000_000
@@ -193,7 +192,7 @@ def _read_an_epoch(config: Config, tokenizer: Tokenizer, numbers: Numbers, *, ro
         step = next(iter(loader))
         resumed = perf_counter() - began
     if batch_digest(step.digests[np.argsort(step.positions)]) != digests[half + 1]:
-        raise AssertionError(f"the step after sample {consumed} is another one when the run is resumed there")
+        raise AssertionError(f"resuming after sample {consumed} gives another step")
     return _Epoch(targets[:wanted], first, resumed, len(windows), max(windows))
 
 
@@ -249,7 +248,7 @@ def _distinct(sources: NDArray[Any]) -> float:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table of a report, with what it was measured on."""
+    """The table of a report with its environment."""
     rows = [
         [f"batches of {report['batch']}", "never seen", "most often", "distance", "at random", "first tenth",
          "at random", "sources in 8", "at random", "of its weight", "first batch", "resume", "largest window"],

@@ -1,7 +1,7 @@
-"""Whether sample-and-rank picks responses that another judge prefers over a single sample.
+"""Does sample-and-rank choose responses that an independent judge prefers over a single sample?
 
-A model answers held-out contexts with N candidates each and ranks them. A judge, another model that was taught on
-other ratings, rates every candidate by the same formula. A single sample is worth the mean over the candidates.
+A model answers held-out contexts with N candidates each and ranks them. A judge, a model trained on other ratings,
+scores every candidate by the same formula. The value of a single sample is the mean over the candidates.
 """
 
 from __future__ import annotations
@@ -56,21 +56,21 @@ def main(argv: list[str]) -> int:
 
 
 def held_out_contexts(files: Sequence[Path]) -> list[tuple[Message, ...]]:
-    """What is to be answered, in an order that mixes conversations. Raises UserError where there is nothing."""
+    """The contexts to answer, shuffled over conversations. Raises UserError if there are none."""
     found = []
     for path in files:
         for _, record in read_records(path):
             generative, _ = examples_of(parse_conversation(record))
             found += [example.context for example in generative if isinstance(example, Response) and example.context]
     if not found:
-        raise UserError(f"{', '.join(map(str, files))}: hold nothing to answer")
+        raise UserError(f"{', '.join(map(str, files))}: contain nothing to answer")
     return [found[place] for place in permutation(len(found), 0)]
 
 
 def _compared(
     speaker: Speaker, other: LoadedModel, contexts: Sequence[tuple[Message, ...]], sampling: Sampling
 ) -> Iterator[tuple[float, float, float]]:
-    """For each context: the judge's value of the chosen one, the mean over all, and the share that is worse."""
+    """For each context: the judge's score of the chosen candidate, the mean score, and the share of worse ones."""
     for number, context in enumerate(contexts):
         manner = replace(speaker.manner, sampling=replace(sampling, seed=number))
         reply = speaker.reply(context, manner)

@@ -1,7 +1,7 @@
-"""How often the order of summation shows: fp32 sums of bf16 gradients, as other numbers of ranks would add them up.
+"""How often the number of ranks changes fp32 sums of bf16 gradients, through the order of summation.
 
-A rank adds its micro-batches up one after the other, and the ranks' sums are added up after that. A sum of
-bf16 numbers is exact in fp32, and so the same in any order, while their exponents are close together.
+A rank adds its micro-batches in sequence, and then the sums of the ranks are added. A sum of bf16 numbers is exact in
+fp32, and so independent of the order, as long as their exponents are close together.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
 
 
 def measure(path: Path, *, count: int) -> dict[str, Any]:
-    """Elements of a step's gradient whose sum depends on who adds it up, by the number of micro-batches."""
+    """Elements of the gradient of a step whose sum depends on the number of ranks, by number of micro-batches."""
     config = saved_config(path)
     model = load_model(path, config.model).to(torch.bfloat16).train()
     gradients_MN = torch.stack(list(_gradients(model, config, Tokenizer.load(path / "tokenizer.model"), count)))
@@ -70,7 +70,7 @@ def _gradients(model: LaMDA, config: Config, tokenizer: Tokenizer, count: int) -
 
 
 def compare(gradients_MN: torch.Tensor) -> dict[str, Any]:
-    """Elements that differ from one rank's sum on more ranks; in fp32 from the exact sum; in float64 on any ranks."""
+    """Elements that differ: from the sum on one rank; from the exact sum; in float64, on any number of ranks."""
     numbers = _powers_of_two(len(gradients_MN))
     ranks, rounded, wide = dict.fromkeys(numbers, 0), 0, 0
     for parts_MN in gradients_MN.split(CHUNK, dim=1):
@@ -84,7 +84,7 @@ def compare(gradients_MN: torch.Tensor) -> dict[str, Any]:
 
 
 def added_up(parts_MN: torch.Tensor) -> torch.Tensor:
-    """One after the other, in fp32 at least: [N]."""
+    """The sequential sum in fp32 or wider: [N]."""
     total_N = torch.zeros_like(parts_MN[0], dtype=torch.promote_types(parts_MN.dtype, torch.float32))
     for part_N in parts_MN:
         total_N += part_N
@@ -92,7 +92,7 @@ def added_up(parts_MN: torch.Tensor) -> torch.Tensor:
 
 
 def on_ranks(parts_MN: torch.Tensor, ranks: int) -> torch.Tensor:
-    """As ranks with a stretch of the micro-batches each: their own first, then rank after rank. [N]."""
+    """The sum over ranks with equal shares of the micro-batches: each share first, then over ranks. [N]."""
     return added_up(torch.stack([added_up(part) for part in parts_MN.chunk(ranks)]))
 
 

@@ -115,7 +115,7 @@ class Card(_CardSection):
 
 
 def load_card(config: DataConfig) -> Card:
-    """The card of a run, its files replaced where the configuration says so.
+    """The card of a run, with the files of the configuration if it names any.
 
     `data.files` and `data.eval_files` replace the files of the card; only the text and domain rules of its first source
     apply to them. `data.files` also removes the validation text of the card, which is not held out of those files.

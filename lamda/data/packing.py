@@ -89,7 +89,7 @@ def arrange(method: Method, lengths: NDArray[np.int64], *, rows: int, row_length
 
 
 def concat(lengths: NDArray[np.int64], *, rows: int, row_length: int) -> NDArray[np.void]:
-    """The spans in the stream's order, cut wherever a row ends. As `arrange`, but the last row may be short."""
+    """The spans in stream order, cut wherever a row ends. As `arrange`, but the last row may be short."""
     ends = np.cumsum(lengths)
     begins = ends - lengths
     places = np.union1d(begins, np.arange(rows) * row_length)
@@ -102,13 +102,12 @@ def concat(lengths: NDArray[np.int64], *, rows: int, row_length: int) -> NDArray
 
 
 def best_fit(lengths: NDArray[np.int64], *, rows: int, row_length: int) -> NDArray[np.void]:
-    """Few spans cut, after "Fewer Truncations Improve Language Modeling" (Ding et al. 2024). As `arrange`.
+    """Packing with few cuts, after "Fewer Truncations Improve Language Modeling" (Ding et al. 2024). As `arrange`.
 
-    A span longer than a row is first cut into whole rows and a remainder, as in the paper. Its best-fit
-    decreasing then leaves gaps to be padded; as rows here are full, the only fit that cuts nothing is the
-    exact one, so that a row is the longest span still to place and others that fill it to the last token.
-    Spans that are in no such row are laid end to end over the rows that remain. A block for which all
-    this cuts no less than `concat` stays in the stream's order.
+    A span longer than a row is first cut into whole rows and a remainder, as in the paper. The paper then uses best-fit
+    decreasing, which needs padding. Rows here are full, so only an exact fit avoids cuts: a row takes the longest
+    remaining span, and others that fill it exactly. Spans that fit into no such row are concatenated over the remaining
+    rows. If this does not cut less than `concat`, the block stays in stream order.
     """
     whole, rest = np.divmod(lengths, row_length)
     long = np.repeat(np.arange(len(lengths)), whole).tolist()
@@ -128,14 +127,14 @@ def best_fit(lengths: NDArray[np.int64], *, rows: int, row_length: int) -> NDArr
 
 
 def cuts(pieces: NDArray[np.void]) -> int:
-    """How many times spans are cut: the pieces that do not begin their span."""
+    """The number of cuts: pieces that do not begin their span."""
     return int(np.count_nonzero(pieces["offset"]))
 
 
 def _pieces(
     *, row: NDArray[np.int64], span: NDArray[np.int64], length: NDArray[np.int64], row_length: int
 ) -> NDArray[np.void]:
-    """Pieces of which only the row is settled: the stream's order within a row and within a span."""
+    """Pieces with given rows, in stream order within a row and within a span."""
     order = np.lexsort((span, row))
     pieces = np.empty(len(order), PIECE)
     pieces["row"], pieces["span"], pieces["length"] = row[order], span[order], length[order]
@@ -148,9 +147,9 @@ def _pieces(
 
 
 def _exact_rows(lengths: list[int], row_length: int) -> tuple[list[list[int]], list[int]]:
-    """Rows of whole spans, each row exactly full, and the spans that are in none, in the stream's order.
+    """Rows filled exactly by whole spans, and the remaining spans in stream order.
 
-    Lengths are shorter than a row; spans of length 0 are in neither. Equal ones go by index.
+    Lengths are shorter than a row; spans of length 0 are dropped. Spans of equal length are taken by index.
     """
     stock: dict[int, list[int]] = defaultdict(list)
     for span in reversed(range(len(lengths))):
@@ -161,7 +160,7 @@ def _exact_rows(lengths: list[int], row_length: int) -> tuple[list[list[int]], l
         longest = max(stock)
         others = _lengths_that_sum_to(row_length - longest, stock, without=longest)
         if others is None:
-            # Later rows have fewer spans to choose from: none of this length will ever be in one.
+            # Later rows have fewer spans to choose from, so no span of this length will fit.
             left += stock.pop(longest)
             continue
         rows.append([stock[length].pop() for length in (longest, *others)])
@@ -172,10 +171,10 @@ def _exact_rows(lengths: list[int], row_length: int) -> tuple[list[list[int]], l
 
 
 def _lengths_that_sum_to(total: int, stock: dict[int, list[int]], *, without: int) -> list[int] | None:
-    """Lengths in stock, one of `without` kept back, that have this sum; None where there are none.
+    """Lengths in stock with this sum, without one of length `without`; None if there are none.
 
-    Subset sum by dynamic programming; bit s of `reached` says that a sum s can be had. Longest first, so
-    that the shortest used is as long as can be: short spans fit nearly anywhere and serve later rows.
+    Subset sum by dynamic programming; bit s of `reached` is set if the sum s is possible. Longest first, so that short
+    spans, which fit nearly anywhere, remain for later rows.
     """
     reached = 1
     steps: list[tuple[int, int]] = []
@@ -192,7 +191,7 @@ def _lengths_that_sum_to(total: int, stock: dict[int, list[int]], *, without: in
 
 
 def _trace(total: int, steps: list[tuple[int, int]]) -> list[int]:
-    """The lengths of a sum, from each step's length and the sums that could be had before it."""
+    """The lengths of a sum, from the length of each step and the sums possible before it."""
     lengths = []
     for length, before in reversed(steps):
         if not before >> total & 1:

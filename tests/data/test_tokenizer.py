@@ -274,7 +274,7 @@ def test_remembered_words_change_no_id(model_path, crossing_path, finest, texts)
 
 
 def test_words_are_forgotten_before_they_fill_the_memory(model_path, monkeypatch):
-    monkeypatch.setattr("lamda.data.tokenizer._KEPT", 300)
+    monkeypatch.setattr("lamda.data.tokenizer._CACHED_CHARACTERS", 300)
     tokenizer = Tokenizer.load(model_path)
     for number in range(40):
         text = f"word{number} and some more{number}"
