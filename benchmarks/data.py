@@ -20,15 +20,7 @@ from typing import Any
 
 from benchmarks import new_parser, report
 from benchmarks.data_stages import ENCODER, USUAL, WHOLE, Timing, micro_batches, run_config, stages
-from benchmarks.texts import (
-    Text,
-    books,
-    library_documents,
-    read_documents,
-    short_documents,
-    write_shard,
-    write_text,
-)
+from benchmarks.texts import Text, books, library_documents, read_documents, short_documents, write_shard, write_text
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.data.tokenizer import Tokenizer

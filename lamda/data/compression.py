@@ -15,8 +15,5 @@ def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
     """
     if not text:
         raise ValueError("an empty text has no bits per byte")
-    compressed = {
-        "zstd -19": zstandard.ZstdCompressor(level=19).compress(text),
-        "xz -9": lzma.compress(text, preset=9),
-    }
+    compressed = {"zstd -19": zstandard.ZstdCompressor(level=19).compress(text), "xz -9": lzma.compress(text, preset=9)}
     return {name: 8 * len(content) / len(text) for name, content in compressed.items()}

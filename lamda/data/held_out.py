@@ -61,8 +61,7 @@ class HeldOut:
     def documents(self) -> Iterator[Document]:
         """Every document once, source by source, file by file."""
         for source in self.sources:
-            for file in resolve(source, on_wait=self.on_wait):
-                yield from self._documents_of(source, file)
+            yield from self._documents_in(source, resolve(source, on_wait=self.on_wait))
 
     def rows(self, domains: list[str]) -> Iterator[Row]:
         """All rows, one from each file in turn (from each group of files, if a source has many).
@@ -88,11 +87,8 @@ class HeldOut:
 
     def _documents_in(self, source: Source, files: Sequence[File]) -> Iterator[Document]:
         for file in files:
-            yield from self._documents_of(source, file)
-
-    def _documents_of(self, source: Source, file: File) -> Iterator[Document]:
-        entries = read_lane(whole_lane(source, file, form=self.form), Cursor())
-        return (entry for entry in entries if isinstance(entry, Document))
+            entries = read_lane(whole_lane(source, file, form=self.form), Cursor())
+            yield from (entry for entry in entries if isinstance(entry, Document))
 
     def _rows_of(self, documents: Iterator[Document], domains: list[str]) -> Iterator[Row]:
         length = self.sequence_length
@@ -100,8 +96,8 @@ class HeldOut:
         for chunk in self._encoded(documents, domains):
             stream = stream + chunk
             while len(stream.ids) > length:
-                yield self._row(stream.head(length + 1), len(domains))
-                stream = stream.tail(length)
+                yield self._row(stream[: length + 1], len(domains))
+                stream = stream[length:]
         if len(stream.ids) > 1:
             yield self._row(stream, len(domains))
 
@@ -154,11 +150,8 @@ class _Stream:
             np.concatenate([self.domains, other.domains]),
         )
 
-    def head(self, count: int) -> _Stream:
-        return _Stream(self.ids[:count], self.first[:count], self.domains[:count])
-
-    def tail(self, start: int) -> _Stream:
-        return _Stream(self.ids[start:], self.first[start:], self.domains[start:])
+    def __getitem__(self, part: slice) -> _Stream:
+        return _Stream(self.ids[part], self.first[part], self.domains[part])
 
 
 def require_documents(source: Source, *, form: Form, on_wait: Callable[[], object]) -> None:

@@ -117,14 +117,11 @@ class Loader:
         before = corpus.mixture.rows_before(consumed).tolist()
         known = order or [SourceOrder() for _ in corpus.sources]
         self._order = [each.without(row) for each, row in zip(known, before, strict=True)]
-        self._stage = corpus.mixture.stage(consumed)
-        self._own, self._near = self._lanes_of(margin=0.0), self._lanes_of(margin=2 / batch)
         # By source and window; the second also by lane.
         self._places: dict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         self._found: dict[tuple[int, int], dict[int, LaneRows]] = {}
-        for source in range(len(corpus.sources)):
-            self._begin_known(source)
-            self._begin_next(source)
+        self._stage = -1
+        self._enter_stage(corpus.mixture.stage(consumed))
 
     def __enter__(self) -> Loader:
         return self

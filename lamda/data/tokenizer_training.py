@@ -65,11 +65,7 @@ def train_run_tokenizer(config: Config) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{target.parent}: cannot be created ({error.strerror}); use another run.dir") from error
-    train_tokenizer(
-        _sample(corpus, limit=config.tokenizer.train_bytes),
-        target,
-        vocab_size=config.model.vocab_size,
-    )
+    train_tokenizer(_sample(corpus, limit=config.tokenizer.train_bytes), target, vocab_size=config.model.vocab_size)
     return target
 
 
@@ -117,10 +113,9 @@ def train_tokenizer(
     failures: list[BaseException] = []
     with ExitStack() as learning:
         learning.enter_context(computing(progress))
-        sentences = _recording(_sentences(texts), failures)
         begin = partial(learning.enter_context, waiting(f"learning {vocab_size:,} pieces"))
         try:
-            model = _learn(_then(sentences, begin), vocab_size=vocab_size)
+            model = _learn(_watched(_sentences(texts), failures, begin), vocab_size=vocab_size)
         except RuntimeError as error:
             if failures:
                 raise failures[0] from None
@@ -186,8 +181,11 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
                 yield segment[start:]
 
 
-def _recording(sentences: Iterator[str], failures: list[BaseException]) -> Iterator[str]:
-    """The same sentences. Exceptions from reading are kept, since SentencePiece replaces them with RuntimeError."""
+def _watched(sentences: Iterator[str], failures: list[BaseException], begin: Callable[[], object]) -> Iterator[str]:
+    """The same sentences. Exceptions from reading are kept, since SentencePiece replaces them with RuntimeError.
+
+    begin: called after the last sentence, when SentencePiece starts to learn.
+    """
     try:
         yield from sentences
     except GeneratorExit:
@@ -195,11 +193,6 @@ def _recording(sentences: Iterator[str], failures: list[BaseException]) -> Itera
     except BaseException as error:  # Ctrl-C too
         failures.append(error)
         raise
-
-
-def _then(sentences: Iterator[str], begin: Callable[[], object]) -> Iterator[str]:
-    """The same sentences, then a call to `begin`: SentencePiece starts to learn after the last sentence."""
-    yield from sentences
     begin()
 
 

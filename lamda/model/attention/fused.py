@@ -70,14 +70,7 @@ class _Attention(torch.autograd.Function):
 class _BandGradient(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        out: Tensor,
-        lse: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        band: Tensor,
-        documents: Tensor | None,
+        ctx: Any, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, documents: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, band, documents, out, lse)
         return out.view_as(out)

@@ -127,14 +127,7 @@ def _(
 
 @torch.library.custom_op("lamda::band_gradient", mutates_args=())
 def band_gradient(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    band: Tensor,
-    documents: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, documents: Tensor | None, out: Tensor, lse: Tensor
 ) -> Tensor:
     """The gradient of the band, [H, BAND]; deterministic."""
     q, k, v = _strided(*_held(q, k, v))
@@ -154,14 +147,7 @@ def band_gradient(
 
 @band_gradient.register_fake
 def _(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    band: Tensor,
-    documents: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, documents: Tensor | None, out: Tensor, lse: Tensor
 ) -> Tensor:
     return torch.empty_like(band, memory_format=torch.contiguous_format)
 
