@@ -1,16 +1,14 @@
-"""`benchmark.py attention`: forward and backward of every attention backend that trains on the device at hand.
+"""`benchmark.py attention`: forward and backward time of every attention backend that trains on this device.
 
-All backends do the same work in turn, several times over, so that whatever else the machine does meets
-all of them: a ratio is of two times of one round, and the median of the rounds is told. What is timed
-goes from the packed projection of queries, keys and values and the bias table to the output, and back.
+All backends do the same work in turn, for several rounds, so that other load on the machine affects all of them. A
+ratio compares two times of one round; the report has the median over rounds. The timed work is from the packed
+projection of queries, keys and values and the bias table to the output, and back.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
@@ -18,7 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from benchmarks import environment, read_report, write_report
+from benchmarks import new_parser, report
 from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 from lamda.model.attention.backends import Backend, backend_for, check_backend
@@ -33,9 +31,9 @@ PACKAGES = ("torch", "numpy")
 
 
 def main(argv: list[str]) -> int:
-    """As `--help` says; raises UserError."""
+    """See `--help`. Raises UserError."""
+    parser = new_parser("attention")
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="benchmark.py attention", allow_abbrev=False)
     parser.add_argument(
         "--lengths", metavar="L", type=int, nargs="+", default=[1024, 2048, 4096] if gpu else [512, 1024]
     )
@@ -44,29 +42,27 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--width", metavar="K", type=int, default=128 if gpu else 64, help="of a head (%(default)s)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="(%(default)s)")
     parser.add_argument("--compile", action="store_true", help="through torch.compile, as a compiled block has it")
-    parser.add_argument(
-        "--json", metavar="FILE", type=Path, default=Path("benchmarks/attention.json"), help="(%(default)s)"
-    )
-    parser.add_argument("--markdown", action="store_true", help="measure nothing, print the tables of --json FILE")
     options = parser.parse_args(argv)
-    if not options.markdown:
-        report = environment(["attention", *argv], PACKAGES) | measure(
+    return report(
+        options,
+        ["attention", *argv],
+        PACKAGES,
+        lambda: measure(
             lengths=options.lengths,
             tokens=options.tokens,
             heads=options.heads,
             width=options.width,
             dtype=getattr(torch, options.dtype),
             compiled=options.compile,
-        )
-        write_report(options.json, report)
-    print(markdown(read_report(options.json)))
-    return 0
+        ),
+        markdown,
+    )
 
 
 def measure(
     *, lengths: Sequence[int], tokens: int, heads: int, width: int, dtype: torch.dtype, compiled: bool
 ) -> dict[str, Any]:
-    """Times, ratios to `math` and memory for each length, and why a backend is not among them."""
+    """Times, ratios to `math` and memory for each length, and the reason for each backend that is left out."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backends, left_out = {}, {}
     for name in BACKENDS:
@@ -98,7 +94,7 @@ def measure(
 
 
 class Work:
-    """Attention of one backend on inputs that are the same for all."""
+    """Attention of one backend; the inputs are the same for all backends."""
 
     def __init__(
         self,
@@ -132,7 +128,7 @@ class Work:
         return rearrange(self._backend.attend(q, k, v, bias, self._mask), "b h l k -> b l (h k)")
 
     def run(self) -> dict[str, float]:
-        """Seconds of each part, and on a GPU the bytes that it took at the most beyond its inputs."""
+        """Seconds of each part, and on a GPU the peak memory in bytes beyond the inputs."""
         self._packed.grad = self._table.grad = None
         on_gpu = self._packed.is_cuda
         before = torch.cuda.memory_allocated() if on_gpu else 0
@@ -156,7 +152,7 @@ def _timed(work: Callable[[], Any], *, on_gpu: bool) -> tuple[float, Any]:
 
 
 def _rounds(work: dict[str, Work]) -> dict[str, Any]:
-    """All backends in turn, after two rounds that do not count (they compile, and fill caches)."""
+    """All backends in turn, after two warm-up rounds that compile and fill caches."""
     rounds = [{name: each.run() for name, each in work.items()} for _ in range(ROUNDS + 2)][2:]
     return {"backends": {name: _medians(rounds, name, flops=each.flops) for name, each in work.items()}}
 
@@ -177,7 +173,7 @@ def _medians(rounds: Sequence[dict[str, dict[str, float]]], name: str, *, flops:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table of a report, with what it was measured on."""
+    """The table of a report with its environment."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     shape = report["shape"]
     way = "compiled" if shape["compiled"] else "eager"

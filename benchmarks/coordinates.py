@@ -1,22 +1,20 @@
-"""The coordinate check: whether a few steps change activations by the same at every width (muP, arXiv 2203.03466).
+"""The muP coordinate check (arXiv 2203.03466): do a few steps change activations equally at every width?
 
-A rate carries over from a narrow model to a wide one where what a step changes has one size in both. So every
-width is trained for the same steps on the same tokens, and how far hidden states and logits have moved is set against
-the width: the exponent of a power law is 0 where they move alike, and 0.5 or 1 where a wide model moves by more.
+A learning rate transfers from a narrow to a wide model if a step changes both by the same amount. Every width is
+trained for the same steps on the same tokens, and the change of hidden states and logits is fitted to a power of the
+width: the exponent is 0 if all widths change equally, and 0.5 or 1 if wide models change more.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from benchmarks import environment, write_report
+from benchmarks import new_parser, report
 from lamda.config import ModelConfig
 from lamda.config.schema import TrainConfig
 from lamda.engines.deepspeed.optimizer import make_optimizer, set_learning_rate, without_compile
@@ -31,30 +29,30 @@ WATCHED = ("attention", "feed-forward", "stream", "logits")
 
 
 def main(argv: list[str]) -> int:
-    """As `--help` says."""
-    parser = argparse.ArgumentParser(prog="benchmark.py coordinates", allow_abbrev=False)
+    """See `--help`. Raises UserError."""
+    parser = new_parser("coordinates")
     parser.add_argument("--optimizer", choices=("adamw", "muon", "adafactor"), nargs="+", default=["adamw"])
     parser.add_argument("--lr", type=float, default=4e-3, help="at the lowest width (%(default)s)")
     parser.add_argument("--steps", type=int, default=6, help="of training (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", type=Path, default=Path("benchmarks/coordinates.json"))
     options = parser.parse_args(argv)
-    found = {
-        optimizer: {
-            name: check(optimizer, lr=options.lr, steps=options.steps, base_width=base)
-            for name, base in (("as given", None), ("base_width", min(WIDTHS)))
+
+    def measured() -> dict[str, Any]:
+        found = {
+            optimizer: {
+                name: check(optimizer, lr=options.lr, steps=options.steps, base_width=base)
+                for name, base in (("as given", None), ("base_width", min(WIDTHS)))
+            }
+            for optimizer in options.optimizer
         }
-        for optimizer in options.optimizer
-    }
-    report = environment(["coordinates", *argv], PACKAGES) | {"widths": WIDTHS, "optimisers": found}
-    write_report(options.json, report)
-    print("\n".join(table(found)))
-    return 0
+        return {"widths": WIDTHS, "optimisers": found}
+
+    return report(options, ["coordinates", *argv], PACKAGES, measured, table)
 
 
 def check(
     optimizer: str, *, lr: float, steps: int, base_width: int | None, widths: Sequence[int] = WIDTHS
 ) -> dict[str, Any]:
-    """For each of WATCHED: the RMS of its change at every width, and the exponent of the width that fits it."""
+    """For each of WATCHED: the RMS of its change at every width, and the fitted exponent of the width."""
     train = TrainConfig(steps=steps, optimizer=optimizer, lr=lr, base_width=base_width, weight_decay=0)
     moved = [changes(width, train, steps=steps) for width in widths]
     return {
@@ -69,7 +67,7 @@ def exponent(widths: Sequence[int], sizes: Sequence[float]) -> float:
 
 
 def changes(width: int, train: TrainConfig, *, steps: int) -> dict[str, float]:
-    """The RMS of what `steps` steps on one batch of random tokens change in the last block and after it."""
+    """The RMS change of the last block and the logits by `steps` steps on one batch of random tokens."""
     model = LaMDA(
         ModelConfig(
             vocab_size=VOCABULARY,
@@ -98,7 +96,7 @@ def changes(width: int, train: TrainConfig, *, steps: int) -> dict[str, float]:
 
 @torch.no_grad()
 def watch(model: LaMDA, tokens_BL: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the last block's halves add, the stream after it, and the logits."""
+    """The outputs of both halves of the last block, the residual stream after it, and the logits."""
     seen: dict[str, torch.Tensor] = {}
 
     def keep(name: str, module: torch.nn.Module) -> torch.utils.hooks.RemovableHandle:
@@ -113,10 +111,11 @@ def watch(model: LaMDA, tokens_BL: torch.Tensor) -> dict[str, torch.Tensor]:
     return seen
 
 
-def table(found: dict[str, dict[str, Any]]) -> Iterable[str]:
-    """A row for each optimiser and way: the exponents."""
-    yield f"{'exponent of the width':24}" + "".join(f"{name:>14}" for name in WATCHED)
-    for optimizer, ways in found.items():
-        for way, rows in ways.items():
+def table(report: dict[str, Any]) -> str:
+    """The exponents, one row per optimizer and setting."""
+    lines = [f"{'exponent of the width':24}" + "".join(f"{name:>14}" for name in WATCHED)]
+    for optimizer, settings in report["optimisers"].items():
+        for setting, rows in settings.items():
             cells = "".join(f"{rows[name]['exponent']:14.2f}" for name in WATCHED)
-            yield f"{optimizer + ', ' + way:24}" + cells
+            lines.append(f"{optimizer + ', ' + setting:24}" + cells)
+    return "\n".join(lines)

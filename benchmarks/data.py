@@ -1,12 +1,11 @@
-"""`benchmark.py data`: tokens a second of the data path, stage by stage, on one core, beside the usual way.
+"""`benchmark.py data`: tokens per second of each stage of the data path on one core, beside `datasets` streaming.
 
-All stages do the same text, one after the other and several times over, so that whatever else the machine does
-meets all of them: a ratio is of two figures of one round, and the median of the rounds' ratios is told.
+All stages process the same text in turn, for several rounds, so that other load on the machine affects all of them. A
+ratio compares two figures of one round; the report has the median over rounds.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import tempfile
@@ -19,17 +18,9 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from benchmarks import environment, read_report, write_report
+from benchmarks import new_parser, report
 from benchmarks.data_stages import ENCODER, USUAL, WHOLE, Timing, micro_batches, run_config, stages
-from benchmarks.texts import (
-    Text,
-    books,
-    library_documents,
-    read_documents,
-    short_documents,
-    write_shard,
-    write_text,
-)
+from benchmarks.texts import Text, books, library_documents, read_documents, short_documents, write_shard, write_text
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.data.tokenizer import Tokenizer
@@ -42,34 +33,31 @@ PACKAGES = ("numpy", "sentencepiece", "datasets", "pyarrow", "orjson", "zstandar
 
 
 def main(argv: list[str]) -> int:
-    """As `--help` says; raises UserError."""
-    parser = argparse.ArgumentParser(prog="benchmark.py data", allow_abbrev=False)
+    """See `--help`. Raises UserError."""
+    parser = new_parser("data")
     parser.add_argument("--files", metavar="GLOB", help="text to measure; default: the standard library's sources")
     parser.add_argument("--tokenizer", metavar="MODEL", type=Path, help="default: one trained on the standard library")
     parser.add_argument("--tokens", metavar="N", type=int, default=5_000_000, help="of each text (%(default)s)")
     parser.add_argument(
         "--documents", metavar="N", type=int, default=1_000_000, help="tiny ones that memory is seen over (%(default)s)"
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, default=Path("benchmarks/data.json"), help="(%(default)s)")
-    parser.add_argument("--markdown", action="store_true", help="measure nothing, print the tables of --json FILE")
     options = parser.parse_args(argv)
-    if not options.markdown:
+
+    def measured() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder, one_core():
-            measured = measure(
+            return measure(
                 Path(folder),
                 files=options.files,
                 model=options.tokenizer,
                 tokens=options.tokens,
                 documents=options.documents,
             )
-        report = environment(["data", *argv], PACKAGES) | measured
-        write_report(options.json, report)
-    print(markdown(read_report(options.json)))
-    return 0
+
+    return report(options, ["data", *argv], PACKAGES, measured, markdown)
 
 
 def measure(folder: Path, *, files: str | None, model: Path | None, tokens: int, documents: int) -> dict[str, Any]:
-    """Rates on each text, and memory over many documents. `folder` takes what is written on the way."""
+    """Rates on each text, and memory over many documents. `folder` is for temporary files."""
     if model is None:
         model = folder / "tokenizer.model"
         with ProcessPoolExecutor(1, get_context("spawn")) as process:  # its memory is not the data path's
@@ -94,7 +82,7 @@ def _train_tokenizer(library: Path, model: Path) -> None:
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """All threads of this process, and those that they start, share one core. Raises UserError where they cannot."""
+    """Run all threads of this process on one core. Raises UserError if the system does not support that."""
     if not hasattr(os, "sched_setaffinity"):
         raise UserError("this system binds no thread to a core: run the benchmark on Linux")
     allowed = os.sched_getaffinity(0)
@@ -172,7 +160,7 @@ def _resident() -> float:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The tables of a report, with what they were measured on."""
+    """The tables of a report with its environment."""
     texts = report["texts"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     rows = [

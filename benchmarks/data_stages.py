@@ -1,4 +1,4 @@
-"""The parts of the data path, the whole of it and the usual way, each as something that can be timed."""
+"""The stages of the data path, the whole path, and the usual way with `datasets`, each as a timed function."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from sentencepiece import SentencePieceProcessor
 
 from benchmarks.texts import Text
 from lamda.config.schema import Config
-from lamda.data.blocks import ENCODE_CHARACTERS, LaneReader, Part
+from lamda.data.blocks import LaneReader, Part
 from lamda.data.corpus import Corpus, open_corpus, packing_of
 from lamda.data.documents import Document
 from lamda.data.files import File, read_all, read_lines
 from lamda.data.lanes import RAW_TEXT, Cursor
 from lamda.data.loader import Loader, Step
 from lamda.data.quarantine import BadLine
+from lamda.data.spans import ENCODE_CHARACTERS
 from lamda.data.tokenizer import _SPACE_PIECE_UTF8, Tokenizer, _cut
 
 ENCODER, WHOLE, USUAL = "encode", "whole path", "usual way"
 
 
 class Timing(NamedTuple):
-    """Seconds that so many tokens took; seconds to the first micro-batch, where there is one."""
+    """Seconds for a number of tokens; first: seconds to the first micro-batch, if measured."""
 
     seconds: float
     tokens: int
@@ -50,7 +51,7 @@ def run_config(shards: Sequence[Path], **data: Any) -> Config:
 
 
 def micro_batches(config: Config, tokenizer: Tokenizer) -> Iterator[NDArray[np.uint32]]:
-    """Our way, endless: from files to the ids of a rank's micro-batches, [b, L+1]."""
+    """Our way, endless: from files to the ids [b, L+1] of a rank's micro-batches."""
     with closing(loader_steps(config, open_corpus(config.data), tokenizer, seed=config.run.seed)) as steps:
         for step in steps:
             yield from (micro_batch.ids for micro_batch in step.micro_batches)
@@ -80,9 +81,9 @@ def usual_dataset(config: Config) -> IterableDataset:
 def usual_micro_batches(
     dataset: IterableDataset, processor: SentencePieceProcessor, config: Config, *, end: int
 ) -> Iterator[NDArray[np.int32]]:
-    """The usual way, once: whole documents encoded to numpy in batches, with the id `end` after each, then grouped.
+    """The usual way, one epoch: documents encoded in batches, with the id `end` after each, then grouped into rows.
 
-    What is left after the last full micro-batch is left out.
+    The remainder after the last full micro-batch is dropped.
     """
     length = config.data.sequence_length + 1
     ends = np.array([end], np.int32)
@@ -105,7 +106,7 @@ def usual_micro_batches(
 
 
 class _Counting(Tokenizer):
-    """Counts the tokens that it gives, and an end symbol for each text."""
+    """Counts its tokens, and one end symbol per text."""
 
     tokens = 0
 
@@ -116,9 +117,9 @@ class _Counting(Tokenizer):
 
 
 def time_whole_path(config: Config, model: Path, *, tokens: int) -> Timing:
-    """Seconds from the first file opened to the last thread ended, with about `tokens` tokens taken on the way.
+    """Seconds from opening the first file to the end of the last thread, for about `tokens` tokens.
 
-    What counts is all that was encoded: lanes are read ahead of the last micro-batch.
+    All encoded tokens count, since lanes are read ahead of the last micro-batch.
     """
     tokenizer = _Counting.load(model)
     began = perf_counter()
@@ -130,7 +131,7 @@ def time_whole_path(config: Config, model: Path, *, tokens: int) -> Timing:
 
 
 def time_usual_way(config: Config, processor: SentencePieceProcessor, *, end: int) -> Timing:
-    """Seconds of all micro-batches from the opened data set on; those to the first one are from before it is opened."""
+    """Seconds of all micro-batches after opening the dataset; `first` includes opening it."""
     began = perf_counter()
     dataset = usual_dataset(config)
     opened = perf_counter()
@@ -146,7 +147,7 @@ def _consume(batches: Iterable[NDArray[Any]]) -> int:
 
 
 def stages(text: Text, model: Path, config: Config) -> dict[str, Callable[[], Timing]]:
-    """What is timed, by name. A part of the path alone gets from memory what the part before it gives."""
+    """The timed functions by name. A single stage reads the output of the previous stage from memory."""
     tokenizer, processor = Tokenizer.load(model), SentencePieceProcessor(model_file=str(model))
     compressed = [_file(shard) for shard in text.shards]
     plain = [_unpacked(file) for file in compressed]
@@ -184,11 +185,11 @@ def _unpacked(file: File) -> File:
 
 
 def _encoder_batches(documents: Iterable[str]) -> Iterator[list[bytes]]:
-    """The pieces that the tokenizer gives to its encoder, in batches of the size that blocks are made from."""
+    """The pieces that the tokenizer passes to its encoder, in batches of the usual size."""
     batch: list[bytes] = []
     held = 0
     for document in documents:
-        batch += [piece for stretch in document.encode().split(_SPACE_PIECE_UTF8) for piece in _cut(stretch)]
+        batch += [piece for segment in document.encode().split(_SPACE_PIECE_UTF8) for piece in _cut(segment)]
         held += len(document)
         if held >= ENCODE_CHARACTERS:
             yield batch
@@ -197,7 +198,7 @@ def _encoder_batches(documents: Iterable[str]) -> Iterator[list[bytes]]:
 
 
 class _Replay:
-    """A lane and a tokenizer that give from memory what they once gave, so that packing is all that is left."""
+    """A lane and a tokenizer that return results from memory, so that only packing is timed."""
 
     form = RAW_TEXT
 
@@ -213,7 +214,7 @@ class _Replay:
         return iter(self._documents)
 
     def pieces(self, text: str) -> list[str]:
-        """The text as it is: its ids are known."""
+        """The whole text: its ids are known."""
         return [text]
 
     def encode_documents(self, texts: Sequence[str], *, threads: int) -> list[NDArray[np.uint32]]:

@@ -1,22 +1,20 @@
-"""`benchmark.py flax`: a configuration's training step in JAX and in plain PyTorch, in turn, in one run.
+"""`benchmark.py flax`: the training step of a configuration in JAX and in plain PyTorch, alternating in one run.
 
-Both compute the same mathematics on the same random rows (`benchmarks.plain_loop`), in the precision that
-DeepSpeed's file asks for; the ratio is the median of the rounds', so that whatever else the machine does meets both.
+Both compute the same step on the same random rows (`benchmarks.plain_loop`), in the precision of the DeepSpeed file.
+The ratio is the median over rounds, so that other load on the machine affects both.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks import environment, write_report
+from benchmarks import new_parser, report
 from benchmarks.plain_loop import PlainLoop
 from lamda.config import ds_config
 from lamda.config.loading import load_config
@@ -32,19 +30,18 @@ WARM_UP = 3
 
 
 def main(argv: list[str]) -> int:
-    """As `--help` says; raises UserError."""
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py flax", allow_abbrev=False, epilog="--config FILE and --section.key VALUE as in pretrain.py"
-    )
+    """See `--help`. Raises UserError."""
+    parser = new_parser("flax", takes_config=True)
     parser.add_argument("--steps", type=int, default=10, help="that count, after 3 that do not (%(default)s)")
     parser.add_argument("--alone", action="store_true", help="JAX alone: where PyTorch has no such device (TPU)")
-    parser.add_argument("--json", metavar="FILE", type=Path, default=Path("benchmarks/flax.json"), help="(%(default)s)")
     options, rest = parser.parse_known_args(argv)
-    config = load_config(rest)
-    report = environment(["flax", *argv], PACKAGES) | measure(config, steps=options.steps, alone=options.alone)
-    write_report(options.json, report)
-    print(markdown(report))
-    return 0
+    return report(
+        options,
+        ["flax", *argv],
+        PACKAGES,
+        lambda: measure(load_config(rest), steps=options.steps, alone=options.alone),
+        markdown,
+    )
 
 
 def measure(config: Config, *, steps: int, alone: bool) -> dict[str, Any]:
@@ -88,7 +85,7 @@ def measure(config: Config, *, steps: int, alone: bool) -> dict[str, Any]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table of a report, with what it was measured on."""
+    """The table of a report with its environment."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     rows, precision = report["rows"], "bf16" if report["how"]["bf16"] else "fp32"
     lines = [

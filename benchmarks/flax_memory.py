@@ -1,7 +1,7 @@
-"""`benchmark.py flax_memory`: what a step in JAX needs on each device of a mesh, without the mesh.
+"""`benchmark.py flax_memory`: memory of a JAX training step on each device of a mesh, without the devices.
 
-The step is compiled for devices of the CPU and not run: no weight is made, and no other device need be there. XLA's CPU
-computes products of bf16 in fp32, so that another device needs less than is told: compare settings by it.
+The step is compiled for CPU devices and not run, so no weights are allocated. XLA for CPUs multiplies bf16 in fp32, so
+other devices need less memory than reported; use the numbers to compare settings.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PACKAGES = ("jax", "flax", "optax")
 
 
 def main(argv: list[str]) -> int:
-    """As `--help` says; raises UserError."""
+    """See `--help`. Raises UserError."""
     parser = argparse.ArgumentParser(
         prog="benchmark.py flax_memory",
         allow_abbrev=False,
@@ -41,12 +41,12 @@ def main(argv: list[str]) -> int:
     report = environment(["flax_memory", *argv], PACKAGES) | measure(config)
     if options.json is not None:
         write_report(options.json, report)
-    print(told(report))
+    print(summary(report))
     return 0
 
 
-def told(report: dict[str, Any]) -> str:
-    """The report as lines for a person."""
+def summary(report: dict[str, Any]) -> str:
+    """The report as lines of text."""
     mesh = " x ".join(f"{name} {size}" for name, size in report["mesh"].items())
     return (
         f"{mesh}; {report['parameters']:,} parameters, micro-batch {report['micro_batch']} x {report['length']}, "

@@ -1,4 +1,4 @@
-"""The rate at which a device multiplies matrices of this model's own shapes, to measure a training step by."""
+"""The FLOP/s of a device on the matrix products of a model, as a reference for its training step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lamda.config import ModelConfig
 
 @dataclass(frozen=True)
 class Shape:
-    """A product [rows, inputs] x [inputs, outputs], and how often a forward pass has it."""
+    """A product [rows, inputs] x [inputs, outputs], and its count in a forward pass."""
 
     name: str
     inputs: int
@@ -34,7 +34,7 @@ def shapes(model: ModelConfig) -> list[Shape]:
 
 
 class MatrixRate:
-    """Forward products and both of their gradients, as often as a training step of `rows` tokens has them."""
+    """The forward products and both of their gradients, in the proportions of a training step of `rows` tokens."""
 
     def __init__(self, model: ModelConfig, *, rows: int, device: torch.device, dtype: torch.dtype) -> None:
         self._products = [_Products(shape, rows, device, dtype) for shape in shapes(model)]
@@ -45,7 +45,7 @@ class MatrixRate:
             each.run()
 
     def measure(self, seconds: float) -> float:
-        """FLOP/s sustained over `seconds`, or a little longer."""
+        """FLOP/s sustained over at least `seconds`."""
         _wait(self._device)
         flops, began = 0, time.perf_counter()
         while (now := time.perf_counter()) - began < seconds:
@@ -59,7 +59,7 @@ class MatrixRate:
         return flops / (now - began)
 
     def report(self) -> dict[str, Any]:
-        """FLOP/s over all that was measured, and of each product."""
+        """FLOP/s over all measurements, and of each product."""
         return {
             "seconds": sum(self._seconds.values()),
             "flops_per_second": sum(self._flops.values()) / sum(self._seconds.values()),

@@ -1,13 +1,12 @@
-"""`benchmark.py generate`: sampling with shared keys and values, beside Hugging Face's and the memory's own speed.
+"""`benchmark.py generate`: sampling speed, beside `transformers` and the memory bandwidth of the device.
 
-All is done in turn, several rounds over, on random weights: a token of one candidate, of several, of the model in
-8 bits, of `transformers`' `generate` on a Llama of the same matrices, and a sum over as many bytes as the weights
-have. A token of one sequence has to read every weight once, so that the sum's time is what no token undercuts.
+Each round measures, on random weights: a token of one candidate, of several, and of the int8 model; a token of
+`transformers.generate` with a Llama of the same matrices; and a sum over as many bytes as the weights. A token of one
+sequence has to read every weight once, so the time of the sum is a lower bound.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import environment, write_report
+from benchmarks import new_parser, report
 from lamda.config import ModelConfig
 from lamda.config.loading import load_config
 from lamda.inference.generation import prefill, sample
@@ -32,33 +31,35 @@ PROC = Path("/proc/self")
 
 
 def main(argv: list[str]) -> int:
-    """As `--help` says, and the configuration's flags; raises UserError."""
-    parser = argparse.ArgumentParser(prog="benchmark.py generate", allow_abbrev=False)
+    """See `--help`. Raises UserError."""
+    parser = new_parser("generate", takes_config=True)
     parser.add_argument("--prompt", metavar="L", type=int, default=512, help="tokens of the prompt (%(default)s)")
     parser.add_argument("--new", metavar="N", type=int, default=64, help="tokens of a continuation (%(default)s)")
     parser.add_argument("--candidates", metavar="N", type=int, default=16, help="(%(default)s)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="(%(default)s)")
     parser.add_argument("--rounds", metavar="N", type=int, default=3, help="(%(default)s)")
-    parser.add_argument("--json", metavar="FILE", type=Path, default=Path("benchmarks/generate.json"))
     options, rest = parser.parse_known_args(argv)
-    report = environment(["generate", *argv], PACKAGES) | measure(
-        load_config(rest).model,
-        dtype=getattr(torch, options.dtype),
-        prompt=options.prompt,
-        new=options.new,
-        candidates=options.candidates,
-        rounds=options.rounds,
+    return report(
+        options,
+        ["generate", *argv],
+        PACKAGES,
+        lambda: measure(
+            load_config(rest).model,
+            dtype=getattr(torch, options.dtype),
+            prompt=options.prompt,
+            new=options.new,
+            candidates=options.candidates,
+            rounds=options.rounds,
+        ),
+        markdown,
     )
-    write_report(options.json, report)
-    print(markdown(report))
-    return 0
 
 
 @torch.no_grad()
 def measure(
     config: ModelConfig, *, dtype: torch.dtype, prompt: int, new: int, candidates: int, rounds: int
 ) -> dict[str, Any]:
-    """Seconds, bytes and ratios; a ratio is of two times of one round, and the median of the rounds is told."""
+    """Seconds, bytes and ratios. A ratio compares two times of one round; reported is the median over rounds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = LaMDA(config)
     initialise(model, seed=0)

@@ -1,12 +1,12 @@
-"""`benchmark.py learning`: what a token teaches LaMDA beside peers of its size, on the same rows.
+"""`benchmark.py learning`: sample efficiency of LaMDA and of peers of its size, on the same rows.
 
-The project's loader and tokenizer feed every model; a seed gives all of them the same rows in the same order. Each
-has its own usual recipe, at rates that are swept, and a peer's `+` has LaMDA's as far as it fits. Every run is
-kept as it ends, and one that is there already is not repeated.
+All models use the project's loader and tokenizer; a seed gives all of them the same rows in the same order. Each has
+its usual recipe, with a sweep of learning rates; a peer's `+` has LaMDA's recipe as far as it applies. Every run is
+added to the record when it ends, and runs that are in the record are not repeated.
 
-Held-out loss over seconds is never that of one run: runs at different times on a machine that others use do not
-compare. `--time` takes a few steps of all models in turn, and a curve's seconds are its tokens times the median time
-a token from there. A run's own seconds, of its training steps alone, are kept as well.
+Loss over seconds is not taken from single runs, since runs at different times on a shared machine do not compare.
+`--time` times a few steps of all models in turn, and the seconds of a curve are its tokens times the median time per
+token. The seconds of the training steps of each run are recorded as well.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from lamda.durable import replace_file
 
 PACKAGES = ("torch", "transformers", "x-transformers", "sentencepiece", "deepspeed")
 IDENTITY = ("model", "label", "setting", "rows", "seed", "rate", "recipe")
-"""What a run is the same by."""
+"""The fields that identify a run."""
 
 SIZES = ("vocab_size", "d_model", "n_layers", "n_heads", "d_head", "d_ff")
 REPORT_EVERY = 25
 BATCHES = 4
-"""Steps' rows that a measurement of time goes round."""
+"""Steps whose rows a measurement of time cycles through."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A run that is not in the record. identity: what it will be found by."""
+    """A run that is not in the record yet. identity: its values of IDENTITY."""
 
     config: Config
     model: str
@@ -54,7 +54,7 @@ class Planned:
 
 
 def main(argv: list[str]) -> int:
-    """As `--help` says; raises UserError."""
+    """See `--help`. Raises UserError."""
     options, rest = _parser().parse_known_args(argv)
     if options.markdown or options.picture:
         report = read_report(options.json)
@@ -117,12 +117,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _rate(text: str) -> float | None:
-    """None stands for the best of the record."""
+    """A rate; None stands for the best of the record."""
     return None if text == "best" else float(text)
 
 
 def _environment(words: Sequence[str], how: How) -> dict[str, Any]:
-    """With the versions of those packages that are there."""
+    """The environment, with the versions of installed packages."""
     there = []
     for name in PACKAGES:
         try:
@@ -135,7 +135,7 @@ def _environment(words: Sequence[str], how: How) -> dict[str, Any]:
 
 
 def _setting(config: Config, how: How) -> dict[str, Any]:
-    """What the runs of one table have in common, but for their length and their held-out rows."""
+    """The common settings of the runs of one table, without length and held-out rows."""
     sizes = {key: getattr(config.model, key) for key in SIZES}
     is_preset = config.model.preset is not None and sizes == PRESETS[config.model.preset]
     return {
@@ -150,7 +150,7 @@ def _setting(config: Config, how: How) -> dict[str, Any]:
 def _plan(
     names: Sequence[str], config: Config, rows: Rows, how: How, options: argparse.Namespace, *, own_rate: float | None
 ) -> Iterator[Planned]:
-    """The runs that the record has not, all models of a seed before the next seed. own_rate: lamda's, where given."""
+    """The runs that are missing in the record, seed by seed. own_rate: the rate of lamda, if given."""
     known = _read(options.json)["runs"]
     there = {_key(each) for each in known}
     tokens = config.steps * config.train.global_batch_size * config.data.sequence_length
@@ -188,7 +188,7 @@ def _run(planned: Planned, rows: Rows, how: How, embedding_scale: float, *, plac
 
 
 def _time(names: Sequence[str], rows: Rows, how: How, *, rounds: int) -> dict[str, Any]:
-    """lamda and the named models in turn; a treatment costs no time, so a peer's `+` is the peer."""
+    """Time lamda and the named models in turn; a recipe costs no time, so a peer's `+` is timed as the peer."""
     config = rows.config
     kinds = dict.fromkeys(["lamda", *(name.removesuffix("+") for name in names)])
     learners = {name: make_learner(name, config, rate=PEERS[name].rates[0], device=how.device) for name in kinds}
@@ -209,7 +209,7 @@ def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _add(path: Path, kind: str, entry: dict[str, Any]) -> None:
-    """Add to the record as it is now, which is whole at every moment; an entry a line."""
+    """Add an entry to the current record, one per line; the file is replaced atomically."""
     report = _read(path)
     report[kind].append(entry)
     path.parent.mkdir(parents=True, exist_ok=True)

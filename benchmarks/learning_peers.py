@@ -200,13 +200,7 @@ def _adamw_recipe(config: Config, rate: float, embedding_scale: float | None) ->
         }  # fmt: skip
         return _recipe(own, scales, {"head": decay, "matrices": decay})
     train = TrainConfig(
-        steps=config.steps,
-        lr=rate,
-        beta2=0.95,
-        z_loss=0.0,
-        schedule="cosine",
-        warmup_steps=WARM_UP,
-        min_lr_ratio=0.1,
+        steps=config.steps, lr=rate, beta2=0.95, z_loss=0.0, schedule="cosine", warmup_steps=WARM_UP, min_lr_ratio=0.1
     )
     return _recipe(train, {}, {"embedding": 0.1, "head": 0.1, "matrices": 0.1})
 
@@ -279,10 +273,7 @@ PEERS = {
         restart=learning_models.restart_x_transformers,
     ),
     "nanochat": Peer(
-        learning_models.nanochat,
-        {"embedding": "embedding", "head": "head"},
-        _nanochat_recipe,
-        (0.01, 0.02, 0.04),
+        learning_models.nanochat, {"embedding": "embedding", "head": "head"}, _nanochat_recipe, (0.01, 0.02, 0.04)
     ),
 }
 

@@ -26,12 +26,12 @@ NORMAL = 1.959964
 COLORS = {
     "lamda": "#000000", "llama": "#0072B2", "gpt2": "#E69F00", "x-transformers": "#009E73", "nanochat": "#D55E00"
 }  # fmt: skip
-"""Of Okabe and Ito's palette, which color-blind people can distinguish."""
+"""From the palette of Okabe and Ito, which color-blind people can distinguish."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A model with one recipe, at its best rate. means: what rates are judged by, inf where a run diverged."""
+    """A model with one recipe, at its best rate. means: mean loss by rate, inf if a run diverged."""
 
     name: str
     model: str

@@ -27,8 +27,8 @@ from lamda.config.schema import Config
 from lamda.data.corpus import Corpus, open_corpus
 from lamda.data.held_out import HeldOut
 from lamda.data.loader import Step, batch_digest
-from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
+from lamda.data.tokenizer_training import ensure_tokenizer
 from lamda.engines.deepspeed.optimizer import without_compile
 from lamda.model.loss import token_losses, token_nats
 from lamda.training.inputs import validation
@@ -36,16 +36,20 @@ from lamda.training.inputs import validation
 Precision = Literal["fp32", "bf16"]
 
 LOSS_EVERY = 10
-"""Steps whose mean is a point of the curve of training losses."""
+"""Steps that are averaged for a point of the training loss curve."""
+
 POINTS = 8
 """Evaluations of a run, the last one at its end."""
+
 POINT_ROWS, FINAL_ROWS = 64, 512
-"""Held-out rows of a point, and of the figure at the end, the former among them."""
+"""Held-out rows of an evaluation, and of the final one, which include the former."""
+
 ROWS_AT_ONCE = 8
 DIGITS = 6
-"""After the point, in curves."""
+"""Decimal places in curves."""
+
 TIMED_STEPS = 3
-"""Steps of a model before the next one's turn."""
+"""Consecutive timed steps of one model."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,12 @@ class HeldOutRows:
 
     @property
     def digest(self) -> str:
-        """16 hex digits that name these rows."""
+        """16 hex digits that identify these rows."""
         return hashlib.sha256(self.ids.numpy().astype("<i8").tobytes()).hexdigest()[:16]
 
 
 class Rows:
-    """What all models of a configuration read. Raises UserError where there is no text, or none held out."""
+    """The rows that all models read. Raises UserError if there is no training or held-out text."""
 
     def __init__(self, config: Config) -> None:
         if config.data.separates_documents:
@@ -78,7 +82,7 @@ class Rows:
         return loader_steps(self.config, self.corpus, self.tokenizer, seed=seed)
 
     def _digest(self, seed: int) -> str:
-        """What names the first step's rows with this seed."""
+        """The digest of the rows of the first step with this seed."""
         with closing(self.steps(seed)) as steps:
             step = next(steps)
         return batch_digest(step.digests[np.argsort(step.positions)])
@@ -110,7 +114,7 @@ def _held_out(config: Config, tokenizer: Tokenizer) -> HeldOutRows:
 
 @dataclass(frozen=True)
 class How:
-    """On what device and in which precision: bf16 is autocast over fp32 weights."""
+    """Device and precision; bf16 is autocast over fp32 weights."""
 
     device: torch.device
     precision: Precision = "fp32"

@@ -1,6 +1,7 @@
-"""A month of training with failures at Llama 3's rate and a preemption each day, simulated from measured times.
+"""Simulation of a month of training, with the failure rate of Llama 3 and one preemption per day, from measured times.
 
-time that counts = steps that are kept; lost: saves' stalls, steps done again, detection, restarts
+Effective time is spent on steps that are kept. The rest is lost to stalls by saves, repeated steps, detection of
+failures, and restarts.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ HOUR, DAY = 3600.0, 86_400.0
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds, measured on the system that is asked about.
+    """Seconds, measured on the system in question.
 
-    interval: training between checkpoints. stall: steps stand still for a save. save: until it is complete.
-    start: from the launch to the first new step, loading included. detect: until a failure ends the run.
-    queue: until the scheduler starts it again.
+    interval: training between checkpoints. stall: pause of training for a save. save: until it is complete. start: from
+    launch to the first new step, with loading. detect: until a failure ends the run. queue: until the scheduler
+    restarts it.
     """
 
     interval: float
@@ -34,7 +35,7 @@ class Times:
 
 
 def simulate(times: Times, *, gpus: int, days: int = 30, seed: int = 0) -> dict[str, float]:
-    """Share of the time spent on steps that count, and where the rest went, in seconds."""
+    """Share of time spent on kept steps, and the seconds of each kind of loss."""
     draw = random.Random(seed)
     clock, since_save, next_preemption = 0.0, 0.0, DAY
     mean = GPU_HOURS_PER_FAILURE * HOUR / gpus if gpus else math.inf
@@ -52,7 +53,7 @@ def simulate(times: Times, *, gpus: int, days: int = 30, seed: int = 0) -> dict[
         clock = event
         if event == next_failure:
             failures += 1
-            # A save that was under way is void: the one before it is the newest.
+            # An unfinished save is lost: the previous one is the newest.
             torn = times.interval if since_save < times.save and spent["kept"] else 0.0
             spent["kept"] -= torn
             spent["lost steps"] += since_save + torn

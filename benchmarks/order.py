@@ -1,13 +1,11 @@
-"""`benchmark.py order`: how good a sample of its corpus each batch is, beside rows drawn at random.
+"""`benchmark.py order`: how well each batch represents its corpus, compared with random batches of the same rows.
 
-The project's own loader reads corpora that are hard to shuffle, one epoch's worth of rows each. Every token has its
-number in the corpus in place of its id, so that what is seen, how often and when is counted, not estimated. The rows
-that are drawn at random, without replacement, are the same ones.
+The loader reads one epoch of corpora that are hard to shuffle. Every token id is replaced by the number of the token in
+the corpus, so that it is counted exactly which tokens are seen, how often and when.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import environment, read_report, write_report
+from benchmarks import new_parser, report
 from benchmarks.order_corpora import Case, Labels, cases, pile_documents
 from lamda.config.schema import Config
 from lamda.data.corpus import Corpus, open_corpus, packing_of
@@ -32,10 +30,10 @@ from lamda.data.windows import SourceOrder
 
 BATCH = 32
 SMALL_BATCH = 8
-"""In which sources are counted."""
+"""Batch size for counting sources."""
 
 DRAWINGS = 20
-"""Times that rows are drawn at random; their mean is what is reported."""
+"""Random permutations of the rows; their mean is reported."""
 
 VOCABULARY = 8_000
 TOKENIZER_BYTES = 4_000_000
@@ -43,8 +41,8 @@ PACKAGES = ("numpy", "sentencepiece", "zstandard")
 
 
 def main(argv: list[str]) -> int:
-    """As `--help` says; raises UserError."""
-    parser = argparse.ArgumentParser(prog="benchmark.py order", allow_abbrev=False)
+    """See `--help`. Raises UserError."""
+    parser = new_parser("order")
     sample = os.environ.get("LAMDA_TEST_DATA")
     parser.add_argument(
         "--data",
@@ -52,22 +50,18 @@ def main(argv: list[str]) -> int:
         default=None if sample is None else f"{sample}/pile-sample/train/*",
         help="files as The Pile's, to sort by domain; default: the sample in LAMDA_TEST_DATA, or made-up text",
     )
-    parser.add_argument(
-        "--json", metavar="FILE", type=Path, default=Path("benchmarks/order.json"), help="(%(default)s)"
-    )
-    parser.add_argument("--markdown", action="store_true", help="measure nothing, print the table of --json FILE")
     options = parser.parse_args(argv)
-    if not options.markdown:
+
+    def measured() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
-            measured = {
+            found = {
                 case.name: measure(Path(folder) / f"{number}", case)
                 for number, case in enumerate(cases(None if options.data is None else pile_documents(options.data)))
             }
         text = "made up" if options.data is None else "The Pile's format"
-        report = {**environment(["order", *argv], PACKAGES), "sorted_text": text, "batch": BATCH, "cases": measured}
-        write_report(options.json, report)
-    print(markdown(read_report(options.json)))
-    return 0
+        return {"sorted_text": text, "batch": BATCH, "cases": found}
+
+    return report(options, ["order", *argv], PACKAGES, measured, markdown)
 
 
 @dataclass(frozen=True)
@@ -198,7 +192,7 @@ def _read_an_epoch(config: Config, tokenizer: Tokenizer, numbers: Numbers, *, ro
         step = next(iter(loader))
         resumed = perf_counter() - began
     if batch_digest(step.digests[np.argsort(step.positions)]) != digests[half + 1]:
-        raise AssertionError(f"the step after sample {consumed} is another one when the run is resumed there")
+        raise AssertionError(f"resuming after sample {consumed} gives another step")
     return _Epoch(targets[:wanted], first, resumed, len(windows), max(windows))
 
 
@@ -254,7 +248,7 @@ def _distinct(sources: NDArray[Any]) -> float:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table of a report, with what it was measured on."""
+    """The table of a report with its environment."""
     rows = [
         [f"batches of {report['batch']}", "never seen", "most often", "distance", "at random", "first tenth",
          "at random", "sources in 8", "at random", "of its weight", "first batch", "resume", "largest window"],

@@ -1,4 +1,4 @@
-"""The same training step in plain PyTorch on one device, to see what an engine around it costs."""
+"""The training step in plain PyTorch on one device, to measure the overhead of an engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lamda.model.initialization import initialise
 
 
 class PlainLoop:
-    """bf16 (or fp32) weights with fp32 masters, fp32 accumulation, clipping, and the run's own optimiser."""
+    """bf16 (or fp32) weights with fp32 masters, fp32 accumulation, clipping, and the optimizer of the run."""
 
     def __init__(self, config: Config, *, device: torch.device, dtype: torch.dtype, compiled: bool) -> None:
         self._config, self.device = config, device

@@ -1,12 +1,11 @@
-"""Whether sample-and-rank picks responses that another judge prefers over a single sample.
+"""Does sample-and-rank choose responses that an independent judge prefers over a single sample?
 
-A model answers held-out contexts with N candidates each and ranks them. A judge, another model that was taught on
-other ratings, rates every candidate by the same formula. A single sample is worth the mean over the candidates.
+A model answers held-out contexts with N candidates each and ranks them. A judge, a model trained on other ratings,
+scores every candidate by the same formula. The value of a single sample is the mean over the candidates.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import environment, write_report
+from benchmarks import new_parser, report
 from lamda.config.errors import UserError
 from lamda.data.hashing import permutation
 from lamda.dialog.conversation import Message, parse_conversation
@@ -33,46 +32,45 @@ RESAMPLES = 10_000
 
 
 def main(argv: list[str]) -> int:
-    """As `--help` says; raises UserError."""
-    parser = argparse.ArgumentParser(prog="benchmark.py ranking", allow_abbrev=False)
+    """See `--help`. Raises UserError."""
+    parser = new_parser("ranking")
     parser.add_argument("run", metavar="RUN", type=Path, help="that answers and ranks")
-    parser.add_argument("judge", metavar="JUDGE", type=Path, help="a run that was taught on other ratings")
+    parser.add_argument("judge", metavar="JUDGE", type=Path, help="a run that was trained on other ratings")
     parser.add_argument("--files", metavar="FILE", type=Path, nargs="+", required=True, help="held-out conversations")
     parser.add_argument("--contexts", type=int, default=100, help="how many are answered (%(default)s)")
     parser.add_argument("--candidates", type=int, default=16, help="for each (%(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="of a candidate (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", type=Path, default=Path("benchmarks/ranking.json"))
     options = parser.parse_args(argv)
-    run, other = load_run(options.run), load_run(options.judge)
-    if run.tokenizer.sha256 != other.tokenizer.sha256:
-        raise UserError(f"{options.judge} has another tokenizer than {options.run}: start both from one model")
-    contexts = held_out_contexts(options.files)[: options.contexts]
-    sampling = Sampling(max_new_tokens=options.max_new_tokens)
-    # All are ranked: how often the safety filter refuses is another question.
-    speaker = Speaker.of(run, manner=Manner(candidates=options.candidates, threshold=1.0, sampling=sampling))
-    found = np.array(list(_compared(speaker, other, contexts, sampling)))
-    report = environment(["ranking", *argv], PACKAGES) | summary(found)
-    write_report(options.json, report)
-    print("\n".join(table(report)))
-    return 0
+
+    def measured() -> dict[str, Any]:
+        run, other = load_run(options.run), load_run(options.judge)
+        if run.tokenizer.sha256 != other.tokenizer.sha256:
+            raise UserError(f"{options.judge} has another tokenizer than {options.run}: start both from one model")
+        contexts = held_out_contexts(options.files)[: options.contexts]
+        sampling = Sampling(max_new_tokens=options.max_new_tokens)
+        # The threshold accepts all: the safety filter is not what is measured.
+        speaker = Speaker.of(run, manner=Manner(candidates=options.candidates, threshold=1.0, sampling=sampling))
+        return summary(np.array(list(_compared(speaker, other, contexts, sampling))))
+
+    return report(options, ["ranking", *argv], PACKAGES, measured, table)
 
 
 def held_out_contexts(files: Sequence[Path]) -> list[tuple[Message, ...]]:
-    """What is to be answered, in an order that mixes conversations. Raises UserError where there is nothing."""
+    """The contexts to answer, shuffled over conversations. Raises UserError if there are none."""
     found = []
     for path in files:
         for _, record in read_records(path):
             generative, _ = examples_of(parse_conversation(record))
             found += [example.context for example in generative if isinstance(example, Response) and example.context]
     if not found:
-        raise UserError(f"{', '.join(map(str, files))}: hold nothing to answer")
+        raise UserError(f"{', '.join(map(str, files))}: contain nothing to answer")
     return [found[place] for place in permutation(len(found), 0)]
 
 
 def _compared(
     speaker: Speaker, other: LoadedModel, contexts: Sequence[tuple[Message, ...]], sampling: Sampling
 ) -> Iterator[tuple[float, float, float]]:
-    """For each context: the judge's value of the chosen one, the mean over all, and the share that is worse."""
+    """For each context: the judge's score of the chosen candidate, the mean score, and the share of worse ones."""
     for number, context in enumerate(contexts):
         manner = replace(speaker.manner, sampling=replace(sampling, seed=number))
         reply = speaker.reply(context, manner)
@@ -111,11 +109,13 @@ def interval(values: NDArray[np.float64]) -> list[float]:
     return np.quantile(means, (0.025, 0.975)).tolist()
 
 
-def table(report: dict[str, Any]) -> Iterator[str]:
+def table(report: dict[str, Any]) -> str:
     """The figures as lines."""
-    low, high = report["gain_interval"]
-    yield f"{report['contexts']} contexts; the judge's 3 P(sensible) + P(specific) + P(interesting):"
-    yield f"  chosen {report['chosen']:.4f}, a single sample {report['single_sample']:.4f}"
-    yield f"  gain {report['gain']:+.4f} ({low:+.4f} to {high:+.4f})"
+    gain_low, gain_high = report["gain_interval"]
     low, high = report["preferred_interval"]
-    yield f"  better than another candidate in {report['preferred']:.1%} of pairs ({low:.1%} to {high:.1%})"
+    return (
+        f"{report['contexts']} contexts; the judge's 3 P(sensible) + P(specific) + P(interesting):\n"
+        f"  chosen {report['chosen']:.4f}, a single sample {report['single_sample']:.4f}\n"
+        f"  gain {report['gain']:+.4f} ({gain_low:+.4f} to {gain_high:+.4f})\n"
+        f"  better than another candidate in {report['preferred']:.1%} of pairs ({low:.1%} to {high:.1%})"
+    )

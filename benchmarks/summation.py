@@ -1,12 +1,11 @@
-"""How often the order of summation shows: fp32 sums of bf16 gradients, as other numbers of ranks would add them up.
+"""How often the number of ranks changes fp32 sums of bf16 gradients, through the order of summation.
 
-A rank adds its micro-batches up one after the other, and the ranks' sums are added up after that. A sum of
-bf16 numbers is exact in fp32, and so the same in any order, while their exponents are close together.
+A rank adds its micro-batches in sequence, and then the sums of the ranks are added. A sum of bf16 numbers is exact in
+fp32, and so independent of the order, as long as their exponents are close together.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Sequence
 from contextlib import closing
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment, write_report
+from benchmarks import new_parser, report
 from benchmarks.data_stages import micro_batches
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
@@ -31,23 +30,22 @@ CHUNK = 1 << 22
 
 
 def main(argv: list[str]) -> int:
-    """As `--help` says; raises UserError."""
-    parser = argparse.ArgumentParser(prog="benchmark.py summation", allow_abbrev=False)
+    """See `--help`. Raises UserError."""
+    parser = new_parser("summation")
     parser.add_argument("paths", metavar="RUN_OR_CHECKPOINT", type=Path, nargs="+")
     parser.add_argument("--micro-batches", type=int, default=16, help="of a step (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", type=Path, default=Path("benchmarks/summation.json"))
     options = parser.parse_args(argv)
-    if options.micro_batches < 1:
-        raise UserError(f"--micro-batches: a step has at least 1, not {options.micro_batches}")
-    found = [measure(find_checkpoint(path), count=options.micro_batches) for path in options.paths]
-    report = environment(["summation", *argv], PACKAGES) | {"checkpoints": found}
-    write_report(options.json, report)
-    print(table(found))
-    return 0
+
+    def measured() -> dict[str, Any]:
+        if options.micro_batches < 1:
+            raise UserError(f"--micro-batches: a step has at least 1, not {options.micro_batches}")
+        return {"checkpoints": [measure(find_checkpoint(path), count=options.micro_batches) for path in options.paths]}
+
+    return report(options, ["summation", *argv], PACKAGES, measured, table)
 
 
 def measure(path: Path, *, count: int) -> dict[str, Any]:
-    """Elements of a step's gradient whose sum depends on who adds it up, by the number of micro-batches."""
+    """Elements of the gradient of a step whose sum depends on the number of ranks, by number of micro-batches."""
     config = saved_config(path)
     model = load_model(path, config.model).to(torch.bfloat16).train()
     gradients_MN = torch.stack(list(_gradients(model, config, Tokenizer.load(path / "tokenizer.model"), count)))
@@ -72,7 +70,7 @@ def _gradients(model: LaMDA, config: Config, tokenizer: Tokenizer, count: int) -
 
 
 def compare(gradients_MN: torch.Tensor) -> dict[str, Any]:
-    """Elements that differ from one rank's sum on more ranks; in fp32 from the exact sum; in float64 on any ranks."""
+    """Elements that differ: from the sum on one rank; from the exact sum; in float64, on any number of ranks."""
     numbers = _powers_of_two(len(gradients_MN))
     ranks, rounded, wide = dict.fromkeys(numbers, 0), 0, 0
     for parts_MN in gradients_MN.split(CHUNK, dim=1):
@@ -86,7 +84,7 @@ def compare(gradients_MN: torch.Tensor) -> dict[str, Any]:
 
 
 def added_up(parts_MN: torch.Tensor) -> torch.Tensor:
-    """One after the other, in fp32 at least: [N]."""
+    """The sequential sum in fp32 or wider: [N]."""
     total_N = torch.zeros_like(parts_MN[0], dtype=torch.promote_types(parts_MN.dtype, torch.float32))
     for part_N in parts_MN:
         total_N += part_N
@@ -94,7 +92,7 @@ def added_up(parts_MN: torch.Tensor) -> torch.Tensor:
 
 
 def on_ranks(parts_MN: torch.Tensor, ranks: int) -> torch.Tensor:
-    """As ranks with a stretch of the micro-batches each: their own first, then rank after rank. [N]."""
+    """The sum over ranks with equal shares of the micro-batches: each share first, then over ranks. [N]."""
     return added_up(torch.stack([added_up(part) for part in parts_MN.chunk(ranks)]))
 
 
@@ -106,8 +104,9 @@ def _powers_of_two(highest: int) -> list[int]:
     return [1 << power for power in range(highest.bit_length()) if 1 << power <= highest]
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """A row for each checkpoint and number of micro-batches: elements in a million that depend on the order."""
+def table(report: dict[str, Any]) -> str:
+    """One row per checkpoint and number of micro-batches: elements per million that depend on the order."""
+    found = report["checkpoints"]
     highest = max(int(number) for each in found for number in each["by_micro_batches"])
     ranks = [number for number in _powers_of_two(highest) if number > 1]
     lines = ["elements in a million whose fp32 sum is not that of 1 rank", ""]
@@ -116,8 +115,9 @@ def table(found: list[dict[str, Any]]) -> str:
     )
     for each in found:
         millions = each["elements"] / 1e6
-        for number, row in each["by_micro_batches"].items():
-            cells = [f"{row['ranks'][count] / millions:.2f}" if count in row["ranks"] else "" for count in ranks]
+        for count, row in each["by_micro_batches"].items():
+            found_by_ranks = [row["ranks"].get(str(number)) for number in ranks]
+            cells = ["" if value is None else f"{value / millions:.2f}" for value in found_by_ranks]
             last = f"{row['float64_on_ranks'] / millions:.2f}"
-            lines.append(" | ".join([str(each["step"]), f"{each['elements']:,}", str(number), *cells, last]))
+            lines.append(" | ".join([str(each["step"]), f"{each['elements']:,}", count, *cells, last]))
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Texts to measure: from any machine's standard library or from files, written as shards of The Pile's format."""
+"""Texts for benchmarks, from the standard library or from files, written as shards in the format of The Pile."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BOOK = 1_000_000
 
 @dataclass(frozen=True)
 class Text:
-    """A text in shards, and what is in them.
+    """A text in shards, and its content.
 
     shards: .jsonl.zst files. documents and ids: by shard, in its order; ids without end symbols.
     """
@@ -35,7 +35,7 @@ class Text:
 
     @property
     def tokens(self) -> int:
-        """All ids, and an end symbol a document."""
+        """All ids, and one end symbol per document."""
         return sum(len(ids) + 1 for shard in self.ids for ids in shard)
 
     @property
@@ -45,7 +45,7 @@ class Text:
 
 
 def library_documents(folder: Path) -> Iterator[str]:
-    """The source files of Python's standard library, in an order that mixes them."""
+    """The source files of Python's standard library, shuffled."""
     write_corpus(folder, shards=1)
     return read_documents(f"{folder}/train/*")
 

@@ -1,14 +1,13 @@
-"""`benchmark.py train`: a configuration's training step beside the matrix rate of the same device, in one run.
+"""`benchmark.py train`: the training step of a configuration, beside the matrix FLOP/s of the same device.
 
-model FLOP/s = tokens/s x (6 x matrices + 6 x layers x L x heads x head width): the backward pass is twice
-the forward, causal attention counts half, recomputation counts nothing. The rate beside it is of the model's
-own five products and their gradients, as often as a step has them, measured after every step: the share is the
-median of the steps' ratios, so that whatever else the machine does meets both.
+model FLOP/s = tokens/s x (6 x matrices + 6 x layers x L x heads x head width): the backward pass is twice the forward,
+causal attention counts half, recomputation is not counted. The matrix rate is of the five matrix products of the model
+and their gradients, in the proportions of a step, measured after every step. The share is the median of the ratios per
+step, so that other load on the machine affects both.
 """
 
 from __future__ import annotations
 
-import argparse
 import resource
 import tempfile
 import time
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment, gemm, read_report, write_report
+from benchmarks import gemm, new_parser, report
 from benchmarks.plain_loop import PlainLoop
 from lamda import distributed
 from lamda.config.errors import UserError
@@ -31,8 +30,7 @@ from lamda.data.loader import Step
 from lamda.dialog.examples import form_of
 from lamda.distributed import World
 from lamda.engines.deepspeed.engine import Engine
-from lamda.model.counts import flops_per_token, parameters
-from lamda.storage.metrics import peak_flops
+from lamda.model.counts import flops_per_token, parameters, peak_flops
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
 from lamda.training.inputs import Inputs
@@ -43,32 +41,23 @@ PARTS = ("data wait", "forward", "backward", "optimiser", "rest")
 
 
 def main(argv: list[str]) -> int:
-    """As `--help` says; raises UserError."""
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py train", allow_abbrev=False, epilog="--config FILE and --section.key VALUE as in pretrain.py"
-    )
+    """See `--help`. Raises UserError."""
+    parser = new_parser("train", takes_config=True)
     parser.add_argument("--steps", type=int, default=20, help="that count, after 3 that do not (%(default)s)")
     parser.add_argument("--gemm-seconds", type=float, default=60.0, help="of matrix products (%(default)s)")
     parser.add_argument("--plain", action="store_true", help="the same step in plain PyTorch too, in turn with ours")
-    parser.add_argument(
-        "--json", metavar="FILE", type=Path, default=Path("benchmarks/train.json"), help="(%(default)s)"
-    )
-    parser.add_argument("--markdown", action="store_true", help="measure nothing, print the table of --json FILE")
     options, rest = parser.parse_known_args(argv)
-    if options.markdown:
-        print(markdown(read_report(options.json)))
-        return 0
-    world = distributed.read_world()
-    measured = measure(load_config(rest), world, steps=options.steps, seconds=options.gemm_seconds, plain=options.plain)
-    if world.is_main:
-        report = environment(["train", *argv], PACKAGES) | measured
-        write_report(options.json, report)
-        print(markdown(report))
-    return 0
+
+    def measured() -> dict[str, Any] | None:
+        world, config = distributed.read_world(), load_config(rest)
+        found = measure(config, world, steps=options.steps, seconds=options.gemm_seconds, plain=options.plain)
+        return found if world.is_main else None
+
+    return report(options, ["train", *argv], PACKAGES, measured, markdown)
 
 
 def measure(config: Config, world: World, *, steps: int, seconds: float, plain: bool) -> dict[str, Any]:
-    """What rank 0 tells of `steps` steps on all ranks."""
+    """The report of rank 0 on `steps` steps of all ranks."""
     if plain and world.size > 1:
         raise UserError("--plain: the plain loop runs on one rank")
     device = distributed.start(world, threads=config.run.threads)
@@ -105,7 +94,7 @@ def _rounds(
     slice_: float,
     beside: PlainLoop | None,
 ) -> Iterator[dict[str, float]]:
-    """Seconds of a step and of its parts, from fetching its batch to its figures, and the matrix rate after it."""
+    """Seconds of each step and its parts, from fetching the batch to the metrics, and the matrix rate after it."""
     rate = engine.config.train.lr
     for number, (waited, step) in enumerate(islice(_fetched(batches), WARM_UP + steps)):
         if engine.device.type == "cuda":
@@ -137,7 +126,7 @@ def _timed_plain(loop: PlainLoop, step: Step, device: torch.device, rate: float)
 
 
 class Clock:
-    """When a step reached each of its points; on a GPU, when the GPU did."""
+    """Times of the phases of a step; on a GPU, by events of the GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -145,7 +134,7 @@ class Clock:
         self.mark("begin")
 
     def mark(self, point: str, _: torch.Tensor | None = None) -> None:
-        """The step is at `point` (`Engine.step` tells)."""
+        """Record the time of `point`; called by `Engine.step`."""
         if self._on_gpu:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -154,7 +143,7 @@ class Clock:
             self._marks.append((point, time.perf_counter()))
 
     def parts(self) -> dict[str, float]:
-        """Seconds from each point to the next, added up by kind, and of the whole step."""
+        """Seconds between points, summed by kind, and of the whole step."""
         self.mark("end")
         if self._on_gpu:
             torch.cuda.synchronize()
@@ -169,12 +158,12 @@ class Clock:
 
 
 def _allocated(device: torch.device) -> int:
-    """Bytes of a GPU that are in use, 0 on a CPU: what else this benchmark holds there is no part of a step."""
+    """Bytes in use on a GPU, to subtract what this benchmark itself allocates; 0 on a CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator since the step began, or of this process."""
+    """Peak bytes of the GPU allocator since the step began, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -225,7 +214,7 @@ def _report(
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table of a report, with what it was measured on."""
+    """The table of a report with its environment."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     rows, how, step = report["rows"], report["how"], report["step_seconds"]
     mfu = "none (no data sheet for this device)" if report["mfu"] is None else f"{report['mfu']:.1%}"

@@ -35,7 +35,7 @@ def _main_of(module: str) -> Callable[[list[str]], int | None]:
 
 def _train_tokenizer(argv: list[str]) -> None:
     config = load_config(argv)
-    print(importlib.import_module("lamda.data.run_tokenizer").train_run_tokenizer(config))
+    print(importlib.import_module("lamda.data.tokenizer_training").train_run_tokenizer(config))
 
 
 def _show_config(argv: list[str]) -> None:

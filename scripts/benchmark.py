@@ -1,9 +1,9 @@
-"""Measure: `python scripts/benchmark.py NAME [...]`; `--help` after the name tells its options."""
+"""Run a benchmark: `python scripts/benchmark.py NAME [...]`; options: `--help` after the name."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/ is no part of the package
+sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/ is not part of the package
 
 from benchmarks import main
 

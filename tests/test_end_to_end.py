@@ -218,7 +218,7 @@ def test_prepared_blocks_give_the_same_samples(place, straight, capsys):
     assert prepare_command([*flags, "--run.dir", str(place / "prepared")]) == 0
     told = capsys.readouterr().out
     assert "bytes/token" in told
-    assert "cuts: pieces that go on" in told
+    assert "cuts: pieces that continue" in told
     assert prepare_command(["--json", *flags, "--run.dir", str(place / "prepared")]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] > 0
     config = load_config(flags)

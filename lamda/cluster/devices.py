@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lamda.config.errors import UserError
 from lamda.config.presets import nearest
-from lamda.storage.metrics import PEAK_FLOPS
+from lamda.model.counts import PEAK_FLOPS
 
 RESERVE = 0.05
 """Share of a GPU's memory that CUDA's context, NCCL and fragmentation may take: an assumption, not a measurement."""

@@ -1,8 +1,8 @@
-"""Ready rows: what a lane has given to a window is kept, mapped into memory, and never made again.
+"""Row cache: rows of lanes and windows on disk, memory-mapped, so that text is encoded only once.
 
-A folder holds a file for each lane and window: `lane-0003/00000128.rows`. It is written under a temporary name and
-renamed when it is whole, so that every file there is complete, and it has checksums. Two writers of the same rows
-write the same bytes. A writer locks its temporary file (`flock`), so that the next one deletes what a killed one left.
+There is one file per lane and window, such as `lane-0003/00000128.rows`. It has checksums, and is written under a
+temporary name and renamed when complete. Concurrent writers of the same rows write the same bytes. A writer locks its
+temporary file (`flock`), so that later writers can delete the files of killed ones.
 
     file = arrays | index (JSON) | length of the index, 8 bytes | sha256 of the index, 32 bytes | MAGIC
 """
@@ -38,9 +38,9 @@ DOCUMENT = np.dtype([("file", "<i4"), ("line", "<i8"), ("byte", "<i8"), ("domain
 
 @dataclass(frozen=True)
 class BlockFolder:
-    """The rows of one fingerprint under `data.blocks`.
+    """The cached rows of one fingerprint under `data.blocks`.
 
-    keeping: entered around everything that is done with the folder; an OSError there is its matter.
+    keeping: context manager around every access to the folder, which handles OSError.
     """
 
     path: Path
@@ -50,13 +50,13 @@ class BlockFolder:
     def of(
         cls, folder: str, fingerprint: dict[str, Any], *, keeping: AbstractContextManager[object] | None = None
     ) -> BlockFolder:
-        """The part of `folder` for everything that blocks depend on: the fingerprint but for the weights.
+        """The subfolder of `folder` for everything that blocks depend on: the fingerprint without the weights.
 
-        keeping: what an OSError of the folder means; by default a UserError.
+        keeping: handles OSError; the default raises UserError.
         """
         parts = {key: value for key, value in fingerprint.items() if key != "weights"}
         name = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-        path, keeping = Path(folder) / name, keeping or _Demanded(folder)
+        path, keeping = Path(folder) / name, keeping or _Required(folder)
         with keeping:
             path.mkdir(parents=True, exist_ok=True)
             if not (path / "fingerprint.json").exists():
@@ -64,7 +64,7 @@ class BlockFolder:
         return cls(path, keeping)
 
     def find(self, lane: int, window: int, part: Part) -> PartRows | None:
-        """A lane's rows of a window, mapped, if they are there. Raises DataError where their file is damaged."""
+        """The memory-mapped rows of a lane in a window, if cached. Raises DataError if their file is damaged."""
         with self.keeping:
             path = self._path(lane, window)
             if path.exists():
@@ -72,7 +72,7 @@ class BlockFolder:
         return None
 
     def keep(self, lane: int, window: int, part: Part, rows: PartRows, *, narrow: bool) -> None:
-        """Keep a lane's rows of a window. narrow: an id fits into 16 bits."""
+        """Write the rows of a lane in a window. narrow: ids fit into 16 bits."""
         with self.keeping:
             _write(self._path(lane, window), part, rows, narrow=narrow)
 
@@ -81,8 +81,8 @@ class BlockFolder:
 
 
 @dataclass(frozen=True)
-class _Demanded:
-    """The folder is what is wanted: without it, nothing goes on."""
+class _Required:
+    """Raises UserError if the folder cannot be used."""
 
     folder: str
 
@@ -94,23 +94,23 @@ class _Demanded:
     ) -> None:
         if isinstance(value, OSError):
             raise UserError(
-                f"data.blocks {self.folder}: cannot be read or written ({reason_of(value)}); what is complete there "
-                "stays, and the same command continues"
+                f"data.blocks {self.folder}: cannot be read or written ({reason_of(value)}); complete files "
+                "are kept, and the same command continues"
             ) from value
 
 
 def _read(path: Path, part: Part) -> PartRows | None:
-    """The rows of a file, None where they are not of this part. Raises DataError where it is damaged, and OSError."""
-    if path.stat().st_size == 0:  # what a crash of the machine may leave; it cannot be mapped
+    """The rows of a file; None if they are of another part. Raises DataError if it is damaged, and OSError."""
+    if path.stat().st_size == 0:  # left by a crash of the machine; cannot be memory-mapped
         raise _damaged(path)
     data = np.memmap(path, np.uint8, mode="r")
     index = _index(data, path)
     if index["place"] != _place(path):
         raise DataError(
-            f"{path}: holds other rows than its name says (of {index['place']}); was it moved here? Delete it, and its "
-            "rows are made again"
+            f"{path}: has the rows of {index['place']}, not those of its name; was it moved? Delete it, and its rows "
+            "are made again"
         )
-    ends = index["epoch"], index["target"]  # other weights make windows of other ends
+    ends = index["epoch"], index["target"]  # windows have other ends under other weights
     if Cursor(**index["start"]).place != part.start.place or ends != (part.epoch, part.target):
         return None
     if part.rows not in (None, index["arrays"]["ids"][1][0]):
@@ -143,7 +143,7 @@ def _index(data: NDArray[np.uint8], path: Path) -> dict[str, Any]:
 
 
 def _place(path: Path) -> str:
-    """Fingerprint, lane and window that a file is of."""
+    """Fingerprint, lane and window of a file."""
     return "/".join(path.with_suffix("").parts[-3:])
 
 
@@ -152,7 +152,7 @@ def _damaged(path: Path) -> DataError:
 
 
 def _write(path: Path, part: Part, rows: PartRows, *, narrow: bool) -> None:
-    """Write a file under a temporary name and rename it when it is whole. Raises OSError."""
+    """Write a file atomically. Raises OSError."""
     block, domains = rows.block, dict[str, int]()
     documents = np.array(
         [(d.file, d.line, d.byte, domains.setdefault(d.domain, len(domains))) for d in block.documents], DOCUMENT
@@ -187,7 +187,7 @@ def _write(path: Path, part: Part, rows: PartRows, *, narrow: bool) -> None:
     temporary = path.parent / f".{path.stem}-{os.getpid()}-{os.urandom(4).hex()}.tmp"
     try:
         with temporary.open("wb") as stream:
-            with suppress(OSError):  # a file system without locks: there nobody takes the file for abandoned
+            with suppress(OSError):  # a file system without locks, on which no file counts as abandoned
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             stream.write(data + end + len(end).to_bytes(8, "little") + sha256(end).digest() + MAGIC)
             stream.flush()
@@ -200,7 +200,7 @@ def _write(path: Path, part: Part, rows: PartRows, *, narrow: bool) -> None:
 
 
 def _delete_if_abandoned(temporary: Path) -> None:
-    """Delete a writer's temporary file whose writer has died. A living one that this misses only loses its cache."""
+    """Delete the temporary file of a dead writer. A live writer, in a race, would only lose this file."""
     with suppress(OSError), temporary.open("rb") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError while the writer lives
         temporary.unlink()

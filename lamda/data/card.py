@@ -1,4 +1,4 @@
-"""Corpus cards: where text comes from, under which licence, and how a record is read."""
+"""Dataset cards (data/*.yaml): the sources of a corpus, their licenses, and how records are read."""
 
 from __future__ import annotations
 
@@ -16,34 +16,33 @@ from lamda.config.resources import card_path
 from lamda.config.schema import DataConfig, Patterns
 
 
-class _Part(BaseModel):
+class _CardSection(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-class HubDataset(_Part):
-    """A data set of the Hugging Face hub, pinned."""
+class HubDataset(_CardSection):
+    """A dataset of the Hugging Face hub, pinned to a commit."""
 
     path: str
-    revision: str = Field(description="a commit, so that the text cannot change under a run")
+    revision: str = Field(description="a commit, so that the text cannot change during a run")
     split: str = "train"
-    name: str | None = Field(None, description="the data set's configuration, where it has several")
+    name: str | None = Field(None, description="configuration of the dataset, if it has several")
 
 
-class Checksum(_Part):
-    """What a stored file must be."""
+class Checksum(_CardSection):
+    """Expected size and hash of a stored file."""
 
     size: int = Field(ge=0, description="bytes, as stored")
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of the stored bytes")
 
 
-class Source(_Part):
-    """One origin of text.
+class Source(_CardSection):
+    """One source of text.
 
-    `files` (globs, paths, `hf://` or `http(s)://` addresses) or `dataset`, never both. `text` and
-    `domain` are dotted paths into a record; without a domain the source's name stands for it.
-    `standard_library` names a folder that is filled, where it is not there, with the interpreter's
-    own sources: text that every machine has. `checksums` are by file name, with as much of the path
-    before it as tells it from others.
+    It has either `files` (globs, paths, `hf://` or `http(s)://` addresses) or `dataset`. `text` and `domain` are dotted
+    paths into a record; without `domain`, the domain is the name of the source. `standard_library` names a folder that
+    is filled, if missing, with the sources of Python's standard library. Keys of `checksums` are file names, with as
+    much of their path as makes them unique.
     """
 
     name: str
@@ -64,15 +63,15 @@ class Source(_Part):
         return dataset
 
 
-class Change(_Part):
-    """Other weights from a sample on; sources that are not named keep theirs."""
+class Change(_CardSection):
+    """New weights from a sample on; sources that are not named keep theirs."""
 
     at_sample: int = Field(gt=0)
     weights: dict[str, float]
 
 
-class Card(_Part):
-    """A corpus: its training sources, its validation text, and weights that change along the way."""
+class Card(_CardSection):
+    """A corpus: training sources, validation text, and changes of the weights during training."""
 
     name: str
     description: str
@@ -116,11 +115,11 @@ class Card(_Part):
 
 
 def load_card(config: DataConfig) -> Card:
-    """The card of a run, its files replaced where the configuration says so.
+    """The card of a run, with the files of the configuration if it names any.
 
-    `data.files` and `data.eval_files` stand in for the card's files and keep the text and domain rules of its
-    first source; nothing else that the card says holds for them. With `data.files` the card's validation text is
-    left out, too: it is not held out of that text. Raises UserError for an unreadable card.
+    `data.files` and `data.eval_files` replace the files of the card; only the text and domain rules of its first source
+    apply to them. `data.files` also removes the validation text of the card, which is not held out of those files.
+    Raises UserError for an unreadable card.
     """
     path = card_path(config.corpus)
     card = _read(path)
@@ -140,21 +139,21 @@ def _read(path: Path) -> Card:
         card = {} if root is None else yaml.constructor.SafeConstructor().construct_document(root)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not, for one
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date, for example
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: this is not YAML: {getattr(error, 'problem', None) or error}") from error
-    problems = [f"{path}:{line}: {name}: stands there already; remove one" for name, line in _repeated(root)]
+    problems = [f"{path}:{line}: {name}: appears twice; remove one" for name, line in _repeated(root)]
     try:
         if not problems:
             return Card.model_validate(card)
     except ValidationError as error:
-        problems = [_told(path, root, each) for each in error.errors()]
+        problems = [_message(path, root, each) for each in error.errors()]
     raise UserError("\n".join(problems))
 
 
 def _repeated(root: yaml.Node | None) -> list[tuple[str, int]]:
-    """Keys that stand twice in one mapping, of which YAML would silently take the last, with their lines."""
+    """Keys that appear twice in a mapping, with their lines; YAML would silently take the last."""
     found: list[tuple[str, int]] = []
     left, seen = [root], set[int]()
     while left:
@@ -175,29 +174,34 @@ def _repeated(root: yaml.Node | None) -> list[tuple[str, int]]:
     return sorted(found, key=lambda each: each[1])
 
 
-def _told(path: Path, root: yaml.Node | None, error: Mapping[str, Any]) -> str:
-    """One of pydantic's errors, with the line that it is in and the nearest key for one that there is not."""
+def _message(path: Path, root: yaml.Node | None, error: Mapping[str, Any]) -> str:
+    """A pydantic error with its line, and the nearest key for an unknown one."""
     place = error["loc"]
     name = ".".join(map(str, place))
     if error["type"] == "extra_forbidden":
-        told = f"there is no such key{nearest(str(place[-1]), _part_at(place[:-1]).model_fields)}"
+        problem = f"there is no such key{nearest(str(place[-1]), _part_at(place[:-1]).model_fields)}"
     elif error["type"] == "value_error":
-        told = str(error["ctx"]["error"])
+        problem = str(error["ctx"]["error"])
     else:
-        told = error["msg"] if place else "a card holds `key: value` lines"
-    return f"{path}:{_line_of(root, place)}: {f'{name}: ' if name else ''}{told}"
+        problem = error["msg"] if place else "a card holds `key: value` lines"
+    return f"{path}:{_line_of(root, place)}: {f'{name}: ' if name else ''}{problem}"
 
 
-def _part_at(place: tuple[str | int, ...]) -> type[_Part]:
-    """The part of a card that a place in it belongs to."""
-    parts: dict[str, type[_Part]] = {"sources": Source, "validation": Source, "changes": Change, "dataset": HubDataset}
+def _part_at(place: tuple[str | int, ...]) -> type[_CardSection]:
+    """The section of a card that a location belongs to."""
+    parts: dict[str, type[_CardSection]] = {
+        "sources": Source,
+        "validation": Source,
+        "changes": Change,
+        "dataset": HubDataset,
+    }
     if len(place) > 1 and place[-2] == "checksums":
         return Checksum
     return next((parts[name] for name in reversed(place) if isinstance(name, str) and name in parts), Card)
 
 
 def _line_of(node: yaml.Node | None, place: tuple[str | int, ...]) -> int:
-    """The line of a place in a card, or of what is there of the way to it."""
+    """The line of a location in a card, or of its nearest existing parent."""
     line = 1 if node is None else node.start_mark.line + 1
     for step in place:
         if isinstance(node, yaml.MappingNode):

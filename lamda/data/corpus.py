@@ -1,4 +1,4 @@
-"""A run's corpus: its lanes, their mixture, and the fingerprint of all that the order depends on."""
+"""The corpus of a run: its lanes, their mixture, and the fingerprint of everything that the order depends on."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from lamda.data.blocks import Packing
 from lamda.data.card import Card, load_card
 from lamda.data.documents import Document, Form, RawText
 from lamda.data.files import File, nothing
-from lamda.data.lanes import MOST, RAW_TEXT, Cursor, Lane, cut_into_lanes, read_lane
+from lamda.data.lanes import RAW_TEXT, Cursor, Lane, read_lane
 from lamda.data.order import Mixture, make_mixture
+from lamda.data.partitioning import MOST, cut_into_lanes
 from lamda.data.quarantine import BadLine, few
 from lamda.data.resolving import resolve
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.windows import Shape
 
 SCANNED = 1000
-"""Documents that are looked at for names of domains where the card has none."""
+"""Documents that are searched for domain names if the card has none."""
 
 WINDOW_ROWS = 16384
-"""Rows of a window where `data.shuffle` gives no number."""
+"""Rows per window if `data.shuffle` is not a number."""
 
 FORMAT = 2
-"""Raised with every change that gives other samples from the same text."""
+"""Version of the sample order: incremented when the same text gives different samples."""
 
 
 @dataclass(frozen=True)
 class Corpus:
     """The training text of a run, resolved and cut into lanes.
 
-    length: L, targets a row. shuffle: rows a window once it has grown, or `none` or `epoch`.
+    length: L, targets per row. shuffle: rows per window at full size, or `none` or `epoch`.
     """
 
     card: Card
@@ -45,17 +46,17 @@ class Corpus:
 
     @property
     def form(self) -> Form:
-        """What the records are."""
+        """The kind of records."""
         return self.lanes[0].form
 
     @property
     def files(self) -> list[File]:
-        """Each file once, by address."""
+        """The files without duplicates, sorted by address."""
         files = {share.file.url: share.file for lane in self.lanes for share in lane.shares}
         return [files[url] for url in sorted(files)]
 
     def waiting(self, on_wait: Callable[[], object]) -> Corpus:
-        """The same, with what is called while a server is waited for."""
+        """The same with a callback that is called while waiting for a server."""
         lanes = (
             replace(
                 lane, shares=tuple(replace(share, file=replace(share.file, on_wait=on_wait)) for share in lane.shares)
@@ -71,12 +72,12 @@ class Corpus:
 
     @cached_property
     def mixture(self) -> Mixture:
-        """Which source each sample is of."""
+        """The source of each sample."""
         return make_mixture([lanes[0].source.name for lanes in self.sources], self.card.stages)
 
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
-        """How large the windows of each source are."""
+        """The window sizes of each source."""
         full = self.length * (self.shuffle if isinstance(self.shuffle, int) else WINDOW_ROWS)
         return tuple(
             Shape(int(share), tuple(lane.length for lane in lanes), self.length, full, is_epoch=self.shuffle == "epoch")
@@ -85,11 +86,11 @@ class Corpus:
 
     @property
     def is_in_order(self) -> bool:
-        """Whether rows come in the order of the text."""
+        """Whether rows are in the order of the text."""
         return self.shuffle == "none"
 
     def domains(self) -> list[str]:
-        """The names whose training loss is told apart: the form's, the card's, or the first documents'; 63 at most."""
+        """Domains whose loss is reported separately: of the form, the card, or the first documents; at most 63."""
         if self.form.domains:
             return list(self.form.domains)
         if all(source.domain is None for source in self.card.sources):
@@ -99,27 +100,27 @@ class Corpus:
         return sorted({document.domain for document in islice(self.documents_once(), SCANNED)})[:63]
 
     def documents_once(self) -> Iterator[Document]:
-        """An epoch's documents, one from each lane in turn."""
+        """The documents of an epoch, one from each lane in turn."""
         for entry in self.entries_once():
             if isinstance(entry, Document):
                 yield entry
 
     def entries_once(self) -> Iterator[Document | BadLine]:
-        """An epoch's documents and bad lines, one from each lane in turn."""
+        """The documents and bad lines of an epoch, one from each lane in turn."""
         readers = [iter(read_lane(lane, Cursor())) for lane in self.lanes]
         while readers:
-            still = []
+            unfinished = []
             for reader in readers:
                 if (entry := next(reader, None)) is not None:
                     yield entry
-                    still.append(reader)
-            readers = still
+                    unfinished.append(reader)
+            readers = unfinished
 
 
 def open_corpus(config: DataConfig, *, form: Form = RAW_TEXT, on_wait: Callable[[], object] = nothing) -> Corpus:
-    """Resolve the card's files and cut them into lanes. Raises UserError where something is missing.
+    """Resolve the card's files and cut them into lanes. Raises UserError if something is missing.
 
-    on_wait: called while a server is waited for, now and when text is read, from any thread.
+    on_wait: called while waiting for a server, now and when text is read, from any thread.
     """
     if config.packing not in form.packings:
         raise UserError(
@@ -143,12 +144,12 @@ def open_corpus(config: DataConfig, *, form: Form = RAW_TEXT, on_wait: Callable[
 
 
 def packing_of(config: Config) -> Packing:
-    """How this run cuts a lane's tokens into rows."""
+    """How this run packs tokens into rows."""
     return Packing(config.data.sequence_length, config.data.packing)
 
 
 def fingerprint(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Everything that the order of samples depends on, by name; not batch sizes, not ranks."""
+    """Everything that the order of samples depends on, by name. Batch sizes and ranks are not part of it."""
     return {
         "format": FORMAT,
         "files": [[[*share.file.identity, *share.cut] for share in lane.shares] for lane in corpus.lanes],
@@ -165,19 +166,19 @@ def fingerprint(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> dict[st
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """The parts in which two fingerprints differ; `contents` where a file is known to have another content."""
+    """The entries in which two fingerprints differ; `contents` if a file is known to have changed."""
     names = [name for name in {**current, **saved} if name != "contents" and saved.get(name) != current.get(name)]
     return names or (["contents"] if changed_files(saved, current) else [])
 
 
 def changed_files(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Names of the files whose content is known to differ between two fingerprints; an older one knows of none."""
+    """Files whose content is known to differ between two fingerprints; old fingerprints have no contents."""
     before, now = (_contents(each) for each in (saved, current))
     return [name for name in before if None not in before[name] + now.get(name, []) and before[name] != now.get(name)]
 
 
 def _contents(fingerprint: Mapping[str, Any]) -> dict[str, list[str | None]]:
-    """The contents of all files of a name."""
+    """The contents of all files by name."""
     contents: dict[str, list[str | None]] = {}
     for name, content in fingerprint.get("contents", ()):
         contents.setdefault(name, []).append(content)
@@ -185,7 +186,7 @@ def _contents(fingerprint: Mapping[str, Any]) -> dict[str, list[str | None]]:
 
 
 def require_a_batch(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> None:
-    """Raise UserError where all text together is shorter than one batch."""
+    """Raise UserError if the whole corpus is shorter than one batch."""
     needed = config.train.global_batch_size * (config.data.sequence_length + 1)
     found, bad = 0, []
     for entry in corpus.entries_once():

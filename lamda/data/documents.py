@@ -1,4 +1,4 @@
-"""Documents: what a record holds, and how it becomes ids. Raw text here; conversations are `lamda.dialog`'s."""
+"""Documents: the text of a record and its conversion to ids. Raw text here; conversations are in `lamda.dialog`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lamda.data.tokenizer import Tokenizer
 
 
 class Document(NamedTuple):
-    """A text and its place: file of the lane, line of its share, decompressed offset of the line, epoch of the source.
+    """A text and its position: file in the lane, line, decompressed byte offset of the line, epoch of the source.
 
-    begin, end: where it lies on the lane's axis (`lamda.data.lanes`). is_end: whether the document ends with this
-    text, which may be a piece of it.
+    begin, end: interval on the axis of the lane (`lamda.data.lanes`). is_end: whether the document ends with this text,
+    which may be a piece of it.
     """
 
     text: str
@@ -34,9 +34,9 @@ class Document(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A document, or an example that is made of it: [n] ids, not empty.
+    """A document, or an example made of it: [n] ids, not empty.
 
-    scored: [n], the ids that count as targets; all of them where it is None. domain: in place of the document's.
+    scored: [n], the ids that count as targets; None: all. domain: replaces that of the document.
     """
 
     ids: NDArray[np.uint32]
@@ -45,50 +45,50 @@ class Encoded(NamedTuple):
 
 
 class Form(Protocol):
-    """What the records of a corpus are. It travels with lanes into other processes and holds no tokenizer."""
+    """The kind of records in a corpus. It is pickled with lanes, so it holds no tokenizer."""
 
     @property
     def packings(self) -> tuple[Method, ...]:
-        """The ways of `data.packing` that suit it."""
+        """The supported values of `data.packing`."""
         ...
 
     @property
     def identity(self) -> dict[str, Any]:
-        """By name, what else the order of samples depends on."""
+        """Further entries of the fingerprint, by name."""
         ...
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """The domains of its examples, where not the documents' own."""
+        """The domains of its examples, if they replace those of the documents."""
         ...
 
     def keys_of(self, source: Source) -> tuple[str, ...] | None:
-        """The keys of a record that its text is made of; None: all of them."""
+        """The keys of a record that are read; None: all."""
         ...
 
     def text_of(self, record: Any, source: Source) -> str:
-        """What a document keeps of its record. Raises ValueError that says why a record holds no document."""
+        """The text of a record. Raises ValueError with the reason if there is none."""
         ...
 
     def pieces(self, document: Document, tokenizer: Tokenizer) -> list[Document]:
-        """What can be encoded by itself, in order: together these give what the document gives."""
+        """The document cut into pieces that can be encoded separately, with the same ids."""
         ...
 
     def encode(self, documents: Sequence[Document], tokenizer: Tokenizer) -> list[list[Encoded]]:
-        """What each document, or piece of one, gives in an epoch; a pure function of it."""
+        """The ids or examples of each document or piece; a pure function of it."""
         ...
 
 
 @dataclass(frozen=True)
 class RawText:
-    """Text at the source's path, encoded whole and ended by the end symbol."""
+    """The text at the `text` path of the source, followed by the end symbol."""
 
     packings: tuple[Method, ...] = ("concat", "best_fit")
     domains: tuple[str, ...] = ()
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Nothing: a source's rules are in the fingerprint already."""
+        """Empty: the rules of a source are part of the fingerprint anyway."""
         return {}
 
     def keys_of(self, source: Source) -> tuple[str, ...]:
@@ -97,14 +97,14 @@ class RawText:
 
     def text_of(self, record: Any, source: Source) -> str:
         """See `Form`."""
-        text = at(record, source.text)
+        text = get_path(record, source.text)
         if not isinstance(text, str):
             found = f"nothing{_keys_beside(record)}" if text is None else type(text).__name__
             raise ValueError(f"no text at {source.text!r} (found {found})")
         return text
 
     def pieces(self, document: Document, tokenizer: Tokenizer) -> list[Document]:
-        """See `Form`: a book is a few of them for each window that it is in."""
+        """See `Form`. A book has many pieces, so that a window encodes only a part of it."""
         texts = tokenizer.pieces(document.text)
         if len(texts) < 2:
             return [document]
@@ -125,8 +125,8 @@ class RawText:
         ]
 
 
-def at(record: Any, path: str) -> Any:
-    """What a record holds at a dotted path, or None."""
+def get_path(record: Any, path: str) -> Any:
+    """The value at a dotted path in a record, or None."""
     value = record
     for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None
@@ -134,10 +134,10 @@ def at(record: Any, path: str) -> Any:
 
 
 def _keys_beside(record: Any) -> str:
-    """What a record has, for one who named the wrong key."""
+    """The keys of a record, for a message about a wrong key."""
     return f"; its keys are {few(map(str, record))}" if isinstance(record, dict) and record else ""
 
 
 def first_key(path: str) -> str:
-    """The key of a record that a dotted path goes through."""
+    """The first key of a dotted path."""
     return path.split(".", 1)[0]

@@ -1,11 +1,11 @@
-"""What is raised where text cannot be read as it should."""
+"""Errors of reading text."""
 
 from lamda.config.errors import RunError, UserError
 
 
 class DataError(UserError):
-    """Text that cannot be read as it should, until a person changes something; names the file and the place."""
+    """Text that cannot be read until a person fixes something; names the file and the position."""
 
 
 class DataUnavailableError(RunError):
-    """Text that a network, a server or a disk does not give now: another try may help (exit code 1)."""
+    """Text that a network, server or disk cannot deliver now: retrying may help (exit code 1)."""

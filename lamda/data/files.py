@@ -1,7 +1,7 @@
-"""Files to lines: local or remote, plain or compressed, never shorter than they are, and the same while they are read.
+"""Reading lines of files, local or remote, plain or compressed; truncated and changed files are errors.
 
-Bytes are read and decompressed here and in `remote`, because a reader that retries or ends above its decompressor
-loses text without a word.
+Bytes are read and decompressed here and in `remote`: a reader that retries or stops above the decompressor would lose
+text silently.
 """
 
 from __future__ import annotations
@@ -27,24 +27,23 @@ HTTP = ("http://", "https://")
 BOM = codecs.BOM_UTF8
 
 MORSEL = 1 << 11
-"""Compressed bytes that are inflated at a time: 4 bytes of zstd can stand for 128 KiB, so these for 64 MiB at most."""
+"""Compressed bytes per call of a decompressor: 4 bytes of zstd can expand to 128 KiB, so these to at most 64 MiB."""
 
 MOST_WINDOW = 1 << 31
-"""Bytes that a zstd frame may look back, `zstd --long=31`; memory is taken for what the frame itself asks."""
+"""Largest zstd window, as of `zstd --long=31`; memory is allocated for the window of the actual frame."""
 
 
 def nothing() -> None:
-    """What is called in a wait where nobody asks; a function with a name goes into other processes with its file."""
+    """The default `on_wait`; a named function, so that it can be pickled."""
 
 
 @dataclass(frozen=True)
 class File:
     """A resolved file and its size in bytes as stored.
 
-    sha256: of the stored bytes, where the card states it. address: where the bytes of a file with an
-    `hf://` name come from. content: says whether the text is still the same: a hash of pieces of a local file,
-    the tag of a server; None where nothing says so. version: what the server said of it. on_wait: called while a
-    server is waited for.
+    sha256: of the stored bytes, if the card states it. address: download address of a file with an `hf://` name.
+    content: identifies the content: a hash of pieces of a local file, or the tag of a server; None if there is none.
+    version: from the server. on_wait: called while waiting for a server.
     """
 
     url: str
@@ -57,29 +56,29 @@ class File:
 
     @property
     def is_remote(self) -> bool:
-        """Whether it is opened over a network."""
+        """Whether it is read over a network."""
         return "://" in self.url
 
     @property
     def is_compressed(self) -> bool:
-        """Whether its text is shorter as stored."""
+        """Whether it is stored compressed."""
         return self.url.endswith((".zst", ".gz"))
 
     @property
     def name(self) -> str:
-        """Its remote address or local name: what a corpus that has moved keeps."""
+        """Its remote address or local file name, which stays the same if the corpus is moved."""
         return self.url if self.is_remote else Path(self.url).name
 
     @property
     def identity(self) -> tuple[str | int, ...]:
-        """What the order of samples depends on: name, size, and sha256 where known."""
+        """The part of the fingerprint: name, size, and sha256 if known."""
         return (self.name, self.size) if self.sha256 is None else (self.name, self.size, self.sha256)
 
 
 class Line(NamedTuple):
     """A line without its newline and its number.
 
-    byte: offset of its first byte in the decompressed file. stored: about where that lies in the stored file.
+    byte: offset of its first byte in the decompressed file. stored: approximate offset in the stored file.
     """
 
     number: int
@@ -91,9 +90,9 @@ class Line(NamedTuple):
 def read_lines(file: File, *, number: int = 0, byte: int = 0) -> Iterator[Line]:
     """The lines of a file from decompressed offset `byte` on, numbered from `number`.
 
-    A line longer than LONGEST_LINE comes as its first LONGEST_LINE + 1 bytes. A byte order mark is no part of a
-    line: files that have one are often joined. Raises DataError where the file is shorter than its size, ends inside
-    a compressed frame, or is not the one that was resolved.
+    A line longer than LONGEST_LINE is cut to LONGEST_LINE + 1 bytes. Byte order marks are removed from every line:
+    files that have one are often concatenated. Raises DataError if the file is shorter than its size, ends inside a
+    compressed frame, or is not the one that was resolved.
     """
     begun, length, stored = bytearray(), 0, byte  # of a line that continues in the next chunk
     for chunk in _decompressed(file, skip=byte):
@@ -117,7 +116,7 @@ def read_lines(file: File, *, number: int = 0, byte: int = 0) -> Iterator[Line]:
 
 
 def decompressed_size(file: File) -> int:
-    """Bytes of the whole decompressed file, counted; raises as `read_lines`."""
+    """Size of the decompressed file in bytes, by decompressing it; raises as `read_lines`."""
     return sum(len(chunk.data) for chunk in _decompressed(file, skip=0))
 
 
@@ -127,7 +126,7 @@ def read_all(file: File) -> bytes:
 
 
 class _Chunk(NamedTuple):
-    """Decompressed bytes: those from `skipped` on, of `size` that come from stored bytes `before` to `after`."""
+    """Decompressed bytes from offset `skipped` on, of `size` bytes that are stored in bytes `before` to `after`."""
 
     data: bytes
     before: int
@@ -136,7 +135,7 @@ class _Chunk(NamedTuple):
     skipped: int = 0
 
     def stored(self, place: int) -> int:
-        """About where a place in the data is stored; the same wherever reading began."""
+        """Approximate stored offset of a position in the data, independent of where reading began."""
         return self.before + (self.after - self.before) * (self.skipped + place) // self.size
 
 
@@ -172,7 +171,7 @@ class _Decompressor(Protocol):
 def _inflate(
     raw: Iterable[bytes], new: Callable[[], _Decompressor], file: File, *, padding: bytes = b""
 ) -> Iterator[_Chunk]:
-    """The content of all frames, in bounded chunks; `padding` may stand after a frame, as gzip's tools allow."""
+    """The content of all frames, in bounded chunks; `padding` may follow a frame, as gzip allows."""
     frame: _Decompressor | None = None
     begun, fed = False, 0
     try:
@@ -190,13 +189,13 @@ def _inflate(
                 if found:
                     yield _Chunk(found, before, fed, len(found))
     except (zstandard.ZstdError, zlib.error) as error:
-        raise DataError(f"{file.url}: cannot be decompressed, is damaged or of another kind ({error})") from error
+        raise DataError(f"{file.url}: cannot be decompressed: damaged, or another format ({error})") from error
     if frame is not None:
         raise DataError(f"{file.url}: ends inside a compressed frame; the file is truncated")
 
 
 def _morsels(raw: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes, MORSEL at a time, however a server hands them out: chunks are a function of the file."""
+    """The same bytes, MORSEL at a time, whatever the sizes of the reads: chunks are a function of the file."""
     rest = b""
     for chunk in raw:
         joined = rest + chunk
@@ -208,7 +207,7 @@ def _morsels(raw: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _raw(file: File, *, start: int = 0) -> Iterator[bytes]:
-    """The stored bytes from `start` on; those of a whole file are compared with its sha256."""
+    """The stored bytes from `start` on; a whole file is checked against its sha256."""
     hashed, read, digest = file.sha256 is not None and start == 0, start, sha256()
     for chunk in _stored(file, start):
         if hashed:
@@ -242,7 +241,7 @@ def _stored(file: File, start: int) -> Iterator[bytes]:
 
 @contextmanager
 def opened(file: File) -> Iterator[tuple[BinaryIO, Callable[[], None]]]:
-    """A local file that is still the one that was resolved, and a call that raises DataError if it is no longer."""
+    """Open a local file, checked to be the resolved one; also yields a check that raises DataError if it changes."""
     try:
         with Path(file.url).open("rb") as stream:
             before = Stored.of(stream)
@@ -251,11 +250,11 @@ def opened(file: File) -> Iterator[tuple[BinaryIO, Callable[[], None]]]:
                     f"{file.url}: {before.size} bytes could be read, but the file has {file.size}; it was changed"
                 )
             if file.content is not None and content_of(stream, file.size) != file.content:
-                raise DataError(f"{file.url}: was changed since this run began; put the former file back")
+                raise DataError(f"{file.url}: was changed since this run began; restore the former file")
 
             def require_same() -> None:
                 if Stored.of(stream) != before:
-                    raise DataError(f"{file.url}: was written to while it was read; put the former file back")
+                    raise DataError(f"{file.url}: was written to while it was read; restore the former file")
 
             stream.seek(0)
             yield stream, require_same
@@ -264,7 +263,7 @@ def opened(file: File) -> Iterator[tuple[BinaryIO, Callable[[], None]]]:
 
 
 def remote_file(file: File) -> RemoteFile | None:
-    """A file on an http(s) server, the hub's among them; None for another kind of store."""
+    """A file on an http(s) server, including the hub; None for other stores."""
     address = file.address or address_of(file.url)
     if address is None:
         return None
@@ -272,7 +271,7 @@ def remote_file(file: File) -> RemoteFile | None:
 
 
 def _headers(file: File) -> dict[str, str]:
-    """The user's token, for the hub alone."""
+    """The token of the user, for the hub only."""
     if not file.url.startswith("hf://"):
         return {}
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
@@ -281,7 +280,7 @@ def _headers(file: File) -> dict[str, str]:
 
 
 def address_of(url: str) -> str | None:
-    """Where an http server gives the file; None for a local file or another kind of store."""
+    """The http(s) address of a file; None for a local file or other stores."""
     if url.startswith("hf://"):
         from huggingface_hub import HfFileSystem
 
@@ -292,7 +291,7 @@ def address_of(url: str) -> str | None:
 
 @contextmanager
 def foreign(what: str) -> Iterator[None]:
-    """Turns what the hub's and other stores' libraries raise into a DataError: they have no class in common."""
+    """Convert exceptions of the libraries of the hub and other stores to DataError; they have no common base class."""
     try:
         yield
     except (UserError, RunError):

@@ -1,4 +1,4 @@
-"""A fixed integer hash, so that no library's random stream decides the order of data."""
+"""A fixed integer hash, so that the order of data does not depend on the random generator of a library."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +9,7 @@ _SECOND = np.uint64(0x94D049BB133111EB)
 
 
 def splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's output function (Steele, Lea, Flood 2014), elementwise."""
+    """The output function of SplitMix64 (Steele, Lea, Flood 2014), elementwise."""
     with np.errstate(over="ignore"):
         z = values + _STEP
         z = (z ^ (z >> np.uint64(30))) * _FIRST
@@ -18,7 +18,7 @@ def splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def mixed(*key: int) -> NDArray[np.uint64]:
-    """One number that is a function of `key`, [1]."""
+    """A hash of `key`, [1]."""
     state = np.zeros(1, np.uint64)
     for part in key:
         state = splitmix64(state ^ np.uint64(part))
@@ -26,6 +26,6 @@ def mixed(*key: int) -> NDArray[np.uint64]:
 
 
 def permutation(length: int, *key: int) -> NDArray[np.int64]:
-    """A permutation of `range(length)` that is a function of `key` alone."""
+    """A permutation of `range(length)`, a function of `key`."""
     hashes = splitmix64(mixed(*key) ^ splitmix64(np.arange(length, dtype=np.uint64)))
     return np.argsort(hashes, kind="stable")

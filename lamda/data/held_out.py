@@ -1,7 +1,7 @@
-"""Held-out text as rows: once, in order, unshuffled; each row begins with the last token of the one before.
+"""Held-out text as rows: every document once, unshuffled; each row begins with the last token of the previous row.
 
-The first one begins with an end symbol, so that every token is scored once: a document's first one after the end of
-the document before it, as in training and in the rolling log-likelihood of lm-eval.
+The first row begins with an end symbol, so every token is scored exactly once. The first token of a document is scored
+after the end symbol of the previous one, as in training and in the rolling log-likelihood of lm-eval.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from lamda.data.card import Source
 from lamda.data.documents import Document, Form
 from lamda.data.errors import DataError
 from lamda.data.files import File
-from lamda.data.lanes import RAW_TEXT, Cursor, read_lane, whole_lane
+from lamda.data.lanes import RAW_TEXT, Cursor, read_lane
+from lamda.data.partitioning import whole_lane
 from lamda.data.quarantine import BadLine
 from lamda.data.resolving import resolve
 from lamda.data.tokenizer import Tokenizer
 
 MOST_SHARES = 64
-"""Files that are read side by side, about."""
+"""Files that are read concurrently, approximately."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Row:
     """A row of held-out text.
 
     ids: [L+1] uint32. scored: [L] bool, the targets that count: all but the padding of the last row. domains: [L]
-    int32, of the targets. utf8_bytes: [number of domains so far] int64, the text of the targets. documents: [L] int32,
-    of the inputs, where attention stays inside a document: an end symbol is the first input of the next, as in
-    training.
+    int32, of the targets. utf8_bytes: [number of domains so far] int64, bytes of text of the targets. documents: [L]
+    int32, of the inputs, if attention is limited to a document; an end symbol is the first input of the next document,
+    as in training.
     """
 
     ids: NDArray[np.uint32]
@@ -47,7 +48,7 @@ class Row:
 class HeldOut:
     """The validation text of a run.
 
-    document_mask: attention stays inside a document. on_wait: called while a server is waited for.
+    document_mask: limit attention to a document. on_wait: called while waiting for a server.
     """
 
     sources: tuple[Source, ...]
@@ -60,26 +61,25 @@ class HeldOut:
     def documents(self) -> Iterator[Document]:
         """Every document once, source by source, file by file."""
         for source in self.sources:
-            for file in resolve(source, on_wait=self.on_wait):
-                yield from self._documents_of(source, file)
+            yield from self._documents_in(source, resolve(source, on_wait=self.on_wait))
 
     def rows(self, domains: list[str]) -> Iterator[Row]:
-        """All rows, one of each file in turn (of each share of a source's files, where there are many).
+        """All rows, one from each file in turn (from each group of files, if a source has many).
 
-        So the first ones are of all the text that there is. Names of domains are added to `domains` as they appear.
+        So the first rows represent all text. New domain names are appended to `domains`.
         """
         streams = [self._rows_of(documents, domains) for documents in self._shares()]
         while streams:
-            going_on = []
+            unfinished = []
             for stream in streams:
                 row = next(stream, None)
                 if row is not None:
                     yield row
-                    going_on.append(stream)
-            streams = going_on
+                    unfinished.append(stream)
+            streams = unfinished
 
     def _shares(self) -> Iterator[Iterator[Document]]:
-        """The documents of each file, or of each share of a source's many files, so that few are open at a time."""
+        """The documents of each file, or of each group of files if a source has many, to limit open files."""
         for source in self.sources:
             files = resolve(source, on_wait=self.on_wait)
             count = min(len(files), max(1, MOST_SHARES // len(self.sources)))
@@ -87,11 +87,8 @@ class HeldOut:
 
     def _documents_in(self, source: Source, files: Sequence[File]) -> Iterator[Document]:
         for file in files:
-            yield from self._documents_of(source, file)
-
-    def _documents_of(self, source: Source, file: File) -> Iterator[Document]:
-        entries = read_lane(whole_lane(source, file, form=self.form), Cursor())
-        return (entry for entry in entries if isinstance(entry, Document))
+            entries = read_lane(whole_lane(source, file, form=self.form), Cursor())
+            yield from (entry for entry in entries if isinstance(entry, Document))
 
     def _rows_of(self, documents: Iterator[Document], domains: list[str]) -> Iterator[Row]:
         length = self.sequence_length
@@ -99,8 +96,8 @@ class HeldOut:
         for chunk in self._encoded(documents, domains):
             stream = stream + chunk
             while len(stream.ids) > length:
-                yield self._row(stream.head(length + 1), len(domains))
-                stream = stream.tail(length)
+                yield self._row(stream[: length + 1], len(domains))
+                stream = stream[length:]
         if len(stream.ids) > 1:
             yield self._row(stream, len(domains))
 
@@ -128,14 +125,14 @@ class HeldOut:
 
     @staticmethod
     def _documents_of_inputs(stream: _Stream, missing: int) -> NDArray[np.int32]:
-        """An input is of its target's document, so that the end symbol begins the next; padding is of none."""
+        """The document of an input is that of its target, so an end symbol begins the next one; padding has none."""
         number = np.cumsum(stream.first, dtype=np.int32)
         return np.pad(number[1:], (0, missing), constant_values=len(stream.ids) + 1)
 
 
 @dataclass(frozen=True)
 class _Stream:
-    """Tokens in a row, whether each begins a document, and its domain."""
+    """Consecutive tokens, whether each begins a document, and its domain."""
 
     ids: NDArray[np.uint32]
     first: NDArray[np.bool_]
@@ -143,7 +140,7 @@ class _Stream:
 
     @staticmethod
     def of_end(end: int) -> _Stream:
-        """The end symbol that comes before the first document."""
+        """The end symbol before the first document."""
         return _Stream(np.array([end], np.uint32), np.zeros(1, bool), np.zeros(1, np.int32))
 
     def __add__(self, other: _Stream) -> _Stream:
@@ -153,17 +150,14 @@ class _Stream:
             np.concatenate([self.domains, other.domains]),
         )
 
-    def head(self, count: int) -> _Stream:
-        return _Stream(self.ids[:count], self.first[:count], self.domains[:count])
-
-    def tail(self, start: int) -> _Stream:
-        return _Stream(self.ids[start:], self.first[start:], self.domains[start:])
+    def __getitem__(self, part: slice) -> _Stream:
+        return _Stream(self.ids[part], self.first[part], self.domains[part])
 
 
 def require_documents(source: Source, *, form: Form, on_wait: Callable[[], object]) -> None:
-    """Read the first document of each validation file, of the first MOST_SHARES at the most.
+    """Read the first document of each validation file (at most the first MOST_SHARES files).
 
-    Raises DataError where there is none, at a run's start and not at its first evaluation.
+    Raises DataError if there is none: at the start of a run, not at its first evaluation.
     """
     for file in resolve(source, on_wait=on_wait)[:MOST_SHARES]:
         bad: list[BadLine] = []
@@ -179,7 +173,7 @@ def require_documents(source: Source, *, form: Form, on_wait: Callable[[], objec
 
 
 def micro_batches(rows: Iterator[Row], *, size: int, rank: int, world: int) -> Iterator[Sequence[Row]]:
-    """This rank's micro-batches of up to `size` rows, dealt in turn; as many on every rank, some empty."""
+    """This rank's micro-batches of up to `size` rows, dealt in turn: the same number on every rank, some empty."""
     while True:
         turn = [[row for _, row in zip(range(size), rows, strict=False)] for _ in range(world)]
         if not turn[0]:

@@ -1,6 +1,6 @@
-"""What says that a file is still the text it was: a hash of pieces of it, a server's tag, or a card's sha256.
+"""Detecting changed files: by a hash of pieces of a file, the tag of a server, or the sha256 of a card.
 
-A name and a size do not: text that is edited in place, or another corpus with the same shard names, has both.
+Name and size are not enough: text that is edited in place, or another corpus with the same shard names, has both.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from lamda.data.errors import DataError, DataUnavailableError
 
 PIECES = 16
 PIECE = 1 << 16
-"""Bytes of each piece. A file of PIECES * PIECE bytes or less is hashed whole."""
+"""Bytes per piece. A file of at most PIECES * PIECE bytes is hashed whole."""
 
 VERIFIED_AT_START = 1 << 32
-"""Bytes of local files whose sha256 is compared with the card's before a row of them is used."""
+"""Bytes of local files whose sha256 is checked before training starts."""
 
 
 def content_of(stream: BinaryIO, size: int) -> str:
-    """A hash of `size` and of evenly spaced pieces from the first byte to the last; the stream is left anywhere."""
+    """A hash of `size` and of evenly spaced pieces from the first byte to the last. Moves the stream."""
     if size <= PIECES * PIECE:
         starts, length = [0], size
     else:
@@ -39,7 +39,7 @@ def content_of(stream: BinaryIO, size: int) -> str:
 
 
 class Stored(NamedTuple):
-    """A local file at one moment; anything that is written to it changes this."""
+    """The state of a local file; any write changes it."""
 
     size: int
     modified: int
@@ -47,13 +47,13 @@ class Stored(NamedTuple):
 
     @classmethod
     def of(cls, file: BinaryIO | Path) -> Stored:
-        """Of an open file, or of a path. Raises OSError."""
+        """The state of an open file or a path. Raises OSError."""
         found = file.stat() if isinstance(file, Path) else os.fstat(file.fileno())
         return cls(found.st_size, found.st_mtime_ns, found.st_ino)
 
 
 def require_sha256(path: str, expected: str) -> None:
-    """Raise DataError where a local file does not have the sha256 of its card; it is read once as long as it stays."""
+    """Raise DataError if a local file does not have its sha256; an unchanged file is read only once."""
     try:
         found = _sha256(path, Stored.of(Path(path)))
     except OSError as error:
@@ -63,8 +63,8 @@ def require_sha256(path: str, expected: str) -> None:
 
 
 def wrong_sha256(name: str, found: str, expected: str) -> str:
-    """The message of a file that is not the card's."""
-    return f"{name}: its sha256 is {found}, but the card says {expected}; fetch the file again, or correct the card"
+    """The message for a file with another sha256 than in its card."""
+    return f"{name}: its sha256 is {found}, but the card says {expected}; download the file again, or correct the card"
 
 
 @cache
@@ -74,7 +74,7 @@ def _sha256(path: str, _: Stored) -> str:
 
 
 def verify_some(stated: Sequence[tuple[str, int, str]]) -> list[str]:
-    """Compare local files with their sha256, up to VERIFIED_AT_START bytes; returns those that are left for later.
+    """Check the sha256 of local files, up to VERIFIED_AT_START bytes; returns the files that are left for later.
 
     stated: (path, size, sha256). Raises DataError, naming a file that differs.
     """
@@ -90,15 +90,15 @@ def verify_some(stated: Sequence[tuple[str, int, str]]) -> list[str]:
     return left
 
 
-PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOMEM)
-"""Errors of a disk, a file server or the machine, which another try may not meet."""
+TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOMEM)
+"""Errors of a disk, a file server or the machine that may disappear on retry."""
 
 
 def cannot_open(name: str, error: OSError) -> DataError | DataUnavailableError:
-    """The error for a file that the system does not open or read, with what helps; a disk's or a server's may pass."""
-    told = f"{name}: cannot be read ({error.strerror or error})"
+    """The error for a file that cannot be opened or read, with a remedy; DataUnavailableError if it is transient."""
+    message = f"{name}: cannot be read ({error.strerror or error})"
     if error.errno in (errno.EMFILE, errno.ENFILE):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        told += f"; each lane (64 a source at most) keeps a file open, and this process may have {limit}: raise it "
-        told += "with `ulimit -n`"
-    return DataUnavailableError(told) if error.errno in PASSING else DataError(told)
+        message += f"; each lane (at most 64 per source) keeps a file open, and the limit of this process is {limit}: "
+        message += "raise it with `ulimit -n`"
+    return DataUnavailableError(message) if error.errno in TRANSIENT else DataError(message)

@@ -1,4 +1,10 @@
-"""A rank's micro-batches: the rows of each step, cut so that any number of ranks sees the same ones."""
+"""The data loader of a rank: micro-batches of every step, from any position in the global order.
+
+Step by step, the loader maps sample indices to sources and rows (`lamda.data.order`), and those to lanes
+(`lamda.data.windows`). It sorts the rows of the global batch by lane and takes the rank's equal share, so the global
+batch is the same on any number of ranks, and each rank reads mostly its own lanes. Rows are read ahead in threads
+(`lamda.data.rows`). When a source needs its next window, the ranks exchange the row counts of their lanes.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +30,10 @@ from lamda.data.windows import Announcement, Plan, SourceOrder, Window, places
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that a rank computes at a time.
+    """Rows of one forward pass on a rank.
 
-    ids: [b, L+1] uint32. scored: [b, L] bool, the targets that count. domains: [b, L] int16, each
-    target's domain. documents: [b, L+1] int32, an id a token as an input, where attention is to stay inside
-    a document or an example.
+    ids: [b, L+1] uint32. scored: [b, L] bool, the targets that count. domains: [b, L] int16, the domain of each target.
+    documents: [b, L+1] int32, a document id per input token, if attention is limited to a document or an example.
     """
 
     ids: NDArray[np.uint32]
@@ -39,11 +44,10 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Step:
-    """What a rank computes in a step.
+    """The batch of a rank in one step.
 
-    digests: the sha256 of each of the rank's rows, and positions: its place among the step's
-    samples; `batch_digest` puts all ranks' together. consumed: the order's next sample after this
-    step. epochs: of each source, by name, how many are over.
+    positions: index of each row of the rank in the global batch. digests: sha256 of each row; `batch_digest` combines
+    those of all ranks. consumed: the next sample after this step. epochs: completed epochs of each source, by name.
     """
 
     micro_batches: tuple[MicroBatch, ...]
@@ -54,30 +58,30 @@ class Step:
 
 
 def batch_digest(digests: NDArray[np.uint8]) -> str:
-    """16 hex digits that name a step's data. digests: [B, 32], the rows' sha256 in global order."""
+    """16 hex digits that identify the data of a step. digests: [B, 32], sha256 of the rows in global order."""
     return sha256(digests.tobytes()).hexdigest()[:16]
 
 
 def row_digest(ids: NDArray[np.uint32]) -> NDArray[np.uint8]:
-    """The sha256 of a row's ids as little-endian uint32, [32] uint8."""
+    """sha256 of the ids of a row as little-endian uint32, [32] uint8."""
     return np.frombuffer(sha256(np.ascontiguousarray(ids, "<u4").data).digest(), np.uint8)
 
 
 def alone(value: Any) -> list[Any]:
-    """What an exchange between ranks gives where there is one."""
+    """The exchange between ranks for a single rank."""
     return [value]
 
 
 class Loader:
-    """The steps of one rank, from any place in the global order.
+    """The steps of one rank, from any sample on.
 
-    order: the windows of each source that are known, as `order` gave them; without them the samples are the same, and
-    all text before `consumed` is read again. exchange: gives the values of all ranks; every rank calls it before the
-    same steps. domains: their names in the order of their numbers; every other name counts as one more. document_mask:
-    attention stays inside a document, and its documents are handed on; the end symbol before a document is its first
-    input, as where inference begins a text, and other targets in another document than the token before do not count.
-    ready: where rows are kept. on_window: called with a source's number and its windows when another one is known.
-    Close it, or use it as a context, to end its threads.
+    order: the known windows of each source, as `order` returned them; without them the samples are the same, but all
+    text before `consumed` is read again. skipped: ranges of samples to skip. exchange: all-gather of a value; every
+    rank calls it before the same steps. domains: names by number; all other names share one more number. document_mask:
+    limit attention to a document. The end symbol before a document is then its first input, as in inference, and other
+    targets in another document than their input do not count. ready: cache of rows. on_window: called with the number
+    of a source and its windows when a new one is known. Close the loader, or use it as a context manager, to end its
+    threads.
     """
 
     def __init__(
@@ -113,14 +117,11 @@ class Loader:
         before = corpus.mixture.rows_before(consumed).tolist()
         known = order or [SourceOrder() for _ in corpus.sources]
         self._order = [each.without(row) for each, row in zip(known, before, strict=True)]
-        self._stage = corpus.mixture.stage(consumed)
-        self._own, self._near = self._lanes_of(margin=0.0), self._lanes_of(margin=2 / batch)
-        # Both by source and window; the second by lane.
+        # By source and window; the second also by lane.
         self._places: dict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         self._found: dict[tuple[int, int], dict[int, LaneRows]] = {}
-        for source in range(len(corpus.sources)):
-            self._begin_known(source)
-            self._begin_next(source)
+        self._stage = -1
+        self._enter_stage(corpus.mixture.stage(consumed))
 
     def __enter__(self) -> Loader:
         return self
@@ -137,18 +138,17 @@ class Loader:
         self._rows.close()
 
     def order(self) -> tuple[SourceOrder, ...]:
-        """The windows that a loader needs to continue from the last step that was given; the same on every rank."""
+        """The windows that a loader needs to continue after the last step; the same on every rank."""
         return tuple(self._order)
 
     def quarantined(self) -> list[Quarantined]:
-        """The first bad lines, by lane and place, of all text that this rank has read."""
+        """The first bad lines, by lane and place, of the text that this rank has read."""
         return self._rows.quarantined()
 
     def _lanes_of(self, *, margin: float) -> list[frozenset[int]]:
-        """Of each source the lanes that this rank reads: a step's rows, sorted by lane, are cut into equal parts.
+        """For each source, the lanes of this rank's share of a step's rows, sorted by lane.
 
-        margin: by how much wider the part is than equal, so that the lanes at its edges are in it. Without one, a lane
-        belongs to one rank.
+        margin: widens the share, to include lanes at its edges. With margin 0, each lane belongs to exactly one rank.
         """
         found, begin = [], 0.0
         table = self._corpus.mixture.tables[self._stage]
@@ -167,7 +167,7 @@ class Loader:
         return found
 
     def _enter_stage(self, stage: int) -> None:
-        """Read other lanes where the weights have changed; all ranks do so at the same step."""
+        """Switch to the lanes of a new stage of weights; all ranks do so at the same step."""
         if stage != self._stage:
             self._stage = stage
             self._own, self._near = self._lanes_of(margin=0.0), self._lanes_of(margin=2 / self._batch)
@@ -176,14 +176,14 @@ class Loader:
                 self._begin_next(source)
 
     def _begin_known(self, source: int) -> None:
-        """Read this rank's rows of the windows that are known, the oldest first."""
+        """Start reading this rank's rows of the known windows, oldest first."""
         for window in self._order[source].windows:
             for lane in sorted(self._own[source] | self._near[source]):
                 if window.counts[lane]:
                     self._rows.begin(self._lane(source, lane).index, window.number, self._part(source, window, lane))
 
     def _begin_next(self, source: int) -> None:
-        """Read this rank's own lanes of the next window, unless two windows are in memory already."""
+        """Start reading this rank's lanes of the next window, unless two windows are in memory already."""
         if len(self._order[source].windows) < 2:
             plan = self._order[source].plan(self._corpus.shapes[source])
             for lane in sorted(self._own[source]):
@@ -221,12 +221,12 @@ class Loader:
         )
 
     def _announce(self, needed: Mapping[int, NDArray[np.int64]]) -> None:
-        """Exchange windows until each source's rows are in the first three quarters of those that are known.
+        """Exchange windows until the needed rows of each source are in the first three quarters of the last known one.
 
-        All ranks know the same windows and need the same rows, so that they exchange before the same steps.
+        All ranks know the same windows and need the same rows, so they exchange before the same steps.
         """
         for source, rows in needed.items():
-            self._let_go(source, int(rows.min()))
+            self._release(source, int(rows.min()))
         while due := [source for source, rows in needed.items() if self._is_due(source, int(rows.max()))]:
             plans = {source: self._order[source].plan(self._corpus.shapes[source]) for source in due}
             own = {
@@ -234,10 +234,10 @@ class Loader:
                 for source, plan in plans.items()
                 for lane in sorted(self._own[source])
             }
-            said = {key: value for part in self._exchange(own) for key, value in part.items()}
+            announced = {key: value for part in self._exchange(own) for key, value in part.items()}
             for source, plan in plans.items():
-                self._add(source, plan, said)
-                self._let_go(source, int(needed[source].min()))
+                self._add(source, plan, announced)
+                self._release(source, int(needed[source].min()))
 
     def _is_due(self, source: int, row: int) -> bool:
         windows = self._order[source].windows
@@ -247,10 +247,10 @@ class Loader:
         of = self._lane(source, lane)
         return self._rows.get(of.index, plan.number, plan.part(lane, of.length)).announcement
 
-    def _add(self, source: int, plan: Plan, said: Mapping[tuple[int, int], Announcement]) -> None:
+    def _add(self, source: int, plan: Plan, announced: Mapping[tuple[int, int], Announcement]) -> None:
         shape = self._corpus.shapes[source]
         self._order[source] = self._order[source].add(
-            plan, [said[source, lane] for lane in range(len(shape.lengths))], shape
+            plan, [announced[source, lane] for lane in range(len(shape.lengths))], shape
         )
         window = self._order[source].windows[-1]
         if window.ends_an_empty_epoch:
@@ -259,8 +259,8 @@ class Loader:
         self._begin_known(source)
         self._begin_next(source)
 
-    def _let_go(self, source: int, row: int) -> None:
-        """Drop windows that end before a row of the source, and read on where there is room."""
+    def _release(self, source: int, row: int) -> None:
+        """Drop windows that end before a row of the source, and start reading the next one if there is room."""
         before = self._order[source]
         self._order[source] = before.without(row)
         windows = self._order[source].windows
@@ -276,7 +276,7 @@ class Loader:
     def _places_of(
         self, source: int, rows: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Window, lane and row in the lane's part of each of a source's rows."""
+        """Window, lane and row within the lane for each row of a source."""
         found = np.empty((3, len(rows)), np.int64)
         for window in self._order[source].windows:
             key, own = (source, window.number), (rows >= window.base) & (rows < window.base + window.rows)
@@ -315,7 +315,7 @@ class Loader:
                 documents[place], is_inside = separated(block, row, packing=self._packing, end_of_document=end)
                 scored[place] &= is_inside
             spans = block.spans[block.spans_of(row)]
-            domain_of = rows.domains[spans["document"]]  # a document of -1 has the last
+            domain_of = rows.domains[spans["document"]]  # document -1 takes the last entry
             domains[place] = np.repeat(domain_of, spans["length"])[1:]
         return MicroBatch(ids, scored, domains, documents)
 
@@ -323,18 +323,18 @@ class Loader:
 def separated(
     block: RowBlock, place: int, *, packing: Packing, end_of_document: int
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Of a row: [L+1] the document of each token as an input, [L] whether a target is of its input's document.
+    """For a row: document id of each token as an input [L+1], and whether a target is in the document of its input [L].
 
-    The end symbol before a document's first token is that document's first input. Examples that are packed whole
-    bring one of their own, where they want one.
+    The end symbol before the first token of a document is the first input of that document. Examples that are packed
+    whole have their own start symbol, if any.
     """
     spans = block.spans_of(place)
-    runs = np.repeat(np.arange(spans.start, spans.stop, dtype=np.int32), block.spans["length"][spans])
-    is_inside = runs[1:] == runs[:-1]
+    ids = np.repeat(np.arange(spans.start, spans.stop, dtype=np.int32), block.spans["length"][spans])
+    is_inside = ids[1:] == ids[:-1]
     if packing.method == "whole":
-        return runs, is_inside
-    begins = (block.spans["token"][runs[1:]] == 0) & (block.spans["document"][runs[1:]] >= 0)
+        return ids, is_inside
+    begins = (block.spans["token"][ids[1:]] == 0) & (block.spans["document"][ids[1:]] >= 0)
     opens = ~is_inside & begins & (block.ids[place, :-1] == end_of_document)
-    documents = runs.copy()
-    documents[:-1][opens] = runs[1:][opens]
+    documents = ids.copy()
+    documents[:-1][opens] = ids[1:][opens]
     return documents, is_inside | opens

@@ -1,4 +1,4 @@
-"""How many files a process may have open: many lanes, or many connections, take more than a shell allows at first."""
+"""The limit of open files of this process: many lanes or connections need more than the default of a shell."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import resource
 
 
 def allow_open_files(wanted: int) -> int:
-    """File descriptors that this process may have, after asking for as many as are wanted."""
+    """Raise the limit of file descriptors to `wanted` if the system allows; returns the resulting limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)

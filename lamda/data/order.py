@@ -1,6 +1,9 @@
-"""The mixture: which row of which source is sample g. A closed form, the same on any number of ranks.
+"""The mixture of sources: maps each sample of the run to a source and a row of that source.
 
-Weights count tokens: exactly in every round of the table, and within a row of each source at every sample.
+A sample is identified by its global index g, which counts rows from the start of the run. A table of SLOTS slots,
+repeated forever, assigns a source to each sample; the number of slots of a source is proportional to its weight. The
+mapping is a closed form of g, so it is the same on any number of ranks and needs no state. Weights are shares of
+tokens: exact over one pass through the table, and within one row of each source at every sample.
 """
 
 from __future__ import annotations
@@ -19,40 +22,40 @@ SLOTS = 16384
 
 @dataclass(frozen=True)
 class Table:
-    """A table of slots, repeated without end: slot `g % len(slots)` names the source of sample g."""
+    """A table of slots, repeated forever: slot `g % len(slots)` is the source of sample g."""
 
     slots: NDArray[np.int32]
     sources: int
 
     @cached_property
     def count(self) -> NDArray[np.int64]:
-        """Slots of each source."""
+        """Number of slots of each source."""
         return np.bincount(self.slots, minlength=self.sources)
 
     @cached_property
     def _rank(self) -> NDArray[np.int64]:
-        """For each slot, how many slots of its source come before it."""
+        """For each slot, the number of earlier slots of the same source."""
         rank = np.empty(len(self.slots), np.int64)
         rank[np.argsort(self.slots, kind="stable")] = np.concatenate([np.arange(n) for n in self.count])
         return rank
 
     def rows(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Source and row of each sample, both counted from this table's beginning."""
+        """Source and row of each sample, counted from the start of this table."""
         turn, slot = np.divmod(samples, len(self.slots))
         source = self.slots[slot]
         return source, turn * self.count[source] + self._rank[slot]
 
     def rows_before(self, sample: int) -> NDArray[np.int64]:
-        """For each source, how many of its rows come before sample `sample`."""
+        """For each source, the number of its rows before sample `sample`."""
         turns, slots = divmod(sample, len(self.slots))
         return turns * self.count + np.bincount(self.slots[:slots], minlength=self.sources)
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Tables one after the other: `starts[i]` is the first sample of `tables[i]`; the first is 0.
+    """A sequence of tables, one per stage of weights: `starts[i]` is the first sample of `tables[i]`; the first is 0.
 
-    A source continues where the table before left it: the rows before a change are counted.
+    Row numbers of a source continue over changes of the table.
     """
 
     tables: tuple[Table, ...]
@@ -60,7 +63,7 @@ class Mixture:
 
     @property
     def most(self) -> NDArray[np.int64]:
-        """Of each source, its most slots in any of the tables."""
+        """For each source, its largest number of slots in any table."""
         return np.max([table.count for table in self.tables], axis=0)
 
     @cached_property
@@ -71,7 +74,7 @@ class Mixture:
         return rows
 
     def rows(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Source and row of each sample; a source's rows are numbered as they come, from 0."""
+        """Source and row of each sample; the rows of a source are numbered in order, from 0."""
         stages = np.searchsorted(self.starts, samples, side="right") - 1
         sources, rows = np.empty(len(samples), np.int32), np.empty(len(samples), np.int64)
         for stage in np.unique(stages):
@@ -81,36 +84,36 @@ class Mixture:
         return sources, rows
 
     def stage(self, sample: int) -> int:
-        """Which of the tables a sample is in."""
+        """Index of the table of a sample."""
         return int(np.searchsorted(self.starts, sample, side="right")) - 1
 
     def rows_before(self, sample: int) -> NDArray[np.int64]:
-        """For each source, how many of its rows come before sample `sample`."""
+        """For each source, the number of its rows before sample `sample`."""
         stage = self.stage(sample)
         return self._rows_at_start[stage] + self.tables[stage].rows_before(sample - self.starts[stage])
 
 
 def make_mixture(sources: Sequence[str], stages: Sequence[tuple[int, Mapping[str, float]]]) -> Mixture:
-    """The mixture of sources by name, for the first sample and the weights of each stage. Raises UserError."""
+    """The mixture of the named sources. stages: first sample and weights of each. Raises UserError as `make_table`."""
     tables = tuple(make_table({name: weights[name] for name in sources}) for _, weights in stages)
     return Mixture(tables, tuple(start for start, _ in stages))
 
 
 def make_table(weights: Mapping[str, float]) -> Table:
-    """Slots by weight (largest remainders), each at the earliest deadline among those that are due.
+    """The table of weights: slot counts by largest remainder, positions by earliest deadline first.
 
-    A source's k-th slot is due when it falls behind its weight, and its deadline is when the next one would: so that
-    any run of slots holds each source by its weight, to a slot. Of equal deadlines the sources take turns by the
-    reversed bits of their numbers, so that a batch smaller than the number of sources has some of all parts of them
-    and each rank reads its own. Raises UserError for a weight too small for a slot.
+    The k-th slot of a source is due when the source falls behind its weight, and its deadline is when the next slot
+    would be due. So any interval of slots holds each source by its weight, within one slot. Ties are broken by the
+    bit-reversed number of the source: a batch smaller than the number of sources then draws evenly from their whole
+    range, and each rank reads its own sources. Raises UserError for a weight too small for one slot.
     """
     exact = np.array([*weights.values()], np.float64) / sum(weights.values()) * SLOTS
     count = np.floor(exact).astype(np.int64)
     count[np.argsort(count - exact, kind="stable")[: SLOTS - int(count.sum())]] += 1
     if lost := [name for name, slots in zip(weights, count, strict=True) if not slots]:
         raise UserError(
-            f"the weight of source {', '.join(map(repr, lost))} is less than 1 in {SLOTS:,} rows: give it more, or "
-            "take it out"
+            f"the weight of source {', '.join(map(repr, lost))} is less than 1 in {SLOTS:,} rows: increase it, or "
+            "remove the source"
         )
     bits = len(count).bit_length()
     turns = np.array(sorted(range(len(count)), key=lambda number: f"{number:0{bits}b}"[::-1]))
@@ -124,7 +127,7 @@ def make_table(weights: Mapping[str, float]) -> Table:
 
 
 def next_samples(consumed: int, count: int, skipped: Sequence[tuple[int, int]]) -> tuple[NDArray[np.int64], int]:
-    """The next `count` samples after `consumed`, jumping over the windows [from, to), and the new `consumed`."""
+    """The next `count` samples from `consumed` on, without the skipped ranges [from, to), and the new `consumed`."""
     taken: list[NDArray[np.int64]] = []
     windows = sorted(window for window in skipped if window[1] > consumed)
     while count:
@@ -139,7 +142,7 @@ def next_samples(consumed: int, count: int, skipped: Sequence[tuple[int, int]]) 
 
 
 def consumed_after(count: int, skipped: Sequence[tuple[int, int]]) -> int:
-    """Where `next_samples` is after the first `count` samples."""
+    """The `consumed` of `next_samples` after the first `count` samples."""
     consumed = 0
     for start, stop in sorted(skipped):
         ahead = max(0, start - consumed)

@@ -1,4 +1,4 @@
-"""Packing: stretches of documents arranged into rows, all of them full but the last."""
+"""Packing: spans of documents arranged into rows, all of them full but the last."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-PIECE = np.dtype([("row", "<i8"), ("start", "<i8"), ("length", "<i8"), ("stretch", "<i8"), ("offset", "<i8")])
-"""A part of a row, from `start` on: tokens `offset`, `offset + 1`, ... of a stretch."""
+PIECE = np.dtype([("row", "<i8"), ("start", "<i8"), ("length", "<i8"), ("span", "<i8"), ("offset", "<i8")])
+"""A part of a row, from `start` on: tokens `offset`, `offset + 1`, ... of a span."""
 
 Method = Literal["concat", "best_fit", "whole"]
-"""The last leaves rows with padding: see `first_fit`."""
+"""`whole` pads rows: see `first_fit`."""
 
 GROUP = 256
-"""Rows that are arranged together: the sums of `best_fit` grow with them, and its cuts hardly fall any more."""
+"""Rows that are arranged together: with more, `best_fit` takes longer and hardly avoids any more cuts."""
 
 
 def arrange_groups(method: Method, lengths: NDArray[np.int64], *, row_length: int) -> NDArray[np.void]:
-    """As `arrange`, for any number of tokens, GROUP rows at a time; what fills no row is the beginning of a last one.
+    """As `arrange`, for any number of tokens, GROUP rows at a time; the remainder begins a last, shorter row.
 
     Args:
         method, lengths, row_length: as in `arrange`.
@@ -43,130 +43,124 @@ def arrange_groups(method: Method, lengths: NDArray[np.int64], *, row_length: in
         else:
             pieces = arrange(method, own, rows=(high - low) // row_length, row_length=row_length)
         pieces["row"] += low // row_length
-        pieces["offset"] += np.maximum(low - begins[first:last], 0)[pieces["stretch"]]
-        pieces["stretch"] += first
+        pieces["offset"] += np.maximum(low - begins[first:last], 0)[pieces["span"]]
+        pieces["span"] += first
         found.append(pieces)
     return np.concatenate(found)
 
 
 def first_fit(lengths: Sequence[int], *, row_length: int) -> list[int]:
-    """The row of each stretch, the longest first, each in the first row that has room; none is cut.
+    """The row of each span, the longest first, each in the first row with enough room; none is cut.
 
-    Raises ValueError where one is longer than a row.
+    Raises ValueError if one is longer than a row.
     """
     if max(lengths, default=0) > row_length:
-        raise ValueError(f"a stretch of {max(lengths)} tokens fits in no row of {row_length}")
+        raise ValueError(f"a span of {max(lengths)} tokens fits in no row of {row_length}")
     rows, room, used = [0] * len(lengths), np.full(len(lengths), row_length, np.int64), 0
-    for stretch in sorted(range(len(lengths)), key=lambda stretch: -lengths[stretch]):
-        row = int(np.argmax(room[: used + 1] >= lengths[stretch]))
-        rows[stretch], used = row, max(used, row + 1)
-        room[row] -= lengths[stretch]
+    for span in sorted(range(len(lengths)), key=lambda span: -lengths[span]):
+        row = int(np.argmax(room[: used + 1] >= lengths[span]))
+        rows[span], used = row, max(used, row + 1)
+        room[row] -= lengths[span]
     return rows
 
 
 def arrange(method: Method, lengths: NDArray[np.int64], *, rows: int, row_length: int) -> NDArray[np.void]:
-    """The pieces of a block's stretches, by row and start, under a packing method; a pure function.
+    """The pieces of a block's spans, by row and start, under a packing method; a pure function.
 
-    A stretch is a run of consecutive tokens of one document. Every row is filled, every token of every
-    stretch used once, and of two pieces of a stretch the one in the earlier row holds the earlier tokens.
+    A span is consecutive tokens of one document. Every row is filled, every token of every
+    span used once, and of two pieces of a span the one in the earlier row holds the earlier tokens.
 
     Args:
         method: `concat` or `best_fit`, as the functions of these names.
-        lengths: [n] tokens of each stretch, at least one, in the stream's order.
+        lengths: [n] tokens of each span, at least one, in the stream's order.
         rows: R, rows of the block.
-        row_length: tokens a row.
+        row_length: tokens per row.
 
     Returns:
         [pieces] PIECE.
 
     Raises:
-        ValueError: a stretch is empty, or the stretches do not have the rows' tokens.
+        ValueError: a span is empty, or the total is not that of the rows.
     """
     lengths = np.asarray(lengths, np.int64)
     if (lengths < 1).any() or lengths.sum() != rows * row_length:
-        raise ValueError(f"stretches of {lengths.sum()} tokens, none empty, cannot fill {rows} rows of {row_length}")
+        raise ValueError(f"spans of {lengths.sum()} tokens, none empty, cannot fill {rows} rows of {row_length}")
     return {"concat": concat, "best_fit": best_fit}[method](lengths, rows=rows, row_length=row_length)
 
 
 def concat(lengths: NDArray[np.int64], *, rows: int, row_length: int) -> NDArray[np.void]:
-    """The stretches in the stream's order, cut wherever a row ends. As `arrange`, but the last row may be short."""
+    """The spans in stream order, cut wherever a row ends. As `arrange`, but the last row may be short."""
     ends = np.cumsum(lengths)
     begins = ends - lengths
     places = np.union1d(begins, np.arange(rows) * row_length)
     pieces = np.empty(len(places), PIECE)
     pieces["row"], pieces["start"] = np.divmod(places, row_length)
     pieces["length"] = np.diff(places, append=lengths.sum())
-    pieces["stretch"] = np.searchsorted(ends, places, side="right")
-    pieces["offset"] = places - begins[pieces["stretch"]]
+    pieces["span"] = np.searchsorted(ends, places, side="right")
+    pieces["offset"] = places - begins[pieces["span"]]
     return pieces
 
 
 def best_fit(lengths: NDArray[np.int64], *, rows: int, row_length: int) -> NDArray[np.void]:
-    """Few stretches cut, after "Fewer Truncations Improve Language Modeling" (Ding et al. 2024). As `arrange`.
+    """Packing with few cuts, after "Fewer Truncations Improve Language Modeling" (Ding et al. 2024). As `arrange`.
 
-    A stretch longer than a row is first cut into whole rows and a remainder, as in the paper. Its best-fit
-    decreasing then leaves gaps to be padded; as rows here are full, the only fit that cuts nothing is the
-    exact one, so that a row is the longest stretch still to place and others that fill it to the last token.
-    Stretches that are in no such row are laid end to end over the rows that remain. A block for which all
-    this cuts no less than `concat` stays in the stream's order.
+    A span longer than a row is first cut into whole rows and a remainder, as in the paper. The paper then uses best-fit
+    decreasing, which needs padding. Rows here are full, so only an exact fit avoids cuts: a row takes the longest
+    remaining span, and others that fill it exactly. Spans that fit into no such row are concatenated over the remaining
+    rows. If this does not cut less than `concat`, the block stays in stream order.
     """
     whole, rest = np.divmod(lengths, row_length)
     long = np.repeat(np.arange(len(lengths)), whole).tolist()
     exact, left = _exact_rows(rest.tolist(), row_length)
-    full = [[stretch] for stretch in long] + exact
-    row = np.repeat(np.arange(len(full)), [len(stretches) for stretches in full])
-    stretch = np.array([stretch for stretches in full for stretch in stretches], np.int64)
+    full = [[span] for span in long] + exact
+    row = np.repeat(np.arange(len(full)), [len(spans) for spans in full])
+    span = np.array([span for spans in full for span in spans], np.int64)
     remaining = np.array(left, np.int64)
     tail = concat(rest[remaining], rows=rows - len(full), row_length=row_length)
     fitted = _pieces(
         row=np.concatenate([row, len(full) + tail["row"]]),
-        stretch=np.concatenate([stretch, remaining[tail["stretch"]]]),
-        length=np.concatenate([np.where(row < len(long), row_length, rest[stretch]), tail["length"]]),
+        span=np.concatenate([span, remaining[tail["span"]]]),
+        length=np.concatenate([np.where(row < len(long), row_length, rest[span]), tail["length"]]),
         row_length=row_length,
     )
     return min(concat(lengths, rows=rows, row_length=row_length), fitted, key=len)
 
 
 def cuts(pieces: NDArray[np.void]) -> int:
-    """How many times stretches are cut: the pieces that do not begin their stretch."""
+    """The number of cuts: pieces that do not begin their span."""
     return int(np.count_nonzero(pieces["offset"]))
 
 
-def unavoidable_cuts(lengths: NDArray[np.int64], *, row_length: int) -> int:
-    """The cuts of stretches longer than a row, which no arrangement can do without."""
-    return int(((np.asarray(lengths) - 1) // row_length).sum())
-
-
 def _pieces(
-    *, row: NDArray[np.int64], stretch: NDArray[np.int64], length: NDArray[np.int64], row_length: int
+    *, row: NDArray[np.int64], span: NDArray[np.int64], length: NDArray[np.int64], row_length: int
 ) -> NDArray[np.void]:
-    """Pieces of which only the row is settled: the stream's order within a row and within a stretch."""
-    order = np.lexsort((stretch, row))
+    """Pieces with given rows, in stream order within a row and within a span."""
+    order = np.lexsort((span, row))
     pieces = np.empty(len(order), PIECE)
-    pieces["row"], pieces["stretch"], pieces["length"] = row[order], stretch[order], length[order]
+    pieces["row"], pieces["span"], pieces["length"] = row[order], span[order], length[order]
     pieces["start"] = np.cumsum(pieces["length"]) - pieces["length"] - pieces["row"] * row_length
-    by_stretch = np.argsort(pieces["stretch"], kind="stable")
-    before = np.cumsum(pieces["length"][by_stretch]) - pieces["length"][by_stretch]
-    _, first, count = np.unique(pieces["stretch"][by_stretch], return_index=True, return_counts=True)
-    pieces["offset"][by_stretch] = before - np.repeat(before[first], count)
+    by_span = np.argsort(pieces["span"], kind="stable")
+    before = np.cumsum(pieces["length"][by_span]) - pieces["length"][by_span]
+    _, first, count = np.unique(pieces["span"][by_span], return_index=True, return_counts=True)
+    pieces["offset"][by_span] = before - np.repeat(before[first], count)
     return pieces
 
 
 def _exact_rows(lengths: list[int], row_length: int) -> tuple[list[list[int]], list[int]]:
-    """Rows of whole stretches, each row exactly full, and the stretches that are in none, in the stream's order.
+    """Rows filled exactly by whole spans, and the remaining spans in stream order.
 
-    Lengths are shorter than a row; stretches of length 0 are in neither. Equal ones go by index.
+    Lengths are shorter than a row; spans of length 0 are dropped. Spans of equal length are taken by index.
     """
     stock: dict[int, list[int]] = defaultdict(list)
-    for stretch in reversed(range(len(lengths))):
-        if lengths[stretch]:
-            stock[lengths[stretch]].append(stretch)
+    for span in reversed(range(len(lengths))):
+        if lengths[span]:
+            stock[lengths[span]].append(span)
     rows, left = [], []
     while stock:
         longest = max(stock)
         others = _lengths_that_sum_to(row_length - longest, stock, without=longest)
         if others is None:
-            # Later rows have fewer stretches to choose from: none of this length will ever be in one.
+            # Later rows have fewer spans to choose from, so no span of this length will fit.
             left += stock.pop(longest)
             continue
         rows.append([stock[length].pop() for length in (longest, *others)])
@@ -177,10 +171,10 @@ def _exact_rows(lengths: list[int], row_length: int) -> tuple[list[list[int]], l
 
 
 def _lengths_that_sum_to(total: int, stock: dict[int, list[int]], *, without: int) -> list[int] | None:
-    """Lengths in stock, one of `without` kept back, that have this sum; None where there are none.
+    """Lengths in stock with this sum, without one of length `without`; None if there are none.
 
-    Subset sum by dynamic programming; bit s of `reached` says that a sum s can be had. Longest first, so
-    that the shortest used is as long as can be: short stretches fit nearly anywhere and serve later rows.
+    Subset sum by dynamic programming; bit s of `reached` is set if the sum s is possible. Longest first, so that short
+    spans, which fit nearly anywhere, remain for later rows.
     """
     reached = 1
     steps: list[tuple[int, int]] = []
@@ -197,7 +191,7 @@ def _lengths_that_sum_to(total: int, stock: dict[int, list[int]], *, without: in
 
 
 def _trace(total: int, steps: list[tuple[int, int]]) -> list[int]:
-    """The lengths of a sum, from each step's length and the sums that could be had before it."""
+    """The lengths of a sum, from the length of each step and the sums possible before it."""
     lengths = []
     for length, before in reversed(steps):
         if not before >> total & 1:

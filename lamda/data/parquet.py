@@ -1,4 +1,4 @@
-"""Rows of a parquet file, local or remote: only the columns that are needed, from any row on."""
+"""Reading rows of parquet files, local or remote: only the needed columns, from any row on."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lamda.data.quarantine import few
 from lamda.data.remote import CHUNK, RemoteFile
 
 BATCH = 256
-"""Rows that are decoded at a time."""
+"""Rows per decoded batch."""
 
 
 def row_groups(file: File) -> tuple[int, ...]:
-    """The rows of each group, as the footer says. Raises DataError where the file cannot be read as parquet."""
+    """The number of rows of each row group. Raises DataError if the file is not parquet."""
     with _seekable(file) as (source, _):
         try:
             footer = pq.ParquetFile(source).metadata
@@ -31,16 +31,14 @@ def row_groups(file: File) -> tuple[int, ...]:
 
 
 def read_rows(file: File, *, first: int, columns: Sequence[str] | None) -> Iterator[tuple[int, int, Any]]:
-    """Of each row from `first` on its number, the number of all rows, and the record.
+    """For each row from `first` on: its number, the total number of rows, and the record.
 
-    A ValueError stands in place of a record that cannot be decoded.
-
-    columns: keys of a record, of which those that the file has are read; all of them where it is None. Raises
-    DataError where the file cannot be read as parquet, or is not the one that was resolved.
+    A record that cannot be decoded is replaced by a ValueError. columns: keys to read, of those that the file has;
+    None: all. Raises DataError if the file is not parquet, or not the one that was resolved.
     """
     with _seekable(file) as (source, require_same):
         try:
-            # A remote column comes in one request; a local one need not be in memory whole.
+            # A remote column is read in one request; a local one is buffered.
             table = pq.ParquetFile(source, buffer_size=0 if file.is_remote else CHUNK)
             names = table.schema_arrow.names
             missing = _without(columns, names) if columns and not {*columns} & {*names} else None
@@ -62,15 +60,15 @@ def _unreadable(file: File, error: Exception) -> DataError:
 
 
 def _without(columns: Sequence[str], names: Sequence[str]) -> ValueError:
-    """What stands for each row of a file that has none of the columns."""
+    """In place of every record of a file that has none of the columns."""
     return ValueError(f"no column {' or '.join(map(repr, columns))} (the file has {few(names)})")
 
 
 def _records(batches: Iterator[pa.RecordBatch], number: int, *, first: int) -> Iterator[tuple[int, Any]]:
-    """The records from row `first` on with their numbers; the batches begin at row `number`."""
+    """The records from row `first` on, numbered; the batches begin at row `number`."""
     for batch in batches:
         begin, number = max(number, first), number + batch.num_rows
-        if begin < number:  # what is before is decoded, but made no Python objects of
+        if begin < number:  # rows before `first` are decoded, but not converted to Python objects
             kept = batch.slice(batch.num_rows - (number - begin))
             yield from enumerate(_records_of(kept), start=begin)
 
@@ -78,7 +76,7 @@ def _records(batches: Iterator[pa.RecordBatch], number: int, *, first: int) -> I
 def _records_of(batch: pa.RecordBatch) -> list[Any]:
     try:
         return batch.to_pylist()
-    except (ValueError, OverflowError):  # text that is not UTF-8, a date that Python does not know
+    except (ValueError, OverflowError):  # text that is not UTF-8, or a date outside of Python's range
         return [_record(batch.slice(row, 1)) for row in range(batch.num_rows)]
 
 
@@ -92,7 +90,7 @@ def _record(row: pa.RecordBatch) -> Any:
 @contextmanager
 def _seekable(file: File) -> Iterator[tuple[BinaryIO | io.RawIOBase, Callable[[], None]]]:
     if not file.is_remote:
-        if file.sha256 is not None:  # it is not read in order, so that its hash cannot come with its rows
+        if file.sha256 is not None:  # not read sequentially, so it cannot be hashed while reading
             require_sha256(file.url, file.sha256)
         with opened(file) as found:
             yield found
@@ -106,7 +104,7 @@ def _seekable(file: File) -> Iterator[tuple[BinaryIO | io.RawIOBase, Callable[[]
 
 
 class _RemoteStream(io.RawIOBase):
-    """A remote file that can be sought; each read is a request of its own."""
+    """A seekable remote file; each read is one request."""
 
     def __init__(self, file: RemoteFile, size: int) -> None:
         self._file, self._size, self._position = file, size, 0

@@ -1,4 +1,4 @@
-"""`lamda prepare`: make a run's rows ahead, side by side, and continue where it was stopped."""
+"""`lamda prepare`: fill the row cache of a run in parallel processes; resumes where it was stopped."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from lamda.data.blocks import LaneReader, Packing, Part, RowBlock
 from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of
 from lamda.data.errors import DataError
 from lamda.data.lanes import Lane
-from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
+from lamda.data.tokenizer_training import ensure_tokenizer
 from lamda.data.windows import Announcement, SourceOrder
 
 
 @dataclass
-class Summary:
-    """What rows hold, by domain: documents that begin in them, tokens, UTF-8 bytes; and lines that hold nothing."""
+class BlockStats:
+    """Statistics of rows by domain: documents that begin in them, tokens, UTF-8 bytes; and bad lines."""
 
     documents: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
@@ -41,7 +41,7 @@ class Summary:
     rows: int = 0
 
     def add(self, block: RowBlock, token_bytes: np.ndarray) -> None:
-        """Count a block's targets: where a row begins with a context, that is none."""
+        """Count the targets of a block; a context token at the beginning of a row is not a target."""
         bytes_of = token_bytes[block.ids]
         for span in block.spans[block.spans["document"] >= 0]:
             domain = block.documents[span["document"]].domain
@@ -56,24 +56,20 @@ class Summary:
         self.bad_lines += len(block.quarantined)
         self.rows += len(block.ids)
 
-    def merge(self, other: Summary) -> None:
-        """Add another summary to this one."""
-        self.documents += other.documents
-        self.tokens += other.tokens
-        self.utf8_bytes += other.utf8_bytes
-        self.bad_lines += other.bad_lines
-        self.cuts += other.cuts
-        self.rows += other.rows
+    def merge(self, other: BlockStats) -> None:
+        """Add other statistics to these."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
     def table(self) -> Iterator[str]:
-        """Lines for a person."""
+        """The statistics as lines of text."""
         every = sum(self.tokens.values())
         yield f"{'':28}{'documents':>12}{'tokens':>16}{'bytes/token':>13}{'share':>9}"
         for domain, tokens in [("all", every), *self.tokens.most_common()]:
             documents = sum(self.documents.values()) if domain == "all" else self.documents[domain]
             size = sum(self.utf8_bytes.values()) if domain == "all" else self.utf8_bytes[domain]
             yield f"{domain[:28]:28}{documents:12,}{tokens:16,}{size / max(1, tokens):13.3f}{tokens / every:9.2%}"
-        yield f"{self.cuts:,} cuts: pieces that go on with a document begun elsewhere"
+        yield f"{self.cuts:,} cuts: pieces that continue a document"
         if self.bad_lines:
             yield f"{self.bad_lines:,} lines hold no document"
 
@@ -83,13 +79,13 @@ def main(argv: list[str]) -> int:
     as_json = "--json" in argv
     config = load_config([word for word in argv if word != "--json"])
     if config.data.blocks is None:
-        raise UserError("data.blocks: name the folder that the blocks go to")
+        raise UserError("data.blocks: set the folder of the row cache")
     corpus = open_corpus(config.data)
     target = Path(config.run.dir) / "tokenizer.model"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"run.dir {config.run.dir}: cannot be made ({error.strerror})") from error
+        raise UserError(f"run.dir {config.run.dir}: cannot be created ({error.strerror})") from error
     tokenizer = ensure_tokenizer(config, target=target, corpus=corpus)
     folder = BlockFolder.of(config.data.blocks, fingerprint(corpus, config, tokenizer))
     summary = prepare(corpus, folder, config=config, tokenizer=target)
@@ -101,11 +97,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def prepare(corpus: Corpus, folder: BlockFolder, *, config: Config, tokenizer: Path) -> Summary:
-    """Fill `folder` with all rows that the run's steps take; a process per core, each with lanes of its own."""
+def prepare(corpus: Corpus, folder: BlockFolder, *, config: Config, tokenizer: Path) -> BlockStats:
+    """Fill `folder` with all rows of the run's steps, with one process per core and disjoint lanes per process."""
     samples = config.steps * config.train.global_batch_size
     needed = corpus.mixture.rows_before(samples).tolist()
-    summary = Summary()
+    total = BlockStats()
     with (
         _Workers(corpus, folder, packing_of(config), tokenizer) as workers,
         Progress("making rows", total=sum(needed), unit="rows") as shown,
@@ -116,18 +112,18 @@ def prepare(corpus: Corpus, folder: BlockFolder, *, config: Config, tokenizer: P
                 plan = order.plan(shape)
                 parts = [plan.part(place, lane.length) for place, lane in enumerate(lanes)]
                 found = workers.fill(lanes, plan.number, parts)
-                for _, part in found:
-                    summary.merge(part)
-                order = order.add(plan, [said for said, _ in found], shape)
+                for _, stats in found:
+                    total.merge(stats)
+                order = order.add(plan, [announcement for announcement, _ in found], shape)
                 if order.windows[-1].ends_an_empty_epoch:
                     raise DataError(f"source {lanes[0].source.name!r}: none of its lines holds a document")
                 order = order.without(order.end)
-                shown.advance(sum(said.rows for said, _ in found))
-    return summary
+                shown.advance(sum(announcement.rows for announcement, _ in found))
+    return total
 
 
 class _Workers:
-    """A process per core. A lane is always read by the same one, which continues where its last part ended."""
+    """One process per core. A lane is always read by the same process, which continues after its last part."""
 
     def __init__(self, *initial: Any) -> None:
         context = get_context("spawn")
@@ -143,8 +139,8 @@ class _Workers:
         for pool in self._pools:
             pool.shutdown(cancel_futures=True)
 
-    def fill(self, lanes: Sequence[Lane], number: int, parts: Sequence[Part]) -> list[tuple[Announcement, Summary]]:
-        """Bring the lanes' parts of a window to the folder. Raises RunError where a process is gone, and DataError."""
+    def fill(self, lanes: Sequence[Lane], number: int, parts: Sequence[Part]) -> list[tuple[Announcement, BlockStats]]:
+        """Write the lanes' parts of a window to the folder. Raises RunError if a process was killed, and DataError."""
         jobs = [
             self._pools[lane.index % len(self._pools)].submit(_fill, lane.index, number, part)
             for lane, part in zip(lanes, parts, strict=True)
@@ -152,20 +148,20 @@ class _Workers:
         return [_result(job) for job in jobs]
 
 
-def _result(job: Future[tuple[Announcement, Summary]]) -> tuple[Announcement, Summary]:
-    """What `_fill` gave. Raises RunError where its process is gone, and as `_fill`."""
+def _result(job: Future[tuple[Announcement, BlockStats]]) -> tuple[Announcement, BlockStats]:
+    """The result of `_fill`. Raises RunError if its process was killed, and as `_fill`."""
     try:
         return job.result()
     except BrokenProcessPool as error:
         raise RunError(
-            "a process that made rows was killed (by the system, where memory is short); what is complete stays, and "
-            "the same command continues"
+            "a worker process was killed (by the system, if memory is short); complete files are kept, and the same "
+            "command continues"
         ) from error
 
 
 @dataclass(frozen=True)
 class _Worker:
-    """What a process of `_Workers` keeps between its jobs."""
+    """State of a worker process between its jobs."""
 
     corpus: Corpus
     folder: BlockFolder
@@ -173,26 +169,26 @@ class _Worker:
     tokenizer: Tokenizer
     readers: dict[int, LaneReader] = field(default_factory=dict)
 
-    def fill(self, lane: int, number: int, part: Part) -> tuple[Announcement, Summary]:
-        """Bring a lane's part of a window to the folder, unless it is there."""
+    def fill(self, lane: int, number: int, part: Part) -> tuple[Announcement, BlockStats]:
+        """Write a lane's part of a window to the folder, unless it is cached."""
         rows = self.folder.find(lane, number, part)
         if rows is None:
             if lane not in self.readers:
                 self.readers[lane] = LaneReader(self.corpus.lanes[lane], self.tokenizer, self.packing)
             rows = self.readers[lane].read(part)
             self.folder.keep(lane, number, part, rows, narrow=self.tokenizer.vocab_size <= 1 << 16)
-        summary = Summary()
-        summary.add(rows.block, self.tokenizer.token_bytes)
-        return Announcement(len(rows.block.ids), rows.tokens, rows.after), summary
+        stats = BlockStats()
+        stats.add(rows.block, self.tokenizer.token_bytes)
+        return Announcement(len(rows.block.ids), rows.tokens, rows.after), stats
 
 
 _worker: list[_Worker] = []
-"""Of this process, where it is one of `_Workers`: a pool has no other place for what its jobs share."""
+"""The state of this worker process: a pool offers no other place for it."""
 
 
 def _begin(corpus: Corpus, folder: BlockFolder, packing: Packing, tokenizer: Path) -> None:
     _worker.append(_Worker(corpus, folder, packing, Tokenizer.load(tokenizer)))
 
 
-def _fill(lane: int, number: int, part: Part) -> tuple[Announcement, Summary]:
+def _fill(lane: int, number: int, part: Part) -> tuple[Announcement, BlockStats]:
     return _worker[0].fill(lane, number, part)

@@ -1,4 +1,4 @@
-"""Lines that hold no document: counted, kept for a look, and an end to the run where they are too many."""
+"""Bad lines, which hold no document: counted, reported, and an error if there are too many."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lamda.durable import replace_file
 
 log = logging.getLogger(__name__)
 
-JUDGED_FROM = 10_000
-"""Lines of a lane from which on its share of bad ones is judged."""
+CHECKED_FROM = 10_000
+"""Lines of a lane after which its share of bad lines is checked."""
 
 KEPT = 100
-"""Bad lines that a run keeps."""
+"""Bad lines that a run reports."""
 
 
 class BadLine(NamedTuple):
-    """A line that gives no document: its place for a person, and its first 200 characters."""
+    """A line without a document: its place for messages, the reason, and its first 200 characters."""
 
     place: str
     reason: str
@@ -32,30 +32,30 @@ class BadLine(NamedTuple):
 
 
 class Quarantined(NamedTuple):
-    """A bad line, and the lane that it was met in."""
+    """A bad line and its lane."""
 
     lane: int
     bad: BadLine
 
 
 def bad_line(place: str, reason: str, data: bytes) -> BadLine:
-    """The record of a bad line from its bytes, which need not be text."""
+    """A `BadLine` from bytes, which need not be valid text."""
     return BadLine(place, reason, data[:800].decode("utf-8", "backslashreplace")[:200])
 
 
 def few(names: Iterable[str]) -> str:
-    """The first of some names, for a message: they are a stranger's, and may be many or long."""
+    """The first names, shortened, for a message: they come from unknown data, and may be many or long."""
     first = [name if len(name) <= 40 else f"{name[:40]}..." for name in islice(names, 9)]
     return ", ".join([*map(repr, first[:8]), *(["..."] if len(first) > 8 else [])])
 
 
 def first_of(found: Iterable[Quarantined]) -> list[Quarantined]:
-    """The first KEPT by lane and place; what several ranks or runs found is counted once."""
+    """The first KEPT by lane and place, without duplicates."""
     return sorted(set(found))[:KEPT]
 
 
 def write_first(path: Path, found: Iterable[Quarantined]) -> list[Quarantined]:
-    """Keep the first of what `path` holds already and what was found, a JSON object a line; returns what is new."""
+    """Merge new bad lines into `path` (JSON lines), keeping the first; returns those that are new."""
     known = [_from_json(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
     kept = first_of([*known, *found])
     if kept != known:
@@ -64,14 +64,14 @@ def write_first(path: Path, found: Iterable[Quarantined]) -> list[Quarantined]:
 
 
 class QuarantineFile:
-    """A run's file of its first bad lines, as far as the disk takes them: it is for a look."""
+    """The file of the first bad lines of a run. Write errors are ignored: it is for information only."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._keeping = BestEffort(f"{path} cannot be updated", errors=(OSError, ValueError, KeyError, TypeError))
 
     def add(self, found: Iterable[Quarantined]) -> list[Quarantined]:
-        """Keep what was found, as `write_first`; returns what is new in the file."""
+        """Add bad lines as `write_first`; returns those that are new."""
         with self._keeping:
             return write_first(self._path, found)
         return []
@@ -88,7 +88,7 @@ def _from_json(line: str) -> Quarantined:
 
 @dataclass
 class Tally:
-    """A lane's lines so far, and the bad ones among them; raises DataError for more than `limit` of them."""
+    """Counts lines and bad lines of a lane; raises DataError if the share of bad ones exceeds `limit`."""
 
     lane: int
     limit: float
@@ -97,9 +97,9 @@ class Tally:
     first: list[BadLine] = field(default_factory=list)
 
     def good(self) -> None:
-        """Count a line that holds a document."""
+        """Count a line with a document."""
         self.lines += 1
-        self._judge()
+        self._check()
 
     def quarantine(self, line: BadLine) -> None:
         """Count a bad line."""
@@ -107,15 +107,15 @@ class Tally:
         if len(self.first) < 3:
             self.first.append(line)
             log.warning("lane %d: %s quarantined: %s", self.lane, line.place, line.reason)
-        self._judge()
+        self._check()
 
     def examples(self) -> str:
-        """The first bad lines that were met, for a message."""
+        """The first bad lines, for a message."""
         return "; ".join(f"{line.place}: {line.reason}" for line in self.first)
 
-    def _judge(self) -> None:
-        if self.lines >= JUDGED_FROM and self.bad > self.limit * self.lines:
+    def _check(self) -> None:
+        if self.lines >= CHECKED_FROM and self.bad > self.limit * self.lines:
             raise DataError(
                 f"lane {self.lane}: {self.bad:,} of {self.lines:,} lines hold no document, more than "
-                f"data.max_bad_fraction {self.limit:g}: mend the text, or raise it. {self.examples()}"
+                f"data.max_bad_fraction {self.limit:g}: fix the text, or raise the limit. {self.examples()}"
             )

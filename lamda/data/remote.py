@@ -1,7 +1,7 @@
-"""The bytes of a file on an HTTP server, in order and complete, whatever happens on the way.
+"""Reading files from HTTP servers, with retries.
 
-A read that breaks is opened again at the very byte where it stopped. This lies below any decompressor,
-which therefore sees one unbroken stream, and ends only where the file does.
+A read that breaks is resumed with a range request at the byte where it stopped. Decompressors work on top of this, so
+they see one unbroken stream that ends only at the end of the file.
 """
 
 from __future__ import annotations
@@ -25,52 +25,53 @@ from lamda.data.errors import DataError, DataUnavailableError
 
 CHUNK = 1 << 18
 LONGEST_CAUSE = 200
-"""Characters of a failure's cause: a server that speaks no HTTP has its first line there."""
+"""Characters of the cause of a failure in messages: it may quote the answer of a server that is not HTTP."""
+
 TRANSIENT = {408, 425, 429}
-"""Client errors that pass; every 5xx does too."""
+"""Client errors that are retried, like every 5xx."""
 
 STORED_ENCODINGS = {"gzip": ".gz", "x-gzip": ".gz", "zstd": ".zst"}
-"""Content-Encoding by which some servers describe a file that is stored so: its bytes come as they are."""
+"""Content-Encoding that some servers send for files stored in that format; the bytes are used as they are."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long a server is waited for; all times in seconds.
+class RetryPolicy:
+    """Retries with exponential backoff; times in seconds.
 
-    attempts: failures in a row, without a byte between them, that end the read. Waits double from
-    `first_wait` to `longest_wait`, each shortened at random by up to a half. A server's Retry-After is
-    heeded up to `longest_demand`. timeout: for a connection, and for each byte to come.
+    attempts: consecutive failures, without a byte between them, that end the read. Waits double from `first_wait` to
+    `max_wait`, each with random jitter down to half. Retry-After is respected up to `max_retry_after`. timeout: for
+    connecting, and for each read.
     """
 
     attempts: int = 12
     first_wait: float = 0.5
-    longest_wait: float = 60.0
-    longest_demand: float = 300.0
+    max_wait: float = 60.0
+    max_retry_after: float = 300.0
     timeout: float = 60.0
 
 
 class Version(NamedTuple):
-    """What a server says of a file's content: its ETag, strong or weak (`W/"..."`), and when it was modified."""
+    """The version of a file on a server: its ETag, strong or weak (`W/"..."`), and Last-Modified."""
 
     etag: str | None = None
     modified: str | None = None
 
     @property
     def is_strong(self) -> bool:
-        """Whether the ETag stands for these very bytes."""
+        """Whether the ETag identifies the exact bytes."""
         return self.etag is not None and not self.etag.startswith("W/")
 
     @property
-    def told(self) -> str | None:
-        """The best of it, for people and fingerprints: a strong tag, else the modification, else a weak tag."""
+    def tag(self) -> str | None:
+        """The best part, for messages and fingerprints: a strong ETag, else Last-Modified, else a weak ETag."""
         if self.modified is not None and not self.is_strong:
             return f"Last-Modified {self.modified}"
         return None if self.etag is None else f"ETag {self.etag}"
 
     def difference(self, now: Version) -> str | None:
-        """Why both cannot be of one content, or None. What only one of them has says nothing."""
+        """Why the two versions differ, or None; parts that only one of them has are ignored."""
         tags, times = ("ETag", self.etag, now.etag), ("Last-Modified", self.modified, now.modified)
         if self.is_strong and now.is_strong:
             pairs = [tags]
@@ -80,27 +81,27 @@ class Version(NamedTuple):
         return next(found, None)
 
     def with_missing_of(self, other: Version) -> Version:
-        """This, and of `other` what this does not say."""
+        """This version, with missing parts from `other`."""
         return Version(self.etag or other.etag, self.modified or other.modified)
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file by its http(s) address; `name` is what errors call it. `headers` stay with the first host.
+    """A file at an http(s) address. name: in messages. headers: sent to the first host only, not after redirects.
 
-    version: what the server said of the file when it was resolved; each read must be of the same one. on_wait: called
-    with each attempt, and about once a second while a server is left alone.
+    version: of the file when it was resolved; every read must return the same one. on_wait: called on each attempt, and
+    about once per second while waiting.
     """
 
     name: str
     address: str
     headers: Mapping[str, str] = field(default_factory=dict)
-    patience: Patience = Patience()
+    retry: RetryPolicy = RetryPolicy()
     version: Version | None = None
     on_wait: Callable[[], object] = field(default=lambda: None, compare=False, repr=False)
 
     def look_up(self) -> tuple[int, Version]:
-        """Bytes that the server has, and what it says of them. Raises DataError where it says none, and as `read`."""
+        """Size and version of the file. Raises DataError if the server sends no size, and as `read`."""
         attempts = _Attempts(self)
         while True:
             try:
@@ -112,14 +113,14 @@ class RemoteFile:
                 continue
             if not re.fullmatch(r"[0-9]+", length):
                 said = f" (Content-Length: {length})" if length else ""
-                raise DataError(f"{self.name}: the server does not say how long the file is{said}")
+                raise DataError(f"{self.name}: the server does not send the size of the file{said}")
             return int(length), version
 
     def read(self, *, size: int, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
         """The bytes from `start` to `stop`, or to the end, of a file of `size` bytes.
 
-        Resets, timeouts, early ends, 429 and 5xx are tried again from the byte where they struck. Raises
-        DataError for any other answer and a file that changes, DataUnavailableError for a server that stays silent.
+        Resets, timeouts, early ends, 429 and 5xx are retried from the byte where they occurred. Raises DataError for
+        any other answer and for a changed file, DataUnavailableError if retries are exhausted.
         """
         position, version, attempts = start, self.version or Version(), _Attempts(self)
         stop = size if stop is None else min(stop, size)
@@ -148,8 +149,7 @@ class RemoteFile:
             if isinstance(error, OSError):  # a certificate's error is both
                 raise
             raise DataError(
-                f"{self.name}: is not an address that a server can be asked for ({error}); write spaces and letters "
-                "outside ASCII as %XX"
+                f"{self.name}: is not a valid address ({error}); write spaces and letters outside ASCII as %XX"
             ) from error
         encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
         suffix = STORED_ENCODINGS.get(encoding)
@@ -166,10 +166,10 @@ class RemoteFile:
         if position is not None:
             request.add_header("Range", f"bytes={position}-{'' if stop is None else stop - 1}")
         for key, value in self.headers.items():
-            # A redirect leads to another host, which neither needs nor may see the token.
+            # A redirect may lead to another host, which must not see the token.
             request.add_unredirected_header(key, value)
         try:
-            return urlopen(request, timeout=self.patience.timeout)
+            return urlopen(request, timeout=self.retry.timeout)
         except HTTPError as error:
             error.close()
             if error.code in TRANSIENT or error.code >= 500:
@@ -178,7 +178,7 @@ class RemoteFile:
         except URLError as error:
             if isinstance(error.reason, SSLCertVerificationError):
                 raise DataError(f"{self.name}: the server's certificate is refused ({error.reason})") from error
-            if isinstance(error.reason, str):  # urllib's own words: no host, a scheme that it does not know
+            if isinstance(error.reason, str):  # from urllib itself: no host, or an unknown scheme
                 raise ValueError(error.reason) from error
             raise
 
@@ -206,28 +206,28 @@ def _version(response: HTTPResponse) -> Version:
 
 
 class _Attempts:
-    """Failures in a row, and the wait after each."""
+    """Counts consecutive failures, and waits after each."""
 
     def __init__(self, file: RemoteFile) -> None:
         self.failures = 0
         self._file = file
-        self._random = Random()  # apart from the run's own generators
+        self._random = Random()  # separate from the generators of the run
 
     def failed(self, error: Exception, position: int) -> None:
-        """Wait before the next attempt; raise DataError where there is none left."""
-        patience, self.failures = self._file.patience, self.failures + 1
+        """Wait before the next attempt; raise DataUnavailableError if none is left."""
+        retry, self.failures = self._file.retry, self.failures + 1
         cause = one_line(f"{type(error).__name__}: {str(error)[:LONGEST_CAUSE]}")
-        if self.failures >= patience.attempts:
+        if self.failures >= retry.attempts:
             raise DataUnavailableError(
                 f"{self._file.name}: no byte from {position} on in {self.failures} attempts; the last: {cause}"
             ) from error
-        wait = min(patience.longest_wait, patience.first_wait * 2 ** (self.failures - 1))
-        wait = max(wait * self._random.uniform(0.5, 1), min(_demanded(error), patience.longest_demand))
+        wait = min(retry.max_wait, retry.first_wait * 2 ** (self.failures - 1))
+        wait = max(wait * self._random.uniform(0.5, 1), min(_retry_after(error), retry.max_retry_after))
         log.warning("%s: %s at byte %d; again in %.1f s", self._file.name, cause, position, wait)
-        _rest(wait, self._file.on_wait)
+        _wait(wait, self._file.on_wait)
 
 
-def _rest(seconds: float, on_wait: Callable[[], object]) -> None:
+def _wait(seconds: float, on_wait: Callable[[], object]) -> None:
     on_wait()
     while seconds > 0:
         sleep(min(seconds, 1.0))
@@ -235,8 +235,8 @@ def _rest(seconds: float, on_wait: Callable[[], object]) -> None:
         on_wait()
 
 
-def _demanded(error: Exception) -> float:
-    """Seconds that the server asks to be left alone."""
+def _retry_after(error: Exception) -> float:
+    """Seconds of the server's Retry-After."""
     value = error.headers.get("Retry-After", "") if isinstance(error, HTTPError) else ""
     if value.isdecimal():
         return float(value)
@@ -248,7 +248,7 @@ def _demanded(error: Exception) -> float:
 
 
 def _body(response: HTTPResponse, *, skip: int) -> Iterator[bytes]:
-    """What the server sends, as it comes, but for the first `skip` bytes (of a server that knows no ranges)."""
+    """The body as it arrives, without the first `skip` bytes (for servers without range requests)."""
     while chunk := response.read1(CHUNK):
         if skip < len(chunk):
             yield chunk[skip:] if skip else chunk

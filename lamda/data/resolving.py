@@ -1,4 +1,4 @@
-"""Patterns, addresses and data sets to files, each with what says that its text is the same later.
+"""Resolving patterns, addresses and datasets to files, with sizes and identities of their content.
 
 `datasets` and `huggingface_hub` resolve the names, revisions and globs of the hub and of other stores.
 """
@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 
 
 def resolve(source: Source, *, on_wait: Callable[[], object] = nothing) -> list[File]:
-    """All files of a source, sorted by address, each with what says that its text is the same later.
+    """All files of a source, sorted by address, with the identity of their content.
 
-    on_wait: called while a server is waited for, now and when the files are read.
-    Raises UserError where a pattern names none, and DataError where a size or a sha256 is not the card's.
+    on_wait: called while waiting for a server, now and when the files are read. Raises UserError if a pattern matches
+    no file, DataError if a size or sha256 differs from the card.
     """
     if source.dataset is not None:
         return _checked(_looked_up(_hub_files(source.dataset, source.name), on_wait), source)
@@ -49,7 +49,7 @@ def resolve(source: Source, *, on_wait: Callable[[], object] = nothing) -> list[
 
 
 def _matching(pattern: str, source: str) -> list[str]:
-    """The addresses that a pattern stands for; an http(s) address stands for itself."""
+    """The addresses that match a pattern; an http(s) address matches itself."""
     if pattern.startswith(HTTP):
         return [pattern]
     if "://" not in pattern:
@@ -69,34 +69,34 @@ def _matching(pattern: str, source: str) -> list[str]:
 
 
 def local_files(pattern: str) -> list[str]:
-    """Absolute paths of the files that a pattern stands for: one that is there by this very name, or a glob.
+    """Absolute paths of the files that match a pattern: a file of exactly this name, or a glob.
 
-    `~` is the home folder. A link whose file is missing counts, and cannot be opened later. Hidden files, and folders
-    with names like `__this__`, are found where the pattern names their like.
+    `~` is the home folder. Broken links are included, and fail when opened. Hidden files, and folders with names like
+    `__this__`, match only if the pattern names such.
     """
-    pattern = os.path.expanduser(pattern)  # noqa: PTH111 - a pattern is no path
+    pattern = os.path.expanduser(pattern)  # noqa: PTH111 - a pattern is not a path
     if Path(pattern).is_file():
         return [os.path.abspath(pattern)]  # noqa: PTH100 - a link stays a link
     wants_special = any(part.startswith("__") for part in Path(pattern).parts)
     return [
         os.path.abspath(hit)  # noqa: PTH100
         for hit in glob.glob(pattern, recursive=True)  # noqa: PTH207 - may be absolute
-        if (Path(hit).is_file() or _leads_nowhere(Path(hit)))
+        if (Path(hit).is_file() or _is_broken_link(Path(hit)))
         and Path(hit).name not in _NO_TEXT
         and (wants_special or not any(part.startswith("__") for part in Path(hit).parent.parts))
     ]
 
 
-def _leads_nowhere(path: Path) -> bool:
-    """Whether it is a link without a file, as an unmounted disk or a store that was not fetched leaves it.
+def _is_broken_link(path: Path) -> bool:
+    """Whether it is a broken link, for example to an unmounted disk or a store that was not downloaded.
 
-    It is one of the files, so that opening it says so: left out, its text would be missing without a word.
+    Such links are kept, so that opening them fails: otherwise their text would be missing silently.
     """
     return path.is_symlink() and not path.exists()
 
 
 _NO_TEXT = {"README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
-"""What folders of data sets hold beside their data."""
+"""Files in dataset folders that are not data."""
 
 
 def _hub_files(dataset: HubDataset, source: str) -> list[str]:
@@ -111,7 +111,7 @@ def _hub_files(dataset: HubDataset, source: str) -> list[str]:
 
 
 def _looked_up(urls: list[str], on_wait: Callable[[], object]) -> list[File]:
-    """The files with their sizes and contents, many at a time."""
+    """The files with their sizes and content identities, looked up concurrently."""
     has_left = Event()
 
     def waiting() -> None:
@@ -122,13 +122,13 @@ def _looked_up(urls: list[str], on_wait: Callable[[], object]) -> list[File]:
     pool = ThreadPoolExecutor(OPENED_TOGETHER)
     try:
         files = [replace(file, on_wait=on_wait) for file in pool.map(lambda url: _look_up(url, waiting), urls)]
-    finally:  # Ctrl-C, or another file's error: no thread goes on asking a server that wants patience
+    finally:  # on Ctrl-C or an error of another file, no thread keeps retrying
         has_left.set()
         pool.shutdown(wait=False, cancel_futures=True)
     if unknown := [file.url for file in files if file.content is None]:
         log.info(
-            "%s: the server gives neither an ETag nor a time of modification of %d files, so that text changed between "
-            "a stop and a resume is found only where reading continues",
+            "%s: the server sends neither ETag nor Last-Modified for %d files, so a change of text between stop and "
+            "resume is detected only at the positions where reading resumes",
             unknown[0],
             len(unknown),
         )
@@ -136,11 +136,11 @@ def _looked_up(urls: list[str], on_wait: Callable[[], object]) -> list[File]:
 
 
 class _LeftError(Exception):
-    """Nobody waits for the answer any more."""
+    """The caller no longer waits for the result."""
 
 
 def require_here(files: Iterable[File]) -> None:
-    """Raise DataError where this machine does not have one of the local files, or one of another size."""
+    """Raise DataError if a local file is missing on this machine or has another size."""
     for file in files:
         if file.is_remote:
             continue
@@ -155,7 +155,7 @@ def require_here(files: Iterable[File]) -> None:
 def _look_up(url: str, on_wait: Callable[[], object]) -> File:
     if url.startswith(HTTP):
         size, version = RemoteFile(url, url, on_wait=on_wait).look_up()
-        return File(url, size, address=url, content=version.told, version=version)
+        return File(url, size, address=url, content=version.tag, version=version)
     if "://" in url:
         return _in_a_store(url)
     try:
@@ -173,15 +173,15 @@ def _in_a_store(url: str) -> File:
         try:
             info: dict[str, Any] = fsspec.core.url_to_fs(url)[0].info(url)
         except FileNotFoundError as error:
-            raise DataError(f"{url}: there is no such file") from error
+            raise DataError(f"{url}: no such file") from error
     size = info.get("size")
     if size is None:
-        raise DataError(f"{url}: the server does not say how long the file is")
+        raise DataError(f"{url}: the server does not send the size of the file")
     return File(url, int(size), address=address_of(url), content=_tag(url, info))
 
 
 def _tag(url: str, info: dict[str, Any]) -> str | None:
-    """What a store says of a file's content; a commit in the address of the hub fixes it."""
+    """The content identity of a file in a store; on the hub, a commit in the address is enough."""
     if pinned := re.match(r"hf://[^@]+@([0-9a-f]{40})/", url):
         return f"commit {pinned[1]}"
     lfs = info.get("lfs")
@@ -192,12 +192,12 @@ def _tag(url: str, info: dict[str, Any]) -> str | None:
 
 
 def _checked(files: list[File], source: Source) -> list[File]:
-    """The files with the card's hashes, their sizes compared with the card's, and hashes as far as that is cheap."""
+    """The files with the sha256 of the card; checks their sizes, and hashes as far as that is fast."""
     known = dict.fromkeys(files)
     for name, stated in source.checksums.items():
         named = [file for file in known if f"/{file.url}".endswith(f"/{name}")]
         if len(named) != 1:
-            raise UserError(f"source {source.name!r}: its checksums name {name!r}, which is {len(named)} of its files")
+            raise UserError(f"source {source.name!r}: checksum {name!r} matches {len(named)} of its files, not one")
         (file,) = named
         if file.size != stated.size:
             raise DataError(f"{file.url}: has {file.size} bytes, but the card says {stated.size}")
@@ -208,14 +208,14 @@ def _checked(files: list[File], source: Source) -> list[File]:
 
 
 def _verify(files: list[File]) -> None:
-    """Compare the sha256 of local files with the card's, and say of which files that is still to come."""
+    """Check the sha256 of local files, and log the files that are not checked yet."""
     stated = [file for file in files if file.sha256 is not None]
     left = [file.url for file in stated if file.is_remote]
     left += verify_some([(file.url, file.size, str(file.sha256)) for file in stated if not file.is_remote])
     if left:
         log.info(
-            "not yet verified: the card's sha256 of %d files (the first is %s); each is compared if one lane reads the "
-            "file from its first byte to its last",
+            "not yet verified: the sha256 of %d files (the first is %s); a file is verified when one lane reads it "
+            "from the first byte to the last",
             len(left),
             sorted(left)[0],
         )

@@ -1,4 +1,4 @@
-"""A rank's rows of the windows: read ahead in threads, by lane, and let go when they are used."""
+"""Reading ahead: the rows of a rank's lanes, read in background threads and dropped after use."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lamda.data.windows import Announcement
 
 
 class LaneRows(NamedTuple):
-    """What a lane gave to a window: its rows, the domain of each of their documents [n + 1], and what is announced.
+    """The rows of a lane in a window, the domain of each of their documents [n + 1], and the announcement.
 
-    The last domain is that of no document. Nothing here is of each token, but for the rows themselves.
+    The last domain is for document -1.
     """
 
     block: RowBlock
@@ -30,9 +30,9 @@ class LaneRows(NamedTuple):
 
 
 class RowReader:
-    """Reads lanes' parts of windows in background threads. Close it to end them.
+    """Reads parts of lanes in background threads. Close it to end them.
 
-    domains: numbers of the names that are kept apart. ready: where rows are kept, if anywhere.
+    domains: number of each domain name that is reported separately. ready: cache of rows, if any.
     """
 
     def __init__(
@@ -53,28 +53,28 @@ class RowReader:
         self._quarantined: list[Quarantined] = []
 
     def begin(self, lane: int, window: int, part: Part) -> None:
-        """Read a lane's part of a window, unless that has begun already."""
+        """Start reading a lane's part of a window, unless it was started already."""
         own = self._coming.setdefault(lane, {})
         if window not in own:
             own[window] = self._pool.submit(self._read, lane, window, part)
 
     def get(self, lane: int, window: int, part: Part) -> LaneRows:
-        """A lane's part of a window, waited for. Raises DataError where the text cannot be read."""
+        """Wait for a lane's part of a window. Raises DataError if the text cannot be read."""
         self.begin(lane, window, part)
         return self._coming[lane][window].result()
 
     def drop(self, lane: int, *, before: int) -> None:
-        """Let go of a lane's rows of the windows before one."""
+        """Drop a lane's rows of the windows before one."""
         own = self._coming.get(lane, {})
         for window in [window for window in own if window < before]:
             own.pop(window).cancel()
 
     def quarantined(self) -> list[Quarantined]:
-        """The first bad lines, by lane and place, of all parts that were read."""
+        """The first bad lines, by lane and place, of all parts read."""
         return first_of(self._quarantined)
 
     def close(self) -> None:
-        """End the threads and let go of files."""
+        """End the threads and close files."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, lane: int, window: int, part: Part) -> LaneRows:
@@ -83,7 +83,7 @@ class RowReader:
             rows = self._made(lane, part)
             if self._ready is not None:
                 self._ready.keep(lane, window, part, rows, narrow=self._tokenizer.vocab_size <= 1 << 16)
-                rows = self._ready.find(lane, window, part) or rows  # mapped: a window may be an epoch
+                rows = self._ready.find(lane, window, part) or rows  # memory-mapped: a window may be an epoch
         if len(self._quarantined) < KEPT:
             self._quarantined += [Quarantined(lane, bad) for bad in rows.block.quarantined]
         announcement = Announcement(len(rows.block.ids), rows.tokens, rows.after)

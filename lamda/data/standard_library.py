@@ -1,7 +1,7 @@
-"""A corpus that every machine with Python has: the sources of the interpreter's own standard library.
+"""A corpus that needs no download: the sources of Python's standard library.
 
-It is written in The Pile's format: JSON lines {"text", "meta": {"pile_set_name"}}, zstd, one frame a file.
-A source file is a document; training and held-out documents are kept apart by file.
+It is written in the format of The Pile: JSON lines {"text", "meta": {"pile_set_name"}}, zstd, one frame per file. Each
+source file is a document, for either training or held-out evaluation.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _INSTALLED = {"site-packages", "dist-packages"}
 def write_corpus(folder: str | Path, *, shards: int = 8) -> None:
     """Write `train/00.jsonl.zst` and so on, `val.jsonl.zst` and `manifest.json` into `folder`.
 
-    The folder appears when all of it is written: one that is there is left alone, whatever interpreter wrote
-    it. Several processes may call this together; the first to end makes the folder.
+    The folder is created atomically; an existing one is kept, whatever interpreter wrote it. Several processes may call
+    this concurrently; the first to finish creates the folder.
 
     Args:
-        folder: a path that is free, or where a corpus is.
-        shards: number of training files, alike in size and kind.
+        folder: a new path, or an existing corpus.
+        shards: number of training files, of similar size and content.
 
     Raises:
-        UserError: something else is at `folder`, or this interpreter has no sources.
+        UserError: `folder` is something else, or this interpreter has no sources.
     """
     folder = Path(folder)
     if (folder / "manifest.json").exists():
         return
     if folder.exists():
-        raise UserError(f"{folder} is there and is not a corpus: move it away, or give another folder")
+        raise UserError(f"{folder} exists and is not a corpus: move it, or choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
         partial = Path(beside) / folder.name
@@ -66,7 +66,7 @@ def _write(folder: Path, *, shards: int) -> None:
 
 
 def _sources(library: Path) -> dict[PurePath, str]:
-    """Text of every source file that can be decoded and is not empty, by path from `library`."""
+    """Text of every source file that can be decoded and is not empty, by path relative to `library`."""
     sources: dict[PurePath, str] = {}
     for path in library.rglob("*.py"):
         name = path.relative_to(library)
@@ -75,7 +75,7 @@ def _sources(library: Path) -> dict[PurePath, str]:
         try:
             with tokenize.open(path) as file:
                 text = file.read()
-        except (SyntaxError, UnicodeDecodeError):  # the library's own tests hold files that are broken on purpose
+        except (SyntaxError, UnicodeDecodeError):  # the tests of the library include invalid files on purpose
             continue
         if text:
             sources[name] = text
@@ -85,7 +85,7 @@ def _sources(library: Path) -> dict[PurePath, str]:
 
 
 def _split(sources: dict[PurePath, str]) -> tuple[list[bytes], list[bytes]]:
-    """Lines of training and of held-out documents, each in an order that only hashes of the paths decide."""
+    """Lines of training and held-out documents, each ordered by a hash of its path."""
     train: list[bytes] = []
     held_out: list[bytes] = []
     for name, text in sorted(sources.items(), key=lambda source: _digest(source[0])):

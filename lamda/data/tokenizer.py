@@ -1,19 +1,18 @@
-"""Text to token ids and back without loss: SentencePiece BPE (arXiv 1808.06226) with byte fallback.
+"""The tokenizer: lossless SentencePiece BPE (arXiv 1808.06226) with byte fallback.
 
-Every model has one layout, so that ids of control symbols are constants of the project:
+All models share one layout, so the ids of control symbols are constants:
 
     0..63    control symbols: end of document, padding, the dialog roles and attributes, spares
-    64       unknown, which SentencePiece demands and byte fallback never gives
+    64       unknown: required by SentencePiece, never produced with byte fallback
     65..67   newline, tab, carriage return
     68..323  the 256 bytes
     324..    learned pieces
 
-Control symbols are of SentencePiece's CONTROL type: no text encodes to them, even where it spells one out.
+Control symbols have the SentencePiece type CONTROL: no text encodes to them, even if it contains their name.
 
-The encoding is a function of the text alone. A text is cut after newlines into pieces of about 20 kB, which
-encode several times faster than a whole book; newlines never merge with anything, so the cut changes no id.
-Text is also cut into words, as finely as no learned piece reaches over a cut, and a word that comes again is not
-encoded again: BPE never merges over a cut that no piece reaches over, so this changes no id either.
+Two optimizations do not change any id. Text is cut after newlines into pieces of about 20 kB, which encode several
+times faster than a whole book: newlines never merge with anything. And text is cut into words, at the finest level at
+which no learned piece crosses a cut, and the ids of words are cached: BPE never merges across such a cut.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 RESERVED_PIECES = (*CONTROL_PIECES, UNKNOWN_PIECE, *WHITE_SPACE_PIECES, *BYTE_PIECES)
 
 SPACE_PIECE = "\u2581"
-"""What SentencePiece writes for a space, and would confuse with one."""
+"""SentencePiece writes a space as this character, so it cannot encode the character itself."""
 
 _SPACE_PIECE_UTF8 = SPACE_PIECE.encode()
 _PIECE_BYTES = 20_000
@@ -51,18 +50,18 @@ _MARKS = (
     r"\x00-\x08\x0b\x0c\x0e-\x1f!-/:-@\[-`{-\xa9\xab-\xb4\xb6-\xb9\xbb-\xbf\xd7\xf7\u2000-\u206f\u20a0-\u20cf"
     r"\u2100-\u2bff\u3000-\u303f\ufe30-\ufe6f\uff00-\uff0f\uff1a-\uff20\U0001f000-\U0001faff"
 )
-"""Punctuation and symbols, for a class of characters. Written as ranges, they match twice as fast as by categories."""
+"""Punctuation and symbols, as a regex character class. Ranges match twice as fast as Unicode categories."""
 
 _WORDS = (
     re.compile(rf" *(?:[^ \n\t\r0-9{_MARKS}]+|[{_MARKS}]+)|[0-9]| +|[\n\t\r]"),
     re.compile(r" *[^ \n\t\r]+| +|[\n\t\r]"),
 )
-"""Ways to cut a text into words, the finest first: it has a quarter as many different words of code."""
+"""Patterns that cut a text into words, finest first: on code, it gives a quarter as many distinct words."""
 
-_KEPT = 1 << 23
-"""Characters of words whose ids are remembered."""
+_CACHED_CHARACTERS = 1 << 23
+"""Size of the word cache, in characters of words."""
 
-_TOGETHER = 64
+_WORDS_PER_LINE = 64
 
 
 class Tokenizer:
@@ -72,13 +71,13 @@ class Tokenizer:
         vocab_size: V, the number of ids.
         sha256: hex digest of the model file.
         symbols: id of each control symbol by name.
-        end_of_document: id that follows each document.
-        padding: id of padding.
-        token_bytes: int64 [V], UTF-8 bytes of source text that each id stands for; 0 for control symbols.
+        end_of_document: id of the end symbol after each document.
+        padding: id of the padding symbol.
+        token_bytes: int64 [V], number of UTF-8 bytes of each id; 0 for control symbols.
     """
 
     def __init__(self, model: bytes) -> None:
-        """Take the bytes of a model file; `load` is the way in that checks them."""
+        """From the bytes of a model file, unchecked; see `load`."""
         self._processor = sentencepiece.SentencePieceProcessor.from_proto(model)
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._processor.get_piece_size()
@@ -90,14 +89,14 @@ class Tokenizer:
         first_byte = RESERVED_PIECES.index(BYTE_PIECES[0])
         self._space_piece_ids = np.array([first_byte + byte for byte in _SPACE_PIECE_UTF8], np.int32)
         self._word = self._finest_words()
-        self._words, self._kept = self._white_space(), 0
+        self._words, self._cached = self._white_space(), 0
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a model file that `train_tokenizer` wrote.
+        """Load a model file written by `train_tokenizer`.
 
         Raises:
-            UserError: the file cannot be read, is no SentencePiece model, or lacks the layout above.
+            UserError: the file cannot be read, is not a SentencePiece model, or does not have the layout above.
         """
         remedy = "set tokenizer.path to a model that `lamda tokenizer train` wrote"
         try:
@@ -114,66 +113,65 @@ class Tokenizer:
         return tokenizer
 
     def encode_documents(self, texts: Sequence[str], *, threads: int) -> list[np.ndarray]:
-        """Encode whole documents together, without end symbols.
+        """Encode documents in a batch, without end symbols.
 
-        How many texts go together, and on how many threads, never changes an id.
+        Ids do not depend on the size of the batch or the number of threads.
 
         Args:
             texts: documents without lone surrogates.
-            threads: CPU threads that share the work.
+            threads: number of CPU threads.
 
         Returns:
-            An array of ids (uint32) for each text.
+            The ids of each text (uint32).
 
         Raises:
             UnicodeEncodeError: a text has a lone surrogate, which UTF-8 cannot express.
         """
         if self._word is not None and not any(SPACE_PIECE in text for text in texts):
             return self._encode_words(self._word, texts, threads=threads)
-        stretches = [text.encode().split(_SPACE_PIECE_UTF8) for text in texts]
-        pieces = [[list(_cut(stretch)) for stretch in document] for document in stretches]
-        batch = [piece for document in pieces for stretch in document for piece in stretch]
+        segments = [text.encode().split(_SPACE_PIECE_UTF8) for text in texts]
+        pieces = [[list(_cut(segment)) for segment in document] for document in segments]
+        batch = [piece for document in pieces for segment in document for piece in segment]
         encoded = iter(self._processor.encode(batch, return_type="numpy", num_threads=threads))
         return [self._join(document, encoded) for document in pieces]
 
     def pieces(self, text: str) -> list[str]:
-        """Parts of a text of about 20 kB: their ids, one after the other, are those of the text."""
+        """Parts of a text of about 20 kB; their concatenated ids are those of the text."""
         if len(text) < _PIECE_BYTES // 4 or SPACE_PIECE in text:
             return [text]
         return [piece.decode() for piece in _cut(text.encode())] or [text]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one text, without an end symbol; the same as `encode_documents` gives."""
+        """Ids of one text, without an end symbol; equal to those of `encode_documents`."""
         return self.encode_documents([text], threads=1)[0].tolist()
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids: the inverse of `encode`.
+        """The text of ids: the inverse of `encode`.
 
-        Control symbols stand for no text and vanish; bytes that are not UTF-8 (a character cut in two, say)
-        become U+FFFD.
+        Control symbols have no text; invalid UTF-8 (for example a part of a character) becomes U+FFFD.
         """
         return b"".join(self._utf8[id] for id in ids).decode(errors="replace")
 
     def utf8(self, id: int) -> bytes:
-        """The bytes of source text that an id stands for; none for control symbols."""
+        """The UTF-8 bytes of an id; empty for control symbols."""
         return self._utf8[id]
 
     def _encode_words(self, word: re.Pattern[str], texts: Sequence[str], *, threads: int) -> list[np.ndarray]:
-        """As `encode_documents`, for texts without U+2581: only words that are not remembered are encoded."""
-        if self._kept > _KEPT:
-            self._words, self._kept = self._white_space(), 0
+        """As `encode_documents`, for texts without U+2581, with a cache of words."""
+        if self._cached > _CACHED_CHARACTERS:
+            self._words, self._cached = self._white_space(), 0
         known = self._words
         documents = [word.findall(text) for text in texts]
         new = list(set().union(*documents).difference(known))
-        if new:  # the encoder takes a third of a millisecond even for nothing
+        if new:  # an empty call of the encoder takes a third of a millisecond
             known.update(zip(new, self._ids_of_words(new, threads=threads), strict=True))
-            self._kept += sum(map(len, new))
+            self._cached += sum(map(len, new))
         return [np.frombuffer(b"".join(map(known.__getitem__, words)), np.uint32) for words in documents]
 
     def _ids_of_words(self, words: Sequence[str], *, threads: int) -> Iterator[bytes]:
-        """Ids (uint32) of each word; many go through the encoder as lines of one text, which saves its overhead."""
+        """Ids (uint32) of each word. Many words are encoded as lines of one text, to reduce overhead."""
         newline = RESERVED_PIECES.index("\n")
-        lines = ["\n".join(words[i : i + _TOGETHER]).encode() for i in range(0, len(words), _TOGETHER)]
+        lines = ["\n".join(words[i : i + _WORDS_PER_LINE]).encode() for i in range(0, len(words), _WORDS_PER_LINE)]
         for ids in self._processor.encode(lines, return_type="numpy", num_threads=threads):
             ends = 4 * np.flatnonzero(ids == newline)
             encoded = ids.tobytes()
@@ -181,29 +179,29 @@ class Tokenizer:
                 yield encoded[start:end]
 
     def _finest_words(self) -> re.Pattern[str] | None:
-        """The first of _WORDS of which each learned piece is inside one word; None where no one is."""
+        """The first of _WORDS that cuts no learned piece, or None."""
         learned = [piece.replace(SPACE_PIECE, " ") for piece in self._pieces() if piece not in RESERVED_PIECES]
         return next((word for word in _WORDS if all(map(word.fullmatch, learned))), None)
 
     @staticmethod
     def _white_space() -> dict[str, bytes]:
-        """The words that have an id of their own, to begin the memory with."""
+        """The initial word cache: words with reserved ids."""
         return {piece: np.uint32(RESERVED_PIECES.index(piece)).tobytes() for piece in WHITE_SPACE_PIECES}
 
     def _join(self, document: list[list[bytes]], encoded: Iterator[np.ndarray]) -> np.ndarray:
-        """Ids of a document from those of its pieces, with the bytes of U+2581 between its stretches."""
+        """Ids of a document from those of its pieces, with the bytes of U+2581 between its segments."""
         arrays: list[np.ndarray] = [np.empty(0, np.int32)]
-        for number, stretch in enumerate(document):
+        for number, segment in enumerate(document):
             if number:
                 arrays.append(self._space_piece_ids)
-            arrays.extend(next(encoded) for _ in stretch)
+            arrays.extend(next(encoded) for _ in segment)
         return np.concatenate(arrays).astype(np.uint32)
 
     def _pieces(self) -> list[str]:
         return [self._processor.id_to_piece(id) for id in range(self.vocab_size)]
 
     def _missing_piece(self) -> str | None:
-        """What the vocabulary lacks of the layout, or None."""
+        """The first deviation of the vocabulary from the layout, or None."""
         pieces = self._pieces()
         for id, expected in enumerate(RESERVED_PIECES):
             found = pieces[id] if id < len(pieces) else None
@@ -213,7 +211,7 @@ class Tokenizer:
 
 
 def _source_bytes(id: int, piece: str) -> bytes:
-    """UTF-8 bytes of source text behind a piece."""
+    """UTF-8 bytes of a piece."""
     if id < len(RESERVED_PIECES) and RESERVED_PIECES[id] == piece:
         if piece in WHITE_SPACE_PIECES:
             return piece.encode()
@@ -222,7 +220,7 @@ def _source_bytes(id: int, piece: str) -> bytes:
 
 
 def _cut(text: bytes) -> Iterator[bytes]:
-    """Cut after the first newline at or past every 20,000 bytes; the pieces joined are the text."""
+    """Cut after the first newline at or after every 20,000 bytes."""
     start = 0
     while start < len(text):
         end = text.find(b"\n", start + _PIECE_BYTES - 1) + 1 or len(text)

@@ -1,9 +1,12 @@
-"""Windows: the rows of a source in the order in which they are trained on.
+"""Windows: the shuffle buffer of a source. They give the order in which its rows are trained on.
 
-In window t every lane of a source advances by the same fraction of its own length; the rows that this gives, of all
-lanes, are the window, and they come spread over all lanes. So all lanes end with the epoch's last window, whatever
-their lengths and compressions. How many rows a lane gives is known when it has been read: whoever reads it announces
-the number and the cursor after them. Everything else follows from these announcements, the same on every rank.
+An epoch of a source is divided into windows. In each window, every lane advances by the same fraction of its own
+length, so all lanes finish the epoch together, whatever their sizes and compression. The rows that the lanes produce in
+a window are shuffled: `places` interleaves the lanes evenly, by a scrambled bit reversal.
+
+The number of rows of a lane is known only after reading it. The rank that reads a lane announces that number and the
+cursor after it; ranks exchange these announcements, and everything else follows from them deterministically, so all
+ranks know the same order. A `SourceOrder` is saved in checkpoints, so that a resumed run continues in the same order.
 """
 
 from __future__ import annotations
@@ -21,22 +24,21 @@ from lamda.data.lanes import BYTES_PER_TOKEN, Cursor
 from lamda.data.order import SLOTS
 
 ONE = 1 << 32
-"""A whole epoch, in fractions of which windows are counted."""
+"""A whole epoch: `since` and `until` of a window are fractions of it."""
 
 FIRST_TOKENS = 1 << 17
-"""Tokens of all sources' first windows together: they are encoded before the first step."""
+"""Tokens of the first windows of all sources together, which are encoded before the first step."""
 
 GROWTH = (5, 4)
-"""Of a window over the one before it. While windows grow, no step waits for one if encoding is twice as fast."""
-
+"""Growth per window. No step waits for a growing window if encoding is twice as fast as training."""
 
 MEASURED_TOKENS = 1 << 21
-"""Of a source's last windows, from which the next one is planned. A single small window is too little: where a lane
-begins there is often no line, for documents belong to the lane in which they begin."""
+"""Tokens of the last windows of a source, from which the next one is planned. One small window is not enough: a lane
+often begins with a gap, since documents belong to the lane in which they begin."""
 
 
 class Announcement(NamedTuple):
-    """What one lane gave to a window: rows, the tokens of the text in them, and the cursor after these."""
+    """The number of rows of one lane in a window, of tokens without padding, and the cursor after them."""
 
     rows: int
     tokens: int
@@ -45,10 +47,10 @@ class Announcement(NamedTuple):
 
 @dataclass(frozen=True)
 class Window:
-    """A window of a source that every lane has been announced for.
+    """A window of a source whose lanes have all been announced.
 
-    number: over the run. base, epoch_base: rows of the source before it, and before its epoch. since, until: the part
-    of the epoch, of ONE. starts, afters: cursors of each lane. counts: rows of each lane.
+    number: counted over the run. base, epoch_base: rows of the source before the window and before its epoch. since,
+    until: interval of the epoch, as fractions of ONE. starts, afters: cursors of each lane. counts: rows of each lane.
     """
 
     number: int
@@ -68,42 +70,42 @@ class Window:
 
     @property
     def is_last(self) -> bool:
-        """Whether the epoch ends with it."""
+        """Whether it is the last window of its epoch."""
         return self.until == ONE
 
     @property
     def ends_an_empty_epoch(self) -> bool:
-        """Whether its epoch has no row."""
+        """Whether it ends an epoch without any row."""
         return self.is_last and self.base + self.rows == self.epoch_base
 
     def part(self, lane: int, length: int) -> Part:
-        """What a lane of this length on the axis gave to it."""
+        """The part of a lane of this length on the axis."""
         target, stop = (None, None) if self.is_last else (self.until * length >> 32, self.afters[lane])
         return Part(self.epoch, self.starts[lane], target, stop, self.counts[lane])
 
     def epoch_at(self, row: int) -> float:
-        """Epochs of the source that are over at its row `row`, which is in this window."""
+        """Epochs of the source completed at its row `row`, which is in this window, as a fraction."""
         share = (row - self.base) / max(1, self.rows)
         return self.epoch + (self.since + share * (self.until - self.since)) / ONE
 
     def to_json(self) -> dict[str, Any]:
-        """For a file."""
+        """As JSON values."""
         cursors = {name: [list(astuple(cursor)) for cursor in getattr(self, name)] for name in ("starts", "afters")}
         return {**{name: getattr(self, name) for name in self.__dataclass_fields__}, **cursors}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Window:
-        """What `to_json` gave. Raises TypeError, ValueError and KeyError for anything else."""
+        """The inverse of `to_json`. Raises TypeError, ValueError or KeyError for other values."""
         lanes = {"counts": _count, "starts": _cursor, "afters": _cursor}
         of_lanes: dict[str, Any] = {name: tuple(map(of, values[name])) for name, of in lanes.items()}
         if len({len(each) for each in of_lanes.values()}) > 1:
-            raise ValueError("a window whose counts and cursors are not of the same lanes")
+            raise ValueError("a window with different numbers of counts and cursors")
         of_window = {name: _count(value) for name, value in values.items() if name not in lanes}
         return cls(**{**of_window, **of_lanes})
 
 
 class Plan(NamedTuple):
-    """The next window of a source, as far as it is known before its lanes are read."""
+    """The next window of a source, before its lanes are read."""
 
     number: int
     epoch: int
@@ -112,20 +114,20 @@ class Plan(NamedTuple):
     starts: tuple[Cursor, ...]
 
     def target(self, length: int) -> int | None:
-        """Where a lane of this length on the axis ends in it; None is the lane's end."""
+        """The end of a lane of this length, on its axis; None: the end of the lane."""
         return None if self.until == ONE else self.until * length >> 32
 
     def part(self, lane: int, length: int) -> Part:
-        """What a lane of this length on the axis gives to it."""
+        """The part of a lane of this length on the axis."""
         return Part(self.epoch, self.starts[lane], self.target(length))
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How large the windows of a source are, in tokens; epoch: one window holds an epoch.
+    """The size of the windows of a source.
 
-    share: the source's slots of SLOTS. lengths: of its lanes, on its axis. length: L, targets a row. full: tokens of
-    the windows of all sources together, once they have grown.
+    share: slots of the source, of SLOTS. lengths: of its lanes, on the axis. length: L, targets per row. full: tokens
+    of the windows of all sources together, at full size. is_epoch: one window holds a whole epoch.
     """
 
     share: int
@@ -135,7 +137,7 @@ class Shape:
     is_epoch: bool = False
 
     def tokens(self, number: int) -> int:
-        """Of window `number`; a row of each lane at the least."""
+        """Tokens of window `number`, at least one row per lane."""
         tokens, full = (part * self.share // SLOTS for part in (FIRST_TOKENS, max(self.full, FIRST_TOKENS)))
         while number and tokens < full:
             tokens, number = tokens * GROWTH[0] // GROWTH[1] + 1, number - 1
@@ -144,9 +146,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class SourceOrder:
-    """The windows of a source that are known and may still be asked for, oldest first.
+    """The known windows of a source that are still needed, oldest first.
 
-    measured: bytes of the axis and tokens in the last windows, from which the next one is planned.
+    measured: axis bytes and tokens of the last windows, from which the next one is planned.
     """
 
     windows: tuple[Window, ...] = ()
@@ -154,25 +156,25 @@ class SourceOrder:
 
     @property
     def end(self) -> int:
-        """Rows of the source in all windows up to the last one that is known."""
+        """Rows of the source up to the end of the last known window."""
         return self.windows[-1].base + self.windows[-1].rows if self.windows else 0
 
     def at(self, row: int) -> Window:
-        """The window that holds a row of the source. Raises KeyError where it is not known."""
+        """The window of a row of the source. Raises KeyError if it is not known."""
         for window in self.windows:
             if window.base <= row < window.base + window.rows:
                 return window
         raise KeyError(row)
 
     def epochs_at(self, row: int) -> float:
-        """Epochs of the source that are over at its row `row`, as far as its windows are known there."""
+        """Epochs of the source completed at its row `row`, as far as its windows are known."""
         for window in self.windows:
             if row <= window.base + window.rows:
                 return window.epoch_at(max(row, window.base))
         return self.windows[-1].epoch_at(self.end) if self.windows else 0.0
 
     def plan(self, shape: Shape) -> Plan:
-        """The window after the last one that is known."""
+        """The window after the last known one."""
         last = self.windows[-1] if self.windows else None
         number = last.number + 1 if last else 0
         if last is None or last.is_last:
@@ -182,13 +184,13 @@ class SourceOrder:
         return Plan(number, epoch, since, self._until(number, since, shape), starts)
 
     def _until(self, number: int, since: int, shape: Shape) -> int:
-        """Where a window ends: the last one of an epoch is up to half as long again as planned."""
+        """The end of a window. The last one of an epoch may be up to 1.5 times its planned size."""
         total, (bytes_, tokens) = max(1, sum(shape.lengths)), self.measured
         step = ONE if shape.is_epoch else max(1, shape.tokens(number) * bytes_ * ONE // (tokens * total))
         return ONE if since + step + step // 2 >= ONE else since + step
 
-    def add(self, plan: Plan, said: Sequence[Announcement], shape: Shape) -> SourceOrder:
-        """The next window, from what was announced of each lane."""
+    def add(self, plan: Plan, announced: Sequence[Announcement], shape: Shape) -> SourceOrder:
+        """This order with the next window, from the announcements of all lanes."""
         window = Window(
             number=plan.number,
             epoch=plan.epoch,
@@ -197,22 +199,22 @@ class SourceOrder:
             since=plan.since,
             until=plan.until,
             starts=plan.starts,
-            counts=tuple(each.rows for each in said),
-            afters=tuple(each.after for each in said),
+            counts=tuple(each.rows for each in announced),
+            afters=tuple(each.after for each in announced),
         )
         bytes_ = self.measured[0] + ((plan.until - plan.since) * sum(shape.lengths) >> 32)
-        tokens = self.measured[1] + sum(each.tokens for each in said)
+        tokens = self.measured[1] + sum(each.tokens for each in announced)
         if tokens > MEASURED_TOKENS:
             bytes_, tokens = max(1, bytes_ * MEASURED_TOKENS // tokens), MEASURED_TOKENS
         return SourceOrder((*self.windows, window), (bytes_, tokens))
 
     def without(self, row: int) -> SourceOrder:
-        """Only the windows that hold row `row` or a later one, and the last one that is known."""
+        """Only the windows that hold row `row` or later ones, and the last known window."""
         kept = [window for window in self.windows[:-1] if window.base + window.rows > row]
         return replace(self, windows=(*kept, *self.windows[-1:]))
 
     def without_digests(self) -> SourceOrder:
-        """The same, taking whatever document stands at a cursor for the one that stood there."""
+        """The same without checks that the documents at the cursors are unchanged."""
         windows = (
             replace(
                 window,
@@ -224,40 +226,40 @@ class SourceOrder:
         return replace(self, windows=tuple(windows))
 
     def to_json(self) -> dict[str, Any]:
-        """For a file."""
+        """As JSON values."""
         return {"windows": [window.to_json() for window in self.windows], "measured": list(self.measured)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> SourceOrder:
-        """What `to_json` gave. Raises TypeError, ValueError and KeyError for anything else."""
+        """The inverse of `to_json`. Raises TypeError, ValueError or KeyError for other values."""
         bytes_, tokens = values["measured"]
         if not _count(tokens):
-            raise ValueError("an order for which no token was measured")
+            raise ValueError("an order without measured tokens")
         return cls(tuple(map(Window.from_json, values["windows"])), (_count(bytes_), tokens))
 
 
 def _cursor(values: Any) -> Cursor:
-    """A cursor from its fields in a file. Raises TypeError and ValueError."""
+    """A cursor from its stored fields. Raises TypeError or ValueError."""
     *numbers, digest = values
     if not isinstance(digest, str | None):
-        raise ValueError(f"{values!r} is no cursor")
+        raise ValueError(f"{values!r} is not a cursor")
     content: list[Any] = [*map(_count, numbers), digest]
     return Cursor(**dict(zip(Cursor.__dataclass_fields__, content, strict=True)))
 
 
 def _count(value: Any) -> int:
-    """A number from a file, which an array can hold. Raises ValueError."""
+    """A stored count that fits into int64. Raises ValueError."""
     if type(value) is not int or not 0 <= value < 1 << 63:
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"{value!r} is not a count")
     return value
 
 
 def places(window: Window, *, seed: int, source: int, in_order: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Lane and row of each place of a window, [rows] each.
+    """Lane and row of each position in a window, [rows] each.
 
-    A lane's rows come in an order of their own, and places are spread over the lanes by a bit reversal, scrambled as
-    by Owen (1995): any m places that follow each other lie in each m-th of the lanes, nearly. So batches of every size
-    are close to the corpus, and a step's rows, sorted by lane, fall on nearly the same lanes in every step.
+    The rows of each lane are shuffled, and positions are spread over the lanes by a bit reversal with Owen scrambling
+    (1995): of any m consecutive positions, about one falls into each m-th of the rows. So batches of every size
+    resemble the corpus, and the rows of a step, sorted by lane, come from nearly the same lanes in every step.
     """
     counts = np.array(window.counts, np.int64)
     lane = np.repeat(np.arange(len(counts)), counts)
@@ -271,14 +273,14 @@ def places(window: Window, *, seed: int, source: int, in_order: bool) -> tuple[N
 
 
 def spread(length: int, *key: int) -> NDArray[np.int64]:
-    """A permutation of range(length), a function of `key`, of which every stretch is spread over the whole range."""
+    """A permutation of range(length), a function of `key`, in which every interval is spread over the whole range."""
     bits = max(1, (length - 1).bit_length())
     index = np.arange(1 << bits, dtype=np.uint64)
     reversed_, found = np.zeros_like(index), np.zeros_like(index)
     one = np.uint64(1)
     for bit in range(bits):
         reversed_ |= (index >> np.uint64(bit) & one) << np.uint64(bits - 1 - bit)
-    for bit in range(bits):  # each bit is flipped by a hash of the bits above it
+    for bit in range(bits):  # Owen scrambling: flip each bit by a hash of the bits above it
         above = reversed_ >> np.uint64(bits - bit)
         flip = splitmix64(mixed(*key, bit) ^ above) & one
         found |= (reversed_ >> np.uint64(bits - 1 - bit) & one ^ flip) << np.uint64(bits - 1 - bit)

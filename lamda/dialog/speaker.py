@@ -16,10 +16,9 @@ from lamda.dialog.research import MAX_QUERIES, Step, research, sources
 from lamda.dialog.tools.toolset import Toolset
 from lamda.inference import generation
 from lamda.inference.cache import Prefix
-from lamda.inference.generation import Candidates, OnToken, Run, prefill_pieces, whole
+from lamda.inference.generation import Candidates, OnToken, Run, TextStream, prefill_pieces, whole
 from lamda.inference.loading import LoadedModel
 from lamda.inference.sampling import Sampling
-from lamda.inference.text import TextStream
 from lamda.model import LaMDA
 
 REFUSAL = "I have no safe answer to that."

@@ -1,12 +1,11 @@
-"""Keys and values of sequences that share their beginning, which is there once, whatever their number.
+"""Key-value cache for sequences with a shared prefix, which is stored once for any number of sequences.
 
-A row's query sees the shared prefix and the row's own tokens behind it. The scores of both parts stand
-side by side in one softmax:
+A query of a row sees the shared prefix and the tokens of the row after it. The scores of both parts enter one softmax:
 
-    softmax([q k_prefix^T, q k_own^T] + bias[distance]) [v_prefix; v_own]
+    softmax([q k_prefix^T, q k_row^T] + bias[distance]) [v_prefix; v_row]
 
-The prefix's part is one product for all rows of a head; the prefix is read once and never copied (Athiwaratkun
-et al., arXiv 2403.08845). Rows may differ in length: what lies beyond a row's own tokens is hidden from it.
+The prefix part is one product for all rows of a head, and the prefix is never copied (Athiwaratkun et al.,
+arXiv 2403.08845). Rows may differ in length; positions beyond the tokens of a row are masked.
 Dimensions: legend in `lamda/model/decoder.py`; N rows, P tokens of the prefix, M of the longest row, R buckets,
 S layers.
 """
@@ -25,14 +24,14 @@ from lamda.model.attention.bias import causal_buckets
 from lamda.model.weights import BUCKETS
 
 CHUNK = 256
-"""Tokens of a row that go through the model at once: scores are as long as that, not as a whole prompt."""
+"""Tokens of a row per forward pass, which bounds the size of the scores for long prompts."""
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """A prompt that was computed once.
+    """A computed prompt.
 
-    ids: its tokens. key_values_SNHPK: two of every layer, [S, 2, H, P, K]. logits_V: of the token after it.
+    ids: its tokens. key_values_SNHPK: keys and values of every layer, [S, 2, H, P, K]. logits_V: of the next token.
     """
 
     ids: tuple[int, ...]
@@ -43,9 +42,9 @@ class Prefix:
 class Rows:
     """N sequences after one prefix.
 
-    lengths: own tokens of each row, which whoever feeds the rows advances: what was fed and not counted is
-    written over. Memory grows with the tokens that come, by half each time, and up to `most` own tokens a row not
-    beyond that: a request that may write much and writes little takes little.
+    lengths: tokens of each row after the prefix, advanced by the caller of `feed`; tokens that were fed but not counted
+    are overwritten. Memory grows by half each time, at first up to `most` tokens per row, so a request with a high
+    limit and a short result takes little memory.
     """
 
     def __init__(self, model: LaMDA, *, count: int, most: int, prefix: Prefix | None = None) -> None:
@@ -60,11 +59,11 @@ class Rows:
         return len(self.lengths)
 
     def as_prefix(self, ids: Sequence[int], logits_V: Tensor) -> Prefix:
-        """The only row, as what others begin with."""
+        """The only row, as a prefix for others."""
         return Prefix(tuple(ids), self._own[:, :, 0, :, : len(ids)], logits_V)
 
     def places(self, new: int) -> Places:
-        """Where the next `new` tokens of each row go and what they see; makes room for them."""
+        """Slots and distances of the next `new` tokens of each row; reserves memory for them."""
         device = self._own.device
         longest = max(self.lengths) + new
         self._reserve(longest)
@@ -78,9 +77,9 @@ class Rows:
     def attend(
         self, layer: int, q_NHLK: Tensor, k_NHLK: Tensor, v_NHLK: Tensor, *, places: Places, by_bucket_HR: Tensor
     ) -> Tensor:
-        """Write keys and values; attention [N, H, L, K] of the queries to all that they see.
+        """Write keys and values; return the attention [N, H, L, K] of the queries.
 
-        by_bucket_HR: the bias of each bucket, and -inf of what is hidden.
+        by_bucket_HR: the bias of each bucket, and -inf for masked positions.
         """
         rows, length = q_NHLK.shape[0], q_NHLK.shape[2]
         own, numbers = self._own[layer], torch.arange(rows, device=q_NHLK.device)[:, None]
@@ -98,7 +97,7 @@ class Rows:
         return (mixed_HNLK + (own_HNLM.transpose(0, 1) @ v_NHMK).transpose(0, 1)).transpose(0, 1)
 
     def _reserve(self, longest: int) -> None:
-        """Room for that many own tokens, cleared: hidden keys have no weight, but 0 times NaN is NaN."""
+        """Reserve zeroed memory for `longest` tokens per row: masked values have weight 0, but 0 times NaN is NaN."""
         if longest > self._own.shape[-2]:
             shape = list(self._own.shape)
             grown = longest + longest // 2
@@ -113,10 +112,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the next L tokens of a group's rows go, and what they see, in every layer alike.
+    """Slots and distances of the next L tokens of the rows of a group, the same for every layer.
 
-    slots_NL: places among a row's own tokens. buckets_NLM: of each key's distance, BUCKETS where it is hidden;
-    one for all rows where they are alike. longest: own tokens of the longest row, the new ones among them.
+    slots_NL: positions among the tokens of a row. buckets_NLM: bucket of the distance of each key, BUCKETS if it is
+    masked; one entry for all rows if they have equal lengths. longest: tokens of the longest row, including new ones.
     """
 
     rows: Rows
@@ -127,7 +126,7 @@ class Places:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer of several groups of rows, as the model sees it in one forward pass."""
+    """One layer of the cache of several groups of rows, in one forward pass."""
 
     number: int
     groups: Sequence[Places]
@@ -150,15 +149,15 @@ class _Layer:
 
 
 def layers(model: LaMDA, groups: Sequence[Rows], *, new: int) -> list[_Layer]:
-    """What `LaMDA.forward` takes as its cache to feed `new` tokens to every row of the groups, one after another."""
+    """The `cache` of `LaMDA.forward` to feed `new` tokens to every row of all groups."""
     places = [rows.places(new) for rows in groups]
     return [_Layer(number, places, model.relative_bias) for number in range(model.config.n_layers)]
 
 
 def feed(model: LaMDA, groups: Sequence[Rows], tokens: Sequence[Sequence[int]]) -> Tensor:
-    """Give each row of the groups, one after another, its next tokens; the logits after the last of each, [N, V].
+    """Feed each row of all groups its next tokens; returns the logits after the last token of each row, [N, V].
 
-    Rows may get different numbers of tokens, but at least one each. Lengths stay as they are.
+    Rows may get different numbers of tokens, but at least one each. `lengths` are not advanced.
     """
     device, new = model.final_norm.scale.device, max(map(len, tokens))
     padded = [[*row, *[0] * (new - len(row))] for row in tokens]

@@ -9,14 +9,13 @@ from pathlib import Path
 
 from lamda.config.errors import UserError
 from lamda.console import visible
-from lamda.inference.generation import Candidates, prefill, sample
+from lamda.inference.generation import Candidates, TextStream, prefill, sample
 from lamda.inference.loading import LoadedModel, load_run
 from lamda.inference.sampling import Sampling
-from lamda.inference.text import TextStream
 
 
 def main(argv: list[str]) -> int:
-    """As `lamda generate --help` says; raises UserError."""
+    """`lamda generate`; see its `--help`. Raises UserError."""
     options = _parser().parse_args(argv)
     loaded = load_run(options.run, int8=options.int8)
     tokenizer = loaded.tokenizer
@@ -34,12 +33,12 @@ def main(argv: list[str]) -> int:
     except UnicodeEncodeError as error:
         raise UserError("--prompt is not valid UTF-8 text: give text in UTF-8") from error
     prefix = prefill(loaded.model, [tokenizer.end_of_document, *prompt_ids])
-    told = _Stream(loaded) if options.candidates == 1 and not options.json else None
-    candidates = sample(loaded.model, prefix, count=options.candidates, sampling=sampling, on_token=told)
+    stream = _Stream(loaded) if options.candidates == 1 and not options.json else None
+    candidates = sample(loaded.model, prefix, count=options.candidates, sampling=sampling, on_token=stream)
     if options.json:
         print(json.dumps(_report(options.prompt, candidates, loaded), ensure_ascii=False, indent=1))
-    elif told is not None:
-        told.end()
+    elif stream is not None:
+        stream.end()
     else:
         for number, ids in enumerate(candidates.ids):
             print(f"--- {number}\n{_shown(options.prompt + tokenizer.decode(ids))}")
@@ -64,25 +63,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Stream:
-    """Writes the only candidate's text as it comes."""
+    """Prints the text of a single candidate while it is generated."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._text = TextStream(loaded.tokenizer)
 
     def __call__(self, _: int, id: int) -> None:
-        self._say(self._text.add(id))
+        self._write(self._text.add(id))
 
     def end(self) -> None:
-        self._say(self._text.end() + "\n")
+        self._write(self._text.end() + "\n")
 
     @staticmethod
-    def _say(text: str) -> None:
+    def _write(text: str) -> None:
         sys.stdout.write(_shown(text))
         sys.stdout.flush()
 
 
 def _shown(text: str) -> str:
-    """A terminal obeys no text; through a pipe it stays as it is."""
+    """Text without control characters if it goes to a terminal; unchanged in a pipe."""
     return visible(text) if sys.stdout.isatty() else text
 
 

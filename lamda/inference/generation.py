@@ -1,14 +1,15 @@
-"""Continuing prompts, and judging continuations, with cached keys and values.
+"""Generating continuations of prompts, and scoring given ones, with a key-value cache.
 
     prefix = prefill(model, ids)                        # computed once
     candidates = sample(model, prefix, count=16)        # all share the prefix
     candidates.next_logits([symbol])                    # after each candidate and a symbol
 
-Several groups of candidates go through the model together (`advance`); they may come and go between steps.
+Several groups of candidates are batched together (`advance`); groups may join and leave between steps.
 """
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Generator, Sequence
 from typing import Protocol, TypeVar, cast
 
@@ -16,26 +17,27 @@ import torch
 from torch import Tensor
 
 from lamda.config.errors import UserError
+from lamda.data.tokenizer import Tokenizer
 from lamda.inference.cache import CHUNK, Prefix, Rows, feed, layers
 from lamda.inference.sampling import Sampler, Sampling
 from lamda.model import LaMDA
 
 Result = TypeVar("Result")
 
-_JUDGED = 4
-"""Tokens after a candidate that there is room for without copying its keys and values."""
+_EXTRA_TOKENS = 4
+"""Tokens after a candidate for which the cache reserves room, for `next_logits`."""
 
 OnToken = Callable[[int, int], bool | None]
-"""Is told each new id as it comes: (number of the candidate, id); True ends the candidate with it."""
+"""Called with each new id: (number of the candidate, id); True ends the candidate after it."""
 
 
 class Candidates:
     """Continuations of one prefix, being sampled or finished.
 
     Attributes:
-        ids: the tokens of each, without what stopped it.
-        log_probabilities: under the model itself, the sum over ids and stop.
-        stopped: whether each ended with one of `stop_ids` or by `on_token`, and not for its length.
+        ids: the tokens of each, without the stop id.
+        log_probabilities: sum over ids and stop id, under the unmodified distribution of the model.
+        stopped: whether each ended by one of `stop_ids` or by `on_token`, not by its length.
     """
 
     def __init__(
@@ -47,29 +49,29 @@ class Candidates:
         self.ids: list[list[int]] = [[] for _ in range(count)]
         self.log_probabilities = [0.0] * count
         self.stopped = [False] * count
-        self.rows = Rows(model, count=count, most=sampling.max_new_tokens + _JUDGED, prefix=prefix)
+        self.rows = Rows(model, count=count, most=sampling.max_new_tokens + _EXTRA_TOKENS, prefix=prefix)
         self._model, self._sampling, self._on_token, self._steps = model, sampling, on_token, 0
         self._sampler = Sampler(sampling, prompt=prefix.ids, count=count, logits=prefix.logits_V)
         self.take(prefix.logits_V.expand(count, -1))
 
     @property
     def finished(self) -> bool:
-        """Whether none goes on."""
+        """Whether all candidates have ended."""
         return self._steps == self._sampling.max_new_tokens or all(self.stopped)
 
     @torch.no_grad()
     def next_logits(self, ids: Sequence[int]) -> Tensor:
-        """Logits [count, V] of the token after each candidate, without its stop, and these ids; changes nothing."""
+        """Logits [count, V] of the token after each candidate (without stop id) followed by `ids`; changes nothing."""
         if not ids and not all(self._missing()):
             raise ValueError("nothing follows the candidates: give at least one id")
         return feed(self._model, [self.rows], [[*missing, *ids] for missing in self._missing()])
 
     def _missing(self) -> list[list[int]]:
-        """The ids of each candidate that the model was not given yet: at most the last."""
+        """The ids of each candidate that are not in the cache yet: at most the last one."""
         return [ids[length:] for ids, length in zip(self.ids, self.rows.lengths, strict=True)]
 
     def take(self, logits_NV: Tensor) -> None:
-        """Choose a token for each candidate that goes on, from what `forward` gives. Raises NotFiniteError."""
+        """Choose a token for each unfinished candidate from the logits of `forward`. Raises NotFiniteError."""
         self.rows.lengths = [len(ids) for ids in self.ids]
         chosen, log_probabilities = self._sampler.choose(logits_NV, self._steps)
         self._steps += 1
@@ -85,9 +87,9 @@ class Candidates:
 
 @torch.no_grad()
 def forward(model: LaMDA, groups: Sequence[Candidates]) -> Sequence[Tensor]:
-    """The logits [count, V] of each group's next tokens; the groups, none of them finished, share each product.
+    """The logits [count, V] of the next tokens of each unfinished group, in one batch.
 
-    Each group is to `take` its own. Until it did, nothing has changed, and the same can be asked again.
+    Pass them to `take` of each group. Until then nothing has changed, and the call can be repeated.
     """
     tokens = [missing or [0] for group in groups for missing in group._missing()]
     logits_NV = feed(model, [group.rows for group in groups], tokens)
@@ -95,20 +97,20 @@ def forward(model: LaMDA, groups: Sequence[Candidates]) -> Sequence[Tensor]:
 
 
 def advance(model: LaMDA, groups: Sequence[Candidates]) -> None:
-    """A token more for every candidate that goes on; the groups, none of them finished, share each product."""
-    for group, own_NV in zip(groups, forward(model, groups), strict=True):
-        group.take(own_NV)
+    """Generate one token for every unfinished candidate of the unfinished groups, in one batch."""
+    for group, logits_NV in zip(groups, forward(model, groups), strict=True):
+        group.take(logits_NV)
 
 
 Pieces = Generator[None, None, Result]
-"""Work on the model in pieces of at most CHUNK tokens a row: whoever runs it may do other things, or stop, between."""
+"""Work on the model in pieces of at most CHUNK tokens per row; the caller may do other work, or stop, in between."""
 
 
 class Run(Protocol):
-    """How pieces are run; a server runs those of several requests in turn."""
+    """Runs pieces; a server runs those of several requests in turn."""
 
     def __call__(self, pieces: Pieces[Result], *, tokens: int = 0) -> Result:
-        """What the pieces give. tokens: how many they compute, about, by which the work of several is ordered."""
+        """The result of the pieces. tokens: about how many they compute, for scheduling."""
         ...
 
 
@@ -122,13 +124,13 @@ def whole(pieces: Pieces[Result], *, tokens: int = 0) -> Result:
 
 
 def prefill(model: LaMDA, ids: Sequence[int]) -> Prefix:
-    """Compute a prompt. Raises UserError where it is empty."""
+    """Compute the keys and values of a prompt. Raises UserError if it is empty."""
     return whole(prefill_pieces(model, ids))
 
 
 @torch.no_grad()
 def prefill_pieces(model: LaMDA, ids: Sequence[int]) -> Pieces[Prefix]:
-    """The same in pieces."""
+    """`prefill` in pieces."""
     if not ids:
         raise UserError("the prompt is empty: give at least one token")
     rows = Rows(model, count=1, most=len(ids))
@@ -147,8 +149,8 @@ def sample(
 ) -> Candidates:
     """`count` independent continuations of a prefix.
 
-    Candidate c is a function of the prefix, the sampling and c alone: the first four of 16 are those of four.
-    Raises UserError where count is less than 1.
+    Candidate c depends only on the prefix, the sampling and c: the first 4 of 16 are the same as 4 of 4.
+    Raises UserError if count is less than 1.
     """
     candidates = Candidates(model, prefix, count=count, sampling=sampling, on_token=on_token)
     while not candidates.finished:
@@ -158,9 +160,9 @@ def sample(
 
 @torch.no_grad()
 def generate(model: LaMDA, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
-    """Continue prompts of any lengths together: the new ids of each, the same as it has alone.
+    """Continue prompts of any lengths in one batch: the new ids of each, the same as alone.
 
-    Raises UserError where a prompt is empty.
+    Raises UserError if a prompt is empty.
     """
     groups = [Candidates(model, prefill(model, ids), count=1, sampling=sampling) for ids in prompts]
     while running := [group for group in groups if not group.finished]:
@@ -169,13 +171,13 @@ def generate(model: LaMDA, prompts: Sequence[Sequence[int]], sampling: Sampling)
 
 
 def score(model: LaMDA, prefix: Prefix, continuations: Sequence[Sequence[int]]) -> list[float]:
-    """The log probability of each continuation after the prefix. Raises ValueError where one is empty."""
+    """The log probability of each continuation after the prefix. Raises ValueError if one is empty."""
     return whole(score_pieces(model, prefix, continuations))
 
 
 @torch.no_grad()
 def score_pieces(model: LaMDA, prefix: Prefix, continuations: Sequence[Sequence[int]]) -> Pieces[list[float]]:
-    """The same in pieces."""
+    """`score` in pieces."""
     if not all(continuations):
         raise ValueError("a continuation without tokens has nothing to score")
     device, longest = prefix.logits_V.device, max(map(len, continuations)) - 1
@@ -194,3 +196,19 @@ def score_pieces(model: LaMDA, prefix: Prefix, continuations: Sequence[Sequence[
         scores_N = scores_N - nats_NL.where(scored_NL[:, chunk].to(device), 0.0).sum(-1)
         rows.lengths = [chunk.stop] * len(continuations)
     return scores_N.tolist()
+
+
+class TextStream:
+    """Decodes ids one by one; the bytes of an incomplete character are held back until it is complete."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, id: int) -> str:
+        """The text that one more id completes; may be empty."""
+        return self._decoder.decode(self._tokenizer.utf8(id))
+
+    def end(self) -> str:
+        """U+FFFD for an incomplete character, or nothing. All parts joined equal the text of `Tokenizer.decode`."""
+        return self._decoder.decode(b"", final=True)

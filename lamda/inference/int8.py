@@ -1,8 +1,8 @@
-"""Matrices in 8 bits, everything else in bf16: half the memory of bf16, and half of what each token has to read.
+"""Weight-only int8 quantization: matrices in 8 bits, the rest in bf16. Half the memory and memory traffic of bf16.
 
     w[o, :] = scale[o] q[o, :]      q in -127..127, scale[o] = max |w[o, :]| / 127
 
-Activations stay as they are. The rounding of weights moves the logits by some 1% (tests/inference/test_int8.py).
+Activations are not quantized. Rounding the weights changes the logits by about 1% (tests/inference/test_int8.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lamda.model.layers import Embedding, Linear
 
 
 def to_int8(model: LaMDA) -> LaMDA:
-    """The same model with its matrices and its embedding in 8 bits, changed in place; for inference alone."""
+    """Quantize the matrices and the embedding of a model in place, for inference only."""
     model.to(torch.bfloat16).requires_grad_(requires_grad=False)
     for module in [*model.modules()]:
         for name, child in module.named_children():
@@ -28,7 +28,7 @@ def to_int8(model: LaMDA) -> LaMDA:
 
 
 class Int8Matrix(nn.Module):
-    """A matrix [outputs, inputs], and a scale an output."""
+    """A quantized matrix [outputs, inputs] with one scale per output."""
 
     weight: Tensor
     scale: Tensor
@@ -43,8 +43,8 @@ class Int8Matrix(nn.Module):
     def forward(self, x_BLD: Tensor) -> Tensor:
         """The product with x [..., inputs]: [..., outputs].
 
-        On a CPU always by the same kernel, whatever the number of rows: another one for larger batches would
-        round differently, and a request's text would depend on its company.
+        The CPU kernel is the same for any number of rows: another one for larger batches would round differently, and
+        the text of a request would depend on the other requests in its batch.
         """
         if x_BLD.device.type == "cpu":
             rows = x_BLD.flatten(0, -2)
@@ -53,7 +53,7 @@ class Int8Matrix(nn.Module):
 
 
 class Int8Embedding(Int8Matrix):
-    """A vector [D] a token, on the way in and on the way out."""
+    """One quantized vector [D] per token, for both the input and the output projection."""
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
         """[B, L] to [B, L, D]."""

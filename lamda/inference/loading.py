@@ -1,4 +1,4 @@
-"""A saved model from its checkpoint; nothing of training is needed."""
+"""Loading a model from a checkpoint for inference."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from lamda.storage import manifest
 
 WEIGHTS = "model.safetensors"
 READ = ("config.yaml", "tokenizer.model", WEIGHTS)
-"""What is read of a checkpoint."""
+"""The files of a checkpoint that inference reads."""
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: its folder, RUN (its newest), RUN@STEP, or a folder with weights alone.
+    """The checkpoint at `path`: its folder, RUN (the newest), RUN@STEP, or a folder with weights only.
 
-    What inference reads of it is verified by its manifest. Raises UserError where there is none, or it is damaged.
+    The files that inference reads are verified by its manifest. Raises UserError if there is none or it is damaged.
     """
     found = manifest.find(path)
     if found is None and (path / WEIGHTS).is_file():
         return path
     if found is None:
         raise UserError(
-            f"{path}: neither a checkpoint nor a run that has one; `lamda runs DIR` lists the runs below a folder"
+            f"{path}: neither a checkpoint nor a run with one; `lamda runs DIR` lists the runs below a folder"
         )
     there = [name for name in READ if (found / name).exists()]  # an export has no config.yaml
     problem = manifest.problem_of(found, only=READ if manifest.is_checkpoint_name(found.name) else there)
@@ -45,7 +45,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def saved_config(checkpoint: Path, *overrides: str) -> Config:
-    """The configuration in a checkpoint, with `overrides` as on a command line. Raises UserError where it has none."""
+    """The configuration in a checkpoint, with `overrides` as on a command line. Raises UserError if there is none."""
     file = checkpoint / "config.yaml"
     if not file.exists():
         is_export = (checkpoint / "config.json").exists()
@@ -55,15 +55,15 @@ def saved_config(checkpoint: Path, *overrides: str) -> Config:
 
 
 def deleted(checkpoint: Path) -> str:
-    """What to say of a checkpoint that is no longer there."""
-    gone = "; the run that goes on has deleted it, as one of its older ones: try again, or set checkpoint.keep higher"
+    """An addition to messages about a checkpoint that no longer exists."""
+    gone = "; the running job has deleted it as an old checkpoint: try again, or increase checkpoint.keep"
     return "" if checkpoint.exists() else gone
 
 
 def load_model(path: Path, config: ModelConfig) -> LaMDA:
     """The model of a checkpoint, in the precision of its weights, ready to evaluate.
 
-    Raises UserError where they cannot be read.
+    Raises UserError if they cannot be read.
     """
     try:
         weights = load_file(path / WEIGHTS)
@@ -76,9 +76,9 @@ def load_model(path: Path, config: ModelConfig) -> LaMDA:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A checkpoint ready to generate.
+    """A loaded checkpoint.
 
-    path: of the checkpoint. config: the run's.
+    path: of the checkpoint. config: of its run.
     """
 
     path: Path
@@ -88,9 +88,9 @@ class LoadedModel:
 
 
 def load_run(path: Path, *, int8: bool = False) -> LoadedModel:
-    """The checkpoint at `path`, or the newest of the run there, on the GPU where there is one.
+    """Load the checkpoint at `path`, or the newest of a run, on the GPU if there is one.
 
-    int8: matrices in 8 bits (`lamda.inference.int8`). Raises UserError where something is missing.
+    int8: quantize matrices (`lamda.inference.int8`). Raises UserError if something is missing.
     """
     checkpoint = find_checkpoint(path)
     config = saved_config(checkpoint)

@@ -13,31 +13,32 @@ from torch import Tensor
 from lamda.config.errors import RunError, UserError
 
 TEMPERATURES = (1e-3, 1e3)
-"""The smallest and the largest temperature beside 0. Below, shares are 0 and 1 anyway, and divided logits overflow."""
+"""The smallest and largest temperature other than 0. Lower ones only overflow: probabilities are 0 and 1 anyway."""
 
 PENALTIES = (1e-2, 1e2)
 """The smallest and the largest repetition penalty, for the same reason."""
 
 
 class NotFiniteError(RunError):
-    """The model's logits are NaN or infinite, so that no token can be chosen or judged."""
+    """The logits of the model are NaN or infinite, so no token can be chosen or scored."""
 
 
 def check_finite(*log_probabilities: float) -> None:
-    """Raise NotFiniteError unless all of what a model says of tokens is finite."""
+    """Raise NotFiniteError unless all log probabilities are finite."""
     if not all(map(isfinite, log_probabilities)):
         raise NotFiniteError("the model's logits are NaN or infinite: its weights are damaged or have diverged")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How continuations are sampled. Raises UserError with everything that cannot be sampled with.
+    """Sampling options. Raises UserError naming all invalid values.
 
-    max_new_tokens: at the most. temperature: divides the logits, 0.001 to 1000; 0 takes the likeliest. top_k: tokens
-    that are drawn from, the likeliest ones (the paper's 40); 0 for all. top_p: only the fewest likeliest that together
-    have this share of what top-k leaves (Holtzman et al., arXiv 1904.09751). repetition_penalty: divides positive and
-    multiplies negative logits of tokens that are in the prompt or came since, but never of stop_ids (Keskar
-    et al., arXiv 1909.05858); 0.01 to 100. seed: the same gives the same ids. stop_ids: what ends a continuation.
+    max_new_tokens: maximum length. temperature: divides the logits, 0.001 to 1000; 0 means greedy. top_k: draw only
+    from the k most likely tokens (40 in the paper); 0 for all. top_p: draw only from the smallest set of most likely
+    tokens with this share of the probability that top-k leaves (Holtzman et al., arXiv 1904.09751). repetition_penalty:
+    divides positive and multiplies negative logits of tokens in the prompt or the continuation, except stop_ids (Keskar
+    et al., arXiv 1909.05858); 0.01 to 100. seed: the same seed gives the same ids. stop_ids: ids that end a
+    continuation.
     """
 
     max_new_tokens: int = 128
@@ -68,10 +69,10 @@ class Sampling:
 
 
 class Sampler:
-    """Draws for the candidates 0 to `count` - 1 of one prompt.
+    """Draws tokens for the candidates 0 to `count` - 1 of one prompt.
 
-    A candidate's draws are a function of (seed, its number), so that neither their number nor the company
-    of other prompts changes any.
+    The random numbers of a candidate are a function of (seed, its number), so they depend neither on `count` nor on
+    other prompts in the batch.
     """
 
     def __init__(self, sampling: Sampling, *, prompt: Sequence[int], count: int, logits: Tensor) -> None:
@@ -84,12 +85,12 @@ class Sampler:
         self._kept = torch.tensor(sorted(sampling.stop_ids), dtype=torch.long, device=logits.device)
 
     def choose(self, logits_NV: Tensor, step: int) -> tuple[list[int], list[float]]:
-        """The candidates' ids number `step`, and their log probabilities under the model itself.
+        """The next id of each candidate, number `step`, and its log probability under the unmodified model.
 
-        Raises NotFiniteError where the logits are.
+        Raises NotFiniteError if logits are not finite.
         """
         wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-        chosen_N1 = self._choose(self._penalised(wide_NV), step)
+        chosen_N1 = self._choose(self._penalized(wide_NV), step)
         log_probabilities_N = wide_NV.gather(-1, chosen_N1)[:, 0] - wide_NV.logsumexp(-1)
         if self._seen_NV is not None:
             self._seen_NV.scatter_(-1, chosen_N1, value=True)
@@ -97,15 +98,15 @@ class Sampler:
         check_finite(*log_probabilities)
         return chosen_N1[:, 0].tolist(), log_probabilities
 
-    def _penalised(self, logits_NV: Tensor) -> Tensor:
+    def _penalized(self, logits_NV: Tensor) -> Tensor:
         if self._seen_NV is None:
             return logits_NV
         penalty = self._sampling.repetition_penalty
-        punished_NV = torch.where(logits_NV > 0, logits_NV / penalty, logits_NV * penalty)
-        return torch.where(self._seen_NV.index_fill(-1, self._kept, value=False), punished_NV, logits_NV)
+        penalized_NV = torch.where(logits_NV > 0, logits_NV / penalty, logits_NV * penalty)
+        return torch.where(self._seen_NV.index_fill(-1, self._kept, value=False), penalized_NV, logits_NV)
 
     def _choose(self, logits_NV: Tensor, step: int) -> Tensor:
-        """An id a row, [N, 1]: where a draw falls on the line of the kept shares, the likeliest first."""
+        """One id per row, [N, 1], by inverse transform sampling from the kept probabilities in descending order."""
         if self._sampling.temperature == 0:
             return logits_NV.argmax(dim=-1, keepdim=True)
         vocabulary = logits_NV.shape[-1]
@@ -114,14 +115,13 @@ class Sampler:
         before_NK = shares_NK.cumsum(dim=-1) - shares_NK
         line_NK = shares_NK.where(before_NK < self._sampling.top_p, 0.0).cumsum(dim=-1)
         place_N1 = torch.searchsorted(line_NK, self._draws_NT[:, step, None] * line_NK[:, -1:], right=True)
-        place_N1 = place_N1.clamp(
-            max=line_NK.shape[-1] - 1
-        )  # of NaN it lies behind the end: on CUDA that ends the process
+        # With NaN the place is behind the end; on CUDA, such an index would kill the process.
+        place_N1 = place_N1.clamp(max=line_NK.shape[-1] - 1)
         return best.indices.gather(-1, place_N1.to(logits_NV.device))
 
 
 def _uniform(sampling: Sampling, number: int) -> Tensor:
-    """A candidate's draws from [0, 1), one a token; made on the CPU, whose generator is the same everywhere."""
+    """Random numbers of a candidate in [0, 1), one per token, from the CPU generator, the same on all machines."""
     digest = hashlib.sha256(f"{sampling.seed}:{number}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The decoder, its initialisation, loss and counts.
+"""The decoder, its initialization, loss and counts.
 
 `LaMDA` is imported on first use, so that `lamda.model.counts` costs no import of torch.
 """

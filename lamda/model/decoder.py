@@ -3,8 +3,8 @@
 B batch, L length, D model width, H heads, K head width, F feed-forward width, V vocabulary;
 M keys, R buckets of distance.
 
-Where the paper is silent this is Google's own model of the same shape (Lingvo, `DenseLm128B8x8`):
-RMS norms before each half of a block, no biases, no scaling of scores, a tied embedding.
+The paper leaves details open. They follow Google's model of the same shape (Lingvo, `DenseLm128B8x8`):
+RMSNorm before each half of a block, no biases, no scaling of scores, a tied embedding.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from lamda.model.weights import export_weights, load_weights
 class LaMDA(nn.Module):
     """Tokens to logits. Its weights are NaN until `load_weights` or `lamda.model.initialization.initialise`.
 
-    recompute: what the backward pass computes again instead of keeping it. With "ffn" the inside of
-    the feed-forward layers, with "block" of whole blocks; with either the logits too, where losses are asked for.
+    recompute: activations that the backward pass recomputes. "ffn": inside the feed-forward layers; "block": inside
+    whole blocks; with either, also the logits if `targets_BL` is given.
     """
 
     def __init__(self, config: ModelConfig, *, recompute: Recompute = "none") -> None:
@@ -50,13 +50,13 @@ class LaMDA(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, L, V] of the token after each token, in the weights' precision.
 
-        documents_BL: an id a token; attention stays inside a document. cache: the keys and values of
-        the tokens before, a layer each, which take in these L. One or the other, else ValueError.
-        targets_BL: the tokens after; then their nats and logsumexp, [B, L] each, instead of logits.
-        last_B: a place in each row; then the logits [B, V] after that token alone.
+        documents_BL: one document id per token; attention stays inside a document. cache: keys and values of the
+        previous tokens, one per layer; these L tokens are added to it. Raises ValueError if both are given.
+        targets_BL: the next tokens; the result is then their loss in nats and logsumexp, [B, L] each.
+        last_B: a position in each row; the result is then the logits [B, V] after that token only.
         """
         if documents_BL is not None and cache is not None:
-            raise ValueError("documents of cached tokens are not known: give documents_BL or cache, not both")
+            raise ValueError("give documents_BL or cache, not both: the documents of cached tokens are not known")
         x_BLD = self.embedding(tokens_BL)
         for layer, view in zip(self.layers, cache or self._views(tokens_BL, documents_BL), strict=True):
             x_BLD = layer(x_BLD, view)
@@ -74,19 +74,19 @@ class LaMDA(nn.Module):
         return [view] * len(self.layers)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy weights in by plain name, in the parameters' own precision.
+        """Copy weights in by plain name, in the precision of the parameters.
 
-        Raises UserError that names every missing, unexpected and mis-shaped one, before anything is changed.
+        Raises UserError naming every missing, unexpected and misshapen weight, before anything is changed.
         """
         load_weights(self, weights)
 
     def export_weights(self) -> dict[str, Tensor]:
-        """The weights by plain name: views of the parameters, without copies."""
+        """The weights by plain name, as views of the parameters."""
         return export_weights(self)
 
 
 class Block(nn.Module):
-    """Attention, then the gated feed-forward layer, each on a normed copy of the residual stream."""
+    """Attention, then the gated feed-forward layer, each on a normalized copy of the residual stream."""
 
     def __init__(self, config: ModelConfig, recompute: Recompute) -> None:
         super().__init__()

@@ -1,12 +1,12 @@
-"""The weights before training, with the scales of Google's own model of this shape (Lingvo, `gshard_builder.py`).
+"""Weight initialization, with the scales of Google's model of this shape (Lingvo, `gshard_builder.py`).
 
-Three differ; docs/learning.md has what they gain:
+Three scales differ; docs/learning.md shows the gain of each:
 
-- The embedding's deviation is 0.5 instead of 1. It is tied, so that a token's own logit starts at about sqrt(D) std^2 /
-  rms(final hidden). With 1 that reaches ln V in wide models (a first loss of 19 at D = 2560, where guessing
-  costs 10.4). With 0.5, and `train.base_width` where the model is wide, the first loss is near ln V.
-- Matrices that write to the residual stream are smaller by 1/sqrt(2N), so that it keeps its size (GPT-2).
-- Bias tables begin as ALiBi's slopes. T5's begin at random and take hundreds of steps to find what is near.
+- The standard deviation of the embedding is 0.5 instead of 1. The embedding is tied, so a token's own logit starts at
+  about sqrt(D) std^2 / rms(final hidden). With 1 this exceeds ln V in wide models: the first loss is 19 at D = 2560,
+  where a uniform guess costs 10.4. With 0.5, and `train.base_width` in wide models, the first loss is near ln V.
+- Matrices that write to the residual stream are smaller by 1/sqrt(2N), so that its size stays constant (GPT-2).
+- Bias tables start as ALiBi slopes. T5's random tables need hundreds of steps to learn which keys are near.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Draw = Callable[[Tensor, torch.Generator], Tensor]
 def initialise(
     model: LaMDA, *, seed: int, base_width: int | None = None, progress: Callable[[], object] = lambda: None
 ) -> None:
-    """Give a model its `initial_weights`, rounded to its precision. progress: called after each."""
+    """Fill a model with its `initial_weights`, rounded to its precision. progress: called after each weight."""
     weights = model.export_weights()
     for name, drawn in initial_weights(model.config, seed=seed, base_width=base_width):
         weights[name].copy_(drawn)
@@ -40,11 +40,11 @@ def initialise(
 
 
 def initial_weights(config: ModelConfig, *, seed: int, base_width: int | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Draw every weight, fp32 on the CPU, by name. Each has a generator of its own, seeded by (seed, its name).
+    """Draw every weight by name, in fp32 on the CPU. Each has its own generator, seeded by (seed, name).
 
-    So the values depend on nothing else: not on ranks, device, precision or the order of modules. base_width: of the
-    model whose rates are carried over (`lamda.engines.param_groups`); logits then fall with the width as muP asks
-    (arXiv 2203.03466, table 8).
+    So the values do not depend on ranks, device, precision or the order of modules. base_width: width of the model
+    whose learning rates are transferred (`lamda.engines.param_groups`); logits are then scaled down with the width, as
+    muP prescribes (arXiv 2203.03466, table 8).
     """
     by_kind = draws(config)
     for name, shape in weight_shapes(config).items():
@@ -56,7 +56,7 @@ def initial_weights(config: ModelConfig, *, seed: int, base_width: int | None = 
 
 
 def draws(config: ModelConfig) -> dict[str, Draw]:
-    """The distribution of each kind of weight. There is no 1/sqrt(K) in attention: the query's scale stands for it."""
+    """The distribution of each kind of weight. The 1/sqrt(K) of attention is part of the scale of the query."""
     D, F, HK = config.d_model, config.d_ff, config.n_heads * config.d_head
     residual = (2 * config.n_layers) ** -0.5
     return {
@@ -74,7 +74,7 @@ def draws(config: ModelConfig) -> dict[str, Draw]:
 
 
 def slopes(table: Tensor) -> Tensor:
-    """Make a table [R, H] ALiBi's (Press et al., arXiv 2108.12409): head h of H falls by 2^(-8 h / H) per token."""
+    """Fill [R, H] with ALiBi slopes (Press et al., arXiv 2108.12409): head h falls by 2^(-8 h / H) per token."""
     buckets, heads = table.shape
     slopes_H = 2.0 ** (-8 * torch.arange(1, heads + 1) / heads)
     first_R = torch.searchsorted(causal_buckets(MAX_DISTANCE), torch.arange(buckets))
@@ -91,6 +91,6 @@ def _uniform(std: float) -> Draw:
 
 
 def generator(seed: int, name: str) -> torch.Generator:
-    """What draws the weight of that name."""
+    """The random generator of the weight of this name."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

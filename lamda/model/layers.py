@@ -1,4 +1,4 @@
-"""The decoder's elementary layers. Every parameter starts as NaN: what is never filled shows at once."""
+"""The basic layers of the decoder. Parameters start as NaN, so that one that is never filled is noticed."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """A vector [D] a token, on the way in and on the way out."""
+    """One vector [D] per token, for both the input and the output projection (tied)."""
 
     def reset_parameters(self) -> None:
         """Fill with NaN."""
         nn.init.constant_(self.weight, torch.nan)
 
     def logits(self, x_BLD: Tensor) -> Tensor:
-        """[B, L, D] to [B, L, V]: the product with every token's vector."""
+        """[B, L, D] to [B, L, V]: the product with the vector of every token."""
         return functional.linear(x_BLD, self.weight)
 
 
@@ -46,5 +46,5 @@ class RMSNorm(nn.Module):
 
 
 def bias_table(config: ModelConfig) -> nn.Parameter:
-    """T5's relative position bias: [R, H], what a bucket of distance adds to a head's scores."""
+    """T5 relative position bias [R, H]: added to the scores of a head, per bucket of distance."""
     return nn.Parameter(torch.full((BUCKETS, config.n_heads), torch.nan))

@@ -1,4 +1,4 @@
-"""Cross-entropy in nats and the log-partition for z-loss, in fp32 or wider whatever the logits are."""
+"""Cross-entropy in nats and log Z for z-loss, in fp32 or wider for logits of any precision."""
 
 from __future__ import annotations
 
@@ -9,22 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 ROWS = 256
-"""Rows of logits that are widened at a time."""
+"""Rows of logits converted to fp32 at a time."""
+
 HEAD_ROWS = 4096
-"""Rows whose logits `head_losses` holds at a time."""
-
-
-def cross_entropy(logits_BLV: Tensor, targets_BL: Tensor, weights_BL: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Sums over the targets: (nats, logsumexp²), scalars; the caller divides by the number of targets.
-
-    weights_BL: factor of each target, 0 where it has no loss. z-loss is a small factor times the
-    second sum: it keeps the softmax's normaliser near 1 (Lingvo: 1e-4).
-    """
-    nats_BL, partition_BL = token_losses(logits_BLV, targets_BL)
-    squares_BL = partition_BL.square()
-    if weights_BL is not None:
-        nats_BL, squares_BL = nats_BL * weights_BL, squares_BL * weights_BL
-    return nats_BL.sum(), squares_BL.sum()
+"""Rows whose logits `head_losses` keeps in memory at a time."""
 
 
 def token_nats(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
@@ -39,13 +27,13 @@ def token_losses(logits_BLV: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor
 
 
 def head_losses(x_BLD: Tensor, weight_VD: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """`token_losses` of the logits x W^T, which exist for HEAD_ROWS rows at a time and are computed twice."""
+    """`token_losses` of the logits x W^T, computed for HEAD_ROWS rows at a time, and again in the backward pass."""
     nats_N, partition_N = _Head.apply(x_BLD.flatten(0, 1), weight_VD, targets_BL.flatten())
     return nats_N.view(targets_BL.shape), partition_N.view(targets_BL.shape)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """(nats, logsumexp) of each of N rows. Wide copies exist for a few rows at a time, in both directions."""
+    """(nats, logsumexp) of each of N rows. fp32 copies exist for ROWS rows at a time, forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +49,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _Head(torch.autograd.Function):
-    """The same of x W^T. The gradient of W adds up in the loss's precision."""
+    """The same for x W^T. The gradient of W is accumulated in the precision of the loss."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +86,7 @@ def _losses(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
 def _d_logits(
     logits_NV: Tensor, targets_N: Tensor, partition_N: Tensor, d_nats_N: Tensor, d_partition_N: Tensor
 ) -> Tensor:
-    """The partition's gradient is softmax; that of nats is softmax less 1 at the target."""
+    """The gradient of log Z is the softmax; that of the nats is the softmax minus 1 at the target."""
     d_logits_NV = torch.empty_like(logits_NV)
     parts = (logits_NV, targets_N, partition_N, d_nats_N, d_nats_N + d_partition_N, d_logits_NV)
     for logits, targets, partition, d_target, d_softmax, d_logits in zip(

@@ -1,4 +1,4 @@
-"""The weights by name: the same in the module, in files and for people. Matrices are [outputs, inputs]."""
+"""Names and shapes of the weights, the same in the module and in files. Matrices are [outputs, inputs]."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ if TYPE_CHECKING:
 
 BUCKETS = 32
 Part = Literal["embedding", "query", "matrices", "norms", "final_norm", "bias"]
-_NAMED = 8
+
+_MAX_NAMED = 8
+"""Weights that an error names, per problem."""
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every weight by name, in the module's order. Rows of query, key and value go head by head."""
+    """The shape of every weight by name, in module order. Rows of query, key and value are grouped by head."""
     D, F, HK = config.d_model, config.d_ff, config.n_heads * config.d_head
     table = (BUCKETS, config.n_heads)
     shapes: dict[str, tuple[int, ...]] = {} if config.bias_per_layer else {"relative_bias": table}
@@ -36,10 +38,10 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """See `LaMDA.load_weights`."""
-    own = export_weights(model)
-    wanted, found = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (own, weights))
+    parameters = export_weights(model)
+    wanted, found = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (parameters, weights))
     check_shapes(wanted, found)
-    for name, tensor in own.items():
+    for name, tensor in parameters.items():
         tensor.copy_(weights[name])
 
 
@@ -49,7 +51,7 @@ def export_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise UserError that names every weight that is missing, unexpected or of another shape."""
+    """Raise UserError naming every weight that is missing, unexpected or has another shape."""
     missing = [name for name in wanted if name not in found]
     unexpected = [name for name in found if name not in wanted]
     misshapen = [
@@ -59,15 +61,15 @@ def check_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tupl
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
     if any(problems.values()):
-        told = "\n".join(f"  {len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names)
+        details = "\n".join(f"  {len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names)
         raise UserError(
-            f"the weights are not of this model:\n{told}\nset the `model` keys that the weights were made with"
+            f"the weights do not fit this model:\n{details}\nset the `model` keys that the weights were made with"
         )
 
 
 def _some(names: Sequence[str]) -> str:
-    rest = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(names) - _MAX_NAMED
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def part_of(name: str) -> Part:

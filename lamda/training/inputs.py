@@ -22,8 +22,8 @@ from lamda.data.files import nothing
 from lamda.data.held_out import require_documents
 from lamda.data.loader import Loader, alone
 from lamda.data.resolving import require_here
-from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
+from lamda.data.tokenizer_training import ensure_tokenizer
 from lamda.data.windows import SourceOrder
 from lamda.distributed import World
 from lamda.durable import Progress

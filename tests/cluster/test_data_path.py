@@ -5,7 +5,7 @@ import pytest
 from lamda.cluster import data_path
 from lamda.cluster.data_path import data_rates, loader_bytes
 from lamda.config.schema import Config
-from lamda.data import corpus, lanes, windows
+from lamda.data import corpus, partitioning, windows
 from lamda.data.corpus import open_corpus, packing_of
 from lamda.data.loader import Loader
 from tests.conftest import make_text
@@ -17,14 +17,14 @@ def a_config(batch, **data):
 
 
 def test_the_constants_are_those_of_the_data():
-    assert (data_path.FEWEST, data_path.MOST) == (lanes.WHOLE_FILES, lanes.MOST)
+    assert (data_path.FEWEST, data_path.MOST) == (partitioning.WHOLE_FILES, partitioning.MOST)
     assert (data_path.FIRST_TOKENS, data_path.WINDOW_ROWS) == (windows.FIRST_TOKENS, corpus.WINDOW_ROWS)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7, 128])
 def test_no_rank_reads_more_lanes_than_that(tmp_path, tokenizer, ranks, monkeypatch):
     """64 equal lanes, and the lanes that each rank's loader reads."""
-    monkeypatch.setattr(lanes, "LEAST_ROWS", 1)
+    monkeypatch.setattr(partitioning, "LEAST_ROWS", 1)
     line = f'{{"text": "{make_text(1, 200)[:99].ljust(99, "x")}"}}\n'
     (tmp_path / "text.jsonl").write_text(line * 64)
     config = a_config(4 * ranks, files=str(tmp_path / "text.jsonl"), sequence_length=8)

@@ -18,7 +18,8 @@ from lamda.data.blocks import LaneReader, Packing, Part, PartRows
 from lamda.data.card import Source
 from lamda.data.errors import DataError
 from lamda.data.files import File
-from lamda.data.lanes import Cursor, cut_into_lanes
+from lamda.data.lanes import Cursor
+from lamda.data.partitioning import cut_into_lanes
 from lamda.data.rows import RowReader
 from tests.conftest import full_disk, make_text, write_shard
 
@@ -215,7 +216,7 @@ def test_a_file_under_the_name_of_other_rows_is_not_read_as_them(lane, folder, t
     moved = folder.path / where
     moved.parent.mkdir(exist_ok=True)
     moved.write_bytes((folder.path / "lane-0000" / "00000000.rows").read_bytes())
-    with pytest.raises(DataError, match=f"{moved.name}: holds other rows than its name says .*lane-0000/00000000"):
+    with pytest.raises(DataError, match=f"{moved.name}: has the rows of .*lane-0000/00000000"):
         folder.find(int(where[8]), int(where[-6]), part)
 
 
@@ -228,7 +229,7 @@ def test_a_preparation_whose_process_is_killed_says_so():
 
 def test_a_preparation_counts_each_document_and_token_once(lane, tokenizer):
     lengths = [len(tokenizer.encode(make_text(n, 31 * n % 90))) + 1 for n in range(25)]
-    summary, ends = prepare.Summary(), np.cumsum(lengths)
+    summary, ends = prepare.BlockStats(), np.cumsum(lengths)
     block = LaneReader(lane, tokenizer, PACKING).read(Part(0, Cursor(), None)).block
     summary.add(block, tokenizer.token_bytes)
     assert sum(summary.tokens.values()) == sum(lengths)

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamda.data import lanes
+from lamda.data import partitioning
 from lamda.data.blocks import LaneReader, Packing, Part
 from lamda.data.card import Source
 from lamda.data.files import File
-from lamda.data.lanes import Cursor, cut_into_lanes, read_lane
+from lamda.data.lanes import Cursor, read_lane
+from lamda.data.partitioning import cut_into_lanes
 from tests.conftest import make_text, write_shard
 
 LENGTHS = st.lists(st.one_of(st.just(0), st.integers(1, 5), st.integers(6, 150)), min_size=3, max_size=9)
@@ -22,7 +23,7 @@ SOURCE = Source(name="s", licence="none", files=("x.jsonl",), domain="meta.pile_
 
 def lanes_of(paths, *, most):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lanes, "LEAST_ROWS", 1)
+        patch.setattr(partitioning, "LEAST_ROWS", 1)
         return cut_into_lanes(SOURCE, [File(str(path), path.stat().st_size) for path in paths], row_length=1, most=most)
 
 
@@ -175,7 +176,7 @@ def test_parquet_is_cut_by_rows_and_resumed(tmp_path, tokenizer):
 def test_rows_are_the_same_whatever_is_encoded_together(tmp_path, tokenizer, monkeypatch):
     (lane,) = lanes_of([write_shard(tmp_path / "0.jsonl", [make_text(n, 40) for n in range(30)])], most=1)
     straight = parts_of(lane, tokenizer, Packing(16), [0.2, 0.6])
-    monkeypatch.setattr("lamda.data.blocks.ENCODE_CHARACTERS", 300)
+    monkeypatch.setattr("lamda.data.spans.ENCODE_CHARACTERS", 300)
     for (_, one), (_, other) in zip(straight, parts_of(lane, tokenizer, Packing(16), [0.2, 0.6]), strict=True):
         assert_same(one, other)
     assert len({rows.after for _, rows in straight}) == len(straight)

@@ -46,7 +46,7 @@ def test_a_sound_card_is_read(tmp_path):
         (SOUND + "    weight: heavy\n", r"c\.yaml:7: sources\.0\.weight: Input should be a valid number"),
         (SOUND.replace("    licence: none\n", ""), r"c\.yaml:4: sources\.0\.licence: Field required"),
         (SOUND + "  - {name: web, licence: none, files: b}\n", r"c\.yaml:3: sources: two sources are called 'web'"),
-        (SOUND + "    files: b.jsonl\n", r"c\.yaml:7: files: stands there already; remove one"),
+        (SOUND + "    files: b.jsonl\n", r"c\.yaml:7: files: appears twice; remove one"),
         (SOUND + "homepage: 2024-13-45\n", r"c\.yaml: this is not YAML: month must be in 1\.\.12"),
         (SOUND + "\thomepage: x\n", r"c\.yaml:7: this is not YAML: found character"),
         (SOUND + "changes: &a [*a]\n", r"c\.yaml:7: changes\.0: Input should be"),

@@ -18,7 +18,8 @@ from lamda.data import files
 from lamda.data.card import Source
 from lamda.data.errors import DataError, DataUnavailableError
 from lamda.data.files import File, decompressed_size, read_lines
-from lamda.data.lanes import OPEN_FILES, Cursor, whole_lane
+from lamda.data.lanes import OPEN_FILES, Cursor
+from lamda.data.partitioning import whole_lane
 from lamda.data.resolving import resolve
 from tests.conftest import make_text
 

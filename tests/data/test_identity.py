@@ -19,7 +19,8 @@ from lamda.data.card import Source
 from lamda.data.corpus import changed_files, differences, fingerprint, open_corpus
 from lamda.data.errors import DataError
 from lamda.data.files import File, read_lines
-from lamda.data.lanes import Cursor, cut_into_lanes
+from lamda.data.lanes import Cursor
+from lamda.data.partitioning import cut_into_lanes
 from lamda.data.resolving import require_here, resolve
 from lamda.data.windows import SourceOrder, Window
 from lamda.storage.state import RunState

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamda.config.errors import UserError
-from lamda.data import files, lanes, parquet
+from lamda.data import files, parquet, partitioning
 from lamda.data.card import Source
 from lamda.data.documents import Document
 from lamda.data.errors import DataError
 from lamda.data.files import File
-from lamda.data.lanes import Cursor, cut_into_lanes, read_lane
+from lamda.data.lanes import Cursor, read_lane
+from lamda.data.partitioning import cut_into_lanes
 from tests.conftest import make_text, write_shard
 from tests.data.ranks import BAD, BLANK, write_file
 
@@ -44,8 +45,8 @@ def cut(files, *, row_length=1, **more):
 def test_lanes_hold_every_document_once_and_each_in_its_place(tmp_path_factory, files, most, cut_compressed):
     folder, texts, number = tmp_path_factory.mktemp("files"), [], 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lanes, "LEAST_ROWS", 1)
-        patch.setattr(lanes, "CUT_COMPRESSED", (cut_compressed, 1 << 20))
+        patch.setattr(partitioning, "LEAST_ROWS", 1)
+        patch.setattr(partitioning, "CUT_COMPRESSED", (cut_compressed, 1 << 20))
         paths = []
         for name, (suffix, drawn) in enumerate(files):
             kinds = [3] if suffix == ".txt" else drawn
@@ -105,7 +106,7 @@ def test_lanes_in_parquet_are_few_for_its_row_groups_and_begin_with_their_own_ro
         made += batch.num_rows
         return batch.to_pylist()
 
-    monkeypatch.setattr(lanes, "LEAST_ROWS", 1)
+    monkeypatch.setattr(partitioning, "LEAST_ROWS", 1)
     monkeypatch.setattr(parquet, "_records_of", records_of)
     texts = pa.table({"text": [str(n) for n in range(rows)]})
     pq.write_table(texts, tmp_path / "a.parquet", row_group_size=rows // groups)
@@ -147,7 +148,7 @@ def test_a_lane_reads_its_part_alone_of_a_file_with_a_sha256(tmp_path, monkeypat
 
 
 def test_files_that_are_not_cut_give_their_lines_in_turn_to_eight_lanes(tmp_path, monkeypatch):
-    monkeypatch.setattr(lanes, "CUT_COMPRESSED", (0, 1 << 30))
+    monkeypatch.setattr(partitioning, "CUT_COMPRESSED", (0, 1 << 30))
     paths = [write_shard(tmp_path / f"{n}.jsonl.zst", [make_text(n, 900)] * 40) for n in range(3)]
     found = cut(paths)
     assert len(found) == 9
@@ -161,7 +162,7 @@ def test_files_that_are_not_cut_give_their_lines_in_turn_to_eight_lanes(tmp_path
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
 def test_the_places_of_lines_in_a_large_compressed_file_are_by_its_stored_bytes(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(lanes, "CUT_COMPRESSED", (0, 0))
+    monkeypatch.setattr(partitioning, "CUT_COMPRESSED", (0, 0))
     plain = write_shard(tmp_path / "a.jsonl", [make_text(n, 200) for n in range(3000)])
     pack = gzip.compress if suffix == ".jsonl.gz" else zstandard.compress
     (tmp_path / f"a{suffix}").write_bytes(pack(plain.read_bytes()))
@@ -202,4 +203,4 @@ def test_local_text_needs_no_cache_that_can_be_written(tmp_path, monkeypatch, su
     path, texts = tmp_path / f"0.{suffix}", [make_text(n, 9) for n in range(5)]
     write_shard(path, texts) if suffix == "jsonl" else pq.write_table(pa.table({"text": texts}), path)
     (lane,) = cut([path], most=1)
-    assert [row["text"] for row in lane.documents()] == texts
+    assert [entry.text for entry in read_lane(lane, Cursor())] == texts

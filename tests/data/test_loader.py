@@ -71,8 +71,8 @@ def opened(case, *, form=RAW_TEXT):
         patch("lamda.data.windows.SLOTS", 256),
         patch("lamda.data.windows.FIRST_TOKENS", case.first_tokens),
         patch("lamda.data.corpus.MOST", case.most),
-        patch("lamda.data.lanes.LEAST_ROWS", case.least_rows),
-        patch("lamda.data.lanes.CUT_COMPRESSED", (case.cut_compressed, 1 << 24)),
+        patch("lamda.data.partitioning.LEAST_ROWS", case.least_rows),
+        patch("lamda.data.partitioning.CUT_COMPRESSED", (case.cut_compressed, 1 << 24)),
     ):
         folder, last, texts = Path(place), 1, []
         for number, files in enumerate(case.sources):

@@ -37,7 +37,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(config):
-    with patch("lamda.data.lanes.LEAST_ROWS", 20):
+    with patch("lamda.data.partitioning.LEAST_ROWS", 20):
         corpus = open_corpus(config.data)
     assert len(corpus.lanes) > 4
     return corpus
@@ -112,7 +112,7 @@ def test_a_document_mask_changes_no_token_and_leaves_every_target_of_the_usual_p
 def test_targets_carry_their_domain_and_unknown_ones_count_as_one(tmp_path, config, tokenizer):
     for number, domain in enumerate(["b", "a", "new"]):
         write_shard(tmp_path / f"{number}.jsonl", [make_text(n, 30 + 9 * number) for n in range(9)], domain=domain)
-    with patch("lamda.data.lanes.LEAST_ROWS", 15):
+    with patch("lamda.data.partitioning.LEAST_ROWS", 15):
         corpus = open_corpus(config.data.model_copy(update={"files": (f"{tmp_path}/*",)}))
     assert len(corpus.lanes) > 2
     assert corpus.domains() == ["a", "b", "new"]

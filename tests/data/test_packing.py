@@ -6,9 +6,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lamda.data import packing
-from lamda.data.packing import PIECE, arrange, arrange_groups, cuts, first_fit, unavoidable_cuts
+from lamda.data.packing import PIECE, arrange, arrange_groups, cuts, first_fit
 
 METHODS = ["concat", "best_fit"]
+
+
+def unavoidable_cuts(lengths, *, row_length):
+    """The cuts of spans longer than a row, which no arrangement avoids."""
+    return int(((np.asarray(lengths) - 1) // row_length).sum())
 
 
 @st.composite
@@ -22,12 +27,12 @@ def blocks(draw):
 
 
 def laid_out(pieces, rows, row_length):
-    """Which (stretch, token) each place of each row gets, written token by token; twice is an error."""
+    """Which (span, token) each place of each row gets, written token by token; twice is an error."""
     places = {}
-    for row, start, length, stretch, offset in pieces.tolist():
+    for row, start, length, span, offset in pieces.tolist():
         for n in range(length):
             assert (row, start + n) not in places
-            places[row, start + n] = (stretch, offset + n)
+            places[row, start + n] = (span, offset + n)
     assert sorted(places) == [(row, start) for row in range(rows) for start in range(row_length)]
     return places
 
@@ -46,9 +51,9 @@ def test_every_row_is_full_and_every_token_is_in_it_once_and_in_order(method, bl
     pieces = arrange(method, lengths, rows=rows, row_length=row_length)
     places = laid_out(pieces, rows, row_length)
     tokens = [places[place] for place in sorted(places)]
-    assert sorted(tokens) == [(stretch, token) for stretch, length in enumerate(lengths) for token in range(length)]
-    for stretch in range(len(lengths)):
-        assert [token for of, token in tokens if of == stretch] == list(range(lengths[stretch]))
+    assert sorted(tokens) == [(span, token) for span, length in enumerate(lengths) for token in range(length)]
+    for span in range(len(lengths)):
+        assert [token for of, token in tokens if of == span] == list(range(lengths[span]))
     assert pieces["length"].min() >= 1
     assert np.array_equal(pieces, np.sort(pieces, order=("row", "start")))
     assert np.array_equal(pieces, arrange(method, lengths.copy(), rows=rows, row_length=row_length))
@@ -59,7 +64,7 @@ def test_every_row_is_full_and_every_token_is_in_it_once_and_in_order(method, bl
 def test_concat_keeps_the_order_of_the_stream(block):
     lengths, rows, row_length = block
     places = laid_out(arrange("concat", lengths, rows=rows, row_length=row_length), rows, row_length)
-    stream = [(stretch, token) for stretch, length in enumerate(lengths) for token in range(length)]
+    stream = [(span, token) for span, length in enumerate(lengths) for token in range(length)]
     assert [places[place] for place in sorted(places)] == stream
 
 
@@ -74,9 +79,9 @@ def test_best_fit_never_cuts_more_than_concat(block):
     for method in METHODS:
         pieces = arrange(method, lengths, rows=rows, row_length=row_length)
         counted[method] = sum(
-            len({row for row, _, _, of, _ in pieces.tolist() if of == stretch}) - 1 for stretch in range(len(lengths))
+            len({row for row, _, _, of, _ in pieces.tolist() if of == span}) - 1 for span in range(len(lengths))
         )
-        assert cuts(pieces) == counted[method]  # a stretch is never twice in a row
+        assert cuts(pieces) == counted[method]  # a span is never twice in a row
     least = sum(-(-int(length) // row_length) - 1 for length in lengths)
     assert unavoidable_cuts(lengths, row_length=row_length) == least
     assert least <= counted["best_fit"] <= counted["concat"]
@@ -90,7 +95,7 @@ def test_best_fit_never_cuts_more_than_concat(block):
             [4, 13, 4, 7, 2],
             [(0, 0, 10, 1, 0), (1, 0, 3, 1, 10), (1, 3, 7, 3, 0), (2, 0, 4, 0, 0), (2, 4, 4, 2, 0), (2, 8, 2, 4, 0)],
         ),
-        # No whole stretches fill a row: as they come.
+        # No whole spans fill a row: as they come.
         ([6, 8, 6], [(0, 0, 6, 0, 0), (0, 6, 4, 1, 0), (1, 0, 4, 1, 4), (1, 4, 6, 2, 0)]),
         # Of equal ones the first goes first.
         ([9, 1, 1, 9], [(0, 0, 9, 0, 0), (0, 9, 1, 1, 0), (1, 0, 1, 2, 0), (1, 1, 9, 3, 0)]),
@@ -100,9 +105,7 @@ def test_best_fit_never_cuts_more_than_concat(block):
 def test_the_arrangement_of_best_fit_never_changes(lengths, arranged):
     """Golden: may change together with `lamda.data.corpus.FORMAT` alone."""
     pieces = arrange("best_fit", np.array(lengths), rows=sum(lengths) // 10, row_length=10)
-    assert [
-        (row, start, length, stretch, offset) for row, start, length, stretch, offset in pieces.tolist()
-    ] == arranged
+    assert [(row, start, length, span, offset) for row, start, length, span, offset in pieces.tolist()] == arranged
     assert pieces.dtype == PIECE
 
 
@@ -122,7 +125,7 @@ def test_best_fit_makes_few_of_the_cuts_that_can_be_avoided(row_length, mean, si
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("lengths", [[5, 4], [5, 6], [5, 0, 5]])
-def test_stretches_that_cannot_fill_the_rows_are_refused(method, lengths):
+def test_spanes_that_cannot_fill_the_rows_are_refused(method, lengths):
     with pytest.raises(ValueError, match="cannot fill 2 rows of 5"):
         arrange(method, np.array(lengths), rows=2, row_length=5)
 
@@ -136,12 +139,12 @@ def test_rows_in_groups_have_every_token_once_and_only_the_last_one_is_short(met
         pieces = arrange_groups(method, np.array(lengths, np.int64), row_length=row_length)
     total = sum(lengths)
     places = {}
-    for row, start, length, stretch, offset in pieces.tolist():
+    for row, start, length, span, offset in pieces.tolist():
         for n in range(length):
             assert (row, start + n) not in places
-            places[row, start + n] = (stretch, offset + n)
+            places[row, start + n] = (span, offset + n)
     assert sorted(places) == [divmod(place, row_length) for place in range(total)]
-    stream = [(stretch, token) for stretch, length in enumerate(lengths) for token in range(length)]
+    stream = [(span, token) for span, length in enumerate(lengths) for token in range(length)]
     assert sorted(places.values()) == stream
     tokens = [places[place] for place in sorted(places)]
     assert tokens == stream or method == "best_fit"
@@ -160,6 +163,6 @@ def test_first_fit_cuts_nothing_and_leaves_no_row_that_another_would_have_held(l
     assert all(one + other > 9 for n, one in enumerate(filled) for other in filled[:n] if one)
 
 
-def test_a_stretch_that_fits_in_no_row_is_refused():
-    with pytest.raises(ValueError, match="a stretch of 10 tokens fits in no row of 9"):
+def test_a_span_that_fits_in_no_row_is_refused():
+    with pytest.raises(ValueError, match="a span of 10 tokens fits in no row of 9"):
         first_fit([3, 10], row_length=9)

@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
-from lamda.data import files, lanes, quarantine
+from lamda.data import files, lanes, partitioning, quarantine
 from lamda.data.blocks import LaneReader, Packing, Part
 from lamda.data.card import Source
 from lamda.data.corpus import open_corpus, require_a_batch
 from lamda.data.documents import Document
 from lamda.data.files import DataError, File, read_lines
 from lamda.data.held_out import require_documents
-from lamda.data.lanes import RAW_TEXT, Cursor, cut_into_lanes, read_lane
+from lamda.data.lanes import RAW_TEXT, Cursor, read_lane
+from lamda.data.partitioning import cut_into_lanes
 from lamda.data.quarantine import BadLine, Quarantined, few, first_of, write_first
 from tests.conftest import make_text
 from tests.data.ranks import read
@@ -45,7 +46,7 @@ def lanes_of(folder: Path, contents, *, count=1, limit=1.0):
 def cut(*paths: Path, count=1, limit=1.0):
     found = [File(str(path), path.stat().st_size) for path in paths]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lanes, "LEAST_ROWS", 1)
+        patch.setattr(partitioning, "LEAST_ROWS", 1)
         return cut_into_lanes(SOURCE, found, row_length=1, most=count, max_bad_fraction=limit)
 
 
@@ -251,12 +252,12 @@ def test_counters_and_bad_lines_are_a_function_of_the_place(tmp_path_factory, to
 
 
 def test_too_many_bad_lines_stop_the_run_from_any_cursor(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(quarantine, "JUDGED_FROM", 100)
+    monkeypatch.setattr(quarantine, "CHECKED_FROM", 100)
     lines = [good("of")] * 30 + [BAD, b"5", b"[]", b"{}", BAD] + [good("and")] * 500
     (strict,) = lanes_of(tmp_path, [lines], limit=0.04)
     told = r"lane 0: 5 of 100 lines .* data\.max_bad_fraction 0\.04"
     reader = LaneReader(strict, tokenizer, Packing(8))
-    monkeypatch.setattr("lamda.data.blocks.ENCODE_CHARACTERS", 100)
+    monkeypatch.setattr("lamda.data.spans.ENCODE_CHARACTERS", 100)
     first = reader.read(Part(0, Cursor(), strict.length // 8))
     assert first.after.bad == 5
     with pytest.raises(DataError, match=rf"{told}.*0\.jsonl, line 31: not JSON.*line 32: no text"):
@@ -280,14 +281,14 @@ def test_a_file_with_a_broken_end_is_still_an_error(tmp_path, monkeypatch):
     path.write_bytes(gzip.compress(good("a") + b"\n" + BAD)[:-3])
     with pytest.raises(DataError, match="truncated"):
         cut(path, count=2)
-    monkeypatch.setattr(lanes, "CUT_COMPRESSED", (0, 0))
+    monkeypatch.setattr(partitioning, "CUT_COMPRESSED", (0, 0))
     (lane,) = cut(path)
     with pytest.raises(DataError, match="truncated"):
         entries(lane)
 
 
 def test_any_ranks_and_stops_find_the_same_bad_lines(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(lanes, "LEAST_ROWS", 20)
+    monkeypatch.setattr(partitioning, "LEAST_ROWS", 20)
     monkeypatch.setattr("lamda.data.windows.FIRST_TOKENS", 300)
     for number in range(3):
         lines = [BAD if n % 5 == number else good(make_text(n, n)) for n in range(40)]

@@ -22,11 +22,11 @@ from lamda.data.card import Checksum, Source
 from lamda.data.errors import DataError, DataUnavailableError
 from lamda.data.files import File, read_all, read_lines
 from lamda.data.parquet import read_rows
-from lamda.data.remote import Patience, RemoteFile, Version
+from lamda.data.remote import RemoteFile, RetryPolicy, Version
 from lamda.data.resolving import resolve
 
 CONTENT = random.Random(1).randbytes(300_000)
-QUICK = Patience(attempts=4, first_wait=0.0, longest_wait=0.0, timeout=0.3)
+QUICK = RetryPolicy(attempts=4, first_wait=0.0, max_wait=0.0, timeout=0.3)
 
 
 class Server(ThreadingHTTPServer):
@@ -49,8 +49,8 @@ class Server(ThreadingHTTPServer):
     def address(self):
         return f"http://127.0.0.1:{self.server_port}/shard"
 
-    def file(self, patience=QUICK, **fields):
-        return RemoteFile("shard", self.address, patience=patience, **fields)
+    def file(self, retry=QUICK, **fields):
+        return RemoteFile("shard", self.address, retry=retry, **fields)
 
     @property
     def starts(self):
@@ -145,7 +145,7 @@ FAULT = st.one_of(
 @given(faults=st.lists(FAULT, max_size=12), start=st.integers(0, len(CONTENT)), ranges=st.booleans())
 def test_no_byte_is_lost_or_repeated_whatever_fails(server, faults, start, ranges):
     server.reset(faults=faults, ranges=ranges)
-    patient = Patience(attempts=14, first_wait=0.0, timeout=5.0)
+    patient = RetryPolicy(attempts=14, first_wait=0.0, timeout=5.0)
     assert b"".join(server.file(patient).read(size=len(CONTENT), start=start)) == CONTENT[start:]
 
 
@@ -180,7 +180,7 @@ def test_a_server_without_progress_is_left_with_the_file_and_the_last_cause(serv
         list(server.file().read(size=len(CONTENT)))
     assert len(server.requests) == 4
     with pytest.raises(DataUnavailableError, match="refused"):
-        list(RemoteFile("gone", "http://127.0.0.1:9/x", patience=QUICK).read(size=1))
+        list(RemoteFile("gone", "http://127.0.0.1:9/x", retry=QUICK).read(size=1))
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410, 416])
@@ -229,7 +229,7 @@ def test_halves_of_two_versions_are_never_joined(server, cuts, switch, kinds, ra
     server.reset(faults=[("short", cut) for cut in cuts], ranges=ranges, versions=versions)
     read, told = bytearray(), None
     try:
-        for chunk in server.file(Patience(attempts=9, first_wait=0.0)).read(size=len(CONTENT)):
+        for chunk in server.file(RetryPolicy(attempts=9, first_wait=0.0)).read(size=len(CONTENT)):
             read += chunk
     except DataError as error:
         told = str(error)
@@ -277,7 +277,7 @@ def test_a_part_is_asked_for_by_its_end(server, start, stop, ranges):
 ])  # fmt: skip
 def test_an_encoding_that_was_not_asked_for_is_refused(server, encoding, name, refused):
     server.reset(versions=[(CONTENT, {"Content-Encoding": encoding})])
-    file = RemoteFile(name, server.address, patience=QUICK)
+    file = RemoteFile(name, server.address, retry=QUICK)
     if not refused:
         assert b"".join(file.read(size=len(CONTENT))) == CONTENT
         return
@@ -290,7 +290,7 @@ def test_an_encoding_that_was_not_asked_for_is_refused(server, encoding, name, r
 @pytest.mark.parametrize("length", ["12abc", "-5", "+5", ""])
 def test_a_length_that_is_no_number_is_no_size(server, length):
     server.reset(versions=[(b"", {"Content-Length": length})])
-    with pytest.raises(DataError, match="does not say how long"):
+    with pytest.raises(DataError, match="does not send the size"):
         server.file().look_up()
 
 
@@ -299,8 +299,8 @@ def test_a_length_that_is_no_number_is_no_size(server, length):
 ])  # fmt: skip
 def test_an_address_that_is_none_is_refused_without_a_wait(address, monkeypatch):
     monkeypatch.setattr(remote, "sleep", lambda seconds: pytest.fail("waited"))
-    with pytest.raises(DataError, match="is not an address"):
-        RemoteFile(address, address, patience=QUICK).look_up()
+    with pytest.raises(DataError, match="is not a valid address"):
+        RemoteFile(address, address, retry=QUICK).look_up()
 
 
 def test_a_remote_parquet_file_is_read_through_a_failing_server(server, monkeypatch):
@@ -321,26 +321,26 @@ def test_a_remote_parquet_file_is_read_through_a_failing_server(server, monkeypa
 
 def test_waits_double_within_bounds_and_heed_the_server(server, monkeypatch):
     waits: list[float] = []
-    monkeypatch.setattr(remote, "_rest", lambda seconds, on_wait: waits.append(seconds))
+    monkeypatch.setattr(remote, "_wait", lambda seconds, on_wait: waits.append(seconds))
     server.reset(faults=[("status", 500)] * 8)
-    patience = Patience(attempts=9, first_wait=1.0, longest_wait=16.0)
-    assert b"".join(server.file(patience).read(size=len(CONTENT))) == CONTENT
+    retry = RetryPolicy(attempts=9, first_wait=1.0, max_wait=16.0)
+    assert b"".join(server.file(retry).read(size=len(CONTENT))) == CONTENT
     for wait, longest in zip(waits, [1, 2, 4, 8, 16, 16, 16, 16], strict=True):
         assert longest / 2 <= wait <= longest
-    monkeypatch.setattr(remote, "_demanded", lambda error: {429: 40.0, 503: 9999.0}[error.code])
+    monkeypatch.setattr(remote, "_retry_after", lambda error: {429: 40.0, 503: 9999.0}[error.code])
     server.reset(faults=[("status", 429), ("status", 503)])
     waits.clear()
-    list(server.file(patience).read(size=len(CONTENT)))
-    assert waits == [40.0, patience.longest_demand]
+    list(server.file(retry).read(size=len(CONTENT)))
+    assert waits == [40.0, retry.max_retry_after]
 
 
 def test_whoever_waits_for_a_server_is_told_in_every_second_of_it(server, monkeypatch):
     """A server may ask for more time than a watchdog gives."""
     moments: list[float] = []
     monkeypatch.setattr(remote, "sleep", moments.append)
-    monkeypatch.setattr(remote, "_demanded", lambda error: 25.0)
+    monkeypatch.setattr(remote, "_retry_after", lambda error: 25.0)
     server.reset(faults=[("status", 503)] * 2)
-    file = server.file(Patience(first_wait=0.0), on_wait=lambda: moments.append(0))
+    file = server.file(RetryPolicy(first_wait=0.0), on_wait=lambda: moments.append(0))
     assert b"".join(file.read(size=len(CONTENT))) == CONTENT
     assert sum(moments) == 50
     longest = max(len(list(group)) for waits, group in groupby(moments, bool) if waits)
@@ -349,7 +349,7 @@ def test_whoever_waits_for_a_server_is_told_in_every_second_of_it(server, monkey
 
 def test_retry_after_is_read_as_seconds_or_as_a_date():
     def demanded(value):
-        return remote._demanded(remote.HTTPError("", 429, "", {"Retry-After": value}, None))
+        return remote._retry_after(remote.HTTPError("", 429, "", {"Retry-After": value}, None))
 
     assert demanded("17") == 17
     assert demanded("soon") == demanded("") == 0
@@ -401,14 +401,14 @@ def test_a_card_states_sizes_and_hashes(tmp_path, monkeypatch, caplog):
         files({"train/0.jsonl": right, "other/0.jsonl": wrong})
     monkeypatch.setattr(identity, "VERIFIED_AT_START", len(content) - 1)
     other, _ = files({"other/0.jsonl": wrong})
-    assert "not yet verified: the card's sha256 of 1 files (the first is" in caplog.text
+    assert "not yet verified: the sha256 of 1 files (the first is" in caplog.text
     with pytest.raises(DataError, match=r"other/0\.jsonl: its sha256 is"):
         list(read_lines(other))
     assert len(list(read_lines(other, number=8, byte=14 * 8))) == 1  # what is before is not read for its hash
     with pytest.raises(DataError, match=r"train/0\.jsonl: has 126 bytes, but the card says 125"):
         files({"train/0.jsonl": Checksum(size=125)})
     for name, count in (("0.jsonl", 2), ("1.jsonl", 0)):
-        with pytest.raises(UserError, match=f"'{name}', which is {count} of its files"):
+        with pytest.raises(UserError, match=f"'{name}' matches {count} of its files"):
             files({name: right})
 
 
@@ -459,9 +459,9 @@ def test_what_is_no_http_is_told_in_one_short_line(caplog):
 
         threading.Thread(target=answer, daemon=True).start()
         address = f"http://127.0.0.1:{listener.getsockname()[1]}/shard"
-        patience = Patience(attempts=2, first_wait=0.0, longest_wait=0.0, timeout=5.0)
+        retry = RetryPolicy(attempts=2, first_wait=0.0, max_wait=0.0, timeout=5.0)
         with pytest.raises(DataUnavailableError) as raised:
-            RemoteFile("shard", address, patience=patience).look_up()
+            RemoteFile("shard", address, retry=retry).look_up()
     for told in (str(raised.value), *caplog.messages):
         assert told.isprintable()
         assert len(told) < 400

@@ -23,9 +23,8 @@ from hypothesis import strategies as st
 from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.data import tokenizer as tokenizer_module
-from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer
-from lamda.data.tokenizer_training import train_tokenizer
+from lamda.data.tokenizer_training import ensure_tokenizer, train_tokenizer
 from tests.conftest import full_disk, make_text
 
 TEXTS = [inspect.getsource(argparse), inspect.getsource(ast), "Grüße, 你好, привет! ▅▅▅ a▁b\r\n" * 5]
@@ -275,7 +274,7 @@ def test_remembered_words_change_no_id(model_path, crossing_path, finest, texts)
 
 
 def test_words_are_forgotten_before_they_fill_the_memory(model_path, monkeypatch):
-    monkeypatch.setattr("lamda.data.tokenizer._KEPT", 300)
+    monkeypatch.setattr("lamda.data.tokenizer._CACHED_CHARACTERS", 300)
     tokenizer = Tokenizer.load(model_path)
     for number in range(40):
         text = f"word{number} and some more{number}"

@@ -14,7 +14,8 @@ from lamda.data.card import Source
 from lamda.data.corpus import fingerprint, open_corpus
 from lamda.data.documents import Document
 from lamda.data.files import File
-from lamda.data.lanes import Cursor, cut_into_lanes
+from lamda.data.lanes import Cursor
+from lamda.data.partitioning import cut_into_lanes
 from lamda.dialog.conversation import ATTRIBUTES, Conversation, Message, parse_conversation
 from lamda.dialog.encoding import Encoding
 from lamda.dialog.examples import Conversations, Rating, ResearchStep, Response, examples_of

@@ -276,7 +276,7 @@ def test_a_checkpoint_that_its_run_deletes_meanwhile_is_told(copied, tmp_path, m
         raise FileNotFoundError("model.safetensors")
 
     monkeypatch.setattr(export_module, "write_shards", delete)
-    with pytest.raises(UserError, match="the run that goes on has deleted it"):
+    with pytest.raises(UserError, match="the running job has deleted it"):
         export(copied, tmp_path / "to")
     assert not (tmp_path / "to").exists()
 

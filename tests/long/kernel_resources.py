@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lamda.model.attention import band_kernel, kernels
+from lamda.model.attention import kernels
 from lamda.model.attention.bias import BAND
 from lamda.model.attention.kernel_ops import MAX_WIDTH, tiles_for
 
@@ -37,7 +37,7 @@ def launches(sm: int, *, dtype: str, documents: bool) -> Iterator[tuple[triton.J
     yield kernels.forward, walks | by_queries, tiles.options
     yield kernels.backward_queries, walks | by_queries, tiles.options
     yield kernels.backward_keys, walks | by_keys, tiles.options
-    yield band_kernel.band_tiles, sizes | {"T": tiles.band}, {"num_warps": 4, "num_stages": 1}
+    yield kernels.band_tiles, sizes | {"T": tiles.band}, {"num_warps": 4, "num_stages": 1}
 
 
 def compiled(kernel: triton.JITFunction, sm: int, dtype: str, constants: dict, options: dict) -> tuple[float, int, int]:

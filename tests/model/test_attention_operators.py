@@ -53,7 +53,7 @@ def _sdpa(dtype: torch.dtype, documents: bool) -> dict[str, Arguments]:
 
 
 def _plain(dtype: torch.dtype, documents: bool) -> dict[str, Arguments]:
-    from lamda.model.attention.plain import plain_attention
+    from lamda.model.attention.split import plain_attention
 
     on_gpu = DEVICE.type == "cuda"  # whose kernels take 16 bits alone
     (q, k, v), *_ = _inputs(torch.bfloat16 if on_gpu else dtype, documents=documents)
@@ -69,9 +69,9 @@ FAMILIES: dict[Callable[..., dict[str, Arguments]], list[str]] = {
 
 
 def test_every_operator_of_the_project_is_checked():
-    from lamda.model.attention import kernel_ops, plain
+    from lamda.model.attention import kernel_ops, split
 
-    assert {kernel_ops, plain, sdpa}, "imported, and so registered"
+    assert {kernel_ops, split, sdpa}, "imported, and so registered"
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lamda::")}
     assert {name.removeprefix("lamda::").partition(".")[0] for name in registered} == {
         name for names in FAMILIES.values() for name in names

@@ -13,7 +13,7 @@ from lamda.config import ModelConfig
 from lamda.engines.deepspeed import lora
 from lamda.model import LaMDA
 from lamda.model.counts import adapter_parameters, flops_per_token, parameters, parameters_by_part
-from lamda.model.loss import cross_entropy
+from tests.losses import cross_entropy
 
 
 @pytest.mark.parametrize(("preset", "count"), [("2b", 2_179_138_560), ("8b", 8_721_174_528), ("137b", 137_702_416_384)])

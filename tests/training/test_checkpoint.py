@@ -16,11 +16,11 @@ from lamda.engines.deepspeed.engine import Engine
 from lamda.engines.deepspeed.optimizer import make_optimizer, set_learning_rate
 from lamda.model import LaMDA
 from lamda.model.initialization import initialise
-from lamda.model.loss import cross_entropy
 from lamda.storage import commit
 from lamda.storage.state import RunState
 from lamda.training.saver import Saver
 from tests.distributed.engine_worker import BATCH, LENGTH, batch, config, tokens
+from tests.losses import cross_entropy
 
 OLD = {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "gradient_clipping": 0.05}
 NEW = {"beta1": 0.5, "beta2": 0.7, "weight_decay": 3.0, "gradient_clipping": 0.01}

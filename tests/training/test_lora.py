@@ -14,12 +14,12 @@ from lamda.engines.deepspeed.weight_check import corrupted_ranks
 from lamda.launch.pretrain import main
 from lamda.model import LaMDA
 from lamda.model.initialization import initialise
-from lamda.model.loss import cross_entropy
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
 from lamda.training.resume import find_resume_point
 from lamda.training.saver import Saver
 from tests.distributed.engine_worker import BATCH, LENGTH, MODEL, batch, config, tokens
+from tests.losses import cross_entropy
 
 RANK, RATE = 3, 1e-2
 STAGES = [(0, False), (0, True), (1, False), (1, True)]

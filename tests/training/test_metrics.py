@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from lamda.storage.metrics import MetricsFile, peak_flops, read_metrics
+from lamda.model.counts import peak_flops
+from lamda.storage.metrics import MetricsFile, read_metrics
 
 
 def fail_on_constant(name):

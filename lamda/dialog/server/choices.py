@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lamda.data.tokenizer import Tokenizer
-from lamda.inference.text import TextStream
+from lamda.inference.generation import TextStream
 
 
 class ChoiceText:

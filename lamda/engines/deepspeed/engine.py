@@ -32,9 +32,9 @@ from lamda.engines.protocol import PhaseHook, StepMetrics
 from lamda.inference.generation import prefill, sample
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
+from lamda.model.counts import peak_flops
 from lamda.model.initialization import initialise
 from lamda.model.loss import token_nats
-from lamda.storage.metrics import peak_flops
 
 log = logging.getLogger(__name__)
 

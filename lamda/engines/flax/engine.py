@@ -37,8 +37,8 @@ from lamda.engines.flax.weight_check import corrupted_processes
 from lamda.engines.flax.weights import Weights, bind, load_weights, make_weights, stacked_shapes
 from lamda.engines.protocol import PhaseHook, StepMetrics
 from lamda.inference.sampling import Sampling
+from lamda.model.counts import peak_flops
 from lamda.model.initialization import initial_weights
-from lamda.storage.metrics import peak_flops
 
 
 @dataclass(frozen=True)

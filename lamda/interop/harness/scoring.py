@@ -9,9 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 from lamda.data.tokenizer import Tokenizer
-from lamda.inference.generation import Candidates, advance, prefill
+from lamda.inference.generation import Candidates, TextStream, advance, prefill
 from lamda.inference.sampling import Sampling
-from lamda.inference.text import TextStream
 from lamda.model import LaMDA
 from lamda.model.loss import token_nats
 

@@ -1,8 +1,8 @@
-"""Causal self-attention with T5's relative position bias (Raffel et al., arXiv 1910.10683, section 2.1).
+"""Causal self-attention with T5 relative position bias (Raffel et al., arXiv 1910.10683, section 2.1).
 
-    softmax(q k^T + bias[distance]) v      without 1/sqrt(K), which sits in the initialisation
+    softmax(q k^T + bias[distance]) v      without 1/sqrt(K), which is part of the initialization
 
-`model.attention` says how it is computed: by which module of this package (docs/performance.md).
+`model.attention` selects the backend, a module of this package (docs/performance.md).
 Dimensions: legend in `lamda/model/decoder.py`.
 """
 
@@ -23,19 +23,19 @@ __all__ = ["Attention", "KeyValues", "View"]
 
 
 class KeyValues(Protocol):
-    """The keys and values of the tokens so far, in one layer."""
+    """The cached keys and values of one layer."""
 
     def attend(self, q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, table_RH: Tensor | None) -> Tensor:
-        """Add L tokens; return their attention [B, H, L, K] to all so far. table_RH: as `View.attend`."""
+        """Add L tokens and return their attention [B, H, L, K] to all tokens so far. table_RH: as in `View.attend`."""
         ...
 
 
 @dataclass(frozen=True)
 class View:
-    """What L tokens see of each other; worked out once a forward pass for all layers.
+    """Bias and mask of L tokens, computed once per forward pass for all layers.
 
-    buckets_N: the bucket of each distance. shared_bias: the bias, where all layers share one. mask: what
-    hides keys of other documents, where there are documents. Both in the backend's own form.
+    buckets_N: the bucket of each distance. shared_bias: the bias, if all layers share one. mask: hides keys of other
+    documents, if document ids were given. Bias and mask are in the form of the backend.
     """
 
     backend: Backend
@@ -46,9 +46,9 @@ class View:
 
     @classmethod
     def of(cls, tokens_BL: Tensor, documents_BL: Tensor | None, *, table_RH: Tensor | None, attention: str) -> View:
-        """The view from `tokens_BL`. table_RH: the bias that all layers share, if one.
+        """The view of `tokens_BL`. table_RH: the bias table that all layers share, if any. attention: the backend.
 
-        Raises UserError where the way of computing, `attention`, does not run on the tokens' device.
+        Raises UserError if the backend does not run on the device of the tokens.
         """
         length = tokens_BL.shape[1]
         backend = backend_for(attention, tokens_BL.device)
@@ -57,7 +57,7 @@ class View:
         return cls(backend, length, buckets_N, bias, backend.mask(tokens_BL, documents_BL))
 
     def attend(self, q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, table_RH: Tensor | None) -> Tensor:
-        """Attention [B, H, L, K]. table_RH: the layer's own bias, where layers share none."""
+        """Attention [B, H, L, K]. table_RH: the bias table of this layer, if the layers do not share one."""
         bias = self.shared_bias
         if bias is None:
             assert table_RH is not None, "a layer has a table where none is shared"
@@ -66,7 +66,7 @@ class View:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with a bias table of its own, or the one that all layers share."""
+    """Multi-head attention with its own bias table, or the one that all layers share."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which way of computing attention runs where; what does not run is an error that names what does."""
+"""The attention backends, and which devices each of them supports."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lamda.config.errors import UserError
 _KERNELS = ("fused", "split")
 
 OLDEST = (8, 0)
-"""The oldest compute capability that the kernels were compiled for; older ones have no bf16."""
+"""The lowest compute capability that the kernels were compiled for; older GPUs have no bf16."""
 
 
 class Backend(Protocol):
-    """A module of this package. Every one gives the numbers of `math`, up to rounding.
+    """A module of this package. All backends equal `math` up to rounding.
 
-    The bias and the mask are in a form of its own, made once for all layers where they share it.
+    Each has its own form of bias and mask, built once for all layers if they share the bias.
     """
 
     def bias(self, table_RH: Tensor, buckets_N: Tensor, *, queries: int, keys: int) -> Tensor:
@@ -28,7 +28,7 @@ class Backend(Protocol):
         ...
 
     def mask(self, tokens_BL: Tensor, documents_BL: Tensor | None) -> Any:
-        """What hides keys of other documents."""
+        """The mask that hides keys of other documents."""
         ...
 
     def attend(self, q_BHLK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, bias: Tensor, mask: Any) -> Tensor:
@@ -37,13 +37,13 @@ class Backend(Protocol):
 
 
 def backend_for(name: str, device: torch.device) -> Backend:
-    """The backend of that name. Raises UserError where it does not run on the device."""
+    """The backend of this name. Raises UserError if it does not run on the device."""
     check_backend(name, device)
     return import_module(f"lamda.model.attention.{name}")
 
 
 def check_backend(name: str, device: torch.device, *, training: bool = False) -> None:
-    """Raise UserError where `name` does not run on the device, or cannot train there, with what does."""
+    """Raise UserError if backend `name` does not run (or, with `training`, train) on the device."""
     if name == "flex" and training and device.type == "cpu":
         raise UserError(
             "model.attention is flex: FlexAttention has no backward pass on the CPU; train with `math` or `sdpa`"

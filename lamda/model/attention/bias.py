@@ -1,12 +1,12 @@
-"""T5's relative position bias, and the band that is left of it.
+"""T5 relative position bias, reduced to a band along the diagonal.
 
-All distances from `BAND` on (from 113, in truth) share the last bucket, and softmax ignores what a
-whole row has in common. Less the last bucket's value the bias is 0 but on a band along the diagonal,
+All distances from `BAND` on (in fact from 113) share the last bucket, and softmax ignores a constant added to a whole
+row. After subtracting the value of the last bucket, the bias is 0 except on a band along the diagonal,
 
     band[h, d] = table[bucket(d), h] - table[last, h]      0 <= d < BAND
 
-and so is its gradient; the last bucket's own is minus the sum of the others', by this same equation.
-Dimensions: legend in `lamda/model/decoder.py`; N distances, BAND of them.
+and so is its gradient. By the same equation, the gradient of the last bucket is minus the sum of the others.
+Dimensions: legend in `lamda/model/decoder.py`; N distances, at least BAND.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ BAND = MAX_DISTANCE
 
 
 def causal_buckets(count: int, *, device: torch.device | None = None) -> Tensor:
-    """T5's bucket of each distance 0 to count - 1 from a key to a later query: [count] int64.
+    """The T5 bucket of each distance 0 to count - 1 from a key to a later query: [count] int64.
 
-    Half of the buckets hold one distance each, the others grow by logarithm to MAX_DISTANCE; the last takes the rest.
+    Half of the buckets hold one distance each; the others grow logarithmically up to MAX_DISTANCE, and the last one
+    takes all larger distances.
     """
     exact = BUCKETS // 2
     distances = torch.arange(count, device=device)
@@ -38,7 +39,7 @@ def causal_buckets(count: int, *, device: torch.device | None = None) -> Tensor:
 
 
 def relative_bias(table_RH: Tensor, buckets_M: Tensor, *, queries: int) -> Tensor:
-    """The bias [H, L, M] of the last `queries` of M positions, -inf where the key is later; fp32 or wider."""
+    """The bias [H, L, M] of the last `queries` of M positions, -inf if the key is later; fp32 or wider."""
     return _windows(functional.embedding(buckets_M, _wide(table_RH)).T, queries=queries)
 
 
@@ -49,7 +50,7 @@ def bias_band(table_RH: Tensor, buckets_N: Tensor) -> Tensor:
 
 
 def band_bias(band_HN: Tensor, *, queries: int, keys: int) -> Tensor:
-    """The bias [H, L, M] of the last `queries` of M = `keys` positions from its band, -inf where the key is later."""
+    """The bias [H, L, M] of the last `queries` of M = `keys` positions from its band, -inf if the key is later."""
     beyond = max(keys - BAND, 0)
     return _windows(functional.pad(band_HN[:, :keys], (0, beyond)), queries=queries)
 
@@ -57,7 +58,7 @@ def band_bias(band_HN: Tensor, *, queries: int, keys: int) -> Tensor:
 def sum_by_distance(bias_HLM: Tensor, count: int) -> Tensor:
     """The adjoint of `band_bias` and `relative_bias`: sums along diagonals, [H, L, M] to the first `count` distances.
 
-    Rows are laid end to end with a row's length one longer than read back, so that diagonals become columns.
+    Rows are padded, laid end to end and read back as rows that are one element shorter: diagonals become columns.
     """
     _, queries, keys = bias_HLM.shape
     skewed = functional.pad(bias_HLM.flip(-1), (0, queries)).flatten(1)[:, :-queries]
@@ -68,8 +69,8 @@ def sum_by_distance(bias_HLM: Tensor, count: int) -> Tensor:
 class _Windows(torch.autograd.Function):
     """[H, M] by distance to [H, L, M] by query and key.
 
-    Row i of a head is one window on the line of its values from the farthest distance to the nearest,
-    then the future. PyTorch's own gradient of windows adds up number by number, and crashes where it is compiled.
+    Row i of a head is one window on a line of values: from the farthest distance to the nearest, then -inf for the
+    future. PyTorch's own gradient of `unfold` adds element by element, and crashes when compiled.
     """
 
     @staticmethod

@@ -1,9 +1,8 @@
-"""`flex`: PyTorch's FlexAttention, which reads the band in its score and skips blocks of hidden keys.
+"""`flex`: PyTorch FlexAttention, which adds the band to its scores and skips blocks of hidden keys.
 
-It is compiled, once a shape, also where a run's blocks are not: uncompiled it would hold [B, H, L, L] in fp32.
-The band enters without a gradient, since FlexAttention would add one up score by score with atomics;
-`with_band_gradient` gives it one, and so training needs Triton and a GPU.
-FlexAttention has no backward pass on the CPU.
+It is compiled once per shape, even if the blocks of the model are not: uncompiled it would need [B, H, L, L] in fp32.
+The band enters without a gradient, since FlexAttention would accumulate one score by score with atomics;
+`with_band_gradient` computes it, so training needs Triton and a GPU. FlexAttention has no backward pass on the CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from lamda.model.attention.backends import check_backend
 from lamda.model.attention.bias import BAND, bias_band
 
 MIN_WIDTH = 16
-"""The narrowest head of FlexAttention's kernels for GPUs."""
+"""The smallest K that the FlexAttention kernels for GPUs accept."""
 
 
 def bias(table_RH: Tensor, buckets_N: Tensor, *, queries: int, keys: int) -> Tensor:
@@ -30,7 +29,7 @@ def bias(table_RH: Tensor, buckets_N: Tensor, *, queries: int, keys: int) -> Ten
 
 
 def mask(tokens_BL: Tensor, documents_BL: Tensor | None) -> tuple[BlockMask, Tensor | None]:
-    """Blocks of keys that some query sees, and the ids in 32 bits."""
+    """The mask of key blocks that some query sees, and the document ids as int32."""
     B, L = tokens_BL.shape
     if documents_BL is None:
         return create_block_mask(_causal, None, None, L, L, device=tokens_BL.device), None
@@ -47,7 +46,7 @@ def attend(
 ) -> Tensor:
     """Attention [B, H, L, K] of all L positions.
 
-    Raises UserError where a gradient is wanted and there is none, or where a GPU's kernel takes no such K.
+    Raises UserError if the device has no backward pass and a gradient is needed, or if K is too small for the GPU.
     """
     if q_BHLK.device.type == "cuda" and q_BHLK.shape[-1] < MIN_WIDTH:
         raise UserError(
@@ -75,7 +74,7 @@ def _causal(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 def _flex(*inputs: Any, **options: Any) -> Any:
-    """FlexAttention, compiled: with the block that calls it, or by itself, whatever the stance around it."""
+    """FlexAttention, compiled: as part of the calling block, or by itself under any surrounding compiler stance."""
     if torch.compiler.is_compiling():
         return flex_attention(*inputs, **options)
     with torch.compiler.set_stance("default"):

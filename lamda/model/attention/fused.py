@@ -1,7 +1,7 @@
-"""`fused`: one kernel forward and two backward in Triton, which read the bias where it is not 0.
+"""`fused`: one forward and two backward Triton kernels, which read the bias only where it is not 0.
 
-The bias enters without a gradient; `with_band_gradient` adds it, from a kernel of its own that looks at
-the band alone. Memory grows with L, time with L^2; needs a GPU (or Triton's interpreter).
+The bias enters without a gradient; `with_band_gradient` computes it with a separate kernel that reads only the band.
+Memory grows with L, time with L^2. Needs a GPU (or Triton's interpreter).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def bias(table_RH: Tensor, buckets_N: Tensor, *, queries: int, keys: int) -> Ten
 
 
 def mask(_: Tensor, documents_BL: Tensor | None) -> Tensor | None:
-    """The ids themselves, in 32 bits."""
+    """The document ids as int32."""
     return None if documents_BL is None else documents_BL.int().contiguous()
 
 
@@ -41,7 +41,7 @@ def with_band_gradient(
     band_HN: Tensor,
     documents_BL: Tensor | None,
 ) -> Tensor:
-    """`out` unchanged, which any kernel computed with the band detached; backward, the band gets its gradient."""
+    """`out`, computed by any kernel with the band detached; the backward pass adds the gradient of the band."""
     return _BandGradient.apply(
         out_BHLK, lse_BHL, q_BHLK.detach(), k_BHLK.detach(), v_BHLK.detach(), band_HN, documents_BL
     )
@@ -70,14 +70,7 @@ class _Attention(torch.autograd.Function):
 class _BandGradient(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        out: Tensor,
-        lse: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        band: Tensor,
-        documents: Tensor | None,
+        ctx: Any, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, documents: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, band, documents, out, lse)
         return out.view_as(out)

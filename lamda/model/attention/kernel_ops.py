@@ -1,4 +1,4 @@
-"""The kernels as PyTorch operators: shapes, tiles, launches. A compiled block sees one node for each.
+"""The Triton kernels as PyTorch operators: shapes, tile sizes, launches. A compiled block sees one node per operator.
 
 out and lse are [B, H, L, K] and [B, H, L]; band [H, BAND] fp32 or wider; documents_BL int32, or None.
 """
@@ -13,22 +13,22 @@ import triton
 from torch import Tensor
 
 from lamda.config.errors import UserError
-from lamda.model.attention import band_kernel, kernels
+from lamda.model.attention import kernels
 from lamda.model.attention.bias import BAND, sum_by_distance
 
 SHARES = 8
-"""Programs that share the tiles of one head and place in the gradient of the band."""
+"""Programs among which the tiles of one head and place are divided, in the gradient of the band."""
 
 MAX_WIDTH = 128
-"""The widest head that the kernels were compiled for; at 256 they outgrow the shared memory of many GPUs."""
+"""The largest K that the kernels were compiled for; 256 exceeds the shared memory of many GPUs."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the kernels are launched.
+    """Tile sizes and launch options.
 
-    owned: rows of the tile that a program owns. walked: rows of those that it walks along. band: rows and
-    columns of a tile in the gradient of the band. warps, stages: Triton's options for all but the last.
+    owned: rows of the tile that a program writes. walked: rows of the tiles that it loops over. band: rows and columns
+    of a tile in the gradient of the band. warps, stages: Triton options of all kernels but that one.
     """
 
     owned: int
@@ -39,15 +39,15 @@ class Tiles:
 
     @property
     def options(self) -> dict[str, int]:
-        """Triton's options."""
+        """Launch options of Triton."""
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 def tiles_for(capability: tuple[int, int], *, element_size: int) -> Tiles:
-    """Tiles that fit on a GPU of that compute capability, for q, k, v of `element_size` bytes, K up to 128.
+    """Tiles for a GPU of this compute capability, for q, k, v of `element_size` bytes and K up to 128.
 
-    Compiled ahead of time for 8.0, 8.6, 8.9, 9.0, 10.0, 10.3 and 12.0, where each kernel fits into a program's
-    shared memory: at most 194 of 227 KiB on 9.0 and 10.x, 68 of 99 elsewhere (tests/long/kernel_resources.py).
+    Checked by compiling for 8.0, 8.6, 8.9, 9.0, 10.0, 10.3 and 12.0: each kernel fits into shared memory, with at most
+    194 of 227 KiB on 9.0 and 10.x, and 68 of 99 KiB elsewhere (tests/long/kernel_resources.py).
     """
     if element_size > 2:
         return Tiles(owned=32, walked=32, band=32, warps=4, stages=1)
@@ -62,7 +62,7 @@ def tiles_for(capability: tuple[int, int], *, element_size: int) -> Tiles:
 def band_attention(
     q: Tensor, k: Tensor, v: Tensor, band: Tensor, documents: Tensor | None, near: bool
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp over all keys, or with `near` over those at distances below BAND."""
+    """Output and log-sum-exp over all keys, or with `near` over keys at distances below BAND."""
     dtype = q.dtype
     q, k, v = _strided(*_held(q, k, v))
     out, lse = _new_output(q, band)
@@ -91,7 +91,7 @@ def band_attention_backward(
     lse: Tensor,
     near: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v over the same keys. With `near`, out and lse may be those over more keys."""
+    """Gradients of q, k and v over the same keys. With `near`, out and lse may be over more keys."""
     dtype = q.dtype
     q, k, v = _strided(*_held(q, k, v))
     out, d_out = _rows_of_heads(*_held(out, d_out))
@@ -127,16 +127,9 @@ def _(
 
 @torch.library.custom_op("lamda::band_gradient", mutates_args=())
 def band_gradient(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    band: Tensor,
-    documents: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, documents: Tensor | None, out: Tensor, lse: Tensor
 ) -> Tensor:
-    """The gradient of the band, [H, BAND]; the same bits every time."""
+    """The gradient of the band, [H, BAND]; deterministic."""
     q, k, v = _strided(*_held(q, k, v))
     out, d_out = _rows_of_heads(*_held(out, d_out))
     B, H, L, _ = q.shape
@@ -144,7 +137,7 @@ def band_gradient(
     places = BAND // T + 1
     shares = min(SHARES, B * triton.cdiv(L, T))
     tiles = band.new_empty(shares, H, places, T, T)
-    band_kernel.band_tiles[shares, H, places](
+    kernels.band_tiles[shares, H, places](
         q, k, v, band, _ids(documents, q), out, lse.contiguous(), d_out, tiles, *_strides(q, k, out), B,
         **_sizes(q, band, documents), T=T, num_warps=4, num_stages=1,
     )  # fmt: skip
@@ -154,20 +147,13 @@ def band_gradient(
 
 @band_gradient.register_fake
 def _(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    band: Tensor,
-    documents: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, documents: Tensor | None, out: Tensor, lse: Tensor
 ) -> Tensor:
     return torch.empty_like(band, memory_format=torch.contiguous_format)
 
 
 def _tiles(q: Tensor) -> Tiles:
-    """Raises UserError where no kernel takes these queries."""
+    """Raises UserError if no kernel supports these queries."""
     if kernels.INTERPRETED:
         return tiles_for((9, 0), element_size=2)
     if q.shape[-1] > MAX_WIDTH or q.element_size() > 4:
@@ -196,30 +182,30 @@ def _grid(q: Tensor, rows: int) -> tuple[int, int]:
 
 
 def _ids(documents: Tensor | None, q: Tensor) -> Tensor:
-    """A kernel takes no None: without documents it gets a pointer that it never reads."""
+    """A kernel accepts no None: without documents it gets a pointer that it never reads."""
     return q if documents is None else documents
 
 
 def _new_output(q: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for an output, head by head within a row, as the output projection reads it; and for a log-sum-exp."""
+    """Memory for an output, in the layout that the output projection reads ([B, L, H, K]); and for a log-sum-exp."""
     B, H, L, K = q.shape
     return q.new_empty(B, L, H, K).transpose(1, 2), q.new_empty(B, H, L, dtype=band.dtype)
 
 
 def _held(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """bf16 in fp32 for Triton's interpreter, which cannot compute with it; else unchanged."""
+    """bf16 as fp32 for Triton's interpreter, which cannot compute with bf16; otherwise unchanged."""
     if kernels.INTERPRETED and tensors[0].dtype == torch.bfloat16:
         return tuple(each.float() for each in tensors)
     return tensors
 
 
 def _rows_of_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Laid out as `_new_output` does; copies only of what is laid out in another way."""
+    """In the layout of `_new_output`; copies only tensors in another layout."""
     return tuple(each.transpose(1, 2).contiguous().transpose(1, 2) for each in tensors)
 
 
 def _strided(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v as the kernels take them: whole along K, and k and v alike. Views of one projection need no copy."""
+    """q, k, v as the kernels need them: contiguous along K, equal strides of k and v. Views of one projection fit."""
     if q.stride(-1) != 1:
         q = q.contiguous()
     if k.stride(-1) != 1 or k.stride() != v.stride():

@@ -1,15 +1,18 @@
 """Triton kernels: attention whose bias is a band on the diagonal, forward and backward.
 
-A program takes one tile of queries (or, for the gradients of keys and values, of keys) and walks along
-the other side: far tiles, which have neither bias nor causal mask, and near ones. With NEAR it walks
-along near tiles alone and sees only keys at distances below BAND. A program owns what it writes, so
-that no sum depends on the order of programs. The log-sum-exp is natural; inside, powers are of 2.
+A program takes one tile of queries (for the gradients of keys and values: of keys) and loops over the other side: far
+tiles, which have neither bias nor causal mask, and near tiles. With NEAR it loops over near tiles only, and sees only
+keys at distances below BAND. Each output is written by one program, so no sum depends on the order of programs. The
+log-sum-exp is natural; inside the kernels, powers are of 2.
 
-T queries and S keys in a tile; legend in `lamda/model/decoder.py`. q has strides of its own, k and v
-share theirs, and so do the output and all gradients; along K all are 1. Rows beyond L read as 0.
+T queries and S keys per tile; legend in `lamda/model/decoder.py`. q has its own strides, k and v share theirs, and so
+do the output and all gradients; the stride along K is 1. Rows beyond L read as 0.
 
-Triton's interpreter (3.9) can neither multiply nor round bf16. There, with ROUND, bf16 is held in fp32.
+The interpreter of Triton 3.9 can neither multiply nor round bf16. With ROUND, it holds bf16 values in fp32.
 """
+
+# mypy: ignore-errors
+# Triton's language has no types.
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def forward(
     BAND: tl.constexpr, NEAR: tl.constexpr, DOCUMENTS: tl.constexpr, WIDE: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """Output, and log-sum-exp [B, H, L]."""
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * T  # the longest walks start first
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * T  # the longest loops start first
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     queries = first + tl.arange(0, T)
     q_TK = load_rows(q + offset(b, h, q_stride_b, q_stride_h), queries, q_stride_l, L, K, K2)
@@ -61,7 +64,7 @@ def _mix(
     L, K: tl.constexpr, K2: tl.constexpr, S: tl.constexpr,
     BIASED: tl.constexpr, BAND: tl.constexpr, NEAR: tl.constexpr, DOCUMENTS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """The forward walk along keys: running maximum of the scores, sum of their powers, and mixed values."""
+    """The loop over keys of `forward`: running maximum of the scores, sum of their powers, and weighted values."""
     for start in range(begin, end, S):
         keys = start + tl.arange(0, S)
         k_SK = load_rows(k, keys, stride_l, L, K, K2)
@@ -121,7 +124,7 @@ def _sum_keys(
     L, K: tl.constexpr, K2: tl.constexpr, S: tl.constexpr,
     BIASED: tl.constexpr, BAND: tl.constexpr, NEAR: tl.constexpr, DOCUMENTS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """The walk along keys of `backward_queries`."""
+    """The loop over keys of `backward_queries`."""
     for start in range(begin, end, S):
         keys = start + tl.arange(0, S)
         k_SK = load_rows(k, keys, stride_l, L, K, K2)
@@ -176,7 +179,7 @@ def _sum_queries(
     L, K: tl.constexpr, K2: tl.constexpr, T: tl.constexpr,
     BIASED: tl.constexpr, BAND: tl.constexpr, NEAR: tl.constexpr, DOCUMENTS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """The walk along queries of `backward_keys`; rows beyond L add nothing, since their d_out and delta are 0."""
+    """The loop over queries of `backward_keys`; rows beyond L add nothing, since their d_out and delta are 0."""
     for start in range(begin, end, T):
         queries = start + tl.arange(0, T)
         q_TK = load_rows(q, queries, q_stride_l, L, K, K2)
@@ -194,11 +197,51 @@ def _sum_queries(
 
 
 @triton.jit
+def band_tiles(
+    q, k, v, band, documents, out, lse, d_out, tiles,
+    q_stride_b, q_stride_h, q_stride_l, k_stride_b, k_stride_h, k_stride_l, o_stride_b, o_stride_h, o_stride_l,
+    B, H, L, K: tl.constexpr, K2: tl.constexpr, T: tl.constexpr,
+    BAND: tl.constexpr, DOCUMENTS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """For the gradient of the band: sums [shares, H, places, T, T] of the gradients of the scores near the diagonal.
+
+    At place p, keys are p tiles before the queries. A program adds up the tiles at one place of one head, over a share
+    of the batch, in registers. Shares and then diagonals are added afterwards, in a fixed order.
+    """
+    share, h, place = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    rows = tl.cdiv(L, T)
+    each = tl.cdiv(B * rows, tl.num_programs(0))
+    sum_TT = tl.full([T, T], 0.0, WIDE)
+    for tile in range(share * each, tl.minimum((share + 1) * each, B * rows)):
+        b, row = tile // rows, tile % rows
+        queries = row * T + tl.arange(0, T)
+        keys = (row - place) * T + tl.arange(0, T)
+        o_offset = offset(b, h, o_stride_b, o_stride_h)
+        q_TK = load_rows(q + offset(b, h, q_stride_b, q_stride_h), queries, q_stride_l, L, K, K2)
+        k_TK = load_rows(k + offset(b, h, k_stride_b, k_stride_h), keys, k_stride_l, L, K, K2)
+        v_TK = load_rows(v + offset(b, h, k_stride_b, k_stride_h), keys, k_stride_l, L, K, K2)
+        out_TK = load_rows(out + o_offset, queries, o_stride_l, L, K, K2)
+        d_out_TK = load_rows(d_out + o_offset, queries, o_stride_l, L, K, K2)
+        lse_T = tl.load(lse + (b * H + h) * L + queries, mask=queries < L, other=0.0)
+        delta_T = tl.sum(out_TK.to(WIDE) * d_out_TK.to(WIDE), 1)
+        distance_TT = queries[:, None] - keys[None, :]
+        ids_T = load_ids(documents + b * L, queries, L, DOCUMENTS)
+        same_TT = ids_T[:, None] == load_ids(documents + b * L, keys, L, DOCUMENTS)[None, :]
+        scores_TT = dot(q_TK, tl.trans(k_TK))
+        scores_TT = see(scores_TT, distance_TT, same_TT, band + h * BAND, True, BAND, True, DOCUMENTS)
+        p_TT = tl.where(keys[None, :] >= 0, tl.exp2((scores_TT - lse_T[:, None]) * LOG2_E), 0.0)
+        sum_TT += p_TT * (dot(d_out_TK, tl.trans(v_TK)) - delta_T[:, None])
+    within = tl.arange(0, T)
+    base = tiles + ((share * H + h) * tl.num_programs(2) + place).to(tl.int64) * T * T
+    tl.store(base + within[:, None] * T + within[None, :], sum_TT)
+
+
+@triton.jit
 def see(
     scores, distance, same, band,
     BIASED: tl.constexpr, BAND: tl.constexpr, NEAR: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Scores with their bias, -inf where a key must not be seen. In far tiles, not BIASED, only documents hide any."""
+    """Scores with bias, -inf at hidden keys. In far tiles (not BIASED) only documents hide keys."""
     if BIASED:
         scores += tl.load(band + tl.minimum(tl.maximum(distance, 0), BAND - 1))
         seen = distance >= 0
@@ -220,7 +263,7 @@ def dot(a, b):
 
 @triton.jit
 def narrow(values, dtype: tl.constexpr, ROUND: tl.constexpr):
-    """Values in the precision that they are multiplied in; with ROUND, fp32 that bf16 holds, to the nearest or even."""
+    """Values in the precision of the product; with ROUND, rounded to bf16 (nearest, ties to even) but held in fp32."""
     if ROUND:
         bits = values.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
@@ -232,7 +275,7 @@ def narrow(values, dtype: tl.constexpr, ROUND: tl.constexpr):
 
 @triton.jit
 def offset(b, h, stride_b, stride_h):
-    """Elements before row 0 of a head; in int64, since a batch may hold more than 2^31."""
+    """Elements before row 0 of a head, in int64: a batch may have more than 2^31."""
     return b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
 
 
@@ -254,7 +297,7 @@ def store_rows(base, values, rows, stride, L, K: tl.constexpr, K2: tl.constexpr)
 
 @triton.jit
 def load_ids(documents, rows, L, DOCUMENTS: tl.constexpr):
-    """Ids of documents; where there are none, anything of that shape."""
+    """Document ids; without documents, any values of that shape."""
     ids = rows
     if DOCUMENTS:
         ids = tl.load(documents + rows, mask=(rows >= 0) & (rows < L), other=-1)

@@ -1,4 +1,4 @@
-"""`math`: the equation as it stands. The reference of all other ways, on every device."""
+"""`math`: the equation as written. The reference for all other backends; runs on every device."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def bias(table_RH: Tensor, buckets_N: Tensor, *, queries: int, keys: int) -> Ten
 
 
 def mask(_: Tensor, documents_BL: Tensor | None) -> Tensor | None:
-    """[B, L, L], True at keys of other documents; None where there are no documents."""
+    """[B, L, L], True at keys of other documents; None without documents."""
     return None if documents_BL is None else documents_BL[:, :, None] != documents_BL[:, None, :]
 
 
 def attend(q_BHLK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, bias_HLM: Tensor, hidden_BLM: Tensor | None) -> Tensor:
-    """Attention [B, H, L, K]; scores and softmax in the bias's precision."""
+    """Attention [B, H, L, K]; scores and softmax in the precision of the bias."""
     scores_BHLM = (q_BHLK @ k_BHMK.mT).to(bias_HLM.dtype) + bias_HLM
     if hidden_BLM is not None:
         scores_BHLM = scores_BHLM.masked_fill(hidden_BLM[:, None], -inf)

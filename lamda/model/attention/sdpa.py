@@ -1,13 +1,13 @@
-"""`sdpa`: PyTorch's scaled_dot_product_attention forward, and a backward pass that builds what it needs.
+"""`sdpa`: PyTorch scaled_dot_product_attention in the forward pass, with our own backward pass.
 
-A mask that requires a gradient drives SDPA into its slowest kernel, and its gradient is as large as the
-scores. So the mask enters without one, and the backward pass is ours. Both take a tile of queries at a time with
-the keys up to it; near keys have the bias, far keys have none. Runs on every device; nothing of
-[B, H, L, L] is built but the mask of documents.
+A mask that requires a gradient forces SDPA into its slowest kernel, and its gradient is as large as the scores. So the
+mask enters without a gradient, and the backward pass computes it. Both passes process one tile of queries at a time,
+with the keys up to it; near keys have the bias, far keys have none. Runs on every device; only the document mask has
+the shape [B, L, L].
 
-The bias stays in fp32: rounded to bf16, a large one makes output and gradients several times as wrong as
-`math`'s. But SDPA's kernels for GPUs take a mask of the queries' dtype alone. There bf16 needs no kernel:
-probabilities are computed as in the backward pass.
+The bias stays in fp32: rounded to bf16, a large bias makes the error of output and gradients several times that of
+`math`. SDPA kernels for GPUs accept only a mask of the dtype of the queries, so bf16 on a GPU uses the probabilities of
+the backward pass instead of a kernel.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from lamda.model.attention.math import mask
 __all__ = ["attend", "bias", "mask"]
 
 TILE = 128
-"""Queries at a time."""
+"""Queries per tile."""
 
 KERNEL_WIDENS_MASK = ("cpu",)
-"""Devices whose kernel takes a mask in fp32 beside queries in bf16."""
+"""Devices whose kernel accepts an fp32 mask with bf16 queries."""
 
 
 def bias(table_RH: Tensor, buckets_N: Tensor, *, queries: int, keys: int) -> Tensor:
@@ -57,7 +57,7 @@ class _Attention(torch.autograd.Function):
 
 @torch.library.custom_op("lamda::sdpa_attention", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None) -> Tensor:
-    """The output. One node of a compiled block: Inductor's code of it is slower."""
+    """The output. One node in a compiled block: the code that Inductor generates for it is slower."""
     out = _new_output(q)
     takes_mask = q.dtype == band.dtype or q.device.type in KERNEL_WIDENS_MASK
     mix = _mix_by_kernel if takes_mask else _mix
@@ -72,16 +72,16 @@ def _(q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None) -> T
 
 
 def _new_output(q: Tensor) -> Tensor:
-    """Memory for an output, head by head within a row, as the output projection reads it."""
+    """Memory for an output, in the layout that the output projection reads ([B, L, H, K])."""
     B, H, L, K = q.shape
     return q.new_empty(B, L, H, K).transpose(1, 2)
 
 
 class _Tile(NamedTuple):
-    """Queries, and the keys up to them.
+    """A tile of queries and the keys up to it.
 
-    rows, seen: the queries' and the keys' places. near: those keys that may be nearer than BAND. band: these rows and
-    keys in [H, TILE, BAND + TILE], where near keys have the bias that `_near` gives.
+    rows, seen: positions of the queries and the keys. near: keys that may be nearer than BAND. band: these rows and
+    keys in [H, TILE, BAND + TILE], the bias that `_near` returns.
     """
 
     rows: slice
@@ -105,7 +105,7 @@ def _near(band: Tensor) -> Tensor:
 
 
 def _mix_by_kernel(tile: _Tile, q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None) -> Tensor:
-    """A tile's output by PyTorch's kernel."""
+    """The output of a tile by the SDPA kernel."""
     queries, seen = q[:, :, tile.rows], k[:, :, tile.seen]
     added = band_bias(band, queries=queries.shape[2], keys=seen.shape[2])[None]
     if hidden is not None:
@@ -114,12 +114,12 @@ def _mix_by_kernel(tile: _Tile, q: Tensor, k: Tensor, v: Tensor, band: Tensor, h
 
 
 def _mix(tile: _Tile, q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None) -> Tensor:
-    """A tile's output from the probabilities that the backward pass has."""
+    """The output of a tile from the probabilities of the backward pass."""
     return _probabilities(tile, q, k, _near(band), hidden).to(v.dtype) @ v[:, :, tile.seen]
 
 
 def _probabilities(tile: _Tile, q: Tensor, k: Tensor, near_HTN: Tensor, hidden: Tensor | None) -> Tensor:
-    """[B, H, rows, seen] in the bias's precision. Each row adds up to 1, however far bf16 rounds large scores."""
+    """[B, H, rows, seen] in the precision of the bias. Each row sums to 1, even if bf16 rounds large scores."""
     scores = (q[:, :, tile.rows] @ k[:, :, tile.seen].mT).to(near_HTN.dtype)
     scores[..., tile.near] += near_HTN[tile.band]
     if hidden is not None:
@@ -137,7 +137,7 @@ def _backward(
     d_q, d_k, d_v = (torch.zeros_like(each, dtype=band.dtype) for each in (q, k, v))
     for tile in _tiles(q, k):
         rows, seen = tile.rows, tile.seen
-        # Not from a log-sum-exp of the forward pass: rows would not add up to 1, as far as bf16 rounds large scores.
+        # Not from a log-sum-exp of the forward pass: with large scores rounded to bf16, rows would not sum to 1.
         p = _probabilities(tile, q, k, near_HTN, hidden)
         d_p = (d_out[:, :, rows] @ v[:, :, seen].mT).to(band.dtype)
         d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, band.dtype)

@@ -1,12 +1,16 @@
-"""`split`: far keys by a plain causal kernel, near ones by ours with the bias, merged by their log-sum-exp.
+"""`split`: a plain causal kernel for far keys, our Triton kernel for near ones, merged by log-sum-exp.
 
-Queries from BAND on see the keys at least BAND before them without any bias: plain causal attention of
-q[BAND:] on k[:-BAND]. With the softmax's parts weighed,
+Keys at least BAND before their query have no bias: this is plain causal attention of q[BAND:] on k[:-BAND]. The two
+parts of the softmax are merged by
 
     out = exp(lse_near - lse) out_near + exp(lse_far - lse) out_far      lse = log(exp lse_near + exp lse_far)
 
-and backward each part's own kernel gets the merged out and lse. Documents are no plain causal pattern:
-with them one kernel of ours takes near and far keys, as `fused` does.
+In the backward pass each part's kernel gets the merged out and lse: its probabilities are then those of the whole
+softmax, and its gradients are the contribution of its keys. Documents are not a plain causal pattern; with them one
+Triton kernel handles near and far keys, as in `fused`.
+
+The plain kernel is the fastest in PyTorch that also returns the log-sum-exp: cuDNN on Hopper and newer, FlashAttention
+on older GPUs, and the flash kernel on the CPU.
 """
 
 from __future__ import annotations
@@ -17,17 +21,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lamda.config.errors import UserError
 from lamda.model.attention import fused, kernel_ops
 from lamda.model.attention.bias import BAND
 from lamda.model.attention.fused import bias, mask, with_band_gradient
-from lamda.model.attention.plain import check_plain, plain_attention, plain_attention_backward
 
 __all__ = ["attend", "bias", "mask"]
 
+_aten = torch.ops.aten
+
 
 def attend(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, band_HN: Tensor, documents_BL: Tensor | None) -> Tensor:
-    """Attention [B, H, L, K] of all L positions. Raises UserError where no plain kernel takes the precision or K."""
-    check_plain(q_BHLK)
+    """Attention [B, H, L, K] of all L positions. Raises UserError if no plain kernel supports the dtype or K."""
+    _check_plain(q_BHLK)
     if documents_BL is not None:
         return fused.attend(q_BHLK, k_BHLK, v_BHLK, band_HN, documents_BL)
     out_BHLK, lse_BHL = _Attention.apply(q_BHLK, k_BHLK, v_BHLK, band_HN.detach())
@@ -62,3 +68,65 @@ class _Attention(torch.autograd.Function):
             d_k[:, :, :-BAND] += far[1]
             d_v[:, :, :-BAND] += far[2]
         return d_q, d_k, d_v, None
+
+
+def _check_plain(q: Tensor) -> None:
+    """Raise UserError if no plain kernel supports these queries."""
+    K = q.shape[-1]
+    if q.device.type == "cuda" and (q.element_size() != 2 or K % 8 or K > 128):
+        raise UserError(
+            "model.attention is split, whose plain kernels need 16 bits and a model.d_head of 8, 16, ... 128 on a "
+            f"GPU, not {q.dtype} and {K}: choose `fused`"
+        )
+
+
+@torch.library.custom_op("lamda::plain_attention", mutates_args=())
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Output [B, H, L, K] and log-sum-exp [B, H, L]."""
+    if q.device.type == "cpu":
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=1.0)
+    elif _prefers_cudnn(q):
+        out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, scale=1.0)
+    else:
+        out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=1.0)
+    return out.contiguous(), lse.reshape(q.shape[:3]).contiguous()
+
+
+@plain_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)
+
+
+@torch.library.custom_op("lamda::plain_attention_backward", mutates_args=())
+def plain_attention_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v. out and lse: of the merged softmax (see the module)."""
+    no_lengths = (None, None, q.shape[2], k.shape[2])
+    # The dropout seed and offset, in the form each kernel expects; without dropout they are not read.
+    if q.device.type == "cpu":
+        gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            d_out, q, k, v, out, lse, 0.0, True, scale=1.0
+        )
+    elif _prefers_cudnn(q):
+        seed, offset = (torch.empty((), dtype=torch.int64, device=q.device) for _ in range(2))
+        gradients = _aten._scaled_dot_product_cudnn_attention_backward(
+            d_out, q, k, v, out, lse[..., None], seed, offset, None, *no_lengths, 0.0, True, scale=1.0
+        )
+    else:
+        seed, offset = (torch.empty(shape, dtype=torch.uint64, device=q.device) for shape in (2, ()))
+        gradients = _aten._scaled_dot_product_flash_attention_backward(
+            d_out, q, k, v, out, lse, *no_lengths, 0.0, True, seed, offset, scale=1.0
+        )
+    d_q, d_k, d_v = (each.contiguous() for each in gradients)
+    return d_q, d_k, d_v
+
+
+@plain_attention_backward.register_fake
+def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _prefers_cudnn(q: Tensor) -> bool:
+    return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(q.device) >= (9, 0)

@@ -11,7 +11,7 @@ from lamda.config import ModelConfig
 from lamda.model import LaMDA
 from lamda.model.attention.bias import causal_buckets
 from lamda.model.initialization import generator, initial_weights, initialise
-from lamda.model.loss import cross_entropy
+from tests.losses import cross_entropy
 
 
 def initialised(*, seed: int = 0, dtype: torch.dtype = torch.float32, **dimensions: int) -> LaMDA:

@@ -1,0 +1,126 @@
+"""Cutting the axis of a source (`lamda.data.lanes`) into at most 64 lanes of equal size, whatever its files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from lamda.config.errors import UserError
+from lamda.data.card import Source
+from lamda.data.documents import Form
+from lamda.data.files import File, decompressed_size
+from lamda.data.lanes import BYTES_PER_TOKEN, RATIO, RAW_TEXT, Lane, Share
+from lamda.data.parquet import row_groups
+from lamda.data.quarantine import few
+
+MOST = 64
+"""Lanes per source. They mix a sorted file: with 8, batches are further from the corpus than random draws."""
+
+LEAST_ROWS = 64
+"""Minimum rows per lane, approximately, since the last row of each epoch is padded."""
+
+CUT_COMPRESSED = (8 << 20, 64 << 20)
+"""Largest compressed file, and total of compressed files per source, that is cut, in stored bytes: a lane that begins
+inside a file decompresses everything before it."""
+
+WHOLE_FILES = 8
+"""Minimum number of lanes for files that cannot be cut, so that several ranks and threads have work."""
+
+
+def whole_lane(source: Source, file: File, *, form: Form = RAW_TEXT, max_bad_fraction: float = 0.001) -> Lane:
+    """A whole file as one lane."""
+    share = Share(file, file.size * (RATIO if file.is_compressed else 1), is_estimated=file.is_compressed)
+    return Lane(0, source, (share,), max_bad_fraction, form)
+
+
+def cut_into_lanes(
+    source: Source,
+    files: list[File],
+    *,
+    row_length: int,
+    most: int = MOST,
+    first: int = 0,
+    max_bad_fraction: float = 0.001,
+    form: Form = RAW_TEXT,
+) -> list[Lane]:
+    """Lanes `first`, `first + 1`, ... of a source: its axis cut into up to `most` equal parts.
+
+    A file that cannot be cut goes to the lane of its midpoint; if there are fewer than WHOLE_FILES files, its lines are
+    dealt to several lanes by their number modulo the count. row_length: targets per row. Raises UserError if there is
+    no file or all are empty, DataError if one is damaged.
+    """
+    if not files:
+        raise UserError(f"source {source.name!r} has no file")
+    is_small = sum(file.size for file in files if file.is_compressed) <= CUT_COMPRESSED[1]
+    extents = [_Extent.of(file, cut_compressed=is_small and most > 1) for file in files]
+    total = sum(extent.length for extent in extents)
+    most = min(most, _most_in_row_groups(extents, total))
+    count = max(1, min(most, total // (LEAST_ROWS * row_length * BYTES_PER_TOKEN)))
+    parts: list[list[Share]] = [[] for _ in range(count)]
+    begin = 0
+    for extent in extents:
+        if extent.units is None:
+            ways = 1 if extent.file.url.endswith(".txt") else min(count, -(-WHOLE_FILES // len(files)))
+            for way in range(ways):
+                middle = begin + extent.length * (2 * way + 1) // (2 * ways)
+                part = min(count - 1, middle * count // max(1, total))
+                length, is_estimated = extent.length // ways, extent.file.is_compressed
+                parts[part].append(Share(extent.file, length, 0, None, way, ways, is_estimated))
+        else:
+            for part, share in extent.cuts(begin, count=count, total=total):
+                parts[part].append(share)
+        begin += extent.length
+    kept = [tuple(part) for part in parts if part]
+    if not kept:
+        where = few(file.name for file in files)
+        raise UserError(f"source {source.name!r} has no document: nothing is in {where} (data.files, or the card)")
+    return [Lane(first + number, source, part, max_bad_fraction, form) for number, part in enumerate(kept)]
+
+
+class _Extent(NamedTuple):
+    """A file on the axis.
+
+    units: bytes or rows, in which a share's start and stop are counted; None if the file cannot be cut. groups: rows of
+    each parquet row group.
+    """
+
+    file: File
+    length: int
+    units: int | None
+    groups: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, file: File, *, cut_compressed: bool) -> _Extent:
+        if file.url.endswith(".txt"):
+            return cls(file, file.size, None)
+        if file.url.endswith(".parquet"):
+            groups = () if file.is_remote else row_groups(file)
+            return cls(file, file.size, None if file.is_remote else sum(groups), groups)
+        if not file.is_compressed:
+            return cls(file, file.size, file.size)
+        if cut_compressed and not file.is_remote and file.size <= CUT_COMPRESSED[0]:
+            size = decompressed_size(file)
+            return cls(file, size, size)
+        return cls(file, file.size * RATIO, None)
+
+    def cuts(self, begin: int, *, count: int, total: int) -> Iterator[tuple[int, Share]]:
+        """The lane (of `count`) and the share of each lane that overlaps this file, which begins at `begin`."""
+        assert self.units is not None
+        if self.length == 0:
+            return
+        for part in range(begin * count // total, (begin + self.length - 1) * count // total + 1):
+            low, high = (max(0, -(-edge * total // count) - begin) for edge in (part, part + 1))
+            low, high = min(low, self.length), min(high, self.length)
+            start, stop = (place * self.units // self.length for place in (low, high))
+            if start < stop:
+                yield part, Share(self.file, high - low, start, None if high == self.length else stop)
+
+
+def _most_in_row_groups(extents: list[_Extent], total: int) -> int:
+    """The number of lanes up to which decoding wasted on row groups stays below WHOLE_FILES / 2 times the source.
+
+    A lane that begins inside a row group first decodes half of it, on average. Over n lanes this is
+    n / total * (sum of squared groups) / 2.
+    """
+    squares = sum((each.length * rows // each.units) ** 2 for each in extents if each.units for rows in each.groups)
+    return max(1, WHOLE_FILES * total**2 // squares) if squares else MOST
