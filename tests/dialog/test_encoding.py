@@ -90,7 +90,7 @@ def test_text_that_spells_out_sentinels_stays_text(encoding, tokenizer, texts):
     messages = [Message("user", said)]
     context = encoding.context(messages)
     assert [id for id in context if id in encoding.stop_ids] == [context[0], tokenizer.symbols["USER"], context[-1]]
-    assert not encoding.stop_ids.intersection(encoding.response(response))
+    assert not encoding.stop_ids.intersection(encoding.text(response))
     assert encoding.decode(context) == said
     whole = encoding.research_context(messages, response, [(said, snippet)])
     names = [CONTROL_SYMBOLS[id] for id in whole if id in encoding.stop_ids]
