@@ -141,7 +141,6 @@ class Speaker:
         *,
         toolset: Toolset | None = None,
         options: ReplyOptions | None = None,
-        sample: Sample | None = None,
     ) -> Speaker:
         """The speaker of a loaded run. Raises UserError for tools with a model that is not fine-tuned."""
         return cls(
@@ -151,7 +150,6 @@ class Speaker:
             is_tuned=loaded.config.data.packing == "whole",
             toolset=toolset,
             options=options,
-            sample=sample,
         )
 
     def streams(self, options: ReplyOptions | None = None) -> bool:

@@ -97,7 +97,7 @@ def test_a_chat_without_taught_tools_says_so_and_answers(run, tmp_path):
     finally:
         (run / "metrics.jsonl").unlink()
     assert code == 0
-    assert "was not taught to use tools" in errors
+    assert "was not trained to use tools" in errors
     assert out
     assert "research:" not in out
 
@@ -178,4 +178,4 @@ def test_the_explanation_has_scores_reasons_steps_and_sources_and_no_escapes():
         assert part in text
     assert "\x1b" not in text
     refused = explanation(Reply(REFUSAL, candidates[1:], refused=True))
-    assert "the reply is the refusal" in refused
+    assert "the reply is the configured refusal" in refused

@@ -223,7 +223,7 @@ def test_a_record_is_read_and_written_back():
         ({"role": "assistant", "content": "x", "labels": {"sensibel": 1}}, "did you mean 'sensible'"),
         ({"role": "assistant", "content": "x", "labels": {"unsafe": 2}}, "label unsafe is 2, not 0 or 1"),
         ({"role": "user", "content": "x", "labels": {"unsafe": 1}}, "labels rate an assistant's message"),
-        ({"role": "tool", "content": "x"}, "nothing was asked of it"),
+        ({"role": "tool", "content": "x"}, "follows no query"),
         ({"role": "user", "content": "x", "knowledge": "y"}, "knowledge is no list of texts"),
         ({"role": "assistant", "content": None}, "content is no text"),
         ({"role": None, "content": "x"}, "role is None"),

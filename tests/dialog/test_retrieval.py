@@ -123,7 +123,7 @@ def test_links_out_of_the_corpus_and_into_its_hidden_folders_are_not_followed(tm
     with caplog.at_level(logging.WARNING):
         tool = Retrieval.open(corpus)
     assert {passage.text for passage in tool.passages} == {"open treasure"}
-    assert "4 links that lead out of it are not read" in caplog.text
+    assert "4 links that lead out of it are skipped" in caplog.text
     (tmp_path / "linked").symlink_to(corpus)
     assert Retrieval.open(tmp_path / "linked")("treasure")[0].text == "open treasure"
 
@@ -185,7 +185,7 @@ def test_an_index_that_could_not_be_finished_is_not_used(tmp_path, monkeypatch, 
     monkeypatch.setattr(retrieval, "sync_file", full)
     with caplog.at_level(logging.WARNING):
         assert Retrieval.open(tmp_path)("zebra")
-    assert "is not kept (No space left on device)" in caplog.text
+    assert "is not cached (No space left on device)" in caplog.text
     assert list((tmp_path / ".lamda-index").iterdir()) == []
 
 

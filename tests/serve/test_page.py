@@ -127,7 +127,7 @@ def test_scores_what_was_dropped_steps_and_sources_are_shown(page):
     assert page.locator("li.dropped .reason").inner_text() == "P(unsafe) 0.970 is above 0.5"
     first = page.locator("li.chosen meter").evaluate_all("bars => bars.map(bar => bar.value)")
     assert first == pytest.approx([0.93, 0.81, 0.34, 0.02])
-    assert "nothing was found" in page.locator(".steps").inner_text()
+    assert "no results" in page.locator(".steps").inner_text()
     picture(page, "light")
 
 
