@@ -142,7 +142,7 @@ def test_in_a_terminal_it_prompts_and_leaves_with_the_end_of_input(run):
                 seen += os.read(parent, 4096)
         return seen
 
-    assert b"3 candidates a reply; no tools; /help lists commands" in until_prompt()
+    assert b"3 candidates per reply; no tools; /help lists commands" in until_prompt()
     os.write(parent, b"the of and\n")
     until_prompt()
     os.write(parent, b"/why\n")
