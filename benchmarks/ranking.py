@@ -22,7 +22,7 @@ from lamda.dialog.convert import read_records
 from lamda.dialog.encoding import Encoding
 from lamda.dialog.examples import Response, examples_of
 from lamda.dialog.ranking import WEIGHTS, Scored, judge
-from lamda.dialog.speaker import Manner, Speaker
+from lamda.dialog.speaker import ReplyOptions, Speaker
 from lamda.inference.generation import prefill
 from lamda.inference.loading import LoadedModel, load_run
 from lamda.inference.sampling import Sampling
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         contexts = held_out_contexts(options.files)[: options.contexts]
         sampling = Sampling(max_new_tokens=options.max_new_tokens)
         # The threshold accepts all: the safety filter is not what is measured.
-        speaker = Speaker.of(run, manner=Manner(candidates=options.candidates, threshold=1.0, sampling=sampling))
+        speaker = Speaker.of(run, options=ReplyOptions(candidates=options.candidates, threshold=1.0, sampling=sampling))
         return summary(np.array(list(_compared(speaker, other, contexts, sampling))))
 
     return report(options, ["ranking", *argv], PACKAGES, measured, table)
@@ -72,8 +72,8 @@ def _compared(
 ) -> Iterator[tuple[float, float, float]]:
     """For each context: the judge's score of the chosen candidate, the mean score, and the share of worse ones."""
     for number, context in enumerate(contexts):
-        manner = replace(speaker.manner, sampling=replace(sampling, seed=number))
-        reply = speaker.reply(context, manner)
+        options = replace(speaker.options, sampling=replace(sampling, seed=number))
+        reply = speaker.reply(context, options)
         said = [candidate for candidate in reply.candidates if candidate.text]
         if reply.refused or len(said) < 2:
             continue
@@ -84,7 +84,7 @@ def _compared(
 def _value(other: LoadedModel, encoding: Encoding, context: Sequence[Message], candidate: Scored) -> float:
     room = other.config.data.sequence_length // 2
     prefix = prefill(other.model, encoding.context(context, max_tokens=room))
-    judgement = judge(other.model, prefix, encoding.response(candidate.text), encoding)
+    judgement = judge(other.model, prefix, encoding.text(candidate.text), encoding)
     return sum(weight * judgement[name] for name, weight in WEIGHTS.items())
 
 

@@ -1,54 +1,74 @@
-"""`lamda chat`: talk with a model in the terminal, or line by line through a pipe."""
+"""`lamda chat`: talk to a model in the terminal, or line by line through a pipe.
+
+Text of the model and of files is escaped, so that it cannot control the terminal.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from io import TextIOWrapper
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import orjson
 from rich.console import Console
 
 from lamda.console import visible
 from lamda.dialog.conversation import Conversation, Message, to_record
-from lamda.dialog.options import add_options, add_sampling_options, manner_of, toolset_of, usable_tools
-from lamda.dialog.speaker import Reply, Speaker
-from lamda.dialog.terminal import Typewriter, explanation
-from lamda.inference.loading import load_run
+from lamda.dialog.options import add_options, add_sampling_options, reply_options_of, toolset_of, usable_tools
+
+if TYPE_CHECKING:
+    from lamda.dialog.ranking import Scored
+    from lamda.dialog.research import ToolCall
+    from lamda.dialog.speaker import Reply, Speaker
 
 HELP = """\
-/why          how the last reply was chosen: candidates, scores, what was dropped, research and sources
-/reset        begin anew
-/save FILE    add the conversation to a file of conversations, a JSON line
-/help         this
-/quit         leave (so does Ctrl-D)"""
+/why          how the last reply was chosen: candidates, scores, dropped ones, research and sources
+/reset        start a new conversation
+/save FILE    append the conversation to a file, as one JSON line
+/help         show this help
+/quit         quit (so does Ctrl-D)"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda chat`."""
+    parser = argparse.ArgumentParser(prog="lamda chat", allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, a checkpoint or an imported model")
+    parser.add_argument("--system", metavar="TEXT", help="a system message that begins the conversation")
+    add_options(parser)
+    add_sampling_options(parser)
+    return parser
 
 
 def main(argv: list[str]) -> int:
     """As `lamda chat --help` says; raises UserError."""
-    parser = argparse.ArgumentParser(prog="lamda chat", allow_abbrev=False)
-    parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--system", metavar="TEXT")
-    add_options(parser)
-    add_sampling_options(parser)
-    options = parser.parse_args(argv)
-    manner, toolset = manner_of(options), toolset_of(options)
+    options = parser().parse_args(argv)
+    reply_options, toolset = reply_options_of(options), toolset_of(options)
+    from lamda.dialog.speaker import Speaker
+    from lamda.inference.loading import load_run
+
     loaded = load_run(options.run, int8=options.int8)
     toolset = usable_tools(toolset, loaded.path)
-    speaker = Speaker.of(loaded, toolset=toolset, manner=manner)
+    speaker = Speaker.of(loaded, toolset=toolset, options=reply_options)
     for stream in (sys.stdin, sys.stdout):
+        assert isinstance(stream, TextIOWrapper)
         stream.reconfigure(encoding="utf-8", errors="replace")
     chat = Chat(speaker, system=options.system and options.system.encode(errors="replace").decode())
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:
-        judged = (
-            f"{manner.candidates} candidates a reply" if speaker.is_tuned else "pre-trained only, it continues lines"
-        )
+        if speaker.is_tuned:
+            mode = f"{reply_options.candidates} candidates per reply"
+        else:
+            mode = "pre-trained only, it continues lines"
         tools = ", ".join(tool.name for tool in toolset.tools) if toolset else "no tools"
-        print(visible(f"{options.run}, {loaded.path.name}: {judged}; {tools}; /help lists commands"))
-    chat.run(_typed() if is_terminal else _piped(), busy=_spinner if is_terminal else nullcontext)
+        print(visible(f"{options.run}, {loaded.path.name}: {mode}; {tools}; /help lists commands"))
+    if is_terminal:
+        chat.run(_typed(), busy=lambda: Console(stderr=True).status("..."))
+    else:
+        chat.run(sys.stdin, busy=nullcontext)
     return 0
 
 
@@ -56,8 +76,8 @@ class Chat:
     """A conversation and its commands.
 
     Attributes:
-        messages: what both have said, as the next reply's context.
-        reply: the last one, which /why explains.
+        messages: the context of the next reply.
+        reply: the last reply, which /why explains.
     """
 
     def __init__(self, speaker: Speaker, *, system: str | None = None) -> None:
@@ -66,45 +86,82 @@ class Chat:
         self.messages = [*self._first]
         self.reply: Reply | None = None
 
-    def run(self, lines: Iterator[str], *, busy: Callable[[], AbstractContextManager[object]]) -> None:
-        """Answer lines until they end or one says /quit."""
+    def run(self, lines: Iterable[str], *, busy: Callable[[], AbstractContextManager[object]]) -> None:
+        """Answer lines until the end or /quit."""
         for line in lines:
             if line.strip() == "/quit":
                 return
             try:
                 self._answer(line.strip(), busy)
             except KeyboardInterrupt:
-                print("\n(stopped; nothing was kept of that turn)")
+                print("\n(stopped; this turn was discarded)")
 
     def _answer(self, line: str, busy: Callable[[], AbstractContextManager[object]]) -> None:
         if line.startswith("/"):
             print(self._command(line), flush=True)
         elif line:
-            said = [*self.messages, Message("user", line)]
-            typewriter = Typewriter(sys.stdout)
+            messages = [*self.messages, Message("user", line)]
+            written: list[str] = []
+
+            def write(text: str) -> None:
+                written.append(text)
+                print(visible(text), end="", flush=True)
+
             if self._speaker.streams():
-                self.reply = self._speaker.reply(said, on_text=typewriter.write)
+                self.reply = self._speaker.reply(messages, on_text=write)
             else:
                 with busy():
-                    self.reply = self._speaker.reply(said)
-                typewriter.write(self.reply.text)
-            if typewriter.written.strip() != self.reply.text:  # nothing came: the refusal
-                typewriter.write(self.reply.text)
-            typewriter.end()
-            self.messages = [*said, Message("assistant", self.reply.text, knowledge=self.reply.sources)]
+                    self.reply = self._speaker.reply(messages)
+                write(self.reply.text)
+            if "".join(written).strip() != self.reply.text:  # nothing was streamed: the refusal
+                write(self.reply.text)
+            print(flush=True)
+            self.messages = [*messages, Message("assistant", self.reply.text, knowledge=self.reply.sources)]
             for source in self.reply.sources:
                 print(visible(f"  [{source}]"), flush=True)
 
     def _command(self, line: str) -> str:
         name, _, argument = line.partition(" ")
         if name == "/why":
-            return "nothing was said yet" if self.reply is None else explanation(self.reply)
+            return "there is no reply yet" if self.reply is None else explanation(self.reply)
         if name == "/reset":
             self.messages, self.reply = [*self._first], None
-            return "(begun anew)"
+            return "(new conversation)"
         if name == "/save":
-            return "nothing was said yet" if self.messages == self._first else _save(self.messages, argument.strip())
+            return "there is no reply yet" if self.messages == self._first else _save(self.messages, argument.strip())
         return HELP if name == "/help" else visible(f"there is no command {name}\n") + HELP
+
+
+def explanation(reply: Reply) -> str:
+    """The text of /why: candidates with scores and drop reasons, research steps and sources."""
+    lines = [_candidate(candidate) for candidate in reply.candidates]
+    if reply.refused:
+        lines.append("every candidate was dropped: the reply is the configured refusal")
+    for step in reply.steps:
+        lines += _step(step)
+    lines += [f"source: {source}" for source in reply.sources]
+    return visible("\n".join(lines))
+
+
+def _candidate(candidate: Scored) -> str:
+    place = "dropped" if candidate.rank is None else f"#{candidate.rank}"
+    scores = " ".join(f"{name} {value:.3f}" for name, value in candidate.scores.items())
+    reason = f" ({candidate.dropped})" if candidate.dropped else ""
+    return f"{place:>8} {candidate.value:7.3f}  {scores}{reason}\n{'':18}{_line(candidate.text)}"
+
+
+def _step(step: ToolCall) -> list[str]:
+    if step.to == "user":
+        dropped = f" (dropped: {step.dropped}; the base answer is the reply)" if step.dropped else ""
+        return [f"research: User, {_line(step.text)}{dropped}"]
+    found = [
+        f"          {_line(result.text)}{f' [{result.source}]' if result.source else ''}" for result in step.results
+    ]
+    return [f"research: TS, {_line(step.text)}", *(found or ["          (no results)"])]
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _save(messages: Sequence[Message], name: str) -> str:
@@ -119,7 +176,7 @@ def _save(messages: Sequence[Message], name: str) -> str:
 
 
 def _typed() -> Iterator[str]:
-    """Lines that are typed, with a history that ends with the chat and is written nowhere."""
+    """Typed lines, with a history in memory only."""
     import readline
 
     readline.set_auto_history(True)
@@ -127,15 +184,7 @@ def _typed() -> Iterator[str]:
         try:
             yield input("> ")
         except KeyboardInterrupt:
-            print("\n(/quit leaves)")
+            print("\n(/quit to quit)")
         except EOFError:
             print()
             return
-
-
-def _piped() -> Iterator[str]:
-    yield from sys.stdin
-
-
-def _spinner() -> AbstractContextManager[object]:
-    return Console(stderr=True).status("...")

@@ -1,11 +1,10 @@
-"""Conversations: who said what, how it was rated, and what it rests on; one JSON object a line.
+"""Conversations: messages with ratings and sources; one JSON object per line.
 
     {"messages": [{"role": "user", "content": "Who was Ada Lovelace?"},
                   {"role": "assistant", "content": "A mathematician.", "labels": {"sensible": 1, "specific": 0}}]}
 
-A turn of the assistant is a run of its messages and of tools'. Where it has several, the first is its base
-answer, then come queries (`"to": "TS"`), each with a tool's message that answers it, and the last is what
-the user reads.
+A turn of the assistant is a sequence of its messages and its tools'. If it has several, the first is the base
+answer, then come queries (`"to": "TS"`), each followed by a tool's message, and the last is the response to the user.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ _KEYS = ("role", "content", "to", "labels", "knowledge")
 
 @dataclass(frozen=True)
 class Message:
-    """What one party said.
+    """A message of one party.
 
-    to: whom an assistant's message addresses; "TS" is the toolset, and content is a query then.
-    labels: ratings by attribute. knowledge: what the message rests on, as texts, addresses or file:line.
+    to: the addressee of an assistant's message; content is a query if it is "TS", the toolset.
+    labels: ratings by attribute. knowledge: the sources of the message, as texts, URLs or file:line.
     """
 
     role: Role
@@ -45,15 +44,15 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in the order they were said; at least one."""
+    """Messages in order; at least one."""
 
     messages: tuple[Message, ...]
 
 
 def parse_conversation(record: object) -> Conversation:
-    """A conversation from its JSON record; a key of a message that is null counts as absent, whatever its name.
+    """A conversation from its JSON record; a null value in a message means that the key is absent.
 
-    Raises ValueError that names everything that is wrong.
+    Raises ValueError that lists every problem.
     """
     entries = record.get("messages") if isinstance(record, Mapping) else None
     if not isinstance(entries, list) or not entries:
@@ -110,7 +109,7 @@ def _problems(entry: object, before: list[Message]) -> list[str]:
     if to not in get_args(Addressee) or (to == "TS" and role != "assistant"):
         problems.append(f"to is {to!r}; an assistant's message is to 'user' or to 'TS', others have no such key")
     if role == "tool" and not (before and (before[-1].to == "TS" or before[-1].role == "tool")):
-        problems.append("a tool speaks where nothing was asked of it (no message to 'TS' before it)")
+        problems.append("a tool's message follows no query (no message to 'TS' before it)")
     return problems + _label_problems(labels, role) + _knowledge_problems(entry.get("knowledge", []))
 
 
@@ -126,11 +125,9 @@ def _label_problems(labels: object, role: object) -> list[str]:
         for name, rating in labels.items()
         if name in ATTRIBUTES and rating not in (0, 1)
     ]
-    return (
-        [*problems, f"labels rate an assistant's message, not one of {role!r}"]
-        if labels and role != "assistant"
-        else problems
-    )
+    if labels and role != "assistant":
+        problems.append(f"labels rate an assistant's message, not one of {role!r}")
+    return problems
 
 
 def _knowledge_problems(knowledge: object) -> list[str]:
@@ -140,7 +137,7 @@ def _knowledge_problems(knowledge: object) -> list[str]:
 
 
 def _is_text(value: object) -> bool:
-    """Whether it is a string that UTF-8 can express (a lone surrogate it cannot)."""
+    """Whether it is a string that UTF-8 can encode (without lone surrogates)."""
     try:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:

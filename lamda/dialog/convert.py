@@ -1,4 +1,4 @@
-"""`lamda dialog convert`: published dialogue sets to conversations, one JSON object a line."""
+"""`lamda dialog convert`: published dialogue datasets to conversations, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -21,28 +21,35 @@ from lamda.dialog.conversation import to_record
 from lamda.dialog.formats import FORMATS, Numbered
 from lamda.durable import replace_file
 
-TOLD = 20
-"""Bad records that are named; the others are counted."""
+SHOWN_PROBLEMS = 20
+"""Bad records that are listed; the others are counted."""
 
 _LINES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
 
 
-def main(argv: list[str]) -> int:
-    """`FORMAT IN... -o OUT`; raises UserError that names every bad record, before anything is written."""
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda dialog convert`."""
     parser = argparse.ArgumentParser(prog="lamda dialog convert", allow_abbrev=False)
-    parser.add_argument("format", metavar="FORMAT")
-    parser.add_argument("files", metavar="IN", nargs="+", type=Path)
-    parser.add_argument("-o", dest="target", metavar="OUT", type=Path, required=True)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(argv)
+    parser.add_argument("format", metavar="FORMAT", help=f"{', '.join(FORMATS)} (chat: messages of role and content)")
+    parser.add_argument("files", metavar="IN", nargs="+", type=Path, help=".jsonl, .jsonl.zst, .jsonl.gz or .json")
+    parser.add_argument(
+        "-o", dest="target", metavar="OUT", type=Path, required=True, help=".jsonl, .jsonl.zst or .jsonl.gz"
+    )
+    parser.add_argument("--json", action="store_true", help="print the count as one JSON object")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """`FORMAT IN... -o OUT`; raises UserError that lists bad records, before anything is written."""
+    options = parser().parse_args(argv)
     count = convert(options.format, options.files, options.target)
-    told = {"file": str(options.target), "conversations": count}
-    print(json.dumps(told) if options.json else f"{options.target}: {count:,} conversations")
+    report = {"file": str(options.target), "conversations": count}
+    print(json.dumps(report) if options.json else f"{options.target}: {count:,} conversations")
     return 0
 
 
 def convert(name: str, files: list[Path], target: Path) -> int:
-    """Convert all records of all files; how many conversations they gave. OUT is .jsonl, .jsonl.zst or .jsonl.gz."""
+    """Convert all records of all files to `target` (.jsonl, .jsonl.zst or .jsonl.gz); the number of conversations."""
     if name not in FORMATS:
         raise UserError(f"there is no format {name!r} among {', '.join(FORMATS)}{nearest(name, FORMATS)}")
     if not target.name.endswith(_LINES):
@@ -57,10 +64,11 @@ def convert(name: str, files: list[Path], target: Path) -> int:
             else:
                 lines.append(orjson.dumps(to_record(found), option=orjson.OPT_APPEND_NEWLINE))
     if problems:
-        more = [f"and {len(problems) - TOLD:,} more"] if len(problems) > TOLD else []
-        raise UserError("\n".join([*problems[:TOLD], *more, "nothing was written: fix these records, or remove them"]))
+        if len(problems) > SHOWN_PROBLEMS:
+            problems[SHOWN_PROBLEMS:] = [f"and {len(problems) - SHOWN_PROBLEMS:,} more"]
+        raise UserError("\n".join([*problems, "nothing was written: fix these records, or remove them"]))
     if not lines:
-        raise UserError(f"{', '.join(map(str, files))}: no conversation is there")
+        raise UserError(f"{', '.join(map(str, files))}: there are no conversations")
     data = b"".join(lines)
     packed = {".zst": zstandard.compress, ".gz": lambda data: gzip.compress(data, mtime=0)}
     try:
@@ -72,9 +80,9 @@ def convert(name: str, files: list[Path], target: Path) -> int:
 
 
 def read_records(path: Path) -> Iterator[Numbered]:
-    """The records of JSON lines, or of a JSON file that is a list or an object of them (numbered as they come).
+    """The records of a JSON-lines file, or of a JSON file with a list or an object of them, numbered from 1.
 
-    A line that is not JSON comes as the ValueError that says so. Raises UserError for a file that cannot be read.
+    A line that is not JSON gives a ValueError as its record. Raises UserError for a file that cannot be read.
     """
     if not path.is_file() or not path.name.endswith((*_LINES, ".json")):
         raise UserError(f"{path}: no such file; records come from {', '.join((*_LINES, '.json'))}")
@@ -98,7 +106,7 @@ def read_records(path: Path) -> Iterator[Numbered]:
 
 
 def _parsed(data: bytes) -> Any:
-    """The JSON value, or the ValueError that says why there is none. A byte order mark is no part of it."""
+    """The JSON value, or a ValueError if it cannot be parsed. A byte order mark is ignored."""
     try:
         return orjson.loads(data.removeprefix(codecs.BOM_UTF8))
     except orjson.JSONDecodeError as error:

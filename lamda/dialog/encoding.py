@@ -1,11 +1,11 @@
-"""Conversations as ids: text through the tokenizer, structure through control symbols alone (paper, section 6).
+"""Conversations as token ids: text through the tokenizer, structure by control symbols only (paper, section 6).
 
     <end_of_document> { SYSTEM | USER | ASSISTANT text }... RESPONSE response <end_of_document>
     <end_of_document> { SYSTEM | USER | ASSISTANT text }... RESPONSE response SENSIBLE 1
     <end_of_document> { ... }... RESPONSE base { TS query RESULT snippet }... then
         TS query <end_of_document>   or   USER response <end_of_document>
 
-The tokenizer never makes a control symbol of text, so that nothing anybody writes can pass for structure.
+The tokenizer never produces a control symbol from text, so text cannot imitate structure.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from lamda.data.tokenizer import Tokenizer
 from lamda.dialog.conversation import Message
 
 RESULT = "spare_12"
-"""The symbol before a tool's message: a spare one, so that tokenizers made before it keep their pieces' names."""
+"""The symbol before a tool's message: a spare one, so that older tokenizers keep their piece names."""
 
 _OF_ROLE = {"system": "SYSTEM", "user": "USER", "assistant": "ASSISTANT", "tool": RESULT}
 
 
 _FEW = 8
-"""Ids of a research step's query or snippet; one that must be cut to fewer is not worth its place."""
+"""Minimum ids of a query or snippet; pairs that would be cut below it are left out."""
 
 
 class Example(NamedTuple):
-    """Ids to train on, and for each whether it is a target: [n] both; the first never is one."""
+    """Ids to train on, and whether each is a target: [n] both; the first never is."""
 
     ids: list[int]
     scored: list[bool]
@@ -39,15 +39,15 @@ class Encoding:
     """The encoding of conversations with one tokenizer.
 
     Attributes:
-        end: the symbol that begins every context and ends every text that the model writes.
+        end: the symbol that begins every context and ends every text of the model.
         response_symbol, ts, user, result: ids of RESPONSE, TS, USER and RESULT.
-        rating_ids: ids of "0" and of "1".
-        stop_ids: all control symbols: whatever text the model writes ends before the first of them. TS and
-            USER are among them, so read the symbol that routes a research step before text is sampled.
+        rating_ids: ids of "0" and "1".
+        stop_ids: all control symbols: sampled text ends before the first of them. They include TS and USER, so
+            read the symbol that routes a research step before sampling text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Bind a tokenizer. Raises UserError where it has no single id for "0" or for "1"."""
+        """Bind a tokenizer. Raises UserError if "0" or "1" is not a single token."""
         self._tokenizer = tokenizer
         symbols = tokenizer.symbols
         self.end = tokenizer.end_of_document
@@ -62,26 +62,24 @@ class Encoding:
         return self._tokenizer.symbols[name.upper()]
 
     def text(self, text: str) -> list[int]:
-        """Ids of a text, never a control symbol among them."""
+        """Ids of a text, such as a response without its end; never a control symbol."""
         return self._tokenizer.encode(text)
 
-    def response(self, text: str) -> list[int]:
-        """Ids of a response without its end: what follows `context`."""
-        return self.text(text)
-
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; control symbols vanish."""
+        """The text of ids, without control symbols."""
         return self._tokenizer.decode(ids)
 
     def context(self, messages: Sequence[Message], *, max_tokens: int | None = None) -> list[int]:
-        """Ids of what was said so far, from the end symbol to RESPONSE.
+        """Ids of the conversation so far, from the end symbol to RESPONSE.
 
-        Where they are more than `max_tokens` (at least 4), the oldest messages are left out, but never system
-        messages or the last one. Where even these are too many, each of the two may have half, and what the
-        other does not need: of system messages the beginning stays, of the last message the end.
+        Beyond `max_tokens` (at least 4), the oldest messages are left out, but never system messages or the last
+        one. If even these are too long, each of the two gets half, and what the other leaves: system messages keep
+        their beginning, the last message keeps its end.
         """
-        whole = max_tokens is None
-        pieces = map(self._piece, messages) if whole else self._fitting(messages, max_tokens - 2)
+        if max_tokens is None:
+            pieces = [self._piece(message) for message in messages]
+        else:
+            pieces = self._fitting(messages, max_tokens - 2)
         return [self.end, *chain.from_iterable(pieces), self.response_symbol]
 
     def research_context(
@@ -94,9 +92,9 @@ class Encoding:
     ) -> list[int]:
         """Ids up to the symbol that routes a research step: the context, the base answer and (query, snippet) pairs.
 
-        Where they are more than `max_tokens`, base, queries and snippets may have half, and what the context does
-        not need. Short ones stay whole, the others are cut at their ends to equal shares; where a share would be
-        of few ids, the oldest pairs are left out.
+        Beyond `max_tokens`, base, queries and snippets get half, and what the context leaves. Short ones stay whole,
+        the others are cut at their ends to equal shares; if a share is below `_FEW` ids, the oldest pairs are left
+        out.
         """
         pieces = [self.text(base)]
         for query, snippet in steps:
@@ -108,16 +106,16 @@ class Encoding:
         while len(pieces) > 3 and any(share < min(_FEW, len(p)) for share, p in zip(shares, pieces, strict=True)):
             del pieces[1:3]
             shares = _shares([len(piece) for piece in pieces], room)
-        said = [id for piece, share in zip(pieces, shares, strict=True) for id in piece[:share]]
-        return self.context(messages, max_tokens=max_tokens - len(said)) + said
+        research = [id for piece, share in zip(pieces, shares, strict=True) for id in piece[:share]]
+        return self.context(messages, max_tokens=max_tokens - len(research)) + research
 
     def generative(self, context: Sequence[Message], response: str, *, max_tokens: int) -> Example:
         """A response and its end as targets after their context.
 
-        The context gives way down to half of `max_tokens`; a response that is still too long is cut at its
-        end, and has no end symbol then.
+        The context shrinks to no less than half of `max_tokens`; a response that is still too long is cut and has
+        no end symbol.
         """
-        targets = [*self.response(response), self.end]
+        targets = [*self.text(response), self.end]
         return _fitted(
             self.context(context, max_tokens=max(max_tokens - len(targets), max_tokens // 2)), targets, max_tokens
         )
@@ -125,11 +123,10 @@ class Encoding:
     def discriminative(
         self, context: Sequence[Message], response: str, attribute: str, *, rating: bool, max_tokens: int
     ) -> Example:
-        """A rating as the one target, after context, response and the attribute's symbol; cut as `generative`."""
-        ids, room = self.response(response), max_tokens - 2
-        said = self.context(context, max_tokens=max(room - len(ids), room // 2))
-        judged = [*said, *ids][:room]
-        return _fitted([*judged, self.attribute(attribute)], [self.rating_ids[rating]], max_tokens)
+        """A rating as the only target, after context, response and the attribute's symbol; cut as `generative`."""
+        ids, room = self.text(response), max_tokens - 2
+        given = [*self.context(context, max_tokens=max(room - len(ids), room // 2)), *ids][:room]
+        return _fitted([*given, self.attribute(attribute)], [self.rating_ids[rating]], max_tokens)
 
     def research_step(
         self,
@@ -140,7 +137,7 @@ class Encoding:
         *,
         max_tokens: int,
     ) -> Example:
-        """What the assistant does after its base answer and these steps: a query, or the response that the user reads.
+        """The assistant's action after its base answer and these steps: a query, or the response to the user.
 
         Its symbol (TS or USER), its text and the end are targets. Cut as `generative`.
         """
@@ -150,7 +147,7 @@ class Encoding:
         return _fitted(self.research_context(context, base, steps, max_tokens=room), targets, max_tokens)
 
     def _fitting(self, messages: Sequence[Message], room: int) -> list[list[int]]:
-        """The ids of each message, or none of them, as `context` says; `room` ids in all."""
+        """The ids of each message, none if it is left out (see `context`); at most `room` in all."""
         kept: list[list[int]] = [[] for _ in messages]
         if not messages:
             return kept
@@ -175,10 +172,8 @@ class Encoding:
         return kept
 
     def _piece(self, message: Message) -> list[int]:
-        return [self._symbol(message), *self.text(message.content)]
-
-    def _symbol(self, message: Message) -> int:
-        return self._tokenizer.symbols["TS" if message.to == "TS" else _OF_ROLE[message.role]]
+        symbol = "TS" if message.to == "TS" else _OF_ROLE[message.role]
+        return [self._tokenizer.symbols[symbol], *self.text(message.content)]
 
     def _single(self, digit: str) -> int:
         ids = self._tokenizer.encode(digit)
@@ -190,7 +185,7 @@ class Encoding:
 
 
 def _shares(needs: Sequence[int], room: int) -> list[int]:
-    """How much of the room each need gets: all, or else an equal share of what smaller ones leave, later ones more."""
+    """Divide the room: each need in full, or an equal share of what smaller ones leave; later ones get the rest."""
     shares = [0] * len(needs)
     for rank, number in enumerate(sorted(range(len(needs)), key=lambda number: (needs[number], number))):
         shares[number] = min(needs[number], room // (len(needs) - rank))

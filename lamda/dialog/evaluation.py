@@ -1,4 +1,4 @@
-"""Held-out dialogues: the perplexity of responses, and how well each attribute's ratings are told."""
+"""Evaluation on held-out dialogues: perplexity of responses, and AUC, accuracy and calibration of the ratings."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,19 +14,55 @@ import orjson
 import torch
 from numpy.typing import NDArray
 
+from lamda.config.errors import UserError
+from lamda.config.progress import Progress
+from lamda.data.card import load_card
 from lamda.data.hashing import permutation
 from lamda.data.held_out import HeldOut
+from lamda.data.tokenizer import Tokenizer
 from lamda.dialog.conversation import ATTRIBUTES, parse_conversation
-from lamda.dialog.discrimination import accuracy, auc, auc_interval, calibration_error
 from lamda.dialog.encoding import Encoding, Example
-from lamda.dialog.examples import Rating, examples_of
+from lamda.dialog.examples import Conversations, Rating, examples_of
 from lamda.engines.protocol import Scorer
+from lamda.inference.loading import load_model, saved_config
+from lamda.inference.sampling import check_finite
 from lamda.model.loss import token_nats
+from lamda.training.evaluation import TorchScorer
+
+BINS = 10
+"""Bins of the expected calibration error."""
+SAMPLES = 1000
+"""Bootstrap samples of a confidence interval."""
+
+
+def evaluate_checkpoint(
+    path: Path, *, files: str | None, examples: int | None, length: int | None = None
+) -> dict[str, Any]:
+    """The report of `DialogScores` for a checkpoint, with its path.
+
+    Raises UserError if there are no dialogues, and NotFiniteError if the model has diverged.
+    """
+    overrides = [] if files is None else ["--data.eval_files", files]
+    overrides += ["--data.sequence_length", str(length)] if length else []
+    config = saved_config(path, *overrides)
+    sources = load_card(config.data).validation
+    if not sources:
+        raise UserError(f"{path}: its run has no validation dialogues; give --files")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = TorchScorer(load_model(path, config.model).to(device))
+    tokenizer = Tokenizer.load(path / "tokenizer.model")
+    dialogues = HeldOutDialogues(HeldOut(sources, tokenizer, config.data.sequence_length, Conversations.of(config)))
+    with torch.no_grad(), Progress("evaluating", total=dialogues.rows(examples), unit="examples") as shown:
+        scores = dialogues.score(
+            model, device=device, micro_batch=config.train.micro_batch_size, rows=examples, scored=shown.advance
+        )
+    check_finite(scores.nats, *(float(ratings.probabilities.sum()) for ratings in scores.ratings.values()))
+    return {"checkpoint": str(path), **scores.report()}
 
 
 @dataclass(frozen=True)
-class Item:
-    """An encoded example. rating: the truth of a rating. conversation: its number among the held-out ones."""
+class EvalExample:
+    """An encoded example. rating: the label of a rating. conversation: its index among the held-out ones."""
 
     kind: str
     example: Example
@@ -35,13 +72,13 @@ class Item:
 
 @dataclass(frozen=True)
 class Ratings:
-    """The model's P(1) of each rating of an attribute, the truth, and the conversation it is from: [n] each."""
+    """Per rating of one attribute: the model's P(1), the label, and the index of the conversation. [n] each."""
 
     probabilities: NDArray[np.float64]
     positive: NDArray[np.bool_]
     conversations: NDArray[np.int64]
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """AUC, accuracy and expected calibration error."""
         return {
             "auc": auc(self.probabilities, self.positive),
@@ -50,41 +87,41 @@ class Ratings:
         }
 
     def report(self) -> dict[str, Any]:
-        """All figures: AUC's 95% interval, the share of the commoner class, and the numbers of both, too."""
+        """`metrics`, the 95% interval of AUC, the share of the majority class, and the size of both classes."""
         positives = int(self.positive.sum())
-        commoner = max(positives, len(self.positive) - positives) / len(self.positive)
+        majority = max(positives, len(self.positive) - positives) / len(self.positive)
         interval = auc_interval(self.probabilities, self.positive, self.conversations)
-        counts = {"commoner_class": commoner, "positives": positives, "negatives": len(self.positive) - positives}
-        return {**self.figures(), "auc_interval": interval, **counts}
+        counts = {"commoner_class": majority, "positives": positives, "negatives": len(self.positive) - positives}
+        return {**self.metrics(), "auc_interval": interval, **counts}
 
 
 @dataclass(frozen=True)
 class DialogScores:
-    """Nats and number of targets of all responses (and research steps), and ratings by attribute."""
+    """Summed nats and number of target tokens of all responses and research steps, and ratings by attribute."""
 
     nats: float
     targets: int
     ratings: dict[str, Ratings]
 
     def metrics(self) -> dict[str, float]:
-        """`eval/loss`, `eval/perplexity`, and `eval/auc/<attribute>` and the like."""
-        told = {"eval/loss": self.loss(), "eval/perplexity": self.perplexity()} if self.targets else {}
-        for name, ratings in self.ratings.items():
-            told |= {f"eval/{figure}/{name}": value for figure, value in ratings.figures().items()}
-        return told
+        """`eval/loss`, `eval/perplexity`, `eval/auc/<attribute>` and so on, as in metrics.jsonl."""
+        values = {"eval/loss": self.loss(), "eval/perplexity": self.perplexity()} if self.targets else {}
+        for attribute, ratings in self.ratings.items():
+            values |= {f"eval/{name}/{attribute}": value for name, value in ratings.metrics().items()}
+        return values
 
     def report(self) -> dict[str, Any]:
-        """All figures, with the intervals that take a moment to compute."""
+        """All metrics, with the bootstrap intervals."""
         loss, perplexity = (self.loss(), self.perplexity()) if self.targets else (math.nan, math.nan)
         responses = {"loss": loss, "perplexity": perplexity, "tokens": self.targets}
         return {**responses, "attributes": {name: ratings.report() for name, ratings in self.ratings.items()}}
 
     def loss(self) -> float:
-        """Nats a target of responses and research steps."""
+        """Nats per target token."""
         return self.nats / self.targets
 
     def perplexity(self) -> float:
-        """e to the loss; infinite where no number holds it."""
+        """exp(loss); infinite on overflow."""
         try:
             return math.exp(self.loss())
         except OverflowError:
@@ -98,20 +135,20 @@ class HeldOutDialogues:
     text: HeldOut
 
     @cached_property
-    def items(self) -> list[Item]:
-        """Every example of every conversation, in an order that mixes them."""
+    def examples(self) -> list[EvalExample]:
+        """Every example of every conversation, in a fixed random order."""
         encoding, found = Encoding(self.text.tokenizer), []
         for number, document in enumerate(self.text.documents()):
             generative, ratings = examples_of(parse_conversation(orjson.loads(document.text)))
             for example in (*generative, *ratings):
                 encoded = example.encode(encoding, max_tokens=self.text.sequence_length + 1)
                 rating = isinstance(example, Rating) and example.rating
-                found.append(Item(example.kind, encoded, rating, number))
+                found.append(EvalExample(example.kind, encoded, rating, number))
         return [found[place] for place in permutation(len(found), 0)]
 
     def rows(self, limit: int | None) -> Sequence[object]:
         """See `lamda.training.task.Evaluation`."""
-        return self.items[:limit]
+        return self.examples[:limit]
 
     def score(
         self,
@@ -125,68 +162,112 @@ class HeldOutDialogues:
         total: Callable[[NDArray[np.float64]], NDArray[np.float64]] = lambda sums: sums,
         scored: Callable[[int], object] = lambda examples: None,
     ) -> DialogScores:
-        """Score the first `rows` examples (default: all), shared among the ranks; keywords as for text.
+        """Score the first `rows` examples (default: all), divided among the ranks; keywords as for text.
 
-        Ranks without a batch run one again, since the model's collectives (ZeRO-3) need every rank.
+        A rank without a batch repeats the last one: every rank must join the model's collectives (ZeRO-3).
         """
-        items = self.items[:rows]
-        order = sorted(range(len(items)), key=lambda place: len(items[place].example.ids))
+        examples = self.examples[:rows]
+        order = sorted(range(len(examples)), key=lambda place: len(examples[place].example.ids))
         batches = [order[start : start + micro_batch] for start in range(0, len(order), micro_batch)]
-        ratings_ids = Encoding(self.text.tokenizer).rating_ids
-        found = np.zeros((2, len(items)))
+        rating_ids = Encoding(self.text.tokenizer).rating_ids
+        found = np.zeros((2, len(examples)))
         for first in range(0, len(batches), world):
             batch = batches[min(first + rank, len(batches) - 1)]
-            values = _score([items[place] for place in batch], model, ratings_ids, device=device)
+            values = _score([examples[place] for place in batch], model, rating_ids, device=device)
             if first + rank < len(batches):
                 found[:, batch] = values
                 scored(len(batch))
-        return _summed(items, total(found))
+        return _summed(examples, total(found))
 
 
 def _score(
-    items: Sequence[Item], model: Scorer, rating_ids: tuple[int, int], *, device: torch.device
+    examples: Sequence[EvalExample], model: Scorer, rating_ids: tuple[int, int], *, device: torch.device
 ) -> NDArray[np.float64]:
-    """[2, n]: of a rating P(1) and 1, of another example its nats and its number of targets."""
-    longest = max(len(item.example.ids) for item in items)
-    ids, scored = np.zeros((len(items), longest), np.int64), np.zeros((len(items), longest), bool)
-    for row, item in enumerate(items):
-        ids[row, : len(item.example.ids)], scored[row, : len(item.example.ids)] = item.example
+    """[2, n]: P(1) and 1 for a rating, summed nats and number of target tokens for another example."""
+    longest = max(len(each.example.ids) for each in examples)
+    ids, scored = np.zeros((len(examples), longest), np.int64), np.zeros((len(examples), longest), bool)
+    for row, each in enumerate(examples):
+        ids[row, : len(each.example.ids)], scored[row, : len(each.example.ids)] = each.example
     tokens_BL = torch.from_numpy(ids).to(device)
     logits_BLV = model.logits(tokens_BL[:, :-1])
     nats_BL = token_nats(logits_BLV, tokens_BL[:, 1:]).double().cpu().numpy()
     of_ratings_BL2 = logits_BLV[:, :, list(rating_ids)].double().softmax(-1).cpu().numpy()
-    found = np.ones((2, len(items)))
-    for row, item in enumerate(items):
+    found = np.ones((2, len(examples)))
+    for row, each in enumerate(examples):
         mask = scored[row, 1:]
-        if item.kind in ATTRIBUTES:
+        if each.kind in ATTRIBUTES:
             found[0, row] = of_ratings_BL2[row, mask, 1].item()
         else:
             found[:, row] = nats_BL[row, mask].sum(), mask.sum()
     return found
 
 
-def _summed(items: Sequence[Item], found: NDArray[np.float64]) -> DialogScores:
-    kinds = np.array([item.kind for item in items])
-    truths = np.array([item.rating for item in items])
-    conversations = np.array([item.conversation for item in items])
-    written = ~np.isin(kinds, ATTRIBUTES)
-    ratings = {}
+def _summed(examples: Sequence[EvalExample], found: NDArray[np.float64]) -> DialogScores:
+    kinds = np.array([each.kind for each in examples])
+    labels = np.array([each.rating for each in examples])
+    conversations = np.array([each.conversation for each in examples])
+    generative = ~np.isin(kinds, ATTRIBUTES)
+    ratings: dict[str, Ratings] = {}
     for name in ATTRIBUTES:
-        own = kinds == name
-        if own.any():
-            ratings[name] = Ratings(found[0, own], truths[own], conversations[own])
-    return DialogScores(float(found[0, written].sum()), int(found[1, written].sum()), ratings)
+        is_kind = kinds == name
+        if is_kind.any():
+            ratings[name] = Ratings(found[0, is_kind], labels[is_kind], conversations[is_kind])
+    return DialogScores(float(found[0, generative].sum()), int(found[1, generative].sum()), ratings)
+
+
+def auc(scores: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
+    """Area under the ROC curve by ranks (Mann-Whitney U): ties count half. [n] each; NaN if a class is absent."""
+    count = int(positive.sum())
+    if count in (0, len(positive)):
+        return float("nan")
+    _, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
+    rank = np.cumsum(sizes) - (sizes - 1) / 2  # mean rank, from 1, of equal scores
+    return float((rank[group][positive].sum() - count * (count + 1) / 2) / (count * (len(positive) - count)))
+
+
+def auc_interval(
+    scores: NDArray[np.float64], positive: NDArray[np.bool_], clusters: NDArray[np.int64], *, seed: int = 0
+) -> tuple[float, float]:
+    """A 95% interval of `auc` by the percentile bootstrap over clusters (conversations).
+
+    Samples without both classes are dropped; NaN if no sample remains or there is only one cluster.
+    """
+    draw = np.random.default_rng(seed)
+    _, cluster = np.unique(clusters, return_inverse=True)
+    order = np.argsort(cluster, kind="stable")
+    members = np.split(order, np.cumsum(np.bincount(cluster))[:-1])
+    if len(members) < 2:
+        return float("nan"), float("nan")
+    found = []
+    for _ in range(SAMPLES):
+        chosen = np.concatenate([members[place] for place in draw.integers(len(members), size=len(members))])
+        found.append(auc(scores[chosen], positive[chosen]))
+    kept = [value for value in found if not np.isnan(value)]
+    low, high = np.percentile(kept, [2.5, 97.5]) if kept else (float("nan"), float("nan"))
+    return float(low), float(high)
+
+
+def accuracy(probabilities: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
+    """The share of labels that the likelier class predicts."""
+    return float(((probabilities > 0.5) == positive).mean())
+
+
+def calibration_error(probabilities: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
+    """Expected calibration error: |mean probability - share of positives| over BINS equal bins, weighted by size."""
+    place = np.minimum((probabilities * BINS).astype(int), BINS - 1)
+    gaps = (abs(probabilities[place == bin].sum() - positive[place == bin].sum()) for bin in range(BINS))
+    return float(sum(gap / len(positive) for gap in gaps))
 
 
 def table(report: dict[str, Any]) -> Iterator[str]:
-    """The report as lines for a person."""
+    """The report as lines of text."""
     loss, perplexity = report["loss"], report["perplexity"]
     if report["tokens"]:
-        yield f"responses: {loss:.4f} nats a token, perplexity {perplexity:.2f} ({report['tokens']:,} tokens)"
+        yield f"responses: {loss:.4f} nats per token, perplexity {perplexity:.2f} ({report['tokens']:,} tokens)"
     else:
         yield "responses: none among these examples"
     if report["attributes"]:
-        heads = {"AUC": 7, "95% interval": 18, "accuracy": 10, "commoner": 10, "ECE": 8, "of 1": 8, "of 0": 8}
+        heads = {"AUC": 7, "95% interval": 18, "accuracy": 10, "majority": 10, "ECE": 8, "of 1": 8, "of 0": 8}
         yield f"{'rating':14}" + "".join(f"{head:>{width}}" for head, width in heads.items())
     for name, part in report["attributes"].items():
         low, high = part["auc_interval"]

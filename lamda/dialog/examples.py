@@ -1,4 +1,4 @@
-"""What a model learns from a conversation: responses, steps of research, and ratings; some of each in every epoch."""
+"""Training examples of a conversation: responses, research steps and ratings; some of each in every epoch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Items = TypeVar("Items")
 
 @dataclass(frozen=True)
 class Response:
-    """To learn: what the assistant says after a context."""
+    """Target: the assistant's message after a context."""
 
     context: tuple[Message, ...]
     response: str
@@ -38,7 +38,7 @@ class Response:
 
 @dataclass(frozen=True)
 class ResearchStep:
-    """To learn: what the assistant does after its base answer and (query, snippet) pairs."""
+    """Target: the assistant's action after its base answer and (query, snippet) pairs."""
 
     context: tuple[Message, ...]
     base: str
@@ -53,7 +53,7 @@ class ResearchStep:
 
 @dataclass(frozen=True)
 class Rating:
-    """To learn: how a response was rated; `kind` is the attribute."""
+    """Target: the rating of a response; `kind` is the attribute."""
 
     context: tuple[Message, ...]
     response: str
@@ -68,32 +68,32 @@ class Rating:
 
 
 def examples_of(conversation: Conversation) -> tuple[list[Response | ResearchStep], list[Rating]]:
-    """All generative and all discriminative examples of a conversation, in its order.
+    """All generative and all discriminative examples of a conversation, in order.
 
-    A message that is blank, or rated unsafe or not sensible, is no generative target. Context is what the user has
-    read: of a turn with research only its last message, not its base answer, queries and snippets.
+    A message that is blank, or rated unsafe or not sensible, is not a generative target. The context is what the user
+    has read: of a turn with research only its last message, without base answer, queries and snippets.
     """
     generative: list[Response | ResearchStep] = []
     ratings: list[Rating] = []
-    heard: list[Message] = []
+    seen: list[Message] = []
     for turn in _turns(conversation.messages):
         if turn[0].role not in ("assistant", "tool"):
-            heard += turn
+            seen += turn
             continue
-        context = tuple(heard)
+        context = tuple(seen)
         generative += _of_turn(context, turn)
-        said = [message for message in turn if message.role == "assistant" and message.to == "user"]
+        replies = [message for message in turn if message.role == "assistant" and message.to == "user"]
         ratings += [
             Rating(context, message.content, name, rating)
-            for message in said
+            for message in replies
             for name, rating in message.labels.items()
         ]
-        heard += said[-1:]
+        seen += replies[-1:]
     return generative, ratings
 
 
 def _turns(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """The messages, those of the assistant and its tools together as long as nobody else speaks."""
+    """The messages, grouping consecutive ones of the assistant and its tools."""
     rest = list(messages)
     while rest:
         turn = list(takewhile(lambda message: message.role in ("assistant", "tool"), rest)) or rest[:1]
@@ -118,15 +118,15 @@ def _of_turn(context: tuple[Message, ...], turn: Sequence[Message]) -> Iterator[
 
 
 def _is_good(message: Message) -> bool:
-    said = bool(message.content.strip())
-    return said and not message.labels.get("unsafe", False) and message.labels.get("sensible", True)
+    is_rated_bad = message.labels.get("unsafe", False) or not message.labels.get("sensible", True)
+    return bool(message.content.strip()) and not is_rated_bad
 
 
 @dataclass(frozen=True)
 class Conversations:
-    """The form of fine-tuning data (`lamda.data.documents.Form`): each epoch some examples of each conversation.
+    """The form of fine-tuning data (`lamda.data.documents.Form`): some examples of each conversation per epoch.
 
-    Which ones is a permutation of them, seeded by run, file and line, read on where the epoch before stopped.
+    They follow a permutation seeded by run, file and line, which continues from epoch to epoch.
     """
 
     row_length: int
@@ -152,11 +152,11 @@ class Conversations:
         """See `Form`: a conversation is the whole record."""
 
     def text_of(self, record: Any, source: Source) -> str:
-        """The record as JSON. Raises ValueError where it is none, or holds nothing to learn."""
+        """The record as JSON. Raises ValueError if it is not a conversation, or has no target."""
         conversation = parse_conversation(record)
         generative, ratings = examples_of(conversation)
         if not (generative and self.generative) and not (ratings and self.discriminative):
-            raise ValueError("there is nothing to learn: no message of the assistant that is a target, and no rating")
+            raise ValueError("there is nothing to learn: no target message of the assistant, and no rating")
         return orjson.dumps(to_record(conversation)).decode()
 
     def pieces(self, document: Document, tokenizer: Tokenizer) -> list[Document]:
@@ -182,12 +182,14 @@ class Conversations:
 
 
 def form_of(config: Config) -> Form:
-    """What the records of a saved run are, of whichever kind it was."""
+    """The form of a run's records: conversations or raw text."""
     return Conversations.of(config) if config.data.packing in Conversations.packings else RAW_TEXT
 
 
 def _turn_of(items: list[Items], count: int, epoch: int, key: tuple[int, ...]) -> list[Items]:
-    """The `count` items of an epoch, or all: a permutation read round and round."""
+    """The `count` items of an epoch, or all: a permutation, read cyclically."""
+    if not items:
+        return []
     count = min(count, len(items))
-    order = permutation(len(items), *key) if items else []
+    order = permutation(len(items), *key)
     return [items[order[(epoch * count + place) % len(items)]] for place in range(count)]

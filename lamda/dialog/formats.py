@@ -1,17 +1,17 @@
-"""Published dialogue sets as conversations: each format's record to the conversations that it holds.
+"""Published dialogue datasets: converters from each format's records to conversations.
 
-Ratings become labels by stated rules:
+Ratings become labels by these rules:
 
 - Topical-Chat. Its partner rated each message; sensible, specific and interesting are hierarchical, as in the paper:
 
       Poor, Not Good: 0 0 0      Passable: 1 0 0      Good: 1 1 0      Excellent: 1 1 1
 
-  `grounded` is 1 where the message names a source of its reading set (FS1, AS2, ...), 0 where it has personal
-  knowledge alone. A message without a rating (some first and last ones) has `grounded` alone. A dialogue comes
-  twice, once with either party as the assistant.
+  `grounded` is 1 if the message names a source of its reading set (FS1, AS2, ...), 0 if it has only personal
+  knowledge. A message without a rating (some first and last ones) has only `grounded`. Each dialogue gives two
+  conversations, one with either party as the assistant.
 - hh-rlhf. The last message of `chosen` is unsafe 0, that of `rejected` unsafe 1: which of two answers a person
-  found less harmful, not whether it was harmful. An empty last message gives no conversation.
-- Taskmaster (1 to 4) and OASST1 have no labels here; OASST1's threads come as the paths of highest rank.
+  found less harmful, not whether it was harmful. A text with an empty last message is skipped.
+- Taskmaster (1 to 4) and OASST1 get no labels; OASST1's trees become the threads of highest rank.
 """
 
 from __future__ import annotations
@@ -21,28 +21,30 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from lamda.dialog.conversation import Conversation, Message, parse_conversation
+from lamda.dialog.conversation import Conversation, Message, Role, parse_conversation
 
 _RATINGS = {"Poor": (0, 0, 0), "Not Good": (0, 0, 0), "Passable": (1, 0, 0), "Good": (1, 1, 0), "Excellent": (1, 1, 1)}
 _READING_SET = re.compile(r"[AF]S\d")
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _OASST1_OPTIONAL = {"parent_id": (str,), "rank": (int, float), "deleted": (bool,), "review_result": (bool,)}
-_SPEAKERS = {"USER": "user", "user": "user", "ASSISTANT": "assistant", "assistant": "assistant"}
+_HH_ROLES: Mapping[str, Role] = {"Human": "user", "Assistant": "assistant"}
+_OASST1_ROLES: Mapping[str, Role] = {"prompter": "user", "assistant": "assistant"}
+_SPEAKERS: Mapping[str, Role] = {"USER": "user", "user": "user", "ASSISTANT": "assistant", "assistant": "assistant"}
 
 
 class Numbered(NamedTuple):
-    """A record, or the ValueError that says why there is none, and its line, from 1."""
+    """A record, or the ValueError of a line that cannot be parsed, and its line number, from 1."""
 
     line: int
     record: Any
 
 
 Converter = Callable[[Iterable[Numbered]], Iterator[tuple[int, Conversation | ValueError]]]
-"""Records to conversations, or to what is wrong with a record, each with the line that it is from."""
+"""Records to conversations, or to the error of a record, each with its line number."""
 
 
 def _each(convert: Callable[[Any], Iterable[Conversation]]) -> Converter:
-    """A converter of records that do not depend on each other."""
+    """A converter of independent records."""
 
     def converter(records: Iterable[Numbered]) -> Iterator[tuple[int, Conversation | ValueError]]:
         for line, record in records:
@@ -55,23 +57,23 @@ def _each(convert: Callable[[Any], Iterable[Conversation]]) -> Converter:
 
 
 def _checked(record: Any) -> Any:
-    """The record. Raises it where it is a ValueError, which stands for a line that could not be read."""
+    """The record. Raises it if it is a ValueError, which stands for a line that could not be parsed."""
     if isinstance(record, ValueError):
         raise record
     return record
 
 
 def _topical_chat(record: Any) -> Iterator[Conversation]:
-    said = [
+    messages = [
         _topical_message(entry, f"message {number}")
         for number, entry in enumerate(_list(record, "messages", "content"), start=1)
     ]
     for me in ("agent_1", "agent_2"):
-        yield _joined([message if who == me else Message("user", message.content) for who, message in said])
+        yield _joined([message if who == me else Message("user", message.content) for who, message in messages])
 
 
 def _topical_message(entry: Mapping[str, Any], place: str) -> tuple[str, Message]:
-    """Who said a message, and the message as the assistant's."""
+    """The party, and its message with the role of the assistant."""
     text, who = _given(entry, "content", "message"), _given(entry, "role", "agent")
     if who not in ("agent_1", "agent_2") or not isinstance(text, str):
         raise ValueError(f"{place}: it has no text of agent_1 or agent_2")
@@ -97,8 +99,8 @@ def _hh_rlhf(record: Any) -> Iterator[Conversation]:
         before, *parts = _HH_TURN.split(text)
         if before.strip() or not parts:
             raise ValueError(f"{name} does not begin with a turn of Human or Assistant")
-        roles = [{"Human": "user", "Assistant": "assistant"}[who] for who in parts[::2]]
-        messages = [Message(role, said.strip()) for role, said in zip(roles, parts[1::2], strict=True)]
+        roles = [_HH_ROLES[who] for who in parts[::2]]
+        messages = [Message(role, part.strip()) for role, part in zip(roles, parts[1::2], strict=True)]
         if roles[-1] == "assistant" and not parts[-1].strip():
             continue
         *earlier, last = _joined([message for message in messages if message.content]).messages
@@ -108,25 +110,21 @@ def _hh_rlhf(record: Any) -> Iterator[Conversation]:
 
 
 def _taskmaster(record: Any) -> Iterator[Conversation]:
-    said = []
+    messages = []
     for number, entry in enumerate(_list(record, "utterances", "text"), start=1):
         speaker, text = entry.get("speaker"), entry.get("text")
         role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
         if role is None or not isinstance(text, str):
             raise ValueError(f"utterance {number}: it has no text of a USER or ASSISTANT")
-        said.append(Message(role, text))
-    yield _joined(said)
-
-
-def _chat(record: Any) -> Iterator[Conversation]:
-    yield parse_conversation(record)
+        messages.append(Message(role, text))
+    yield _joined(messages)
 
 
 def _oasst1(records: Iterable[Numbered]) -> Iterator[tuple[int, Conversation | ValueError]]:
-    """Rows of messages, each after its parent or before it; from every prompt the best-ranked answers downwards.
+    """Rows of messages in any order; each root prompt gives one thread, its best-ranked path.
 
-    A thread follows the child of the lowest rank (rows without one last, then in the file's order), leaves
-    out what was deleted or not reviewed as fit, and ends with the assistant's last message.
+    A thread follows the child of the lowest rank (rows without a rank last, then in file order), leaves out
+    deleted and rejected rows, and ends with the assistant's last message.
     """
     rows: dict[str, Numbered] = {}
     children: dict[str | None, list[Numbered]] = {}
@@ -149,7 +147,7 @@ def _oasst1(records: Iterable[Numbered]) -> Iterator[tuple[int, Conversation | V
         current: Numbered | None = root
         while current is not None and _is_fit(current.record):
             row = current.record
-            thread.append(Message({"prompter": "user", "assistant": "assistant"}[row["role"]], row["text"]))
+            thread.append(Message(_OASST1_ROLES[row["role"]], row["text"]))
             answers = [each for each in children.get(row["message_id"], []) if _is_fit(each.record)]
             current = min(answers, key=_rank, default=None)
         while thread and thread[-1].role != "assistant":
@@ -174,15 +172,15 @@ def _oasst1_problem(row: Any, known: Mapping[str, Numbered]) -> str | None:
 
 
 def _circular(rows: Mapping[str, Numbered]) -> Iterator[Numbered]:
-    """The rows whose line of parents comes back to them, each once."""
+    """The rows that are their own ancestors, each once."""
     seen: set[str] = set()
     for name in rows:
         path: dict[str, None] = {}
         current: str | None = name
-        while current in rows and current not in seen and current not in path:
+        while current is not None and current in rows and current not in seen and current not in path:
             path[current] = None
             current = rows[current].record.get("parent_id")
-        if current in path:
+        if current is not None and current in path:
             yield from (rows[each] for each in [*path][[*path].index(current) :])
         seen.update(path)
 
@@ -197,12 +195,12 @@ def _rank(numbered: Numbered) -> tuple[float, int]:
 
 
 def _given(entry: Mapping[str, Any], *names: str) -> Any:
-    """What stands under the first of these names that is there and not null."""
+    """The value of the first of these keys that is present and not null."""
     return next((entry[name] for name in names if entry.get(name) is not None), None)
 
 
 def _list(record: Any, *names: str) -> Sequence[Mapping[str, Any]]:
-    """The record's list of objects under the first name; the second is what each shall have."""
+    """The record's list of objects under the first name; the second, a key of each, is for the message."""
     found = record.get(names[0]) if isinstance(record, Mapping) else None
     if not isinstance(found, list) or not found or not all(isinstance(entry, Mapping) for entry in found):
         raise ValueError(f"it has no list of {names[0]} with {names[1]}")
@@ -210,14 +208,14 @@ def _list(record: Any, *names: str) -> Sequence[Mapping[str, Any]]:
 
 
 def _joined(messages: Sequence[Message]) -> Conversation:
-    """The conversation, what one party said in several messages made one, its labels the last one's."""
+    """The conversation, with consecutive messages of one party joined; labels are the last one's."""
     if not messages:
         raise ValueError("it has no message with text")
-    said = []
+    joined = []
     for role, group in groupby(messages, key=lambda message: message.role):
-        own = list(group)
-        said.append(Message(role, "\n".join(message.content for message in own), labels=own[-1].labels))
-    return Conversation(tuple(said))
+        parts = list(group)
+        joined.append(Message(role, "\n".join(message.content for message in parts), labels=parts[-1].labels))
+    return Conversation(tuple(joined))
 
 
 FORMATS: Mapping[str, Converter] = {
@@ -225,5 +223,5 @@ FORMATS: Mapping[str, Converter] = {
     "hh-rlhf": _each(_hh_rlhf),
     "taskmaster": _each(_taskmaster),
     "oasst1": _oasst1,
-    "chat": _each(_chat),
+    "chat": _each(lambda record: [parse_conversation(record)]),
 }

@@ -1,8 +1,8 @@
-"""Sample-and-rank: the model judges its own candidates, the unsafe ones go, and the best of the rest is said.
+"""Sample-and-rank: the model scores its own candidates; unsafe ones are dropped and the best of the rest is the reply.
 
 As in section 4 of the paper: a candidate whose P(unsafe) is above a threshold is dropped, and the rest are
 ranked by 3 P(sensible) + P(specific) + P(interesting). Without fine-tuning (section 3) they are ranked by
-their log-likelihood a token.
+their log-likelihood per token.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ JUDGED = (*WEIGHTS, "unsafe")
 
 @dataclass(frozen=True)
 class Scored:
-    """A candidate and why it was chosen, passed over or dropped.
+    """A candidate with its scores.
 
-    scores: P(attribute) by its name, and `log_likelihood`, the mean over its tokens and its end.
-    A number that is not finite is None in `to_record`. value: what it is ranked by, higher is better. rank: 1 is the
-    best; None where it was dropped.
-    dropped: why it cannot be said, or None.
+    scores: P(attribute) by name, and `log_likelihood`, the mean over its tokens and its end.
+    A number that is not finite is None in `to_record`. value: the ranking score, higher is better. rank: from 1, the
+    best; None if dropped. dropped: the reason, or None.
     """
 
     text: str
@@ -54,28 +53,28 @@ class Scored:
 def rank_by_attributes(
     candidates: Candidates, encoding: Encoding, *, threshold: float, run: Run = whole
 ) -> tuple[Scored, ...]:
-    """The candidates that may be said, the best first, then those that were dropped."""
+    """The kept candidates, best first, then the dropped ones."""
     judged = []
     judgements = run(_judgement_pieces(candidates, encoding))
     for text, mean, judgement in zip(_texts(candidates, encoding), _means(candidates), judgements, strict=True):
         value = sum(weight * judgement[name] for name, weight in WEIGHTS.items())
-        dropped = why_dropped(text, judgement, threshold=threshold)
+        dropped = drop_reason(text, judgement, threshold=threshold)
         judged.append(Scored(text, {**judgement, "log_likelihood": mean}, value, dropped=dropped))
     return _ranked(judged)
 
 
 def rank_by_likelihood(candidates: Candidates, encoding: Encoding) -> tuple[Scored, ...]:
-    """The same by log-likelihood a token, for a model that was never taught to judge; only empty ones are dropped."""
+    """The same by log-likelihood per token, for a model without fine-tuning; only empty ones are dropped."""
     return _ranked(
         [
-            Scored(text, {"log_likelihood": mean}, mean, dropped=why_dropped(text, {}, threshold=1.0))
+            Scored(text, {"log_likelihood": mean}, mean, dropped=drop_reason(text, {}, threshold=1.0))
             for text, mean in zip(_texts(candidates, encoding), _means(candidates), strict=True)
         ]
     )
 
 
-def why_dropped(text: str, judgement: Mapping[str, float], *, threshold: float) -> str | None:
-    """Why a response cannot be said, or None. One whose judgement is NaN was not judged, and cannot either."""
+def drop_reason(text: str, judgement: Mapping[str, float], *, threshold: float) -> str | None:
+    """Why a response is dropped, or None: empty, unsafe, or with a score that is not finite."""
     if not text.strip():
         return "empty"
     if not all(map(isfinite, judgement.values())):
@@ -95,7 +94,7 @@ def judge(
 
 
 def _judgement_pieces(candidates: Candidates, encoding: Encoding) -> Pieces[list[dict[str, float]]]:
-    """P(attribute) of each candidate: the share of "1" against "0" after the attribute's symbol."""
+    """P(attribute) of each candidate: the probability of "1" against "0" after the attribute's symbol."""
     zero, one = encoding.rating_ids
     columns = []
     for number, name in enumerate(JUDGED):
@@ -111,7 +110,7 @@ def _texts(candidates: Candidates, encoding: Encoding) -> list[str]:
 
 
 def _means(candidates: Candidates) -> list[float]:
-    """Log-likelihood a token, the end included where there is one."""
+    """Log-likelihood per token, including the end if there is one."""
     return [
         total / (len(ids) + stopped)
         for total, ids, stopped in zip(candidates.log_probabilities, candidates.ids, candidates.stopped, strict=True)

@@ -1,7 +1,7 @@
-"""The research loop of section 6.2 of the paper: the base answer, then queries to the toolset, then the user.
+"""The research loop of section 6.2 of the paper: the base answer, then queries to the toolset, then the response.
 
-What the tools find is data. It enters the model's context as text behind a control symbol, and who is
-addressed next is read from one place alone: which of two control symbols the model finds likelier there.
+Tool results are data: they enter the model's context as text after a control symbol. The next addressee is decided
+in one place only, by which of two control symbols is more probable there.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from lamda.dialog.tools.result import Result
 from lamda.dialog.tools.toolset import Toolset
 
 MAX_QUERIES = 4
-"""The paper's example; it says that the number is a parameter of serving."""
+"""The paper's example; it calls the number a serving parameter."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """A query to the toolset with what it found, or the response to the user.
+class ToolCall:
+    """A query to the toolset with its results, or, as the last step, the response to the user.
 
-    dropped: why the response was not said, and the base answer in its place; None where it was.
+    dropped: why the base answer replaces the response, or None.
     """
 
     to: Literal["TS", "user"]
@@ -32,7 +32,7 @@ class Step:
 
     @property
     def snippet(self) -> str:
-        """The results as the model reads them."""
+        """The results as text for the model."""
         return "\n".join(result.text for result in self.results)
 
     def to_record(self) -> dict[str, Any]:
@@ -46,28 +46,28 @@ class Step:
 
 
 class Researcher(Protocol):
-    """Who decides what to do after some steps."""
+    """Chooses the next step."""
 
-    def __call__(self, steps: Sequence[Step], *, may_ask: bool) -> tuple[Literal["TS", "user"], str]:
-        """A query or the response; always the response where it may not ask."""
+    def __call__(self, steps: Sequence[ToolCall], *, may_ask: bool) -> tuple[Literal["TS", "user"], str]:
+        """Addressee and text: a query, or the response; always the response unless `may_ask`."""
         ...
 
 
-def research(researcher: Researcher, toolset: Toolset, *, max_queries: int = MAX_QUERIES) -> tuple[Step, ...]:
-    """All steps up to the response to the user, which is the last.
+def research(researcher: Researcher, toolset: Toolset, *, max_queries: int = MAX_QUERIES) -> tuple[ToolCall, ...]:
+    """All steps, the response to the user last.
 
-    After `max_queries` the researcher must respond. A query asked again gets what ranks next.
+    After `max_queries` the researcher must respond. A repeated query gets the next result in rank.
     """
-    steps: list[Step] = []
+    steps: list[ToolCall] = []
     asked: Counter[str] = Counter()
     while True:
         to, text = researcher(steps, may_ask=len(steps) < max_queries)
         if to == "user":
-            return (*steps, Step("user", text))
-        steps.append(Step("TS", text, tuple(toolset(text, again=asked[text]))))
+            return (*steps, ToolCall("user", text))
+        steps.append(ToolCall("TS", text, tuple(toolset(text, again=asked[text]))))
         asked[text] += 1
 
 
-def sources(steps: Sequence[Step]) -> tuple[str, ...]:
-    """Where the results were read, each once, in the order they came."""
+def sources(steps: Sequence[ToolCall]) -> tuple[str, ...]:
+    """The distinct sources of the results, in order."""
     return tuple(dict.fromkeys(result.source for step in steps for result in step.results if result.source))

@@ -1,9 +1,9 @@
-"""`lamda dialog research-data`: conversations that teach the research loop, made from a corpus and from arithmetic.
+"""`lamda dialog research-data`: conversations that teach the research loop, from a corpus and from arithmetic.
 
-Every snippet is what the toolset really answers to the query, so that training and use see the same. Three
-kinds take turns: a sum (the calculator), a question on a heading or on a sentence such as `X is ...` of the corpus
-(retrieval; where the right passage ranks second, the query is repeated, as it would be), and a courtesy that
-needs no tool. The questions are templates: they teach the loop's form, not conversation.
+Every snippet is the toolset's real result for the query, so that training matches use. Three kinds alternate: a sum
+(calculator), a question about a heading or about a sentence such as `X is ...` of the corpus (retrieval; the query is
+repeated until the right passage comes), and a courtesy that needs no tool. The questions are templates: they teach the
+loop's form, not conversation.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ import orjson
 from lamda.config.errors import UserError
 from lamda.dialog.conversation import Conversation, Message, to_record
 from lamda.dialog.research import MAX_QUERIES
-from lamda.dialog.tools.passages import Passage, find_files
 from lamda.dialog.tools.result import Result
-from lamda.dialog.tools.retrieval import Retrieval
+from lamda.dialog.tools.retrieval import Passage, Retrieval, find_files
 from lamda.dialog.tools.toolset import Toolset, open_toolset
 from lamda.durable import replace_file
 
@@ -43,15 +42,20 @@ _LONGEST = 300
 """Characters of an answer."""
 
 
-def main(argv: list[str]) -> int:
-    """`CORPUS -o OUT [--count N] [--seed N]`; raises UserError."""
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda dialog research-data`."""
     parser = argparse.ArgumentParser(prog="lamda dialog research-data", allow_abbrev=False)
     parser.add_argument("corpus", type=Path, metavar="CORPUS", help="a folder of texts or a JSON-lines file")
     parser.add_argument("-o", dest="out", type=Path, required=True, metavar="OUT", help="conversations, JSON lines")
-    parser.add_argument("--count", type=int, default=1000, metavar="N", help="conversations; default 1000")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--json", action="store_true", help="what was made as one JSON object")
-    options = parser.parse_args(argv)
+    parser.add_argument("--count", type=int, default=1000, metavar="N", help="conversations; default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of what is drawn; default %(default)s")
+    parser.add_argument("--json", action="store_true", help="print the counts as one JSON object")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """`CORPUS -o OUT [--count N] [--seed N]`; raises UserError."""
+    options = parser().parse_args(argv)
     if options.count < 1:
         raise UserError(f"--count {options.count}: give a number of at least 1")
     toolset = open_toolset(["calculator", "retrieval"], corpus=options.corpus)
@@ -72,9 +76,9 @@ def main(argv: list[str]) -> int:
 
 
 def make_conversations(toolset: Toolset, *, count: int, seed: int) -> Iterator[Conversation]:
-    """`count` conversations; the same for the same corpus and seed. Questions on the corpus repeat where it is small.
+    """`count` conversations, determined by corpus and seed. Questions repeat if the corpus is small.
 
-    Raises UserError where the corpus has nothing to ask about.
+    Raises UserError if the corpus has nothing to ask about.
     """
     draw = random.Random(seed)
     (retrieval,) = (tool for tool in toolset.tools if isinstance(tool, Retrieval))
@@ -88,8 +92,8 @@ def make_conversations(toolset: Toolset, *, count: int, seed: int) -> Iterator[C
     while made < count:
         kind = made % 10
         if kind == 9:
-            said, answer = draw.choice(_COURTESIES)
-            conversation: Conversation | None = _courtesy(said, answer)
+            greeting, answer = draw.choice(_COURTESIES)
+            conversation: Conversation | None = _conversation(greeting, answer, [], answer, ())
         elif kind % 2:
             conversation = _sum(toolset, draw)
         else:
@@ -105,7 +109,7 @@ def make_conversations(toolset: Toolset, *, count: int, seed: int) -> Iterator[C
 
 
 def _questions(passages: Sequence[Passage]) -> Iterator[tuple[str, str, Passage]]:
-    """Questions with their query and the passage that answers."""
+    """Questions, each with its query and the passage that answers it."""
     for passage in passages:
         if ".md:" in passage.source and (heading := _HEADING.match(passage.text)):
             title = heading[1].replace("`", "")
@@ -120,7 +124,7 @@ def _questions(passages: Sequence[Passage]) -> Iterator[tuple[str, str, Passage]
 
 
 def _lookup(toolset: Toolset, question: tuple[str, str, Passage]) -> Conversation | None:
-    """A question that the passage answers, or None where the tools do not find it in time."""
+    """A question that the passage answers, or None if the tools do not find it in `MAX_QUERIES` queries."""
     asked, query, passage = question
     body = _HEADING.sub("", passage.text).strip()
     sentence = _SENTENCE.search(body)
@@ -136,7 +140,7 @@ def _lookup(toolset: Toolset, question: tuple[str, str, Passage]) -> Conversatio
 
 
 def _sum(toolset: Toolset, draw: random.Random) -> Conversation:
-    """A sum, a guess near it, and what the calculator says."""
+    """A sum, a guess near it, and the calculator's result."""
     sign, first, second = draw.choice("+-*"), draw.randint(2, 9999), draw.randint(2, 999)
     expression = draw.choice(
         (
@@ -151,10 +155,6 @@ def _sum(toolset: Toolset, draw: random.Random) -> Conversation:
     guess = f"I think it is about {round(float(exact) * draw.uniform(0.9, 1.1))}."
     question = draw.choice(("What is {}?", "How much is {}?", "Can you work out {}?", "{} = ?"))
     return _conversation(question.format(expression), guess, [(expression, toolset(expression))], f"It is {exact}.", ())
-
-
-def _courtesy(said: str, answer: str) -> Conversation:
-    return _conversation(said, answer, [], answer, ())
 
 
 def _conversation(

@@ -1,4 +1,4 @@
-"""A model that answers: the candidates, their filter and ranking, the research loop, and the reply with its reasons."""
+"""A model's replies: candidates, filter and ranking, the research loop, and the reply with its reasons."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from lamda.config.errors import UserError
 from lamda.data.tokenizer import Tokenizer
 from lamda.dialog.conversation import Message
 from lamda.dialog.encoding import Encoding
-from lamda.dialog.ranking import Scored, judge, rank_by_attributes, rank_by_likelihood, why_dropped
-from lamda.dialog.research import MAX_QUERIES, Step, research, sources
+from lamda.dialog.ranking import Scored, drop_reason, judge, rank_by_attributes, rank_by_likelihood
+from lamda.dialog.research import MAX_QUERIES, ToolCall, research, sources
 from lamda.dialog.tools.toolset import Toolset
 from lamda.inference import generation
 from lamda.inference.cache import Prefix
@@ -25,12 +25,12 @@ REFUSAL = "I have no safe answer to that."
 
 
 @dataclass(frozen=True)
-class Manner:
-    """How to answer. Raises UserError with everything that cannot be.
+class ReplyOptions:
+    """Options of a reply. Raises UserError with every invalid one.
 
-    candidates: how many are sampled. threshold: of P(unsafe), above which one is dropped (the paper names no
+    candidates: number of samples. threshold: candidates with P(unsafe) above it are dropped (the paper names no
     value). sampling: of a candidate; the stop symbols are the speaker's. max_queries: of the research loop.
-    refusal: what is said where every candidate was dropped.
+    refusal: the reply if every candidate is dropped.
     """
 
     candidates: int = 16
@@ -40,30 +40,30 @@ class Manner:
     refusal: str = REFUSAL
 
     def __post_init__(self) -> None:
-        wrong = (
+        checks = (
             (self.candidates < 1, f"the number of candidates is {self.candidates}: give at least 1"),
             (not 0 <= self.threshold <= 1, f"the threshold is {self.threshold}: give a probability, 0 to 1"),
             (self.max_queries < 0, f"the number of queries is {self.max_queries}: give 0 or more"),
             (not self.refusal.strip(), "the refusal is empty: give a text"),
         )
-        problems = [message for is_wrong, message in wrong if is_wrong]
+        problems = [message for is_wrong, message in checks if is_wrong]
         if problems:
             raise UserError("\n".join(problems))
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What is said, and all that led to it.
+    """A reply and how it was chosen.
 
-    context_tokens: that the model read before the answer. left_out: messages that had no room among them. cut: whether
-    the last message was too long by itself, so that its beginning had none either.
-    candidates: of the base answer, the best first, the dropped ones last. steps: of the research loop.
-    sources: of the results that the text rests on. refused: the text is the refusal, none of the candidates.
+    candidates: of the base answer, best first, dropped ones last. steps: of the research loop.
+    sources: of the tool results behind the text. refused: whether the text is the refusal.
+    context_tokens: read by the model before the answer. left_out: messages that did not fit. cut: whether the
+    last message alone was too long, so that its beginning was cut.
     """
 
     text: str
     candidates: tuple[Scored, ...]
-    steps: tuple[Step, ...] = ()
+    steps: tuple[ToolCall, ...] = ()
     sources: tuple[str, ...] = ()
     refused: bool = False
     context_tokens: int = 0
@@ -71,7 +71,7 @@ class Reply:
     cut: bool = False
 
     def to_record(self) -> dict[str, Any]:
-        """Everything but the text, as JSON."""
+        """All but the text, as JSON."""
         return {
             "candidates": [candidate.to_record() for candidate in self.candidates],
             "steps": [step.to_record() for step in self.steps],
@@ -86,23 +86,23 @@ class Reply:
 
 
 class Sample(Protocol):
-    """How candidates are sampled; a server gathers those of several requests."""
+    """Samples candidates; a server batches those of several requests."""
 
     def __call__(
         self, prefix: Prefix, *, count: int, sampling: Sampling, on_token: OnToken | None = None
     ) -> Candidates:
-        """`count` finished continuations of the prefix; `on_token` is told each token as it comes."""
+        """`count` finished continuations of the prefix; `on_token` is called with each token."""
         ...
 
 
 class Speaker:
-    """Answers conversations with one model. Nothing of a conversation stays in it.
+    """Replies to conversations with one model. It keeps no state between calls.
 
     Attributes:
         encoding: of the conversations.
-        manner: how it answers where a call does not say otherwise.
-        is_tuned: whether the model was taught to judge and to research, as examples that are packed whole teach
-            it; else it continues lines of text, and its candidates are ranked by their likelihood.
+        options: defaults for `reply`.
+        is_tuned: whether the model was fine-tuned on dialogues to score and to research (data.packing whole);
+            otherwise it continues lines of text, and candidates are ranked by likelihood.
     """
 
     def __init__(
@@ -113,16 +113,16 @@ class Speaker:
         sequence_length: int,
         is_tuned: bool = True,
         toolset: Toolset | None = None,
-        manner: Manner | None = None,
+        options: ReplyOptions | None = None,
         sample: Sample | None = None,
         run: Run = whole,
     ) -> None:
-        """Tools make it research; `sample` is that of `lamda.inference.generation` where none is given.
+        """toolset: enables the research loop. sample: default `lamda.inference.generation.sample`.
 
-        run: how everything else is run on the model.
+        run: runs all other work on the model. Raises UserError for tools with a model that is not fine-tuned.
         """
         self.encoding = Encoding(tokenizer)
-        self.manner = manner or Manner()
+        self.options = options or ReplyOptions()
         self.is_tuned = is_tuned
         self._model = model
         self._tokenizer = tokenizer
@@ -131,7 +131,7 @@ class Speaker:
         self._sample = sample or partial(generation.sample, model)
         self._run = run
         if toolset is not None and not is_tuned:
-            raise UserError("the tools are for a model that was fine-tuned to use them; leave them out")
+            raise UserError("tools need a model that was fine-tuned to use them; leave them out")
 
     @classmethod
     def of(
@@ -139,125 +139,115 @@ class Speaker:
         loaded: LoadedModel,
         *,
         toolset: Toolset | None = None,
-        manner: Manner | None = None,
-        sample: Sample | None = None,
+        options: ReplyOptions | None = None,
     ) -> Speaker:
-        """The speaker of a loaded run. Raises UserError where tools are given to one that was not fine-tuned."""
+        """The speaker of a loaded run. Raises UserError for tools with a model that is not fine-tuned."""
         return cls(
             loaded.model,
             loaded.tokenizer,
             sequence_length=loaded.config.data.sequence_length,
             is_tuned=loaded.config.data.packing == "whole",
             toolset=toolset,
-            manner=manner,
-            sample=sample,
+            options=options,
         )
 
-    def streams(self, manner: Manner | None = None) -> bool:
-        """Whether a reply is known while it is written: one candidate, which nothing judges afterwards."""
-        return not self.is_tuned and (manner or self.manner).candidates == 1
+    def streams(self, options: ReplyOptions | None = None) -> bool:
+        """Whether a reply can be streamed: there is one candidate, and no filter."""
+        return not self.is_tuned and (options or self.options).candidates == 1
 
     def reply(
-        self, messages: Sequence[Message], manner: Manner | None = None, *, on_text: Callable[[str], None] | None = None
+        self,
+        messages: Sequence[Message],
+        options: ReplyOptions | None = None,
+        *,
+        on_text: Callable[[str], None] | None = None,
     ) -> Reply:
-        """Answer the last message; where it `streams`, `on_text` gets the text as it comes.
+        """Answer the last message; if the reply `streams`, `on_text` is called with each new text.
 
-        Raises UserError where there is no message.
+        Raises UserError without a message.
         """
         if not messages:
             raise UserError("there is no message to answer")
-        manner = manner or self.manner
-        ids, left_out, is_cut = self._context(messages, manner)
+        options = options or self.options
+        ids, left_out, is_cut = self._context(messages, options)
         prefix = self._prefill(ids)
-        sampling = replace(manner.sampling, stop_ids=self._stop_ids)
-        stream = _Stream(self._tokenizer, on_text) if on_text is not None and self.streams(manner) else None
-        candidates = self._sample(prefix, count=manner.candidates, sampling=sampling, on_token=stream)
-        if stream is not None:
-            stream.end()
+        sampling = replace(options.sampling, stop_ids=self._stop_ids)
+        if on_text is None or not self.streams(options):
+            candidates = self._sample(prefix, count=options.candidates, sampling=sampling)
+        else:
+            stream, emit = TextStream(self._tokenizer), on_text
+            candidates = self._sample(prefix, count=1, sampling=sampling, on_token=lambda _, id: emit(stream.add(id)))
+            emit(stream.end())
         if not self.is_tuned:
             ranked = rank_by_likelihood(candidates, self.encoding)
         else:
-            ranked = rank_by_attributes(candidates, self.encoding, threshold=manner.threshold, run=self._run)
-        del candidates  # their keys and values: research takes room of its own
-        read = {"context_tokens": len(ids), "left_out": left_out, "cut": is_cut}
+            ranked = rank_by_attributes(candidates, self.encoding, threshold=options.threshold, run=self._run)
+        del candidates  # frees keys and values, for research
+        base = Reply(ranked[0].text, ranked, context_tokens=len(ids), left_out=left_out, cut=is_cut)
         if ranked[0].dropped is not None:
-            return Reply(manner.refusal, ranked, refused=True, **read)
-        base = Reply(ranked[0].text, ranked, **read)
-        return base if self._toolset is None else self._researched(base, messages, prefix, manner)
+            return replace(base, text=options.refusal, refused=True)
+        return base if self._toolset is None else self._researched(base, self._toolset, messages, prefix, options)
 
-    def _researched(self, base: Reply, messages: Sequence[Message], prefix: Prefix, manner: Manner) -> Reply:
-        """The base answer after the research loop. Where the loop's response fails the filter, the base stays."""
-        ask = partial(self._next_step, messages=messages, base=base.text, manner=manner)
-        *queries, last = research(ask, self._toolset, max_queries=manner.max_queries)
-        ids = self.encoding.response(last.text)
+    def _researched(
+        self, base: Reply, toolset: Toolset, messages: Sequence[Message], prefix: Prefix, options: ReplyOptions
+    ) -> Reply:
+        """The reply after the research loop. If the loop's response fails the filter, the base answer remains."""
+        ask = partial(self._next_step, messages=messages, base=base.text, options=options)
+        *queries, last = research(ask, toolset, max_queries=options.max_queries)
+        ids = self.encoding.text(last.text)
         judgement = judge(self._model, prefix, ids, self.encoding, run=self._run) if ids else {}
-        dropped = why_dropped(last.text, judgement, threshold=manner.threshold)
+        dropped = drop_reason(last.text, judgement, threshold=options.threshold)
         steps = (*queries, replace(last, dropped=dropped))
         if dropped is not None:
             return replace(base, steps=steps)
         return replace(base, text=last.text, steps=steps, sources=sources(queries))
 
     def _next_step(
-        self, steps: Sequence[Step], *, may_ask: bool, messages: Sequence[Message], base: str, manner: Manner
+        self, steps: Sequence[ToolCall], *, may_ask: bool, messages: Sequence[Message], base: str, options: ReplyOptions
     ) -> tuple[Literal["TS", "user"], str]:
-        """The likelier of TS and USER, then the likeliest text: a step is not sampled."""
+        """The more probable of TS and USER, then greedy text: a step is not sampled."""
         encoding = self.encoding
         pairs = [(step.text, step.snippet) for step in steps]
-        ids = encoding.research_context(messages, base, pairs, max_tokens=self._room(manner) - 1)
+        ids = encoding.research_context(messages, base, pairs, max_tokens=self._room(options) - 1)
         asks = False
         if may_ask:
             logits_V = self._prefill(ids).logits_V
             asks = bool(logits_V[encoding.ts] > logits_V[encoding.user])
         prefix = self._prefill([*ids, encoding.ts if asks else encoding.user])
-        sampling = Sampling(max_new_tokens=manner.sampling.max_new_tokens, temperature=0.0, stop_ids=encoding.stop_ids)
+        sampling = Sampling(max_new_tokens=options.sampling.max_new_tokens, temperature=0.0, stop_ids=encoding.stop_ids)
         candidates = self._sample(prefix, count=1, sampling=sampling)
         return ("TS" if asks else "user"), encoding.decode(candidates.ids[0]).strip()
 
     def _prefill(self, ids: Sequence[int]) -> Prefix:
         return self._run(prefill_pieces(self._model, ids), tokens=len(ids))
 
-    def _context(self, messages: Sequence[Message], manner: Manner) -> tuple[list[int], int, bool]:
-        """What the model reads, how many messages had no room, and whether the last one was cut."""
-        encoding, room = self.encoding, self._room(manner)
+    def _context(self, messages: Sequence[Message], options: ReplyOptions) -> tuple[list[int], int, bool]:
+        """The ids that the model reads, the number of messages that did not fit, and whether the last was cut."""
+        encoding, room = self.encoding, self._room(options)
         if self.is_tuned:
             ids = encoding.context(messages, max_tokens=room)
-            places = [place for place, id in enumerate(ids) if id in encoding.stop_ids][
-                1:
-            ]  # of each message, and RESPONSE
+            # Of the end symbol, of each message's symbol and of RESPONSE.
+            _, *places = (place for place, id in enumerate(ids) if id in encoding.stop_ids)
             kept = len(places) - 1
             is_cut = places[-1] - places[-2] - 1 < len(encoding.text(messages[-1].content))
             return ids, len(messages) - kept, is_cut
         first = encoding.text(_lines(m for m in messages if m.role == "system"))[: room // 2]
-        said = encoding.text(_lines(m for m in messages if m.role != "system"))
-        kept_ids = said[max(len(said) - (room - 1 - len(first)), 0) :]
+        dialog = encoding.text(_lines(m for m in messages if m.role != "system"))
+        kept_ids = dialog[max(len(dialog) - (room - 1 - len(first)), 0) :]
         lines = encoding.decode(kept_ids).count("\n") + sum(m.role == "system" for m in messages)
         is_cut = len(kept_ids) < len(encoding.text(_lines(messages[-1:])))
         return [encoding.end, *first, *kept_ids], len(messages) - max(lines, 1), is_cut
 
-    def _room(self, manner: Manner) -> int:
-        """Tokens of a context, so that the response still fits the length of the training rows."""
-        return max(self._sequence_length - manner.sampling.max_new_tokens, self._sequence_length // 2, 8)
+    def _room(self, options: ReplyOptions) -> int:
+        """Maximum tokens of a context, so that context and response fit a training row."""
+        return max(self._sequence_length - options.sampling.max_new_tokens, self._sequence_length // 2, 8)
 
     @property
     def _stop_ids(self) -> frozenset[int]:
-        """Every control symbol; of a model that continues lines of text also the end of one."""
+        """Every control symbol, and the newline for a model that continues lines of text."""
         return self.encoding.stop_ids if self.is_tuned else self.encoding.stop_ids | {*self.encoding.text("\n")}
 
 
 def _lines(messages: Iterable[Message]) -> str:
-    """A line of text a message."""
+    """One line of text per message."""
     return "".join(" ".join(message.content.split()) + "\n" for message in messages)
-
-
-class _Stream:
-    """Passes the only candidate's text on as it comes."""
-
-    def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], None]) -> None:
-        self._text = TextStream(tokenizer)
-        self._on_text = on_text
-
-    def __call__(self, _: int, id: int) -> None:
-        self._on_text(self._text.add(id))
-
-    def end(self) -> None:
-        self._on_text(self._text.end())

@@ -1,1 +1,1 @@
-"""A trained LaMDA among other people's tools: Hugging Face, evaluation harnesses."""
+"""Interoperability with other tools: Hugging Face transformers, lm-eval."""

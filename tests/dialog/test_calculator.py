@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lamda.config.errors import UserError
 from lamda.dialog.tools import units
 from lamda.dialog.tools.calculator import Calculator, calculate
-from lamda.dialog.tools.decimals import show
+from lamda.dialog.tools.units import show
 
 
 def answer(query: str) -> str | None:

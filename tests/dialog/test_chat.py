@@ -14,12 +14,12 @@ import pytest
 
 from lamda.cli import main
 from lamda.console import visible
+from lamda.dialog.chat import explanation
 from lamda.dialog.conversation import parse_conversation
 from lamda.dialog.options import usable_tools
 from lamda.dialog.ranking import Scored
-from lamda.dialog.research import Step
+from lamda.dialog.research import ToolCall
 from lamda.dialog.speaker import REFUSAL, Reply
-from lamda.dialog.terminal import explanation
 from lamda.dialog.tools.result import Result
 from lamda.dialog.tools.toolset import Toolset
 from tests.random_run import write_run
@@ -49,8 +49,8 @@ def test_through_a_pipe_every_line_is_answered_and_commands_work(run, tmp_path):
     lines += ["/reset", f"/save {saved}"]
     code, out, errors = piped(run, "\n".join([*lines, "/quit", "never read"]) + "\n", "--system", "be brief")
     assert (code, errors) == (0, "")
-    assert out.startswith("nothing was said yet\n")
-    assert out.endswith("(begun anew)\nnothing was said yet\n")
+    assert out.startswith("there is no reply yet\n")
+    assert out.endswith("(new conversation)\nthere is no reply yet\n")
     assert "give a file: /save FILE" in out
     assert out.count("sensible 0.") == 3
     assert "#1" in out
@@ -83,7 +83,7 @@ def test_tools_are_left_out_where_no_run_of_the_chain_was_taught_to_use_them(cha
     assert usable_tools(None, chain[0]) is None
     assert not caplog.text
     assert [usable_tools(toolset, checkpoint) for checkpoint in chain] == [None, None, toolset]
-    assert f"{chain[0]} was not taught to use tools and goes without them" in caplog.text
+    assert f"{chain[0]} was not trained to use tools; they are disabled" in caplog.text
     (tmp_path / "first" / "metrics.jsonl").write_text('{"step": 1, "tokens/research": 9}\n')
     assert usable_tools(toolset, chain[0]) is toolset
     (tmp_path / "first" / "metrics.jsonl").unlink()
@@ -97,7 +97,7 @@ def test_a_chat_without_taught_tools_says_so_and_answers(run, tmp_path):
     finally:
         (run / "metrics.jsonl").unlink()
     assert code == 0
-    assert "was not taught to use tools" in errors
+    assert "was not trained to use tools" in errors
     assert out
     assert "research:" not in out
 
@@ -142,7 +142,7 @@ def test_in_a_terminal_it_prompts_and_leaves_with_the_end_of_input(run):
                 seen += os.read(parent, 4096)
         return seen
 
-    assert b"3 candidates a reply; no tools; /help lists commands" in until_prompt()
+    assert b"3 candidates per reply; no tools; /help lists commands" in until_prompt()
     os.write(parent, b"the of and\n")
     until_prompt()
     os.write(parent, b"/why\n")
@@ -170,7 +170,7 @@ def test_the_explanation_has_scores_reasons_steps_and_sources_and_no_escapes():
         Scored("good", {"sensible": 0.9, "unsafe": 0.1}, 3.5, rank=1),
         Scored("\x1b[2Jbad", {"sensible": 0.8, "unsafe": 0.9}, 3.0, dropped="P(unsafe) 0.900 is above 0.5"),
     )
-    steps = (Step("TS", "1+1", (Result("2"), Result("two\x1b[0m", "a.txt:1"))), Step("user", "It is 2."))
+    steps = (ToolCall("TS", "1+1", (Result("2"), Result("two\x1b[0m", "a.txt:1"))), ToolCall("user", "It is 2."))
     text = explanation(Reply("It is 2.", candidates, steps, ("a.txt:1",)))
     for part in ("#1   3.500  sensible 0.900 unsafe 0.100", "dropped", "(P(unsafe) 0.900 is above 0.5)", "TS, 1+1"):
         assert part in text
@@ -178,4 +178,4 @@ def test_the_explanation_has_scores_reasons_steps_and_sources_and_no_escapes():
         assert part in text
     assert "\x1b" not in text
     refused = explanation(Reply(REFUSAL, candidates[1:], refused=True))
-    assert "the reply is the refusal" in refused
+    assert "the reply is the configured refusal" in refused

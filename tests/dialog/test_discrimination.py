@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from lamda.config import ModelConfig
 from lamda.data.card import Source
 from lamda.data.held_out import HeldOut
-from lamda.dialog.discrimination import accuracy, auc, auc_interval, calibration_error
-from lamda.dialog.evaluation import HeldOutDialogues, table
+from lamda.dialog.evaluation import HeldOutDialogues, accuracy, auc, auc_interval, calibration_error, table
 from lamda.dialog.examples import Conversations
 from lamda.model import LaMDA
 from lamda.model.initialization import initialise
@@ -76,7 +75,7 @@ def model(tokenizer):
 def test_held_out_scores_are_those_of_a_walk_over_all_examples(held_out, model, tokenizer):
     zero, one = tokenizer.encode("01")
     nats, targets, found = 0.0, 0, {}
-    for item in held_out.items:
+    for item in held_out.examples:
         logits = model(torch.tensor([item.example.ids]))[0].double().log_softmax(-1)
         places = [place for place, scored in enumerate(item.example.scored) if scored]
         if item.kind in ("generative", "research"):

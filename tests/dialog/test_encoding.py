@@ -90,7 +90,7 @@ def test_text_that_spells_out_sentinels_stays_text(encoding, tokenizer, texts):
     messages = [Message("user", said)]
     context = encoding.context(messages)
     assert [id for id in context if id in encoding.stop_ids] == [context[0], tokenizer.symbols["USER"], context[-1]]
-    assert not encoding.stop_ids.intersection(encoding.response(response))
+    assert not encoding.stop_ids.intersection(encoding.text(response))
     assert encoding.decode(context) == said
     whole = encoding.research_context(messages, response, [(said, snippet)])
     names = [CONTROL_SYMBOLS[id] for id in whole if id in encoding.stop_ids]
@@ -223,7 +223,7 @@ def test_a_record_is_read_and_written_back():
         ({"role": "assistant", "content": "x", "labels": {"sensibel": 1}}, "did you mean 'sensible'"),
         ({"role": "assistant", "content": "x", "labels": {"unsafe": 2}}, "label unsafe is 2, not 0 or 1"),
         ({"role": "user", "content": "x", "labels": {"unsafe": 1}}, "labels rate an assistant's message"),
-        ({"role": "tool", "content": "x"}, "nothing was asked of it"),
+        ({"role": "tool", "content": "x"}, "follows no query"),
         ({"role": "user", "content": "x", "knowledge": "y"}, "knowledge is no list of texts"),
         ({"role": "assistant", "content": None}, "content is no text"),
         ({"role": None, "content": "x"}, "role is None"),

@@ -13,9 +13,8 @@ from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.dialog.conversation import ATTRIBUTES
-from lamda.dialog.evaluate import evaluate_checkpoint
 from lamda.dialog.evaluate import main as evaluate
-from lamda.dialog.evaluation import DialogScores
+from lamda.dialog.evaluation import DialogScores, evaluate_checkpoint
 from lamda.inference.sampling import NotFiniteError
 from lamda.model import LaMDA
 from lamda.model.initialization import initialise

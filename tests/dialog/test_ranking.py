@@ -12,8 +12,8 @@ from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 from lamda.dialog.conversation import Message
 from lamda.dialog.encoding import Encoding
-from lamda.dialog.ranking import JUDGED, Scored, judge, rank_by_attributes, rank_by_likelihood, why_dropped
-from lamda.dialog.speaker import REFUSAL, Manner, Speaker
+from lamda.dialog.ranking import JUDGED, Scored, drop_reason, judge, rank_by_attributes, rank_by_likelihood
+from lamda.dialog.speaker import REFUSAL, ReplyOptions, Speaker
 from lamda.dialog.tools.toolset import Toolset
 from lamda.inference.generation import prefill, sample
 from lamda.inference.sampling import Sampling
@@ -115,31 +115,31 @@ def speaker(model, tokenizer, **options):
     return Speaker(model, tokenizer, sequence_length=64, **options)
 
 
-MANNER = Manner(candidates=12, sampling=Sampling(max_new_tokens=8, seed=1), threshold=1.0)
+REPLY_OPTIONS = ReplyOptions(candidates=12, sampling=Sampling(max_new_tokens=8, seed=1), threshold=1.0)
 
 
 def test_the_reply_is_the_first_candidate_and_shows_all(model, tokenizer):
-    reply = speaker(model, tokenizer, manner=MANNER).reply(TALK)
+    reply = speaker(model, tokenizer, options=REPLY_OPTIONS).reply(TALK)
     assert reply.text == reply.candidates[0].text
     assert len(reply.candidates) == 12
     assert not reply.refused
-    assert reply == speaker(model, tokenizer, manner=MANNER).reply(TALK)
+    assert reply == speaker(model, tokenizer, options=REPLY_OPTIONS).reply(TALK)
     record = reply.to_record()
     assert [candidate["rank"] for candidate in record["candidates"]][:1] == [1]
     assert set(record["candidates"][0]["scores"]) == {*JUDGED, "log_likelihood"}
 
 
 def test_where_all_are_dropped_the_refusal_is_said_and_not_the_safest(model, tokenizer):
-    reply = speaker(model, tokenizer).reply(TALK, replace(MANNER, threshold=0.0))
+    reply = speaker(model, tokenizer).reply(TALK, replace(REPLY_OPTIONS, threshold=0.0))
     assert (reply.text, reply.refused, reply.steps) == (REFUSAL, True, ())
     assert all(candidate.dropped for candidate in reply.candidates)
     assert REFUSAL not in [candidate.text for candidate in reply.candidates]
-    own = speaker(model, tokenizer).reply(TALK, replace(MANNER, threshold=0.0, refusal="No."))
+    own = speaker(model, tokenizer).reply(TALK, replace(REPLY_OPTIONS, threshold=0.0, refusal="No."))
     assert own.text == "No."
 
 
 def test_an_untuned_model_continues_lines_and_ranks_by_likelihood(model, tokenizer):
-    reply = speaker(model, tokenizer, is_tuned=False, manner=MANNER).reply(TALK)
+    reply = speaker(model, tokenizer, is_tuned=False, options=REPLY_OPTIONS).reply(TALK)
     assert all(set(candidate.scores) == {"log_likelihood"} for candidate in reply.candidates)
     assert "\n" not in reply.text
     with pytest.raises(UserError, match="fine-tuned to use them"):
@@ -155,13 +155,15 @@ def test_a_long_conversation_keeps_within_the_trained_length(model, tokenizer):
 
     long = [Message("user", "the of and to in is " * 40)] * 5
     for is_tuned in (True, False):
-        speaker(model, tokenizer, is_tuned=is_tuned, sample=watched, manner=replace(MANNER, candidates=1)).reply(long)
+        speaker(
+            model, tokenizer, is_tuned=is_tuned, sample=watched, options=replace(REPLY_OPTIONS, candidates=1)
+        ).reply(long)
     assert lengths == [56, 56]
 
 
 def test_manners_that_cannot_be_are_refused_together():
     with pytest.raises(UserError) as error:
-        Manner(candidates=0, threshold=2, max_queries=-1, refusal=" ")
+        ReplyOptions(candidates=0, threshold=2, max_queries=-1, refusal=" ")
     assert len(str(error.value).splitlines()) == 4
 
 
@@ -173,15 +175,15 @@ def test_nothing_to_answer_is_said(model, tokenizer):
 @pytest.mark.parametrize("name", JUDGED)
 def test_a_candidate_that_could_not_be_judged_is_dropped(name):
     judgement = dict.fromkeys(JUDGED, 0.1) | {name: float("nan")}
-    assert why_dropped("fine", judgement, threshold=1.0) == "its scores are not finite"
-    assert why_dropped("fine", dict.fromkeys(JUDGED, 0.1), threshold=1.0) is None
+    assert drop_reason("fine", judgement, threshold=1.0) == "its scores are not finite"
+    assert drop_reason("fine", dict.fromkeys(JUDGED, 0.1), threshold=1.0) is None
     record = Scored("fine", judgement, float("nan")).to_record()
     assert json.loads(json.dumps(record, allow_nan=False))["scores"][name] is None
 
 
 @pytest.mark.parametrize("is_tuned", [True, False])
 def test_a_reply_says_what_of_the_conversation_was_read(model, tokenizer, is_tuned):
-    answers = speaker(model, tokenizer, is_tuned=is_tuned, manner=replace(MANNER, candidates=1))
+    answers = speaker(model, tokenizer, is_tuned=is_tuned, options=replace(REPLY_OPTIONS, candidates=1))
     turn = Message("user", "the of")
     whole = answers.reply([turn] * 3)
     assert (whole.left_out, whole.cut) == (0, False)
@@ -202,7 +204,7 @@ def test_a_line_of_the_system_stays_when_an_untuned_models_conversation_has_grow
         return sample(model, prefix, **options)
 
     talk = [Message("system", "be kind"), *[Message("user", "the of and")] * 100]
-    manner = replace(MANNER, candidates=1)
-    reply = speaker(model, tokenizer, is_tuned=False, sample=watched, manner=manner).reply(talk)
+    options = replace(REPLY_OPTIONS, candidates=1)
+    reply = speaker(model, tokenizer, is_tuned=False, sample=watched, options=options).reply(talk)
     assert read[0].startswith("be kind\n")
     assert 50 < reply.left_out < 100

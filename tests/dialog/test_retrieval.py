@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from lamda.config.errors import UserError
 from lamda.dialog.tools import retrieval
 from lamda.dialog.tools.calculator import Calculator
-from lamda.dialog.tools.passages import LENGTH, read_passages
-from lamda.dialog.tools.retrieval import Retrieval
+from lamda.dialog.tools.retrieval import LENGTH, Retrieval, read_passages
 from lamda.dialog.tools.toolset import Toolset, open_toolset
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -78,7 +77,7 @@ def test_records_carry_their_urls_and_bad_ones_are_named(tmp_path):
     )
     assert Retrieval.open(good)("Paris")[0].source == "https://example.org/paris"
     assert Retrieval.open(good)("Rome")[0].source == f"{good}:3"
-    for line, message in (("no", "no JSON"), ("{}", "needs the field 'text'"), ('{"text": "a", "url": 1}', "'url'")):
+    for line, message in (("no", "not JSON"), ("{}", "needs the field 'text'"), ('{"text": "a", "url": 1}', "'url'")):
         bad = tmp_path / "bad.jsonl"
         bad.write_text('{"text": "fine"}\n' + line + "\n")
         with pytest.raises(UserError, match=re.escape(f"{bad}:2: ") + f".*{message}"):
@@ -124,14 +123,14 @@ def test_links_out_of_the_corpus_and_into_its_hidden_folders_are_not_followed(tm
     with caplog.at_level(logging.WARNING):
         tool = Retrieval.open(corpus)
     assert {passage.text for passage in tool.passages} == {"open treasure"}
-    assert "4 links that lead out of it are not read" in caplog.text
+    assert "4 links that lead out of it are skipped" in caplog.text
     (tmp_path / "linked").symlink_to(corpus)
     assert Retrieval.open(tmp_path / "linked")("treasure")[0].text == "open treasure"
 
 
 @pytest.mark.parametrize("kept_from", [1, 1 << 22])
 def test_a_file_name_that_is_not_utf_8_gives_a_source_that_json_can_say(tmp_path, monkeypatch, kept_from):
-    monkeypatch.setattr(retrieval, "KEPT_FROM", kept_from)
+    monkeypatch.setattr(retrieval, "CACHE_FROM", kept_from)
     (tmp_path / os.fsdecode(b"\xff\xfe.txt")).write_text("zebra")
     (tmp_path / os.fsdecode(b"\xff.jsonl")).write_text('{"text": "walrus"}\n')
     tool = Retrieval.open(tmp_path)
@@ -140,7 +139,7 @@ def test_a_file_name_that_is_not_utf_8_gives_a_source_that_json_can_say(tmp_path
 
 
 def test_a_corpus_whose_name_is_a_pattern_or_long_leaves_other_indexes_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(retrieval, "KEPT_FROM", 1)
+    monkeypatch.setattr(retrieval, "CACHE_FROM", 1)
     for name in ("a1.txt", "a[1].txt", "b" * 240 + ".txt"):
         (tmp_path / name).write_text("zebra")
         assert Retrieval.open(tmp_path / name)("zebra")
@@ -160,13 +159,13 @@ def test_passages_hold_every_word_once_in_order_and_are_short(text, suffix):
 
 
 def test_a_large_corpus_is_indexed_once_and_again_when_a_file_changes(tmp_path, monkeypatch):
-    monkeypatch.setattr(retrieval, "KEPT_FROM", 1)
+    monkeypatch.setattr(retrieval, "CACHE_FROM", 1)
     (tmp_path / "a.txt").write_text("the first animal is a zebra")
     (tmp_path / "b.txt").write_text("the second animal is a walrus")
     fresh = Retrieval.open(tmp_path)("zebra")
     (kept,) = (tmp_path / ".lamda-index").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(Retrieval, "_made", None)  # calling it would raise
+        patch.setattr(Retrieval, "_build", None)  # calling it would raise
         assert Retrieval.open(tmp_path)("zebra") == fresh
     (tmp_path / "a.txt").write_text("the first animal is a heron")
     assert Retrieval.open(tmp_path)("zebra") == []
@@ -177,7 +176,7 @@ def test_a_large_corpus_is_indexed_once_and_again_when_a_file_changes(tmp_path, 
 
 
 def test_an_index_that_could_not_be_finished_is_not_used(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(retrieval, "KEPT_FROM", 1)
+    monkeypatch.setattr(retrieval, "CACHE_FROM", 1)
     (tmp_path / "a.txt").write_text("zebra")
 
     def full(path: Path) -> None:
@@ -186,7 +185,7 @@ def test_an_index_that_could_not_be_finished_is_not_used(tmp_path, monkeypatch, 
     monkeypatch.setattr(retrieval, "sync_file", full)
     with caplog.at_level(logging.WARNING):
         assert Retrieval.open(tmp_path)("zebra")
-    assert "is not kept (No space left on device)" in caplog.text
+    assert "is not cached (No space left on device)" in caplog.text
     assert list((tmp_path / ".lamda-index").iterdir()) == []
 
 
@@ -203,7 +202,7 @@ def test_an_index_that_could_not_be_finished_is_not_used(tmp_path, monkeypatch, 
     ],
 )
 def test_a_damaged_index_is_said(tmp_path, monkeypatch, file, content):
-    monkeypatch.setattr(retrieval, "KEPT_FROM", 1)
+    monkeypatch.setattr(retrieval, "CACHE_FROM", 1)
     (tmp_path / "a.txt").write_text("zebra")
     (tmp_path / "b.txt").write_text("walrus")
     Retrieval.open(tmp_path)

@@ -72,7 +72,7 @@ def test_all_bad_lines_of_a_glossary_are_named(tmp_path):
     with pytest.raises(UserError) as error:
         Glossary(path)
     assert [line.split(": ")[0].rsplit(":", 1)[1] for line in str(error.value).splitlines()] == ["1", "2", "3", "4"]
-    assert "'xx', which is no known language" in str(error.value)
+    assert "'xx', which is not a known language" in str(error.value)
 
 
 def test_argos_absent_says_what_to_install(monkeypatch):

@@ -25,7 +25,7 @@ from lamda.engines.deepspeed import checkpoint
 from lamda.engines.deepspeed.engine import DeepSpeedStep, Engine
 from lamda.inference.sampling import Sampling
 from lamda.interop.harness.in_training import RanksDecoder
-from lamda.interop.harness.scoring import Prompt, Row
+from lamda.interop.harness.scoring import Prompt, ScoredRow
 from lamda.storage.state import RunState
 from lamda.training.saver import Saver
 
@@ -96,9 +96,9 @@ class Letters:
         return bytes([32 + id])
 
 
-def asked_rows(count: int) -> list[Row]:
+def asked_rows(count: int) -> list[ScoredRow]:
     """Rows of different lengths."""
-    return [Row(tokens(n)[0, : 4 + n].tolist(), 2 + n) for n in range(count)]
+    return [ScoredRow(tokens(n)[0, : 4 + n].tolist(), 2 + n) for n in range(count)]
 
 
 def asked_prompts(count: int) -> list[Prompt]:

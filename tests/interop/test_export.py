@@ -28,8 +28,8 @@ from lamda.interop.huggingface import export as export_module
 from lamda.interop.huggingface import weights as weights_module
 from lamda.interop.huggingface.card import model_card
 from lamda.interop.huggingface.export import export
-from lamda.interop.huggingface.importing import bring_in
-from lamda.interop.huggingface.source import Source
+from lamda.interop.huggingface.importing import import_folder
+from lamda.interop.huggingface.source import ExportSource
 from lamda.storage import commit
 from lamda.storage.metrics import MetricsFile
 from lamda.storage.state import RunState
@@ -124,7 +124,7 @@ def test_generation_stops_where_lamda_generate_does(exported):
 
 
 def test_weights_come_back_byte_for_byte(saved, exported, tmp_path):
-    bring_in(exported, tmp_path / "back")
+    import_folder(exported, tmp_path / "back")
     for name in ("model.safetensors", "tokenizer.model"):
         assert (tmp_path / "back" / name).read_bytes() == (saved / name).read_bytes()
     assert commit.problem_of(tmp_path / "back") is None
@@ -133,7 +133,7 @@ def test_weights_come_back_byte_for_byte(saved, exported, tmp_path):
 def test_what_transformers_saved_comes_in(saved, exported, tmp_path):
     AutoModelForCausalLM.from_pretrained(exported).save_pretrained(tmp_path / "theirs")
     shutil.copy(exported / "tokenizer.model", tmp_path / "theirs")
-    bring_in(tmp_path / "theirs", tmp_path / "back")
+    import_folder(tmp_path / "theirs", tmp_path / "back")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (saved / "model.safetensors").read_bytes()
 
 
@@ -145,14 +145,14 @@ def test_shards_come_back_as_one_file(saved, tmp_path):
     assert files == {file.name for file in (tmp_path / "parts").glob("*.safetensors")}
     largest = max((tmp_path / "parts" / file).stat().st_size for file in files)
     assert largest < 25_000
-    bring_in(tmp_path / "parts", tmp_path / "back")
+    import_folder(tmp_path / "parts", tmp_path / "back")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (saved / "model.safetensors").read_bytes()
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "parts").state_dict()
     assert torch.equal(whole["model.embedding.weight"], load_file(saved / "model.safetensors")["embedding.weight"])
 
 
 def test_what_came_back_generates_trains_and_goes_out_again(run, exported, tmp_path, capsys):
-    bring_in(exported, tmp_path / "back")
+    import_folder(exported, tmp_path / "back")
     said = []
     for place in (run, tmp_path / "back"):
         assert main(["generate", str(place), "--prompt", "it was", "--max-new-tokens", "5"]) == 0
@@ -212,7 +212,7 @@ def test_the_card_tells_data_licence_metrics_and_hashes(run, saved, exported):
     for told in ("standard_library", "PSF-2.0", "2 of 9", "192", "U+2581", commit.read(saved)["sha256"]):
         assert told in card
     loss = json.loads((run / "metrics.jsonl").read_text("utf-8").split("\n")[1])["loss"]
-    assert f"| loss (nats a token) | {loss:.4f} |" in card
+    assert f"| loss (nats per token) | {loss:.4f} |" in card
     assert "On held-out text at step 1:\n\n| metric | value |\n| --- | --- |\n| loss | 5.2500 |\n" in card
     assert "5.75" not in card, "the figure of all the text is the one to show"
     assert "99.0" not in card
@@ -223,7 +223,7 @@ def test_the_card_tells_data_licence_metrics_and_hashes(run, saved, exported):
 
 
 def test_the_card_claims_nothing_of_its_corpus_for_files_that_the_run_named(run, exported):
-    source = Source.of(find_checkpoint(run))
+    source = ExportSource.of(find_checkpoint(run))
     data = source.config.data.model_copy(update={"files": ("/home/me/mine.jsonl",)})
     own = replace(source, config=source.config.model_copy(update={"data": data}))
     card = model_card(own, exported, dtype="float32", masters=True)
@@ -236,11 +236,11 @@ def test_the_card_claims_nothing_of_its_corpus_for_files_that_the_run_named(run,
 def test_the_card_may_change_and_nothing_else(exported, tmp_path):
     folder = Path(shutil.copytree(exported, tmp_path / "copy"))
     (folder / "README.md").write_text("Mine.", "utf-8")
-    bring_in(folder, tmp_path / "back")
+    import_folder(folder, tmp_path / "back")
     with (folder / "tokenizer.json").open("a") as file:
         file.write(" ")
     with pytest.raises(UserError, match=r"tokenizer.json has \d+ bytes instead of \d+"):
-        bring_in(folder, tmp_path / "other")
+        import_folder(folder, tmp_path / "other")
 
 
 def untouched(folder: Path) -> dict[str, bytes]:
@@ -286,7 +286,7 @@ def test_a_full_disk_is_told(run, exported, tmp_path, monkeypatch):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(weights_module, "save_file", fail)
-    for write, source in ((export, run), (bring_in, exported)):
+    for write, source in ((export, run), (import_folder, exported)):
         with pytest.raises(UserError, match=r"cannot be written \(I/O error: No space left"):
             write(source, tmp_path / "new" / "folder")
         assert [*(tmp_path / "new").iterdir()] == []
@@ -309,12 +309,12 @@ def test_a_damaged_checkpoint_does_not_go_out(copied, tmp_path):
     ("arguments", "told"),
     [
         (["nowhere"], "neither a checkpoint nor a run"),
-        (["RUN", "--max-shard-size", "large"], "--max-shard-size large: is no size"),
-        (["BACK", "--dtype", "float32"], "has no optimiser's state"),
+        (["RUN", "--max-shard-size", "large"], "--max-shard-size large: is not a size"),
+        (["BACK", "--dtype", "float32"], "has no optimizer state"),
     ],
 )
 def test_a_wrong_command_is_told(run, exported, tmp_path, capsys, arguments, told):
-    bring_in(exported, tmp_path / "back")
+    import_folder(exported, tmp_path / "back")
     places = {"RUN": str(run), "BACK": str(tmp_path / "back")}
     words = [places.get(word, word) for word in arguments]
     assert main(["export", *words, "--to", str(tmp_path / "to")]) == 2
@@ -423,7 +423,7 @@ def other_vocabulary(folder):
 def test_what_is_not_lamdas_does_not_come_in(foreign, tmp_path, change, told):
     change(foreign)
     with pytest.raises(UserError) as error:
-        bring_in(foreign, tmp_path / "back")
+        import_folder(foreign, tmp_path / "back")
     assert re.search(told, str(error.value)), error.value
     assert not (tmp_path / "back").exists()
     assert not [*tmp_path.glob(".*.tmp")]

@@ -30,7 +30,7 @@ from lamda.inference.sampling import NotFiniteError
 from lamda.interop.harness import command
 from lamda.interop.harness.language_model import HarnessModel
 from lamda.interop.harness.scoring import LocalDecoder, windows
-from lamda.interop.harness.tasks import Tasks, figures
+from lamda.interop.harness.tasks import Tasks, task_metrics
 from lamda.interop.huggingface import LamdaConfig, LamdaForCausalLM
 from lamda.interop.huggingface.tokenization import fast_tokenizer
 from lamda.model.loss import token_nats
@@ -284,7 +284,7 @@ def test_the_command_runs_local_tasks_without_a_network(
     lines = "\n".join(command.table(report))
     assert f"{right / 4:.4f} ± " in lines
     during = Tasks.load(["local_choice", "local_rolling"], folder=task_folder).run_in_training(model, limit=None)
-    for task, named in figures(during).items():
+    for task, named in task_metrics(during).items():
         assert named == {name: report["tasks"][task][name] for name in named}, "the same without standard errors"
 
 
@@ -303,8 +303,8 @@ def test_filters_and_standard_errors_keep_their_names():
             "t": {"alias": "t", "acc,none": 0.5, "em,strict": 1, "em_stderr,strict": 0.1, "f1_stderr,none": "N/A"}
         }
     }
-    assert figures(results) == {"t": {"acc": 0.5, "em/strict": 1.0, "em_stderr/strict": 0.1}}
-    report = {"tasks": figures(results), "num_fewshot": {"t": 0}, "examples": {"t": 3}}
+    assert task_metrics(results) == {"t": {"acc": 0.5, "em/strict": 1.0, "em_stderr/strict": 0.1}}
+    report = {"tasks": task_metrics(results), "num_fewshot": {"t": 0}, "examples": {"t": 3}}
     assert [line.split() for line in command.table(report)][2] == ["t", "em/strict", "1.0000", "±", "0.1000", "0", "3"]
 
 
@@ -312,14 +312,14 @@ def test_filters_and_standard_errors_keep_their_names():
     ("arguments", "told"),
     [
         (["--tasks", "local_choise"], "there is no task 'local_choise'; did you mean 'local_choice'?"),
-        (["--tasks", "local_missing"], "task local_missing: its data cannot be had (FileNotFoundError"),
+        (["--tasks", "local_missing"], "task local_missing: its data is not available (FileNotFoundError"),
         (
             ["--tasks", "local_choice", "--limit", "0", "--num-fewshot", "-1"],
             "--limit is 0: give at least 1\n--num-fewshot is -1",
         ),
         (["--tasks", "local_choice", "--output", "no/file.json"], "--output no/file.json: there is no folder no"),
         (["--tasks", "local_choice", "--output", "/"], "--output /: is a folder"),
-        (["--tasks", " ,"], "--tasks names none"),
+        (["--tasks", " ,"], "--tasks is empty"),
         (["--tasks", "local_choice", "--num-fewshot", "100"], "lower --num-fewshot"),
     ],
 )

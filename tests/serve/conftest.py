@@ -18,7 +18,7 @@ from lamda.dialog.server.connections import Server
 from lamda.dialog.server.guard import LOOPBACK
 from lamda.dialog.server.limits import Limits
 from lamda.dialog.server.service import Service
-from lamda.dialog.speaker import Manner
+from lamda.dialog.speaker import ReplyOptions
 from lamda.inference import generation
 from lamda.inference.loading import LoadedModel, load_run
 from lamda.inference.sampling import Sampling
@@ -44,7 +44,7 @@ def make_service(loaded: LoadedModel, **limits: float) -> Service:
         name="random",
         sequence_length=256,
         is_tuned=True,
-        manner=Manner(candidates=4, threshold=1.0, sampling=Sampling(max_new_tokens=12)),
+        options=ReplyOptions(candidates=4, threshold=1.0, sampling=Sampling(max_new_tokens=12)),
         limits=Limits(**{"tokens": 600, "bytes": 50_000, "requests": 40, "seconds": 60.0, **limits}),
     )
 

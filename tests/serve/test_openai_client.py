@@ -161,7 +161,7 @@ def test_one_request_too_many_is_told_to_wait(loaded):
     service = make_service(loaded, requests=1)
     with serving(service) as address, openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as client:
         stream = client.completions.create(**{**ASKED, "max_tokens": 600, "n": 64}, stream=True)
-        with pytest.raises(openai.RateLimitError, match="1 requests are at work"):
+        with pytest.raises(openai.RateLimitError, match="1 requests are in progress"):
             client.completions.create(**ASKED)
         stream.close()
 

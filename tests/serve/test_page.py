@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from lamda.dialog.ranking import Scored
-from lamda.dialog.research import Step
-from lamda.dialog.server.service import Service, Spoken
-from lamda.dialog.speaker import REFUSAL, Manner, Reply
+from lamda.dialog.research import ToolCall
+from lamda.dialog.server.service import ChatResult, Service
+from lamda.dialog.speaker import REFUSAL, Reply, ReplyOptions
 from lamda.dialog.tools.result import Result
 from lamda.inference.loading import load_run
 from lamda.inference.sampling import Sampling
@@ -39,10 +39,10 @@ FOUND = Reply(
         ),
     ),
     (
-        Step("TS", "How old is Rafael Nadal?", (Result("Rafael Nadal / Age / 35", "https://example.org/nadal"),)),
-        Step("TS", MARKUP, (Result(MARKUP, "javascript:document.title='broken'"), Result("x", "docs/a.md:3"))),
-        Step("TS", "nothing"),
-        Step("user", "He is 35 years old."),
+        ToolCall("TS", "How old is Rafael Nadal?", (Result("Rafael Nadal / Age / 35", "https://example.org/nadal"),)),
+        ToolCall("TS", MARKUP, (Result(MARKUP, "javascript:document.title='broken'"), Result("x", "docs/a.md:3"))),
+        ToolCall("TS", "nothing"),
+        ToolCall("user", "He is 35 years old."),
     ),
     ("https://example.org/nadal", "javascript:document.title='broken'", "docs/a.md:3"),
 )
@@ -59,14 +59,14 @@ class Prepared(Service):
             while True:
                 ticket.check()
                 time.sleep(0.05)
-        return Spoken(REPLIES[text], "stop", 0) if text in REPLIES else super().reply(asked, ticket=ticket)
+        return ChatResult(REPLIES[text], "stop", 0) if text in REPLIES else super().reply(asked, ticket=ticket)
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory, tokenizer_path):
     loaded = load_run(write_run(tmp_path_factory.mktemp("run") / "tiny", tokenizer_path))
-    manner = Manner(candidates=4, threshold=1.0, sampling=Sampling(max_new_tokens=8))
-    return Prepared(loaded.model, loaded.tokenizer, name="tiny", sequence_length=256, is_tuned=True, manner=manner)
+    options = ReplyOptions(candidates=4, threshold=1.0, sampling=Sampling(max_new_tokens=8))
+    return Prepared(loaded.model, loaded.tokenizer, name="tiny", sequence_length=256, is_tuned=True, options=options)
 
 
 def _serve(service: Service, *, key: str | None) -> Iterator[str]:
@@ -127,7 +127,7 @@ def test_scores_what_was_dropped_steps_and_sources_are_shown(page):
     assert page.locator("li.dropped .reason").inner_text() == "P(unsafe) 0.970 is above 0.5"
     first = page.locator("li.chosen meter").evaluate_all("bars => bars.map(bar => bar.value)")
     assert first == pytest.approx([0.93, 0.81, 0.34, 0.02])
-    assert "nothing was found" in page.locator(".steps").inner_text()
+    assert "no results" in page.locator(".steps").inner_text()
     picture(page, "light")
 
 

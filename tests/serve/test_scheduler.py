@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lamda.config.errors import RunError
-from lamda.dialog.server.admission import Abandoned, Ticket, TooLong
+from lamda.dialog.server.admission import ClientDisconnected, DeadlineExceeded, Ticket
 from lamda.dialog.server.scheduler import Scheduler
 from lamda.inference import generation
 from lamda.inference.generation import prefill, prefill_pieces
@@ -33,7 +33,7 @@ def test_who_comes_after_the_end_is_sent_away_and_does_not_wait(scheduler, loade
     def come_late():
         try:
             scheduler.sample(prefix, count=1, sampling=Sampling(max_new_tokens=1), ticket=Ticket(seconds=60))
-        except Abandoned as abandoned:
+        except ClientDisconnected as abandoned:
             told.append(abandoned)
 
     thread = Thread(target=come_late, daemon=True)
@@ -57,7 +57,7 @@ def test_keys_and_values_are_free_without_a_garbage_collection(scheduler, loaded
         sampling = Sampling(max_new_tokens=5, seed=seed)
         try:
             scheduler.sample(prefix, count=2, sampling=sampling, ticket=ticket, on_token=on_token)
-        except (Abandoned, RunError):
+        except (ClientDisconnected, RunError):
             assert end != "finished"
 
     for seed in range(3):
@@ -135,7 +135,7 @@ def test_the_time_limit_holds_for_prompts_and_short_ones_do_not_wait_for_long(sc
         while not order:
             time.sleep(0.001)
         assert scheduler.run(pieces("short", 2), tokens=1, ticket=Ticket(seconds=60)) == "short"
-        assert all(isinstance(work.exception(), TooLong) for work in late)
+        assert all(isinstance(work.exception(), DeadlineExceeded) for work in late)
     assert len(order) < 20_000
     assert order.index("short") < 1000
     long = [name for name, _ in groupby(name for name in order if name != "short")]
@@ -147,6 +147,6 @@ def test_candidates_that_the_client_left_are_not_begun(scheduler, loaded, monkey
     monkeypatch.setattr("lamda.dialog.server.scheduler.Candidates", lambda *given, **options: begun.append(given))
     ticket = Ticket(seconds=60)
     ticket.abandon()
-    with pytest.raises(Abandoned):
+    with pytest.raises(ClientDisconnected):
         scheduler.sample(prefill(loaded.model, [0]), count=1, sampling=Sampling(), ticket=ticket)
     assert begun == []

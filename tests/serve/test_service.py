@@ -15,7 +15,7 @@ import pytest
 
 from lamda.config.errors import UserError
 from lamda.dialog.server.main import read_key
-from lamda.dialog.server.protocol import ChatRequest, CompletionRequest, Refused, parse
+from lamda.dialog.server.protocol import ChatRequest, CompletionRequest, RequestError, parse
 from tests.serve.conftest import KEY, make_service, serving
 
 ASKED = {"model": "random", "prompt": "the of and", "max_tokens": 6, "seed": 3}
@@ -70,13 +70,13 @@ SOMETHING = [
 
 @pytest.mark.parametrize(("name", "value"), SOMETHING, ids=str)
 def test_a_value_that_asks_for_something_is_refused_by_name(name, value):
-    with pytest.raises(Refused, match=f"^{name}: is not supported$"):
+    with pytest.raises(RequestError, match=f"^{name}: is not supported$"):
         parse(CompletionRequest, json.dumps({**ASKED, name: value}).encode())
 
 
 @pytest.mark.parametrize("content", [5, None, {"text": "x"}, [5], [{"type": "image_url", "image_url": "x"}], [[]]])
 def test_a_wrong_content_is_named_once(content):
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestError) as refused:
         parse(ChatRequest, json.dumps({**CHAT, "messages": [{"role": "user", "content": content}]}).encode())
     places = [line.partition(": ")[0] for line in refused.value.message.split("; ")]
     assert len(places) == len({*places})
@@ -141,7 +141,7 @@ def test_a_conversation_may_hold_what_is_longer_than_any_prompt(client):
 
 def test_a_client_cannot_weaken_the_operators_filter(loaded):
     service = make_service(loaded)
-    service._manner = service._manner.__class__(candidates=2, threshold=0.3, sampling=service._manner.sampling)
+    service._options = service._options.__class__(candidates=2, threshold=0.3, sampling=service._options.sampling)
     with serving(service) as address, openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as client:
         with pytest.raises(openai.BadRequestError, match="threshold is 1: at most"):
             client.chat.completions.create(**CHAT, extra_body={"threshold": 1})
@@ -183,9 +183,9 @@ def test_its_end_is_an_answer_to_whoever_is_at_work(run, end):
             next(lines)
             server.send_signal(end)
             rest = "".join(lines)
-        assert "the server is ending" in rest
+        assert "the server is shutting down" in rest
         out, err = server.communicate(timeout=30)
-        assert "at work, and answered with 503: 1" in out
+        assert "active requests answered with 503: 1" in out
         assert "Traceback" not in err
     finally:
         server.kill()

@@ -1,10 +1,10 @@
-"""The HTTP application: OpenAI's routes, health, metrics and the page."""
+"""The HTTP application: OpenAI's routes, health, Prometheus metrics and the chat page."""
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,18 +13,43 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from lamda.dialog.server.admission import Admission, Place
-from lamda.dialog.server.answering import Answer, Endpoint, OnText, Record
+from lamda.dialog.server.admission import Admission, Slot
+from lamda.dialog.server.endpoint import Answer, Endpoint, Handler, OnText, Record
 from lamda.dialog.server.guard import Guard, Receive, Scope, Send
-from lamda.dialog.server.metrics import Metrics
-from lamda.dialog.server.protocol import ChatRequest, CompletionRequest, Refused, shortened
+from lamda.dialog.server.protocol import ChatRequest, CompletionRequest, RequestError, shortened
+from lamda.dialog.server.scheduler import Scheduler
 from lamda.dialog.server.service import Service
 
 PAGE = Path(__file__).parent / "static"
+
+
+class Metrics:
+    """The server's metrics, in a registry of its own."""
+
+    def __init__(self, scheduler: Scheduler, admission: Admission) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter("lamda_requests", "requests by HTTP status", ["status"], registry=self.registry)
+        self.closed = Counter(
+            "lamda_connections_closed", "connections that a limit closed", ["limit"], registry=self.registry
+        )
+        self.tokens = Counter("lamda_tokens", "tokens by kind", ["kind"], registry=self.registry)
+        self.seconds = Histogram(
+            "lamda_request_seconds",
+            "from a request's acceptance to its end",
+            buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120),
+            registry=self.registry,
+        )
+        for name, text, value in (
+            ("lamda_requests_at_work", "active requests", lambda: admission.active),
+            ("lamda_tokens_reserved", "tokens that the active requests may hold", lambda: admission.tokens),
+            ("lamda_rows", "candidates in the last step", lambda: scheduler.rows),
+            ("lamda_steps", "steps of the model so far", lambda: scheduler.steps),
+        ):
+            Gauge(name, text, registry=self.registry).set_function(value)
 
 
 class App:
@@ -32,22 +57,22 @@ class App:
 
     Attributes:
         limits: of its service.
-        metrics: its figures.
+        metrics: for Prometheus.
     """
 
     def __init__(self, service: Service, *, hosts: frozenset[str], key: str | None, chat_only: bool = False) -> None:
-        """hosts, key: as `Guard`. chat_only: without /v1/completions, whose texts no filter sees."""
+        """hosts, key: as `Guard`. chat_only: leave out /v1/completions, whose texts are not filtered."""
         self.limits = service.limits
         self._service, self._admission = service, Admission(service.limits)
         self.metrics = Metrics(service.scheduler, self._admission)
         self._pool = ThreadPoolExecutor(service.limits.requests, thread_name_prefix="request")
         self._started = int(time.time())
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=self._lifespan)
-        for path, kind, answerer in (
+        for path, kind, handler in (
             ("/v1/chat/completions", ChatRequest, _Chat),
             *([] if chat_only else [("/v1/completions", CompletionRequest, _Completion)]),
         ):
-            app.routes.append(Route(path, self._endpoint(kind, answerer), methods=["POST"]))
+            app.routes.append(Route(path, self._endpoint(kind, handler), methods=["POST"]))
         for path, get in (
             ("/v1/models", self._models),
             ("/v1/models/{name:path}", self._one_model),
@@ -57,29 +82,29 @@ class App:
         ):
             app.api_route(path, methods=["GET", "HEAD"], response_model=None)(get)
         app.mount("/static", StaticFiles(directory=PAGE, check_dir=False))
-        app.exception_handler(Refused)(_refused)
-        app.exception_handler(HTTPException)(_not_here)
-        self._guard = Guard(app, hosts=hosts, key=key, limits=service.limits, metrics=self.metrics)
+        app.exception_handler(RequestError)(_request_error)
+        app.exception_handler(HTTPException)(_http_exception)
+        self._guard = Guard(app, hosts=hosts, key=key, limits=service.limits, requests=self.metrics.requests)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
+        """The ASGI entry point."""
         await self._guard(scope, receive, send)
 
     def end(self) -> int:
-        """Whoever is at work or comes from now on gets 503; how many are at work."""
+        """Answer active and new requests with 503; returns the number of active ones."""
         self._guard.end()
         return self._admission.end()
 
-    def _endpoint(self, kind: Any, answerer: type[_Answerer]) -> Endpoint:
-        def understood(asked: Any) -> _Answerer:
-            self._check_name(asked.model)
-            return answerer(self._service, self.metrics, asked)
+    def _endpoint(self, kind: Any, handler: Callable[[Service, Metrics, Any], _Handler]) -> Endpoint:
+        def make(request: Any) -> _Handler:
+            self._check_name(request.model)
+            return handler(self._service, self.metrics, request)
 
-        return Endpoint(kind, understood, self._admission, self._pool, self.limits, self.metrics)
+        return Endpoint(kind, make, self._admission, self._pool, self.limits, self.metrics.seconds)
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        """Ends the scheduler with the server."""
+        """Stop the scheduler with the server."""
         yield
         self._service.scheduler.close()
         self._pool.shutdown(cancel_futures=True)
@@ -95,7 +120,6 @@ class App:
         return {"status": "ok"}
 
     async def _metrics_text(self) -> Response:
-        """In Prometheus' text form."""
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     def _model(self) -> dict[str, Any]:
@@ -103,24 +127,24 @@ class App:
 
     def _check_name(self, name: str) -> None:
         if name != self._service.name:
-            raise Refused(
+            raise RequestError(
                 404, f"there is no model {shortened(name)}; this server has {self._service.name!r}", param="model"
             )
 
 
-class _Answerer:
-    """What both kinds of answers share."""
+class _Handler(Handler):
+    """The common part of both kinds of requests."""
 
     kind: str
     prefix: str
 
-    def __init__(self, service: Service, metrics: Metrics, asked: Any) -> None:
-        self.service, self.metrics, self.asked = service, metrics, asked
+    def __init__(self, service: Service, metrics: Metrics, request: Any) -> None:
+        self.service, self.metrics, self.request = service, metrics, request
         self._head = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
-            "object": self.kind + (".chunk" if asked.stream and self.kind == "chat.completion" else ""),
+            "object": self.kind + (".chunk" if request.stream and self.kind == "chat.completion" else ""),
             "created": int(time.time()),
-            "model": asked.model,
+            "model": request.model,
         }
 
     def record(self, choices: list[Record], **more: Any) -> Record:
@@ -128,26 +152,26 @@ class _Answerer:
         return {**self._head, "choices": choices, **more}
 
     def answer(self, choices: list[Record], events: list[Record], prompt: int, completion: int, **more: Any) -> Answer:
-        """With its usage, which is counted here."""
+        """The answer with its usage, which is added to the metrics."""
         self.metrics.tokens.labels("prompt").inc(prompt)
         self.metrics.tokens.labels("completion").inc(completion)
         usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-        if self.asked.stream_options is not None and self.asked.stream_options.include_usage:
+        if self.request.stream_options is not None and self.request.stream_options.include_usage:
             events = [*events, self.record([], usage=usage)]
         return Answer(self.record(choices, usage=usage, **more), events)
 
 
-class _Completion(_Answerer):
-    """Of `POST /v1/completions`."""
+class _Completion(_Handler):
+    """`POST /v1/completions`."""
 
     kind, prefix = "text_completion", "cmpl"
 
-    def __call__(self, place: Place, on_text: OnText | None) -> Answer:
-        found, given = self.service.complete(self.asked, ticket=place, on_text=on_text)
+    def __call__(self, slot: Slot, on_text: OnText | None) -> Answer:
+        found, prompt_tokens = self.service.complete(self.request, ticket=slot, on_text=on_text)
         return self.answer(
             [_choice(number, each.text, each.reason) for number, each in enumerate(found)],
             [self.record([_choice(number, "", each.reason)]) for number, each in enumerate(found)],
-            given,
+            prompt_tokens,
             sum(each.tokens for each in found),
         )
 
@@ -156,21 +180,21 @@ class _Completion(_Answerer):
         return self.record([_choice(number, text, None)])
 
 
-class _Chat(_Answerer):
-    """Of `POST /v1/chat/completions`; the field `lamda` has candidates, scores, steps, sources and the context."""
+class _Chat(_Handler):
+    """`POST /v1/chat/completions`; the field `lamda` has candidates, scores, steps, sources and the context."""
 
     kind, prefix = "chat.completion", "chatcmpl"
 
-    def __call__(self, place: Place, _: OnText | None) -> Answer:
-        spoken = self.service.reply(self.asked, ticket=place)
-        text, lamda = spoken.reply.text, spoken.reply.to_record()
+    def __call__(self, slot: Slot, _: OnText | None) -> Answer:
+        result = self.service.reply(self.request, ticket=slot)
+        text, lamda = result.reply.text, result.reply.to_record()
         message = {"role": "assistant", "content": text, "refusal": None}
-        end = {"index": 0, "delta": {}, "finish_reason": spoken.reason}
+        end = {"index": 0, "delta": {}, "finish_reason": result.reason}
         return self.answer(
-            [{"index": 0, "message": message, "logprobs": None, "finish_reason": spoken.reason}],
+            [{"index": 0, "message": message, "logprobs": None, "finish_reason": result.reason}],
             [self.piece(0, text), self.record([end], lamda=lamda)],
-            spoken.reply.context_tokens,
-            spoken.tokens,
+            result.reply.context_tokens,
+            result.tokens,
             lamda=lamda,
         )
 
@@ -186,16 +210,17 @@ def _choice(number: int, text: str, reason: str | None) -> Record:
 
 async def _page() -> Response:
     if not (PAGE / "index.html").is_file():
-        raise Refused(404, "this server has no page; ask /v1/chat/completions")
+        raise RequestError(404, "this server has no page; use /v1/chat/completions")
     return FileResponse(PAGE / "index.html", media_type="text/html")
 
 
-async def _refused(_: Request, refused: Exception) -> Response:
-    assert isinstance(refused, Refused)
-    return JSONResponse(refused.to_record(), refused.status)
+async def _request_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return JSONResponse(error.to_record(), error.status)
 
 
-async def _not_here(request: Request, error: Exception) -> Response:
+async def _http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    refused = Refused(error.status_code, f"{request.method} {shortened(request.scope['path'])}: {error.detail}")
-    return JSONResponse(refused.to_record(), error.status_code, error.headers)  # a 405 names what is allowed
+    message = f"{request.method} {shortened(request.scope['path'])}: {error.detail}"
+    record = RequestError(error.status_code, message).to_record()
+    return JSONResponse(record, error.status_code, error.headers)  # the headers of a 405 name the allowed methods

@@ -1,7 +1,7 @@
-"""Connections: how many are open, how long each may wait, and how the server ends.
+"""Connection limits and shutdown.
 
-Uvicorn's HTTP/1.1 protocol limits the size of a head and the time between two requests. Here it also gets a time for
-a head to come, a time for a request as a whole, a least speed at which its client reads, and a number of connections.
+Uvicorn's HTTP/1.1 protocol limits the size of a head and the time between two requests. This adds a time for the head,
+a time for a whole request, a minimum speed at which the client reads, and a maximum number of connections.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lamda.data.open_files import allow_open_files
 from lamda.dialog.server.app import App
-from lamda.dialog.server.guard import is_chunked
 
 HEAD_BYTES = 16_384
 """Of a request's head."""
 
 READ_BYTES = 65_536
-"""What a client that does not keep up must read in `Limits.delivery_seconds`, or the rest where that is less."""
+"""A client that falls behind must read this much, or the rest, in `Limits.delivery_seconds`."""
 
 _SLICE = 4096
 _GRACE_SECONDS = 5
@@ -35,21 +34,21 @@ _OTHER_DESCRIPTORS = 64
 
 
 class Server(uvicorn.Server):
-    """An application on a socket. SIGINT, SIGTERM or SIGHUP ends it, when all requests at work are answered.
+    """The application on a socket. SIGINT, SIGTERM or SIGHUP stops it after all active requests are answered.
 
-    A SIGHUP that is ignored, as under nohup, stays so.
+    A SIGHUP that is ignored, as under nohup, stays ignored.
     """
 
     def __init__(self, app: App, *, on_end: Callable[[int], None] = lambda _: None) -> None:
-        """on_end: gets the number of requests that are at work when the server ends; they get 503."""
+        """on_end: called at shutdown with the number of active requests, which get 503."""
         self._app, self._on_end = app, on_end
-        doors = Doors(app)
+        shared = ConnectionLimits(app)
         super().__init__(
             uvicorn.Config(
                 app,
-                http=partial(Connection, doors=doors),  # type: ignore[arg-type]
+                http=partial(Connection, shared=shared),  # type: ignore[arg-type]
                 loop="asyncio",
-                backlog=doors.most,
+                backlog=shared.most,
                 ws="none",
                 lifespan="on",
                 log_level="error",
@@ -63,7 +62,7 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As Uvicorn does, and SIGHUP, which a terminal sends that closes."""
+        """Uvicorn's signals, and SIGHUP, which a closing terminal sends."""
         with super().capture_signals():
             before = signal.getsignal(signal.SIGHUP)
             if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
@@ -76,43 +75,43 @@ class Server(uvicorn.Server):
                 signal.signal(signal.SIGHUP, before)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """As Uvicorn does, after whoever is at work was ended."""
+        """End active requests, then shut down Uvicorn."""
         self._on_end(self._app.end())
         await super().shutdown(sockets)
 
 
-class Doors:
-    """What all connections share: their limits, and those that wait for a request, the longest waiting first."""
+class ConnectionLimits:
+    """State shared by all connections: limits, and the connections waiting for a request, longest first."""
 
     def __init__(self, app: App) -> None:
         self.limits, self.metrics = app.limits, app.metrics
-        # A burst is accepted before the first of it can be cut off: each connection has two descriptors set aside.
+        # A burst is accepted before its first connection can be closed: reserve two descriptors per connection.
         descriptors = allow_open_files(2 * app.limits.connections + _OTHER_DESCRIPTORS)
         self.most = max(min(app.limits.connections, (descriptors - _OTHER_DESCRIPTORS) // 2), 1)
         self.waiting: dict[Connection, None] = {}
 
 
 class Connection(H11Protocol):
-    """One connection. Whoever breaks a limit is cut off: there is nothing to answer, or nobody who reads it."""
+    """One connection. One that breaks a limit is aborted without an answer, which nobody would read."""
 
-    def __init__(self, *arguments: Any, doors: Doors, **options: Any) -> None:
+    def __init__(self, *arguments: Any, shared: ConnectionLimits, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._doors = doors
+        self._shared = shared
         self._timer: asyncio.TimerHandle | None = None
         self._reader: asyncio.TimerHandle | None = None
         self._unread = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Where there are too many, the one that has waited longest for a request leaves, or else this one."""
+        """With too many connections, abort the one that has waited longest for a request, or else this one."""
         super().connection_made(transport)
         self._wait()
-        if len(self.connections) > self._doors.most:
-            idle = (each for each in self._doors.waiting if not each.flow.write_paused)
+        if len(self.connections) > self._shared.most:
+            idle = (each for each in self._shared.waiting if not each.flow.write_paused)
             next(idle, self).cut("connections")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing of it stays."""
-        self._doors.waiting.pop(self, None)
+        """Cancel its timers."""
+        self._shared.waiting.pop(self, None)
         for timer in (self._timer, self._reader):
             if timer is not None:
                 timer.cancel()
@@ -120,10 +119,10 @@ class Connection(H11Protocol):
         self._unset_keepalive_if_required()
 
     def data_received(self, data: bytes) -> None:
-        """A head that is complete begins a request; what comes behind one that was answered is bounded.
+        """A complete head starts a request; bytes after an answered one are bounded.
 
-        h11 takes some 50 microseconds for each chunk of a chunked body, however small. It gets little at a time, and
-        none of such a body, which is refused: no client of this protocol needs it.
+        h11 takes some 50 microseconds for each chunk of a chunked body, however small. So it gets small slices, and
+        none of a chunked body, which is rejected: no client of this protocol needs one.
         """
         while data and not self.transport.is_closing() and not self._has_chunks:
             size = len(data) if self._is_at_work else _SLICE
@@ -133,67 +132,67 @@ class Connection(H11Protocol):
         if self._is_at_work:
             self._work()
             return
-        if self._unread > self._doors.limits.bytes:
+        if self._unread > self._shared.limits.bytes:
             self.cut("bytes")
 
     def on_response_complete(self) -> None:
-        """The next request is waited for. One that was sent before this answer is not taken: it would come for free."""
+        """Wait for the next request. A pipelined one closes the connection: it would escape the limits."""
         if self.conn.trailing_data[0] or self._has_chunks:
             self.transport.close()
         super().on_response_complete()
         self._wait()
 
     def send_400_response(self, msg: str) -> None:
-        """What is no HTTP is counted as every other refusal."""
-        self._doors.metrics.requests.labels("400").inc()
+        """Count malformed HTTP like every other error."""
+        self._shared.metrics.requests.labels("400").inc()
         try:
             super().send_400_response(msg)
-        except h11.LocalProtocolError:  # it came behind an answer that has begun
+        except h11.LocalProtocolError:  # a response has already started
             self.cut("protocol")
 
     def pause_writing(self) -> None:
-        """The client does not keep up: from here on it must read at a least speed."""
+        """The client falls behind: from now on it must read at a minimum speed."""
         super().pause_writing()
         self._watch_reading()
 
     def resume_writing(self) -> None:
-        """It has read what there was."""
+        """The client has caught up."""
         super().resume_writing()
         if self._reader is not None:
             self._reader.cancel()
 
     def shutdown(self) -> None:
-        """The server ends: nothing is waited for that a client might never read."""
+        """At shutdown, do not wait for a client that may never read."""
         if self.flow.write_paused:
             self.cut("ending")
         else:
             super().shutdown()
 
     def cut(self, limit: str) -> None:
-        """End it without waiting for anything."""
-        self._doors.waiting.pop(self, None)
-        self._doors.metrics.closed.labels(limit).inc()
+        """Abort the connection and count it under this limit."""
+        self._shared.waiting.pop(self, None)
+        self._shared.metrics.closed.labels(limit).inc()
         self.transport.abort()
 
     @property
     def _has_chunks(self) -> bool:
-        return self.cycle is not None and is_chunked(self.headers)
+        return self.cycle is not None and any(name == b"transfer-encoding" for name, _ in self.headers)
 
     @property
     def _is_at_work(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
     def _wait(self) -> None:
-        """For a request."""
+        """Wait for a request."""
         self._unread = 0
-        self._doors.waiting[self] = None
-        self._limit(self._doors.limits.head_seconds, self._no_head)
+        self._shared.waiting[self] = None
+        self._limit(self._shared.limits.head_seconds, self._no_head)
 
     def _work(self) -> None:
-        """On a request that has just begun, if it has."""
-        if self in self._doors.waiting:
-            del self._doors.waiting[self]
-            limits = self._doors.limits
+        """Start the timer of a request that has just begun."""
+        if self in self._shared.waiting:
+            del self._shared.waiting[self]
+            limits = self._shared.limits
             self._limit(
                 limits.body_seconds + limits.seconds + limits.delivery_seconds, partial(self.cut, "request_seconds")
             )
@@ -204,14 +203,14 @@ class Connection(H11Protocol):
         self._timer = self.loop.call_later(seconds, at_end)
 
     def _no_head(self) -> None:
-        if self.flow.write_paused:  # the last answer is still being read, at its least speed
+        if self.flow.write_paused:  # the last response is still being read
             self._wait()
         else:
             self.cut("head_seconds")
 
     def _watch_reading(self) -> None:
         self._reader = self.loop.call_later(
-            self._doors.limits.delivery_seconds, self._has_read, self.transport.get_write_buffer_size()
+            self._shared.limits.delivery_seconds, self._has_read, self.transport.get_write_buffer_size()
         )
 
     def _has_read(self, before: int) -> None:

@@ -1,6 +1,6 @@
-"""What every request passes before anything reads it: the host's name, the origin, the key, the body's size and time.
+"""Checks before any request is handled: host name, origin, API key, size and time of the body.
 
-It is also what every answer passes: each is counted here, whoever gave it.
+Every response also passes through here, gets the security headers and is counted.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ import asyncio
 import hmac
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from lamda.dialog.server.admission import ending
+from prometheus_client import Counter
+
+from lamda.dialog.server.admission import shutting_down
 from lamda.dialog.server.limits import SMALL_BODY, Limits
-from lamda.dialog.server.metrics import Metrics
-from lamda.dialog.server.protocol import Refused, shortened
+from lamda.dialog.server.protocol import RequestError, shortened
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -24,7 +25,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OUTCOME = "lamda.outcome"
-"""The key of a scope under which whoever answers says what became of a request, where the status does not."""
+"""Key of the ASGI scope for the outcome to count, if it is not the response's status."""
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _OPEN = ("/", "/health")
@@ -41,24 +42,23 @@ _HEADERS = (
 
 
 class Guard:
-    """An ASGI application around another."""
+    """ASGI middleware."""
 
-    def __init__(self, app: App, *, hosts: frozenset[str], key: str | None, limits: Limits, metrics: Metrics) -> None:
-        """hosts: names by which clients may call this server. A page elsewhere whose name was made to point here
-        (DNS rebinding) calls it by another. key: what `Authorization: Bearer` must carry, where there is one;
-        the page and /health need none.
+    def __init__(self, app: App, *, hosts: frozenset[str], key: str | None, limits: Limits, requests: Counter) -> None:
+        """hosts: allowed Host headers, against DNS rebinding. key: required as `Authorization: Bearer`, if given;
+        the page and /health need none. requests: counts requests by status.
         """
-        self._app, self._hosts, self._key, self._limits, self._metrics = app, hosts, key, limits, metrics
+        self._app, self._hosts, self._key, self._limits, self._requests = app, hosts, key, limits, requests
         self._reading: set[asyncio.Timeout] = set()
         self._held = 0
         self._is_ending = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuses, or passes the request on; every answer has the headers that confine a page."""
+        """Reject the request or pass it on; adds the security headers to every response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope[OUTCOME] = 499  # where no answer begins, the client has left
+        scope[OUTCOME] = 499  # unless a response starts, the client has left
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -69,10 +69,10 @@ class Guard:
         try:
             await self._pass(scope, receive, with_headers)
         finally:
-            self._metrics.requests.labels(str(scope[OUTCOME])).inc()
+            self._requests.labels(str(scope[OUTCOME])).inc()
 
     def end(self) -> None:
-        """Whoever is still sending a body gets the answer that the server is ending."""
+        """Answer clients that are still sending a body with 503."""
         self._is_ending = True
         for timeout in self._reading:
             timeout.reschedule(0)
@@ -82,8 +82,8 @@ class Guard:
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
             self._check(scope["path"], headers)
             body = await self._read(headers, receive) if scope["method"] == "POST" else b""
-        except Refused as refused:
-            await refuse(refused, send)
+        except RequestError as error:
+            await send_error(error, send)
         else:
             if body is not None:
                 await self._app(scope, _replay(body, receive), send)
@@ -91,28 +91,27 @@ class Guard:
     def _check(self, path: str, headers: dict[str, str]) -> None:
         host = headers.get("host", "")
         if _name(host) not in self._hosts:
-            raise Refused(
-                421, f"this server is not called {shortened(host)}; `lamda serve --allow-host NAME` lets it be"
-            )
+            raise RequestError(421, f"host {shortened(host)} is not allowed; `lamda serve --allow-host NAME` allows it")
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
-            raise Refused(403, "pages of other servers may not ask this one")
+            raise RequestError(403, "cross-origin requests are not allowed")
         is_open = path in _OPEN or path.startswith("/static/")
         if self._key is not None and not is_open:
             scheme, _, given = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._key.encode()):
-                raise Refused(401, "the key is missing or wrong: send it as `Authorization: Bearer KEY`")
+                raise RequestError(401, "the key is missing or wrong: send it as `Authorization: Bearer KEY`")
 
     async def _read(self, headers: dict[str, str], receive: Receive) -> bytes | None:
-        """The body, or None where the client has left. Raises Refused where it is too long or takes too long."""
+        """The body, or None if the client disconnected. Raises RequestError for one that is too long or too slow."""
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            raise Refused(415, f"the content type is {shortened(kind) if kind else 'missing'}: send application/json")
+            shown = shortened(kind) if kind else "missing"
+            raise RequestError(415, f"the content type is {shown}: send application/json")
         coding = headers.get("content-encoding", "").strip().lower()
         if coding not in ("", "identity"):
-            raise Refused(415, f"the content encoding is {shortened(coding)}: send the body as it is")
+            raise RequestError(415, f"the content encoding is {shortened(coding)}: send the body as it is")
         if "transfer-encoding" in headers:
-            raise Refused(411, "the body is chunked: send its content-length")
+            raise RequestError(411, "the body is chunked: send its content-length")
         body = bytearray()
         try:
             async with asyncio.timeout(0 if self._is_ending else self._limits.body_seconds) as timeout:
@@ -121,9 +120,9 @@ class Guard:
                     pass
         except TimeoutError:
             raise (
-                ending()
+                shutting_down()
                 if self._is_ending
-                else Refused(408, f"the body took longer than {self._limits.body_seconds:g} seconds")
+                else RequestError(408, f"the body took longer than {self._limits.body_seconds:g} seconds")
             ) from None
         except ConnectionError:
             return None
@@ -133,7 +132,7 @@ class Guard:
         return bytes(body)
 
     async def _append(self, body: bytearray, receive: Receive) -> bool:
-        """Add what comes next; whether more does. Raises ConnectionError where the client has left, and Refused."""
+        """Append the next part; whether more follows. Raises ConnectionError on disconnection, and RequestError."""
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ConnectionError
@@ -141,15 +140,10 @@ class Guard:
         body += message.get("body", b"")
         self._held += _counted(body) - before
         if len(body) > self._limits.bytes:
-            raise Refused(413, f"the body is longer than {self._limits.bytes:,} bytes")
+            raise RequestError(413, f"the body is longer than {self._limits.bytes:,} bytes")
         if self._held > self._limits.total_bytes and len(body) > SMALL_BODY:
-            raise Refused(429, f"bodies of {self._limits.total_bytes:,} bytes are being read: try again soon")
+            raise RequestError(429, f"bodies of {self._limits.total_bytes:,} bytes are being read: try again soon")
         return bool(message.get("more_body", False))
-
-
-def is_chunked(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    """Whether a body comes in chunks."""
-    return any(name == b"transfer-encoding" for name, _ in headers)
 
 
 def _counted(body: bytearray) -> int:
@@ -157,13 +151,13 @@ def _counted(body: bytearray) -> int:
 
 
 def _name(host: str) -> str:
-    """The name in a Host header, without its port; nothing where it is no name and port."""
+    """The name in a Host header, without its port; empty if it is malformed."""
     named = re.fullmatch(r"(?:\[([^\[\]]*)\]|([^:@,/?#\s]*))(?::\d*)?", host)
     return (named[1] or named[2] or "").lower() if named else ""
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """The body that was read, then whatever comes: the client's leaving."""
+    """The body that was read, then further messages: the client's disconnection."""
     given = False
 
     async def again() -> Message:
@@ -176,13 +170,13 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-async def refuse(refused: Refused, send: Send) -> None:
-    """Answer with an error. Where the body is not read to its end, the connection ends with it."""
-    body = json.dumps(refused.to_record()).encode()
+async def send_error(error: RequestError, send: Send) -> None:
+    """Answer with an error; closes the connection if the body is not read to its end."""
+    body = json.dumps(error.to_record()).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if refused.status in (408, 411):
+    if error.status in (408, 411):
         headers.append((b"connection", b"close"))
-    if refused.status == 429:
+    if error.status == 429:
         headers.append((b"retry-after", b"1"))
-    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -1,4 +1,4 @@
-"""Every limit of the server; `docs/serving.md` has them in one table."""
+"""All limits of the server; `docs/serving.md` lists them in one table."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """What one client cannot exceed, and all together not either.
+    """Limits of one request and of all together.
 
-    tokens: of a prompt's text and of each choice that is generated. candidates: of a request, and prompts times
-    choices. bytes: of a body.
-    requests: at work together. total_tokens: of keys and values that all of them may come to hold. total_bytes: of the
-    bodies over `SMALL_BODY` that are being read. connections: open together.
-    head_seconds: for the head of a request, and between two. body_seconds: for its body. seconds: for its work,
-    waiting included. delivery_seconds: in which a client that does not keep up must have read something.
+    tokens: of a prompt's text and of each generated choice. candidates: of a request, and prompts times choices.
+    bytes: of a body. requests: active together. total_tokens: of keys and values that all active requests may hold.
+    total_bytes: of the bodies over `SMALL_BODY` that are being read. connections: open together.
+    head_seconds: for the head of a request, and between two requests. body_seconds: for its body. seconds: for its
+    work, waiting included. delivery_seconds: within which a client that falls behind must read some bytes.
     """
 
     tokens: int = 2048
@@ -31,10 +30,10 @@ class Limits:
 
 
 SMALL_BODY = 65_536
-"""Bytes of a body that are not counted in `total_bytes`: a few large ones do not keep ordinary requests out."""
+"""Bodies up to this many bytes do not count in `total_bytes`: a few large ones do not keep ordinary requests out."""
 
 STRUCTURE = 50_000
-"""Commas and opening brackets of a body, counted before it is parsed."""
+"""Commas and opening brackets of a body, counted before parsing."""
 
 KEYS = 100
 """Keys of a JSON object, more than any of OpenAI's has."""
@@ -43,4 +42,4 @@ MESSAGES, PARTS, STOPS = 4096, 1000, 4
 """Messages of a conversation, parts of a message, stop strings of a request."""
 
 PROBLEMS = 20
-"""Problems of a request that an answer names; it counts the others."""
+"""Problems of a request listed in an error message, which counts the others."""

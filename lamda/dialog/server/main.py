@@ -14,20 +14,19 @@ from pathlib import Path
 
 from lamda import console
 from lamda.config.errors import UserError, all_of
-from lamda.dialog.options import add_options, manner_of, toolset_of, usable_tools
+from lamda.dialog.options import add_options, reply_options_of, toolset_of, usable_tools
 from lamda.dialog.server.limits import Limits
-from lamda.dialog.server.memory import share_arenas
-from lamda.inference.loading import load_run
+from lamda.dialog.server.memory import limit_arenas
 
 _SWITCH_SECONDS = 0.0005
-"""In which a thread gives way to another: the one of the connections waits so long for each of its system calls."""
+"""Interpreter switch interval: the connection thread waits this long for the GIL after each system call."""
 
 KEY_VARIABLE = "LAMDA_API_KEY"
 
 
 def main(argv: list[str]) -> int:
     """As `lamda serve --help` says; raises UserError."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
     if missing:
         raise UserError(f"the server needs {', '.join(missing)}: pip install 'lamda-pytorch[serve]'")
@@ -40,9 +39,10 @@ def main(argv: list[str]) -> int:
     from lamda.dialog.server.connections import Server
     from lamda.dialog.server.guard import LOOPBACK
     from lamda.dialog.server.service import Service
+    from lamda.inference.loading import load_run
 
-    share_arenas()
-    manner, toolset = manner_of(options), toolset_of(options)
+    limit_arenas()
+    reply_options, toolset = reply_options_of(options), toolset_of(options)
     listening = _listen(options.host, options.port)
     loaded = load_run(options.run, int8=options.int8)
     service = Service(
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         sequence_length=loaded.config.data.sequence_length,
         is_tuned=loaded.config.data.packing == "whole",
         toolset=usable_tools(toolset, loaded.path),
-        manner=manner,
+        options=reply_options,
         limits=Limits(
             tokens=options.max_tokens,
             candidates=max(options.candidates, Limits.candidates),
@@ -66,22 +66,19 @@ def main(argv: list[str]) -> int:
     app = App(service, hosts=hosts, key=key, chat_only=options.chat_only)
     console.outlive()
     sys.setswitchinterval(_SWITCH_SECONDS)
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of answers to clients that have just left
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of responses to clients that have just left
     gc.collect()
-    gc.freeze()  # what is loaded stays: a collection that walks through all of it stops every thread for 0.2 s
+    gc.freeze()  # a collection that walks through all loaded objects would stop every thread for 0.2 s
     gigabytes = options.total_tokens * service.token_bytes / 1e9
-    print(f"{loaded.path.name} of {options.run} answers on {_address(options.host, listening.getsockname()[1])}")
-    print(f"{options.total_tokens:,} tokens of all requests together take up to {gigabytes:.1f} GB", flush=True)
-    Server(app, on_end=_say_end).run(sockets=[listening])
+    print(f"{loaded.path.name} of {options.run} listens on {_address(options.host, listening.getsockname()[1])}")
+    print(f"{options.total_tokens:,} tokens of all requests take up to {gigabytes:.1f} GB", flush=True)
+    message = "shutting down; active requests answered with 503"
+    Server(app, on_end=lambda active: print(f"{message}: {active}", flush=True)).run(sockets=[listening])
     return 0
 
 
-def _say_end(at_work: int) -> None:
-    print(f"ending; at work, and answered with 503: {at_work}", flush=True)
-
-
 def read_key(file: Path | None) -> str | None:
-    """The key from a file or the environment, if there is one. Raises UserError where it is empty or not to be read."""
+    """The API key from a file or the environment, if any. Raises UserError if it is empty or unreadable."""
     if file is None:
         key, place = os.environ.get(KEY_VARIABLE), KEY_VARIABLE
     else:
@@ -93,14 +90,14 @@ def read_key(file: Path | None) -> str | None:
         return None
     key = key.strip()
     if not key:
-        raise UserError(f"{place}: the key is empty; put one in, or take the option away")
+        raise UserError(f"{place}: the key is empty; write one, or remove the option")
     if not all("!" <= character <= "~" or character == " " for character in key):
         raise UserError(f"{place}: a header cannot carry this key: use one line of printable ASCII characters")
     return key
 
 
 def check_exposure(host: str, *, key: str | None, is_meant: bool) -> None:
-    """Raises UserError where others could reach the server without a key, and nobody said that they should."""
+    """Raises UserError if other machines could reach the server without a key and `--without-key` is absent."""
     try:
         is_local = ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -108,12 +105,12 @@ def check_exposure(host: str, *, key: str | None, is_meant: bool) -> None:
     if not is_local and key is None and not is_meant:
         raise UserError(
             f"--host {host} lets other machines in, and there is no key: give --key-file FILE or {KEY_VARIABLE}, "
-            "or say --without-key"
+            "or --without-key"
         )
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Raises UserError where the address cannot be had."""
+    """Raises UserError if the address is not available."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
@@ -136,21 +133,30 @@ def _address(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda serve`."""
     parser = argparse.ArgumentParser(prog="lamda serve", allow_abbrev=False)
-    parser.add_argument("run", metavar="RUN", type=Path)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--name")
-    parser.add_argument("--key-file", type=Path)
-    parser.add_argument("--without-key", action="store_true")
-    parser.add_argument("--allow-host", action="append", default=[])
-    parser.add_argument("--chat-only", action="store_true")
-    limits = Limits()
-    parser.add_argument("--max-tokens", type=int, default=limits.tokens)
-    parser.add_argument("--requests", type=int, default=limits.requests)
-    parser.add_argument("--total-tokens", type=int, default=limits.total_tokens)
-    parser.add_argument("--connections", type=int, default=limits.connections)
-    parser.add_argument("--seconds", type=float, default=limits.seconds)
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run, a checkpoint or an imported model")
+    parser.add_argument("--host", default="127.0.0.1", metavar="H", help="default %(default)s: this machine alone")
+    parser.add_argument("--port", type=int, default=8000, metavar="P", help="default %(default)s")
+    parser.add_argument("--name", help="the model's name in requests; default: the run's folder")
+    parser.add_argument(
+        "--key-file", type=Path, metavar="FILE", help=f"requests must carry its content, or that of {KEY_VARIABLE}"
+    )
+    parser.add_argument("--without-key", action="store_true", help="accept other machines without a key")
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME",
+        help="another name by which clients call this server; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--chat-only", action="store_true", help="no /v1/completions, whose texts are not filtered")
+    limits, add = Limits(), parser.add_argument
+    add("--max-tokens", type=int, default=limits.tokens, metavar="N", help="per prompt and reply; default %(default)s")
+    add("--requests", type=int, default=limits.requests, metavar="N", help="handled at a time; default %(default)s")
+    add(
+        "--total-tokens", type=int, default=limits.total_tokens, metavar="N",
+        help="in the caches of all requests; default %(default)s",
+    )  # fmt: skip
+    add("--connections", type=int, default=limits.connections, metavar="N", help="open at a time; default %(default)s")
+    add("--seconds", type=float, default=limits.seconds, metavar="S", help="time per request; default %(default)g")
     add_options(parser)
     return parser

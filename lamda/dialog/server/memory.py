@@ -1,4 +1,4 @@
-"""Memory that is freed goes back to the operating system, where the C library is glibc."""
+"""Return freed memory to the operating system, with glibc."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ _M_ARENA_MAX = -8  # of <malloc.h>
 _ARENAS = 2
 
 
-def share_arenas() -> None:
-    """Call it before threads begin: with an arena for each request's thread, each keeps what it once took."""
+def limit_arenas() -> None:
+    """Share few malloc arenas among all threads; each arena keeps what it once took. Call before threads start."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_ARENA_MAX, _ARENAS)
 
 
-def give_back() -> None:
-    """What large requests took on a CPU, and the allocator keeps."""
+def trim_memory() -> None:
+    """Release memory that large requests took on a CPU and the allocator keeps."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,4 +1,4 @@
-"""What clients may ask, in OpenAI's form. What is not supported is refused by name; nothing is ignored."""
+"""Requests in OpenAI's format. Unsupported parameters are rejected by name; none is ignored."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
-"""OpenAI's parameters that are not supported, and the values of each that ask for nothing, as null does."""
+"""OpenAI's unsupported parameters, and the values of each that have no effect, like null."""
 
 _NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
@@ -55,11 +55,11 @@ _NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "refusal": (),
     "tool_calls": ([],),
 }
-"""The same inside a message, as the official client writes an answer that it sends back."""
+"""The same inside a message: the official client sends them back with an answer."""
 
 
-class Refused(Exception):  # noqa: N818 - an answer, not a defect
-    """A request that is answered with an error: HTTP status, message and the parameter at fault."""
+class RequestError(Exception):
+    """A request answered with an error: HTTP status, message and the parameter at fault."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -73,12 +73,12 @@ class Refused(Exception):  # noqa: N818 - an answer, not a defect
 
 
 def shortened(text: str) -> str:
-    """A client's own text as a message repeats it: in quotes, and its beginning alone where it is long."""
+    """A client's text for an error message: quoted and truncated."""
     return repr(text if len(text) <= 100 else text[:100] + "...")
 
 
-def _asking(values: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
-    """The values that ask for something. 0 and False are not the same: `logprobs: 0` does ask. Raises ValueError."""
+def _without_neutral_values(values: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """The values that have an effect. 0 is not False: `logprobs: 0` has one. Raises ValueError."""
     if len(values) > KEYS:
         raise ValueError(f"has {len(values):,} keys: at most {KEYS}")
 
@@ -89,7 +89,7 @@ def _asking(values: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -
 
 
 def _at_most(most: int) -> BeforeValidator:
-    """Refuses a longer list before its elements are looked at."""
+    """Reject a longer list before its elements are validated."""
 
     def check(value: Any) -> Any:
         if isinstance(value, list) and len(value) > most:
@@ -108,14 +108,14 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    """How a stream ends; `include_obfuscation` asks for padding, which there is none of."""
+    """Options of a stream; `include_obfuscation` requests padding, which is not supported."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
-class _Asked(_Strict):
-    """What both kinds of requests share; what names the end user or a cache changes nothing."""
+class _GenerationRequest(_Strict):
+    """The common parameters; those that name the end user or a cache have no effect."""
 
     model: str
     max_tokens: int | None = Field(None, ge=1, lt=2**63)
@@ -135,8 +135,8 @@ class _Asked(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _without_neutral(cls, values: Any) -> Any:
-        """Null is OpenAI's word for the default, and so are values that ask for nothing."""
-        return _asking(values, _NEUTRAL) if isinstance(values, dict) else values
+        """Null and values without an effect mean the default."""
+        return _without_neutral_values(values, _NEUTRAL) if isinstance(values, dict) else values
 
     @field_validator("temperature")
     @classmethod
@@ -158,11 +158,11 @@ class _Asked(_Strict):
         return value
 
 
-Asked = TypeVar("Asked", bound=_Asked)
+RequestT = TypeVar("RequestT", bound=_GenerationRequest)
 
 
 def _prompts(value: Any) -> list[str] | list[list[int]]:
-    """One or more, from OpenAI's four forms. Raises ValueError, with one message in place of one for each form."""
+    """The prompts, from OpenAI's four forms. Raises ValueError, with one message rather than one per form."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
@@ -174,8 +174,8 @@ def _prompts(value: Any) -> list[str] | list[list[int]]:
     raise ValueError("give a text, a list of texts, a list of ids or a list of lists of ids, not empty")
 
 
-class CompletionRequest(_Asked):
-    """`POST /v1/completions`: continue texts, or ids; choice number `p * n + c` continues prompt p."""
+class CompletionRequest(_GenerationRequest):
+    """`POST /v1/completions`: continue texts or ids; choice `p * n + c` continues prompt p."""
 
     prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts)]
 
@@ -188,7 +188,7 @@ class TextPart(_Strict):
 
 
 class ChatMessage(_Strict):
-    """A message; tools are the server's own, so that no client can speak for them. `name` changes nothing."""
+    """A message; tools are the server's own, so no client can send their messages. `name` has no effect."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[TextPart], FailFast(), _at_most(PARTS)]
@@ -197,22 +197,22 @@ class ChatMessage(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _without_neutral(cls, values: Any) -> Any:
-        return _asking(values, _NEUTRAL_IN_MESSAGE) if isinstance(values, dict) else values
+        return _without_neutral_values(values, _NEUTRAL_IN_MESSAGE) if isinstance(values, dict) else values
 
     @field_validator("content", mode="before")
     @classmethod
     def _parts(cls, value: Any) -> Any:
         if not isinstance(value, (str, list)):
-            raise ValueError("give a text, or a list of parts of it")
+            raise ValueError("give a text, or a list of text parts")
         return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
     def to_message(self) -> Message:
-        """As the dialogue model knows it."""
+        """As a message of `lamda.dialog.conversation`."""
         role = "system" if self.role == "developer" else self.role
         return Message(role, "".join(part.text for part in self.content))
 
 
-class ChatRequest(_Asked):
+class ChatRequest(_GenerationRequest):
     """`POST /v1/chat/completions`: answer the last message."""
 
     messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1), _at_most(MESSAGES)]
@@ -235,10 +235,10 @@ class ChatRequest(_Asked):
         return stops
 
 
-def parse(kind: type[Asked], body: bytes) -> Asked:
-    """A request from its JSON. Raises Refused that names what is wrong, the first `PROBLEMS` of many."""
+def parse(kind: type[RequestT], body: bytes) -> RequestT:
+    """A request from its JSON. Raises RequestError that lists the first `PROBLEMS` problems."""
     if (structure := sum(map(body.count, (b",", b"[", b"{")))) > STRUCTURE:
-        raise Refused(400, f"the body has {structure:,} commas and opening brackets: at most {STRUCTURE:,}")
+        raise RequestError(400, f"the body has {structure:,} commas and opening brackets: at most {STRUCTURE:,}")
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
@@ -247,7 +247,7 @@ def parse(kind: type[Asked], body: bytes) -> Asked:
     lines = [f"{place or 'the body'}: {_problem(place, each)}" for place, each in problems]
     if len(found) > PROBLEMS:
         lines.append(f"and {len(found) - PROBLEMS:,} more")
-    raise Refused(400, "; ".join(lines), param=problems[0][0] or None)
+    raise RequestError(400, "; ".join(lines), param=problems[0][0] or None)
 
 
 def _problem(name: str, problem: Any) -> str:

@@ -1,16 +1,17 @@
-"""One thread that does all work on the model: a piece of a prompt, then a token for each request, and again.
+"""Continuous batching: one thread runs the model, alternating a piece of a prompt and one token for each request.
 
-Requests come and go between steps. What one gets does not depend on its company: draws are its own, and rows do
-not see each other. What it fails with is its own, too.
+Requests join and leave between steps. A request's result does not depend on the others: each has random draws of its
+own, and rows do not attend to each other. An error ends only the request that caused it.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from queue import Empty, SimpleQueue
 from traceback import format_exception
 from typing import Any, TypeVar
@@ -18,15 +19,15 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from lamda.config.errors import RunError, UserError
-from lamda.dialog.server.admission import Abandoned, Ending, Ticket, TooLong
-from lamda.dialog.server.memory import give_back
+from lamda.dialog.server.admission import ClientDisconnected, DeadlineExceeded, ShuttingDown, Ticket
+from lamda.dialog.server.memory import trim_memory
 from lamda.inference.cache import Prefix
 from lamda.inference.generation import Candidates, OnToken, Pieces, forward
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
 
 _IDLE_SECONDS = 2.0
-"""Without work, after which memory is given back."""
+"""Idle time after which memory is released."""
 
 log = logging.getLogger(__name__)
 
@@ -35,33 +36,31 @@ Result = TypeVar("Result")
 
 @dataclass(eq=False)
 class _Job:
-    """A request that waits for the thread.
+    """Work of a request for the thread: either `pieces`, run to their result, or `count` candidates to sample.
 
-    pieces: work that ends with a result; or else `candidates` are continued. The future holds no frames: a
-    traceback in it would keep keys and values until a garbage collection.
+    begin: makes the candidates. The future holds no frames: a traceback in it would keep keys and values until
+    garbage collection.
     """
 
     ticket: Ticket
     tokens: int = 0
     pieces: Pieces[Any] | None = None
-    prefix: Prefix | None = None
+    begin: Callable[[], Candidates] | None = None
     count: int = 0
-    sampling: Sampling | None = None
-    on_token: OnToken | None = None
     candidates: Candidates | None = None
     done: Future[Any] = field(default_factory=Future)
 
     def end(self, result: object) -> None:
-        """Nothing is held from here on but the result."""
-        self.pieces = self.prefix = self.candidates = self.on_token = None
+        """Hold nothing but the result."""
+        self.pieces = self.begin = self.candidates = None
         self.done.set_result(result)
 
     def fail(self, error: Exception) -> None:
-        """The same with an error, which `Scheduler` raises in the request's own thread."""
-        if not isinstance(error, (Abandoned, Ending, TooLong, UserError)):
+        """Hold nothing but the error, which `Scheduler` raises in the request's own thread."""
+        if not isinstance(error, (ClientDisconnected, ShuttingDown, DeadlineExceeded, UserError)):
             log.error("a request failed\n%s", "".join(format_exception(error)))  # text: a record would keep the frames
             error = RunError(f"{type(error).__name__}: {error}")
-        self.pieces = self.prefix = self.candidates = self.on_token = None
+        self.pieces = self.begin = self.candidates = None
         self.done.set_exception(error.with_traceback(None))
 
 
@@ -69,8 +68,8 @@ class Scheduler:
     """Owns the thread; `close` ends it.
 
     Attributes:
-        rows: candidates that the last step continued.
-        steps: how often the model was run for all of them.
+        rows: candidates in the last step.
+        steps: sampling steps so far.
     """
 
     def __init__(self, model: LaMDA) -> None:
@@ -84,19 +83,20 @@ class Scheduler:
     def sample(
         self, prefix: Prefix, *, count: int, sampling: Sampling, ticket: Ticket, on_token: OnToken | None = None
     ) -> Candidates:
-        """As `lamda.inference.generation.sample`, with all who ask at the same time; waits for the end.
+        """As `lamda.inference.generation.sample`, batched with other requests; blocks until it is done.
 
-        `on_token` is called in the scheduler's thread. Raises what `ticket.check` does, Abandoned after `close`, and
-        RunError where the model failed, which the log then has.
+        `on_token` is called in the scheduler's thread. Raises what `ticket.check` does, ClientDisconnected after
+        `close`, and RunError if the model failed, which is logged.
         """
-        job = _Job(ticket, prefix=prefix, count=count, sampling=sampling, on_token=on_token)
+        begin = partial(Candidates, self._model, prefix, count=count, sampling=sampling, on_token=on_token)
+        job = _Job(ticket, begin=begin, count=count)
         try:
             return self._put(job).result()
         finally:
-            del job, prefix, on_token  # of an error, the traceback keeps this frame
+            del job, begin, prefix, on_token  # the traceback of an error keeps this frame
 
     def run(self, pieces: Pieces[Result], *, tokens: int = 0, ticket: Ticket) -> Result:
-        """As `lamda.inference.generation.whole`, one request after another, the shortest first. Raises as `sample`."""
+        """As `lamda.inference.generation.whole`, shortest request first. Raises as `sample`."""
         job = _Job(ticket, tokens=tokens, pieces=pieces)
         try:
             return self._put(job).result()
@@ -104,16 +104,16 @@ class Scheduler:
             del job, pieces
 
     def close(self) -> None:
-        """End after the current step; what is running ends as if its clients had gone."""
+        """Stop after the current step; pending requests raise ClientDisconnected."""
         with self._entrance:
             self._is_closed = True
             self._arrived.put(None)
         self._thread.join()
 
     def _put(self, job: _Job) -> Future[Any]:
-        with self._entrance:  # behind the one that closes, a job would wait without end
+        with self._entrance:  # a job queued after the closing None would wait forever
             if self._is_closed:
-                raise Abandoned
+                raise ClientDisconnected
             self._arrived.put(job)
         return job.done
 
@@ -126,24 +126,24 @@ class Scheduler:
             jobs = [job for job in jobs if not job.done.done()]
 
     def _receive(self, jobs: list[_Job]) -> bool:
-        """Add who has arrived, after waiting where there is nothing else to do; whether the thread continues."""
+        """Add new jobs, waiting if there is no other work; whether the thread continues."""
         while not jobs or not self._arrived.empty():
             try:
                 job = self._arrived.get(timeout=_IDLE_SECONDS if self._has_worked and not jobs else None)
             except Empty:
                 self._has_worked = False
-                give_back()
+                trim_memory()
                 continue
             self._has_worked = True
             if job is None:
                 for left in jobs:
-                    left.fail(Abandoned())
+                    left.fail(ClientDisconnected())
                 return False
             jobs.append(job)
         return True
 
     def _piece(self, jobs: Sequence[_Job]) -> None:
-        """A piece of the shortest work that waits; of equally short ones, of the first."""
+        """Run one piece of the shortest pending job, the first on ties."""
         job = min((job for job in jobs if job.pieces is not None), key=lambda job: job.tokens, default=None)
         if job is None or job.pieces is None:
             return
@@ -151,16 +151,17 @@ class Scheduler:
             next(job.pieces)
         except StopIteration as end:
             job.end(end.value)
-        except Exception as error:  # what happens to one request is that one's
+        except Exception as error:  # must not end other requests
             job.fail(error)
 
     def _step(self, jobs: Sequence[_Job]) -> None:
-        """Continue all by a token."""
+        """Sample one token for every candidate."""
         running = [job for job in jobs if self._has_begun(job)]
         self.rows = sum(job.count for job in running)
         if not running:
             return
         for job, logits_NV in self._forward(running):
+            assert job.candidates is not None
             try:
                 job.candidates.take(logits_NV)
             except Exception as error:
@@ -170,21 +171,19 @@ class Scheduler:
         self.steps += 1
 
     def _has_begun(self, job: _Job) -> bool:
-        """Whether it has tokens to come; a new one begins here."""
-        if job.candidates is None:
+        """Whether it has tokens to sample; starts a new one."""
+        if job.begin is not None:
             try:
-                job.candidates = Candidates(
-                    self._model, job.prefix, count=job.count, sampling=job.sampling, on_token=job.on_token
-                )
+                job.candidates, job.begin = job.begin(), None
             except Exception as error:
                 job.fail(error)
                 return False
         return not _end_if_finished(job)
 
     def _forward(self, running: Sequence[_Job]) -> list[tuple[_Job, Tensor]]:
-        """The logits of each job. Where that fails for all (no memory, say), each is tried alone, and fails alone."""
+        """The logits of each job. If the batch fails (out of memory), each is tried alone, and fails alone."""
         try:
-            found = forward(self._model, [job.candidates for job in running])
+            found = forward(self._model, [job.candidates for job in running if job.candidates is not None])
             return list(zip(running, found, strict=True))
         except Exception as error:
             if len(running) == 1:
@@ -202,6 +201,6 @@ def _may_continue(job: _Job) -> bool:
 
 
 def _end_if_finished(job: _Job) -> bool:
-    if job.candidates.finished:
+    if job.candidates is not None and job.candidates.finished:
         job.end(job.candidates)
     return job.done.done()

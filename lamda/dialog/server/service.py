@@ -1,4 +1,4 @@
-"""What the server does for a request, apart from HTTP: completions, and replies of the speaker."""
+"""The server's work for a request, apart from HTTP: completions, and replies of the speaker."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from typing import Literal
 from lamda.data.tokenizer import Tokenizer
 from lamda.dialog.encoding import Encoding
 from lamda.dialog.server.admission import Ticket
-from lamda.dialog.server.choices import ChoiceText
 from lamda.dialog.server.limits import Limits
-from lamda.dialog.server.protocol import ChatMessage, ChatRequest, CompletionRequest, Refused
+from lamda.dialog.server.protocol import ChatMessage, ChatRequest, CompletionRequest, RequestError
 from lamda.dialog.server.scheduler import Scheduler
-from lamda.dialog.speaker import Manner, Reply, Speaker
+from lamda.dialog.speaker import Reply, ReplyOptions, Speaker
 from lamda.dialog.tools.toolset import Toolset
 from lamda.inference.cache import Prefix
-from lamda.inference.generation import Candidates, OnToken, prefill_pieces
+from lamda.inference.generation import Candidates, OnToken, TextStream, prefill_pieces
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
 
 _JUDGED = 9
-"""Rows of a research step's response and its judgement: P(attribute) of four attributes, two ratings each."""
+"""Rows to score a research step's response: itself, and four attributes with two ratings each."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,52 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Spoken:
-    """A reply, why it ends where it does, and how many tokens were generated for its text: none for a refusal."""
+class ChatResult:
+    """A reply, its finish reason, and the number of tokens generated for its text: 0 for a refusal."""
 
     reply: Reply
     reason: Literal["stop", "length", "content_filter"]
     tokens: int
+
+
+class ChoiceText:
+    """The text of one choice as it is sampled, up to the first stop string; holds back a possible start of one.
+
+    Attributes:
+        text: the text so far, in whole characters.
+        stopped: whether a stop string ended it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self.text = ""
+        self.stopped = False
+        self._stream, self._stops, self._held = TextStream(tokenizer), stops, ""
+
+    def add(self, id: int) -> str:
+        """Add a token; the new text that is certain. Empty after a stop."""
+        return self._give(self._stream.add(id), final=False)
+
+    def end(self) -> str:
+        """The text that was held back."""
+        return self._give(self._stream.end(), final=True)
+
+    def _give(self, more: str, *, final: bool) -> str:
+        if self.stopped:
+            return ""
+        self._held += more
+        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        self.stopped = bool(places)
+        certain = min(places) if places else len(self._held) - (0 if final else self._doubtful())
+        given, self._held = self._held[:certain], self._held[certain:]
+        self.text += given
+        return given
+
+    def _doubtful(self) -> int:
+        """Length of the longest suffix that begins a stop string."""
+        longest = min(max(map(len, self._stops), default=0) - 1, len(self._held))
+        return next(
+            (size for size in range(longest, 0, -1) if any(s.startswith(self._held[-size:]) for s in self._stops)), 0
+        )
 
 
 class Service:
@@ -50,8 +89,8 @@ class Service:
     Attributes:
         name: what clients call the model.
         limits: see `Limits`.
-        scheduler: the thread that does all work on the model.
-        token_bytes: of a token's keys and values.
+        scheduler: runs the model.
+        token_bytes: of the keys and values of one token.
     """
 
     def __init__(
@@ -63,7 +102,7 @@ class Service:
         sequence_length: int,
         is_tuned: bool,
         toolset: Toolset | None = None,
-        manner: Manner | None = None,
+        options: ReplyOptions | None = None,
         limits: Limits | None = None,
     ) -> None:
         self.name, self.limits = name, limits or Limits()
@@ -71,7 +110,7 @@ class Service:
         config = model.config
         self.token_bytes = 2 * config.n_layers * config.n_heads * config.d_head * model.final_norm.scale.element_size()
         self._model, self._tokenizer = model, tokenizer
-        self._manner, self._has_tools = manner or Manner(), toolset is not None
+        self._options, self._has_tools = options or ReplyOptions(), toolset is not None
         self._sequence_length = sequence_length
         self._token_length = max(len(tokenizer.utf8(id)) for id in range(tokenizer.vocab_size))
         self._stop_ids = Encoding(tokenizer).stop_ids
@@ -80,17 +119,19 @@ class Service:
         )
 
     def complete(
-        self, asked: CompletionRequest, *, ticket: Ticket, on_text: Callable[[int, str], None] | None = None
+        self, request: CompletionRequest, *, ticket: Ticket, on_text: Callable[[int, str], None] | None = None
     ) -> tuple[list[Choice], int]:
-        """The choices and the number of the prompts' tokens; `on_text` gets (number, text) as it comes."""
-        self._check_count("prompt, times n," if len(asked.prompt) > 1 else "n", asked.n * len(asked.prompt), param="n")
-        prompts = [self._ids(prompt) for prompt in asked.prompt]
-        sampling = replace(self._sampling(asked, asked.max_tokens), stop_ids=self._stop_ids)
-        ticket.reserve(max(map(len, prompts)) + asked.n * sampling.max_new_tokens)
+        """The choices and the number of prompt tokens; calls `on_text(choice, text)` for each new text."""
+        self._check_count(
+            "prompt, times n," if len(request.prompt) > 1 else "n", request.n * len(request.prompt), param="n"
+        )
+        prompts = [self._ids(prompt) for prompt in request.prompt]
+        sampling = replace(self._sampling(request, request.max_tokens), stop_ids=self._stop_ids)
+        ticket.reserve(max(map(len, prompts)) + request.n * sampling.max_new_tokens)
         choices: list[Choice] = []
         for ids in prompts:
-            texts = [ChoiceText(self._tokenizer, asked.stop) for _ in range(asked.n)]
-            choices += self._choices(ids, texts, sampling, ticket, partial(_tell, on_text, len(choices)))
+            texts = [ChoiceText(self._tokenizer, request.stop) for _ in range(request.n)]
+            choices += self._choices(ids, texts, sampling, ticket, partial(_emit, on_text, len(choices)))
         return choices, sum(map(len, prompts))
 
     def _choices(
@@ -99,12 +140,12 @@ class Service:
         texts: Sequence[ChoiceText],
         sampling: Sampling,
         ticket: Ticket,
-        tell: Callable[[int, str], None],
+        emit: Callable[[int, str], None],
     ) -> list[Choice]:
-        """Those of one prompt."""
+        """The choices of one prompt."""
 
         def on_token(number: int, id: int) -> bool:
-            tell(number, texts[number].add(id))
+            emit(number, texts[number].add(id))
             return texts[number].stopped
 
         found = self.scheduler.sample(
@@ -115,25 +156,27 @@ class Service:
             on_token=on_token,
         )
         for number, text in enumerate(texts):
-            tell(number, text.end())
+            emit(number, text.end())
         ends = zip(texts, found.stopped, found.ids, strict=True)
-        return [Choice(t.text, "stop" if s or t.stopped else "length", len(own)) for t, s, own in ends]
+        return [Choice(t.text, "stop" if s or t.stopped else "length", len(ids)) for t, s, ids in ends]
 
-    def reply(self, asked: ChatRequest, *, ticket: Ticket) -> Spoken:
+    def reply(self, request: ChatRequest, *, ticket: Ticket) -> ChatResult:
         """The speaker's reply to the conversation."""
-        if asked.messages[-1].role == "assistant":
-            raise Refused(400, "messages: the last one is the assistant's own; end with the user's", param="messages")
-        count = asked.candidates or self._manner.candidates
+        if request.messages[-1].role == "assistant":
+            raise RequestError(
+                400, "messages: the last one is the assistant's own; end with the user's", param="messages"
+            )
+        count = request.candidates or self._options.candidates
         self._check_count("candidates", count, param="candidates")
-        manner = replace(
-            self._manner,
+        options = replace(
+            self._options,
             candidates=count,
-            threshold=self._threshold(asked.threshold),
-            sampling=self._sampling(asked, asked.max_completion_tokens or asked.max_tokens),
+            threshold=self._threshold(request.threshold),
+            sampling=self._sampling(request, request.max_completion_tokens or request.max_tokens),
         )
         rows = count + (_JUDGED if self._has_tools else 0)
         prefixes = 3 if self._has_tools else 1
-        ticket.reserve(prefixes * self._sequence_length + rows * manner.sampling.max_new_tokens)
+        ticket.reserve(prefixes * self._sequence_length + rows * options.sampling.max_new_tokens)
         ended: dict[str, tuple[bool, int]] = {}
 
         def sample(prefix: Prefix, *, count: int, sampling: Sampling, on_token: OnToken | None = None) -> Candidates:
@@ -144,56 +187,60 @@ class Service:
             return found
 
         speaker = self._speaker(sample=sample, run=partial(self.scheduler.run, ticket=ticket))
-        most = self._sequence_length * self._token_length  # characters at the end of a message that can have room
-        messages = [replace(each, content=each.content[-most:]) for each in map(ChatMessage.to_message, asked.messages)]
-        reply = speaker.reply(messages, manner)
+        most = self._sequence_length * self._token_length  # characters of a message that can fit
+        messages = [
+            replace(each, content=each.content[-most:]) for each in map(ChatMessage.to_message, request.messages)
+        ]
+        reply = speaker.reply(messages, options)
         if reply.refused:
-            return Spoken(reply, "content_filter", 0)
+            return ChatResult(reply, "content_filter", 0)
         stopped, tokens = ended[reply.text]
-        return Spoken(reply, "stop" if stopped else "length", tokens)
+        return ChatResult(reply, "stop" if stopped else "length", tokens)
 
-    def _threshold(self, asked: float | None) -> float:
-        """The operator's is an upper bound: a client may ask for a stricter filter, and not for a weaker one."""
-        most = self._manner.threshold
-        if asked is not None and asked > most:
-            raise Refused(400, f"threshold is {asked:g}: at most {most:g} on this server", param="threshold")
-        return most if asked is None else asked
+    def _threshold(self, requested: float | None) -> float:
+        """The operator's is an upper bound: a client may request a stricter filter, but not a weaker one."""
+        most = self._options.threshold
+        if requested is not None and requested > most:
+            raise RequestError(400, f"threshold is {requested:g}: at most {most:g} on this server", param="threshold")
+        return most if requested is None else requested
 
-    def _sampling(self, asked: ChatRequest | CompletionRequest, max_tokens: int | None) -> Sampling:
-        longest = min(self._manner.sampling.max_new_tokens, self.limits.tokens) if max_tokens is None else max_tokens
+    def _sampling(self, request: ChatRequest | CompletionRequest, max_tokens: int | None) -> Sampling:
+        longest = min(self._options.sampling.max_new_tokens, self.limits.tokens) if max_tokens is None else max_tokens
         if longest > self.limits.tokens:
-            raise Refused(400, f"max_tokens is {longest}: at most {self.limits.tokens}", param="max_tokens")
+            raise RequestError(400, f"max_tokens is {longest}: at most {self.limits.tokens}", param="max_tokens")
         return Sampling(
             max_new_tokens=longest,
-            temperature=asked.temperature,
-            top_k=asked.top_k,
-            top_p=asked.top_p,
-            repetition_penalty=asked.repetition_penalty,
-            seed=secrets.randbits(62) if asked.seed is None else asked.seed,
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
+            repetition_penalty=request.repetition_penalty,
+            seed=secrets.randbits(62) if request.seed is None else request.seed,
         )
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """A prompt's, after the symbol that begins every document; ids may have it already, and no other symbol."""
+        """Token ids of a prompt after the end symbol; given ids may begin with it, but have no other control symbol."""
         end = self._tokenizer.end_of_document
         if isinstance(prompt, str):
-            if len(prompt) > self.limits.tokens * self._token_length:  # not encoded only to be refused
-                raise Refused(400, f"prompt has more than {self.limits.tokens} tokens", param="prompt")
-            ids = self._tokenizer.encode(prompt)
+            if len(prompt) > self.limits.tokens * self._token_length:  # do not encode what will be rejected
+                raise RequestError(400, f"prompt has more than {self.limits.tokens} tokens", param="prompt")
+            ids: Sequence[int] = self._tokenizer.encode(prompt)
         else:
             ids = prompt[1:] if prompt and prompt[0] == end else prompt
         if len(ids) >= self.limits.tokens:
-            raise Refused(400, f"prompt has {len(ids)} tokens: less than {self.limits.tokens}, please", param="prompt")
+            raise RequestError(
+                400, f"prompt has {len(ids)} tokens: fewer than {self.limits.tokens} are allowed", param="prompt"
+            )
         if not isinstance(prompt, str):
             for id in ids:
                 if not 0 <= id < self._tokenizer.vocab_size or id in self._stop_ids:
-                    raise Refused(400, f"prompt: {str(id)[:20]} is not the id of a text's token", param="prompt")
+                    raise RequestError(400, f"prompt: {str(id)[:20]} is not the id of a text token", param="prompt")
         return [end, *ids]
 
     def _check_count(self, name: str, count: int, *, param: str) -> None:
         if count > self.limits.candidates:
-            raise Refused(400, f"{name} is {count}: at most {self.limits.candidates}", param=param)
+            raise RequestError(400, f"{name} is {count}: at most {self.limits.candidates}", param=param)
 
 
-def _tell(on_text: Callable[[int, str], None] | None, first: int, number: int, text: str) -> None:
+def _emit(on_text: Callable[[int, str], None] | None, first: int, number: int, text: str) -> None:
     if text and on_text is not None:
         on_text(first + number, text)

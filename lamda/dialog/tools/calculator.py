@@ -1,4 +1,4 @@
-"""Arithmetic from text, exact, by a parser of its own: nothing is ever evaluated as a program.
+"""Exact arithmetic from text, with a parser of its own: no text is evaluated as a program.
 
 sum      product, then + or - product ...      `200 + 10%` adds a tenth of 200
 product  signed, then * / of signed ...        `of` follows a percentage: `15% of 80`
@@ -12,14 +12,13 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from lamda.dialog.tools.decimals import show
 from lamda.dialog.tools.result import Result
-from lamda.dialog.tools.units import convert
+from lamda.dialog.tools.units import convert, show
 
 LONGEST = 200
-"""Characters of a query; anything longer is no sum."""
+"""Maximum characters of a query."""
 LARGEST = 1024
-"""Bits of a numerator or denominator, in every step: what needs more is refused before it is computed."""
+"""Maximum bits of a numerator or denominator, checked before each step."""
 _DEEPEST = 40
 
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+|0|[1-9]\d*)(?:\.\d+)?(?:e[+-]?\d{1,3})?|\.\d+"
@@ -40,9 +39,9 @@ class Calculator:
     name = "calculator"
 
     def __call__(self, query: str, *, again: int = 0) -> list[Result]:
-        """The value of a sum or the converted quantity; nothing where the query is neither.
+        """The value of an expression or the converted quantity; nothing for other queries.
 
-        Raises UserError where units are asked for and pint is not installed.
+        Raises UserError if a conversion needs pint and it is not installed.
         """
         value = calculate(query)
         text = convert(query) if value is None else show(value)
@@ -50,10 +49,10 @@ class Calculator:
 
 
 def calculate(text: str) -> Fraction | None:
-    """The value of an expression, or None where the text is none, divides by zero or grows beyond `LARGEST`.
+    """The value of an expression, or None if the text is not one, divides by zero or exceeds `LARGEST`.
 
-    Sums and whole powers are exact; a fractional power has the precision of a float. A number alone is no
-    expression, and neither is a date such as 2020-01-05.
+    Sums and integer powers are exact; a fractional power has the precision of a float. A single number is not an
+    expression, nor is a date such as 2020-01-05.
     """
     tokens = _tokens(text)
     if tokens is None or tokens.count("(") > _DEEPEST:
@@ -74,11 +73,11 @@ class _Value(NamedTuple):
 
 
 class _NoExpressionError(ValueError):
-    """The tokens are no expression, or one that would take too long."""
+    """The tokens are not an expression, or one that is too expensive."""
 
 
 class _Parser:
-    """Recursive descent: a method a rule of the grammar above."""
+    """Recursive descent: one method per rule of the grammar above."""
 
     def __init__(self, tokens: list[str]) -> None:
         self._tokens = tokens
@@ -137,7 +136,7 @@ class _Parser:
         return _bounded(Fraction(self._tokens[self._place - 1].replace(",", "")))
 
     def _take(self, *wanted: str) -> str | None:
-        """The next token where it is one of these, and go on."""
+        """Consume and return the next token if it is one of these."""
         if self.at_end or self._tokens[self._place] not in wanted:
             return None
         self._place += 1
@@ -145,7 +144,7 @@ class _Parser:
 
 
 def _tokens(text: str) -> list[str] | None:
-    """Numbers and operators, or None where there is anything else."""
+    """Numbers and operators, or None if there is anything else."""
     if len(text) > LONGEST:
         return None
     text = _ASKED.sub("", text.strip().lower())
@@ -167,7 +166,7 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
             raise OverflowError
         return _bounded(base**exponent.numerator)
     if base < 0:
-        raise _NoExpressionError  # the root is no real number
+        raise _NoExpressionError  # the root is not real
     return _bounded(Fraction(float(base) ** float(exponent)))
 
 

@@ -1,4 +1,4 @@
-"""What a tool is and what it gives."""
+"""The interface of a tool, and its results."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Result:
-    """What a tool found: a text and, where it was read somewhere, its URL or `file:line`."""
+    """A result: a text and, if it has a source, its URL or `file:line`."""
 
     text: str
     source: str | None = None
 
 
 class Tool(Protocol):
-    """A tool takes one string, says nothing where it cannot parse it, and keeps no state between calls.
+    """A tool takes one string, returns nothing if it cannot parse it, and keeps no state between calls.
 
-    `again` is how often the same query was asked before: a tool that ranks what it finds then gives the next.
+    `again` is how often the query was repeated: a tool that ranks its results returns the next one.
     """
 
     name: str
 
     def __call__(self, query: str, *, again: int = 0) -> list[Result]:
-        """What the tool has to say to the query."""
+        """The results for the query."""
         ...

@@ -26,9 +26,9 @@ class Toolset:
     tools: tuple[Tool, ...]
 
     def __call__(self, query: str, *, again: int = 0) -> list[Result]:
-        """What the tools have to say, in their order; `again` is how often the query was asked before.
+        """The results of all tools, in their order; `again` is how often the query was repeated.
 
-        A tool that lacks something (a package, a language) or fails is said in the log, and the others answer.
+        A tool that lacks something (a package, a language) or fails is logged; the others still answer.
         """
         results: list[Result] = []
         for tool in self.tools:
@@ -36,13 +36,13 @@ class Toolset:
                 results += tool(query, again=again)
             except UserError as error:
                 _log.warning("%s: %s", tool.name, error)
-            except Exception:  # a defect in the tool, or in what it calls, costs its answer alone
+            except Exception:  # a defect in one tool must not affect the others
                 _log.exception("%s: failed on a query of %d characters", tool.name, len(query))
         return results
 
 
 def open_toolset(names: Sequence[str], *, corpus: Path | None = None, glossary: Path | None = None) -> Toolset:
-    """The named tools in the paper's order. Raises UserError where a tool is unknown or lacks what it works with."""
+    """The named tools in the paper's order. Raises UserError for an unknown tool, or one that lacks something."""
     unknown = sorted(set(names) - set(NAMES))
     if unknown:
         raise UserError(f"--tools {','.join(names)}: there is no tool {unknown[0]!r}; there are {', '.join(NAMES)}")

@@ -1,4 +1,4 @@
-"""Translation: `hello in French`, by a glossary of one's own or by Argos Translate's models."""
+"""Translation: `hello in French`, with a user's glossary or with Argos Translate's models."""
 
 from __future__ import annotations
 
@@ -26,41 +26,41 @@ LANGUAGES: Mapping[str, str] = {
 _QUOTES = "\"'“”‘’«» "
 
 
-class Backend(Protocol):
-    """What translates. Languages are ISO 639-1 codes."""
+class TranslationModel(Protocol):
+    """A source of translations. Languages are ISO 639-1 codes."""
 
     def translate(self, text: str, *, source: str, target: str) -> str | None:
-        """The translation, or None where it has none; raises UserError where it does not know the languages."""
+        """The translation, or None if there is none; raises UserError for unknown languages."""
         ...
 
 
 class Translator:
-    """The tool: `hello in French`, `translate "gracias" from Spanish to English`; from English where none is named."""
+    """The tool: `hello in French`, `translate "gracias" from Spanish to English`; the default source is English."""
 
     name = "translator"
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    def __init__(self, model: TranslationModel) -> None:
+        self._model = model
 
     def __call__(self, query: str, *, again: int = 0) -> list[Result]:
-        """The translation; nothing where the query asks for none. Raises UserError where the languages are absent."""
-        asked = _asked(query)
-        if asked is None or asked.source == asked.target:
+        """The translation; nothing for other queries. Raises UserError if the languages are not available."""
+        request = _parse(query)
+        if request is None or request.source == request.target:
             return []
-        translation = self._backend.translate(asked.text, source=asked.source, target=asked.target)
+        translation = self._model.translate(request.text, source=request.source, target=request.target)
         return [] if translation is None else [Result(translation)]
 
 
-class _Asked(NamedTuple):
-    """A text and the codes of its language and of the one that is asked for."""
+class _Request(NamedTuple):
+    """A text and the codes of its language and of the target language."""
 
     text: str
     source: str
     target: str
 
 
-def _asked(query: str) -> _Asked | None:
-    """What a query asks for, read from its end, in time that grows with its length alone; None where it is none."""
+def _parse(query: str) -> _Request | None:
+    """The request of a query, parsed from its end in linear time; None for other queries."""
     text, preposition, target = _last_two(query.strip().removesuffix("?"))
     if preposition not in ("in", "to", "into") or target not in LANGUAGES:
         return None
@@ -73,23 +73,23 @@ def _asked(query: str) -> _Asked | None:
     if rest and verb.lower() == "translate":
         text = rest[0]
     text = text.strip(_QUOTES)
-    return _Asked(text, LANGUAGES[source], LANGUAGES[target]) if text else None
+    return _Request(text, LANGUAGES[source], LANGUAGES[target]) if text else None
 
 
 def _last_two(text: str) -> tuple[str, str, str]:
-    """A text without its last two words, and these in small letters; empty words where it has no more than two."""
+    """A text without its last two words, and these in lower case; empty if it has no more than two."""
     parts = text.rsplit(maxsplit=2)
     return (parts[0], parts[1].lower(), parts[2].lower()) if len(parts) == 3 else (text, "", "")
 
 
 class Glossary:
-    """A backend of one's own words: JSON lines `{"source": "en", "target": "fr", "text": ..., "translation": ...}`.
+    """A user's glossary: JSON lines `{"source": "en", "target": "fr", "text": ..., "translation": ...}`.
 
-    Each line serves both directions; where a text stands twice, the first line counts. Case does not matter.
+    Each line serves both directions; the first line wins for a repeated text. Case does not matter.
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises UserError that names every line that cannot be read."""
+        """Raises UserError that lists every invalid line."""
         self._words: dict[tuple[str, str, str], str] = {}
         self._pairs: set[tuple[str, str]] = set()
         try:
@@ -101,25 +101,25 @@ class Glossary:
             raise UserError("\n".join(problems))
 
     def translate(self, text: str, *, source: str, target: str) -> str | None:
-        """The translation as the glossary has it."""
+        """The glossary's translation."""
         if (source, target) not in self._pairs:
             raise UserError(f"the glossary has no words from {source} to {target}; add some")
         return self._words.get((source, target, text.casefold()))
 
     def _add(self, line: bytes) -> str | None:
-        """Take a line in; what is wrong with it, or None."""
+        """Add a line; its problem, or None."""
         try:
             entry: Any = orjson.loads(line)
         except orjson.JSONDecodeError as error:
-            return f"no JSON ({error})"
+            return f"not JSON ({error})"
         if not isinstance(entry, dict):
-            return "no JSON object"
+            return "not a JSON object"
         for key in ("source", "target", "text", "translation"):
             if not isinstance(entry.get(key), str) or not entry[key].strip():
                 return f"{key!r} must be a string that is not empty"
         for key in ("source", "target"):
             if entry[key] not in LANGUAGES.values():
-                return f"{key!r} is {entry[key]!r}, which is no known language; give a code such as 'en' or 'fr'"
+                return f"{key!r} is {entry[key]!r}, which is not a known language; give a code such as 'en' or 'fr'"
         for one, other in (("source", "target"), ("target", "source")):
             text, translation = ("text", "translation") if one == "source" else ("translation", "text")
             pair = entry[one], entry[other]
@@ -129,10 +129,10 @@ class Glossary:
 
 
 class Argos:
-    """A backend of Argos Translate's offline models, a package of some 100 MB for each pair of languages."""
+    """Argos Translate's offline models, a package of some 100 MB per pair of languages."""
 
     def __init__(self) -> None:
-        """Raises UserError where neither the package nor a model is installed."""
+        """Raises UserError if the package or a model is not installed."""
         try:
             from argostranslate import translate
         except ImportError as error:

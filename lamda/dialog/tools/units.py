@@ -1,25 +1,25 @@
-"""Conversion of units: `5 miles in km`."""
+"""Conversion of units: `5 miles in km`, and exact numbers as people write them."""
 
 from __future__ import annotations
 
 import re
+from decimal import Decimal, Inexact, localcontext
 from fractions import Fraction
 from functools import cache
 from typing import TYPE_CHECKING
 
 from lamda.config.errors import UserError
-from lamda.dialog.tools.decimals import show
 
 if TYPE_CHECKING:
     from pint import Unit, UnitRegistry
 
 LONGEST = 200
-"""Characters of a query; anything longer asks for no conversion."""
+"""Maximum characters of a query."""
 LARGEST = 1024
-"""Bits of a result's numerator; a larger one is not said."""
+"""Maximum bits of a result's numerator."""
 
 _WORD = r"°?[^\W\d_²³]+(?:(?:\^|\*\*)[1-9](?!\d)|[²³])?"
-"""A unit and at most one power of one digit: pint computes whatever stands there exactly, and `m^9^9^9` for hours."""
+"""A unit and at most one power of one digit: pint computes any power exactly, `m^9^9^9` for hours."""
 _UNIT = rf"{_WORD}(?:(?: *[*/] *| +){_WORD}){{0,5}}"
 _ASKED = re.compile(
     rf"^(?:what is |what's |convert )?([-+]?(?:\d{{1,15}}|\d{{1,3}}(?:,\d{{3}}){{1,4}})(?:\.\d{{1,15}})?)\s*"
@@ -39,11 +39,24 @@ _TEMPERATURES = {
 }
 
 
-def convert(text: str) -> str | None:
-    """The quantity in the unit that is asked for, such as `8.04672 km`; None where the text asks for none.
+def show(value: Fraction) -> str:
+    """Digits as people write them: exact up to 30 of them, else rounded to 12, or to 6 after a long whole part."""
+    if value.denominator == 1:
+        return str(value.numerator)
+    with localcontext(prec=30) as context:
+        decimal = Decimal(value.numerator) / Decimal(value.denominator)
+        if context.flags[Inexact]:
+            context.prec = max(12, decimal.adjusted() + 7)
+            decimal = Decimal(value.numerator) / Decimal(value.denominator)
+        decimal = decimal.normalize()
+        return f"{decimal:f}" if decimal.adjusted() > -20 else f"{decimal:e}"
 
-    Powers of powers and results beyond `LARGEST` are none. Exact where the units are defined exactly. Raises
-    UserError where pint is not installed.
+
+def convert(text: str) -> str | None:
+    """The quantity in the requested unit, such as `8.04672 km`; None if the text requests no conversion.
+
+    Powers of powers and results beyond `LARGEST` give None. Exact if the units are defined exactly. Raises
+    UserError if pint is not installed.
     """
     asked = _ASKED.match(text.strip()) if len(text) <= LONGEST else None
     if asked is None:
@@ -59,7 +72,7 @@ def convert(text: str) -> str | None:
 
 
 def _is_plain(unit: str) -> bool:
-    """Whether a unit is letters and operators, and none of its parts has a power in words beside another power.
+    """Whether a unit is letters and operators, and no part has a power in words next to another power.
 
     Pint reads `sq cubic m squared` as m**2**3**2, `msq m^9` as mm**2**9, and other raised digits than ² and ³ as
     powers of any size.
@@ -78,12 +91,12 @@ def _converted(number: Fraction, unit: str, target: str) -> Fraction | None:
         converted = registry.Quantity(number, _parsed(unit)).to(_parsed(target)).magnitude
         value = Fraction(converted).limit_denominator(10**30)
     except (PintError, ArithmeticError, AssertionError, TypeError, ValueError):
-        return None  # the last three are what pint raises for units that are no factors: dBm, octave, nan
+        return None  # pint raises the last three for units that are not factors: dBm, octave, nan
     return value if value.numerator.bit_length() <= LARGEST else None
 
 
 def _parsed(name: str) -> Unit:
-    """A unit as typed, in small letters, or with its words joined: km, Miles, light year."""
+    """A unit as typed, in lower case, or with its words joined: km, Miles, light year."""
     from pint import UndefinedUnitError
 
     *others, last = dict.fromkeys((name, name.lower(), name.lower().replace(" ", "_")))
@@ -96,8 +109,8 @@ def _parsed(name: str) -> Unit:
 
 
 @cache
-def _registry() -> UnitRegistry:
-    """Pint's units in exact arithmetic; half a second, once."""
+def _registry() -> UnitRegistry[Fraction]:
+    """Pint's units in exact arithmetic; takes half a second once."""
     try:
         from pint import UnitRegistry
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""EleutherAI's evaluation harness (`lm_eval`) around our decoder: `lamda eval`, and `eval.tasks` of a run."""
+"""EleutherAI's evaluation harness (`lm_eval`): `lamda eval`, and `eval.tasks` of a run."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from lamda.config.schema import Config
 from lamda.distributed import World
 
 if TYPE_CHECKING:
-    from lamda.interop.harness.in_training import TasksOfRun
+    from lamda.interop.harness.in_training import TrainingBenchmarks
 
 
-def open_benchmarks(config: Config, world: World) -> TasksOfRun | None:
-    """The tasks of `eval.tasks` with their data, None where there are none; every rank calls it.
+def open_benchmarks(config: Config, world: World) -> TrainingBenchmarks | None:
+    """The tasks of `eval.tasks` with their data, or None without tasks; every rank calls it.
 
-    Raises UserError where a task or its data cannot be had. See `lamda.training.task.OpenBenchmarks`.
+    Raises UserError if a task or its data is not available. See `lamda.training.task.OpenBenchmarks`.
     """
     if not config.eval.tasks:
         return None
-    from lamda.interop.harness.in_training import TasksOfRun
+    from lamda.interop.harness.in_training import TrainingBenchmarks
 
-    return TasksOfRun.open(config, world)
+    return TrainingBenchmarks.open(config, world)

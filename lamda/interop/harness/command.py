@@ -1,4 +1,4 @@
-"""`lamda eval`: a trained model on tasks of lm-eval's."""
+"""`lamda eval`: a trained model on tasks of lm-eval."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import orjson
 
 from lamda.config.errors import UserError
 from lamda.config.progress import Progress
-from lamda.interop.harness.tasks import Tasks, figures
+from lamda.interop.harness.tasks import Tasks, task_metrics
 
 ERROR = "_stderr"
 
 
 def main(argv: list[str]) -> int:
     """As `lamda eval --help` says; raises UserError."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     _check(options)
     from lamda.inference.loading import find_checkpoint
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
             options.output.write_text(_json(report), "utf-8")
         except OSError as error:
             raise UserError(
-                f"--output {options.output}: cannot be written ({error.strerror}); the figures are above"
+                f"--output {options.output}: cannot be written ({error.strerror}); the results are above"
             ) from error
     return 0
 
@@ -45,12 +45,13 @@ def _names(tasks: str) -> list[str]:
 
 
 def _json(report: dict[str, Any]) -> str:
-    """A figure that is not finite is null, for JSON has no NaN."""
-    how = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
-    return orjson.dumps(report, option=how).decode()
+    """The report as JSON; a number that is not finite is null."""
+    options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+    return orjson.dumps(report, option=options).decode()
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda eval`."""
     parser = argparse.ArgumentParser(prog="lamda eval", allow_abbrev=False)
     parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", type=Path)
     parser.add_argument("--tasks", required=True, metavar="NAME,NAME")
@@ -64,25 +65,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Before anything that takes time. Raises UserError."""
-    least = {"limit": 1, "num_fewshot": 0, "batch_size": 1}
-    wrong = [
+    """Raises UserError for invalid options."""
+    minimum = {"limit": 1, "num_fewshot": 0, "batch_size": 1}
+    problems = [
         f"--{name.replace('_', '-')} is {value}: give at least {lowest}"
-        for name, lowest in least.items()
+        for name, lowest in minimum.items()
         if (value := getattr(options, name)) is not None and value < lowest
     ]
     if options.output is not None and not options.output.parent.is_dir():
-        wrong.append(f"--output {options.output}: there is no folder {options.output.parent}")
+        problems.append(f"--output {options.output}: there is no folder {options.output.parent}")
     if options.output is not None and options.output.is_dir():
-        wrong.append(f"--output {options.output}: is a folder; name a file")
+        problems.append(f"--output {options.output}: is a folder; name a file")
     if not _names(options.tasks):
-        wrong.append("--tasks names none; `lm-eval ls tasks` lists those of lm-eval")
-    if wrong:
-        raise UserError("\n".join(wrong))
+        problems.append("--tasks is empty; `lm-eval ls tasks` lists the tasks of lm-eval")
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def _error(named: dict[str, float], name: str) -> float | None:
-    """The standard error of a figure, if there is one."""
+    """The standard error of a metric, if there is one."""
     metric, slash, of_filter = name.partition("/")
     return named.get(metric + ERROR + slash + of_filter)
 
@@ -92,7 +93,7 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """The report of a checkpoint, or of a run's newest one.
 
-    batch: rows that go together, by default the run's micro-batch. Others: see `Tasks.run`. Raises UserError.
+    batch: rows per batch, by default the run's micro-batch. Others: see `Tasks.run`. Raises UserError.
     """
     from lamda.inference.loading import load_run
     from lamda.interop.harness.language_model import HarnessModel
@@ -112,7 +113,7 @@ def evaluate_checkpoint(
         "lm_eval": version("lm-eval"),
         "limit": limit,
         "sequence_length": loaded.config.data.sequence_length,
-        "tasks": figures(results),
+        "tasks": task_metrics(results),
         "num_fewshot": dict(results["n-shot"]),
         "examples": {task: counts["effective"] for task, counts in results["n-samples"].items()},
         "versions": dict(results["versions"]),
@@ -126,9 +127,9 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def table(report: dict[str, Any]) -> Iterator[str]:
-    """The report as lines for a person."""
+    """The report as lines of text."""
     rows = [
-        (task, name, f"{value:.4f}", f"± {error:.4f}" if (error := _error(named, name)) is not None else "")
+        (task, name, f"{value:.4f}", "" if (stderr := _error(named, name)) is None else f"± {stderr:.4f}")
         for task, named in report["tasks"].items()
         for name, value in named.items()
         if ERROR not in name

@@ -1,11 +1,11 @@
-"""`eval.tasks` in the midst of training: rank 0 runs lm-eval, and all ranks compute what it asks, in step."""
+"""`eval.tasks` during training: rank 0 runs lm-eval, and all ranks compute its requests in lockstep."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 
@@ -15,39 +15,38 @@ from lamda.data.tokenizer import Tokenizer
 from lamda.distributed import World, broadcast, gather, on_main
 from lamda.engines.deepspeed.engine import Engine as DeepSpeedEngine
 from lamda.engines.protocol import Engine
-from lamda.interop.harness.scoring import Prompt, Row, Score, continue_prompts, score_rows
-from lamda.interop.harness.tasks import Tasks, figures
+from lamda.interop.harness.scoring import Prompt, Score, ScoredRow, continue_prompts, score_rows
+from lamda.interop.harness.tasks import Tasks, task_metrics
 from lamda.training.task import Mark, Shows, TaskError
 
-Item = TypeVar("Item")
-Found = TypeVar("Found")
+Items = list[ScoredRow] | list[Prompt]
 
 
 @dataclass(frozen=True)
-class TasksOfRun:
-    """See `lamda.training.task.Benchmarks`. tasks: on rank 0 alone, which alone needs lm-eval and the data."""
+class TrainingBenchmarks:
+    """See `lamda.training.task.Benchmarks`. tasks: on rank 0, the only rank that needs lm-eval and the data."""
 
     config: Config
     world: World
     tasks: Tasks | None
 
     @classmethod
-    def open(cls, config: Config, world: World) -> TasksOfRun:
+    def open(cls, config: Config, world: World) -> TrainingBenchmarks:
         """Load the tasks of `eval.tasks`; every rank calls it. Raises UserError."""
         folder = None if config.eval.tasks_path is None else Path(config.eval.tasks_path)
-        held: list[Tasks] = []
+        loaded: list[Tasks] = []
 
         def load() -> None:
             try:
-                held.append(Tasks.load(config.eval.tasks, folder=folder))
+                loaded.append(Tasks.load(config.eval.tasks or (), folder=folder))
             except UserError as error:
                 raise UserError(f"eval.tasks: {error}") from error
 
         on_main(world, load)
-        return cls(config, world, held[0] if held else None)
+        return cls(config, world, loaded[0] if loaded else None)
 
     def score(self, engine: Engine, tokenizer: Tokenizer, *, mark: Mark, shows: Shows) -> dict[str, float]:
-        """Score the model as it stands, on rank 0 with the figures; the other ranks get none."""
+        """Score the current model; rank 0 gets the metrics, other ranks none."""
         assert isinstance(engine, DeepSpeedEngine), "other frameworks reject eval.tasks"
         decoder = RanksDecoder(engine, tokenizer, mark=mark)
         if self.tasks is None:
@@ -66,24 +65,25 @@ class TasksOfRun:
             if not decoder.is_computing:
                 decoder.dismiss()
         return {
-            f"eval/{task}/{name}": value for task, named in figures(results).items() for name, value in named.items()
+            f"eval/{task}/{name}": value
+            for task, named in task_metrics(results).items()
+            for name, value in named.items()
         }
 
 
 class RanksDecoder:
-    """A model under DeepSpeed: each batch is dealt among the ranks, which all go through the model equally often.
+    """A model under DeepSpeed: each batch is divided among the ranks, which all run the model equally often.
 
-    Rank 0 calls `score` and `generate`, then `dismiss`; the others `serve` in the meantime. is_computing: whether a
-    batch is on its way; where an error ends it, the ranks are no longer in step.
+    Rank 0 calls `score` and `generate`, then `dismiss`; meanwhile the other ranks `serve`. is_computing: whether a
+    batch is in progress; after an error then, the ranks are out of step.
     """
 
     def __init__(self, engine: DeepSpeedEngine, tokenizer: Tokenizer, *, mark: Mark) -> None:
         self._engine, self._tokenizer, self._mark = engine, tokenizer, mark
-        self._own = engine.config.train.micro_batch_size
-        self.batch = self._own * engine.world.size
+        self.batch = engine.config.train.micro_batch_size * engine.world.size
         self.is_computing = False
 
-    def score(self, rows: Sequence[Row]) -> list[Score]:
+    def score(self, rows: Sequence[ScoredRow]) -> list[Score]:
         """See `lamda.interop.harness.scoring.Decoder`."""
         return self._share(list(rows))
 
@@ -92,15 +92,15 @@ class RanksDecoder:
         return self._share(list(prompts))
 
     def serve(self) -> None:
-        """Compute what rank 0 asks for, until it dismisses."""
+        """Compute batches of rank 0 until it calls `dismiss`."""
         while (items := broadcast(None)) is not None:
             gather(self._compute(items))
 
     def dismiss(self) -> None:
-        """Let the other ranks go on."""
+        """Let the other ranks return from `serve`."""
         broadcast(None)
 
-    def _share(self, items: list[Row] | list[Prompt]) -> list:
+    def _share(self, items: Items) -> list[Any]:
         self.is_computing = True
         broadcast(items)
         parts = gather(self._compute(items))
@@ -108,17 +108,17 @@ class RanksDecoder:
         size = self._engine.world.size
         return [parts[place % size][place // size] for place in range(len(items))]
 
-    def _compute(self, items: list[Row] | list[Prompt]) -> list[Score] | list[str]:
-        """This rank's results: of every n-th item, n being the number of ranks."""
+    def _compute(self, items: list[Any]) -> list[Score] | list[str]:
+        """The results of this rank's items: every n-th of them, for n ranks."""
         self._mark()
         world = self._engine.world
-        own = items[world.rank :: world.size]
-        if isinstance(items[0], Row):
-            # The forward pass gathers weights at ZeRO stage 3: a rank without rows goes through it as well.
-            found = score_rows(self._logits, own or items[:1], device=self._engine.device)
-            return found[: len(own)]
+        local = items[world.rank :: world.size]
+        if isinstance(items[0], ScoredRow):
+            # The forward pass gathers weights at ZeRO stage 3: a rank without rows must run it too.
+            found = score_rows(self._logits, local or items[:1], device=self._engine.device)
+            return found[: len(local)]
         if self._engine.stage < 3:
-            return continue_prompts(self._engine.model, self._tokenizer, own) if own else []
+            return continue_prompts(self._engine.model, self._tokenizer, local) if local else []
         with self._engine.gathered_parameters():
             written = continue_prompts(self._engine.model, self._tokenizer, items)
         return written[world.rank :: world.size]

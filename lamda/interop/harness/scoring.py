@@ -1,4 +1,4 @@
-"""What the harness asks of a model: the nats of given tokens, and greedy or sampled continuations, in batches."""
+"""The harness's requests to a model: scores of given tokens, and greedy or sampled continuations, in batches."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 """inputs_BL -> logits_BLV, on the model's device."""
 
 
-class Row(NamedTuple):
-    """At most sequence_length + 1 tokens, of which the last `scored` are judged by those before them."""
+class ScoredRow(NamedTuple):
+    """At most sequence_length + 1 tokens, of which the last `scored` are targets."""
 
     ids: list[int]
     scored: int
 
 
 class Score(NamedTuple):
-    """Of a row's judged tokens: the sum of their nats, and whether each was the likeliest."""
+    """The summed nats of a row's targets, and whether each has the highest probability."""
 
     nats: float
     is_greedy: bool
 
 
 class Prompt(NamedTuple):
-    """What is continued, how, and the texts before which the continuation ends."""
+    """The ids to continue, how, and the stop strings."""
 
     ids: list[int]
     sampling: Sampling
@@ -41,11 +41,14 @@ class Prompt(NamedTuple):
 
 
 class Decoder(Protocol):
-    """A model as the harness uses it. batch: how many rows or prompts go together."""
+    """A model for the harness."""
 
-    batch: int
+    @property
+    def batch(self) -> int:
+        """Rows or prompts per call."""
+        ...
 
-    def score(self, rows: Sequence[Row]) -> list[Score]:
+    def score(self, rows: Sequence[ScoredRow]) -> list[Score]:
         """The score of each row."""
         ...
 
@@ -63,7 +66,7 @@ class LocalDecoder:
     batch: int
 
     @torch.no_grad()
-    def score(self, rows: Sequence[Row]) -> list[Score]:
+    def score(self, rows: Sequence[ScoredRow]) -> list[Score]:
         """See `Decoder`."""
         return score_rows(self.model, rows, device=self.model.final_norm.scale.device)
 
@@ -72,21 +75,21 @@ class LocalDecoder:
         return continue_prompts(self.model, self.tokenizer, prompts)
 
 
-def windows(context: Sequence[int], tokens: Sequence[int], *, length: int) -> Iterator[Row]:
-    """Rows that judge each of `tokens` once, after as much of what precedes it as fits into `length` inputs.
+def windows(context: Sequence[int], tokens: Sequence[int], *, length: int) -> Iterator[ScoredRow]:
+    """Rows that score each of `tokens` once, with as much context as fits into `length` inputs.
 
-    These are lm-eval's rolling windows: whole rows that overlap by one token, the last one moved back so that it
-    is full as well. context: what precedes all tokens, one token at least.
+    These are lm-eval's rolling windows: full rows that overlap by one token, the last one moved back so that it
+    is full too. context: at least one token before `tokens`.
     """
     whole = [*context, *tokens]
     for start in range(0, len(tokens), length):
         scored = min(length, len(tokens) - start)
         end = len(context) + start + scored
-        yield Row(whole[max(0, end - length - 1) : end], scored)
+        yield ScoredRow(whole[max(0, end - length - 1) : end], scored)
 
 
-def score_rows(logits: Logits, rows: Sequence[Row], *, device: torch.device) -> list[Score]:
-    """Score rows of any lengths in one pass."""
+def score_rows(logits: Logits, rows: Sequence[ScoredRow], *, device: torch.device) -> list[Score]:
+    """Score rows of any lengths in one forward pass."""
     longest = max(len(row.ids) for row in rows)
     ids_NL = torch.tensor([[*row.ids, *[0] * (longest - len(row.ids))] for row in rows], device=device)
     logits_NLV = logits(ids_NL[:, :-1])
@@ -100,7 +103,7 @@ def score_rows(logits: Logits, rows: Sequence[Row], *, device: torch.device) -> 
 
 
 def continue_prompts(model: LaMDA, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
-    """Continue prompts together; each ends before the first of its texts that comes, or at the end of a document."""
+    """Continue prompts as one batch; each ends before its first stop string, or at the end of the document."""
     writers = [_Writer(tokenizer, prompt.until) for prompt in prompts]
     groups = [
         Candidates(model, prefill(model, prompt.ids), count=1, sampling=prompt.sampling, on_token=writer.take)
@@ -112,17 +115,17 @@ def continue_prompts(model: LaMDA, tokenizer: Tokenizer, prompts: Sequence[Promp
 
 
 class _Writer:
-    """The text of a continuation as it comes."""
+    """The text of a continuation while it is sampled."""
 
     def __init__(self, tokenizer: Tokenizer, until: tuple[str, ...]) -> None:
         self._stream, self._until, self._text = TextStream(tokenizer), until, ""
 
     def take(self, number: int, id: int) -> bool:
-        """Add a token; whether one of the texts that end it has come."""
+        """Add a token; whether the text contains a stop string."""
         self._text += self._stream.add(id)
         return any(end in self._text for end in self._until)
 
     def text(self) -> str:
-        """All of it, cut before the first text that ends it."""
+        """The whole text, cut before the first stop string."""
         whole = self._text + self._stream.end()
         return whole[: min((place for end in self._until if (place := whole.find(end)) >= 0), default=len(whole))]

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval's, and of folders of task files: found, loaded with their data, and run."""
+"""Tasks of lm-eval and of folders of task files: find, load with their data, and run them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RESAMPLES = 1000
-"""Draws behind the standard error of a figure that is no mean, such as perplexity."""
+"""Bootstrap samples for the standard error of a metric that is not a mean, such as perplexity."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Tasks:
 
     @classmethod
     def load(cls, names: Sequence[str], *, folder: Path | None = None) -> Tasks:
-        """Tasks, groups and tags by name, from `folder` first; files that its task files name are looked for there.
+        """Tasks, groups and tags by name, from `folder` first; paths in its task files are relative to it.
 
-        Raises UserError for names that nobody has, and for data that cannot be had.
+        Raises UserError for unknown names and unavailable data.
         """
         _require()
-        folder = None if folder is None else folder.absolute()  # loading works inside it
+        folder = None if folder is None else folder.absolute()  # loading changes the working directory
         manager = _manager(names, folder)
         unknown = [
             f"there is no task {name!r}{nearest(name, manager.all_tasks)}"
@@ -55,19 +55,19 @@ class Tasks:
             loaded = manager.load(specs)["tasks"]
         except ValueError as error:
             raise UserError(f"the tasks overlap: {error}") from error
-        refused = [problem for name, task in loaded.items() if (problem := _problem(name, task))]
-        if refused:
-            raise UserError("\n".join(refused))
+        problems = [problem for name, task in loaded.items() if (problem := _problem(name, task))]
+        if problems:
+            raise UserError("\n".join(problems))
         return cls(manager, specs)
 
     def run(self, model: LM, *, limit: int | None, num_fewshot: int | None) -> dict[str, Any]:
-        """lm-eval's results with standard errors. limit: examples a task. num_fewshot: in place of the tasks' own.
+        """lm-eval's results with standard errors. limit: examples per task. num_fewshot: replaces the tasks' own.
 
-        Raises UserError where a task does not have so many examples to show.
+        Raises UserError if a task does not have so many examples.
         """
         from lm_eval import evaluator, simple_evaluate
 
-        # It asks git for the working directory's commit, whose complaint no redirection of Python's catches.
+        # It asks git for the working directory's commit; Python's redirection does not catch git's error output.
         with quiet(), patch.object(evaluator, "get_git_commit_hash", lambda: None):
             try:
                 return simple_evaluate(
@@ -81,15 +81,14 @@ class Tasks:
                 )
             except ValueError as error:
                 raise UserError(
-                    f"lm-eval cannot run the tasks ({_said(error)}); where a task has fewer examples than a prompt "
-                    "shall show, lower --num-fewshot"
+                    f"lm-eval cannot run the tasks ({_one_line(error)}); if a task has fewer examples than a prompt "
+                    "needs, lower --num-fewshot"
                 ) from error
 
     def run_in_training(self, model: LM, *, limit: int | None) -> dict[str, Any]:
-        """The same results without standard errors and without what `simple_evaluate` adds.
+        """The same results, without standard errors and the side effects of `simple_evaluate`.
 
-        It starts other programs to describe the machine, and seeds the process's random numbers: a process that
-        holds a GPU and a network does neither in the middle of its training.
+        It starts programs to describe the machine, and seeds global random numbers: unsafe during training.
         """
         from lm_eval.defaults import DEFAULT_OTHER_SEED
         from lm_eval.evaluator import evaluate
@@ -103,10 +102,10 @@ class Tasks:
             return evaluate(model, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
 
 
-def figures(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """By task (or group), its figures by name; `metric/filter` where a task filters what was written.
+def task_metrics(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """By task or group, its metrics by name; `metric/filter` if a task filters the output.
 
-    A standard error stands beside its figure as `metric_stderr`.
+    A standard error is named `metric_stderr`.
     """
     found: dict[str, dict[str, float]] = {}
     for task, values in results["results"].items():
@@ -119,11 +118,11 @@ def figures(results: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Bars and notes of lm-eval's go to the log: ours tell the progress."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    """Send progress bars and messages of lm-eval to the log."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         yield
-    log.debug("lm-eval: %s", said.getvalue())
+    log.debug("lm-eval: %s", output.getvalue())
 
 
 def _require() -> None:
@@ -131,45 +130,45 @@ def _require() -> None:
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise UserError(f"tasks need lm-eval ({error}); pip install 'lamda-pytorch[eval]'") from error
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that a task file leaves to it
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about every default of a task file
 
 
 def _manager(names: Sequence[str], folder: Path | None) -> TaskManager:
-    """What knows the names. The folder alone where it has them all: lm-eval's own index takes seconds."""
+    """A manager that knows the names: of the folder only, if it has all, since lm-eval's index takes seconds."""
     from lm_eval.tasks import TaskManager
 
     if folder is not None:
         if not folder.is_dir():
             raise UserError(f"{folder}: there is no such folder of task files")
-        own = TaskManager(include_path=folder, include_defaults=False)
-        if all(name in own.task_index for name in names):
-            return own
+        local = TaskManager(include_path=folder, include_defaults=False)
+        if all(name in local.task_index for name in names):
+            return local
     return TaskManager(include_path=folder)
 
 
 def _load(manager: TaskManager, name: str, folder: Path | None) -> list[Task | Group]:
     """A task, a group, or the tasks of a tag. Raises UserError."""
     try:
-        # Task files name their data relative to the working directory; a folder of tasks shall work from anywhere.
+        # Task files name data relative to the working directory; a folder of tasks must work from anywhere.
         with contextlib.chdir(folder or Path()), quiet():
             loaded = manager.load([name])
     except OSError as error:
         raise UserError(
-            f"task {name}: its data cannot be had ({_said(error)}). Run it once where the hub can be reached and bring "
-            "its cache (HF_HOME) here, or give a folder of task files with data of their own"
+            f"task {name}: its data is not available ({_one_line(error)}). Run it once with access to the hub and copy "
+            "its cache (HF_HOME) here, or use a folder of task files with local data"
         ) from error
     except Exception as error:
-        raise UserError(f"task {name}: cannot be loaded ({_said(error)})") from error
+        raise UserError(f"task {name}: cannot be loaded ({_one_line(error)})") from error
     return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
 
 
 def _problem(name: str, task: Task) -> str | None:
     if getattr(task, "UNSAFE_CODE", False):
-        return f"task {name}: runs code that the model writes, which this project does not"
+        return f"task {name}: runs code that the model writes, which is not supported"
     if getattr(task, "MULTIMODAL", False):
-        return f"task {name}: shows more than text, which LaMDA does not read"
+        return f"task {name}: is multimodal; LaMDA reads text only"
     return None
 
 
-def _said(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,4 +1,4 @@
-"""LaMDA among transformers' models: importing this package registers it, and no remote code is needed.
+"""LaMDA as a model of transformers: importing this package registers it; no remote code is needed.
 
 import lamda.interop.huggingface
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,7 +26,7 @@ __all__ = ["LamdaConfig", "LamdaForCausalLM", "LamdaModel"]
 AutoConfig.register(LamdaConfig.model_type, LamdaConfig, exist_ok=True)
 AutoModel.register(LamdaConfig, LamdaModel, exist_ok=True)
 AutoModelForCausalLM.register(LamdaConfig, LamdaForCausalLM, exist_ok=True)
-# Files hold the plain names of weights, whichever of the two models wrote them.
+# Files hold the plain names of weights, from either model.
 register_checkpoint_conversion_mapping(
     LamdaForCausalLM.__name__,
     [WeightRenaming(r"^(embedding|layers|final_norm|relative_bias)", r"model.\1")],

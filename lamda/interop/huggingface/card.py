@@ -1,4 +1,4 @@
-"""The model card: what the model is, what it was trained on, how well it does, and the hashes of everything."""
+"""The model card: architecture, training data, metrics, and hashes of all files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lamda.config.errors import UserError
 from lamda.data.card import Card, load_card
-from lamda.interop.huggingface.source import Source
+from lamda.interop.huggingface.source import ExportSource
 from lamda.interop.huggingface.tokenization import JOINER, SPELLINGS
 from lamda.model.counts import parameters
 from lamda.storage.commit import sync_and_describe
@@ -24,8 +24,8 @@ tags:
 """
 
 
-def model_card(source: Source, folder: Path, *, dtype: str, masters: bool) -> str:
-    """README.md of an exported folder, whose other files are there. masters: whether these are the optimiser's."""
+def model_card(source: ExportSource, folder: Path, *, dtype: str, masters: bool) -> str:
+    """README.md of an exported folder, whose other files exist. masters: whether the weights are the optimizer's."""
     parts = {
         source.config.run.dir.rstrip("/").rpartition("/")[2]: _summary(source, dtype=dtype, masters=masters),
         "Use": _USE,
@@ -33,8 +33,8 @@ def model_card(source: Source, folder: Path, *, dtype: str, masters: bool) -> st
         "Training": _training(source),
         "Metrics": _metrics(source),
         "Tokenizer": _TOKENIZER,
-        "Licence": "Nobody has stated a licence for these weights. Whoever publishes them states one here and in the "
-        "first lines of this file, and heeds the data's.",
+        "License": "No license has been stated for these weights. State one here and in the first lines of this file "
+        "before publishing them, in accordance with the data's.",
         "Hashes": _hashes(source, folder),
     }
     (title, summary), *rest = parts.items()
@@ -49,7 +49,7 @@ pip install '.[huggingface]'
 ```
 
 ```python
-import lamda.interop.huggingface  # makes the model known to transformers; no remote code is run
+import lamda.interop.huggingface  # registers the model with transformers; no remote code is run
 from transformers import pipeline
 
 generate = pipeline("text-generation", model="FOLDER")
@@ -57,21 +57,21 @@ print(generate("The ship")[0]["generated_text"])
 ```
 
 The model reads documents that begin with the end symbol, which the tokenizer puts before every text. The relative
-position bias has no longest distance, but nothing was trained on longer rows than those below."""
+position bias has no maximum distance, but the model was not trained on longer rows than those below."""
 
-_NAMED = "Of the files that the run named itself nobody has stated a licence."
+_NAMED = "No license has been stated for the files that the run itself named."
 
 _TOKENIZER = f"""\
-`tokenizer.json` gives the ids of the SentencePiece model beside it (`tokenizer.model`) for every text but such as
-hold U+2581, SentencePiece's own sign for a space, in one of two ways: where a text spells a control symbol, as
-`{SPELLINGS[2]}`, that symbol comes of it; and `{JOINER}` vanishes. Text without U+2581 cannot make a control symbol,
+`tokenizer.json` gives the ids of the SentencePiece model beside it (`tokenizer.model`) for every text, with two
+exceptions for texts with U+2581, SentencePiece's sign for a space: a text that spells a control symbol, such as
+`{SPELLINGS[2]}`, becomes that symbol, and `{JOINER}` is removed. Text without U+2581 cannot produce a control symbol,
 and in the chat template no text can. U+2581 alone becomes its three bytes, as in LaMDA's own tokenizer."""
 
 
-def _summary(source: Source, *, dtype: str, masters: bool) -> str:
+def _summary(source: ExportSource, *, dtype: str, masters: bool) -> str:
     model = source.config.model
-    origin = ", the weights that the optimiser holds" if masters else ""
-    bias = "a table a layer" if model.bias_per_layer else "one table for all layers"
+    origin = ", the optimizer's master weights" if masters else ""
+    bias = "one table per layer" if model.bias_per_layer else "one table for all layers"
     return (
         f"A decoder of LaMDA's shape (arXiv 2201.08239) with {parameters(model):,} parameters in {dtype}{origin}: "
         f"{model.n_layers} layers, width {model.d_model}, {model.n_heads} heads of {model.d_head}, feed-forward "
@@ -79,73 +79,69 @@ def _summary(source: Source, *, dtype: str, masters: bool) -> str:
     )
 
 
-def _data(source: Source) -> str:
+def _data(source: ExportSource) -> str:
     if source.state is None:
         return "Unknown: these weights came without their run."
     try:
         card = load_card(source.config.data)
     except UserError:
-        return f"Corpus `{source.config.data.corpus}`, whose card was not there when this was written."
+        return f"Corpus `{source.config.data.corpus}`, whose card was not available at export."
     named = ["", _NAMED] if source.config.data.files or source.config.data.eval_files else []
     return "\n".join([*_corpus(card), *named, *_origins(source)])
 
 
 def _corpus(card: Card) -> list[str]:
-    rows = [f"| {name} | {_places(source.files)} | {source.licence} |" for name, source in _sources(card)]
+    named = [(source.name, source) for source in card.sources]
+    named += [(f"{source.name} (validation)", source) for source in card.validation]
+    rows = [f"| {name} | {_places(source.files)} | {source.licence} |" for name, source in named]
     home = [f"<{card.homepage}>", ""] if card.homepage else []
-    return [f"{card.name}: {card.description}", "", *home, "| source | files | licence |", "| --- | --- | --- |", *rows]
-
-
-def _sources(card: Card) -> list[tuple[str, object]]:
-    return [(source.name, source) for source in card.sources] + [
-        (f"{source.name} (validation)", source) for source in card.validation
-    ]
+    return [f"{card.name}: {card.description}", "", *home, "| source | files | license |", "| --- | --- | --- |", *rows]
 
 
 def _places(patterns: tuple[str, ...]) -> str:
-    """Addresses whole, files of a machine by their last name: the rest means nothing elsewhere."""
+    """URLs in full, local files by name only: their folders mean nothing elsewhere."""
     shown = [f"`{pattern if '://' in pattern else Path(pattern).name}`" for pattern in patterns]
-    return ", ".join(shown) or "a data set of the hub"
+    return ", ".join(shown) or "a dataset of the hub"
 
 
-def _origins(source: Source) -> list[str]:
+def _origins(source: ExportSource) -> list[str]:
     weights = source.config.model.weights
     return ["", f"Training began from the weights `{'/'.join(Path(weights).parts[-2:])}`."] if weights else []
 
 
-def _training(source: Source) -> str:
+def _training(source: ExportSource) -> str:
     if source.state is None:
         return "Unknown: these weights came without their run."
     train, state = source.config.train, source.state
     facts = {
         "steps": f"{state.step:,} of {total_steps(source.config, state):,}",
         "tokens": f"{state.tokens:,}",
-        "rows a step": f"{train.global_batch_size:,} of {source.config.data.sequence_length:,} targets",
-        "optimiser": f"{train.optimizer}, peak rate {train.lr:g}, {train.schedule}",
+        "rows per step": f"{train.global_batch_size:,} of {source.config.data.sequence_length:,} targets",
+        "optimizer": f"{train.optimizer}, peak learning rate {train.lr:g}, {train.schedule}",
         "adapters": f"rank {train.lora_rank}, added to the weights" if train.lora_rank else "none",
     }
     return _table(("", ""), facts)
 
 
-def _metrics(source: Source) -> str:
+def _metrics(source: ExportSource) -> str:
     loss, evaluation = source.newest("loss"), source.newest("eval/")
     if loss is None:
-        return "Unknown: the run's metrics were not there when this was written."
-    values = {"loss (nats a token)": f"{loss[1]['loss']:.4f}"} if "loss" in loss[1] else {}
+        return "Unknown: the run's metrics were not available at export."
+    values = {"loss (nats per token)": f"{loss[1]['loss']:.4f}"} if "loss" in loss[1] else {}
     text = f"Of step {loss[0]:,} in training:\n\n{_table(('metric', 'value'), values)}"
     if evaluation is None:
         return text + "\n\nThe run was not evaluated."
-    held_out = {key.removeprefix("eval/"): f"{value:.4f}" for key, value in _of_most_text(evaluation[1]).items()}
+    held_out = {key.removeprefix("eval/"): f"{value:.4f}" for key, value in _of_full_text(evaluation[1]).items()}
     return f"{text}\n\nOn held-out text at step {evaluation[0]:,}:\n\n{_table(('metric', 'value'), held_out)}"
 
 
-def _of_most_text(figures: dict[str, float]) -> dict[str, float]:
-    """Of a figure of some rows and the same of all the text, the latter alone."""
-    full = {key.replace(FULL, "eval/"): value for key, value in figures.items() if key.startswith(FULL)}
-    return {key: value for key, value in figures.items() if not key.startswith(FULL)} | full
+def _of_full_text(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics of some held-out rows, replaced by those of the full text if available."""
+    full = {key.replace(FULL, "eval/"): value for key, value in metrics.items() if key.startswith(FULL)}
+    return {key: value for key, value in metrics.items() if not key.startswith(FULL)} | full
 
 
-def _hashes(source: Source, folder: Path) -> str:
+def _hashes(source: ExportSource, folder: Path) -> str:
     described = {path.name: sync_and_describe(path) for path in sorted(folder.iterdir())}
     files = {f"`{name}`": f"`{entry['sha256']}`" for name, entry in described.items()}
     names = {"manifest of the checkpoint": "sha256", "configuration of the run": "configuration", "data order": "data"}

@@ -1,4 +1,4 @@
-"""LaMDA's dimensions as transformers keeps them, in config.json."""
+"""LaMDA's dimensions as a configuration of transformers (config.json)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from lamda.config import ModelConfig
 
 @strict
 class LamdaConfig(PreTrainedConfig):
-    """The decoder's dimensions under this project's names; transformers' usual names are read and set as well.
+    """The decoder's dimensions under this project's names; transformers' usual names are aliases.
 
-    max_position_embeddings: L, targets of a row in training. It limits nothing: all distances from 113 on share
+    max_position_embeddings: L, targets per row in training. It is not a limit: all distances from 113 on share
     a bucket of the relative bias.
     """
 
@@ -42,5 +42,5 @@ class LamdaConfig(PreTrainedConfig):
 
     @property
     def dimensions(self) -> ModelConfig:
-        """The same as this project's own configuration. Raises pydantic's ValidationError where they make no model."""
+        """The same as this project's configuration. Raises pydantic's ValidationError for invalid dimensions."""
         return ModelConfig(**{name: getattr(self, name) for name in ModelConfig().dimensions})

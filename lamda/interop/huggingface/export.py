@@ -1,9 +1,10 @@
-"""`lamda export`: a checkpoint as a folder of Hugging Face's."""
+"""`lamda export`: write a checkpoint as a Hugging Face folder."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from transformers import GenerationConfig
 
@@ -16,9 +17,9 @@ from lamda.inference.sampling import Sampling
 from lamda.interop.huggingface import LamdaConfig, LamdaForCausalLM
 from lamda.interop.huggingface.card import model_card
 from lamda.interop.huggingface.folders import new_folder
-from lamda.interop.huggingface.source import Source
+from lamda.interop.huggingface.source import ExportSource
 from lamda.interop.huggingface.tokenization import save_tokenizer
-from lamda.interop.huggingface.weights import DTYPES, Stored, masters, write_shards
+from lamda.interop.huggingface.weights import DTYPES, StoredWeights, master_weights, write_shards
 from lamda.model.weights import weight_shapes
 
 
@@ -42,14 +43,14 @@ def main(argv: list[str]) -> int:
 def export(path: Path, to: Path, *, dtype: str | None = None, max_shard_size: str = "5GB") -> str:
     """Write the checkpoint at `path`, or the newest of the run there, to the new folder `to`.
 
-    dtype: a name of DTYPES; float32 takes the optimiser's own weights. Default: as they are stored. Returns it.
-    Raises UserError where something is missing, damaged, or in the way.
+    dtype: a name of DTYPES; float32 takes the optimizer's master weights. Default: as stored. Returns it.
+    Raises UserError if something is missing or damaged, or the folder exists.
     """
-    source = Source.of(find_checkpoint(path))
-    stored = Stored(source.path, source.config.model)
+    source = ExportSource.of(find_checkpoint(path))
+    stored = StoredWeights(source.path, source.config.model)
     dtype = dtype or stored.dtype
     takes_masters = dtype == "float32" and stored.dtype != dtype
-    read = masters(source.path, source.config) if takes_masters else stored.read
+    read = master_weights(source.path, source.config) if takes_masters else stored.read
     _check_tokenizer(source)
     try:
         with new_folder(to, {"source": source.manifest.get("sha256"), "step": source.manifest.get("step")}) as folder:
@@ -66,8 +67,9 @@ def export(path: Path, to: Path, *, dtype: str | None = None, max_shard_size: st
 
 
 def _configuration(config: Config, dtype: str) -> LamdaConfig:
+    dimensions: dict[str, Any] = config.model.dimensions
     return LamdaConfig(
-        **config.model.dimensions,
+        **dimensions,
         max_position_embeddings=config.data.sequence_length,
         architectures=[LamdaForCausalLM.__name__],
         dtype=dtype,
@@ -75,7 +77,7 @@ def _configuration(config: Config, dtype: str) -> LamdaConfig:
 
 
 def _generation() -> GenerationConfig:
-    """As `lamda generate` samples: among the 40 likeliest tokens, until any control symbol."""
+    """The sampling of `lamda generate`: top-k of 40, until any control symbol."""
     default = Sampling()
     return GenerationConfig(
         do_sample=True,
@@ -88,7 +90,7 @@ def _generation() -> GenerationConfig:
     )
 
 
-def _check_tokenizer(source: Source) -> None:
+def _check_tokenizer(source: ExportSource) -> None:
     pieces = Tokenizer.load(source.path / "tokenizer.model").vocab_size
     if pieces != source.config.model.vocab_size:
         raise UserError(

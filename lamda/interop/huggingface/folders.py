@@ -1,4 +1,4 @@
-"""A folder that is written whole or not at all, and is never written over."""
+"""A folder that is written atomically and never overwrites another."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lamda.durable import sync_folder
 from lamda.storage.commit import make_fresh, seal, sync_and_describe
 
 UNSEALED = ("README.md",)
-"""What people may change afterwards."""
+"""Files that users may edit afterwards."""
 
 
 @contextmanager
 def new_folder(to: Path, about: dict[str, object]) -> Iterator[Path]:
     """A temporary folder beside `to`, which becomes `to` at the end with a manifest of its files and `about`.
 
-    Raises UserError where `to` holds anything already, or cannot be written.
+    Raises UserError if `to` exists and is not empty, or cannot be written.
     """
     to = to.absolute()
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"--to {to}: something is there already, and nothing is written over; name a new folder")
+        raise UserError(f"--to {to}: something is there already and is not overwritten; name a new folder")
     temporary = to.with_name(f".{to.name}.{os.getpid()}.tmp")
     try:
         make_fresh(temporary)
@@ -35,6 +35,6 @@ def new_folder(to: Path, about: dict[str, object]) -> Iterator[Path]:
         temporary.rename(to)
         sync_folder(to.parent)
     except OSError as error:
-        raise UserError(f"--to {to}: cannot be written ({error.strerror or error}); nothing is left of it") from error
+        raise UserError(f"--to {to}: cannot be written ({error.strerror or error}); nothing was written") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

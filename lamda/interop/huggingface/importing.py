@@ -1,4 +1,4 @@
-"""`lamda import`: a folder of Hugging Face's as one that `model.weights` and `lamda generate` take."""
+"""`lamda import`: convert a Hugging Face folder for `model.weights` and `lamda generate`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lamda.data.tokenizer import Tokenizer
 from lamda.durable import read_regular
 from lamda.interop.huggingface.configuration import LamdaConfig
 from lamda.interop.huggingface.folders import new_folder
-from lamda.interop.huggingface.weights import Stored, write_shards
+from lamda.interop.huggingface.weights import StoredWeights, write_shards
 from lamda.model.weights import weight_shapes
 from lamda.storage import commit
 
@@ -30,32 +30,32 @@ def main(argv: list[str]) -> int:
     parser.add_argument("path", metavar="DIR", type=Path)
     parser.add_argument("--to", metavar="RUNLIKE_DIR", type=Path, required=True)
     options = parser.parse_args(argv)
-    bring_in(options.path, options.to)
+    import_folder(options.path, options.to)
     print(
         f"{options.to}: set model.weights to {options.to / 'model.safetensors'}, or try `lamda generate {options.to}`"
     )
     return 0
 
 
-def bring_in(path: Path, to: Path) -> None:
+def import_folder(path: Path, to: Path) -> None:
     """Write the model in the folder `path` to the new folder `to`: model.safetensors, config.yaml, tokenizer.model.
 
-    Weights stay as they are, byte for byte. Raises UserError where it is not LaMDA's, incomplete or damaged.
+    Weights are unchanged, byte for byte. Raises UserError if the folder is not LaMDA's, incomplete or damaged.
     """
     if (path / commit.MANIFEST).is_file() and (problem := commit.problem_of(path)):
         raise UserError(
             f"{path}: {problem}; export or download it again, or, if you changed it yourself, delete {commit.MANIFEST}"
         )
     model, sequence_length = _configuration(path / "config.json")
-    stored = Stored(path, model)
+    stored = StoredWeights(path, model)
     tokenizer = path / "tokenizer.model"
     pieces = Tokenizer.load(tokenizer).vocab_size
     if pieces != model.vocab_size:
-        raise UserError(f"{tokenizer}: has {pieces} pieces and the model {model.vocab_size} tokens: they do not fit")
+        raise UserError(f"{tokenizer}: has {pieces} pieces and the model {model.vocab_size} tokens: they do not match")
     values = {
         "model": model.dimensions,
         "data": {"sequence_length": sequence_length},
-        # A run-like folder needs a length, though nothing will be trained by this file.
+        # The configuration requires a length, though nothing is trained with it.
         "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
     }
     with new_folder(to, {"source": None, "step": None}) as folder:
@@ -65,7 +65,7 @@ def bring_in(path: Path, to: Path) -> None:
 
 
 def _configuration(path: Path) -> tuple[ModelConfig, int]:
-    """The dimensions and the row length in a config.json. Raises UserError with everything that does not fit."""
+    """The dimensions and the row length in a config.json. Raises UserError that lists every problem."""
     try:
         values: dict[str, Any] = json.loads(read_regular(path))
         kind = values.get("model_type")

@@ -1,8 +1,8 @@
-"""The decoder as a model of transformers: its modules, cache, masks and outputs around this project's mathematics.
+"""The decoder as a model of transformers, with its modules, cache, masks and outputs.
 
-Query, key and value, gate and up are matrices of their own here, so that modules have the names of the weights in
-files, and adapters find them. Distances are those between slots of the cache, which padding on the left moves
-alike. Dimensions: legend in `lamda/model/decoder.py`.
+Query, key and value, gate and up are separate matrices here, so that modules have the names of the weights in files,
+for adapters. Distances are those between cache slots, which padding on the left shifts equally. Dimensions: legend in
+`lamda/model/decoder.py`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
-from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from lamda.interop.huggingface.configuration import LamdaConfig
@@ -39,12 +38,12 @@ def eager_attention(
     position_bias: Tensor,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention [B, L, H, K] and its shares [B, H, L, M]; scores and softmax in the bias's precision."""
+    """Attention output [B, L, H, K] and probabilities [B, H, L, M]; scores and softmax in the bias's precision."""
     scores_BHLM = (q_BHLK @ k_BHMK.mT).to(position_bias.dtype) + position_bias
     if mask_BHLM is not None:
         scores_BHLM = scores_BHLM + mask_BHLM
-    shares_BHLM = scores_BHLM.softmax(dim=-1).to(v_BHMK.dtype)
-    return (shares_BHLM @ v_BHMK).transpose(1, 2), shares_BHLM
+    probs_BHLM = scores_BHLM.softmax(dim=-1).to(v_BHMK.dtype)
+    return (probs_BHLM @ v_BHMK).transpose(1, 2), probs_BHLM
 
 
 def position_bias(table_RH: Tensor, buckets_BLM: Tensor) -> Tensor:
@@ -54,7 +53,7 @@ def position_bias(table_RH: Tensor, buckets_BLM: Tensor) -> Tensor:
 
 
 class LamdaAttention(nn.Module):
-    """Multi-head attention with a bias table of its own, or the one that all layers share."""
+    """Multi-head attention with its own bias table, or the shared one."""
 
     is_causal = True
 
@@ -66,7 +65,7 @@ class LamdaAttention(nn.Module):
         self.key = Linear(config.d_model, width)
         self.value = Linear(config.d_model, width)
         self.output = Linear(width, config.d_model)
-        self.relative_bias = bias_table(config) if config.bias_per_layer else None
+        self.relative_bias = bias_table(config.dimensions) if config.bias_per_layer else None
 
     def forward(
         self,
@@ -77,7 +76,7 @@ class LamdaAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, L, D] to [B, L, D], and the shares where the implementation gives them."""
+        """[B, L, D] to [B, L, D], and the probabilities if the implementation returns them."""
         q_BHLK, k_BHLK, v_BHLK = (
             rearrange(matrix(x_BLD), "b l (h k) -> b h l k", k=self.config.d_head)
             for matrix in (self.query, self.key, self.value)
@@ -86,10 +85,10 @@ class LamdaAttention(nn.Module):
             k_BHLK, v_BHLK = past_key_values.update(k_BHLK, v_BHLK, self.layer_idx)
         bias = shared_bias if self.relative_bias is None else position_bias(self.relative_bias, buckets_BLM)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        mixed_BLHK, shares_BHLM = attend(
+        mixed_BLHK, probs_BHLM = attend(
             self, q_BHLK, k_BHLK, v_BHLK, attention_mask, scaling=1.0, dropout=0.0, position_bias=bias, **kwargs
         )
-        return self.output(rearrange(mixed_BLHK, "b l h k -> b l (h k)")), shares_BHLM
+        return self.output(rearrange(mixed_BLHK, "b l h k -> b l (h k)")), probs_BHLM
 
 
 class LamdaFeedForward(nn.Module):
@@ -117,20 +116,20 @@ class LamdaBlock(GradientCheckpointingLayer):
         self.feed_forward = LamdaFeedForward(config)
 
     def forward(self, x_BLD: Tensor, shared_bias: Tensor | None, **kwargs: Any) -> Tensor:
-        """The residual stream [B, L, D] after this block; what has a gradient comes by position, for checkpointing."""
+        """The residual stream [B, L, D] after this block. Inputs with gradients are positional, for checkpointing."""
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), shared_bias, **kwargs)[0]
         return x_BLD + self.feed_forward(self.feed_forward_norm(x_BLD))
 
 
 class LamdaPreTrainedModel(PreTrainedModel):
-    """What transformers wants to know of both models."""
+    """The settings of both models for transformers."""
 
     config: LamdaConfig
     config_class = LamdaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("LamdaBlock",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["LamdaBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _input_embed_layer = "embedding"
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -139,7 +138,7 @@ class LamdaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw what a file did not bring, with the deviations of `lamda.model.initialization`."""
+        """Initialize weights that no file provides, as `lamda.model.initialization` does."""
         by_kind = draws(self.config.dimensions)
         for name, weight in module.named_parameters(recurse=False):
             kind = getattr(module, "kind", "embedding") if name == "weight" else name
@@ -148,20 +147,20 @@ class LamdaPreTrainedModel(PreTrainedModel):
             )
 
     def _name_kinds(self) -> None:
-        """Let each matrix know its part, which is all that `_init_weights` is not told."""
+        """Store each matrix's kind on its module, for `_init_weights`."""
         for name, module in self.named_modules():
             module.kind = name.rpartition(".")[2]
 
 
 class LamdaModel(LamdaPreTrainedModel):
-    """Tokens to the hidden states that the head takes: after the last norm, and scaled."""
+    """Tokens to the inputs of the head: hidden states after the final norm, scaled."""
 
     def __init__(self, config: LamdaConfig) -> None:
         super().__init__(config)
         self.embedding = Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(LamdaBlock(config, number) for number in range(config.n_layers))
         self.final_norm = RMSNorm(config.d_model)
-        self.relative_bias = None if config.bias_per_layer else bias_table(config)
+        self.relative_bias = None if config.bias_per_layer else bias_table(config.dimensions)
         self.gradient_checkpointing = False
         self._name_kinds()
         self.post_init()
@@ -178,17 +177,17 @@ class LamdaModel(LamdaPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As every decoder of transformers. attention_mask: [B, M], 0 at padding, or whatever 4D mask they make.
+        """The interface of transformers' decoders. attention_mask: [B, M], 0 at padding, or a 4D mask.
 
-        position_ids: without a cache they tell documents of a packed row apart where there is no mask (each begins
-        anew), and how far apart tokens are where the mask is 4D. Else slots tell.
+        position_ids: without a cache, they separate the documents of a packed row if there is no mask (each document
+        restarts them), and give the distances if the mask is 4D. Otherwise cache slots give the distances.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         x_BLD = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        # A mask of the caller's own may let a row branch: then slots do not tell how far apart tokens are.
-        is_own_mask = attention_mask is not None and attention_mask.ndim == 4
-        has_branches = is_own_mask and position_ids is not None and past_key_values is None
+        # With a caller's 4D mask a row may branch: then slots do not give the distances.
+        has_branches = attention_mask is not None and attention_mask.ndim == 4 and past_key_values is None
+        branch_positions = position_ids if has_branches else None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         mask = create_causal_mask(
@@ -198,8 +197,8 @@ class LamdaModel(LamdaPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        if has_branches:
-            buckets_BLM = _buckets(position_ids, position_ids)
+        if branch_positions is not None:
+            buckets_BLM = _buckets(branch_positions, branch_positions)
         else:
             buckets_BLM = _buckets(*_slots(x_BLD, past_key_values))
         shared_bias = None if self.relative_bias is None else position_bias(self.relative_bias, buckets_BLM)
@@ -213,13 +212,13 @@ class LamdaModel(LamdaPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-        # Scaled here and not before the head: losses that never make all logits (trl's, Liger's) multiply this by it.
+        # Scaled here and not in the head: fused losses (trl's, Liger's) multiply this by the head's weight.
         x_BLD = self.final_norm(x_BLD) * self.config.d_model**-0.5
         return BaseModelOutputWithPast(last_hidden_state=x_BLD, past_key_values=past_key_values)
 
 
 def _slots(x_BLD: Tensor, past_key_values: Cache | None) -> tuple[Tensor, Tensor]:
-    """The places [1, L] of the tokens and [1, M] of the keys, from the first that the cache holds."""
+    """The slots [1, L] of the tokens and [1, M] of the keys, from the first in the cache."""
     length, device = x_BLD.shape[1], x_BLD.device
     past, keys = 0, length
     if past_key_values is not None:
@@ -228,13 +227,13 @@ def _slots(x_BLD: Tensor, past_key_values: Cache | None) -> tuple[Tensor, Tensor
 
 
 def _buckets(places_BL: Tensor, places_BM: Tensor) -> Tensor:
-    """The bucket [B, L, M] of each distance from a key to a query; those of later keys, hidden, do not matter."""
+    """The bucket [B, L, M] of each distance from a key to a query; those of later, masked keys are arbitrary."""
     distances_BLM = places_BL[:, :, None] - places_BM[:, None, :]
     return causal_buckets(MAX_DISTANCE + 1, device=places_BM.device)[distances_BLM.clamp(0, MAX_DISTANCE)]
 
 
 class LamdaForCausalLM(LamdaPreTrainedModel, GenerationMixin):
-    """Tokens to the logits of the token after each. Files hold `LamdaModel`'s names; the head is its embedding."""
+    """Tokens to next-token logits. Files hold `LamdaModel`'s names; the head is tied to the embedding."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # noqa: RUF012
 
@@ -257,7 +256,7 @@ class LamdaForCausalLM(LamdaPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As every decoder of transformers. labels: the ids themselves, -100 where there is no loss."""
+        """The interface of transformers' decoders. labels: the ids themselves, -100 for no loss."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,4 +1,4 @@
-"""What a checkpoint tells of the model in it."""
+"""A checkpoint to export: its configuration, manifest, state and metrics."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from lamda.storage.state import RunState
 
 
 @dataclass(frozen=True)
-class Source:
-    """A verified checkpoint. manifest and state: nothing where it is a folder of weights alone (`lamda import`).
+class ExportSource:
+    """A verified checkpoint. manifest and state: empty for a folder of weights only (`lamda import`).
 
     metrics: the rows of its run up to its step.
     """
 
     path: Path
     config: Config
-    commit: dict[str, Any]
+    manifest: dict[str, Any]
     state: RunState | None
     metrics: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, path: Path) -> Source:
-        """Raises UserError where the checkpoint is damaged, by its hashes."""
+    def of(cls, path: Path) -> ExportSource:
+        """Raises UserError if the checkpoint is damaged, by its hashes."""
         if not (path / commit.MANIFEST).exists():
             return cls(path, saved_config(path), {}, None, [])
         problem = commit.problem_of(path)
@@ -44,7 +44,7 @@ class Source:
         return cls(path, config, content, state, [row for row in rows if row["step"] <= content["step"]])
 
     def newest(self, prefix: str) -> tuple[int, dict[str, float]] | None:
-        """The step and values of the last row that has keys of this prefix."""
+        """The step and values of the last row with keys of this prefix."""
         for row in reversed(self.metrics):
             found = {key: value for key, value in row.items() if key.startswith(prefix) and value is not None}
             if found:

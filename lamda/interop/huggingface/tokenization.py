@@ -1,14 +1,14 @@
-"""The SentencePiece model as a fast tokenizer of Hugging Face's, with the same ids for every text but two kinds.
+"""The SentencePiece model as a Hugging Face fast tokenizer, with the same ids for every text but two kinds.
 
-A plain text that spells a control symbol with U+2581, `<▁USER▁>`, becomes that symbol, and JOINER, `▁|▁`, vanishes;
-in the chat template no message can do either, and a text without U+2581 never does.
+A plain text that spells a control symbol with U+2581, `<▁USER▁>`, becomes that symbol, and JOINER, `▁|▁`, is removed;
+neither applies to a message in the chat template, nor to a text without U+2581.
 
-Pieces are written with a real space in place of U+2581, so that U+2581 itself is a character as any other and
-becomes its bytes. A piece is merged from every pair of pieces that spells it, lower ids first, as SentencePiece does.
+Pieces have a real space in place of U+2581, so that U+2581 itself is an ordinary character and becomes its bytes. A
+piece is merged from every pair of pieces that spells it, lower ids first, as in SentencePiece.
 
-Text and structure meet in one string here, which a chat template writes. So control symbols have spellings with
-U+2581, `<▁USER▁>`, and the template puts JOINER after each U+2581 of a message: what anybody writes is never taken
-for a symbol. The normaliser drops JOINER again, and the ids are those of the message.
+A chat template writes text and structure into one string. So control symbols have spellings with U+2581, `<▁USER▁>`,
+and the template puts JOINER after each U+2581 of a message: text is never taken for a symbol. The normalizer removes
+JOINER again, and the ids are those of the message.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def fast_tokenizer(model: Path) -> PreTrainedTokenizerFast:
 
 
 def save_tokenizer(model: Path, folder: Path) -> None:
-    """Write the fast tokenizer's files into the folder, and the SentencePiece model that it was made of."""
+    """Write the fast tokenizer's files into the folder, and the SentencePiece model that it is made from."""
     fast_tokenizer(model).save_pretrained(folder)
     shutil.copyfile(model, folder / "tokenizer.model")
 
@@ -69,19 +69,19 @@ def save_tokenizer(model: Path, folder: Path) -> None:
 def _pieces(model: Path) -> list[str]:
     """The spelling of every id."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    learnt = [processor.id_to_piece(id) for id in range(len(RESERVED_PIECES), processor.get_piece_size())]
-    return [*SPELLINGS, *RESERVED_PIECES[len(SPELLINGS) :], *(piece.replace(SPACE_PIECE, " ") for piece in learnt)]
+    learned = [processor.id_to_piece(id) for id in range(len(RESERVED_PIECES), processor.get_piece_size())]
+    return [*SPELLINGS, *RESERVED_PIECES[len(SPELLINGS) :], *(piece.replace(SPACE_PIECE, " ") for piece in learned)]
 
 
 def _merges(pieces: list[str]) -> Iterator[tuple[str, str]]:
     """Pairs of pieces by rank: those that make piece 400 before those that make piece 401.
 
-    SentencePiece ranks the pairs that make one piece alike and takes the leftmost. That theirs differ here changes
-    nothing: where `an + a` and `a + na` could both make `ana`, whichever of `an` and `na` came first has left the
-    other none of its letters.
+    SentencePiece ranks all pairs of one piece equally and takes the leftmost. Here their ranks differ, without effect:
+    if `an + a` and `a + na` could both make `ana`, the earlier of `an` and `na` has already taken the letters of the
+    other.
     """
-    learnt = {*pieces[len(RESERVED_PIECES) :]}
+    learned = {*pieces[len(RESERVED_PIECES) :]}
     for piece in pieces[len(RESERVED_PIECES) :]:
         for cut in range(1, len(piece)):
-            if piece[:cut] in learnt and piece[cut:] in learnt:
+            if piece[:cut] in learned and piece[cut:] in learned:
                 yield piece[:cut], piece[cut:]

@@ -1,4 +1,4 @@
-"""Weights by plain name: out of a checkpoint into shards, out of shards into one file."""
+"""Weights by plain name: from a checkpoint to shards, and from shards to one file."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ Read = Callable[[str], Tensor]
 def write_shards(
     folder: Path, shapes: Mapping[str, tuple[int, ...]], read: Read, *, dtype: str, max_shard_size: str
 ) -> None:
-    """model.safetensors, or numbered parts of it with their index; one part is in memory at a time.
+    """Write model.safetensors, or numbered shards with their index; one shard is in memory at a time.
 
-    max_shard_size: as `5GB`. Raises UserError where it is no size, and OSError where a file cannot be written.
+    max_shard_size: such as `5GB`. Raises UserError for an invalid size, and OSError if a file cannot be written.
     """
     width = DTYPES[dtype].itemsize
     try:
@@ -44,7 +44,7 @@ def write_shards(
             max_shard_size=max_shard_size,
         )
     except ValueError as error:
-        raise UserError(f"--max-shard-size {max_shard_size}: is no size; write one as 5GB or 500MB") from error
+        raise UserError(f"--max-shard-size {max_shard_size}: is not a size; use one such as 5GB or 500MB") from error
     for name, weights in plan.filename_to_tensors.items():
         shard = {weight: read(weight).to(DTYPES[dtype]).contiguous() for weight in weights}
         with umask_mode(folder / name):
@@ -55,30 +55,30 @@ def write_shards(
 
 
 def _save(weights: dict[str, Tensor], file: Path) -> None:
-    """Raises OSError where the file cannot be written, as on a full disk."""
+    """Raises OSError if the file cannot be written, as on a full disk."""
     try:
         save_file(weights, file, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(None, str(error)) from error
 
 
-class Stored:
-    """The weights in a folder, in one file or in shards, read when they are asked for.
+class StoredWeights:
+    """The weights in a folder, in one file or in shards, read on request.
 
     Attributes:
-        dtype: of all of them, a name of DTYPES.
+        dtype: of all weights, a name of DTYPES.
     """
 
     def __init__(self, folder: Path, model: ModelConfig) -> None:
-        """Look at every file. Raises UserError where they are not this model's weights, or cannot be read."""
+        """Check every file. Raises UserError if they are not this model's weights, or cannot be read."""
         self._place: dict[str, Path] = {}
         shapes, dtypes = {}, set()
         for file in _files(folder):
             try:
                 with safe_open(file, "pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
+                    for name in opened.keys():  # noqa: SIM118 - safe_open is not a mapping
                         if name in self._place:
-                            raise UserError(f"{name} is twice there: in {self._place[name]} and in {file}")
+                            raise UserError(f"{name} is in two files: {self._place[name]} and {file}")
                         self._place[name] = file
                         shapes[name] = tuple(opened.get_slice(name).get_shape())
                         dtypes.add(opened.get_slice(name).get_dtype())
@@ -92,7 +92,7 @@ class Stored:
         self.dtype = _STORED[dtypes.pop()]
 
     def read(self, name: str) -> Tensor:
-        """The weight of that name. Raises UserError where it cannot be read."""
+        """The weight of that name. Raises UserError if it cannot be read."""
         file = self._place[name]
         try:
             with safe_open(file, "pt") as opened:
@@ -102,7 +102,7 @@ class Stored:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files that hold the weights. Raises UserError where there are none, or some lie elsewhere."""
+    """The files that hold the weights. Raises UserError if there are none, or some are in another folder."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     try:
@@ -116,19 +116,19 @@ def _files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def masters(checkpoint: Path, config: Config) -> Read:
-    """The fp32 weights that the optimiser of a checkpoint holds, adapters added to what they adapt.
+def master_weights(checkpoint: Path, config: Config) -> Read:
+    """The fp32 master weights of a checkpoint's optimizer, with adapters merged.
 
-    Raises UserError where they are not there.
+    Raises UserError if they are missing.
     """
-    # These bring DeepSpeed with them, which weights as they are stored do not need.
+    # These import DeepSpeed, which an export of the stored weights does not need.
     from lamda.engines.deepspeed.checkpoint import SavedState, state_sizes
     from lamda.storage import commit
 
     if not (checkpoint / commit.MANIFEST).is_file() or not [*checkpoint.glob("optimizer-*.safetensors")]:
         raise UserError(
-            f"{checkpoint}: has no optimiser's state of DeepSpeed's, whose fp32 weights --dtype float32 asks for (a "
-            "Flax run keeps them with Orbax); leave --dtype out"
+            f"{checkpoint}: has no optimizer state of DeepSpeed, whose fp32 weights --dtype float32 needs (a Flax "
+            "run keeps them with Orbax); leave --dtype out"
         )
     saved = SavedState(checkpoint, state_sizes(config))
     adapted = config.train.lora_rank > 0

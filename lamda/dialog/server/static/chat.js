@@ -1,4 +1,4 @@
-// The page of `lamda serve`. Whatever anybody typed or a model wrote goes through textContent alone.
+// The page of `lamda serve`. Text of users and of the model is set through textContent only.
 "use strict";
 
 const ATTRIBUTES = ["sensible", "specific", "interesting", "unsafe"];
@@ -6,10 +6,10 @@ const find = (id) => document.getElementById(id);
 const [talk, form, input, sendButton, stopButton, keyForm, keyInput] =
   ["talk", "form", "input", "send", "stop", "key-form", "key"].map(find);
 
-let model = null;      // its name on this server
-let key = "";          // kept in this page's memory alone
-let messages = [];     // the conversation as the server is told it
-let running = null;    // AbortController of the request at work
+let model = null;      // the model's name
+let key = "";          // in this page's memory only
+let messages = [];     // the conversation as sent to the server
+let running = null;    // AbortController of the active request
 
 function make(tag, className, text) {
   const element = document.createElement(tag);
@@ -26,7 +26,7 @@ function addMessage(kind, text) {
   return message;
 }
 
-// What the server refuses, as an Error with its HTTP status.
+// Throws an Error with the HTTP status of a failed request.
 async function request(path, options = {}) {
   const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
   const response = await fetch(path, { ...options, headers });
@@ -75,7 +75,7 @@ async function* events(response) {
   }
 }
 
-// Old turns leave before the server would refuse a body for its size: the model does not read them anyway.
+// Drop old turns before the body exceeds the server's limit: the model would not read them anyway.
 function bodyOf(said) {
   for (;;) {
     const body = JSON.stringify({ model, messages: said, stream: true });
@@ -122,7 +122,7 @@ async function answer(text) {
 }
 
 function explain(reply, reasons) {
-  if (reasons.refused) reply.append(make("div", "note", "The filter dropped every candidate; this is the text that is set for that case."));
+  if (reasons.refused) reply.append(make("div", "note", "The filter dropped every candidate; this is the configured refusal."));
   if (reasons.sources.length) {
     const list = make("ul", "sources");
     for (const source of reasons.sources) {
@@ -183,21 +183,21 @@ function stepsOf(steps) {
   const list = make("ol", "steps");
   for (const step of steps) {
     const item = make("li");
-    item.append(make("div", "place", step.to === "TS" ? "asked the toolset" : "told the user"), make("div", "text", step.text));
-    if (step.dropped) item.append(make("div", "reason", `not said: ${step.dropped}; the base answer was`));
+    item.append(make("div", "place", step.to === "TS" ? "query to the toolset" : "response to the user"), make("div", "text", step.text));
+    if (step.dropped) item.append(make("div", "reason", `dropped: ${step.dropped}; the base answer is the reply`));
     for (const result of step.results) {
       const found = make("div", "result");
       found.append(make("div", "text", result.text));
       if (result.source) found.append(sourceOf(result.source));
       item.append(found);
     }
-    if (step.to === "TS" && !step.results.length) item.append(make("div", "result note", "nothing was found"));
+    if (step.to === "TS" && !step.results.length) item.append(make("div", "result note", "no results"));
     list.append(item);
   }
   return list;
 }
 
-// A link only where it leads to the web: a source is text that came from elsewhere.
+// A link only for web URLs: a source is untrusted text.
 function sourceOf(source) {
   if (!/^https?:\/\//i.test(source)) return make("span", "source", source);
   const link = make("a", "source", source);

@@ -1,4 +1,4 @@
-"""A request from its place to its last byte: parsed and answered in a thread, and sent as one answer or as a stream."""
+"""Endpoints: a request is parsed and handled in a thread, and answered as one JSON object or a stream of events."""
 
 from __future__ import annotations
 
@@ -14,13 +14,20 @@ from traceback import format_exception
 from typing import Any, Protocol, TypeVar
 
 from fastapi.responses import JSONResponse
+from prometheus_client import Histogram
 
 from lamda.config.errors import RunError, UserError
-from lamda.dialog.server.admission import Abandoned, Admission, Ending, Place, TooLong, ending
-from lamda.dialog.server.guard import OUTCOME, Receive, Scope, Send, refuse
+from lamda.dialog.server.admission import (
+    Admission,
+    ClientDisconnected,
+    DeadlineExceeded,
+    ShuttingDown,
+    Slot,
+    shutting_down,
+)
+from lamda.dialog.server.guard import OUTCOME, Receive, Scope, Send, send_error
 from lamda.dialog.server.limits import Limits
-from lamda.dialog.server.metrics import Metrics
-from lamda.dialog.server.protocol import ChatRequest, CompletionRequest, Refused, parse
+from lamda.dialog.server.protocol import ChatRequest, CompletionRequest, RequestError, parse
 
 log = logging.getLogger(__name__)
 
@@ -31,93 +38,96 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Answer:
-    """whole: what a request gets that is no stream. events: the last ones of a stream."""
+    """whole: the response without streaming. events: the last events of a stream."""
 
     whole: Record
     events: list[Record]
 
 
-class Answerer(Protocol):
-    """What answers one request, in a thread."""
+class Handler(Protocol):
+    """Handles one request, in a thread."""
 
-    def __call__(self, place: Place, on_text: OnText | None) -> Answer:
-        """The answer; `on_text` gets (number of the choice, text) as it comes. Raises Refused among others."""
+    def __call__(self, slot: Slot, on_text: OnText | None) -> Answer:
+        """The answer; calls `on_text(choice, text)` for each new text. Raises RequestError and others."""
         ...
 
     def piece(self, number: int, text: str) -> Record:
-        """The event of a piece of text."""
+        """The event for new text of a choice."""
         ...
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A route as an ASGI application. answerer: for what was asked; it is called in a thread, and may raise Refused."""
+    """A route as an ASGI application.
+
+    handler: makes the handler of a parsed request, in a thread; may raise RequestError. seconds: request durations.
+    """
 
     kind: type[ChatRequest] | type[CompletionRequest]
-    answerer: Callable[[Any], Answerer]
+    handler: Callable[[Any], Handler]
     admission: Admission
     pool: ThreadPoolExecutor
     limits: Limits
-    metrics: Metrics
+    seconds: Histogram
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, unless the client leaves."""
+        """Answer, unless the client disconnects."""
         try:
-            with self.admission.enter() as place, self.metrics.seconds.time():
+            with self.admission.enter() as slot, self.seconds.time():
                 body = (await receive())["body"]
-                asked, answerer = await self._in_thread(self._understood, body)
+                request, handler = await self._in_thread(self._understood, body)
                 del body
-                if asked.stream:
-                    await self._stream(answerer, place, scope, receive, send)
+                if request.stream:
+                    await self._stream(handler, slot, scope, receive, send)
                 else:
-                    async with _watched(place, receive):
-                        answer = await self._in_thread(answerer, place, None)
+                    async with _watched(slot, receive):
+                        answer = await self._in_thread(handler, slot, None)
                     await JSONResponse(answer.whole)(scope, receive, send)
-        except Refused as refused:
-            if refused.status == 499:
+        except RequestError as error:
+            if error.status == 499:
                 scope[OUTCOME] = 499
             else:
-                await refuse(refused, send)
+                await send_error(error, send)
 
-    def _understood(self, body: bytes) -> tuple[Any, Answerer]:
-        asked = parse(self.kind, body)
-        return asked, self.answerer(asked)
+    def _understood(self, body: bytes) -> tuple[Any, Handler]:
+        request = parse(self.kind, body)
+        return request, self.handler(request)
 
     async def _in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """What work gives. Raises Refused alone."""
+        """Run `work` in the pool. Raises only RequestError."""
         outcome = await asyncio.get_running_loop().run_in_executor(self.pool, self._outcome, work, arguments)
-        if isinstance(outcome, Refused):
+        if isinstance(outcome, RequestError):
             raise outcome
         return outcome
 
-    def _outcome(self, work: Callable[..., Result], arguments: tuple[Any, ...]) -> Result | Refused:
-        """An error ends here: in a future, its traceback would keep keys and values until a garbage collection."""
+    def _outcome(self, work: Callable[..., Result], arguments: tuple[Any, ...]) -> Result | RequestError:
+        """An error becomes a value: in a future, its traceback would hold keys and values until garbage collection."""
         try:
             return work(*arguments)
         except Exception as error:
             return self._refusal(error)
 
-    def _refusal(self, error: Exception) -> Refused:
-        """What the client gets; a defect of ours goes to the log."""
-        if isinstance(error, Refused):
-            return Refused(error.status, error.message, param=error.param)
+    def _refusal(self, error: Exception) -> RequestError:
+        """The client's error; a defect of the server goes to the log."""
+        if isinstance(error, RequestError):
+            return RequestError(error.status, error.message, param=error.param)
         if isinstance(error, UserError):
-            return Refused(400, str(error))
-        if isinstance(error, TooLong):
-            return Refused(504, f"the request took longer than {self.limits.seconds:g} seconds")
-        if isinstance(error, Abandoned):
-            return Refused(499, "the client has gone")
-        if isinstance(error, Ending):
-            return ending()
-        if not isinstance(error, RunError):  # the scheduler has logged those
+            return RequestError(400, str(error))
+        if isinstance(error, DeadlineExceeded):
+            return RequestError(504, f"the request took longer than {self.limits.seconds:g} seconds")
+        if isinstance(error, ClientDisconnected):
+            return RequestError(499, "the client has disconnected")
+        if isinstance(error, ShuttingDown):
+            return shutting_down()
+        if not isinstance(error, RunError):  # the scheduler logs those
             log.error("a request failed\n%s", "".join(format_exception(error)))
-        return Refused(500, "the server failed; its log says why")
+        return RequestError(500, "internal error; see the server's log")
 
-    async def _stream(self, answerer: Answerer, place: Place, scope: Scope, receive: Receive, send: Send) -> None:
-        """Server-sent events. What fails before the first one has a status of its own."""
+    async def _stream(self, handler: Handler, slot: Slot, scope: Scope, receive: Receive, send: Send) -> None:
+        """Server-sent events. An error before the first one becomes the response's status."""
         outbox = _Outbox()
         loop = asyncio.get_running_loop()
-        working = loop.run_in_executor(self.pool, self._outcome, answerer, (place, outbox.put))
+        working = loop.run_in_executor(self.pool, self._outcome, handler, (slot, outbox.put))
         working.add_done_callback(lambda _: outbox.wake())
         has_begun = False
 
@@ -130,24 +140,25 @@ class Endpoint:
             data = record if isinstance(record, str) else json.dumps(record)
             await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
 
-        async with _watched(place, receive):
+        async with _watched(slot, receive):
             while not (working.done() and outbox.is_empty):
                 for number, text in await outbox.take():
-                    await event(answerer.piece(number, text))
+                    await event(handler.piece(number, text))
         outcome = working.result()
-        if isinstance(outcome, Refused):
+        if isinstance(outcome, RequestError):
             if not has_begun:
                 raise outcome
             scope[OUTCOME] = outcome.status
             await event(outcome.to_record())
         else:
-            for record in [*outcome.events, "[DONE]"]:
+            for record in outcome.events:
                 await event(record)
+            await event("[DONE]")
         await send({"type": "http.response.body", "body": b""})
 
 
 class _Outbox:
-    """Texts on their way to a client. One that reads slowly gets longer pieces of them, not a longer queue."""
+    """Texts to send, merged per choice: a slow client gets longer texts, not a longer queue."""
 
     def __init__(self) -> None:
         self._loop, self._ready = asyncio.get_running_loop(), asyncio.Event()
@@ -166,11 +177,11 @@ class _Outbox:
             self._loop.call_soon_threadsafe(self._ready.set)
 
     def wake(self) -> None:
-        """`take` returns, also where there is nothing."""
+        """Make `take` return, even with no text."""
         self._ready.set()
 
     async def take(self) -> list[tuple[int, str]]:
-        """All that has come, by the number of its choice, once there is something or `wake` was called."""
+        """Wait for text or `wake`; all new text, by choice."""
         await self._ready.wait()
         self._ready.clear()
         with self._lock:
@@ -179,13 +190,13 @@ class _Outbox:
 
 
 @asynccontextmanager
-async def _watched(place: Place, receive: Receive) -> AsyncIterator[None]:
-    """While it lasts, a client that leaves abandons its place."""
+async def _watched(slot: Slot, receive: Receive) -> AsyncIterator[None]:
+    """Abandon the slot if the client disconnects within this context."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        place.abandon()
+        slot.abandon()
 
     watching = asyncio.create_task(watch())
     try:
