@@ -31,7 +31,7 @@ from lamda.storage.run_directory import RunDirectory
 from lamda.training.stop_requests import interrupting_signals
 
 if TYPE_CHECKING:
-    from lamda.cluster.compare import Difference
+    from lamda.cluster.compare import FirstDifference
 
 STEPS, CHECKPOINTS = 12, 4
 POLL_SECONDS = 0.01
@@ -85,7 +85,7 @@ class Trial:
     ranks: int
     killed_after: int
     went_on_from: str
-    differences: dict[str, Difference | None]
+    differences: dict[str, FirstDifference | None]
 
     @property
     def is_exact(self) -> bool:
@@ -266,7 +266,7 @@ def table(ranks: int, trials: list[Trial]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def _told(difference: Difference | None) -> str:
+def _told(difference: FirstDifference | None) -> str:
     if difference is None:
         return "equal"
     size = "" if difference.largest is None else f" by {difference.largest:.3g} at most"

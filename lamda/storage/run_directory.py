@@ -1,4 +1,4 @@
-"""The run directory: who may write to it, what the run is doing, and where things lie."""
+"""The run directory: paths, status, and skipped sample ranges."""
 
 from __future__ import annotations
 
@@ -7,19 +7,27 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from lamda.best_effort import BestEffort
 from lamda.config.errors import RunError, UserError
+from lamda.config.loading import load_config
 from lamda.durable import read_object, read_regular, replace_file, sync_file
 from lamda.storage import lock
 from lamda.storage.lock import RunLock
 from lamda.storage.reading import reading
 
 Status = Literal["running", "finished", "preempted", "failed"]
+STARTING = "starting"
+"""Phase of a running status before the first step, when the number of steps is not known yet."""
+DEPTH = 4
+"""Levels below a folder in which `find_runs` searches."""
+ENDING_SECONDS = 60.0
+"""A lock still held this long after the run ended belongs to a new start."""
 
 
 @dataclass(frozen=True)
@@ -226,3 +234,87 @@ class RunDirectory:
 def _is_window(first: Any, last: Any) -> bool:
     """Whether these are the first sample of a window and the one after its last."""
     return type(first) is int and type(last) is int and 0 <= first <= last
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How a run stands.
+
+    state: starting, running, finished, preempted, failed; died, if status.json says running and no living
+    process holds the lock; unknown, if there is no status. steps: of the whole run, if known.
+    """
+
+    state: str
+    reason: str | None = None
+    steps: int | None = None
+
+
+def read_run_status(directory: RunDirectory) -> RunStatus:
+    """status.json, checked against the lock and the process that holds it."""
+    content, writer = directory.read_status(), _lock_holder(directory)
+    if content.get("status") == "running" and not (writer and writer.is_alive):
+        content = directory.read_status()  # the run may have ended between the two reads
+        state = "died" if content.get("status") == "running" else content.get("status", "unknown")
+    elif not content and writer:
+        state = "starting" if writer.is_alive else "died"
+    elif content.get("phase") == STARTING or (content.get("status") != "running" and _is_restarted(content, writer)):
+        state = "starting"
+    else:
+        state = content.get("status", "unknown")
+    return RunStatus(state, content.get("reason"), content.get("steps") or _configured_steps(directory))
+
+
+class _Writer(NamedTuple):
+    is_alive: bool
+    pid: int
+
+
+def _lock_holder(directory: RunDirectory) -> _Writer | None:
+    """The process that holds the lock: a living one, else a dead one; None if there is no lock."""
+    try:
+        found = [_Writer(owner.lives(), owner.pid) for owner in lock.owners(directory.path)]
+    except OSError:
+        return None
+    return max(found, key=lambda writer: writer.is_alive, default=None)
+
+
+def _is_restarted(ended: dict[str, Any], writer: _Writer | None) -> bool:
+    """Whether the writer is a new start of a run that had ended, rather than its last process shutting down."""
+    age = time.time() - ended.get("time", 0.0)
+    return writer is not None and writer.is_alive and writer.pid != ended.get("pid") and age > ENDING_SECONDS
+
+
+def _configured_steps(directory: RunDirectory) -> int | None:
+    """The number of steps in config.yaml; None if the file is missing or of another version."""
+    try:
+        return load_config(["--config", str(directory.config)]).steps
+    except UserError:
+        return None
+
+
+def find_runs(folder: Path, *, depth: int = DEPTH) -> list[Path]:
+    """Folders with a status.json or metrics.jsonl: `folder` itself, or at most `depth` levels below it.
+
+    Does not search inside a run or in hidden folders; a folder reached through several links counts once.
+    """
+    found: dict[Path, Path] = {}
+    for path in sorted(_walk(folder, depth), key=lambda path: len(path.parts)):
+        found.setdefault(path.resolve(), path)
+    return list(found.values())
+
+
+def _walk(folder: Path, depth: int) -> Iterator[Path]:
+    with suppress(OSError):  # a folder without read permission is skipped
+        if any((folder / name).is_file() for name in ("status.json", "metrics.jsonl")):
+            yield folder
+        elif depth:
+            for path in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+                yield from _walk(path, depth - 1)
+
+
+def modified_at(path: Path) -> float | None:
+    """When a file was last written, in seconds since the epoch; None if it does not exist."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None

@@ -7,13 +7,11 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from lamda.distributed import World, on_main
-from lamda.storage.run_directory import RunDirectory
+from lamda.storage.run_directory import STARTING, RunDirectory
 from lamda.training.stop_requests import STOP_EXIT
 
 ENDS = {"finished": 0, "preempted": STOP_EXIT, "failed": 1}
 """How a start can end, and its exit code."""
-STARTING = "starting"
-"""The phase of a running status before the first step: what it says of steps is not known yet."""
 
 
 class Attempt:
