@@ -29,8 +29,7 @@ from lamda.data.order import consumed_after, next_samples
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.windows import Announcement, Plan, SourceOrder, Window, places
 from lamda.dialog.examples import form_of
-from lamda.storage.commit import read_state
-from lamda.storage.manifest import STATE, complete, problem_of
+from lamda.storage.manifest import STATE, complete, problem_of, read_state
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
 from lamda.training.window_log import KeptWindows

@@ -123,9 +123,9 @@ def masters(checkpoint: Path, config: Config) -> Read:
     """
     # These bring DeepSpeed with them, which weights as they are stored do not need.
     from lamda.engines.deepspeed.checkpoint import SavedState, state_sizes
-    from lamda.storage import commit
+    from lamda.storage import manifest
 
-    if not (checkpoint / commit.MANIFEST).is_file() or not [*checkpoint.glob("optimizer-*.safetensors")]:
+    if not (checkpoint / manifest.MANIFEST).is_file() or not [*checkpoint.glob("optimizer-*.safetensors")]:
         raise UserError(
             f"{checkpoint}: has no optimiser's state of DeepSpeed's, whose fp32 weights --dtype float32 asks for (a "
             "Flax run keeps them with Orbax); leave --dtype out"
