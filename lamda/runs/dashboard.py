@@ -83,7 +83,7 @@ def _require() -> None:
         ) from error
 
 
-def build(*, entity: str | None, project: str) -> Workspace:
+def build(*, entity: str, project: str) -> Workspace:
     """The workspace, without sending it."""
     from wandb_workspaces.workspaces import Section, SectionLayoutSettings, Workspace, WorkspaceSettings
 
@@ -165,11 +165,14 @@ def save(*, entity: str | None, project: str) -> str:
     try:
         wandb.setup(wandb.Settings(silent=True))
         sign_in()
-        workspace = build(entity=entity or wandb.Api().default_entity, project=project)
+        owner = entity or wandb.Api().default_entity
+        if owner is None:
+            raise ValueError("the account has no default entity")
+        workspace = build(entity=owner, project=project)
         workspace.save()  # type: ignore[no-untyped-call]  # wandb_workspaces leaves it untyped
     except Exception as error:
         raise UserError(
-            f"W&B did not take the workspace ({type(error).__name__}: {error}); `lamda dashboard --dry-run` shows it, "
+            f"W&B rejected the workspace ({type(error).__name__}: {error}); `lamda dashboard --dry-run` shows it, "
             "and `lamda report` needs no account"
         ) from error
     return workspace.url

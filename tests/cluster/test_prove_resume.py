@@ -205,7 +205,7 @@ def test_without_a_gpu_there_are_two_ranks(monkeypatch):
     [
         (["--ranks", "3"], "cannot share 2 micro-batches"),
         (["--ranks", "2", "--others", "5"], "cannot share 2 micro-batches"),
-        (["--ranks", "2", "--others", "2"], "name another number"),
+        (["--ranks", "2", "--others", "2"], "give another number"),
         (["--ranks", "0"], "at least 1 rank"),
         (["--ranks", "2", "--steps", "3"], "at least 4 steps"),
         (["--ranks", "2", "--train.stepz", "3"], "did you mean 'train.steps'"),
@@ -277,4 +277,4 @@ def test_a_run_that_fails_shows_the_end_of_its_log_and_stays(tmp_path, monkeypat
         main(flags)
     (folder,) = tmp_path.iterdir()
     assert (folder / "straight.log").exists()
-    assert "run 1 of 3: straight on 2 ranks" in capfd.readouterr().err
+    assert "run 1 of 3: uninterrupted on 2 ranks" in capfd.readouterr().err
