@@ -30,11 +30,11 @@ def hosts(job: Job) -> list[str]:
 
 def command(job: Job) -> list[str]:
     """The command that starts the job on all hosts, from any machine."""
-    own = job.site.hostfile
+    site = job.site.hostfile
     return [
         "env", f"PDSH_SSH_ARGS_APPEND={' '.join(_ssh_options(job))}",
         job.python, "-m", "deepspeed.launcher.runner", "--hostfile", str(job.folder / "hosts"), "--force_multi",
-        "--no_ssh_check", "--master_addr", own.master_address or hosts(job)[0], "--master_port", str(own.master_port),
+        "--no_ssh_check", "--master_addr", site.master_address or hosts(job)[0], "--master_port", str(site.master_port),
         "--venv_script", str(job.folder / "setup.sh"), "--quiet", "--module", job.module,
         "--config", str(job.config_file),
     ]  # fmt: skip

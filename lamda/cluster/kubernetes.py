@@ -78,13 +78,13 @@ def manifest(job: Job) -> list[dict[str, Any]]:
 
 def check(job: Job) -> None:
     """Raises UserError if the run directory is not on the volume, or if a variable is a secret."""
-    own, problems = job.site.kubernetes, []
-    if not job.run.is_relative_to(own.mount):
+    site, problems = job.site.kubernetes, []
+    if not job.run.is_relative_to(site.mount):
         problems.append(
-            f"run.dir {job.config.run.dir}: is not on the volume, mounted in pods at kubernetes.mount {own.mount}; set "
-            f"--run.dir {own.mount.rstrip('/')}/{job.run.name}"
+            f"run.dir {job.config.run.dir}: is not on the volume, mounted in pods at kubernetes.mount {site.mount}; "
+            f"set --run.dir {site.mount.rstrip('/')}/{job.run.name}"
         )
-    if (secrets := job.secrets) and not own.secrets:
+    if (secrets := job.secrets) and not site.secrets:
         problems.append(
             f"{', '.join(secrets)}: not allowed in a manifest; put {'it' if len(secrets) == 1 else 'them'} into a "
             "Secret (kubectl create secret generic lamda --from-literal=NAME=VALUE), and name that in "
@@ -112,19 +112,19 @@ def _as_yaml(documents: list[dict[str, Any]]) -> str:
 
 
 def _runtime(job: Job) -> dict[str, Any]:
-    own = job.site.kubernetes
+    site = job.site.kubernetes
     node = {
         "name": "node",
-        "image": own.image,
-        "envFrom": [{"secretRef": {"name": secret}} for secret in own.secrets],
-        "volumeMounts": [{"name": "run", "mountPath": own.mount}, {"name": "shared-memory", "mountPath": "/dev/shm"}],
+        "image": site.image,
+        "envFrom": [{"secretRef": {"name": secret}} for secret in site.secrets],
+        "volumeMounts": [{"name": "run", "mountPath": site.mount}, {"name": "shared-memory", "mountPath": "/dev/shm"}],
     }
     pod = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": GRACE_SECONDS,
         "containers": [node],
         "volumes": [
-            {"name": "run", "persistentVolumeClaim": {"claimName": own.claim}},
+            {"name": "run", "persistentVolumeClaim": {"claimName": site.claim}},
             {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},
         ],
     }
@@ -136,7 +136,7 @@ def _runtime(job: Job) -> dict[str, Any]:
             "spec": {"backoffLimit": 0, "template": {"spec": pod}},
         },
     }
-    restarts = own.restarts if job.is_training else 0
+    restarts = site.restarts if job.is_training else 0
     return {
         "mlPolicy": {"numNodes": job.nodes, "torch": {}},
         "template": {"spec": {"failurePolicy": {"maxRestarts": restarts}, "replicatedJobs": [nodes]}},

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -26,7 +25,7 @@ from lamda.config.batches import micro_batches_per_rank
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
-from lamda.storage.metrics import read_metrics
+from lamda.storage.metrics import last_row, read_metrics
 from lamda.storage.run_directory import RunDirectory
 from lamda.training.stop_requests import interrupting_signals
 
@@ -317,10 +316,8 @@ def _free_port() -> str:
 
 def _last_step(run: RunDirectory) -> int:
     """The last step in metrics.jsonl, 0 if there is none."""
-    with suppress(OSError):
-        rows = read_metrics(run.metrics)
-        return rows[-1]["step"] if rows else 0
-    return 0
+    row = last_row(run.metrics)
+    return row["step"] if row else 0
 
 
 def _say(text: str) -> None:

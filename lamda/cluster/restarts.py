@@ -58,7 +58,7 @@ def begin(directory: RunDirectory, state: Path, *, restarts: int) -> None:
             time.sleep(POLL_SECONDS)
     for file in state.glob("exit-*"):
         file.unlink()
-    (state / "before.json").write_text(json.dumps(status_of(directory)), "utf-8")
+    (state / "before.json").write_text(json.dumps(directory.read_status()), "utf-8")
 
 
 def end(directory: RunDirectory, state: Path, *, code: int, warned: bool) -> int:
@@ -68,7 +68,7 @@ def end(directory: RunDirectory, state: Path, *, code: int, warned: bool) -> int
     to stop because the scheduler's time limit or preemption was near.
     """
     before = json.loads((state / "before.json").read_text("utf-8"))
-    ended = outcome(_decisive_code(state, code), before=before, after=status_of(directory))
+    ended = outcome(_decisive_code(state, code), before=before, after=directory.read_status())
     saved = saved_step(directory)
     if ended.kind == "finished":
         _say("finished")
@@ -131,13 +131,6 @@ def outcome(code: int, *, before: Mapping[str, Any], after: Mapping[str, Any]) -
     if code == STOP_EXIT or (written.get("status") == "preempted" and "step" in written and code > 0):
         return Outcome("stopped", reason, by_file=written.get("reason") == BY_FILE)
     return Outcome("failed", reason)
-
-
-def status_of(directory: RunDirectory) -> dict[str, Any]:
-    """status.json, empty if it cannot be read."""
-    with suppress(OSError, ValueError):
-        return directory.read_status()
-    return {}
 
 
 def saved_step(directory: RunDirectory) -> int:

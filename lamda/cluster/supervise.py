@@ -14,7 +14,7 @@ from typing import Any
 
 from lamda import console
 from lamda.cluster.processes import POLL_SECONDS, Launch
-from lamda.cluster.restarts import MISTAKE_EXIT, RESTARTS, Outcome, outcome, saved_step, signal_name, status_of
+from lamda.cluster.restarts import MISTAKE_EXIT, RESTARTS, Outcome, outcome, saved_step, signal_name
 from lamda.config.errors import UserError
 from lamda.config.loading import KEYS, load_config
 from lamda.storage.run_directory import RunDirectory
@@ -66,9 +66,9 @@ class Supervisor:
         restarts = fruitless = 0
         saved = saved_step(self._directory)
         while True:
-            before = status_of(self._directory)
+            before = self._directory.read_status()
             code = self._run()
-            ended = outcome(code, before=before, after=status_of(self._directory))
+            ended = outcome(code, before=before, after=self._directory.read_status())
             if (verdict := self._verdict(ended)) is not None:
                 return verdict
             now = saved_step(self._directory)
@@ -120,7 +120,7 @@ class Supervisor:
     def _verdict(self, ended: Outcome) -> int | None:
         """The exit code, or None if the run should be restarted."""
         if ended.kind == "finished":
-            _say(f"finished, {status_of(self._directory).get('step')} steps")
+            _say(f"finished, {self._directory.read_status().get('step')} steps")
             return 0
         if ended.kind == "mistake":
             _say(f"not restarted, it would fail again: {ended.reason}", to=sys.stderr)

@@ -257,9 +257,9 @@ def _heads(runs: Sequence[RunReport]) -> str:
     columns = dict.fromkeys(name for run in runs for name, _ in run.figures())
     rows = []
     for number, run in enumerate(runs):
-        own = dict(run.figures())
+        figures = dict(run.figures())
         name = f'<ul class="legend"><li class="{_color(number)}">{escape(run.label)}</li></ul>'
-        rows.append([name, _status(run), *(escape(own.get(column, NONE)) for column in columns)])
+        rows.append([name, _status(run), *(escape(figures.get(column, NONE)) for column in columns)])
     parts = [f"<header><h1>{len(runs)} runs</h1></header>", _table(["run", "status", *columns], rows)]
     parts += [f"<h3>{escape(run.label)}</h3>{_reason(run)}" for run in runs if run.status.reason]
     if different := differences(runs):

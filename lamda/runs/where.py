@@ -121,12 +121,12 @@ def _found(
     sources, numbers = text.corpus.mixture.rows(samples)
     lines = _LineNumbers()
     for source in np.unique(sources).tolist():
-        own = np.flatnonzero(sources == source)
-        for at, lane, block, block_row in _Source(source, text, kept).rows(numbers[own]):
-            place = int(own[at])
-            digests[place] = row_digest(block.ids[block_row])
-            if row in (None, place):
-                pieces[place] = _pieces(block, block_row, lane, text.tokenizer, lines)
+        indices = np.flatnonzero(sources == source)
+        for at, lane, block, block_row in _Source(source, text, kept).rows(numbers[indices]):
+            index = int(indices[at])
+            digests[index] = row_digest(block.ids[block_row])
+            if row in (None, index):
+                pieces[index] = _pieces(block, block_row, lane, text.tokenizer, lines)
     return pieces, digests
 
 
@@ -169,10 +169,10 @@ class _Source:
         corpus, table = self._text.corpus, list[tuple[int, int, int, int]]()
         windows = self._windows(numbers)
         for age, window in enumerate(windows):
-            own = np.flatnonzero((numbers >= window.base) & (numbers < window.base + window.rows))
+            indices = np.flatnonzero((numbers >= window.base) & (numbers < window.base + window.rows))
             found = places(window, seed=self._text.seed, source=self._source, in_order=corpus.is_in_order)
-            lanes, rows = (each[numbers[own] - window.base].tolist() for each in found)
-            table += zip(lanes, repeat(age), own.tolist(), rows, strict=False)
+            lanes, rows = (each[numbers[indices] - window.base].tolist() for each in found)
+            table += zip(lanes, repeat(age), indices.tolist(), rows, strict=False)
         for (lane, age), of_block in groupby(sorted(table), key=itemgetter(0, 1)):
             block = self._read(lane, windows[age]).block
             for _, _, at, row in of_block:
@@ -249,9 +249,9 @@ def _pieces(block: RowBlock, row: int, lane: Lane, tokenizer: Tokenizer, lines: 
     pieces, spans = [], block.spans[block.spans_of(row)]
     for span in spans[spans["document"] >= 0]:
         document = block.documents[span["document"]]
-        place = slice(span["start"], span["start"] + span["length"])
-        ids = block.ids[row, place]
-        mask = None if block.loss_mask is None else block.loss_mask[row, place]
+        tokens = slice(span["start"], span["start"] + span["length"])
+        ids = block.ids[row, tokens]
+        mask = None if block.loss_mask is None else block.loss_mask[row, tokens]
         share = lane.shares[document.file]
         pieces.append(
             Piece(

@@ -130,18 +130,20 @@ def _discard_after(
     """
     lines = _read(path)
     firsts: dict[int, int] = {}
-    for place, (_, row) in enumerate(lines):
+    for index, (_, row) in enumerate(lines):
         if row is not None and row["step"] <= step:
-            firsts.setdefault(row["step"], place)
+            firsts.setdefault(row["step"], index)
     kept = {*firsts.values()}
-    good = [place in kept for place in range(len(lines))]
-    void = [line.rstrip(b"\n") + b"\n" for (line, _), is_good in zip(lines, good, strict=True) if not is_good]
+    good = [index in kept for index in range(len(lines))]
+    discarded_lines = [
+        line.rstrip(b"\n") + b"\n" for (line, _), is_good in zip(lines, good, strict=True) if not is_good
+    ]
     broken = [number for number, (_, row) in enumerate(lines[:-1], start=1) if row is None]
     if broken:
         log.warning("%s, line %s: no row of metrics; moved to %s", path, ", ".join(map(str, broken)), discarded.name)
-    if void:
+    if discarded_lines:
         with keeping or nullcontext(), discarded.open("ab") as stream:
-            stream.writelines(void)
+            stream.writelines(discarded_lines)
         _keep(path, [line for line, _ in lines], good)
     _report_gaps(path, {row["step"] for _, row in lines if row is not None}, step)
 
@@ -154,7 +156,7 @@ def _keep(path: Path, lines: Sequence[bytes], good: Sequence[bool]) -> None:
     try:
         replace_file(path, b"".join(line for line, is_good in zip(lines, good, strict=True) if is_good))
     except OSError:
-        end = max((place for place, is_good in enumerate(good, start=1) if is_good), default=0)
+        end = max((number for number, is_good in enumerate(good, start=1) if is_good), default=0)
         os.truncate(path, sum(map(len, lines[:end])))
         sync_file(path)
 
