@@ -24,8 +24,8 @@ from lamda.storage.lock import STALE_SECONDS
 from lamda.storage.run_directory import RunDirectory
 from lamda.training.stop_requests import BY_FILE, STOP_EXIT
 
-MISTAKE_EXIT = 2
-RESTARTS = 3
+USER_ERROR_EXIT = 2
+MAX_RESTARTS = 3
 """Consecutive restarts without a newer checkpoint before giving up."""
 REQUEUE_EXIT = 99
 """Exit code of `end` if the job should be requeued."""
@@ -75,12 +75,12 @@ def end(directory: RunDirectory, state: Path, *, code: int, warned: bool) -> int
         return 0
     if ended.kind == "mistake":
         _say("not started again: it would fail again; the reason is in each node's log")
-        return MISTAKE_EXIT
+        return USER_ERROR_EXIT
     if ended.kind == "stopped" and ended.by_file and not warned:
         _say(f"stopped by RUN/STOP at step {saved}; `lamda submit` resumes it")
         return STOP_EXIT
     if ended.kind == "failed" and not _may_restart(state, saved):
-        _say(f"gave up: {RESTARTS} restarts in a row without a checkpoint newer than step {saved}: {ended.reason}")
+        _say(f"gave up: {MAX_RESTARTS} restarts in a row without a checkpoint newer than step {saved}: {ended.reason}")
         return 1
     _say(f"{ended.kind}: {ended.reason}; restarting from {f'step {saved}' if saved else 'the beginning'}")
     return REQUEUE_EXIT
@@ -89,7 +89,7 @@ def end(directory: RunDirectory, state: Path, *, code: int, warned: bool) -> int
 def _decisive_code(state: Path, code: int) -> int:
     """The exit code that decides: of a node that was killed because another one failed, the code means nothing."""
     codes = {int(file.read_text("utf-8")) for file in state.glob("exit-*")}
-    return next((known for known in (MISTAKE_EXIT, STOP_EXIT) if known in codes), code)
+    return next((known for known in (USER_ERROR_EXIT, STOP_EXIT) if known in codes), code)
 
 
 def _may_restart(state: Path, saved: int) -> bool:
@@ -98,7 +98,7 @@ def _may_restart(state: Path, saved: int) -> bool:
     known = json.loads(file.read_text("utf-8")) if file.exists() else {"saved": saved, "fruitless": 0}
     fruitless = known["fruitless"] if saved <= known["saved"] else 0
     file.write_text(json.dumps({"saved": max(saved, known["saved"]), "fruitless": fruitless + 1}), "utf-8")
-    return fruitless < RESTARTS
+    return fruitless < MAX_RESTARTS
 
 
 def _say(text: str) -> None:
@@ -124,7 +124,7 @@ def outcome(code: int, *, before: Mapping[str, Any], after: Mapping[str, Any]) -
     reason = _reason(code, written)
     if (written or (after if code == 0 else {})).get("status") == "finished":
         return Outcome("finished", reason)
-    if code == MISTAKE_EXIT:
+    if code == USER_ERROR_EXIT:
         return Outcome("mistake", reason)
     # A preempted status alone is not a requested stop: ranks save when they lose their launcher (killed, or exit
     # code 0), and before the first step the launcher ends them with SIGTERM if one of them was killed.

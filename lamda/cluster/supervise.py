@@ -14,7 +14,7 @@ from typing import Any
 
 from lamda import console
 from lamda.cluster.processes import POLL_SECONDS, Launch
-from lamda.cluster.restarts import MISTAKE_EXIT, RESTARTS, Outcome, outcome, saved_step, signal_name
+from lamda.cluster.restarts import MAX_RESTARTS, USER_ERROR_EXIT, Outcome, outcome, saved_step, signal_name
 from lamda.config.errors import UserError
 from lamda.config.loading import KEYS, load_config
 from lamda.storage.run_directory import RunDirectory
@@ -74,7 +74,7 @@ class Supervisor:
             now = saved_step(self._directory)
             if now > saved:
                 saved, fruitless = now, 0
-            if fruitless == RESTARTS:
+            if fruitless == MAX_RESTARTS:
                 _say(self._gave_up(saved, ended.reason), to=sys.stderr)
                 return 1
             restarts, fruitless = restarts + 1, fruitless + 1
@@ -124,7 +124,7 @@ class Supervisor:
             return 0
         if ended.kind == "mistake":
             _say(f"not restarted, it would fail again: {ended.reason}", to=sys.stderr)
-            return MISTAKE_EXIT
+            return USER_ERROR_EXIT
         if not self._signals and ended.kind != "stopped":
             return None
         saved = saved_step(self._directory)
@@ -142,7 +142,7 @@ class Supervisor:
     def _gave_up(self, step: int, reason: str) -> str:
         path = self._directory.path
         return (
-            f"gave up: {RESTARTS} restarts in a row without a checkpoint newer than step {step}. Last failure: "
+            f"gave up: {MAX_RESTARTS} restarts in a row without a checkpoint newer than step {step}. Last failure: "
             f"{reason}. See {self._directory.log}, and {path / 'hang'} for stack traces if the run hung"
         )
 

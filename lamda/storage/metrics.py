@@ -18,24 +18,24 @@ from lamda.config.errors import UserError
 from lamda.durable import open_regular, read_regular, replace_file, sync_file
 from lamda.storage.reading import reading
 
-log = logging.getLogger(__name__)
-
 Metrics = dict[str, Any]
 """One row: values by column."""
+
+log = logging.getLogger(__name__)
 
 PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "A100": 312e12,
     "GB200": 2500e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12,
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
 }  # fmt: skip
-"""Dense bf16 peaks by a part of the device's name, from the vendors' data sheets; the first match counts."""
+"""Dense bf16 peaks by a part of the device's name, from the makers' data sheets; the first part that fits counts."""
 
 OTHER_CHIPS = ("Laptop", "MIG", "RTX 4090 D", "TPU v4 lite")
-"""Parts of names of devices that match a name above but have a lower peak: a smaller chip, a slice of one."""
+"""Parts of names of devices that share a name above and have less than its peak: a smaller chip, a slice of one."""
 
 
 def peak_flops(device_name: str) -> float | None:
-    """The device's dense bf16 peak in FLOP/s, None if unknown (then there is no MFU)."""
+    """The device's dense bf16 peak in FLOP/s, or None where it is not known (then there is no MFU)."""
     if any(name in device_name for name in OTHER_CHIPS):
         return None
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
