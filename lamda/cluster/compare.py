@@ -1,4 +1,4 @@
-"""Two runs of one configuration, compared bit for bit: from which step do they differ?"""
+"""Compare two runs of one configuration bit for bit: the first step at which they differ."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ import torch
 from safetensors import safe_open
 
 from lamda.config.errors import UserError
-from lamda.storage.commit import complete, framework_of, read, step_of
+from lamda.runs.checkpoint_diff import compare_tensors
+from lamda.storage.manifest import complete, framework_of, read, step_of
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
 
 Tensors = Mapping[str, Callable[[], torch.Tensor]]
-"""Tensors by name, each read when it is called for: a checkpoint may be larger than memory."""
+"""Tensors by name, each read on call: a checkpoint may be larger than memory."""
 
 
 @dataclass(frozen=True)
-class Difference:
-    """The first step at which two runs differ, and the largest distance of two numbers there.
+class FirstDifference:
+    """The first step at which two runs differ, and the largest difference of two numbers there.
 
-    `largest` is None where no number tells it: text, a missing row, NaN, other names or shapes.
+    `largest` is None if it is no finite number: text, a missing row, NaN, other names or shapes.
     """
 
     step: int
     largest: float | None = None
 
 
-def compare_runs(one: RunDirectory, other: RunDirectory) -> dict[str, Difference | None]:
-    """What of two finished runs differs, by its name in the table; None where nothing does."""
+def compare_runs(one: RunDirectory, other: RunDirectory) -> dict[str, FirstDifference | None]:
+    """The first difference of two finished runs by kind, as in the table; None if there is none."""
     return {
         "loss": compare_column(one.metrics, other.metrics, "loss"),
         "samples": compare_column(one.metrics, other.metrics, "batch_digest"),
@@ -42,20 +43,20 @@ def compare_runs(one: RunDirectory, other: RunDirectory) -> dict[str, Difference
     }
 
 
-def compare_column(one: Path, other: Path, name: str) -> Difference | None:
-    """The first step at which a column of two metrics files differs, or that only one of them has."""
+def compare_column(one: Path, other: Path, name: str) -> FirstDifference | None:
+    """The first step at which a column of two metrics files differs, or is in only one of them."""
     mine, theirs = ({row["step"]: row[name] for row in read_metrics(path)} for path in (one, other))
     for step in sorted({*mine, *theirs}):
         if step not in mine or step not in theirs:
-            return Difference(step)
+            return FirstDifference(step)
         if mine[step] != theirs[step]:
             numbers = all(isinstance(value, float) for value in (mine[step], theirs[step]))
-            return Difference(step, abs(mine[step] - theirs[step]) if numbers else None)
+            return FirstDifference(step, abs(mine[step] - theirs[step]) if numbers else None)
     return None
 
 
-def compare_checkpoints(one: Path, other: Path, read: Callable[[Path], Tensors]) -> Difference | None:
-    """The first checkpoint that both folders have and that differs. Raises UserError where they share none."""
+def compare_checkpoints(one: Path, other: Path, read: Callable[[Path], Tensors]) -> FirstDifference | None:
+    """The first checkpoint in both folders that differs. Raises UserError if they share none."""
     common = sorted({path.name for path in complete(one)} & {path.name for path in complete(other)})
     if not common:
         raise UserError(f"{one} and {other} have no checkpoint in common")
@@ -63,7 +64,7 @@ def compare_checkpoints(one: Path, other: Path, read: Callable[[Path], Tensors])
         distances = _distances(read(one / name), read(other / name))
         if distances:
             largest = max(distances)
-            return Difference(step_of(one / name), largest if math.isfinite(largest) else None)
+            return FirstDifference(step_of(one / name), largest if math.isfinite(largest) else None)
     return None
 
 
@@ -75,27 +76,27 @@ def weights_of(checkpoint: Path) -> Tensors:
 
 
 def optimiser_state_of(checkpoint: Path) -> Tensors:
-    """fp32 weights and moments of whole parameters ([n] each), however many ranks wrote them.
+    """fp32 weights and moments of whole parameters ([n] each), for any number of ranks.
 
-    Raises UserError where another framework than DeepSpeed wrote them.
+    Raises UserError if a framework other than DeepSpeed wrote them.
     """
-    pieces = defaultdict(list)
+    pieces: defaultdict[str, list[tuple[int, Path, str]]] = defaultdict(list)
     for path in sorted(checkpoint.glob("optimizer-*.safetensors")):
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 name, start = key.rsplit("|", 1)
                 pieces[name].append((int(start), path, key))
     if not pieces:
-        raise UserError(f"{checkpoint}: holds no optimiser state of DeepSpeed ({framework_of(read(checkpoint))})")
+        raise UserError(f"{checkpoint}: has no optimizer state of DeepSpeed ({framework_of(read(checkpoint))})")
     return {name: partial(_joined, sorted(found)) for name, found in pieces.items()}
 
 
 def _joined(pieces: list[tuple[int, Path, str]]) -> torch.Tensor:
-    """A parameter from its pieces. Raises UserError where one is missing."""
+    """Join the pieces of a parameter. Raises UserError if one is missing."""
     parts: list[torch.Tensor] = []
     for start, path, key in pieces:
         if start != sum(part.numel() for part in parts):
-            raise UserError(f"{path.parent}: what stands before {key} is not in the checkpoint")
+            raise UserError(f"{path.parent}: the piece before {key} is not in the checkpoint")
         parts.append(_tensor(path, key))
     return torch.cat(parts)
 
@@ -106,7 +107,7 @@ def _tensor(path: Path, name: str) -> torch.Tensor:
 
 
 def _distances(mine: Tensors, theirs: Tensors) -> list[float]:
-    """How far apart each pair of tensors is whose bits are not the same; infinite where that cannot be told."""
+    """The largest difference of each pair of tensors whose bits differ; infinite if it is not finite."""
     if mine.keys() != theirs.keys():
         return [math.inf]
     pairs = ((read(), theirs[name]()) for name, read in mine.items())
@@ -122,5 +123,5 @@ def _has_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
     if one.shape != other.shape:
         return math.inf
-    distance = (one.double() - other.double()).abs().max().item()
-    return math.inf if math.isnan(distance) else distance
+    largest, _ = compare_tensors(one, other)
+    return math.inf if largest is None else largest

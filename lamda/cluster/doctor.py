@@ -1,4 +1,4 @@
-"""`lamda doctor`: whether a run would work here. Under a launcher all ranks look, and the odd one is named."""
+"""`lamda doctor`: check that a run would work here. Under a launcher all ranks check, and differing ranks are named."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from statistics import median
 
 from lamda.cluster.checks.finding import LEVELS, Check, Finding, Level, Subject, failure, warning
@@ -16,13 +17,13 @@ from lamda.distributed import World, choose_accelerator, read_world
 
 EXITS: Mapping[Level, int] = {"ok": 0, "warning": 1, "failure": 2}
 SLOW_SHARE = 0.8
-"""Of the others' rate: a rank below it holds all of them up."""
+"""Share of the median rate below which a rank slows down all others."""
 
 
 def main(argv: list[str]) -> int:
     """`[--json] [--config FILE] [--section.key VALUE ...]`, the tiny run by default.
 
-    0 all well, 1 warnings, 2 failures. Raises UserError.
+    Returns 0 if there is no problem, 1 for warnings, 2 for failures. Raises UserError.
     """
     parser = argparse.ArgumentParser(prog="lamda doctor", allow_abbrev=False, add_help=False)
     parser.add_argument("--json", action="store_true")
@@ -44,45 +45,45 @@ def main(argv: list[str]) -> int:
 
 
 def checks() -> list[Check]:
-    """Everything that a rank can look at by itself, in the order of telling."""
+    """The checks of a single rank, in the order of the report."""
     from lamda.cluster.checks import environment, hardware, software
 
     return [*software.CHECKS, *hardware.CHECKS, *environment.CHECKS]
 
 
 def alone(subject: Subject) -> dict[str, Finding]:
-    """What one process finds."""
+    """The findings of one process."""
     return {check.name: run(check, subject) for check in checks()}
 
 
 def together(subject: Subject) -> dict[str, Finding]:
-    """What all ranks find, on every rank."""
+    """The merged findings of all ranks, on every rank."""
     from lamda import distributed
     from lamda.cluster.checks import ranks
 
     world = subject.world
     distributed.start(world, threads=1)
     places = distributed.gather(f"rank {world.rank} (host {socket.gethostname()})")
-    own = {check.name: run(check, subject) if _looks(check, world) else None for check in checks()}
+    local = {check.name: run(check, subject) if _runs_here(check, world) else None for check in checks()}
     with distributed.exit_after("to compare with the others", world):
-        everyone = distributed.gather(own)
+        everyone = distributed.gather(local)
         across = ranks.look(subject)
-    return {name: merged([each[name] for each in everyone], places) for name in own} | across
+    return {name: merged([each[name] for each in everyone], places) for name in local} | across
 
 
 def run(check: Check, subject: Subject) -> Finding:
-    """A check's finding; what it cannot do is a failure, and the other checks go on."""
+    """Run a check; an exception becomes a failure, so that the other checks still run."""
     try:
         return check.look(subject)
     except (UserError, RunError, OSError) as error:
         return failure(str(error), "")
-    except Exception as error:  # whatever a library raises, the other findings are worth more than its traceback
-        said = " ".join(str(error).split())[:300]
-        return failure(f"the check itself failed ({type(error).__name__}: {said})", "")
+    except Exception as error:  # of any library; the other findings are still useful
+        reason = " ".join(str(error).split())[:300]
+        return failure(f"the check itself failed ({type(error).__name__}: {reason})", "")
 
 
 def merged(findings: Sequence[Finding | None], places: Sequence[str]) -> Finding:
-    """One finding for those of all ranks, which names the ranks that it is about."""
+    """One finding for all ranks, which names the ranks concerned."""
     found = [(place, finding) for place, finding in zip(places, findings, strict=True) if finding is not None]
     worst = max((finding.level for _, finding in found), key=LEVELS.index)
     concerned = [(place, finding) for place, finding in found if finding.level == worst]
@@ -91,13 +92,13 @@ def merged(findings: Sequence[Finding | None], places: Sequence[str]) -> Finding
         return _slowest(found) or first
     if len(concerned) == len(findings):
         return Finding(worst, f"every rank: {first.text}", first.advice)
-    told = "; ".join(f"{place}: {finding.text}" for place, finding in concerned[:4])
+    message = "; ".join(f"{place}: {finding.text}" for place, finding in concerned[:4])
     more = f"; and {len(concerned) - 4} more ranks" if len(concerned) > 4 else ""
-    return Finding(worst, told + more, first.advice)
+    return Finding(worst, message + more, first.advice)
 
 
 def as_text(findings: Mapping[str, Finding]) -> str:
-    """A line a check, and below it what to do."""
+    """One line per check, with advice below it."""
     width = max(map(len, findings))
     lines = []
     for name, finding in findings.items():
@@ -108,31 +109,31 @@ def as_text(findings: Mapping[str, Finding]) -> str:
 
 
 def as_json(worst: Level, findings: Mapping[str, Finding]) -> str:
-    """The same for programs."""
+    """The findings as JSON."""
     return json.dumps({"worst": worst, "checks": {name: vars(each) for name, each in findings.items()}}, indent=2)
 
 
-def _looks(check: Check, world: World) -> bool:
+def _runs_here(check: Check, world: World) -> bool:
     return {"rank": True, "node": world.local_rank == 0, "main": world.is_main}[check.who]
 
 
 def _slowest(found: Sequence[tuple[str, Finding]]) -> Finding | None:
-    """A warning about the rank that is much slower than the others, if one is."""
-    rates = [finding.rate for _, finding in found if finding.rate is not None]
-    if not rates:
+    """A warning about a rank that is much slower than the others, if there is one."""
+    rated = [(finding.rate, place, finding.text) for place, finding in found if finding.rate is not None]
+    if not rated:
         return None
-    place, slowest = min(found, key=lambda each: each[1].rate)
-    if slowest.rate >= SLOW_SHARE * median(rates):
+    middle = median(rate for rate, _, _ in rated)
+    slowest, place, text = min(rated, key=itemgetter(0))
+    if slowest >= SLOW_SHARE * middle:
         return None
     return warning(
-        f"{place} is slow, and all others wait for it: {slowest.text}; half of the ranks reach "
-        f"{median(rates) / slowest.rate:.2f} times that",
-        "leave its node out (slurm.options --exclude)",
+        f"{place} is slow, and all others wait for it: {text}; the median rank is {middle / slowest:.2f} times as fast",
+        "exclude its node (slurm.options --exclude)",
     )
 
 
 def _leave(world: World) -> None:
-    """Together: a launcher whose first rank has left with a code other than 0 kills the others."""
+    """Exit together: a launcher kills the other ranks when the first one exits with a code other than 0."""
     from lamda import distributed
 
     if world.size > 1:

@@ -1,10 +1,13 @@
-"""A run on many nodes, before a scheduler is chosen: what is started, where, and what is wrong with it."""
+"""A job on many nodes, for any scheduler: its command, its checks, and the environment of its ranks."""
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lamda.cluster.plan import Machine, plan
@@ -17,21 +20,23 @@ from lamda.config.schema import Config
 from lamda.storage.run_directory import RunDirectory
 
 TRAINING, DOCTOR = "lamda.launch.pretrain", "lamda.cluster.doctor"
+PASSED_ON = ("NCCL_*", "GLOO_*", "HF_*", "WANDB_*", "OMP_*", "TORCH_*", "PYTHONPATH", "*_proxy", "*_PROXY")
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job that waits in a scheduler's queue, by its name there, and what to tell a person of it."""
+    """A job in a scheduler's queue: its name there, and a message for the user."""
 
     name: str
-    told: str
+    message: str
 
 
 @dataclass(frozen=True)
 class Job:
     """`module` on `nodes` nodes of a site.
 
-    folder: of this submission in the run directory; the script, the configuration as it was and the logs go there.
+    folder: of this submission, in the run directory; holds the script, a copy of the configuration, and logs.
     """
 
     site: Site
@@ -47,12 +52,12 @@ class Job:
 
     @property
     def name(self) -> str:
-        """A name that every scheduler takes."""
+        """A name that every scheduler accepts."""
         return re.sub("[^a-z0-9]+", "-", self.run.name.lower()).strip("-")[:40].rstrip("-") or "lamda"
 
     @property
     def ranks(self) -> int:
-        """Processes in all."""
+        """The number of processes."""
         return self.nodes * self.site.cluster.ranks_per_node
 
     @property
@@ -61,13 +66,26 @@ class Job:
         return self.site.cluster.python or sys.executable
 
     @property
+    def variables(self) -> dict[str, str]:
+        """Environment variables for the ranks, without secrets."""
+        return {name: value for name, value in self._passed_on().items() if not is_secret(name, value)}
+
+    @property
+    def secrets(self) -> list[str]:
+        """Names of environment variables for the ranks that must stay out of files and command lines."""
+        return [name for name, value in self._passed_on().items() if is_secret(name, value)]
+
+    def _passed_on(self) -> dict[str, str]:
+        return passed_on(os.environ, self.site.cluster.export)
+
+    @property
     def is_training(self) -> bool:
-        """Whether this trains; the doctor only looks."""
+        """Whether this job trains; the doctor only checks."""
         return self.module == TRAINING
 
     @property
     def config_file(self) -> Path:
-        """The configuration as it was when the job was submitted; later edits of the user's file are another run's."""
+        """The configuration at submission; later edits of the user's file do not affect this job."""
         return self.folder / "config.yaml"
 
     def write(self, **files: str) -> None:
@@ -92,7 +110,9 @@ class Job:
         except UserError as error:
             per_node = self.site.cluster.ranks_per_node
             nodes = " or ".join(f"--nodes {number}" for number in self._nodes_that_work())
-            fitting = f"with {per_node} ranks a node, {nodes}" if nodes else f"no number of nodes with {per_node} ranks"
+            fitting = (
+                f"with {per_node} ranks per node, {nodes}" if nodes else f"no number of nodes with {per_node} ranks"
+            )
             raise UserError(f"{error}; {fitting}") from error
         self._check_memory()
 
@@ -101,15 +121,30 @@ class Job:
         if gpu is None or not self.is_training:
             return
         planned = plan(self.config, Machine(gpus=self.ranks, gpu=gpu))
-        if not planned["memory"]["fits"]:
-            raise UserError("\n".join(planned["warnings"]))
+        if not planned.memory.fits:
+            raise UserError("\n".join(planned.warnings))
 
     def _check_deepspeed(self) -> None:
-        ds_config.build(self.config, world=1)  # the batch has a check of its own
+        ds_config.build(self.config, world=1)  # _check_batch checks the batch
 
     def _nodes_that_work(self) -> list[int]:
-        """The two nearest numbers of nodes whose ranks can share the batch as it is."""
+        """The two nearest numbers of nodes whose ranks can share the batch."""
         train, per_node = self.config.train, self.site.cluster.ranks_per_node
         count = train.global_batch_size // train.micro_batch_size
         fitting = [nodes for nodes in range(1, count // per_node + 1) if count % (nodes * per_node) == 0]
         return sorted(sorted(fitting, key=lambda nodes: abs(nodes - self.nodes))[:2])
+
+
+def passed_on(environment: Mapping[str, str], more: Iterable[str] = ()) -> dict[str, str]:
+    """The variables to pass on to the ranks: names that match PASSED_ON or a pattern in `more`."""
+    patterns = (*PASSED_ON, *more)
+    return {
+        name: value
+        for name, value in sorted(environment.items())
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
+
+
+def is_secret(name: str, value: str) -> bool:
+    """Whether a variable must stay out of files and command lines: by its name, or as a URL with a password."""
+    return any(word in name.upper() for word in _SECRET) or re.search("://[^/]*@", value) is not None

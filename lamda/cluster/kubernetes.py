@@ -1,12 +1,11 @@
-"""Kubernetes: a TrainJob of Kubeflow Trainer v2, with a TrainingRuntime of its own.
+"""Kubernetes: a TrainJob of Kubeflow Trainer v2, with its own TrainingRuntime.
 
-The runtime holds what a TrainJob cannot: how often a failed job starts again, the volume, shared memory. The
-Trainer's torch plugin tells each pod its number and the first one's address (PET_*).
+The runtime sets what a TrainJob cannot: the number of restarts, the volume, shared memory. The Trainer's torch
+plugin gives each pod its rank and the first pod's address (PET_*).
 """
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import subprocess
@@ -15,7 +14,6 @@ from typing import Any
 
 import yaml
 
-from lamda.cluster.environment import is_secret, passed_on
 from lamda.cluster.job import Job, Submitted
 from lamda.config.errors import UserError
 from lamda.config.help import to_yaml
@@ -24,7 +22,7 @@ from lamda.training.stop_requests import STOP_EXIT
 API = "trainer.kubeflow.org/v1alpha1"
 STEP_LABEL = "trainer.kubeflow.org/trainjob-ancestor-step"
 GRACE_SECONDS = 300
-"""From the order to end a pod until it is killed: a step and a save."""
+"""Time from SIGTERM until a pod is killed: enough for a step and a save."""
 SCRIPT = r"""{setup}run={run}
 work=$(mktemp -d)
 cat > "$work/config.yaml" <<'END_OF_CONFIG'
@@ -44,11 +42,11 @@ exit "$code"
 """
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes the script line by line."""
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # yaml has no types
+    """Writes multi-line strings as blocks."""
 
     def represent_text(self, text: str) -> yaml.Node:
-        """A text of many lines as a block."""
+        """Represent a string, as a block if it has several lines."""
         return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
 
 
@@ -61,7 +59,7 @@ def script(job: Job) -> str:
 
 
 def manifest(job: Job) -> list[dict[str, Any]]:
-    """The TrainingRuntime and the TrainJob. They hold no secret. Raises UserError where they would have to."""
+    """The TrainingRuntime and the TrainJob, without secrets."""
     name = f"{job.name}-{datetime.now():%m%d-%H%M%S}"
     about = {"name": name, "namespace": job.site.kubernetes.namespace}
     runtime = {"apiVersion": API, "kind": "TrainingRuntime", "metadata": about, "spec": _runtime(job)}
@@ -70,7 +68,7 @@ def manifest(job: Job) -> list[dict[str, Any]]:
         "command": ["bash", "-c", _shell(job)],
         "numNodes": job.nodes,
         "numProcPerNode": job.site.cluster.ranks_per_node,
-        "env": [{"name": name, "value": value} for name, value in _variables(job).items()],
+        "env": [{"name": name, "value": value} for name, value in job.variables.items() if name != "PYTHONPATH"],
     }
     if job.site.cluster.gpu is not None:
         trainer["resourcesPerNode"] = {"limits": {"nvidia.com/gpu": job.site.cluster.ranks_per_node}}
@@ -79,18 +77,16 @@ def manifest(job: Job) -> list[dict[str, Any]]:
 
 
 def check(job: Job) -> None:
-    """Raises UserError where the run directory is not on the volume, or a variable is a secret."""
-    own, problems = job.site.kubernetes, []
-    if not job.run.is_relative_to(own.mount):
+    """Raises UserError if the run directory is not on the volume, or if a variable is a secret."""
+    site, problems = job.site.kubernetes, []
+    if not job.run.is_relative_to(site.mount):
         problems.append(
-            f"run.dir {job.config.run.dir}: is not on the volume, which pods see as kubernetes.mount {own.mount}; set "
-            f"--run.dir {own.mount.rstrip('/')}/{job.run.name}"
+            f"run.dir {job.config.run.dir}: is not on the volume, mounted in pods at kubernetes.mount {site.mount}; "
+            f"set --run.dir {site.mount.rstrip('/')}/{job.run.name}"
         )
-    variables = passed_on(os.environ, job.site.cluster.export).items()
-    secrets = [name for name, value in variables if is_secret(name, value)]
-    if secrets and not own.secrets:
+    if (secrets := job.secrets) and not site.secrets:
         problems.append(
-            f"{', '.join(secrets)}: a manifest holds no secrets; put {'it' if len(secrets) == 1 else 'them'} into a "
+            f"{', '.join(secrets)}: not allowed in a manifest; put {'it' if len(secrets) == 1 else 'them'} into a "
             "Secret (kubectl create secret generic lamda --from-literal=NAME=VALUE), and name that in "
             f"kubernetes.secrets, or unset {'it' if len(secrets) == 1 else 'them'} here"
         )
@@ -99,7 +95,7 @@ def check(job: Job) -> None:
 
 
 def submit(job: Job) -> Submitted:
-    """Hand the manifest to kubectl. Raises UserError."""
+    """Pass the manifest to kubectl. Raises UserError."""
     if not shutil.which("kubectl"):
         raise UserError("there is no kubectl on this machine; see the manifest with --dry-run, and create it elsewhere")
     documents = manifest(job)
@@ -107,7 +103,7 @@ def submit(job: Job) -> Submitted:
         ["kubectl", "create", "-f", "-"], input=_as_yaml(documents), capture_output=True, text=True, check=False
     )
     if answer.returncode:
-        raise UserError(f"kubectl does not take the job: {answer.stderr.strip()}")
+        raise UserError(f"kubectl rejected the job: {answer.stderr.strip()}")
     return Submitted(documents[-1]["metadata"]["name"], answer.stdout.strip())
 
 
@@ -116,23 +112,23 @@ def _as_yaml(documents: list[dict[str, Any]]) -> str:
 
 
 def _runtime(job: Job) -> dict[str, Any]:
-    own = job.site.kubernetes
+    site = job.site.kubernetes
     node = {
         "name": "node",
-        "image": own.image,
-        "envFrom": [{"secretRef": {"name": secret}} for secret in own.secrets],
-        "volumeMounts": [{"name": "run", "mountPath": own.mount}, {"name": "shared-memory", "mountPath": "/dev/shm"}],
+        "image": site.image,
+        "envFrom": [{"secretRef": {"name": secret}} for secret in site.secrets],
+        "volumeMounts": [{"name": "run", "mountPath": site.mount}, {"name": "shared-memory", "mountPath": "/dev/shm"}],
     }
     pod = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": GRACE_SECONDS,
         "containers": [node],
         "volumes": [
-            {"name": "run", "persistentVolumeClaim": {"claimName": own.claim}},
+            {"name": "run", "persistentVolumeClaim": {"claimName": site.claim}},
             {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},
         ],
     }
-    # One pod that fails ends its whole job at once, and all pods start again together.
+    # A failed pod ends its job immediately, and all pods restart together.
     nodes = {
         "name": "node",
         "template": {
@@ -140,7 +136,7 @@ def _runtime(job: Job) -> dict[str, Any]:
             "spec": {"backoffLimit": 0, "template": {"spec": pod}},
         },
     }
-    restarts = own.restarts if job.is_training else 0
+    restarts = site.restarts if job.is_training else 0
     return {
         "mlPolicy": {"numNodes": job.nodes, "torch": {}},
         "template": {"spec": {"failurePolicy": {"maxRestarts": restarts}, "replicatedJobs": [nodes]}},
@@ -157,9 +153,3 @@ def _shell(job: Job) -> str:
         run=shlex.quote(str(job.run)),
         stopped=STOP_EXIT,
     )
-
-
-def _variables(job: Job) -> dict[str, str]:
-    """What the pods get by value; paths of this machine's Python mean nothing there."""
-    variables = passed_on(os.environ, job.site.cluster.export).items()
-    return {name: value for name, value in variables if not is_secret(name, value) and name != "PYTHONPATH"}

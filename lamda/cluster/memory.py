@@ -1,23 +1,28 @@
-"""Memory of a rank by what holds it, in each phase of a run under DeepSpeed 0.19.8.
+"""A rank's GPU memory by item, in each phase of a run under DeepSpeed 0.19.8.
 
-    start      the fp32 model that every rank makes, whole, before DeepSpeed divides it
-    loss       the backward pass begins: all activations are there, the logits and their gradient
-    backward   it goes through the last block; gradients of the micro-batches before are there too
-    reduction  gradients go round, at the end of a step (stages 2 and 3: during backward)
-    update     the optimiser's step
+    start      every rank builds the whole fp32 model before DeepSpeed shards it
+    loss       start of the backward pass: all activations, the logits and their gradient
+    backward   in the last block; gradients of earlier micro-batches are there too
+    reduction  gradients are reduced at the end of a step (stages 2 and 3: during backward)
+    update     the optimizer step
 
-What a rank needs is the largest of the five. Closed forms; the tests hold them against tensors that are alive.
+A rank needs the maximum of the five. These are closed forms; the tests compare them with live tensors.
+
+Activations are the tensors that PyTorch saves for the backward pass when it runs operation by operation on a GPU;
+compiled blocks keep less. Activation checkpointing keeps a block's input (`block`), or everything except what the
+feed-forward half computes from its input (`ffn`), and recomputes the rest one block at a time.
+Dimensions: see `lamda/model/decoder.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from typing import Literal, get_args
 
-from lamda.cluster.activations import Activations, Recompute, activations
-from lamda.cluster.sharding import Sharding
+from lamda.cluster.zero import Sharding
 from lamda.config import ModelConfig
 from lamda.config.schema import Config
 from lamda.model.weights import is_matrix, weight_shapes
@@ -27,14 +32,38 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 STEP = PHASES[1:]
 COMPUTING: tuple[Phase, ...] = ("loss", "backward")
 _REDUCED = 500_000_000
-"""Elements after which the engine reduces what it has gathered, at stage 0."""
+"""Elements after which the engine reduces its bucket, at stage 0."""
+Recompute = Literal["none", "ffn", "block"]
+RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
+WIDE_ROWS = 256
+"""Rows of logits that the loss converts to fp32 at a time (`lamda.model.loss`)."""
+TILE = 128
+"""Queries per tile in the backward pass of `sdpa` (`lamda.model.attention.sdpa`)."""
 
 
 @dataclass(frozen=True)
-class Item:
-    """Bytes on a rank's GPU, and the phases in which they are there.
+class Activations:
+    """Bytes of a micro-batch.
 
-    is_state: whether they are the model's own (weights, gradients, optimiser state), no buffer or activation.
+    kept: saved from forward to backward. logits: with their gradient, at the loss. block: the most that the
+    backward pass of the last block adds to `kept`.
+    """
+
+    kept: int
+    logits: int
+    block: int
+
+    @property
+    def peak(self) -> int:
+        """The maximum at any time."""
+        return self.kept + max(self.logits, self.block)
+
+
+@dataclass(frozen=True)
+class MemoryItem:
+    """Bytes on a rank's GPU, and the phases in which they are allocated.
+
+    is_state: whether they are model state (weights, gradients, optimizer state), not buffers or activations.
     """
 
     name: str
@@ -44,8 +73,8 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """All that memory depends on."""
+class MemorySetting:
+    """The settings that memory depends on."""
 
     model: ModelConfig
     sharding: Sharding
@@ -57,8 +86,8 @@ class Setting:
     optimizer: str = "adamw"
 
     @classmethod
-    def of(cls, config: Config, sharding: Sharding, *, accumulation: int) -> Setting:
-        """The setting of a run."""
+    def of(cls, config: Config, sharding: Sharding, *, accumulation: int) -> MemorySetting:
+        """The settings of a run."""
         rows, length = config.train.micro_batch_size, config.data.sequence_length
         recompute, has_documents = config.train.recompute, config.data.separates_documents
         optimizer = config.train.optimizer
@@ -66,7 +95,7 @@ class Setting:
 
     @property
     def activations(self) -> Activations:
-        """Of a micro-batch."""
+        """Activations of a micro-batch."""
         return activations(
             self.model,
             rows=self.rows,
@@ -78,39 +107,34 @@ class Setting:
 
 
 def parameter_sizes(model: ModelConfig) -> list[int]:
-    """Elements of every parameter of the module, in its order."""
+    """Elements of every parameter, in the order of the module."""
     return [prod(shape) for shape in weight_shapes(model).values()]
 
 
-def items(setting: Setting) -> list[Item]:
-    """Everything that a rank's GPU holds; nothing of no bytes."""
+def items(setting: MemorySetting) -> list[MemoryItem]:
+    """The nonempty items in a rank's GPU memory."""
     sizes = parameter_sizes(setting.model)
-    found = [
-        *_states(sizes, setting),
-        *_gradients(sizes, setting),
-        *_buffers(sizes, setting),
-        *_activations(setting),
-    ]
-    return [item for item in found if item.bytes and item.phases]
+    parts = (_states(sizes, setting), _gradients(sizes, setting), _buffers(sizes, setting), _activations(setting))
+    return [item for item in chain(*parts) if item.bytes and item.phases]
 
 
-def by_phase(found: Sequence[Item]) -> dict[Phase, int]:
+def by_phase(found: Sequence[MemoryItem]) -> dict[Phase, int]:
     """Bytes in each phase."""
     return {phase: sum(item.bytes for item in found if phase in item.phases) for phase in PHASES}
 
 
-def peak(setting: Setting) -> int:
+def peak(setting: MemorySetting) -> int:
     """Bytes that a rank needs."""
     return max(by_phase(items(setting)).values())
 
 
-def model_states(found: Sequence[Item]) -> int:
-    """Bytes of weights, optimiser state and gradients when a step's last backward pass has ended."""
+def model_states(found: Sequence[MemoryItem]) -> int:
+    """Bytes of weights, optimizer state and gradients after the last backward pass of a step."""
     return sum(item.bytes for item in found if item.is_state)
 
 
 def optimizer_state(model: ModelConfig, optimizer: str) -> int:
-    """Elements of fp32 that an optimiser keeps beside the weights (`lamda.engines.deepspeed.optimizer.fresh_state`)."""
+    """fp32 elements that an optimizer keeps besides the weights (`lamda.engines.deepspeed.optimizer.fresh_state`)."""
     kept = 0
     for name, shape in weight_shapes(model).items():
         numel = prod(shape)
@@ -121,29 +145,29 @@ def optimizer_state(model: ModelConfig, optimizer: str) -> int:
     return kept
 
 
-def _states(sizes: Sequence[int], setting: Setting) -> Iterator[Item]:
-    """Weights and the optimiser's state: there from the start to the end."""
+def _states(sizes: Sequence[int], setting: MemorySetting) -> Iterator[MemoryItem]:
+    """Weights and optimizer state, which stay for the whole run."""
     sharding, total, width = setting.sharding, sum(sizes), setting.sharding.weight
     kept = optimizer_state(setting.model, setting.optimizer)
     small = sum(size for size in sizes if size < sharding.persistent)
-    own = sharding.share(total) if sharding.stage else total
+    shard = sharding.share(total) if sharding.stage else total
     has_masters = sharding.stage or sharding.is_bf16
-    yield Item("whole model in fp32", 4 * total, ("start",))
-    yield _state("weights", (own if sharding.stage == 3 else total) * width, STEP)
+    yield MemoryItem("whole model in fp32", 4 * total, ("start",))
+    yield _state("weights", (shard if sharding.stage == 3 else total) * width, STEP)
     if sharding.stage == 3 and sharding.ranks > 1:
         yield _state("small weights, kept whole", small * width, STEP)
-        yield Item("weights, gathered", min(total - small, sharding.live) * width, COMPUTING)
-    yield _state("fp32 master weights", 4 * own if has_masters else 0, STEP)
+        yield MemoryItem("weights, gathered", min(total - small, sharding.live) * width, COMPUTING)
+    yield _state("fp32 master weights", 4 * shard if has_masters else 0, STEP)
     yield _state("optimiser's state", 4 * (sharding.share(kept) if sharding.stage else kept), STEP)
 
 
-def _gradients(sizes: Sequence[int], setting: Setting) -> Iterator[Item]:
+def _gradients(sizes: Sequence[int], setting: MemorySetting) -> Iterator[MemoryItem]:
     sharding, total, width = setting.sharding, sum(sizes), setting.sharding.weight
-    own = sharding.share(total)
+    shard = sharding.share(total)
     embedding = setting.model.vocab_size * setting.model.d_model
-    # The tied embedding's first half waits for the second, from the first layer of the backward pass to the last.
-    yield Item("gradients being computed", (embedding + max(sizes)) * width, ("backward",))
-    # Those of a step's only micro-batch come as activations go.
+    # The tied embedding's first gradient waits for the second during the whole backward pass.
+    yield MemoryItem("gradients being computed", (embedding + max(sizes)) * width, ("backward",))
+    # With one micro-batch per step, gradients appear as activations are freed.
     earlier: tuple[Phase, ...] = COMPUTING if setting.accumulation > 1 else ()
     if sharding.stage == 0:
         yield _state("gradients", total * width, (*earlier, "reduction", "update"))
@@ -153,45 +177,93 @@ def _gradients(sizes: Sequence[int], setting: Setting) -> Iterator[Item]:
         yield _state("fp32 accumulator", 4 * total, STEP)
     elif sharding.stage == 1:
         yield _state("gradients", total * width, (*earlier, "reduction"))
-        yield Item("reduced gradients", own * width, ("reduction", "update"))
+        yield MemoryItem("reduced gradients", shard * width, ("reduction", "update"))
     elif sharding.stage == 2:
         is_apart = sharding.accumulated == width
-        yield Item("gradients of this micro-batch", own * width if is_apart else 0, earlier)
-        yield _state("accumulated gradients", own * sharding.accumulated, (*COMPUTING, "update"))
+        yield MemoryItem("gradients of this micro-batch", shard * width if is_apart else 0, earlier)
+        yield _state("accumulated gradients", shard * sharding.accumulated, (*COMPUTING, "update"))
     else:
-        yield _state("accumulated gradients", own * sharding.accumulated, STEP)
+        yield _state("accumulated gradients", shard * sharding.accumulated, STEP)
 
 
-def _state(name: str, count: int, phases: Sequence[Phase]) -> Item:
-    return Item(name, count, phases, is_state=True)
+def _state(name: str, count: int, phases: Sequence[Phase]) -> MemoryItem:
+    return MemoryItem(name, count, phases, is_state=True)
 
 
-def _buffers(sizes: Sequence[int], setting: Setting) -> Iterator[Item]:
-    """DeepSpeed's: buckets, and the copies that it makes to reduce and to step."""
+def _buffers(sizes: Sequence[int], setting: MemorySetting) -> Iterator[MemoryItem]:
+    """DeepSpeed's buckets, and its copies for reduction and update."""
     sharding, total, width = setting.sharding, sum(sizes), setting.sharding.weight
-    own, sent = sharding.share(total), sharding.sent
+    shard, sent = sharding.share(total), sharding.sent
     converted = sent if sent != width else 0
     reducing: tuple[Phase, ...] = ("backward",) if sharding.stage >= 2 else ("reduction",)
     in_flight = min(sharding.bucket, total)
     if sharding.stage == 0:
         flat = min(total, _REDUCED + max(sizes))
-        yield Item("copies to reduce", flat * (width + converted), reducing)
-        yield Item("gradients in fp32", 4 * total if sharding.is_bf16 else 0, ("update",))
+        yield MemoryItem("copies to reduce", flat * (width + converted), reducing)
+        yield MemoryItem("gradients in fp32", 4 * total if sharding.is_bf16 else 0, ("update",))
     elif sharding.accumulates_whole:
-        yield Item("copies to reduce", total * (4 + (sent if sent != 4 else 0)), reducing)
+        yield MemoryItem("copies to reduce", total * (4 + (sent if sent != 4 else 0)), reducing)
     else:
         element = sent if sharding.stage == 3 else width * sharding.buckets
         phases = STEP if sharding.stage == 3 else (*COMPUTING, "reduction")
-        yield Item("reduction bucket", sharding.bucket * element, phases)
+        yield MemoryItem("reduction bucket", sharding.bucket * element, phases)
         copied = width + sent + converted if sharding.stage == 3 else width + sent if converted else 0
-        yield Item("copies to reduce", in_flight * copied, reducing)
+        yield MemoryItem("copies to reduce", in_flight * copied, reducing)
         is_copied = sharding.accumulated == width and (sharding.stage < 3 or sharding.is_bf16)
-        yield Item("gradients in fp32", 4 * own if is_copied else 0, ("update",))
-        yield Item("gradient norm in fp64", 8 * min(max(sizes), own), ("update",))
+        yield MemoryItem("gradients in fp32", 4 * shard if is_copied else 0, ("update",))
+        yield MemoryItem("gradient norm in fp64", 8 * min(max(sizes), shard), ("update",))
 
 
-def _activations(setting: Setting) -> Iterator[Item]:
+def _activations(setting: MemorySetting) -> Iterator[MemoryItem]:
     found = setting.activations
-    yield Item("activations", found.kept, COMPUTING)
-    yield Item("logits and their gradient", found.logits, ("loss",))
-    yield Item("a block's backward pass", found.block, ("backward",))
+    yield MemoryItem("activations", found.kept, COMPUTING)
+    yield MemoryItem("logits and their gradient", found.logits, ("loss",))
+    yield MemoryItem("a block's backward pass", found.block, ("backward",))
+
+
+def activations(
+    model: ModelConfig, *, rows: int, length: int, width: int, recompute: Recompute, has_documents: bool
+) -> Activations:
+    """Activations of `rows` rows of `length` tokens, with `width` bytes per element."""
+    D, F, V, HK = model.d_model, model.d_ff, model.vocab_size, model.n_heads * model.d_head
+    scores, attention_backward = _attention(model, length=length, width=width)
+    norm = D * width + 4  # its input, and 1 / rms in fp32
+    attention = norm + D * width + 4 * HK * width + scores
+    feed_forward = norm + D * width + 4 * F * width
+    layer = {"none": attention + feed_forward, "ffn": attention + D * width, "block": D * width}[recompute]
+    ends = norm + D * width + 8 + 8 + 4  # the final norm, its output, token, target, logsumexp
+    mask = length if has_documents and model.attention in ("math", "sdpa") else 0
+    # The feed-forward half runs backward first, and its activations are freed before attention's backward pass.
+    block = max(feed_forward + 2 * F * width, attention_backward)
+    block += {"none": -feed_forward, "ffn": 0, "block": attention}[recompute]
+    tokens = rows * length
+    return Activations(
+        kept=tokens * (model.n_layers * layer + ends + mask),
+        logits=tokens * 2 * V * width + 3 * min(WIDE_ROWS, tokens) * V * 4,
+        block=tokens * block,
+    )
+
+
+def recomputed_flops(model: ModelConfig, *, length: int, recompute: Recompute) -> int:
+    """FLOPs per token that recomputation adds to `lamda.model.counts.flops_per_token`.
+
+    The last product of the recomputed part is left out: nothing needs its result.
+    """
+    D, F, HK = model.d_model, model.d_ff, model.n_heads * model.d_head
+    gate_up, attention = 4 * D * F, 8 * D * HK + 2 * length * HK
+    return model.n_layers * {"none": 0, "ffn": gate_up, "block": gate_up + attention}[recompute]
+
+
+def _attention(model: ModelConfig, *, length: int, width: int) -> tuple[int, int]:
+    """Attention's bytes per token and layer beyond query, key, value and output: saved, and temporary in backward.
+
+    `math` saves the softmax in fp32 and in the precision of the values; its backward pass holds two such. The
+    kernels save a logsumexp. `sdpa` copies a gradient, sums gradients in fp32 and has five tiles of scores; among
+    the kernels `split` needs most: copies of its inputs, and gradients of near and far keys.
+    """
+    H, HK, HL = model.n_heads, model.n_heads * model.d_head, model.n_heads * length
+    if model.attention == "math":
+        return HL * (6 if width == 2 else 4), HL * (6 if width == 2 else 8)
+    if model.attention == "sdpa":
+        return 0, HK * (width + 12) + min(TILE, length) * H * (12 + 2 * width)
+    return 4 * H, 9 * HK * width

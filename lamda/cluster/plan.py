@@ -1,35 +1,42 @@
-"""`lamda plan`: what a run takes, worked out before anything is started, without torch and without a GPU.
+"""`lamda plan`: memory, time, cost and disk of a run, computed without torch and without a GPU before it starts.
 
-Every figure is a closed form of the configuration; the tests hold them against PyTorch and DeepSpeed.
+All figures are closed forms of the configuration; the tests compare them with PyTorch and DeepSpeed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lamda.cluster.activations import RECOMPUTE, recomputed_flops
-from lamda.cluster.communication import traffic
-from lamda.cluster.data_path import data_rates, loader_bytes
-from lamda.cluster.devices import RESERVE, Device, device_called
-from lamda.cluster.disk import block_bytes, checkpoint_bytes, checkpoints, is_streamed, text_bytes
-from lamda.cluster.fitting import largest_rows, nearest_that_fit
-from lamda.cluster.interval import GPU_HOURS_A_FAILURE, best_interval, lost_share, seconds_between_failures
-from lamda.cluster.memory import Setting, by_phase, items, model_states, parameter_sizes, peak
-from lamda.cluster.plan_text import plan_text
-from lamda.cluster.sharding import Sharding
+from lamda.cluster import estimates
+from lamda.cluster.estimates import Device
+from lamda.cluster.memory import (
+    RECOMPUTE,
+    MemorySetting,
+    by_phase,
+    items,
+    model_states,
+    parameter_sizes,
+    peak,
+    recomputed_flops,
+)
+from lamda.cluster.plan_text import MemoryPlan, Plan, RecomputePlan, StagePlan, TimePlan, plan_text
+from lamda.cluster.zero import Sharding, traffic
 from lamda.config import ds_config
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
 from lamda.model.counts import flops_per_token, parameters, parameters_by_part
 
+MAX_SUGGESTIONS = 5
+
 
 @dataclass(frozen=True)
 class Machine:
-    """The GPUs and what is assumed of them.
+    """The GPUs and the assumptions about them.
 
     mfu: share of the data sheet's FLOP/s that training reaches. price: of a GPU-hour. save_seconds: how long
     training waits for a checkpoint.
@@ -44,31 +51,31 @@ class Machine:
     @property
     def device(self) -> Device:
         """The kind of GPU. Raises UserError."""
-        return device_called(self.gpu)
+        return estimates.device_called(self.gpu)
 
     def check(self) -> None:
-        """Raises UserError, which names everything that cannot be."""
-        wrong = []
+        """Raises UserError with a line for every invalid value."""
+        problems = []
         if self.gpus < 1:
-            wrong.append(f"--gpus: a run needs at least 1 rank, not {self.gpus}")
+            problems.append(f"--gpus: a run needs at least 1 rank, not {self.gpus}")
         if not 0 < self.mfu <= 1:
-            wrong.append(f"--mfu: a share of the peak rate is above 0 and at most 1, not {self.mfu:g}")
+            problems.append(f"--mfu: a share of the peak rate is above 0 and at most 1, not {self.mfu:g}")
         if self.price is not None and self.price < 0:
-            wrong.append(f"--price: a GPU-hour costs at least 0, not {self.price:g}")
+            problems.append(f"--price: a GPU-hour costs at least 0, not {self.price:g}")
         if self.save_seconds <= 0:
-            wrong.append(f"--save-seconds: a checkpoint takes more than 0 seconds, not {self.save_seconds:g}")
+            problems.append(f"--save-seconds: a checkpoint takes more than 0 seconds, not {self.save_seconds:g}")
         try:
             _ = self.device
         except UserError as error:
-            wrong.append(str(error))
-        if wrong:
-            raise UserError("\n".join(wrong))
+            problems.append(str(error))
+        if problems:
+            raise UserError("\n".join(problems))
 
 
 def main(argv: list[str]) -> int:
     """`[--gpus N] [--gpu NAME] [--mfu SHARE] [--price P] [--save-seconds S] [--json] --config FILE ...`.
 
-    Returns 1 where the run does not fit. Raises UserError.
+    Returns 1 if the run does not fit. Raises UserError.
     """
     parser = argparse.ArgumentParser(prog="lamda plan", allow_abbrev=False, add_help=False)
     parser.add_argument("--gpus", type=int, default=Machine.gpus)
@@ -80,172 +87,186 @@ def main(argv: list[str]) -> int:
     options, rest = parser.parse_known_args(argv)
     as_json = vars(options).pop("json")
     planned = plan(load_config(rest), Machine(**vars(options)))
-    print(json.dumps(planned, indent=2) if as_json else plan_text(planned))
-    return 0 if planned["memory"]["fits"] else 1
+    print(json.dumps(asdict(planned), indent=2) if as_json else plan_text(planned))
+    return 0 if planned.memory.fits else 1
 
 
-def plan(config: Config, machine: Machine) -> dict[str, Any]:
-    """Everything that `lamda plan` says, in plain units: bytes, seconds, FLOPs.
+def plan(config: Config, machine: Machine) -> Plan:
+    """Plan a run.
 
-    Raises UserError where the ranks cannot share the batch, naming the nearest numbers that can, and for
-    a DeepSpeed file with wrong keys. What does not fit is told in `warnings`, with the nearest settings that do.
+    Raises UserError if the ranks cannot share the batch, with the nearest numbers that can, and for a DeepSpeed
+    file with wrong keys. If the run does not fit, `warnings` names the nearest settings that do.
     """
     machine.check()
-    own = ds_config.build(config, world=machine.gpus)
-    sharding = Sharding.of(own, ranks=machine.gpus)
-    accumulation = own["gradient_accumulation_steps"]
-    setting = Setting.of(config, sharding, accumulation=accumulation)
-    counted = _counts(config, machine, accumulation)
-    memory = _memory(config, machine, setting)
-    spent = _time(counted, machine, is_bf16=sharding.is_bf16)
-    sent = traffic(parameter_sizes(config.model), sharding, accumulation=accumulation)
-    rates = data_rates(config, ranks=machine.gpus, tokens_per_second=spent["tokens_per_second"])
-    return {
-        **counted,
-        "memory": memory,
-        "communication": [asdict(each) for each in sent],
-        "sent_bytes_per_second": sum(each.sent for each in sent) / spent["step_seconds"],
-        "time": spent,
-        "data_per_second": asdict(rates),
-        "disk": _disk(config, width=sharding.weight),
-        "checkpoint_interval": _interval(config, machine, step_seconds=spent["step_seconds"]),
-        "warnings": _warnings(config, machine, setting, memory, own),
-    }
+    deepspeed = ds_config.build(config, world=machine.gpus)
+    sharding, accumulation = Sharding.of(deepspeed, ranks=machine.gpus), deepspeed["gradient_accumulation_steps"]
+    setting = MemorySetting.of(config, sharding, accumulation=accumulation)
+    tokens_per_step = config.train.global_batch_size * config.data.sequence_length
+    flops = flops_per_token(config.model, config.data.sequence_length)
+    memory = _plan_memory(config, machine, setting)
+    time = _plan_time(config.steps, tokens_per_step, flops, machine, is_bf16=sharding.is_bf16)
+    communication = traffic(parameter_sizes(config.model), sharding, accumulation=accumulation)
+    return Plan(
+        parameters=parameters(config.model),
+        parameters_by_part=parameters_by_part(config.model),
+        gpus=machine.gpus,
+        micro_batch_size=config.train.micro_batch_size,
+        gradient_accumulation=accumulation,
+        global_batch_size=config.train.global_batch_size,
+        sequence_length=config.data.sequence_length,
+        tokens_per_step=tokens_per_step,
+        steps=config.steps,
+        tokens=config.steps * tokens_per_step,
+        flops_per_token=flops,
+        flops=flops * config.steps * tokens_per_step,
+        memory=memory,
+        communication=communication,
+        sent_bytes_per_second=sum(each.sent for each in communication) / time.step_seconds,
+        time=time,
+        data_per_second=estimates.data_rates(config, ranks=machine.gpus, tokens_per_second=time.tokens_per_second),
+        disk=estimates.disk_use(config, width=sharding.weight),
+        checkpoint_interval=estimates.checkpoint_interval(
+            config, gpus=machine.gpus, save_seconds=machine.save_seconds, step_seconds=time.step_seconds
+        ),
+        warnings=[*_warnings(config, machine, setting, memory, deepspeed)],
+    )
 
 
-def _counts(config: Config, machine: Machine, accumulation: int) -> dict[str, Any]:
-    """Parameters, the arithmetic of batches, and FLOPs."""
-    train, length = config.train, config.data.sequence_length
-    tokens_per_step = train.global_batch_size * length
+def _plan_memory(config: Config, machine: Machine, setting: MemorySetting) -> MemoryPlan:
+    limit, length, batch = machine.device.usable, config.data.sequence_length, config.train.global_batch_size
     flops = flops_per_token(config.model, length)
-    return {
-        "parameters": parameters(config.model),
-        "parameters_by_part": parameters_by_part(config.model),
-        "gpus": machine.gpus,
-        "micro_batch_size": train.micro_batch_size,
-        "gradient_accumulation": accumulation,
-        "global_batch_size": train.global_batch_size,
-        "sequence_length": length,
-        "tokens_per_step": tokens_per_step,
-        "steps": config.steps,
-        "tokens": config.steps * tokens_per_step,
-        "flops_per_token": flops,
-        "flops": flops * config.steps * tokens_per_step,
-    }
+
+    def fit(setting: MemorySetting) -> tuple[int, bool, int | None]:
+        return (needed := peak(setting)), needed <= limit, largest_rows(setting, batch=batch, limit=limit)
+
+    by_recompute, by_stage = {}, {}
+    for recompute in RECOMPUTE:
+        other = replace(setting, recompute=recompute)
+        extra = recomputed_flops(config.model, length=length, recompute=recompute)
+        by_recompute[recompute] = RecomputePlan(other.activations.peak, flops + extra, *fit(other))
+    for stage in range(4):
+        other = replace(setting, sharding=setting.sharding.at_stage(stage))
+        by_stage[str(stage)] = StagePlan(model_states(items(other)), *fit(other))
+    needed, fits, largest = fit(setting)
+    return MemoryPlan(
+        gpu=machine.gpu,
+        gpu_bytes=round(machine.device.gigabytes * 1e9),
+        usable_bytes=limit,
+        reserve=estimates.RESERVE,
+        zero_stage=setting.sharding.stage,
+        bf16=setting.sharding.is_bf16,
+        attention=config.model.attention,
+        recompute=setting.recompute,
+        items=items(setting),
+        phases=by_phase(items(setting)),
+        peak=needed,
+        fits=fits,
+        largest_micro_batch_size=largest,
+        by_recompute=by_recompute,
+        by_stage=by_stage,
+        host_bytes_at_start=4 * parameters(config.model),
+        host_bytes_of_rows=estimates.loader_bytes(config, ranks=machine.gpus),
+    )
 
 
-def _memory(config: Config, machine: Machine, setting: Setting) -> dict[str, Any]:
-    """A rank's, item by item; and under each kind of recomputation, and at each ZeRO stage."""
-    limit, length = machine.device.usable, config.data.sequence_length
-    found, flops = items(setting), flops_per_token(config.model, length)
-    by_recompute = {
-        recompute: {
-            "activations": other.activations.peak,
-            "flops_per_token": flops + recomputed_flops(config.model, length=length, recompute=recompute),
-            **_judged(other, config, limit=limit),
-        }
-        for recompute in RECOMPUTE
-        for other in [replace(setting, recompute=recompute)]
-    }
-    by_stage = {
-        str(stage): {"model_states": model_states(items(other)), **_judged(other, config, limit=limit)}
-        for stage in range(4)
-        for other in [replace(setting, sharding=setting.sharding.at_stage(stage))]
-    }
-    return {
-        "gpu": machine.gpu,
-        "gpu_bytes": round(machine.device.gigabytes * 1e9),
-        "usable_bytes": limit,
-        "reserve": RESERVE,
-        "zero_stage": setting.sharding.stage,
-        "bf16": setting.sharding.is_bf16,
-        "attention": config.model.attention,
-        "recompute": setting.recompute,
-        "items": [asdict(item) for item in found],
-        "phases": by_phase(found),
-        **_judged(setting, config, limit=limit),
-        "by_recompute": by_recompute,
-        "by_stage": by_stage,
-        "host_bytes_at_start": 4 * parameters(config.model),
-        "host_bytes_of_rows": loader_bytes(config, ranks=machine.gpus),
-    }
-
-
-def _judged(setting: Setting, config: Config, *, limit: int) -> dict[str, Any]:
-    """What a rank needs, whether that fits, and the largest micro-batch that does (None where none does)."""
-    needed = peak(setting)
-    rows = largest_rows(setting, batch=config.train.global_batch_size, limit=limit)
-    return {"peak": needed, "fits": needed <= limit, "largest_micro_batch_size": rows}
-
-
-def _time(counted: dict[str, Any], machine: Machine, *, is_bf16: bool) -> dict[str, Any]:
-    """To the end of the run, failures and saving aside."""
-    rate = machine.gpus * machine.device.peak(is_bf16=is_bf16) * machine.mfu
-    seconds = counted["flops"] / rate
+def _plan_time(steps: int, tokens_per_step: int, flops: int, machine: Machine, *, is_bf16: bool) -> TimePlan:
+    peak_flops = machine.device.peak(is_bf16=is_bf16)
+    rate = machine.gpus * peak_flops * machine.mfu
+    seconds = flops * steps * tokens_per_step / rate
     hours = machine.gpus * seconds / 3600
-    return {
-        "mfu": machine.mfu,
-        "peak_flops_per_gpu": machine.device.peak(is_bf16=is_bf16),
-        "tokens_per_second": rate / counted["flops_per_token"],
-        "step_seconds": seconds / counted["steps"],
-        "seconds": seconds,
-        "gpu_hours": hours,
-        "price": machine.price,
-        "cost": None if machine.price is None else hours * machine.price,
-    }
-
-
-def _disk(config: Config, *, width: int) -> dict[str, Any]:
-    one, count = checkpoint_bytes(parameters(config.model), width=width), checkpoints(config)
-    return {
-        "checkpoint_bytes": one,
-        "checkpoints": count,
-        "checkpoints_bytes": one * count,
-        "keeps_blocks": config.data.blocks is not None,
-        "blocks_bytes": block_bytes(config),
-        "text_bytes": text_bytes(config),
-        "text_is_streamed": is_streamed(config),
-    }
-
-
-def _interval(config: Config, machine: Machine, *, step_seconds: float) -> dict[str, Any]:
-    own = config.checkpoint.every * step_seconds
-    best = best_interval(save_seconds=machine.save_seconds, gpus=machine.gpus)
-    return {
-        "gpu_hours_a_failure": GPU_HOURS_A_FAILURE,
-        "seconds_between_failures": seconds_between_failures(machine.gpus),
-        "save_seconds": machine.save_seconds,
-        "best_seconds": best,
-        "best_steps": max(1, round(best / step_seconds)),
-        "best_lost_share": lost_share(best, save_seconds=machine.save_seconds, gpus=machine.gpus),
-        "configured_seconds": own,
-        "configured_steps": config.checkpoint.every,
-        "configured_lost_share": lost_share(own, save_seconds=machine.save_seconds, gpus=machine.gpus),
-    }
+    return TimePlan(
+        mfu=machine.mfu,
+        peak_flops_per_gpu=peak_flops,
+        tokens_per_second=rate / flops,
+        step_seconds=seconds / steps,
+        seconds=seconds,
+        gpu_hours=hours,
+        price=machine.price,
+        cost=None if machine.price is None else hours * machine.price,
+    )
 
 
 def _warnings(
-    config: Config, machine: Machine, setting: Setting, memory: dict[str, Any], own: dict[str, Any]
-) -> list[str]:
-    found = []
-    limit = memory["usable_bytes"]
-    if not memory["fits"]:
-        ways = nearest_that_fit(setting, batch=config.train.global_batch_size, limit=limit)
-        found.append(_too_large(memory, machine, ways))
+    config: Config, machine: Machine, setting: MemorySetting, memory: MemoryPlan, deepspeed: dict[str, Any]
+) -> Iterator[str]:
+    if not memory.fits:
+        limit = memory.usable_bytes
+        yield _too_large(memory, nearest_that_fit(setting, batch=config.train.global_batch_size, limit=limit))
     for key in ("offload_optimizer", "offload_param"):
-        if own.get("zero_optimization", {}).get(key):
-            found.append(f"{config.deepspeed.config}: zero_optimization.{key}: this plan counts nothing as offloaded")
+        if deepspeed.get("zero_optimization", {}).get(key):
+            yield f"{config.deepspeed.config}: zero_optimization.{key}: this plan counts nothing as offloaded"
     if rank := config.train.lora_rank:
-        found.append(f"train.lora_rank {rank}: this plan counts a run that trains all weights, which needs more")
-    return found
+        yield f"train.lora_rank {rank}: this plan counts a run that trains all weights, which needs more"
 
 
-def _too_large(memory: dict[str, Any], machine: Machine, ways: list[str]) -> str:
-    needed, limit = memory["peak"] / 1e9, memory["usable_bytes"] / 1e9
-    told = f"does not fit: a rank needs {needed:.1f} GB and can count on {limit:.1f} GB of its {machine.gpu}"
+def _too_large(memory: MemoryPlan, ways: list[str]) -> str:
+    needed, limit, start = (bytes / 1e9 for bytes in (memory.peak, memory.usable_bytes, memory.phases["start"]))
+    message = f"does not fit: a rank needs {needed:.1f} GB and can count on {limit:.1f} GB of its {memory.gpu}"
     if ways:
-        return f"{told}; what would fit: {'; or '.join(ways)}"
-    start = memory["phases"]["start"]
-    if start > memory["usable_bytes"]:
-        return f"{told}; every rank makes the whole model first, {start / 1e9:.1f} GB in fp32, whatever the settings"
-    return f"{told}, and no setting of this batch does; take a GPU with more memory or a smaller model"
+        return f"{message}; what would fit: {'; or '.join(ways)}"
+    if start > limit:
+        return f"{message}; every rank makes the whole model first, {start:.1f} GB in fp32, whatever the settings"
+    return f"{message}, and no setting of this batch does; take a GPU with more memory or a smaller model"
+
+
+def largest_rows(setting: MemorySetting, *, batch: int, limit: int) -> int | None:
+    """The largest micro-batch that divides a rank's part of `batch` rows and fits; None if none does."""
+    return next((each.rows for each in _micro_batches(setting, batch=batch) if peak(each) <= limit), None)
+
+
+def nearest_that_fit(setting: MemorySetting, *, batch: int, limit: int) -> list[str]:
+    """The settings that fit with the fewest changes, as lists of changes; empty if none does."""
+    counts: dict[str, int] = {}
+    for found in _candidates(setting, batch=batch, limit=limit):
+        changes = _changes(setting, found)
+        counts.setdefault(", ".join(changes), len(changes))
+    fewest = min(counts.values(), default=0)
+    return [text for text, count in counts.items() if count == fewest][:MAX_SUGGESTIONS]
+
+
+def _candidates(setting: MemorySetting, *, batch: int, limit: int) -> Iterator[MemorySetting]:
+    """Settings that fit, small changes first."""
+    attentions = ("math", "sdpa") if setting.model.attention == "math" else (setting.model.attention,)
+    for stage in range(setting.sharding.stage, 4):
+        sharding = setting.sharding.at_stage(stage)
+        for attention in attentions:
+            model = setting.model.model_copy(update={"attention": attention})
+            for recompute in RECOMPUTE[RECOMPUTE.index(setting.recompute) :]:
+                changed = replace(setting, sharding=sharding, model=model, recompute=recompute)
+                yield from _smaller_or_wider(changed, batch=batch, limit=limit)
+
+
+def _smaller_or_wider(setting: MemorySetting, *, batch: int, limit: int) -> Iterator[MemorySetting]:
+    """Unchanged; with fewer rows; on more GPUs; and both: the first of each that fits."""
+    rows, ranks = setting.rows, setting.sharding.ranks
+    wider = [replace(setting.sharding, ranks=more) for more in range(ranks + 1, batch + 1) if batch % more == 0]
+    here = [each for each in _micro_batches(setting, batch=batch) if each.rows <= rows]
+    on_more = [each for more in wider for each in _micro_batches(replace(setting, sharding=more), batch=batch)]
+    ways = (
+        [each for each in here if each.rows == rows],
+        here,
+        [each for each in on_more if each.rows == rows],
+        [each for each in on_more if each.rows <= rows],
+    )
+    for way in ways:
+        yield from [each for each in way if peak(each) <= limit][:1]
+
+
+def _micro_batches(setting: MemorySetting, *, batch: int) -> list[MemorySetting]:
+    """The setting with every micro-batch size in which the ranks can share the batch, largest first."""
+    local, left = divmod(batch, setting.sharding.ranks)
+    if left:
+        return []
+    sizes = (rows for rows in range(local, 0, -1) if local % rows == 0)
+    return [replace(setting, rows=rows, accumulation=local // rows) for rows in sizes]
+
+
+def _changes(before: MemorySetting, after: MemorySetting) -> list[str]:
+    pairs = {
+        "train.micro_batch_size {}": (before.rows, after.rows),
+        "train.recompute {}": (before.recompute, after.recompute),
+        "model.attention {}": (before.model.attention, after.model.attention),
+        "ZeRO stage {}": (before.sharding.stage, after.sharding.stage),
+        "{} GPUs": (before.sharding.ranks, after.sharding.ranks),
+    }
+    return [name.format(new) for name, (old, new) in pairs.items() if old != new]

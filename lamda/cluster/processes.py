@@ -1,4 +1,4 @@
-"""A command that trains, and all that it starts: found, asked to stop and ended, wherever its launcher puts it."""
+"""A training command and all of its processes: find, signal and kill them, whatever their launcher does."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from lamda.storage.lock import Owner
 from lamda.storage.run_directory import RunDirectory
 
 MARK = "LAMDA_LAUNCH"
-"""Environment variable that a launch's processes inherit, with a value of its own."""
+"""Environment variable with a unique value that the processes of a launch inherit."""
 KILL_SECONDS = 60
 POLL_SECONDS = 0.05
 SLACK_SECONDS = 1.0
-"""Precision of comparing the times of files and of processes."""
+"""Precision when comparing times of files and processes."""
 
 
 class Launch:
-    """A command in a session of its own, started at once. Raises UserError where it cannot be.
+    """Starts a command in its own session. Raises UserError if it cannot start.
 
-    run: the run directory, whose lock and heartbeats name the ranks. log: takes what the command prints.
+    run: the run directory, whose lock and heartbeats name the ranks. log: file for the command's output.
     """
 
     def __init__(self, command: Sequence[str], *, run: Path, log: Path | None = None) -> None:
@@ -51,14 +51,18 @@ class Launch:
                 stream.close()
 
     def poll(self) -> int | None:
-        """The command's exit code (negative: a signal), None while it runs; its ranks may run on without it."""
+        """The command's exit code (negative: a signal), None while it runs; its ranks may outlive it."""
         return self._process.poll()
 
-    def ask(self, number: int) -> None:
-        """Pass a signal on: to the ranks, or where none is known yet to the command's process group.
+    def exit_code(self) -> int:
+        """The exit code of a command that has ended."""
+        return self._process.wait()
 
-        DeepSpeed's launcher, were it signalled, would kill ranks that take more than 30 s to save. So it is
-        not where rank 0 is on another machine, which sees RUN/STOP.
+    def forward(self, number: int) -> None:
+        """Forward a signal to the ranks, or to the command's process group if no rank is known yet.
+
+        DeepSpeed's launcher kills ranks that take more than 30 s to save after it gets a signal. So it gets none if
+        rank 0 is on another machine, which sees RUN/STOP.
         """
         ranks = self._ranks()
         for pid in ranks:
@@ -67,18 +71,16 @@ class Launch:
             self._send_group(number)
 
     def living(self) -> set[int]:
-        """Processes on this machine that the command started and that have not ended."""
+        """Living processes on this machine that the command started."""
         return {*self._marked(), *self._ranks()}
 
     def kill(self) -> None:
-        """SIGKILL to everything of `living`, until nothing is. Raises UserError where that fails."""
+        """Send SIGKILL to all `living` processes until none is left. Raises UserError if that fails."""
         deadline = time.monotonic() + KILL_SECONDS
         self._send_group(signal.SIGKILL)
         while left := self.living():
             if time.monotonic() > deadline:
-                raise UserError(
-                    f"processes {sorted(left)} do not end although they were killed; the machine is not well"
-                )
+                raise UserError(f"processes {sorted(left)} survive SIGKILL; check the machine")
             for pid in left:
                 _send(pid, signal.SIGKILL)
             self.poll()
@@ -91,17 +93,17 @@ class Launch:
                 os.killpg(self._process.pid, number)
 
     def _marked(self) -> Iterator[int]:
-        """Descendants that kept their environment; also those whose launcher has died."""
+        """Descendants that kept their environment, including those whose launcher has died."""
         for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it has ended, or is another user's
+            with suppress(OSError):  # ended, or owned by another user
                 if self._mark in (folder / "environ").read_bytes().split(b"\0"):
                     yield int(folder.name)
 
     def _ranks(self) -> set[int]:
-        """Ranks by their own word, however they were started.
+        """Ranks by their own files, however they were started.
 
-        A number in a file may by now be another process's, or the file another run's: it counts if that
-        process began after this launch and before the file was last touched.
+        The PID in a file may have been reused, or the file may be from another run: it counts if that process
+        started after this launch and before the file was last touched.
         """
         found = set()
         for file in (*self._run.glob("lock*.json"), *self._run.glob("heartbeats/rank-*.json")):
@@ -110,7 +112,7 @@ class Launch:
             except OSError:
                 continue
             if owner.host == socket.gethostname():
-                began = _beginning(owner.pid)
+                began = _started_at(owner.pid)
                 if began and self._began - SLACK_SECONDS <= began <= touched + SLACK_SECONDS:
                     found.add(owner.pid)
         return found
@@ -121,8 +123,11 @@ def _send(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def _beginning(pid: int) -> float | None:
-    """When a process began, in seconds of the epoch; None where it has ended."""
+def _started_at(pid: int) -> float | None:
+    """When a process started, in seconds since the epoch; None if it has ended.
+
+    psutil rounds the boot time to seconds, which is too coarse here.
+    """
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:

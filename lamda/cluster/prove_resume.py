@@ -1,7 +1,7 @@
-"""`lamda prove-resume`: that a killed run ends as an unbroken one, shown with the user's own configuration.
+"""`lamda prove-resume`: test with the user's configuration that a killed run ends like an uninterrupted one.
 
-Three short runs through DeepSpeed's launcher: one straight, one killed with SIGKILL and resumed, one
-killed and resumed on another number of ranks. Then everything that they left is compared.
+Three short runs through DeepSpeed's launcher: one uninterrupted, one killed with SIGKILL and resumed, one killed and
+resumed on another number of ranks. Then their metrics and checkpoints are compared.
 """
 
 from __future__ import annotations
@@ -16,32 +16,31 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lamda.cluster.processes import Launch
 from lamda.config.batches import micro_batches_per_rank
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
-from lamda.storage.metrics import read_metrics
+from lamda.storage.metrics import last_row, read_metrics
 from lamda.storage.run_directory import RunDirectory
 from lamda.training.stop_requests import interrupting_signals
 
 if TYPE_CHECKING:
-    from lamda.cluster.compare import Difference
+    from lamda.cluster.compare import FirstDifference
 
 STEPS, CHECKPOINTS = 12, 4
 POLL_SECONDS = 0.01
 LOG_LINES = 25
 EXACT_MICRO_BATCHES = 2
-"""Micro-batches per step up to which gradients do not depend on the number of ranks: a sum of two has one order."""
+"""Up to this many micro-batches per step, gradients do not depend on the number of ranks: two terms have one order."""
 
 
 def main(argv: list[str]) -> int:
-    """Arguments as in the table of commands; 0 all equal, 1 something differs. Raises UserError."""
+    """Arguments as in the table of commands; 0 all equal, 1 differences. Raises UserError."""
     parser = argparse.ArgumentParser(prog="lamda prove-resume", allow_abbrev=False, add_help=False)
     parser.add_argument("--ranks", type=int)
     parser.add_argument("--others", type=int)
@@ -53,7 +52,7 @@ def main(argv: list[str]) -> int:
     config = load_config(flags)
     ranks, others = choose_ranks(config, ranks=options.ranks, others=options.others)
     if options.steps < CHECKPOINTS:
-        raise UserError(f"--steps {options.steps}: a proof needs at least {CHECKPOINTS} steps")
+        raise UserError(f"--steps {options.steps}: the test needs at least {CHECKPOINTS} steps")
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
     proof = Proof(flags, config, folder=_make_folder(config), steps=options.steps, seed=seed, keep=options.keep)
     try:
@@ -67,9 +66,9 @@ def main(argv: list[str]) -> int:
     if is_exact and not options.keep:
         shutil.rmtree(proof.folder)
     kept = None if is_exact and not options.keep else proof.folder
-    told = {"steps": options.steps, "seed": seed, "exact": is_exact, "kept": str(kept) if kept else None}
+    result = {"steps": options.steps, "seed": seed, "exact": is_exact, "kept": str(kept) if kept else None}
     if options.json:
-        print(json.dumps({**told, "killed_on": ranks, "resumed": [trial.as_dict() for trial in trials]}, indent=2))
+        print(json.dumps({**result, "killed_on": ranks, "resumed": [trial.as_dict() for trial in trials]}, indent=2))
     else:
         print(table(ranks, trials))
         print(f"{'nothing differs' if is_exact else 'it differs'}{f'; everything is in {kept}' if kept else ''}")
@@ -80,35 +79,35 @@ def main(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Trial:
-    """A run that was killed after step `killed_after` and resumed on `ranks` from a checkpoint."""
+    """A run killed after step `killed_after` and resumed on `ranks` ranks from checkpoint `went_on_from`."""
 
     ranks: int
     killed_after: int
     went_on_from: str
-    differences: dict[str, Difference | None]
+    differences: dict[str, FirstDifference | None]
 
     @property
     def is_exact(self) -> bool:
-        """Whether nothing differs from the straight run."""
+        """Whether nothing differs from the uninterrupted run."""
         return not any(self.differences.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: a difference is null, or its step and size."""
+        """As JSON: each difference is null, or its step and size."""
         found = {name: each and vars(each) for name, each in self.differences.items()}
         return {**vars(self), "differences": found}
 
 
 class Proof:
-    """The runs of a proof in `folder`; what is equal is deleted at once unless `keep`."""
+    """The runs of a test in `folder`; runs that are equal are deleted unless `keep`."""
 
     def __init__(self, flags: list[str], config: Config, *, folder: Path, steps: int, seed: int, keep: bool) -> None:
         self.folder = folder
         self._steps, self._keep = steps, keep
         self._draw = random.Random(seed)
         self._every = steps // CHECKPOINTS
-        own = Path(config.run.dir) / "tokenizer.model"
-        self._tokenizer = config.tokenizer.path or (str(own) if own.is_file() else None)
-        # The last step's evaluation reads all held-out text, and says nothing about resuming.
+        existing = Path(config.run.dir) / "tokenizer.model"
+        self._tokenizer = config.tokenizer.path or (str(existing) if existing.is_file() else None)
+        # The evaluation of the last step would read all held-out text, which is irrelevant for resuming.
         held_out = folder / "held-out.txt"
         held_out.write_text("A line to evaluate on.\n", "utf-8")
         self._flags = [
@@ -126,14 +125,14 @@ class Proof:
                 }
             ),
         ]
-        _say(f"{folder}: {steps} steps a run, a checkpoint every {self._every}; moments drawn with --seed {seed}")
+        _say(f"{folder}: {steps} steps per run, a checkpoint every {self._every}; kill times from --seed {seed}")
 
     def run(self, ranks: int, others: int | None) -> list[Trial]:
-        """All runs: straight on `ranks`, then one killed there and resumed on each number. Raises UserError."""
+        """Run uninterrupted on `ranks`, then kill and resume on each number of ranks. Raises UserError."""
         resumed_on = [ranks] if others is None else [ranks, others]
         self._label = f"run 1 of {1 + len(resumed_on)}"
         straight = RunDirectory(self.folder / "straight")
-        _say(f"{self._label}: straight on {_ranks(ranks)}")
+        _say(f"{self._label}: uninterrupted on {_ranks(ranks)}")
         self._finish(straight, ranks)
         self._tokenizer = self._tokenizer or str(straight.tokenizer)
         trials = []
@@ -149,12 +148,14 @@ class Proof:
         broken = RunDirectory(self.folder / f"resumed-on-{again}")
         killed_after = self._kill(broken, ranks)
         newest = (broken.checkpoints / "LATEST").read_text("utf-8")
-        _say(f"{self._label}: killed after step {killed_after}; going on from {newest}")
+        _say(f"{self._label}: killed after step {killed_after}; resuming from {newest}")
         manifest = broken.checkpoints / newest / "manifest.json"
         written = manifest.stat().st_mtime_ns
         self._finish(broken, again)
         if not manifest.exists() or manifest.stat().st_mtime_ns != written:
-            raise UserError(f"{broken.path}: the run did not go on from {newest}, but from before it; see train.log")
+            raise UserError(
+                f"{broken.path}: the run did not resume from {newest} but from an earlier step; see train.log"
+            )
         trial = Trial(again, killed_after, newest, compare_runs(straight, broken))
         if trial.is_exact and not self._keep:
             shutil.rmtree(broken.path)
@@ -168,12 +169,12 @@ class Proof:
         finally:
             launch.kill()
         if run.read_status().get("status") != "finished":
-            self._fail(run, f"failed ({_how(launch.poll())})")
+            self._fail(run, f"failed ({_exit(launch.exit_code())})")
 
     def _kill(self, run: RunDirectory, ranks: int) -> int:
-        """SIGKILL to all ranks at a random moment between the first checkpoint and the last step.
+        """Send SIGKILL to all ranks at a random time between the first checkpoint and the last step.
 
-        Returns the last step that metrics.jsonl has.
+        Returns the last step in metrics.jsonl.
         """
         goal = self._draw.randint(self._every, self._steps - self._every)
         share = self._draw.random()
@@ -186,45 +187,52 @@ class Proof:
             launch.kill()
         last = _last_step(run)
         if last >= self._steps:
-            raise UserError(f"{run.path}: was over before it could be killed; give more --steps than {self._steps}")
+            raise UserError(f"{run.path}: finished before it could be killed; give more --steps than {self._steps}")
         if not latest.exists():
-            self._fail(run, f"ended before it could be killed ({_how(launch.poll())})")
+            self._fail(run, f"ended before it could be killed ({_exit(launch.exit_code())})")
         return last
 
     def _watch(self, launch: Launch, run: RunDirectory, *, until: Callable[[int], bool]) -> bool:
-        """Show the steps of a run; True at once when `until` holds of the last one, False when it has ended."""
-        told, told_at = _last_step(run), time.monotonic()
+        """Show the steps of a run; returns True as soon as `until` holds for the last step, False when the run ends."""
+        shown, shown_at = _last_step(run), time.monotonic()
         while launch.poll() is None:
             step = _last_step(run)
             if until(step):
                 return True
-            if step != told and (step == self._steps or time.monotonic() - told_at >= 1):
-                told, told_at = step, time.monotonic()
+            if step != shown and (step == self._steps or time.monotonic() - shown_at >= 1):
+                shown, shown_at = step, time.monotonic()
                 _say(f"{self._label}: step {step} of {self._steps}")
             time.sleep(POLL_SECONDS)
         return False
 
     def _launch(self, run: RunDirectory, ranks: int) -> Launch:
-        own: dict[str, object] = {"run.dir": run.path}
+        settings: dict[str, object] = {"run.dir": run.path}
         if self._tokenizer:
-            own["tokenizer.path"] = self._tokenizer
+            settings["tokenizer.path"] = self._tokenizer
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", *_devices(ranks)]
-        command += ["--master_port", _free_port(), "--module", "lamda.launch.pretrain", *self._flags, *_flags_of(own)]
+        command += [
+            "--master_port",
+            _free_port(),
+            "--module",
+            "lamda.launch.pretrain",
+            *self._flags,
+            *_flags_of(settings),
+        ]
         return Launch(command, run=run.path, log=self._log(run))
 
     def _log(self, run: RunDirectory) -> Path:
         return self.folder / f"{run.path.name}.log"
 
-    def _fail(self, run: RunDirectory, how: str) -> None:
+    def _fail(self, run: RunDirectory, failure: str) -> NoReturn:
         log = self._log(run)
         last = log.read_text("utf-8", errors="replace").splitlines()[-LOG_LINES:]
-        raise UserError("\n".join([f"{self._label} {how}; the last lines of {log}:", *last]))
+        raise UserError("\n".join([f"{self._label} {failure}; the last lines of {log}:", *last]))
 
 
 def choose_ranks(config: Config, *, ranks: int | None, others: int | None) -> tuple[int, int | None]:
-    """Ranks to run on, and others to resume on (None: there are none to try). Raises UserError.
+    """The number of ranks to run on, and another number to resume on (None: none possible). Raises UserError.
 
-    By default all GPUs, or 2 ranks without one, and about half of them, as far as they can share a batch.
+    By default all GPUs, or 2 ranks without GPUs, and the largest number up to half of them that can share a batch.
     """
     if ranks is None:
         import torch
@@ -236,7 +244,7 @@ def choose_ranks(config: Config, *, ranks: int | None, others: int | None) -> tu
                 raise UserError(f"{name} {number}: a run needs at least 1 rank")
             micro_batches_per_rank(config.train, world=number)
     if others == ranks:
-        raise UserError(f"--others {others}: is the same as --ranks; name another number")
+        raise UserError(f"--others {others}: is the same as --ranks; give another number")
     if others is None and ranks > 1:
         micro_batches = config.train.global_batch_size // config.train.micro_batch_size
         others = next(fewer for fewer in range(ranks // 2, 0, -1) if micro_batches % fewer == 0)
@@ -244,7 +252,7 @@ def choose_ranks(config: Config, *, ranks: int | None, others: int | None) -> tu
 
 
 def rounding_hint(config: Config, ranks: int, trials: list[Trial]) -> str:
-    """Why another number of ranks may differ in last digits, where that is all that differs; else empty."""
+    """Why another number of ranks may round differently, if only that can explain the differences; else empty."""
     micro_batches = config.train.global_batch_size // config.train.micro_batch_size
     differing = [trial for trial in trials if not trial.is_exact]
     if micro_batches <= EXACT_MICRO_BATCHES or not differing or any(trial.ranks == ranks for trial in differing):
@@ -258,15 +266,15 @@ def rounding_hint(config: Config, ranks: int, trials: list[Trial]) -> str:
 
 
 def table(ranks: int, trials: list[Trial]) -> str:
-    """A line for each thing that was compared, a column for each resumed run."""
+    """One line per comparison, one column per resumed run."""
     head = f"killed on {_ranks(ranks)}, resumed"
     lines = [[head, *(f"on {_ranks(trial.ranks)}" for trial in trials)]]
-    lines += [[name, *(_told(trial.differences[name]) for trial in trials)] for name in trials[0].differences]
+    lines += [[name, *(_describe(trial.differences[name]) for trial in trials)] for name in trials[0].differences]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def _told(difference: Difference | None) -> str:
+def _describe(difference: FirstDifference | None) -> str:
     if difference is None:
         return "equal"
     size = "" if difference.largest is None else f" by {difference.largest:.3g} at most"
@@ -277,7 +285,7 @@ def _ranks(number: int) -> str:
     return f"{number} rank{'s' if number > 1 else ''}"
 
 
-def _how(code: int | None) -> str:
+def _exit(code: int) -> str:
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
@@ -295,7 +303,7 @@ def _flags_of(settings: dict[str, object]) -> list[str]:
 
 
 def _devices(ranks: int) -> list[str]:
-    """The launcher takes the first GPUs of the machine, whatever CUDA_VISIBLE_DEVICES says, unless told by number."""
+    """GPUs by number if CUDA_VISIBLE_DEVICES is set: the launcher ignores it and takes the first GPUs otherwise."""
     visible = [number for number in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if number]
     return ["--include", f"localhost:{','.join(visible[:ranks])}"] if visible else ["--num_gpus", str(ranks)]
 
@@ -307,11 +315,9 @@ def _free_port() -> str:
 
 
 def _last_step(run: RunDirectory) -> int:
-    """The last line of metrics.jsonl, 0 where there is none."""
-    with suppress(OSError):
-        rows = read_metrics(run.metrics)
-        return rows[-1]["step"] if rows else 0
-    return 0
+    """The last step in metrics.jsonl, 0 if there is none."""
+    row = last_row(run.metrics)
+    return row["step"] if row else 0
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""A site: what its nodes hold and how its scheduler is spoken to. One YAML file, apart from any model's."""
+"""A site: its nodes and its scheduler, in one YAML file that is independent of models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
-from lamda.cluster.devices import DEVICES
+from lamda.cluster.estimates import DEVICES
 from lamda.config.presets import nearest
 from lamda.config.schema import Positive, Section
 from lamda.config.settings import Contents, Problem, Schema
@@ -15,19 +15,19 @@ from lamda.config.settings import Contents, Problem, Schema
 Texts = tuple[str, ...]
 _TIME = re.compile(r"((?P<days>\d+)-)?(?P<first>\d+)(:(?P<second>\d+))?(:(?P<third>\d+))?")
 _NAME = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
-"""What Kubernetes takes for a name."""
+"""A valid Kubernetes name."""
 OWN_OPTIONS = (
     "array", "cpus-per-task", "error", "export", "gpus-per-node", "job-name", "nodes", "no-requeue", "ntasks",
     "ntasks-per-node", "open-mode", "output", "requeue", "signal", "time",
 )  # fmt: skip
-"""Options of sbatch that the script sets itself, or that would start the run more than once."""
+"""sbatch options that the script sets itself, or that would start the run more than once."""
 
 
 def seconds(time: str) -> int:
-    """A SLURM time limit in seconds. Raises ValueError where SLURM would not take it."""
+    """A SLURM time limit in seconds. Raises ValueError if SLURM would reject it."""
     found = _TIME.fullmatch(time)
     if not found:
-        raise ValueError(f"{time!r} is no time of SLURM's; write minutes, hours:minutes:seconds or days-hours")
+        raise ValueError(f"{time!r} is not a SLURM time; write minutes, hours:minutes:seconds or days-hours")
     days, numbers = int(found["days"] or 0), [int(found[part] or 0) for part in ("first", "second", "third")]
     if found["days"] is not None or found["third"] is not None:
         units = (3600, 60, 1)
@@ -42,16 +42,16 @@ def _time(time: str) -> str:
 
 
 class ClusterConfig(Section):
-    """The nodes, and what every way of starting needs to know."""
+    """The nodes and settings for all schedulers."""
 
-    scheduler: Literal["slurm", "hostfile", "kubernetes"] = Field(description="who starts processes on the nodes")
-    ranks_per_node: Positive = Field(8, description="processes a node: its GPUs")
-    gpu: str | None = Field("h100", description="kind of the nodes' GPUs; null: there are none, ranks use the CPU")
+    scheduler: Literal["slurm", "hostfile", "kubernetes"] = Field(description="what starts processes on the nodes")
+    ranks_per_node: Positive = Field(8, description="processes per node, one per GPU")
+    gpu: str | None = Field("h100", description="type of the nodes' GPUs; null: no GPUs, ranks use the CPU")
     python: str | None = Field(
-        None, description="interpreter on the nodes; default: the one that submits, in Kubernetes the image's"
+        None, description="interpreter on the nodes; default: the submitting one, in Kubernetes the image's"
     )
-    setup: Texts = Field((), description="lines of shell before the start: `module load`, `source`")
-    export: Texts = Field((), description="patterns of more environment variables to pass on, such as FI_*")
+    setup: Texts = Field((), description="shell lines before the start: `module load`, `source`")
+    export: Texts = Field((), description="more patterns of environment variables to pass on, such as FI_*")
 
     @field_validator("gpu")
     @classmethod
@@ -62,17 +62,17 @@ class ClusterConfig(Section):
 
 
 class SlurmConfig(Section):
-    """Where a batch job goes."""
+    """Batch job settings."""
 
-    partition: str | None = Field(None, description="default: the site's own")
-    account: str | None = Field(None, description="who is charged; default: the user's own")
-    qos: str | None = Field(None, description="quality of service; default: the user's own")
+    partition: str | None = Field(None, description="default: the site's")
+    account: str | None = Field(None, description="account to charge; default: the user's")
+    qos: str | None = Field(None, description="quality of service; default: the user's")
     time: Annotated[str, AfterValidator(_time)] | None = Field(
         None, description="time limit of one start, as SLURM writes it (2-00:00:00); default: the partition's"
     )
     cpus_per_node: Positive | None = Field(None, description="CPU cores of a node that the ranks share")
     exclusive: bool = Field(default=True, description="no other job on the nodes")
-    options: Texts = Field((), description="more options of sbatch, such as --constraint=nvlink")
+    options: Texts = Field((), description="more sbatch options, such as --constraint=nvlink")
 
     @field_validator("options")
     @classmethod
@@ -80,34 +80,34 @@ class SlurmConfig(Section):
         for option in options:
             name = option.partition("=")[0]
             if not name.startswith("--"):
-                raise ValueError(f"{option!r} should be written --name=value")
+                raise ValueError(f"{option!r} must be written --name=value")
             if name.removeprefix("--") in OWN_OPTIONS:
                 raise ValueError(f"{name} is set by `lamda submit` itself")
         return options
 
 
 class HostfileConfig(Section):
-    """Machines that are reached over ssh, without a scheduler."""
+    """Machines reached over ssh, without a scheduler."""
 
-    hosts: Annotated[Texts, Field(min_length=1)] | None = Field(None, description="names, as ssh knows them")
+    hosts: Annotated[Texts, Field(min_length=1)] | None = Field(None, description="host names for ssh")
     master_address: str | None = Field(None, description="where rank 0 listens; default: the first host's name")
     master_port: Annotated[int, Field(gt=0, lt=65536)] = Field(29500, description="port where rank 0 listens")
-    ssh_options: Texts = Field((), description="options of ssh, such as `-p 2222`")
+    ssh_options: Texts = Field((), description="ssh options, such as `-p 2222`")
 
     @field_validator("hosts")
     @classmethod
     def _once(cls, hosts: Texts | None) -> Texts | None:
-        twice = next((host for host in hosts or () if hosts.count(host) > 1), None)
-        if twice:
-            raise ValueError(f"{twice} stands there twice")
+        duplicate = next((host for host in hosts or () if (hosts or ()).count(host) > 1), None)
+        if duplicate:
+            raise ValueError(f"{duplicate} is listed twice")
         return hosts
 
 
 class KubernetesConfig(Section):
     """A namespace with Kubeflow Trainer (v2.3 or later)."""
 
-    namespace: str = Field("default", pattern=_NAME, description="where the job lives")
-    image: str | None = Field(None, description="made from the Dockerfile")
+    namespace: str = Field("default", pattern=_NAME, description="namespace of the job")
+    image: str | None = Field(None, description="built from the Dockerfile")
     claim: str | None = Field(None, description="volume claim (ReadWriteMany) that holds the run directory")
     mount: str = Field("/data", pattern="/.+", description="where the volume is mounted")
     secrets: Texts = Field((), description="Secrets whose keys become environment variables (WANDB_API_KEY, HF_TOKEN)")
@@ -115,7 +115,7 @@ class KubernetesConfig(Section):
 
 
 class Site(Section):
-    """A whole cluster file."""
+    """A cluster file."""
 
     cluster: ClusterConfig
     slurm: SlurmConfig = Field(default_factory=SlurmConfig)
@@ -128,7 +128,7 @@ _NEEDED = {"hostfile": ("hostfile.hosts",), "kubernetes": ("kubernetes.image", "
 
 
 def load_site(file: str) -> Site:
-    """The site that a cluster file describes. Raises `ConfigError` with a line for everything that is wrong."""
+    """Read a cluster file. Raises `ConfigError` with one line per problem."""
     problems: list[Problem] = []
     contents = SCHEMA.read(file, problems)
     if scheduler := contents.settings.get("cluster.scheduler"):
@@ -137,14 +137,14 @@ def load_site(file: str) -> Site:
 
 
 def _misplaced(contents: Contents, scheduler: str) -> list[Problem]:
-    """Keys that this scheduler needs and has not, and keys of another one, which nobody would read."""
+    """Missing keys of this scheduler, and keys of other schedulers, which are not read."""
     found = [
-        Problem(contents.sections[key.split(".")[0]], key, f"is needed for scheduler {scheduler}")
+        Problem(contents.sections[key.split(".")[0]], key, f"is required for scheduler {scheduler}")
         for key in _NEEDED.get(scheduler, ())
         if key not in contents.settings
     ]
     for key, setting in contents.settings.items():
         section = key.split(".")[0]
         if section not in ("cluster", scheduler):
-            found.append(Problem(setting.place, key, f"is not read for scheduler {scheduler}; take it out"))
+            found.append(Problem(setting.place, key, f"is not read for scheduler {scheduler}; remove it"))
     return found

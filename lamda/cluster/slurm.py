@@ -1,20 +1,17 @@
-"""SLURM: the batch script of a job, and handing it over.
+"""SLURM: the batch script of a job, and its submission.
 
-SLURM ends a job in two ways. The signal of `--signal` comes before the time limit, or, where the site says
-so, before preemption: the script asks the run to stop, waits, and puts the job back into the queue itself.
-SIGTERM to the script means that SLURM is at work on the job (cancelled, requeued, preempted) and knows what
-becomes of it: the script only waits for the save.
+SLURM ends a job in two ways. The signal of `--signal` comes before the time limit or, depending on the site,
+before preemption: the script asks the run to stop, waits, and requeues the job itself. SIGTERM to the script
+means that SLURM cancels, requeues or preempts the job: the script only waits for the save.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import shlex
 import shutil
 import subprocess
 
-from lamda.cluster.environment import passed_on
 from lamda.cluster.job import Job, Submitted
 from lamda.cluster.restarts import REQUEUE_EXIT
 from lamda.cluster.site import seconds
@@ -24,7 +21,7 @@ from lamda.training.stop_requests import STOP_EXIT
 FIRST_PORT, PORTS = 20000, 10000
 
 TRAINING = r"""
-# USR1: the time limit or preemption is near. TERM: SLURM ends the job, and starts it again itself if it is to be.
+# USR1: the time limit or preemption is near. TERM: SLURM ends the job, and restarts it itself if needed.
 "$python" -m lamda.cluster.restarts begin "$run" "$state" "${{SLURM_RESTART_COUNT:-0}}" || exit 2
 
 warned= ended= again=yes
@@ -34,7 +31,7 @@ trap 'ended=yes again=yes' TERM
 step=$!
 while [ "$again" ]; do again=; code=0; wait "$step" || code=$?; done
 
-# Finished, mistaken, stopped by hand, failed too often: the job ends. Else it goes back into the queue.
+# Finished, user error, stopped by hand, or too many failures: the job ends. Otherwise it is requeued.
 [ "$ended" ] && exit "$code"
 verdict=0
 "$python" -m lamda.cluster.restarts end "$run" "$state" "$code" $warned || verdict=$?
@@ -44,7 +41,7 @@ scontrol requeue "$SLURM_JOB_ID" && exec sleep infinity  # until SLURM ends this
 exit {stopped}
 """
 SCRIPT = r"""#!/bin/bash
-# Written by `lamda submit`. Start it again with `lamda submit`, which looks first whether it can run.
+# Written by `lamda submit`. To start again use `lamda submit`, which first checks that the run can start.
 {options}
 set -u
 run={run}
@@ -52,7 +49,7 @@ state={folder}/$SLURM_JOB_ID
 python={python}
 {setup}mkdir -p "$state"
 
-# The nodes, and where rank 0 listens.
+# The nodes, and the address of rank 0.
 scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 's/$/ slots={ranks}/' > "$state/hosts"
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
@@ -61,7 +58,7 @@ export python state address port
 {start}"""
 STEP = r"""srun --export=ALL --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 {cpus}--cpu-bind=none \
     --kill-on-bad-exit=1 --output="${{state//%/%%}}/node-%n.log" --open-mode=append bash -c '
-  trap "" TERM  # else the launcher would die of it before the ranks have saved
+  trap "" TERM  # otherwise the launcher exits before the ranks have saved
   "$python" -m deepspeed.launcher.runner --no_ssh --node_rank "$SLURM_NODEID" --hostfile "$state/hosts" \
       --master_addr "$address" --master_port "$port" --quiet --module {module} --config "$0"
   code=$?
@@ -70,7 +67,7 @@ STEP = r"""srun --export=ALL --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 
 
 
 def script(job: Job) -> str:
-    """The batch script. It holds no value of any environment variable."""
+    """The batch script. It contains no values of environment variables."""
     cpus = job.site.slurm.cpus_per_node
     step = STEP.format(
         module=job.module,
@@ -92,37 +89,37 @@ def script(job: Job) -> str:
 
 
 def options(job: Job) -> list[str]:
-    """What sbatch is told."""
-    own, cluster = job.site.slurm, job.site.cluster
-    named = {"partition": own.partition, "account": own.account, "qos": own.qos, "time": own.time}
+    """The options of sbatch."""
+    slurm, cluster = job.site.slurm, job.site.cluster
+    named = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos, "time": slurm.time}
     if cluster.gpu is not None:
         named["gpus-per-node"] = str(cluster.ranks_per_node)
-    if own.cpus_per_node is not None:
-        named["cpus-per-task"] = str(own.cpus_per_node)
+    if slurm.cpus_per_node is not None:
+        named["cpus-per-task"] = str(slurm.cpus_per_node)
     found = [f"--job-name={job.name}", f"--nodes={job.nodes}", "--ntasks-per-node=1"]
     found += [f"--{name}={value}" for name, value in named.items() if value is not None]
-    found += ["--exclusive"] if own.exclusive else []
+    found += ["--exclusive"] if slurm.exclusive else []
     found += [f"--output={str(job.folder).replace('%', '%%')}/%j.log", "--open-mode=append"]
-    found += [f"--export={','.join(passed_on(os.environ, cluster.export)) or 'NONE'}"]
+    found += [f"--export={','.join(sorted({*job.variables, *job.secrets})) or 'NONE'}"]
     if job.is_training:
         found += ["--requeue", f"--signal=B:USR1@{max(1, math.ceil(job.config.run.stop_before_end))}"]
     else:
         found += ["--no-requeue"]
-    return [*found, *own.options]
+    return [*found, *slurm.options]
 
 
 def check(job: Job) -> None:
-    """Raises UserError where the time limit leaves no time to train."""
+    """Raises UserError if the time limit leaves no time to train."""
     time, margin = job.site.slurm.time, job.config.run.stop_before_end
     if job.is_training and time is not None and seconds(time) <= margin + 60:
         raise UserError(
-            f"slurm.time {time}: the run stops {margin:g} s before its limit (run.stop_before_end) and would hardly "
-            "have begun; give it more time"
+            f"slurm.time {time}: the run stops {margin:g} s before its limit (run.stop_before_end), which leaves no "
+            "time to train; raise the limit"
         )
 
 
 def submit(job: Job) -> Submitted:
-    """Write the script and hand it to sbatch. Raises UserError."""
+    """Write the script and pass it to sbatch. Raises UserError."""
     if not shutil.which("sbatch"):
         raise UserError(
             "there is no sbatch on this machine; submit from a login node, or see the script with --dry-run"
@@ -133,10 +130,10 @@ def submit(job: Job) -> Submitted:
     )
     if answer.returncode:
         shutil.rmtree(job.folder)
-        raise UserError(f"sbatch does not take the job: {answer.stderr.strip()}")
+        raise UserError(f"sbatch rejected the job: {answer.stderr.strip()}")
     number = answer.stdout.strip().split(";")[0]
     lines = [f"job {number} on {job.nodes} nodes with {job.ranks} ranks", f"logs      {job.folder}/{number}.log"]
     lines += [f"          {job.folder}/{number}/node-*.log", f"cancel    scancel {number}"]
     if job.is_training:
-        lines += [f"stop      touch {job.run}/STOP", "continue  the same command; it goes on from the last checkpoint"]
+        lines += [f"stop      touch {job.run}/STOP", "continue  the same command; it resumes from the last checkpoint"]
     return Submitted(number, "\n".join(lines))

@@ -1,4 +1,4 @@
-"""`lamda submit`: start a run on a cluster, after saying everything that is wrong with it."""
+"""`lamda submit`: start a run on a cluster, after checking everything that could be wrong with it."""
 
 from __future__ import annotations
 
@@ -43,29 +43,27 @@ def main(argv: list[str]) -> int:
     if isinstance(submitted, int):
         return submitted
     facts = {"job": submitted.name, "run": str(job.run), "nodes": job.nodes, "ranks": job.ranks}
-    print(json.dumps({"scheduler": site.cluster.scheduler, **facts}) if options.json else submitted.told)
+    print(json.dumps({"scheduler": site.cluster.scheduler, **facts}) if options.json else submitted.message)
     return 0
 
 
 def _check_json(job: Job, *, is_asked: bool) -> None:
     if is_asked and job.site.cluster.scheduler == "hostfile":
         raise UserError(
-            "--json: over ssh there is no job to tell of, the command stays until the run has ended; its exit code and "
-            f"{job.run}/status.json tell how"
+            "--json: over ssh there is no queued job; the command waits until the run ends, and its exit code and "
+            f"{job.run}/status.json give the result"
         )
 
 
 def _read(cluster: str | None, flags: list[str]) -> tuple[Site, Config]:
-    """The site and the configuration; what is wrong with either is told together."""
-    found: dict[str, Site | Config] = {}
+    """Read the site and the configuration; raises UserError with the problems of both."""
+    sites: list[Site] = []
+    configs: list[Config] = []
 
     def read_site() -> None:
         if cluster is None:
-            raise UserError("--cluster: names no file; write --cluster configs/cluster/slurm.yaml, or a copy of it")
-        found["site"] = load_site(cluster)
+            raise UserError("--cluster: no file given; write --cluster configs/cluster/slurm.yaml, or a copy of it")
+        sites.append(load_site(cluster))
 
-    def read_config() -> None:
-        found["config"] = load_config(flags)
-
-    all_of(read_site, read_config)
-    return found["site"], found["config"]
+    all_of(read_site, lambda: configs.append(load_config(flags)))
+    return sites[0], configs[0]

@@ -1,4 +1,4 @@
-"""`lamda supervise`: start a run, and start it again whenever it fails."""
+"""`lamda supervise`: start a run, and restart it when it fails."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lamda import console
-from lamda.cluster.outcome import MISTAKE_EXIT, RESTARTS, Outcome, outcome, saved_step, signal_name, status_of
 from lamda.cluster.processes import POLL_SECONDS, Launch
+from lamda.cluster.restarts import MAX_RESTARTS, USER_ERROR_EXIT, Outcome, outcome, saved_step, signal_name
 from lamda.config.errors import UserError
 from lamda.config.loading import KEYS, load_config
 from lamda.storage.run_directory import RunDirectory
@@ -22,11 +22,11 @@ from lamda.training.stop_requests import STOP_EXIT, heeded_signals
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 ORPHAN_SECONDS = 30.0
-"""How long ranks whose launcher has died may take to save and leave, as they do by themselves."""
+"""Time for ranks whose launcher has died to save and exit by themselves."""
 
 
 def main(argv: list[str]) -> int:
-    """`[--run DIR] -- COMMAND ...`; 0 finished, 75 stopped and can go on, 1 given up, 2 a user's mistake.
+    """`[--run DIR] -- COMMAND ...`; 0 finished, 75 stopped and can resume, 1 gave up, 2 user error.
 
     Raises UserError.
     """
@@ -36,16 +36,16 @@ def main(argv: list[str]) -> int:
 
 
 def supervise(command: Sequence[str], directory: RunDirectory) -> int:
-    """Run a command that trains, as `main`."""
-    with noted(heeded_signals()) as signals:
+    """Supervise a training command, as `main` does."""
+    with recorded_signals(heeded_signals()) as signals:
         return Supervisor(command, directory, signals).supervise()
 
 
 class Supervisor:
-    """Runs `command` until the run in `directory` is finished, stopped, or beyond help.
+    """Runs `command` until the run in `directory` finishes, stops, or fails too often.
 
-    signals: those that came for this process; whoever notes them appends. pause: seconds before the first
-    restart, twice as many before each further one. patience: seconds that ranks without a launcher have.
+    signals: received by this process so far. pause: seconds before the first restart, doubled for each further
+    one. orphan_seconds: time for ranks without a launcher to exit.
     """
 
     def __init__(
@@ -55,27 +55,27 @@ class Supervisor:
         signals: Sequence[int],
         *,
         pause: float = FIRST_PAUSE,
-        patience: float = ORPHAN_SECONDS,
+        orphan_seconds: float = ORPHAN_SECONDS,
     ) -> None:
         self._command, self._directory, self._signals = command, directory, signals
-        self._pause, self._patience = pause, patience
+        self._pause, self._orphan_seconds = pause, orphan_seconds
         self._passed_on = 0
 
     def supervise(self) -> int:
-        """Start, and restart; returns the exit code."""
+        """Start and restart the run; returns the exit code."""
         restarts = fruitless = 0
         saved = saved_step(self._directory)
         while True:
-            before = status_of(self._directory)
+            before = self._directory.read_status()
             code = self._run()
-            ended = outcome(code, before=before, after=status_of(self._directory))
+            ended = outcome(code, before=before, after=self._directory.read_status())
             if (verdict := self._verdict(ended)) is not None:
                 return verdict
             now = saved_step(self._directory)
             if now > saved:
                 saved, fruitless = now, 0
-            if fruitless == RESTARTS:
-                _say(self._farewell(saved, ended.reason), to=sys.stderr)
+            if fruitless == MAX_RESTARTS:
+                _say(self._gave_up(saved, ended.reason), to=sys.stderr)
                 return 1
             restarts, fruitless = restarts + 1, fruitless + 1
             pause = min(LONGEST_PAUSE, self._pause * 2 ** (restarts - 1))
@@ -83,67 +83,67 @@ class Supervisor:
             _say(f"restart {restarts} {place} in {pause:g} s: {ended.reason}")
             self._rest(pause)
             if self._signals:
-                _say(f"{signal_name(self._signals[0])}: not started again")
+                _say(f"{signal_name(self._signals[0])}: not restarted")
                 return STOP_EXIT
 
     def _run(self) -> int:
-        """The command once, until nothing of it is left; its exit code."""
+        """Run the command once, until all of its processes have ended; returns its exit code."""
         launch = Launch(self._command, run=self._directory.path)
         _say(f"{self._directory.path}: {shlex.join(self._command)}")
         try:
             while launch.poll() is None:
                 self._pass_on(launch)
                 time.sleep(POLL_SECONDS)
-            deadline = time.monotonic() + self._patience
+            deadline = time.monotonic() + self._orphan_seconds
             while launch.living() and (self._signals or time.monotonic() < deadline):
                 self._pass_on(launch)
                 time.sleep(POLL_SECONDS)
         finally:
             launch.kill()
-            if self._signals:  # a stop that the run did not live to obey must not stop the next one
+            if self._signals:  # a stop request that the run did not live to handle must not stop the next one
                 self._directory.stop.unlink(missing_ok=True)
-        return launch.poll()
+        return launch.exit_code()
 
     def _pass_on(self, launch: Launch) -> None:
-        """Ask the run to stop once for each signal; a second Ctrl-C ends it."""
+        """Ask the run to stop once per signal; a second Ctrl-C kills it."""
         for number in self._signals[self._passed_on :]:
             self._passed_on += 1
             if number == signal.SIGINT and self._signals[: self._passed_on].count(number) > 1:
-                _say("Ctrl-C again: the run is killed")
+                _say("Ctrl-C again: killing the run")
                 launch.kill()
                 return
-            _say(f"{signal_name(number)}: the run is asked to save and to leave; Ctrl-C twice kills it")
-            with suppress(OSError):  # there is no run yet, or no disk: the signal is left
+            _say(f"{signal_name(number)}: asked the run to save and exit; Ctrl-C twice kills it")
+            with suppress(OSError):  # no run directory yet, or no disk: the signal still reaches the run
                 self._directory.stop.touch()
-            launch.ask(number)
+            launch.forward(number)
 
     def _verdict(self, ended: Outcome) -> int | None:
-        """The exit code to leave with, or None where the run should be started again."""
+        """The exit code, or None if the run should be restarted."""
         if ended.kind == "finished":
-            _say(f"finished, {status_of(self._directory).get('step')} steps")
+            _say(f"finished, {self._directory.read_status().get('step')} steps")
             return 0
         if ended.kind == "mistake":
-            _say(f"not started again, for it would be refused again: {ended.reason}", to=sys.stderr)
-            return MISTAKE_EXIT
+            _say(f"not restarted, it would fail again: {ended.reason}", to=sys.stderr)
+            return USER_ERROR_EXIT
         if not self._signals and ended.kind != "stopped":
             return None
         saved = saved_step(self._directory)
-        _say(f"stopped: {ended.reason}; the newest checkpoint is of step {saved}, the same command goes on")
+        _say(f"stopped: {ended.reason}; the newest checkpoint is of step {saved}; the same command resumes")
         return STOP_EXIT
 
     def _rest(self, seconds: float) -> None:
-        """Wait, also for a rank 0 on another machine, whose lock would refuse the next start."""
+        """Wait, also for rank 0 on another machine, whose lock would block the next start."""
         deadline = time.monotonic() + seconds
         if host := self._directory.writer_elsewhere():
             _say(f"waiting for rank 0 on {host} to end")
         while not self._signals and (time.monotonic() < deadline or self._directory.writer_elsewhere()):
             time.sleep(POLL_SECONDS)
 
-    def _farewell(self, step: int, reason: str) -> str:
+    def _gave_up(self, step: int, reason: str) -> str:
         path = self._directory.path
         return (
-            f"given up: {RESTARTS} restarts in a row brought no checkpoint newer than step {step}. The last failure: "
-            f"{reason}. See {self._directory.log}, and {path / 'hang'} for stacks where the run hung"
+            f"gave up: {MAX_RESTARTS} restarts in a row without a checkpoint newer than step {step}. Last failure: "
+            f"{reason}. See {self._directory.log}, and {path / 'hang'} for stack traces if the run hung"
         )
 
 
@@ -153,32 +153,32 @@ def _parse(argv: list[str]) -> tuple[Path, list[str]]:
         prog="lamda supervise", allow_abbrev=False, usage="%(prog)s [--run DIR] -- COMMAND"
     )
     parser.add_argument("--run", type=Path, metavar="DIR")
-    own = argv.index("--") if "--" in argv else len(argv)
-    options, command = parser.parse_args(argv[:own]), argv[own + 1 :]
+    end = argv.index("--") if "--" in argv else len(argv)
+    options, command = parser.parse_args(argv[:end]), argv[end + 1 :]
     if not command:
-        raise UserError("lamda supervise: there is no command; write it behind --, lamda supervise -- COMMAND ...")
+        raise UserError("lamda supervise: no command; write it after --: lamda supervise -- COMMAND ...")
     return options.run or _run_of(command), command
 
 
 def _run_of(command: list[str]) -> Path:
-    """`run.dir` of a command that ends with the run's own flags, whatever launcher stands before them."""
-    own = {"--config", *(f"--{key}" for key in KEYS)}
-    first = next((place for place, word in enumerate(command) if word.partition("=")[0] in own), None)
+    """`run.dir` of a command that ends with the flags of a run, after any launcher."""
+    flags = {"--config", *(f"--{key}" for key in KEYS)}
+    first = next((place for place, word in enumerate(command) if word.partition("=")[0] in flags), None)
     if first is None:
         raise UserError(
-            "lamda supervise: the command has no --config, so that its run directory is not known; write lamda "
+            "lamda supervise: the command has no --config, so its run directory is unknown; write lamda "
             "supervise --run DIR -- COMMAND ..."
         )
     return Path(load_config(command[first:]).run.dir)
 
 
 @contextmanager
-def noted(numbers: Sequence[int]) -> Iterator[list[int]]:
-    """Signals, noted as they come instead of what they would do."""
-    came: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+def recorded_signals(numbers: Sequence[int]) -> Iterator[list[int]]:
+    """Record signals instead of handling them."""
+    received: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     try:
-        yield came
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

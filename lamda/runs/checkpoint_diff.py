@@ -1,4 +1,4 @@
-"""`lamda checkpoint diff`: by what two checkpoints differ."""
+"""`lamda checkpoint diff`: the differences between two checkpoints."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lamda.runs.checkpoints import NAME_HELP, find_checkpoint, read_config, read
 from lamda.runs.tables import show_table
 
 NAMES = ("run.dir", "wandb.name", "wandb_id")
-"""What a run is called, which says nothing of what it is; not compared."""
+"""Names of a run, which are not compared."""
 ELEMENTS = 1 << 22
-"""Compared at a time, so that a large tensor needs no second copy of itself in fp64."""
+"""Elements per chunk, so that a large tensor is never copied whole to fp64."""
 SHOWN = 30
-"""Lines a part; --json has all."""
+"""Lines per section; --json has all."""
 
 
-class Difference(NamedTuple):
-    """How a tensor of two checkpoints differs. what: the kind of it, for people."""
+class TensorDifference(NamedTuple):
+    """How a tensor differs between two checkpoints. what: the kind of difference, for people."""
 
     tensor: str
     what: str
@@ -35,7 +35,7 @@ class Difference(NamedTuple):
 
 
 def main(argv: list[str]) -> int:
-    """`A B [--json]`; returns 0 where they are the same, 1 where they differ. Raises UserError."""
+    """`A B [--json]`; returns 0 if they are the same, 1 if they differ. Raises UserError."""
     parser = argparse.ArgumentParser(prog="lamda checkpoint diff", allow_abbrev=False)
     for name in "AB":
         parser.add_argument(name, help=NAME_HELP)
@@ -48,64 +48,66 @@ def main(argv: list[str]) -> int:
 
 
 def compare(first: Path, second: Path) -> dict[str, Any]:
-    """Weights, optimiser state, run state and configuration of two checkpoints. Raises UserError.
+    """Compare weights, optimizer state, run state and configuration. Raises UserError.
 
-    The optimiser's files are compared by their hashes in the manifests, so between equal numbers of ranks
-    alone, and only DeepSpeed's; otherwise it is `unknown`, which counts as no difference.
+    The optimizer files are compared by their hashes in the manifests, for DeepSpeed checkpoints of equal
+    numbers of ranks only; otherwise the result is `unknown`, which counts as no difference.
     """
     weights = [each._asdict() for each in compare_weights(first, second)]
-    optimiser = _compare_optimisers(read_manifest(first), read_manifest(second))
+    optimizer = _compare_optimizers(read_manifest(first), read_manifest(second))
     state = _compare_values(*(_flat(read_state(path)) for path in (first, second)))
     configuration = _compare_values(_configuration(first), _configuration(second))
     return {
-        "same": not (weights or state or configuration or optimiser == "different"),
+        "same": not (weights or state or configuration or optimizer == "different"),
         "a": str(first),
         "b": str(second),
         "weights": weights,
-        "optimiser": optimiser,
+        "optimiser": optimizer,
         "state": state,
         "configuration": configuration,
     }
 
 
-def compare_weights(first: Path, second: Path) -> list[Difference]:
-    """The tensors of model.safetensors that are not equal, by plain name; NaN equals NaN."""
+def compare_weights(first: Path, second: Path) -> list[TensorDifference]:
+    """The tensors of model.safetensors that differ, by name; NaN equals NaN."""
     files = [path / "model.safetensors" for path in (first, second)]
     a, b = map(read_tensors, files)
-    different = []
+    different: list[TensorDifference] = []
     try:
         with safe_open(files[0], "pt") as one, safe_open(files[1], "pt") as other:
             for name in dict.fromkeys((*a, *b)):
                 if name not in a or name not in b:
-                    different.append(Difference(name, "only in B" if name not in a else "only in A"))
+                    different.append(TensorDifference(name, "only in B" if name not in a else "only in A"))
                 elif a[name]["shape"] != b[name]["shape"]:
-                    different.append(Difference(name, f"shape {a[name]['shape']} and {b[name]['shape']}"))
+                    different.append(TensorDifference(name, f"shape {a[name]['shape']} and {b[name]['shape']}"))
                 else:
-                    largest, share = _compare_tensors(one.get_tensor(name), other.get_tensor(name))
+                    largest, share = compare_tensors(one.get_tensor(name), other.get_tensor(name))
                     is_cast = a[name]["dtype"] != b[name]["dtype"]
                     if share or is_cast:
                         what = f"type {a[name]['dtype']} and {b[name]['dtype']}" if is_cast else "values"
-                        different.append(Difference(name, what, largest, share))
+                        different.append(TensorDifference(name, what, largest, share))
     except (OSError, SafetensorError) as error:
         raise UserError(f"weights of {first} and {second}: cannot be read ({error})") from error
     return different
 
 
-def _compare_tensors(a: torch.Tensor, b: torch.Tensor) -> tuple[float | None, float]:
-    """Largest absolute difference (None where it is not finite) and share of differing elements."""
+def compare_tensors(a: torch.Tensor, b: torch.Tensor) -> tuple[float | None, float]:
+    """The largest absolute difference (None if not finite) and the share of differing elements; NaN equals NaN.
+
+    The tensors have the same shape. The differences are taken in fp64.
+    """
     largest, count = 0.0, 0
     for x, y in zip(a.flatten().split(ELEMENTS), b.flatten().split(ELEMENTS), strict=True):
         x, y = x.double(), y.double()
         unequal = (x != y) & ~(x.isnan() & y.isnan())
         count += int(unequal.sum())
         gaps = (x - y).abs()[unequal]
-        largest = (
-            max(largest, float(gaps.nan_to_num(nan=torch.inf, posinf=torch.inf).max())) if gaps.numel() else largest
-        )
+        if gaps.numel():
+            largest = max(largest, float(gaps.nan_to_num(nan=torch.inf, posinf=torch.inf).max()))
     return (largest if largest < torch.inf else None), count / max(1, a.numel())
 
 
-def _compare_optimisers(a: dict[str, Any], b: dict[str, Any]) -> str:
+def _compare_optimizers(a: dict[str, Any], b: dict[str, Any]) -> str:
     hashes = [
         {name: entry["sha256"] for name, entry in each["files"].items() if name.startswith("optimizer-")}
         for each in (a, b)
@@ -116,13 +118,13 @@ def _compare_optimisers(a: dict[str, Any], b: dict[str, Any]) -> str:
 
 
 def _configuration(path: Path) -> dict[str, Any]:
-    """The configuration, with the defaults of keys that there were not yet."""
+    """The configuration, with defaults for keys that an older version lacks."""
     config = read_config(path / "config.yaml")
     return {key: default_of(key, config) for key in KEYS} | config
 
 
 def _compare_values(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[Any]]:
-    """Both values of every key that differs, None where it is not there."""
+    """Both values of every key that differs, None for a missing key."""
     names = (name for name in dict.fromkeys((*a, *b)) if name not in NAMES)
     return {name: [a.get(name), b.get(name)] for name in names if a.get(name) != b.get(name)}
 
@@ -143,8 +145,8 @@ def _show(found: dict[str, Any]) -> None:
         rows = [(each["tensor"], each["what"], _number(each["largest"]), _number(each["share"])) for each in weights]
         show_table(("tensor", "by", "largest difference", "share of elements"), rows[:SHOWN], left=(0, 1))
         _show_rest(rows)
-    why = " (another number of ranks or ZeRO stage, or not DeepSpeed's; not compared)"
-    print(f"optimiser state: {found['optimiser']}{why if found['optimiser'] == 'unknown' else ''}")
+    reason = " (not compared: another number of ranks or ZeRO stage, or not DeepSpeed)"
+    print(f"optimizer state: {found['optimiser']}{reason if found['optimiser'] == 'unknown' else ''}")
     for part in ("state", "configuration"):
         different = found[part]
         print(f"{part}: " + (f"{len(different)} keys differ" if different else "the same"))

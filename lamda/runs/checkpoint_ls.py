@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lamda.config.errors import UserError
-from lamda.runs.checkpoints import Saved, all_checkpoints, glance, read_config
+from lamda.runs.checkpoints import CheckpointInfo, all_checkpoints, inspect_checkpoint, read_config
 from lamda.runs.tables import NONE, duration, show_table, size_of
 from lamda.storage.run_directory import RunDirectory
 
@@ -17,31 +17,31 @@ def main(argv: list[str]) -> int:
     """`RUN [--json]`; raises UserError."""
     parser = argparse.ArgumentParser(prog="lamda checkpoint ls", allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--json", action="store_true", help="a JSON array, an object a checkpoint")
+    parser.add_argument("--json", action="store_true", help="a JSON array with one object per checkpoint")
     options = parser.parse_args(argv)
     if not options.run.is_dir():
-        raise UserError(f"{options.run}: there is no such folder; `lamda runs DIR` lists the runs below one")
+        raise UserError(f"{options.run}: no such folder; `lamda runs DIR` lists the runs in a folder")
     every = _kept_every(RunDirectory(options.run))
-    seen = map(glance, all_checkpoints(options.run))
-    found = [(saved, every is not None and saved.step % every == 0) for saved in seen]
+    infos = map(inspect_checkpoint, all_checkpoints(options.run))
+    found = [(info, bool(every and info.step is not None and info.step % every == 0)) for info in infos]
     if options.json:
-        print(json.dumps([asdict(saved) | {"path": str(saved.path), "kept": kept} for saved, kept in found], indent=1))
+        print(json.dumps([asdict(info) | {"path": str(info.path), "kept": kept} for info, kept in found], indent=1))
     elif not found:
-        print(f"{options.run}: no checkpoint is here")
+        print(f"{options.run}: no checkpoint here")
     else:
         header = ("checkpoint", "step", "size", "ranks", "ZeRO", "age", "state")
-        show_table(header, [_cells(saved, kept=kept) for saved, kept in found], left=(0, 6))
+        show_table(header, [_cells(info, kept=kept) for info, kept in found], left=(0, 6))
     return 0
 
 
 def _kept_every(directory: RunDirectory) -> int | None:
-    """`checkpoint.keep_every` of the run: checkpoints of steps that it divides stay for good."""
+    """`checkpoint.keep_every` of the run: checkpoints at multiples of it are never pruned."""
     return read_config(directory.config).get("checkpoint.keep_every") if directory.config.exists() else None
 
 
-def _cells(saved: Saved, *, kept: bool) -> tuple[str, ...]:
-    state = saved.state + ", kept for good" * (kept and saved.problem is None)
-    age = NONE if saved.age_seconds is None else duration(saved.age_seconds)
-    stage = saved.zero_stage if saved.framework == "deepspeed" else saved.framework
-    ranks, stage = (NONE if value is None else str(value) for value in (saved.ranks, stage))
-    return saved.path.name, str(saved.step), size_of(saved.bytes), ranks, stage, age, state
+def _cells(info: CheckpointInfo, *, kept: bool) -> tuple[str, ...]:
+    state = info.state + ", kept for good" * (kept and info.problem is None)
+    age = NONE if info.age_seconds is None else duration(info.age_seconds)
+    stage = info.zero_stage if info.framework == "deepspeed" else info.framework
+    ranks, stage = (NONE if value is None else str(value) for value in (info.ranks, stage))
+    return info.path.name, str(info.step), size_of(info.bytes), ranks, stage, age, state

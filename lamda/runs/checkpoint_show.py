@@ -1,4 +1,4 @@
-"""`lamda checkpoint show`: what a checkpoint holds."""
+"""`lamda checkpoint show`: the contents of a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from lamda.config.errors import UserError
 from lamda.config.loading import KEYS
 from lamda.config.presets import PRESETS
-from lamda.runs.checkpoints import NAME, NAME_HELP, find_checkpoint, glance, read_config, read_manifest
+from lamda.runs.checkpoints import NAME, NAME_HELP, find_checkpoint, inspect_checkpoint, read_config, read_manifest
 from lamda.runs.tables import duration, size_of
 
 
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Manifest, state, configuration where it is not the default, and tensors. Raises UserError."""
+    """Manifest, state, non-default configuration, and tensors. Raises UserError."""
     config = read_config(path / "config.yaml")
     return {
         "checkpoint": str(path),
@@ -43,47 +43,48 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """run_state.json of a checkpoint, of whatever version. Raises UserError."""
+    """run_state.json of a checkpoint of any version. Raises UserError."""
     try:
-        return json.loads((path / "run_state.json").read_text("utf-8"))
+        state: dict[str, Any] = json.loads((path / "run_state.json").read_text("utf-8"))
+        return state
     except (OSError, ValueError) as error:
         raise UserError(f"{path / 'run_state.json'}: cannot be read ({error})") from error
 
 
 def read_tensors(file: Path) -> dict[str, dict[str, Any]]:
-    """Shape and type of every tensor by plain name, layer 2 before layer 10. Raises UserError."""
+    """Shape and dtype of every tensor by name, layer 2 before layer 10. Raises UserError."""
     try:
         with safe_open(file, "np") as opened:
-            slices = {name: opened.get_slice(name) for name in sorted(opened.keys(), key=_by_number)}
+            slices = {name: opened.get_slice(name) for name in sorted(opened.keys(), key=_natural_order)}
             return {name: {"shape": part.get_shape(), "dtype": part.get_dtype()} for name, part in slices.items()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: cannot be read ({error})") from error
 
 
-def _by_number(name: str) -> list[tuple[int, str]]:
+def _natural_order(name: str) -> list[tuple[int, str]]:
     return [(int(part or -1), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def default_of(key: str, config: dict[str, Any]) -> Any:
-    """What a key would be if nobody set it; a preset sets the model's."""
+    """The default of a key, which for `model.` keys depends on the preset."""
     section, _, name = key.partition(".")
-    preset = PRESETS.get(config.get("model.preset"), {}) if section == "model" else {}
+    preset = PRESETS.get(config.get("model.preset") or "", {}) if section == "model" else {}
     return preset[name] if name in preset else KEYS[key].default if key in KEYS else None
 
 
 def _lines(path: Path, content: dict[str, Any]) -> list[str]:
-    seen, manifest, state = glance(path), content["manifest"], content["state"]
-    problem = f"; {seen.problem}" if seen.problem else ""
+    info, manifest, state = inspect_checkpoint(path), content["manifest"], content["state"]
+    problem = f"; {info.problem}" if info.problem else ""
     ranks = f"{manifest['ranks']} rank" + "s" * (manifest["ranks"] != 1)
-    framework = seen.framework if manifest.get("zero_stage") is None else f"ZeRO stage {manifest['zero_stage']}"
+    framework = info.framework if manifest.get("zero_stage") is None else f"ZeRO stage {manifest['zero_stage']}"
     skipped = ", ".join(f"{first} to {last - 1}" for first, last in state["skipped"]) or "none"
     count = sum(prod(tensor["shape"]) for tensor in content["tensors"].values())
     figures = {
         "checkpoint": str(path),
-        "saved": f"{duration(seen.age_seconds)} ago by {ranks}, {framework}",
-        "size": f"{size_of(seen.bytes)} in {len(manifest['files'])} files{problem}",
+        "saved": f"{duration(info.age_seconds)} ago by {ranks}, {framework}",
+        "size": f"{size_of(info.bytes)} in {len(manifest['files'])} files{problem}",
         "step": f"{state['step']:,}",
-        "updates": f"{state['updates']:,} ({state['step'] - state['updates']:,} steps refused)",
+        "updates": f"{state['updates']:,} ({state['step'] - state['updates']:,} steps skipped)",
         "samples": f"{state['samples']:,}",
         "tokens": f"{state['tokens']:,}",
         "skipped samples": skipped,
@@ -94,19 +95,19 @@ def _lines(path: Path, content: dict[str, Any]) -> list[str]:
         "",
         *_tensor_lines(content["tensors"]),
         "",
-        "configuration, where it is not the default:",
+        "non-default configuration:",
         *(f"  {key}: {json.dumps(value)}" for key, value in content["configuration"].items()),
     ]
 
 
 def _tensor_lines(tensors: dict[str, dict[str, Any]]) -> list[str]:
-    """Tensors of the same name in every layer make one line."""
+    """One line per tensor name, with equal tensors of all layers in one."""
     groups: dict[tuple[str, str, str], int] = {}
     for name, tensor in tensors.items():
         shape = " x ".join(map(str, tensor["shape"]))
         group = (re.sub(r"^layers\.\d+\.", "layers.*.", name), shape, tensor["dtype"])
         groups[group] = groups.get(group, 0) + 1
-    widths = [max((len(group[place]) for group in groups), default=0) for place in (0, 1)]
+    widths = [max((len(group[column]) for group in groups), default=0) for column in (0, 1)]
     return [
         f"  {name:<{widths[0]}}  {shape:<{widths[1]}}  {dtype}" + (f", {count} times" if count > 1 else "")
         for (name, shape, dtype), count in groups.items()

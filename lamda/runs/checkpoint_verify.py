@@ -1,4 +1,4 @@
-"""`lamda checkpoint verify`: whether checkpoints are what was written, by their manifests. Nothing is changed."""
+"""`lamda checkpoint verify`: check checkpoints against the hashes in their manifests. Changes nothing."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 
 from lamda.config.errors import UserError
 from lamda.config.progress import Progress
-from lamda.runs.checkpoints import NAME, NAME_HELP, PRUNED, find_checkpoints, glance, read_manifest
+from lamda.runs.checkpoints import NAME, NAME_HELP, PRUNED, find_checkpoints, inspect_checkpoint, read_manifest
 from lamda.runs.tables import show_table, size_of
-from lamda.storage import commit
+from lamda.storage import manifest
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What became of a checkpoint's check; problem is None where every file is as written."""
+class Verification:
+    """The result of checking one checkpoint; problem is None if every file is intact."""
 
     checkpoint: str
     bytes: int
@@ -27,46 +27,46 @@ class Verdict:
 
     @property
     def damaged(self) -> bool:
-        """Whether it is there, and not as it was written."""
+        """Whether the checkpoint exists and is not intact."""
         return self.problem not in (None, PRUNED)
 
 
 def main(argv: list[str]) -> int:
-    """`CHECKPOINT_OR_RUN [--json]`; returns 1 where one is damaged. Raises UserError."""
+    """`CHECKPOINT_OR_RUN [--json]`; returns 1 if one is damaged. Raises UserError."""
     parser = argparse.ArgumentParser(prog="lamda checkpoint verify", allow_abbrev=False)
-    parser.add_argument("name", metavar=NAME, help=f"{NAME_HELP}; all of a run are verified")
-    parser.add_argument("--json", action="store_true", help="a JSON array, an object a checkpoint")
+    parser.add_argument("name", metavar=NAME, help=f"{NAME_HELP}; for a run, all of its checkpoints")
+    parser.add_argument("--json", action="store_true", help="a JSON array with one object per checkpoint")
     options = parser.parse_args(argv)
     paths = find_checkpoints(options.name)
-    with Progress("verifying", total=sum(glance(path).bytes for path in paths), unit="bytes") as shown:
-        verdicts = [verify(path, checked=shown.advance) for path in paths]
+    with Progress("verifying", total=sum(inspect_checkpoint(path).bytes for path in paths), unit="bytes") as shown:
+        results = [verify(path, checked=shown.advance) for path in paths]
     if options.json:
-        print(json.dumps([vars(verdict) for verdict in verdicts], indent=1))
+        print(json.dumps([vars(result) for result in results], indent=1))
     else:
-        show_table(("checkpoint", "size", "checked at", "result"), [_cells(each) for each in verdicts], left=(0, 3))
-    return int(any(verdict.damaged for verdict in verdicts))
+        show_table(("checkpoint", "size", "speed", "result"), [_cells(each) for each in results], left=(0, 3))
+    return int(any(result.damaged for result in results))
 
 
-def verify(path: Path, *, checked: Callable[[int], object]) -> Verdict:
-    """Hash a checkpoint's files; `checked` is told the size of each, once it is done."""
+def verify(path: Path, *, checked: Callable[[int], object]) -> Verification:
+    """Hash the files of a checkpoint; calls `checked` with the size of each one when done."""
     began = time.monotonic()
     try:
         sizes = [entry["size"] for _, entry in sorted(read_manifest(path)["files"].items())]
     except UserError:
         sizes = []
-    done, problem = 0, None if sizes else commit.problem_of(path)
+    done, problem = 0, None if sizes else manifest.problem_of(path)
     for part, size in enumerate(sizes):
-        problem = commit.problem_of(path, part=part, parts=len(sizes))
+        problem = manifest.problem_of(path, part=part, parts=len(sizes))
         if problem is not None:
             break
         done += size
         checked(size)
     if problem is not None and not path.exists():
         problem = PRUNED
-    return Verdict(str(path), done, round(time.monotonic() - began, 3), problem)
+    return Verification(str(path), done, round(time.monotonic() - began, 3), problem)
 
 
-def _cells(verdict: Verdict) -> tuple[str, ...]:
-    rate = f"{size_of(verdict.bytes / max(verdict.seconds, 1e-3))}/s"
-    result = f"damaged, {verdict.problem}" if verdict.damaged else verdict.problem or "as written"
-    return Path(verdict.checkpoint).name, size_of(verdict.bytes), rate, result
+def _cells(result: Verification) -> tuple[str, ...]:
+    rate = f"{size_of(result.bytes / max(result.seconds, 1e-3))}/s"
+    outcome = f"damaged, {result.problem}" if result.damaged else result.problem or "intact"
+    return Path(result.checkpoint).name, size_of(result.bytes), rate, outcome

@@ -1,4 +1,4 @@
-"""Checkpoints as files: where they are, and what can be told without loading their weights."""
+"""Find checkpoints and inspect them without loading weights."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ import yaml
 
 from lamda.config.errors import UserError
 from lamda.durable import read_regular
-from lamda.runs.reading import changed_at
 from lamda.storage import manifest
 from lamda.storage.reading import UnreadableError
-from lamda.storage.run_directory import RunDirectory
+from lamda.storage.run_directory import RunDirectory, modified_at
 
 NAME = "CHECKPOINT_OR_RUN"
-NAME_HELP = "a checkpoint's folder, a run's (its newest checkpoint), or RUN@STEP"
-SET_ASIDE = {".damaged": "was set aside when the run went on", ".spoilt": "the run rolled back from it"}
-"""What a checkpoint's suffix tells of it."""
+NAME_HELP = "a checkpoint folder, a run directory (its newest checkpoint), or RUN@STEP"
+SET_ASIDE = {".damaged": "set aside when the run resumed", ".spoilt": "the run rolled back from it"}
+"""The meaning of a checkpoint's suffix."""
 PRUNED = "pruned meanwhile"
-"""Said of a checkpoint that a running run deleted while it was looked at."""
+"""The problem of a checkpoint that its run deleted during the inspection."""
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A checkpoint at a glance. problem: what its files' names and sizes show to be wrong; nothing is hashed.
+class CheckpointInfo:
+    """A checkpoint by its manifest and file sizes; nothing is hashed.
 
-    framework, zero_stage: what trained it, and where that is DeepSpeed, its stage.
+    framework: that wrote it. zero_stage: of DeepSpeed. problem: a missing file, a wrong size, an unreadable manifest.
     """
 
     path: Path
@@ -43,58 +42,58 @@ class Saved:
 
     @property
     def state(self) -> str:
-        """`complete`, or what is wrong."""
+        """`complete`, or the problem."""
         if self.problem is None:
             return "complete"
         return f"{'spoilt' if self.path.suffix == '.spoilt' else 'damaged'}, {self.problem}"
 
 
 def find_checkpoint(name: str) -> Path:
-    """The one that `name` means (see NAME_HELP). Raises UserError where there is none."""
+    """The checkpoint that `name` means (NAME_HELP). Raises UserError if there is none."""
     found = manifest.find(Path(name))
     if found is None:
-        raise UserError(f"{name}: no checkpoint is here; give {NAME_HELP}")
+        raise UserError(f"{name}: no checkpoint here; give {NAME_HELP}")
     return found
 
 
 def find_checkpoints(name: str) -> list[Path]:
-    """All complete ones of a run, oldest first, or the one that `name` means. Raises UserError where there is none."""
+    """All complete checkpoints of a run, oldest first, or the one that `name` means. Raises UserError if none."""
     return manifest.complete(RunDirectory(Path(name)).checkpoints) or [find_checkpoint(name)]
 
 
 def all_checkpoints(run: Path) -> list[Path]:
-    """A run's complete checkpoints and those that were set aside, oldest first."""
+    """The complete checkpoints of a run and those set aside, oldest first."""
     folder = RunDirectory(run).checkpoints
     return sorted([*manifest.complete(folder), *manifest.set_aside(folder)])
 
 
-def glance(path: Path) -> Saved:
-    """What manifest.json and the folder tell."""
+def inspect_checkpoint(path: Path) -> CheckpointInfo:
+    """Read manifest.json and compare the files with it by name and size."""
     content: dict[str, Any] = {}
     size = 0
     try:
         content = read_manifest(path)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        wrong = (_missing(path, name, entry["size"]) for name, entry in content["files"].items())
-        problem = next(filter(None, wrong), None)
+        problems = (_size_problem(path / name, name, entry["size"]) for name, entry in content["files"].items())
+        problem = next(filter(None, problems), None)
     except (UserError, OSError) as error:
         problem = str(error) if path.exists() else PRUNED
-    changed = changed_at(path / manifest.MANIFEST)
+    modified = modified_at(path / manifest.MANIFEST)
     named = re.match(r"step-(\d+)", path.name)
-    return Saved(
+    return CheckpointInfo(
         path=path,
         step=content.get("step", int(named[1]) if named else None),
         bytes=size,
         ranks=content.get("ranks"),
         framework=manifest.framework_of(content) if content else None,
         zero_stage=content.get("zero_stage"),
-        age_seconds=None if changed is None else round(time.time() - changed, 1),
+        age_seconds=None if modified is None else round(time.time() - modified, 1),
         problem=SET_ASIDE.get(path.suffix, problem),
     )
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """manifest.json of a checkpoint, its hash not checked. Raises UserError where it is none."""
+    """manifest.json of a checkpoint, without checking its hash. Raises UserError if it is invalid."""
     try:
         content = manifest.read(path)
         sum(entry["size"] for entry in content["files"].values())
@@ -103,8 +102,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return content
 
 
-def _missing(path: Path, name: str, size: int) -> str | None:
-    file = path / name
+def _size_problem(file: Path, name: str, size: int) -> str | None:
     if not file.is_file():
         return f"{name} is missing"
     found = file.stat().st_size
@@ -112,7 +110,7 @@ def _missing(path: Path, name: str, size: int) -> str | None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The values of a config.yaml by `section.key`, of whatever version. Raises UserError."""
+    """The values of a config.yaml of any version, by `section.key`. Raises UserError."""
     try:
         sections = yaml.safe_load(read_regular(path))
         return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}

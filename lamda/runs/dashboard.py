@@ -1,16 +1,17 @@
-"""`lamda dashboard`: a workspace in W&B with the catalogue's panels, in its order."""
+"""`lamda dashboard`: a W&B workspace with the panels of `lamda report`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
-from lamda.runs.panels import SECTIONS, Panel
+from lamda.runs.panels import GROUPS, Panel
 from lamda.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 
 NAME = "LaMDA"
 GPUS = 8
-"""GPUs of the machine of rank 0, which W&B watches; those that are not there draw nothing."""
+"""GPUs of rank 0's machine, which W&B monitors; missing ones draw nothing."""
 SYSTEM = {
-    "GPU utilisation": "gpu.{}.gpu",
+    "GPU utilization": "gpu.{}.gpu",
     "GPU memory": "gpu.{}.memoryAllocated",
     "GPU power": "gpu.{}.powerWatts",
     "GPU temperature": "gpu.{}.temp",
@@ -30,15 +31,15 @@ SYSTEM = {
     "Disk": "disk./.usageGB",
     "Network": "network.{}",
 }
-"""W&B's own figures by title; `{}` stands for the number of a GPU, or for `sent` and `recv`."""
+"""W&B's system metrics by title; `{}` stands for a GPU number, or for `sent` and `recv`."""
 TASKS = "^eval/([^fl]|l[^o]|lo[^s]|los[^s]|loss[^/]|f[^u]|fu[^l]|ful[^l]|full[^/])[^/]*/."
-"""`eval/<task>/<metric>`, without `eval/loss/<domain>` and `eval/full/...`: W&B's server does not look ahead."""
+"""`eval/<task>/<metric>`, without `eval/loss/<domain>` and `eval/full/...`: W&B's server has no lookahead."""
 SMOOTHING = 20
-"""Weight of W&B's running average, where single steps are noisy."""
+"""W&B's smoothing factor for noisy panels."""
 
 
 def main(argv: list[str]) -> int:
-    """As `lamda dashboard --help` says; raises UserError."""
+    """See `lamda dashboard --help`; raises UserError."""
     options = _parser().parse_args(argv)
     project, entity = _address(options)
     _require()
@@ -61,14 +62,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _address(options: argparse.Namespace) -> tuple[str, str | None]:
-    """Project and entity: the flags, else the run's own."""
+    """Project and entity from the flags, else from the run."""
     if options.run is None:
         if options.project is None:
             raise UserError("give a RUN, whose project it is, or --project P")
         return options.project, options.entity
     file = RunDirectory(options.run).config
     if not file.is_file():
-        raise UserError(f"{options.run}: no run is here")
+        raise UserError(f"{options.run}: no run here")
     ours = load_config(["--config", str(file)]).wandb
     return options.project or ours.project, options.entity or ours.entity
 
@@ -83,15 +84,15 @@ def _require() -> None:
 
 
 def build(*, entity: str, project: str) -> Workspace:
-    """The workspace, on this machine alone."""
+    """The workspace, without sending it."""
     from wandb_workspaces.workspaces import Section, SectionLayoutSettings, Workspace, WorkspaceSettings
 
-    def section(title: str, panels: list[LinePlot]) -> Section:
+    def section(title: str, panels: Sequence[LinePlot]) -> Section:
         columns = min(3, len(panels))
         layout = SectionLayoutSettings(columns=columns, rows=-(-len(panels) // columns))
-        return Section(name=title, panels=panels, is_open=True, layout_settings=layout)
+        return Section(name=title, panels=[*panels], is_open=True, layout_settings=layout)
 
-    sections = [section(each.title, [_plot(panel) for panel in each.panels]) for each in SECTIONS]
+    sections = [section(each.title, [_plot(panel) for panel in each.panels]) for each in GROUPS]
     return Workspace(
         entity=entity,
         project=project,
@@ -105,16 +106,16 @@ def _plot(panel: Panel) -> LinePlot:
     from wandb_workspaces.reports.v2.interface import LinePlot
 
     names = [column for column in panel.columns if not column.endswith("/*")]
-    # Domains and tasks are a run's own: their names are not known here.
-    below = [_regex(column) for column in panel.columns if column.endswith("/*")]
-    how: dict[str, Any] = {"metric_regex": "|".join(below)} if below else {"y": names}
+    # Names of domains and tasks depend on the run, so they are matched by a regex.
+    regexes = [_regex(column) for column in panel.columns if column.endswith("/*")]
+    options: dict[str, Any] = {"metric_regex": "|".join(regexes)} if regexes else {"y": names}
     if panel.is_noisy:
-        how |= {"smoothing_type": "average", "smoothing_factor": SMOOTHING, "smoothing_show_original": True}
-    return LinePlot(title=panel.title, x="tokens", title_x="tokens", title_y=panel.unit, **how)
+        options |= {"smoothing_type": "average", "smoothing_factor": SMOOTHING, "smoothing_show_original": True}
+    return LinePlot(title=panel.title, x="tokens", title_x="tokens", title_y=panel.unit, **options)
 
 
 def _regex(column: str) -> str:
-    """What matches the columns that `column`, which ends in `/*`, stands for."""
+    """A regex for the columns that `column`, which ends in `/*`, stands for."""
     return TASKS if column == "eval/*" else f"^{re.escape(column.removesuffix('*'))}."
 
 
@@ -138,23 +139,25 @@ def _parts(name: str) -> list[object]:
 
 
 def specification(workspace: Workspace) -> dict[str, Any]:
-    """What W&B would be sent."""
+    """The JSON that W&B would receive."""
     return workspace._to_model().spec.model_dump(by_alias=True, exclude_none=True, mode="json")
 
 
 def outline(workspace: Workspace) -> list[str]:
-    """Sections and panels as lines for a person."""
+    """Sections and panels as text."""
     lines = [f"{workspace.entity}/{workspace.project}: workspace {workspace.name!r}"]
     for section in workspace.sections:
-        lines += [
-            section.name,
-            *(f"  {plot.title}: {plot.metric_regex or ', '.join(plot.y)}" for plot in section.panels),
-        ]
+        plots = (cast("LinePlot", panel) for panel in section.panels)
+        lines += [section.name, *(f"  {each.title}: {each.metric_regex or _columns(each)}" for each in plots)]
     return lines
 
 
+def _columns(plot: LinePlot) -> str:
+    return ", ".join(map(str, plot.y if isinstance(plot.y, list) else [plot.y]))
+
+
 def save(*, entity: str | None, project: str) -> str:
-    """Create the workspace in W&B; its address. Raises UserError where that cannot be."""
+    """Create the workspace in W&B; returns its URL. Raises UserError if that fails."""
     import wandb
 
     from lamda.training.wandb_logger import sign_in
@@ -162,11 +165,14 @@ def save(*, entity: str | None, project: str) -> str:
     try:
         wandb.setup(wandb.Settings(silent=True))
         sign_in()
-        workspace = build(entity=entity or wandb.Api().default_entity, project=project)
-        workspace.save()
+        owner = entity or wandb.Api().default_entity
+        if owner is None:
+            raise ValueError("the account has no default entity")
+        workspace = build(entity=owner, project=project)
+        workspace.save()  # type: ignore[no-untyped-call]  # wandb_workspaces leaves it untyped
     except Exception as error:
         raise UserError(
-            f"W&B did not take the workspace ({type(error).__name__}: {error}); `lamda dashboard --dry-run` shows it, "
+            f"W&B rejected the workspace ({type(error).__name__}: {error}); `lamda dashboard --dry-run` shows it, "
             "and `lamda report` needs no account"
         ) from error
     return workspace.url

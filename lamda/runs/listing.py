@@ -1,4 +1,4 @@
-"""`lamda runs`: the runs in a folder and how each of them stands."""
+"""`lamda runs`: the runs in a folder and their status."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from textwrap import shorten
 from typing import Any
 
 from lamda.config.errors import UserError
-from lamda.runs.reading import DEPTH, Row, changed_at, find_runs, last_row, read_standing
 from lamda.runs.tables import NONE, duration, figure, of_total, show_table
-from lamda.storage.commit import complete
+from lamda.storage.manifest import complete
+from lamda.storage.metrics import Metrics, last_row
 from lamda.storage.reading import UnreadableError
-from lamda.storage.run_directory import RunDirectory
+from lamda.storage.run_directory import DEPTH, RunDirectory, find_runs, modified_at, read_run_status
 
 REASON = 80
-"""Characters of a reason in the table; --json has all."""
+"""Characters of a reason in the table; --json has the whole text."""
 
 
 @dataclass(frozen=True)
-class Summary:
-    """A run in a line. age_seconds: since its last step. checkpoint: name of the newest one."""
+class RunSummary:
+    """One row of the list. age_seconds: since the last step. checkpoint: name of the newest one."""
 
     run: str
     status: str
@@ -45,48 +45,48 @@ def main(argv: list[str]) -> int:
         metavar="DIR",
         nargs="?",
         default=Path("runs"),
-        help=f"runs are looked for here and {DEPTH} folders deep; default: runs",
+        help=f"folder to search, {DEPTH} levels deep; default: runs",
     )
-    parser.add_argument("--json", action="store_true", help="a JSON array, an object a run")
+    parser.add_argument("--json", action="store_true", help="a JSON array with one object per run")
     options = parser.parse_args(argv)
     if not options.folder.is_dir():
-        raise UserError(f"{options.folder}: there is no such folder; name one that holds runs, such as runs")
-    runs = sorted((_look(path) for path in find_runs(options.folder)), key=lambda each: each[0], reverse=True)
+        raise UserError(f"{options.folder}: no such folder; give one that holds runs, such as runs")
+    runs = sorted((_summarize(path) for path in find_runs(options.folder)), key=lambda each: each[0], reverse=True)
     if options.json:
         print(json.dumps([asdict(summary) for _, summary, _ in runs], indent=1))
     elif not runs:
-        print(f"{options.folder}: no run is here, nor {DEPTH} folders deep")
+        print(f"{options.folder}: no run here, or up to {DEPTH} levels below")
     else:
         header = ("run", "status", "step", "loss", "tokens/s", "last step", "checkpoint", "reason")
         show_table(header, [_cells(summary, row) for _, summary, row in runs], left=(0, 1, 6, 7))
     return 0
 
 
-def _look(path: Path) -> tuple[float, Summary, Row | None]:
-    """When the run last gave a sign, its summary, and its last row of metrics."""
+def _summarize(path: Path) -> tuple[float, RunSummary, Metrics | None]:
+    """When the run was last active, its summary, and its last row of metrics."""
     directory = RunDirectory(path)
-    standing, row = read_standing(directory), last_row(directory.metrics)
-    stepped = changed_at(directory.metrics) if row else None
+    status, row = read_run_status(directory), last_row(directory.metrics)
+    last_step_at = modified_at(directory.metrics) if row else None
     try:
         checkpoints = complete(directory.checkpoints)
-    except UnreadableError:  # not ours to read: the other runs are shown all the same
+    except UnreadableError:  # no read permission: still show the other runs
         checkpoints = []
     values: dict[str, Any] = row or {}
-    summary = Summary(
+    summary = RunSummary(
         run=str(path),
-        status=standing.status,
-        reason=standing.reason,
+        status=status.state,
+        reason=status.reason,
         step=values.get("step"),
-        steps=standing.steps,
+        steps=status.steps,
         loss=values.get("loss"),
         tokens_per_second=values.get("tokens_per_second"),
-        age_seconds=None if stepped is None else round(time.time() - stepped, 1),
+        age_seconds=None if last_step_at is None else round(time.time() - last_step_at, 1),
         checkpoint=checkpoints[-1].name if checkpoints else None,
     )
-    return max(stepped or 0.0, changed_at(path / "status.json") or 0.0), summary, row
+    return max(last_step_at or 0.0, modified_at(path / "status.json") or 0.0), summary, row
 
 
-def _cells(summary: Summary, row: Row | None) -> tuple[str, ...]:
+def _cells(summary: RunSummary, row: Metrics | None) -> tuple[str, ...]:
     return (
         summary.run,
         summary.status,

@@ -1,4 +1,4 @@
-"""What there is to see of a run, in the order in which a person watches it: for plots, reports and W&B alike."""
+"""The panels of plots, reports and W&B, in the order in which to look at a run."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 SPECIAL = ("eval/loss", "eval/bits_per_byte", "eval/perplexity")
-"""Evaluations of held-out text; every other `eval/...` is a task's, or an attribute's."""
+"""Metrics of held-out text; every other `eval/...` column belongs to a task or to an attribute."""
 
 
 @dataclass(frozen=True)
 class Panel:
     """Curves that share an axis.
 
-    columns: names in metrics.jsonl; one that ends in `/*` stands for all below it. unit: of the vertical axis.
-    is_large: whether its numbers are written short (`2.1M`). is_noisy: whether a mean shows more than the points.
-    from_zero: whether what counts is its size, and not its change.
+    columns: names in metrics.jsonl; `prefix/*` matches all columns with that prefix. unit: of the vertical axis.
+    is_large: abbreviate numbers (`2.1M`). is_noisy: smooth. from_zero: start the vertical axis at 0.
     """
 
     title: str
@@ -26,12 +25,12 @@ class Panel:
     from_zero: bool = False
 
     def of(self, names: Iterable[str]) -> list[str]:
-        """Those of a run's columns that belong here."""
+        """The columns among `names` that this panel shows."""
         return [name for name in names if any(_matches(name, column) for column in self.columns)]
 
 
 @dataclass(frozen=True)
-class Section:
+class PanelGroup:
     """Panels that answer one question."""
 
     title: str
@@ -47,40 +46,40 @@ def _matches(name: str, column: str) -> bool:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a column tells of held-out text, and not of tasks."""
+    """Whether a column measures held-out text rather than a task."""
     return name in SPECIAL or name.startswith(("eval/loss/", "eval/full/"))
 
 
-SECTIONS = (
-    Section(
+GROUPS = (
+    PanelGroup(
         "Loss",
         "Does it learn?",
         (
-            Panel("Training loss", ("loss",), "nats a token", is_noisy=True),
-            Panel("Training loss by domain", ("loss/*",), "nats a token", is_noisy=True),
+            Panel("Training loss", ("loss",), "nats per token", is_noisy=True),
+            Panel("Training loss by domain", ("loss/*",), "nats per token", is_noisy=True),
             Panel("Learning rate", ("lr",), "peak rate of the step", from_zero=True),
         ),
     ),
-    Section(
+    PanelGroup(
         "Throughput",
         "Is the machine busy?",
         (
             Panel(
-                "Throughput", ("tokens_per_second",), "tokens a second", is_large=True, is_noisy=True, from_zero=True
+                "Throughput", ("tokens_per_second",), "tokens per second", is_large=True, is_noisy=True, from_zero=True
             ),
             Panel("MFU", ("mfu",), "share of the peak FLOPs", is_noisy=True, from_zero=True),
             Panel(
                 "Model FLOPs",
                 ("model_flops_per_second",),
-                "FLOPs a second and rank",
+                "FLOP/s per rank",
                 is_large=True,
                 is_noisy=True,
                 from_zero=True,
             ),
-            Panel("Step time", ("step_seconds",), "seconds a step", is_noisy=True, from_zero=True),
+            Panel("Step time", ("step_seconds",), "seconds per step", is_noisy=True, from_zero=True),
         ),
     ),
-    Section(
+    PanelGroup(
         "Data",
         "Does it wait for text?",
         (
@@ -88,35 +87,37 @@ SECTIONS = (
             Panel("Tokens by domain", ("tokens/*",), "targets in a step", is_large=True, is_noisy=True, from_zero=True),
         ),
     ),
-    Section(
+    PanelGroup(
         "Health",
         "Is it stable?",
         (
             Panel("Gradient norm", ("grad_norm",), "global norm before clipping", is_noisy=True, from_zero=True),
-            Panel("Bad steps", ("skipped_steps", "rollbacks"), "refused steps and rollbacks so far", from_zero=True),
+            Panel(
+                "Skipped steps", ("skipped_steps", "rollbacks"), "skipped steps and rollbacks so far", from_zero=True
+            ),
         ),
     ),
-    Section(
+    PanelGroup(
         "Checkpoints",
         "What do saves cost?",
-        (Panel("Stalls by saves", ("save_seconds",), "seconds stalled in a step", from_zero=True),),
+        (Panel("Checkpoint stall time", ("save_seconds",), "seconds of stall in a step", from_zero=True),),
     ),
-    Section(
+    PanelGroup(
         "Evaluation",
-        "Is it good on what it has not seen?",
+        "How good is it on unseen text?",
         (
-            Panel("Held-out loss", ("eval/loss",), "nats a token"),
-            Panel("Held-out bits per byte", ("eval/bits_per_byte",), "bits a byte"),
-            Panel("Held-out loss by domain", ("eval/loss/*",), "nats a token"),
+            Panel("Held-out loss", ("eval/loss",), "nats per token"),
+            Panel("Held-out bits per byte", ("eval/bits_per_byte",), "bits per byte"),
+            Panel("Held-out loss by domain", ("eval/loss/*",), "nats per token"),
             Panel("Perplexity of responses", ("eval/perplexity",), "perplexity"),
             Panel("Tasks and ratings", ("eval/*",), "figure of the task"),
         ),
     ),
 )
 
-PANELS = tuple(panel for section in SECTIONS for panel in section.panels)
+PANELS = tuple(panel for group in GROUPS for panel in group.panels)
 
 
 def panel_of(name: str) -> Panel | None:
-    """The panel that a column is shown in."""
+    """The panel that shows a column."""
     return next((panel for panel in PANELS if panel.of([name])), None)

@@ -1,4 +1,4 @@
-"""`lamda plot`: curves of one or more runs in a picture, a panel for each metric."""
+"""`lamda plot`: curves of one or more runs in an image, one panel per metric."""
 
 from __future__ import annotations
 
@@ -18,29 +18,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg", ".pdf")
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
-"""Okabe and Ito's palette, which colour-blind people tell apart, without its yellow, too pale for a line on white."""
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+"""Okabe and Ito's colorblind-safe palette without its yellow, which is too pale on white."""
 DASHES = ("-", "--", "-.", ":")
-"""They differ from run to run as well, so that curves which lie on each other are both seen."""
+"""Runs differ in dashes too, so that overlapping curves both stay visible."""
 FEW = 40
-"""Points up to which each one gets a mark, and none is averaged with others."""
+"""Up to this many points each one gets a marker, without averaging."""
 EACH_POINT, NOT_FINITE = "each point", "not finite"
-"""Mark the lines behind a mean, and the crosses where a value was NaN or infinite, at the top of a panel."""
+"""Group ids: the raw line behind a mean, and the crosses at the top where a value was NaN or infinite."""
 
 
 def main(argv: list[str]) -> int:
     """`RUN [RUN ...] -o FILE [--metric NAME ...] [--x step|tokens|time] [--log] [--smooth N]`; raises UserError."""
     parser = argparse.ArgumentParser(prog="lamda plot", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument("-o", dest="file", type=Path, required=True, metavar="FILE", help="a .png, .svg or .pdf")
     parser.add_argument(
         "--metric", nargs="+", action="extend", metavar="NAME", help="columns of metrics.jsonl; default: loss"
     )
     parser.add_argument("--x", choices=tuple(SCALES), default="step")
     parser.add_argument("--log", action="store_true", help="logarithmic vertical axes")
-    parser.add_argument(
-        "--smooth", type=int, default=1, metavar="N", help="the mean of the last N points, over each point"
-    )
+    parser.add_argument("--smooth", type=int, default=1, metavar="N", help="also draw the mean of the last N points")
     options = parser.parse_args(argv)
     metrics = list(dict.fromkeys(options.metric or ["loss"]))
     _check(options.file, options.smooth)
@@ -48,15 +46,15 @@ def main(argv: list[str]) -> int:
     save(draw(panels, x=options.x, log=options.log, smooth=options.smooth), options.file)
     for metric, curves in panels.items():
         missing = [curve.run for curve in curves if not curve.x.size]
-        print(f"{options.file}: {metric}" + (f"; without {', '.join(missing)}, where it is not" if missing else ""))
+        print(f"{options.file}: {metric}" + (f"; missing in {', '.join(missing)}" if missing else ""))
     return 0
 
 
 def _check(file: Path, smooth: int) -> None:
     if file.suffix not in SUFFIXES:
-        raise UserError(f"-o {file}: pictures are {', '.join(SUFFIXES)}")
+        raise UserError(f"-o {file}: must end in {', '.join(SUFFIXES)}")
     if smooth < 1:
-        raise UserError(f"--smooth {smooth}: a mean takes 1 point at least")
+        raise UserError(f"--smooth {smooth}: must be at least 1")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -64,16 +62,16 @@ def _check(file: Path, smooth: int) -> None:
 
 
 def draw(panels: dict[str, list[Curve]], *, x: str, log: bool, smooth: int) -> Figure:
-    """A panel a metric, one above the other; a colour and a dash a run, the same in all panels."""
+    """Stacked panels, one per metric; each run has the same color and dashes in all panels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1 + 3.4 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for panel, (metric, curves) in zip(axes, panels.items(), strict=True):
         for number, curve in enumerate(curves):
-            style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
+            style = {"color": COLORS[number % len(COLORS)], "linestyle": DASHES[number % len(DASHES)]}
             _draw_curve(panel, curve, style, smooth=smooth)
-        _dress(panel, metric, log=log, smooth=smooth)
+        _style_axes(panel, metric, log=log, smooth=smooth)
     axes[-1].set_xlabel(SCALES[x][1])
     if x == "tokens":
         axes[-1].xaxis.set_major_formatter(short)
@@ -82,11 +80,11 @@ def draw(panels: dict[str, list[Curve]], *, x: str, log: bool, smooth: int) -> F
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Write the picture in the format that the file's suffix names. Raises UserError."""
+    """Write the image in the format of the file's suffix. Raises UserError."""
     from matplotlib import rc_context
 
     try:
-        # Noise over hundreds of thousands of steps is more than the renderer takes as one path.
+        # The renderer cannot take hundreds of thousands of noisy points as one path.
         with rc_context({"agg.path.chunksize": 10_000}):
             figure.savefig(file, dpi=150)
     except OSError as error:
@@ -97,38 +95,40 @@ def _draw_curve(panel: Axes, curve: Curve, style: dict[str, str], *, smooth: int
     from matplotlib.colors import to_rgb
 
     few = len(curve.x) <= FEW
+    color = style["color"]
     if smooth > 1 and not few:
-        # Not transparent: long paths are drawn in chunks, whose ends would lie on each other.
-        pale = [1 - 0.35 * (1 - part) for part in to_rgb(style["color"])]
+        # Pale rather than transparent: long paths are drawn in chunks, whose ends overlap.
+        pale = [1 - 0.35 * (1 - part) for part in to_rgb(color)]
         panel.plot(curve.x, curve.y, color=pale, linewidth=0.8, zorder=1, gid=EACH_POINT)
     values = curve.y if few else smoothed(curve.y, smooth)
+    (line,) = panel.plot(curve.x, values, color=color, linewidth=1.5, marker="o" if few else None, markersize=3)
+    line.set(linestyle=style["linestyle"], label=_escape(curve.run))
+    not_finite = curve.x[~np.isfinite(curve.y)]
+    at_top = panel.get_xaxis_transform()
     panel.plot(
-        curve.x, values, **style, linewidth=1.5, marker="o" if few else None, markersize=3, label=_as_written(curve.run)
+        not_finite, np.full(len(not_finite), 0.97), "x", color=color, markersize=5, transform=at_top, gid=NOT_FINITE
     )
-    refused = curve.x[~np.isfinite(curve.y)]
-    place = {"transform": panel.get_xaxis_transform(), "gid": NOT_FINITE}
-    panel.plot(refused, np.full(len(refused), 0.97), "x", color=style["color"], markersize=5, **place)
 
 
-def _as_written(name: str) -> str:
-    """A name as Matplotlib shows it letter by letter: no formula, and no label that it hides."""
+def _escape(name: str) -> str:
+    """A name escaped for Matplotlib, so that it is neither read as a formula nor hidden."""
     return (" " if name.startswith("_") else "") + one_line(name).replace("$", r"\$")
 
 
-def _dress(panel: Axes, metric: str, *, log: bool, smooth: int) -> None:
-    """Label, scale and grid. Raises UserError where a logarithm has nothing to show."""
+def _style_axes(panel: Axes, metric: str, *, log: bool, smooth: int) -> None:
+    """Label, scale and grid. Raises UserError if a logarithmic axis has no positive value."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     known = panel_of(metric)
-    panel.set_ylabel(_as_written(f"{metric} ({known.unit})" if known else metric))
+    panel.set_ylabel(_escape(f"{metric} ({known.unit})" if known else metric))
     is_averaged = any(line.get_gid() == EACH_POINT for line in panel.lines)
-    notes = [f"mean of the last {smooth} points; pale: each point"] if is_averaged else []
+    notes = [f"mean of the last {smooth} points; pale: raw values"] if is_averaged else []
     crosses = [line for line in panel.lines if line.get_gid() == NOT_FINITE]
-    if any(line.get_xdata().size for line in crosses):
+    if any(np.size(line.get_xdata()) for line in crosses):
         notes.append("×: not finite")
     panel.set_title("; ".join(notes), fontsize="small", loc="right")
     if log:
-        if not any((line.get_ydata() > 0).any() for line in panel.lines if line not in crosses):
+        if not any(np.any(np.asarray(line.get_ydata()) > 0) for line in panel.lines if line not in crosses):
             raise UserError(f"--log: {metric} has no value above 0")
         panel.set_yscale("log")
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))

@@ -1,16 +1,40 @@
-"""`lamda report`: one or more runs as a page of its own, for a browser without a network."""
+"""`lamda report`: one or more runs as one self-contained HTML page that loads nothing from a network."""
 
 from __future__ import annotations
 
 import argparse
+import base64
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
+import numpy as np
+
+from lamda import __version__
 from lamda.config.errors import UserError
 from lamda.console import one_line
-from lamda.runs.findings import Findings, read_run
-from lamda.runs.report_page import page
+from lamda.runs.checkpoints import CheckpointInfo, all_checkpoints, inspect_checkpoint, read_config
+from lamda.runs.curves import Curve, curve_of, labels_of, read_metrics_of, short
+from lamda.runs.panels import GROUPS, PANELS, Panel
+from lamda.runs.svg_chart import COLORS, draw_chart
+from lamda.runs.tables import NONE, duration, figure, of_total, size_of
+from lamda.storage.metrics import Metrics, MetricsReader, last_lines
+from lamda.storage.run_directory import RunDirectory, RunStatus, read_run_status
 
 SUFFIXES = (".html", ".htm")
+RECENT = 100
+"""Steps averaged for the current figures."""
+WARNINGS = 30
+NAMES = {"skipped_steps": "skipped steps"}
+"""Display names of columns."""
+DIVIDER = "⟫"
+"""Separates the prompt of a sample from the generated text."""
 
 
 def main(argv: list[str]) -> int:
@@ -20,8 +44,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("-o", dest="file", type=Path, required=True, metavar="FILE")
     options = parser.parse_args(argv)
     if options.file.suffix not in SUFFIXES:
-        raise UserError(f"-o {options.file}: a report is a page, {' or '.join(SUFFIXES)}")
-    text = page(read_runs(options.runs))
+        raise UserError(f"-o {options.file}: a report is a {' or '.join(SUFFIXES)} file")
+    labels = labels_of(list(dict.fromkeys(options.runs)))  # a run named twice appears once
+    text = page([read_run(path, label=label) for path, label in labels.items()])
     try:
         options.file.write_text(text, "utf-8", errors="backslashreplace")
     except OSError as error:
@@ -31,10 +56,264 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def read_runs(paths: list[Path]) -> list[Findings]:
-    """What there is to tell of each run, a run that is named twice once. Raises UserError."""
-    from lamda.runs.curves import labels_of
+@dataclass(frozen=True)
+class RunReport:
+    """The contents of a run's report.
 
-    different = list(dict.fromkeys(paths))
-    labels = labels_of(different)
-    return [read_run(path, label=labels[path]) for path in different]
+    config: by `section.key`. config_text: config.yaml. sample: file name and text of the newest sample, if any.
+    warnings: the last warnings and errors in train.log.
+    """
+
+    label: str
+    path: Path
+    status: RunStatus
+    metrics: MetricsReader
+    checkpoints: list[CheckpointInfo]
+    config: dict[str, Any]
+    config_text: str
+    sample: tuple[str, str] | None
+    warnings: list[str]
+
+    @property
+    def last(self) -> Metrics:
+        """The newest finished step."""
+        return self.metrics.rows[-1]
+
+    @property
+    def share(self) -> float | None:
+        """The completed share of the run, 0 to 1."""
+        return min(1.0, self.last["step"] / self.status.steps) if self.status.steps else None
+
+    def figures(self) -> Iterator[tuple[str, str]]:
+        """Key figures by name."""
+        held_out = next((row for row in reversed(self.metrics.rows) if row.get("eval/loss") is not None), None)
+        yield "step", of_total(self.last["step"], self.status.steps)
+        yield "tokens", short_of(self.last.get("tokens"))
+        yield "loss", _shown(self._recent("loss"), ".4f")
+        evaluated = "eval/full/" if held_out and "eval/full/loss" in held_out else "eval/"
+        yield "held-out loss", figure(held_out, f"{evaluated}loss", ".4f")
+        if held_out and "eval/bits_per_byte" in held_out:
+            yield "bits per byte", figure(held_out, f"{evaluated}bits_per_byte", ".4f")
+        yield "tokens/s", short_of(self._recent("tokens_per_second"))
+        if (mfu := self._recent("mfu")) is not None:
+            yield "MFU", f"{mfu:.1%}"
+        yield "time in steps", duration(sum(row.get("step_seconds") or 0.0 for row in self.metrics.rows))
+        if self.status.state == "running" and self.status.steps:
+            left = (self.status.steps - self.last["step"]) * (self._recent("step_seconds") or 0.0)
+            yield "time left", duration(left)
+        yield "skipped steps", figure(self.last, "skipped_steps", "d")
+        yield "rollbacks", figure(self.last, "rollbacks", "d")
+
+    def _recent(self, name: str) -> float | None:
+        """The mean over the recent steps that have a value."""
+        values = [row[name] for row in self.metrics.rows[-RECENT:] if row.get(name) is not None]
+        return fmean(values) if values else None
+
+
+def read_run(path: Path, *, label: str) -> RunReport:
+    """Read a running or finished run. Raises UserError if it has no finished step."""
+    directory = RunDirectory(path)
+    try:
+        config, text = read_config(directory.config), directory.config.read_text("utf-8")
+    except (UserError, OSError):
+        config, text = {}, ""
+    samples = sorted(directory.samples.glob("*.txt")) if directory.samples.is_dir() else []
+    return RunReport(
+        label=label,
+        path=path,
+        status=read_run_status(directory),
+        metrics=read_metrics_of(path),
+        checkpoints=[inspect_checkpoint(each) for each in all_checkpoints(path)],
+        config=config,
+        config_text=text,
+        sample=(samples[-1].name, samples[-1].read_text("utf-8", "replace")) if samples else None,
+        warnings=[line for line in last_lines(directory.log) if " WARNING " in line or " ERROR " in line][-WARNINGS:],
+    )
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves that share one chart."""
+
+    title: str
+    panel: Panel
+    curves: list[Curve]
+
+
+def charts_of(runs: Sequence[RunReport]) -> Iterator[tuple[str, str, list[Chart]]]:
+    """(title, question, charts) of each panel group for which the runs have data."""
+    for group in GROUPS:
+        charts = [chart for panel in group.panels for chart in _charts(panel, runs)]
+        if charts:
+            yield group.title, group.question, charts
+
+
+def _charts(panel: Panel, runs: Sequence[RunReport]) -> Iterator[Chart]:
+    """For a single run one chart of all columns; for several runs one chart per column, with one curve per run.
+
+    Tasks always have one chart per metric: their scales differ.
+    """
+    names = panel.of(dict.fromkeys(name for run in runs for name in run.metrics.names))
+    is_of_tasks = panel.columns == ("eval/*",)
+    if len(runs) > 1:
+        groups = {_short_name(name): [name] for name in names}
+    elif is_of_tasks:
+        groups = {}
+        for name in names:
+            groups.setdefault(name.split("/", 2)[-1], []).append(name)
+    else:
+        groups = {"": names}
+    for group, columns in groups.items():
+        curves = [
+            curve_of(_label(run, name, runs, task=is_of_tasks), run.metrics, name, x="tokens")
+            for name in columns
+            for run in runs
+            if name in run.metrics.names
+        ]
+        drawable = [curve for curve in curves if np.isfinite(curve.y).any()]
+        if drawable:
+            is_alone = not group or panel.columns == (columns[0],)
+            yield Chart(panel.title if is_alone else f"{panel.title}: {group}", panel, drawable)
+
+
+def _label(run: RunReport, name: str, runs: Sequence[RunReport], *, task: bool) -> str:
+    """What distinguishes a curve within its chart."""
+    return run.label if len(runs) > 1 else name.split("/")[1] if task else _short_name(name)
+
+
+def _short_name(name: str) -> str:
+    """A column without the prefix of its panel: `FreeLaw` for `loss/FreeLaw`, `task/acc` for `eval/task/acc`."""
+    panel = next((each for each in PANELS if each.of([name])), None)
+    below = next((column.removesuffix("*") for column in panel.columns if column.endswith("/*")), "") if panel else ""
+    return name.removeprefix(below) if below else NAMES.get(name, name)
+
+
+def differences(runs: Sequence[RunReport]) -> list[tuple[str, list[str]]]:
+    """Each configuration key that differs between the runs, with the values; `run.dir` is left out."""
+    keys = dict.fromkeys(key for run in runs for key in run.config if key != "run.dir")
+    found = [(key, [str(run.config.get(key, NONE)) for run in runs]) for key in keys]
+    return [(key, values) for key, values in found if len(set(values)) > 1]
+
+
+def short_of(value: float | None) -> str:
+    """`1.23M`; `-` for None."""
+    return NONE if value is None else short(float(f"{value:.3g}"))
+
+
+def _shown(value: float | None, form: str) -> str:
+    return NONE if value is None else format(value, form)
+
+
+def page(runs: Sequence[RunReport]) -> str:
+    """The HTML page of one run, or of several side by side."""
+    static = files("lamda.runs").joinpath("static")
+    style, script = (static.joinpath(name).read_text("utf-8") for name in ("report.css", "report.js"))
+    tokens = max(run.last["tokens"] for run in runs)
+    # Nothing is fetched, and only this style and script run, whatever a run's files contain.
+    policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
+    title = ", ".join(run.label for run in runs)
+    parts = [_head(runs[0]) if len(runs) == 1 else _heads(runs)]
+    for name, question, charts in charts_of(runs):
+        drawn = "".join(_figure(each, tokens=tokens) for each in charts)
+        parts.append(f'<h2>{escape(name)}<small>{escape(question)}</small></h2><div class="charts">{drawn}</div>')
+    parts += [_rest(run, is_only=len(runs) == 1) for run in runs]
+    made = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f"<title>{escape(title)} · LaMDA</title><style>{style}</style></head><body>\n"
+        + "\n".join([*parts, f"<footer>lamda report, version {escape(__version__)}, {made}</footer>"])
+        + f"<script>{script}</script></body></html>\n"
+    )
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _status(run: RunReport) -> str:
+    return f'<span class="status {escape(run.status.state)}">{escape(run.status.state)}</span>'
+
+
+def _reason(run: RunReport) -> str:
+    return f'<p class="reason">{escape(run.status.reason)}</p>' if run.status.reason else ""
+
+
+def _head(run: RunReport) -> str:
+    """Name, status, progress and key figures."""
+    tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in run.figures())
+    bar = ""
+    if run.share is not None:
+        bar = f'<progress max="1" value="{run.share:.4f}" aria-label="share of all steps"></progress>'
+    return (
+        f"<header><h1>{escape(run.label)}</h1>{_status(run)}<p>{escape(str(run.path.resolve()))}</p></header>"
+        f'{_reason(run)}{bar}<dl class="tiles">{tiles}</dl>'
+    )
+
+
+def _heads(runs: Sequence[RunReport]) -> str:
+    """The runs in a table, one color each, and the settings that differ."""
+    columns = dict.fromkeys(name for run in runs for name, _ in run.figures())
+    rows = []
+    for number, run in enumerate(runs):
+        figures = dict(run.figures())
+        name = f'<ul class="legend"><li class="{_color(number)}">{escape(run.label)}</li></ul>'
+        rows.append([name, _status(run), *(escape(figures.get(column, NONE)) for column in columns)])
+    parts = [f"<header><h1>{len(runs)} runs</h1></header>", _table(["run", "status", *columns], rows)]
+    parts += [f"<h3>{escape(run.label)}</h3>{_reason(run)}" for run in runs if run.status.reason]
+    if different := differences(runs):
+        rows = [[escape(key), *map(escape, values)] for key, values in different]
+        parts.append("<h2>Settings<small>Where do they differ?</small></h2>")
+        parts.append(_table(["key", *(run.label for run in runs)], rows))
+    return "".join(parts)
+
+
+def _figure(drawn: Chart, *, tokens: float) -> str:
+    """A chart with title, legend, and space for the values under the pointer."""
+    legend = ""
+    if len(drawn.curves) > 1:
+        items = (f'<li class="{_color(number)}">{escape(curve.run)}</li>' for number, curve in enumerate(drawn.curves))
+        legend = f'<ul class="legend">{"".join(items)}</ul>'
+    svg = draw_chart(drawn.curves, title=drawn.title, panel=drawn.panel, tokens=tokens)
+    return (
+        f"<figure><figcaption><h3>{escape(drawn.title)}</h3><span>{escape(drawn.panel.unit)}</span></figcaption>"
+        f'{legend}{svg}<p class="values" aria-live="off"></p></figure>'
+    )
+
+
+def _color(number: int) -> str:
+    return f"c{number % COLORS}" + (" dashed" if number >= COLORS else "")
+
+
+def _rest(run: RunReport, *, is_only: bool) -> str:
+    """Sample, checkpoints, warnings and configuration; collapsed if there are several runs."""
+    parts = [f"<h2>{'Details' if is_only else escape(run.label)}</h2>"]
+    opened = " open" if is_only else ""
+    if run.sample is not None:
+        name, text = run.sample
+        prompt, divider, generated = text.partition(DIVIDER)
+        body = f"{escape(prompt)}<mark>{divider}</mark>{escape(generated)}" if divider else escape(text)
+        parts.append(f"<details{opened}><summary>A sample, {escape(name)}</summary><pre>{body}</pre></details>")
+    if run.checkpoints:
+        table = _table(["checkpoint", "size", "ranks", "ZeRO", "age", "state"], map(_checkpoint_row, run.checkpoints))
+        parts.append(f"<details{opened}><summary>Checkpoints</summary>{table}</details>")
+    if run.warnings:
+        lines = escape("\n".join(run.warnings))
+        parts.append(f"<details{opened}><summary>Warnings in train.log</summary><pre>{lines}</pre></details>")
+    if run.config_text:
+        parts.append(f"<details><summary>Configuration</summary><pre>{escape(run.config_text)}</pre></details>")
+    return "".join(parts)
+
+
+def _checkpoint_row(info: CheckpointInfo) -> list[str]:
+    age = NONE if info.age_seconds is None else duration(info.age_seconds)
+    ranks, stage = (NONE if value is None else str(value) for value in (info.ranks, info.zero_stage))
+    return [escape(each) for each in (info.path.name, size_of(info.bytes), ranks, stage, age, info.state)]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table that scrolls if it is too wide; rows contain markup, the header plain text."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -1,4 +1,4 @@
-"""`lamda where`: which documents a training row came from, and its text."""
+"""`lamda where`: the documents that a training row came from, and its text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lamda.data.order import consumed_after, next_samples
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.windows import Announcement, Plan, SourceOrder, Window, places
 from lamda.dialog.examples import form_of
-from lamda.storage.commit import STATE, complete, problem_of, read_state
+from lamda.storage.manifest import STATE, complete, problem_of, read_state
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.window_log import KeptWindows
@@ -37,7 +37,7 @@ from lamda.storage.window_log import KeptWindows
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a dialogue's example: a control symbol with the text after it, or text where targets begin or end."""
+    """A part of a dialogue example: a control symbol with the text after it, or text where targets begin or end."""
 
     symbol: str | None
     text: str
@@ -46,9 +46,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a row: tokens `first` to `last` of the document at a file's line (counted from 1).
+    """A span of a row: tokens `first` to `last` of the document at a line (from 1) of a file.
 
-    parts: of an example of a dialogue, in order; empty for text.
+    parts: of a dialogue example, in order; empty for text.
     """
 
     file: str
@@ -65,9 +65,9 @@ def main(argv: list[str]) -> int:
     """`RUN --step S [--row R] [--json]`; raises UserError."""
     parser = argparse.ArgumentParser(prog="lamda where", allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--step", type=int, required=True, help="a finished step, the first is 1")
-    parser.add_argument("--row", type=int, help="one row of the step, the first is 0; default: all")
-    parser.add_argument("--json", action="store_true", help="a JSON object a row")
+    parser.add_argument("--step", type=int, required=True, help="a finished step, from 1")
+    parser.add_argument("--row", type=int, help="one row of the step, from 0; default: all")
+    parser.add_argument("--json", action="store_true", help="one JSON object per row")
     options = parser.parse_args(argv)
     for row, pieces in where(RunDirectory(options.run), step=options.step, row=options.row):
         if options.json:
@@ -82,23 +82,21 @@ def main(argv: list[str]) -> int:
 
 
 def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tuple[int, list[Piece]]]:
-    """The rows of a step (or one of them), each with the pieces that it is made of.
+    """The rows of a step, or one of them, each with its pieces.
 
-    Raises UserError for a step that the run does not have, or text that is not the run's any more.
+    Raises UserError for a step that the run does not have, or if the text has changed since the run.
     """
     if not directory.config.is_file():
-        raise UserError(
-            f"{directory.path}: no run is here (no config.yaml); `lamda runs DIR` lists the runs below a folder"
-        )
+        raise UserError(f"{directory.path}: no run here (no config.yaml); `lamda runs DIR` lists the runs in a folder")
     config = load_config(["--config", str(directory.config)])
-    sound = (path for path in complete(directory.checkpoints) if problem_of(path, only={STATE}) is None)
-    states = [read_state(path) for path in sound]
+    intact = (path for path in complete(directory.checkpoints) if problem_of(path, only={STATE}) is None)
+    states = [read_state(path) for path in intact]
     corpus = open_corpus(config.data, form=form_of(config))
     tokenizer = Tokenizer.load(directory.tokenizer)
     current = fingerprint(corpus, config, tokenizer)
     if states and (differing := differences(states[-1].fingerprint, current)):
         raise UserError(
-            f"{directory.path}: the text or its settings are not those of the run any more: {', '.join(differing)}"
+            f"{directory.path}: the text or its settings have changed since the run: {', '.join(differing)}"
         )
     known = states[-1].skipped if states else ()
     samples, digest = _samples_of(directory, step, {*known, *directory.skipped()}, batch=config.train.global_batch_size)
@@ -108,8 +106,8 @@ def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
     found, digests = _found(samples, row, text, KeptWindows(directory.order))
     if batch_digest(digests) != digest:
         raise UserError(
-            f"{directory.path}: the rows that step {step} should have read are not those of its batch_digest in "
-            f"{directory.metrics}: the text, skipped.json or the batch size of that step is another"
+            f"{directory.path}: the rows of step {step} do not match its batch_digest in {directory.metrics}: the "
+            "text, skipped.json or the batch size has changed"
         )
     yield from sorted(found.items())
 
@@ -117,23 +115,23 @@ def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
 def _found(
     samples: NDArray[np.int64], row: int | None, text: _Text, kept: KeptWindows
 ) -> tuple[dict[int, list[Piece]], NDArray[np.uint8]]:
-    """The pieces of a step's rows, or of one, and the digests of all of them, [B, 32]."""
+    """The pieces of all rows of a step, or of one, and the digests of all rows, [B, 32]."""
     pieces: dict[int, list[Piece]] = {}
     digests = np.empty((len(samples), 32), np.uint8)
     sources, numbers = text.corpus.mixture.rows(samples)
     lines = _LineNumbers()
     for source in np.unique(sources).tolist():
-        own = np.flatnonzero(sources == source)
-        for at, lane, block, block_row in _Source(source, text, kept).rows(numbers[own]):
-            place = int(own[at])
-            digests[place] = row_digest(block.ids[block_row])
-            if row in (None, place):
-                pieces[place] = _pieces(block, block_row, lane, text.tokenizer, lines)
+        indices = np.flatnonzero(sources == source)
+        for at, lane, block, block_row in _Source(source, text, kept).rows(numbers[indices]):
+            index = int(indices[at])
+            digests[index] = row_digest(block.ids[block_row])
+            if row in (None, index):
+                pieces[index] = _pieces(block, block_row, lane, text.tokenizer, lines)
     return pieces, digests
 
 
 def _ready_rows(config: Config, fingerprint: dict[str, Any]) -> BlockFolder | None:
-    """The run's ready rows, where they are. `BlockFolder.of` would make their folder, and nothing is made here."""
+    """The run's prepared rows, if they exist. `BlockFolder.of` would create the folder; this reads only."""
     folder, wanted = config.data.blocks, json.loads(json.dumps({**fingerprint, "weights": None}))
     keeping = BestEffort(
         f"data.blocks {folder} cannot be read", then="the text is read", errors=(OSError, ValueError, DataError)
@@ -146,7 +144,7 @@ def _ready_rows(config: Config, fingerprint: dict[str, Any]) -> BlockFolder | No
 
 
 class _Text(NamedTuple):
-    """What rows are made of. ready: those that are made already."""
+    """The inputs of rows. ready: prepared rows."""
 
     corpus: Corpus
     tokenizer: Tokenizer
@@ -156,7 +154,7 @@ class _Text(NamedTuple):
 
 
 class _Source:
-    """Finds rows of a source by the windows that a run has kept, and makes the windows that it has not."""
+    """Finds rows of a source by the windows that the run recorded, and computes the other windows."""
 
     def __init__(self, source: int, text: _Text, kept: KeptWindows) -> None:
         self._source, self._text, self._kept = source, text, kept
@@ -164,24 +162,24 @@ class _Source:
         self._readers: dict[int, LaneReader] = {}
 
     def rows(self, numbers: NDArray[np.int64]) -> Iterator[tuple[int, Lane, RowBlock, int]]:
-        """Each of the rows: where it is in `numbers`, its lane, the lane's rows of the window, and which of them it is.
+        """For each row its index in `numbers`, its lane, the block of that lane and window, and its row in the block.
 
-        By lane and window, so that one block is in memory at a time.
+        In order of lane and window, so that one block is in memory at a time.
         """
         corpus, table = self._text.corpus, list[tuple[int, int, int, int]]()
         windows = self._windows(numbers)
         for age, window in enumerate(windows):
-            own = np.flatnonzero((numbers >= window.base) & (numbers < window.base + window.rows))
+            indices = np.flatnonzero((numbers >= window.base) & (numbers < window.base + window.rows))
             found = places(window, seed=self._text.seed, source=self._source, in_order=corpus.is_in_order)
-            lanes, rows = (each[numbers[own] - window.base].tolist() for each in found)
-            table += zip(lanes, repeat(age), own.tolist(), rows, strict=False)
+            lanes, rows = (each[numbers[indices] - window.base].tolist() for each in found)
+            table += zip(lanes, repeat(age), indices.tolist(), rows, strict=False)
         for (lane, age), of_block in groupby(sorted(table), key=itemgetter(0, 1)):
             block = self._read(lane, windows[age]).block
             for _, _, at, row in of_block:
                 yield at, self._lanes[lane], block, row
 
     def _windows(self, numbers: NDArray[np.int64]) -> list[Window]:
-        """The windows that rows are in, oldest first."""
+        """The windows that contain the rows, oldest first."""
         order, found = SourceOrder(), list[Window]()
         for number in np.sort(numbers).tolist():
             if found and number < found[-1].base + found[-1].rows:
@@ -195,14 +193,14 @@ class _Source:
         return found
 
     def _with_next(self, order: SourceOrder) -> SourceOrder:
-        """An order and its next window, which was not kept: it is read as training has."""
-        plan, said = order.plan(self._shape), []
+        """The order with its next window, which was not recorded: it is read as in training."""
+        plan, announcements = order.plan(self._shape), []
         for lane in range(len(self._lanes)):
             rows = self._read(lane, plan)
-            said.append(Announcement(len(rows.block.ids), rows.tokens, rows.after))
-        order = order.add(plan, said, self._shape)
+            announcements.append(Announcement(len(rows.block.ids), rows.tokens, rows.after))
+        order = order.add(plan, announcements, self._shape)
         if order.windows[-1].ends_an_empty_epoch:
-            raise UserError(f"source {self._lanes[0].source.name!r} holds no document any more")
+            raise UserError(f"source {self._lanes[0].source.name!r} has no documents any more")
         return order
 
     def _read(self, lane: int, window: Window | Plan) -> PartRows:
@@ -216,13 +214,13 @@ class _Source:
 
 
 class _LineNumbers:
-    """Numbers of lines in their files. Shares count from their first line: what is before it is read once for all."""
+    """Line numbers within files. A share counts from its first line; the lines before it are counted once per file."""
 
     def __init__(self) -> None:
-        self._first: dict[str, dict[int, tuple[int, int]]] = {}  # of files: number and byte, by where a share starts
+        self._first: dict[str, dict[int, tuple[int, int]]] = {}  # by file and start of a share: line number and byte
 
     def of(self, share: Share, line: int) -> int:
-        """The number of a share's line in the file, both from 0."""
+        """The number in the file of a line of a share, both from 0."""
         if share.start == 0 or share.file.url.endswith(".parquet"):
             return line
         first = self._first.setdefault(share.file.url, {0: (0, 0)})
@@ -236,7 +234,7 @@ class _LineNumbers:
 def _samples_of(
     directory: RunDirectory, step: int, skipped: Iterable[tuple[int, int]], *, batch: int
 ) -> tuple[np.ndarray, str]:
-    """The samples of a step, in global order, and their digest. batch: of a step whose row before is not there."""
+    """The samples of a step in global order, and their digest. batch: the batch size if the previous row is missing."""
     rows = {row["step"]: row for row in read_metrics(directory.metrics)}
     if step not in rows:
         raise UserError(
@@ -251,9 +249,9 @@ def _pieces(block: RowBlock, row: int, lane: Lane, tokenizer: Tokenizer, lines: 
     pieces, spans = [], block.spans[block.spans_of(row)]
     for span in spans[spans["document"] >= 0]:
         document = block.documents[span["document"]]
-        place = slice(span["start"], span["start"] + span["length"])
-        ids = block.ids[row, place]
-        mask = None if block.loss_mask is None else block.loss_mask[row, place]
+        tokens = slice(span["start"], span["start"] + span["length"])
+        ids = block.ids[row, tokens]
+        mask = None if block.loss_mask is None else block.loss_mask[row, tokens]
         share = lane.shares[document.file]
         pieces.append(
             Piece(
@@ -271,7 +269,7 @@ def _pieces(block: RowBlock, row: int, lane: Lane, tokenizer: Tokenizer, lines: 
 
 
 def _parts(ids: np.ndarray, is_target: np.ndarray, tokenizer: Tokenizer) -> Iterator[Part]:
-    """Ids in parts that begin with each control symbol, and where targets begin or end."""
+    """Ids split at control symbols and where targets begin or end."""
     names = {id: name for name, id in tokenizer.symbols.items()}
     starts = [n for n, id in enumerate(ids) if n == 0 or int(id) in names or is_target[n] != is_target[n - 1]]
     for start, stop in pairwise([*starts, len(ids)]):
@@ -280,6 +278,6 @@ def _parts(ids: np.ndarray, is_target: np.ndarray, tokenizer: Tokenizer) -> Iter
 
 
 def _line(part: Part) -> str:
-    """A part for a person: `*` before what is a target, the symbol, the text with its further lines indented."""
+    """A part as text: `*` if it is a target, the symbol, and the text with continuation lines indented."""
     text = part.text.replace("\n", "\n" + " " * 18)
     return f"{'*' if part.is_target else ' '} {part.symbol or '':15} {text}".rstrip()

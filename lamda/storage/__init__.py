@@ -1,1 +1,1 @@
-"""What a run leaves on disk: names, formats, atomicity, and who may write."""
+"""The files of a run: names, formats, atomic writes, and the lock."""

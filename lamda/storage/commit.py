@@ -1,8 +1,8 @@
-"""A checkpoint is complete or it is not there.
+"""Commit checkpoints atomically, and find the newest valid one.
 
-It is written under a temporary name; every file, in subfolders too, is synced and hashed into manifest.json, which ends
-with its own hash; the folder is renamed, and LATEST is replaced. Loading verifies; a damaged
-checkpoint is set aside.
+A checkpoint is written under a temporary name; every file, also in subfolders, is synced and hashed into manifest.json,
+which ends with its own hash; then the folder is renamed and LATEST is replaced. Loading verifies the hashes and sets
+damaged checkpoints aside.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from lamda.durable import Progress, hash_file, replace_file, sync_file, sync_fol
 from lamda.storage.manifest import (
     DAMAGED,
     MANIFEST,
-    STATE,
     complete,
     framework_of,
     is_checkpoint_name,
@@ -29,25 +28,24 @@ from lamda.storage.manifest import (
     named,
     problem_of,
     read,
+    read_state,
     sealed,
     set_aside,
     step_in,
     step_of,
 )
-from lamda.storage.reading import UnreadableError
-from lamda.storage.state import RunState
 
 __all__ = [
-    "MANIFEST", "STATE", "UnreadableError", "commit", "complete", "find_valid", "framework_of", "free_name",
-    "make_fresh", "name_of", "named", "problem_of", "read", "read_state", "require_none", "seal", "sealed",
-    "set_aside", "step_in", "step_of", "sweep", "sync_and_describe", "verify",
+    "MANIFEST", "commit", "complete", "find_valid", "framework_of", "free_name", "make_fresh", "named", "problem_of",
+    "read", "read_state", "remove", "require_none", "seal", "sealed", "step_in", "step_of", "sweep",
+    "sync_and_describe", "verify",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 
 def make_fresh(temporary: Path) -> None:
-    """An empty folder at `temporary`; what a crash left there goes. Raises OSError."""
+    """Create an empty folder at `temporary`, without leftovers of a crash. Raises OSError."""
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
 
@@ -61,10 +59,10 @@ def commit(
     keep_every: int | None = None,
     at: Callable[[str], None] = lambda point: None,
 ) -> None:
-    """Turn the written files into the newest checkpoint, then prune.
+    """Turn the written files into the newest checkpoint, then delete old ones.
 
-    The `keep` newest stay, and those of steps that `keep_every` divides. at: told of each moment in
-    between. Raises OSError.
+    Keeps the `keep` newest, and those at multiples of `keep_every`. at: called at each point in between, by
+    name. Raises OSError.
     """
     seal(temporary, manifest)
     at("commit.manifest")
@@ -81,14 +79,14 @@ def commit(
 
 
 def seal(folder: Path, content: dict[str, object]) -> None:
-    """Write the manifest, which ends with its own hash, and bring it and the folders to the disk. Raises OSError."""
+    """Write the manifest, which ends with its own hash, and sync it and the folders. Raises OSError."""
     write_file(folder / MANIFEST, sealed(content))
     for each in (*filter(Path.is_dir, folder.rglob("*")), folder):
         sync_folder(each)
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; one that is half deleted no longer has a checkpoint's name."""
+    """Delete a checkpoint, after renaming it so that a partly deleted one does not count as one."""
     doomed = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
@@ -96,23 +94,24 @@ def remove(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what a crash left of checkpoints that were being written or deleted."""
+    """Delete leftovers of checkpoints that were being written or deleted during a crash."""
     for leftover in folder.glob(".step-*.tmp"):
         if is_checkpoint_name(re.sub(r"^\.|\.tmp$", "", leftover.name)):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
 def sync_and_describe(file: Path, *, progress: Progress = lambda: None) -> dict[str, str | int]:
-    """Bring a file to the disk; its entry in the manifest: size and sha256. progress: called as it goes on."""
+    """Sync a file; returns its manifest entry, size and sha256. progress: called repeatedly."""
     sync_file(file, progress=progress)
     return {"size": file.stat().st_size, "sha256": hash_file(file, progress=progress)}
 
 
 def find_valid(folder: Path, *, world: World, progress: Progress = lambda: None) -> Path | None:
-    """The newest checkpoint that passes its manifest; LATEST then names it, and damaged ones are set aside.
+    """The newest valid checkpoint; sets newer damaged ones aside and updates LATEST.
 
-    Nothing is renamed where none is valid: the next start must see the same. Raises UserError there, and
-    UnreadableError where one cannot be read now: a run never silently starts over. progress: called as it goes on.
+    If none is valid nothing is renamed, so that the next start sees the same. A run never silently starts over: raises
+    UserError if all checkpoints are damaged, and UnreadableError if one cannot be read now. progress: called
+    repeatedly.
     """
     names = on_main(world, lambda: [path.name for path in complete(folder)])
     damaged: list[tuple[Path, str]] = []
@@ -121,55 +120,47 @@ def find_valid(folder: Path, *, world: World, progress: Progress = lambda: None)
         problem = verify(path, world=world, progress=progress)
         if problem is None:
             if damaged:
-                on_main(world, partial(_pass_over, damaged, path))
+                on_main(world, partial(_set_aside, damaged, path))
             return path
         damaged.append((path, problem))
     if damaged:
-        on_main(world, lambda: _refuse(folder, damaged))
+        on_main(world, lambda: _raise_all_damaged(folder, damaged))
     return None
 
 
 def require_none(folder: Path, *, noted: int | None) -> None:
-    """Raises UserError where a run's folder of checkpoints, which holds none, shows that it held some.
+    """Raises UserError if an empty checkpoint folder shows that it had checkpoints.
 
-    noted: the step of a checkpoint that was committed here, by the run's own note.
+    noted: the step of the last checkpoint that the run recorded.
     """
     if aside := [path for path in set_aside(folder) if path.suffix == DAMAGED]:
-        _refuse(folder, [(aside[-1], "it was set aside by an earlier start")])
-    where = "there is a link, and nothing where it leads" if folder.is_symlink() and not folder.exists() else None
+        _raise_all_damaged(folder, [(aside[-1], "it was set aside by an earlier start")])
+    problem = "is a link to a missing folder" if folder.is_symlink() and not folder.exists() else None
     if (folder / "LATEST").exists():
-        where = "there is a LATEST, and no checkpoint"
-    elif noted is not None and where is None:
-        where = f"checkpoint {name_of(noted)} was saved here, and none is there"
-    if where is not None:
+        problem = "has LATEST but no checkpoint"
+    elif noted is not None and problem is None:
+        problem = f"has no checkpoint, but {name_of(noted)} was saved here"
+    if problem is not None:
         raise UserError(
-            f"{folder}: {where}; the run does not start over by itself. Bring the checkpoints back (a disk that is not "
-            "mounted, a folder that was moved?), or choose another run.dir to start over"
+            f"{folder}: {problem}. The run does not start over by itself: restore the checkpoints (is a disk not "
+            "mounted, was a folder moved?), or choose another run.dir to start over"
         )
 
 
 def verify(path: Path, *, world: World, progress: Progress = lambda: None) -> str | None:
-    """What is damaged in a checkpoint, or None. The ranks share the work of hashing. Raises UserError on all ranks."""
+    """The damage of a checkpoint, or None. The ranks share the hashing. Raises UserError on all ranks."""
     found = agree(world, lambda: problem_of(path, part=world.rank, parts=world.size, progress=progress))
     return next((problem for problem in gather(found) if problem is not None), None)
 
 
-def read_state(path: Path) -> RunState:
-    """The state in a verified checkpoint. Raises UserError where the manifest does not name it, or another step."""
-    state = RunState.read(named(path, STATE))
-    if state.step != (step := read(path).get("step")):
-        raise UserError(f"{path / STATE}: is of step {state.step}, {MANIFEST} says {step}; take another checkpoint")
-    return state
-
-
-def _pass_over(damaged: Sequence[tuple[Path, str]], valid: Path) -> None:
-    """Set damaged checkpoints aside, now that an older one is known to be valid."""
+def _set_aside(damaged: Sequence[tuple[Path, str]], valid: Path) -> None:
+    """Set damaged checkpoints aside and point LATEST to a valid one."""
     try:
         for path, problem in damaged:
             target = free_name(path, suffix=DAMAGED)
             path.rename(target)
             log.warning(
-                "checkpoint %s is damaged: %s; it is now %s, the one before it is taken", path, problem, target.name
+                "checkpoint %s is damaged: %s; renamed to %s, trying the one before it", path, problem, target.name
             )
         replace_file(valid.parent / "LATEST", valid.name)
     except OSError as error:
@@ -177,16 +168,16 @@ def _pass_over(damaged: Sequence[tuple[Path, str]], valid: Path) -> None:
 
 
 def free_name(path: Path, *, suffix: str) -> Path:
-    """A checkpoint's name with a suffix that tells why it is none any more; numbered where there is one already."""
+    """A free name for a checkpoint set aside: with the suffix, and numbered if the name exists."""
     target, count = path.with_name(path.name + suffix), 1
     while target.exists():
         target, count = path.with_name(f"{path.name}.{count}{suffix}"), count + 1
     return target
 
 
-def _refuse(folder: Path, damaged: Sequence[tuple[Path, str]]) -> None:
-    found = "; ".join(f"{path.name}: {problem}" for path, problem in damaged)
+def _raise_all_damaged(folder: Path, damaged: Sequence[tuple[Path, str]]) -> None:
+    details = "; ".join(f"{path.name}: {problem}" for path, problem in damaged)
     raise UserError(
-        f"{folder}: every checkpoint is damaged ({found}), and the run does not start over by itself; bring a good one "
-        "back, or start again in another run.dir"
+        f"{folder}: every checkpoint is damaged ({details}), and the run does not start over by itself; restore a "
+        "valid one, or start over in another run.dir"
     )

@@ -1,10 +1,10 @@
 """One writer per run directory, across processes, containers and hosts.
 
-Every writer has a file of its own, `lock-<id>.json`: it says who the writer is, the writer holds it with flock while it
-lives, and touches it every few seconds. To become the writer, a process first shows its file and then looks at all
-others: of two processes at least one sees the other, so never two are writers. Nobody removes another's file unless its
-owner is dead: its flock is free (on one machine, whatever the container), or, where flock does not reach, its beat has
-been silent for STALE_SECONDS and stays silent while it is watched.
+Every writer has its own file, `lock-<id>.json`: it identifies the process, which holds a flock on it while it lives and
+touches it every few seconds (the heartbeat). To become the writer, a process first creates its file and then checks all
+others: of two processes at least one sees the other, so there are never two writers. A process removes another's file
+only if its owner is dead: its flock is free (on one machine, in any container), or, where flock does not work, its
+heartbeat is older than STALE_SECONDS and stays silent while it is watched.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from lamda.config.errors import RunError, UserError
@@ -27,20 +26,20 @@ from lamda.durable import read_regular
 
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 120
-"""A writer on another machine counts as dead after so long without a beat, by the file server's clock."""
+"""A writer on another machine counts as dead after this long without a heartbeat, by the file server's clock."""
 WATCH_SECONDS = 15.0
-"""How long the beat of a writer that seems dead is watched, which no clock can falsify."""
+"""How long the heartbeat of a seemingly dead writer is watched, which is independent of clocks."""
 POLL_SECONDS = 0.05
 _NO_FLOCK = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 class LostLockError(RunError):
-    """Another process writes this run by now, or its lock file was removed."""
+    """Another process has become the writer of this run, or the lock file was removed."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A lock file and the process that it names. holds: whether that process is the writer, and not still looking."""
+    """A lock file and its process. holds: whether the process is the writer, rather than still checking others."""
 
     path: Path
     host: str = "unknown"
@@ -53,7 +52,7 @@ class Owner:
 
     @classmethod
     def read(cls, path: Path) -> Owner:
-        """What a lock file says; an unknown owner where it says nothing that can be used. Raises OSError."""
+        """Read a lock file; returns an unknown owner if its content is invalid. Raises OSError."""
         lines = read_regular(path).split(b"\n")
         try:
             fields = json.loads(lines[0])
@@ -65,23 +64,23 @@ class Owner:
         return cls(path, **fields, holds=path.name == "lock.json" or b'{"holds": true}' in lines)
 
     def lives(self, *, now: float | None = None) -> bool:
-        """Whether the process lives. now: the file server's time; default: this machine's."""
+        """Whether the process is alive. now: the file server's time; default: this machine's."""
         known = self.seen_from_here()
         return self.age(now) < STALE_SECONDS if known is None else known
 
     def age(self, now: float | None = None) -> float:
-        """Seconds since its last sign, or until it where clocks differ; infinite where there is no file any more."""
+        """Absolute seconds since the last heartbeat; infinite if the file is gone."""
         try:
             return abs((time.time() if now is None else now) - self.path.stat().st_mtime)
         except OSError:
             return float("inf")
 
     def seen_from_here(self) -> bool | None:
-        """Whether the process lives, as far as this machine knows; None where only its beat can tell."""
+        """Whether the process is alive, as far as this machine knows; None if only its heartbeat can tell."""
         is_held = _is_flocked(self.path)
         if is_held:
             return True
-        if self.pid == 0:  # whoever lives has a complete file
+        if self.pid == 0:  # a living owner has a complete file
             return None if is_held is None else False
         if is_held is False and self.has_flock and self.boot is not None and self.boot == _boot():
             return False
@@ -90,10 +89,10 @@ class Owner:
 
 
 def owners(run: Path) -> list[Owner]:
-    """The writers, and would-be writers, that files in a run directory name, living or dead. Raises OSError."""
+    """The owners of all lock files in a run directory, alive or dead. Raises OSError."""
     found = []
     for path in sorted(run.glob("lock*.json")):
-        with suppress(FileNotFoundError):  # it has ended meanwhile
+        with suppress(FileNotFoundError):  # released meanwhile
             try:
                 found.append(Owner.read(path))
             except PermissionError:
@@ -102,12 +101,12 @@ def owners(run: Path) -> list[Owner]:
 
 
 def living_owner(run: Path) -> Owner | None:
-    """The writer of a run directory, if one lives. Raises OSError."""
+    """A living owner of a lock file in a run directory, if there is one. Raises OSError."""
     return next((owner for owner in owners(run) if owner.lives()), None)
 
 
 def refusal(owner: Owner, age: float) -> UserError:
-    """What a start is told while another writer lives."""
+    """The error of a start while another writer is alive."""
     return UserError(
         f"run.dir {owner.path.parent}: another process writes here (host {owner.host}, process {owner.pid}, last sign "
         f"{age:.0f} s ago); stop it, or choose another run.dir (if no such process exists, remove {owner.path})"
@@ -115,53 +114,51 @@ def refusal(owner: Owner, age: float) -> UserError:
 
 
 class RunLock:
-    """Being the one writer of a run directory; use it as a context, which raises UserError while another one lives."""
+    """A context that makes this process the only writer of a run directory. Raises UserError if there is another."""
 
     def __init__(self, run: Path) -> None:
         self._id = os.urandom(6).hex()
         self._run, self.path = run, run / f"lock-{self._id}.json"
         self._descriptor = -1
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._keep_beating, name="lock", daemon=True)
+        self._thread = threading.Thread(target=self._send_heartbeats, name="lock", daemon=True)
 
     def __enter__(self) -> RunLock:
         try:
-            self._announce()
+            self._create()
             self._thread.start()
-            for dead in self._outlast():
+            for dead in self._acquire():
                 dead.unlink(missing_ok=True)
         except OSError as error:
             self._release()
             raise UserError(
-                f"run.dir {self._run}: cannot be written to ({error.strerror}); free space or permissions are missing"
+                f"run.dir {self._run}: cannot be written to ({error.strerror}); check free space and permissions"
             ) from error
         except BaseException:
             self._release()
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._release()
 
     def is_mine(self) -> bool:
-        """Whether this process is still the writer: read again, not remembered. Raises OSError."""
+        """Whether this process is still the writer, read from disk. Raises OSError."""
         try:
             return json.loads(read_regular(self.path).split(b"\n")[0]).get("id") == self._id
         except (FileNotFoundError, ValueError, AttributeError):
             return False
 
     def require(self) -> None:
-        """Raises LostLockError where this process is the writer no more, and OSError."""
+        """Raises LostLockError if this process is no longer the writer, and OSError."""
         if not self.is_mine():
             raise LostLockError(
-                f"run.dir {self._run}: {self.path.name} is gone: another process has taken over this run, or a person "
-                "removed the file. This process ends and writes nothing more"
+                f"run.dir {self._run}: {self.path.name} is gone: another process has taken over this run, or the file "
+                "was removed. This process exits without further writes"
             )
 
-    def _announce(self) -> None:
-        """Show the file: complete, and held, from the first moment that others see it."""
+    def _create(self) -> None:
+        """Create the file atomically: complete and locked when others first see it."""
         temporary = self._run / f".{self.path.name}.tmp"
         self._descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_APPEND, 0o666)
         try:
@@ -178,17 +175,17 @@ class RunLock:
             temporary.unlink(missing_ok=True)
             raise
 
-    def _outlast(self) -> set[Path]:
-        """Become the writer; files of dead ones. Of processes that look at the same time the smallest name wins."""
+    def _acquire(self) -> set[Path]:
+        """Become the writer; returns the files of dead ones. Among simultaneous starts the smallest name wins."""
         dead: set[Path] = set()
         deadline = time.monotonic() + 2 * WATCH_SECONDS
         while others := [owner for owner in owners(self._run) if owner.path not in {*dead, self.path}]:
-            found = [(other, self._judge(other)) for other in others]
-            for other in (other for other, lives in found if lives):
+            found = [(other, self._is_alive(other)) for other in others]
+            for other in (other for other, is_alive in found if is_alive):
                 if other.holds or other.path < self.path or time.monotonic() > deadline:
                     raise refusal(other, other.age(self._now()))
-            silent = [other for other, lives in found if lives is None]
-            dead |= {other.path for other, lives in found if lives is False}
+            silent = [other for other, is_alive in found if is_alive is None]
+            dead |= {other.path for other, is_alive in found if is_alive is False}
             dead |= _watch(silent)
             for other in silent:
                 if other.path not in dead:
@@ -197,8 +194,8 @@ class RunLock:
         self._write({"holds": True})
         return dead
 
-    def _judge(self, other: Owner) -> bool | None:
-        """Whether another process lives; None where its beat has to be watched before it may be called dead."""
+    def _is_alive(self, other: Owner) -> bool | None:
+        """Whether another process is alive; None if its heartbeat must be watched before it counts as dead."""
         known = other.seen_from_here()
         if known is not None:
             return known
@@ -209,7 +206,7 @@ class RunLock:
         return True if 0 <= age < STALE_SECONDS else None
 
     def _now(self) -> float:
-        """The file server's time: this process's own beat, made now. Raises OSError."""
+        """The file server's time, from a heartbeat of this process. Raises OSError."""
         os.utime(self.path)
         return self.path.stat().st_mtime
 
@@ -217,9 +214,9 @@ class RunLock:
         os.write(self._descriptor, json.dumps(content).encode() + b"\n")
         os.fsync(self._descriptor)
 
-    def _keep_beating(self) -> None:
+    def _send_heartbeats(self) -> None:
         while not self._stopped.wait(HEARTBEAT_SECONDS):
-            with suppress(OSError):  # a network file system that fails once must not end the beat
+            with suppress(OSError):  # one failure of a network file system must not end the heartbeat
                 os.utime(self.path)
 
     def _release(self) -> None:
@@ -227,23 +224,23 @@ class RunLock:
         if self._thread.ident is not None:
             self._thread.join()
         if self._descriptor >= 0:
-            with suppress(OSError):  # a name that no other process ever has
+            with suppress(OSError):  # the name is unique to this process
                 self.path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = -1
 
 
 def _watch(suspects: list[Owner]) -> set[Path]:
-    """Those whose beat stays silent for WATCH_SECONDS. Raises OSError."""
+    """The files whose heartbeat stays silent for WATCH_SECONDS. Raises OSError."""
     if not suspects:
         return set()
-    before = {owner.path: _beat(owner.path) for owner in suspects}
+    before = {owner.path: _heartbeat(owner.path) for owner in suspects}
     time.sleep(WATCH_SECONDS)
-    return {path for path, beat in before.items() if _beat(path) in (beat, None)}
+    return {path for path, last in before.items() if _heartbeat(path) in (last, None)}
 
 
-def _beat(path: Path) -> int | None:
-    """When a lock file was touched last, in nanoseconds of the file server's clock; None where it is gone."""
+def _heartbeat(path: Path) -> int | None:
+    """When a lock file was last touched, in nanoseconds of the file server's clock; None if it is gone."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
@@ -257,7 +254,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _is_flocked(path: Path) -> bool | None:
-    """Whether a living process holds the file; None where that cannot be known."""
+    """Whether a living process holds the flock of a file; None if unknown."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
@@ -284,21 +281,21 @@ def _is_running(pid: int, started: int | None) -> bool:
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, in ticks since the boot: a number that is used again belongs to another start."""
+    """When a process started, in ticks since boot, which tells apart processes that reuse a PID."""
     with suppress(OSError):
         return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
     return None
 
 
 def _boot() -> str | None:
-    """Which start of which machine this is, in any container."""
+    """The boot id of this machine, the same in all containers."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
     return None
 
 
 def _namespace() -> str | None:
-    """Where this machine's process numbers mean what they mean here."""
+    """The PID namespace of this process."""
     with suppress(OSError):
         return str(Path("/proc/self/ns/pid").readlink())
     return None

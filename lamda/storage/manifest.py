@@ -1,7 +1,7 @@
-"""Checkpoints as files: which there are, and whether one is what was written.
+"""Checkpoints on disk: list them, and verify them by their manifests.
 
-A checkpoint's manifest.json names every file with its size and sha256, and ends with its own hash. Only what it
-names is read. A wrong size or hash, or a file that is missing, is damage; a file that cannot be read now is not.
+manifest.json lists every file of a checkpoint with its size and sha256, and ends with its own hash. Only listed files
+are read. A wrong size or hash, or a missing file, is damage; a file that cannot be read now is not.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from typing import Any
 from lamda.config.errors import UserError
 from lamda.durable import Progress, hash_file, read_regular
 from lamda.storage.reading import reading, unreadable
+from lamda.storage.state import RunState
 
 MANIFEST = "manifest.json"
 STATE = "run_state.json"
 DAMAGED, SPOILT = ".damaged", ".spoilt"
-"""End the name of a checkpoint that was set aside: it is not what was written; the run rolled back from it."""
+"""Suffixes of checkpoints set aside: a hash did not match; the run rolled back from it."""
 
 
 def name_of(step: int) -> str:
-    """The name of a step's checkpoint."""
+    """The name of the checkpoint of a step."""
     return f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's name. Raises ValueError where the name is no checkpoint's."""
+    """The step in the name of a checkpoint. Raises ValueError for other names."""
     step = int(path.name.removeprefix("step-"))
     if path.name != name_of(step):
         raise ValueError(f"{path.name!r} is no checkpoint's name")
@@ -40,12 +41,12 @@ def step_of(path: Path) -> int:
 
 
 def is_checkpoint_name(name: str) -> bool:
-    """Whether a folder of this name is a checkpoint of a run; a copy of one under another name is a person's."""
+    """Whether a folder of this name is a checkpoint of a run, rather than a copy made by a user."""
     return re.fullmatch(r"step-\d{8,}", name) is not None and name == name_of(int(name[5:]))
 
 
 def complete(folder: Path) -> list[Path]:
-    """Committed checkpoints, oldest first. Raises UnreadableError where the folder cannot be listed."""
+    """Committed checkpoints, oldest first. Raises UnreadableError if the folder cannot be listed."""
     return sorted(_entries(folder, is_checkpoint_name), key=step_of)
 
 
@@ -55,7 +56,7 @@ def set_aside(folder: Path) -> list[Path]:
 
 
 def _entries(folder: Path, is_wanted: Callable[[str], bool]) -> list[Path]:
-    """Folders of wanted names; a link to one counts also where it leads nowhere now."""
+    """Folders with wanted names, including broken links."""
     try:
         with os.scandir(folder) as entries:
             return [Path(each) for each in entries if is_wanted(each.name) and (each.is_symlink() or each.is_dir())]
@@ -63,24 +64,24 @@ def _entries(folder: Path, is_wanted: Callable[[str], bool]) -> list[Path]:
         return []
     except OSError as error:
         if isinstance(error, NotADirectoryError) and not folder.exists():
-            return []  # what should hold it is a file
+            return []  # its parent is a file
         raise unreadable(folder, error.strerror or str(error)) from error
 
 
 def find(path: Path) -> Path | None:
-    """The checkpoint that a person means by its folder, by RUN (the newest one there), or by RUN@STEP; or None.
+    """The checkpoint meant by a folder, by RUN (its newest one), or by RUN@STEP; None if there is none.
 
     Raises UserError for a step that the run does not have, and UnreadableError.
     """
-    run, at, step = path.name.rpartition("@")
-    if at and not path.exists():
-        there = {step_of(each): each for each in complete(path.with_name(run) / "checkpoints")}
-        if there and (not step.isdecimal() or int(step) not in there):
-            steps = ", ".join(map(str, there))
+    run, separator, step = path.name.rpartition("@")
+    if separator and not path.exists():
+        found = {step_of(each): each for each in complete(path.with_name(run) / "checkpoints")}
+        if found and (not step.isdecimal() or int(step) not in found):
+            steps = ", ".join(map(str, found))
             raise UserError(f"{path}: {path.with_name(run)} has no checkpoint of step {step}; it has {steps}")
-        return there[int(step)] if there else None
-    if found := complete(path / "checkpoints"):
-        return found[-1]
+        return found[int(step)] if found else None
+    if checkpoints := complete(path / "checkpoints"):
+        return checkpoints[-1]
     return path if path.is_dir() and (is_checkpoint_name(path.name) or (path / MANIFEST).exists()) else None
 
 
@@ -92,10 +93,10 @@ def problem_of(
     only: Collection[str] | None = None,
     progress: Progress = lambda: None,
 ) -> str | None:
-    """What is damaged in a checkpoint, or None, by the `part`-th of every `parts` of its files.
+    """The damage of a checkpoint, or None. Checks the files with index `part` modulo `parts`.
 
-    only: check these files alone, which must all be named. progress: called as it goes on. Raises UnreadableError, and
-    UserError for a checkpoint under another step's name.
+    only: check only these files, which must all be listed. progress: called repeatedly. Raises UnreadableError, and
+    UserError for a checkpoint under the name of another step.
     """
     try:
         text = _manifest_text(path)
@@ -110,12 +111,12 @@ def problem_of(
         return f"{MANIFEST} has changed since it was written"
     if is_checkpoint_name(path.name) and content.get("step") != step_of(path):
         raise UserError(
-            f"{path}: is the checkpoint of step {content.get('step')} under another name; give it the name of its "
-            "step, or move it elsewhere"
+            f"{path}: is the checkpoint of step {content.get('step')} under another name; rename it to its step, "
+            "or move it elsewhere"
         )
     if only is not None:
         if unnamed := sorted(set(only) - content["files"].keys()):
-            return f"{MANIFEST} does not name {unnamed[0]}"
+            return f"{MANIFEST} does not list {unnamed[0]}"
         entries = [(name, entry) for name, entry in entries if name in only]
     checked = (_check(path, name, entry, progress) for name, entry in entries[part::parts])
     return next(filter(None, checked), None)
@@ -129,14 +130,22 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def named(path: Path, name: str) -> Path:
-    """A file of a checkpoint. Raises UserError where the manifest does not name it."""
+    """The path of a file of a checkpoint. Raises UserError if the manifest does not list it."""
     if name not in read(path)["files"]:
-        raise UserError(f"{path}: {MANIFEST} does not name {name}, so that it is not read; take another checkpoint")
+        raise UserError(f"{path}: {MANIFEST} does not list {name}, so it is not read; use another checkpoint")
     return path / name
 
 
+def read_state(path: Path) -> RunState:
+    """The state in a verified checkpoint. Raises UserError if the manifest does not list it or has another step."""
+    state = RunState.read(named(path, STATE))
+    if state.step != (step := read(path).get("step")):
+        raise UserError(f"{path / STATE}: is of step {state.step}, but {MANIFEST} says {step}; use another checkpoint")
+    return state
+
+
 def step_in(path: Path) -> int | None:
-    """The step that a checkpoint's manifest says, None where it says none that can be read."""
+    """The step in the manifest of a checkpoint, None if it cannot be read."""
     try:
         step = read(path).get("step")
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -145,24 +154,24 @@ def step_in(path: Path) -> int | None:
 
 
 def framework_of(manifest: dict[str, Any]) -> str:
-    """The framework whose checkpoint it is of."""
-    name: str = manifest.get("framework", "deepspeed")  # before there were others, none was named
+    """The framework that wrote the checkpoint."""
+    name: str = manifest.get("framework", "deepspeed")  # older manifests name none
     return name
 
 
 def sealed(manifest: dict[str, object]) -> str:
-    """The manifest's text, its own hash last."""
+    """The text of a manifest, which ends with its own hash."""
     digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
     return json.dumps({**manifest, "sha256": digest}, indent=1)
 
 
 def _manifest_text(path: Path) -> str | None:
-    """What manifest.json holds, None where it is missing in a folder that is there."""
+    """The content of manifest.json, None if it is missing."""
     try:
         return read_regular(path / MANIFEST).decode()
     except FileNotFoundError:
         if path.is_symlink() and not path.exists():
-            raise unreadable(path, "a link to a place that is not there") from None
+            raise unreadable(path, "a broken link") from None
         return None
     except OSError as error:
         raise unreadable(path / MANIFEST, error.strerror or str(error)) from error
@@ -176,17 +185,14 @@ def _check(path: Path, name: str, entry: Any, progress: Progress) -> str | None:
         return f"{MANIFEST} has no size and sha256 of {name}"
     try:
         if not _is_inside(path, name):
-            return f"{MANIFEST} names {name!r}, which is no file inside the checkpoint"
+            return f"{MANIFEST} lists {name!r}, which is not a file inside the checkpoint"
         found = file.stat()
         if not stat.S_ISREG(found.st_mode):
             return f"{name} is missing"
         if found.st_size != size:
             return f"{name} has {found.st_size} bytes instead of {size}"
-        return (
-            None
-            if hash_file(file, progress=progress) == sha256
-            else f"{name} has changed since it was written (sha256)"
-        )
+        if hash_file(file, progress=progress) != sha256:
+            return f"{name} has changed since it was written (sha256)"
     except (FileNotFoundError, NotADirectoryError):
         return f"{name} is missing"
     except OSError as error:
@@ -197,11 +203,11 @@ def _check(path: Path, name: str, entry: Any, progress: Progress) -> str | None:
 
 
 def _is_inside(path: Path, name: str) -> bool:
-    """Whether a name is a relative path, written the one way, to somewhere below `path`, links followed."""
+    """Whether a name is a normalized relative path to a place below `path`, with links resolved."""
     parts = PurePosixPath(name)
     if str(parts) != name or not parts.name or parts.is_absolute() or ".." in parts.parts or "\\" in name:
         return False
     try:
         return (path / name).resolve().is_relative_to(path.resolve())
-    except (RuntimeError, ValueError):  # links in a circle, a name that no file can have
+    except (RuntimeError, ValueError):  # circular links, an invalid file name
         return False

@@ -1,54 +1,57 @@
-"""metrics.jsonl, the truth about a run: one JSON object a step, each step at most once."""
+"""metrics.jsonl, the record of a run: one JSON object per step, each step at most once."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from math import isfinite
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
+
+import orjson
 
 from lamda.best_effort import BestEffort
-from lamda.durable import read_regular, replace_file, sync_file
+from lamda.config.errors import UserError
+from lamda.durable import open_regular, read_regular, replace_file, sync_file
 from lamda.storage.reading import reading
+
+Metrics = dict[str, Any]
+"""One row: values by column."""
 
 log = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """Appends finished steps; what a resume made void has moved to metrics.discarded.jsonl.
+    """Appends finished steps; rows that a resume discards go to metrics.discarded.jsonl.
 
-    A row that the disk does not take is kept and written before the next one.
+    A row that cannot be written stays in memory and is written before the next one.
     """
 
     def __init__(self, path: Path, *, discarded: Path, step: int) -> None:
         self._path, self._discarded = path, discarded
         self._waiting = b""
         self._writing = BestEffort(f"{path} takes no row", then="rows wait in memory, and training continues")
-        self._discarding = BestEffort(f"{discarded} cannot be written", then="the rows that are void now are lost")
+        self._discarding = BestEffort(f"{discarded} cannot be written", then="the discarded rows are lost")
         _discard_after(step, path, discarded)
         self._stream = path.open("ab", buffering=0)
 
     def __enter__(self) -> MetricsFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._flush()
         with self._writing:
             self._stream.close()
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append one step; NaN and infinities, which JSON has not, become null."""
+    def write(self, row: Metrics) -> None:
+        """Append one step; NaN and infinities, which JSON lacks, become null."""
         self._waiting += _line(row).encode()
         self._flush()
 
-    def amend(self, step: int, figures: dict[str, Any]) -> None:
+    def amend(self, step: int, figures: Metrics) -> None:
         """Add figures to the row of `step`, if it is the last one."""
         self._flush()
         rows = read_metrics(self._path)
@@ -60,7 +63,7 @@ class MetricsFile:
         self._stream = self._path.open("ab", buffering=0)
 
     def rewind(self, step: int) -> None:
-        """Make the rows after `step` void."""
+        """Discard the rows after `step`."""
         self._flush()
         self._stream.close()
         self._waiting = b""
@@ -73,18 +76,18 @@ class MetricsFile:
                 self._waiting = self._waiting[self._stream.write(self._waiting) :]
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: Metrics) -> str:
     finite = {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All rows; a line that is no row (a crash cut it short, or a disk lost it) is left out. Raises UnreadableError."""
+def read_metrics(path: Path) -> list[Metrics]:
+    """All rows; lines that are no rows (cut short by a crash, lost by a disk) are skipped. Raises UnreadableError."""
     return [row for _, row in _read(path) if row is not None]
 
 
-def _read(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
-    """Each line with its newline, where it has one, and its row, where it is one. Raises UnreadableError."""
+def _read(path: Path) -> list[tuple[bytes, Metrics | None]]:
+    """Each line with its newline, if it has one, and its row, None if it is no row. Raises UnreadableError."""
     try:
         with reading(path):
             lines = read_regular(path).splitlines(keepends=True)
@@ -93,7 +96,7 @@ def _read(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
     return [(line, _row(line)) for line in lines]
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def _row(line: bytes) -> Metrics | None:
     try:
         row = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
@@ -104,45 +107,45 @@ def _row(line: bytes) -> dict[str, Any] | None:
 def _discard_after(
     step: int, path: Path, discarded: Path, *, keeping: AbstractContextManager[object] | None = None
 ) -> None:
-    """Move the lines after `step`, those of a step that has one before, and those that are no rows, out of the way.
+    """Move lines after `step`, repeated steps and lines that are no rows to `discarded`; works on a full disk.
 
-    A full disk does not stand in it.
-
-    keeping: entered around the writing of `discarded`. Says which rows up to `step` are missing.
+    Logs which rows up to `step` are missing. keeping: context around the write to `discarded`.
     """
     lines = _read(path)
     firsts: dict[int, int] = {}
-    for place, (_, row) in enumerate(lines):
+    for index, (_, row) in enumerate(lines):
         if row is not None and row["step"] <= step:
-            firsts.setdefault(row["step"], place)
+            firsts.setdefault(row["step"], index)
     kept = {*firsts.values()}
-    good = [place in kept for place in range(len(lines))]
-    void = [line.rstrip(b"\n") + b"\n" for (line, _), is_good in zip(lines, good, strict=True) if not is_good]
+    good = [index in kept for index in range(len(lines))]
+    discarded_lines = [
+        line.rstrip(b"\n") + b"\n" for (line, _), is_good in zip(lines, good, strict=True) if not is_good
+    ]
     broken = [number for number, (_, row) in enumerate(lines[:-1], start=1) if row is None]
     if broken:
         log.warning("%s, line %s: no row of metrics; moved to %s", path, ", ".join(map(str, broken)), discarded.name)
-    if void:
+    if discarded_lines:
         with keeping or nullcontext(), discarded.open("ab") as stream:
-            stream.writelines(void)
+            stream.writelines(discarded_lines)
         _keep(path, [line for line, _ in lines], good)
     _report_gaps(path, {row["step"] for _, row in lines if row is not None}, step)
 
 
 def _keep(path: Path, lines: Sequence[bytes], good: Sequence[bool]) -> None:
-    """Leave the good lines, in a file of a new number: readers see that it is another one.
+    """Keep the good lines, in a new inode: readers then see that the file was replaced.
 
-    On a full disk what is void at the end is cut off, which takes no space; readers leave out what is no row before it.
+    On a full disk only the discarded end is cut off, which takes no space; readers skip bad lines before it.
     """
     try:
         replace_file(path, b"".join(line for line, is_good in zip(lines, good, strict=True) if is_good))
     except OSError:
-        end = max((place for place, is_good in enumerate(good, start=1) if is_good), default=0)
+        end = max((number for number, is_good in enumerate(good, start=1) if is_good), default=0)
         os.truncate(path, sum(map(len, lines[:end])))
         sync_file(path)
 
 
 def _report_gaps(path: Path, steps: Set[int], last: int) -> None:
-    """Say which rows are missing between the first one and `last`, the step that the run resumes from."""
+    """Log which rows are missing between the first one and `last`, the step that the run resumes from."""
     missing = [step for step in range(min(steps, default=last), last + 1) if step not in steps]
     if steps and missing:
         log.warning(
@@ -150,3 +153,97 @@ def _report_gaps(path: Path, steps: Set[int], last: int) -> None:
             "the disk",
             path, len(missing), last, missing[0], missing[-1],
         )  # fmt: skip
+
+
+class MetricsReader:
+    """Follows a metrics.jsonl that may be growing, and that a resume or a rollback rewrites shorter.
+
+    keep: the columns to hold, all by default. names: every column seen, kept or not.
+    """
+
+    def __init__(self, path: Path, *, keep: Collection[str] | None = None) -> None:
+        self._path, self._keep = path, None if keep is None else {"step", *keep}
+        # Kept open: while it is, a file that replaces this one cannot get its inode number.
+        self._stream: BinaryIO | None = None
+        self._offset = 0
+        self.rows: list[Metrics] = []
+        self.names: dict[str, None] = {}
+
+    def update(self) -> int:
+        """Read new lines; returns the index of the first new row.
+
+        The index is less than the number of rows known before if the run rolled back. Raises UserError for a
+        line that is no row.
+        """
+        known = len(self.rows)
+        if self._is_same_file():
+            self._read()
+            return known
+        before, self.rows = self.rows, []
+        self._open()
+        self._read()
+        pairs = zip(before, self.rows, strict=False)
+        return next((index for index, (old, new) in enumerate(pairs) if old != new), min(known, len(self.rows)))
+
+    def _is_same_file(self) -> bool:
+        """Whether the path still names the open file, and the file is no shorter than what was read."""
+        if self._stream is None:
+            return False
+        try:
+            named, opened = self._path.stat(), os.fstat(self._stream.fileno())
+        except OSError:
+            return False
+        return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino) and named.st_size >= self._offset
+
+    def _open(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        self._offset = 0
+        try:
+            self._stream = open_regular(self._path)
+        except FileNotFoundError:
+            self._stream = None
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be read ({error.strerror})") from error
+
+    def _read(self) -> None:
+        """Read whole lines from `_offset`; an incomplete last line is left for the next update."""
+        if self._stream is None:
+            return
+        self._stream.seek(self._offset)
+        for line in self._stream:
+            if not line.endswith(b"\n"):
+                break
+            row = _parse(line)
+            if row is None:
+                raise UserError(f"{self._path}, line {len(self.rows) + 1}: is no row of metrics; was the file edited?")
+            self._offset += len(line)
+            self.names.update(dict.fromkeys(row))
+            self.rows.append(row if self._keep is None else {k: row[k] for k in row if k in self._keep})
+
+
+def last_row(path: Path) -> Metrics | None:
+    """The last whole row of a metrics.jsonl, without reading the rest."""
+    return next((row for line in reversed(last_lines(path)) if (row := _parse(line.encode()))), None)
+
+
+def last_lines(path: Path, *, size: int = 1 << 17) -> list[str]:
+    """The whole lines in the last `size` bytes of a text file; empty if there is no file."""
+    try:
+        with open_regular(path) as stream:
+            end = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, end - size))
+            lines = stream.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return []
+    return lines[1:] if end > size else lines
+
+
+def _parse(line: bytes) -> Metrics | None:
+    """A row, parsed three times as fast as `_row` does, but not for names with lone surrogates."""
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return row if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None

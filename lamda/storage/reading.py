@@ -1,4 +1,4 @@
-"""Reading what a run wrote: a disk or a file server that fails says nothing about what is in a file."""
+"""Errors when reading the files of a run: a failing disk or file server does not mean that a file is damaged."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from lamda.config.errors import RunError
 
 
 class UnreadableError(RunError):
-    """A file that cannot be read now: another try may find it readable (exit code 1)."""
+    """A file cannot be read now; a retry may succeed (exit code 1)."""
 
 
 def unreadable(path: Path, reason: str) -> UnreadableError:
-    """The error that names a file of a run, and what to do about it."""
+    """The error for a file of a run, with advice."""
     return UnreadableError(
         f"{path}: cannot be read now ({reason}). Nothing was changed: make it readable and start again. If it belongs "
-        "to a checkpoint that is lost, move that checkpoint's folder elsewhere, and the one before it is taken"
+        "to a checkpoint that is lost, move its folder elsewhere to use the checkpoint before it"
     )
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raises UnreadableError for an OSError in it; FileNotFoundError, which says that nothing is there, stays."""
+    """Turns OSError into UnreadableError, except FileNotFoundError."""
     try:
         yield
     except FileNotFoundError:

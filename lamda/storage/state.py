@@ -1,4 +1,4 @@
-"""What must survive a restart, in one small object. No random state is among it."""
+"""The state of a run that must survive a restart, without random state."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from lamda.storage.reading import reading
 class RunState:
     """The run after `step` finished steps.
 
-    updates: steps that changed the weights (a refused one did not). consumed: place in the order of
-    samples. samples: cumulative rows. tokens: cumulative targets that had a loss. skipped: windows [from, to)
-    of the order that are jumped over. rollbacks: how often the run went back. order: the windows of each source
-    that the next samples are in. fingerprint: what the order depends on. wandb_id: the run's one id in Weights &
-    Biases.
+    updates: steps that changed the weights, without skipped steps. consumed: position in the data order.
+    samples: cumulative rows. tokens: cumulative target tokens with a loss. skipped: skipped sample ranges [from, to).
+    rollbacks: their number. order: the windows of each source that contain the next samples. fingerprint: the
+    settings and text that the data order depends on. wandb_id: the id of the run in Weights & Biases.
     """
 
     step: int = 0
@@ -36,7 +35,7 @@ class RunState:
     wandb_id: str | None = None
 
     def after(self, *, consumed: int, rows: int, updated: bool) -> RunState:
-        """The state one step later; its targets are added when they are known (`with_targets`)."""
+        """The state one step later; `with_targets` adds its tokens once they are known."""
         return replace(
             self,
             step=self.step + 1,
@@ -46,7 +45,7 @@ class RunState:
         )
 
     def with_targets(self, targets: int) -> RunState:
-        """The state with the targets of a step that had a loss."""
+        """The state plus the target tokens of a step."""
         return replace(self, tokens=self.tokens + targets)
 
     def write(self, path: Path) -> None:
@@ -56,15 +55,15 @@ class RunState:
 
     @classmethod
     def read(cls, path: Path) -> RunState:
-        """Load what `write` saved. Raises UserError where the file holds anything else, and UnreadableError."""
+        """Load what `write` saved. Raises UserError for other content, and UnreadableError."""
         try:
             with reading(path):
                 values = read_object(path)
             values["skipped"] = tuple((int(first), int(last)) for first, last in values["skipped"])
-            values.pop("cursors", None)  # of format 1, whose order this version does not continue (`resume`)
+            values.pop("cursors", None)  # of format 1, whose data order this version cannot resume
             values["order"] = tuple(map(SourceOrder.from_json, values.get("order", ())))
             return cls(**values)
         except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
-                f"{path}: is no state of a run of this version ({error}); the version that wrote it can resume from it"
+                f"{path}: is not a run state of this version ({error}); resume with the version that wrote it"
             ) from error

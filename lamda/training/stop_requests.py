@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from lamda.best_effort import BestEffort
 from lamda.distributed import Launcher, World, on_main
-from lamda.storage.run_directory import RunDirectory
+from lamda.storage.run_directory import STARTING, RunDirectory
 
 STOP_EXIT = 75
 """Exit code of a run that stopped on request and can be continued (EX_TEMPFAIL)."""
@@ -30,8 +30,6 @@ INTERRUPT_EXIT = 130
 """Exit code of a run that Ctrl-C ended before its first step, or for the second time."""
 ENDS = {"finished": 0, "preempted": STOP_EXIT, "failed": 1}
 """How a start can end, and its exit code."""
-STARTING = "starting"
-"""The phase of a running status before the first step; the number of steps is not known yet."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 

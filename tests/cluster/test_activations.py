@@ -6,7 +6,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lamda.cluster.activations import RECOMPUTE, TILE, WIDE_ROWS, activations, recomputed_flops
+from lamda.cluster.memory import RECOMPUTE, TILE, WIDE_ROWS, activations, recomputed_flops
 from lamda.config import ModelConfig
 from lamda.model import LaMDA, decoder
 from lamda.model.attention import sdpa

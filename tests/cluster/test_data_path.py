@@ -2,8 +2,8 @@
 
 import pytest
 
-from lamda.cluster import data_path
-from lamda.cluster.data_path import data_rates, loader_bytes
+from lamda.cluster import estimates
+from lamda.cluster.estimates import data_rates, loader_bytes
 from lamda.config.schema import Config
 from lamda.data import corpus, partitioning, windows
 from lamda.data.corpus import open_corpus, packing_of
@@ -17,8 +17,8 @@ def a_config(batch, **data):
 
 
 def test_the_constants_are_those_of_the_data():
-    assert (data_path.FEWEST, data_path.MOST) == (partitioning.WHOLE_FILES, partitioning.MOST)
-    assert (data_path.FIRST_TOKENS, data_path.WINDOW_ROWS) == (windows.FIRST_TOKENS, corpus.WINDOW_ROWS)
+    assert (estimates.MIN_LANES, estimates.MAX_LANES) == (partitioning.WHOLE_FILES, partitioning.MOST)
+    assert (estimates.FIRST_TOKENS, estimates.WINDOW_ROWS) == (windows.FIRST_TOKENS, corpus.WINDOW_ROWS)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7, 128])

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamda.cluster.disk import SPAN, block_bytes, checkpoint_bytes, checkpoints, is_streamed, text_bytes
+from lamda.cluster.estimates import SPAN, block_bytes, checkpoint_bytes, checkpoints, is_streamed, text_bytes
 from lamda.config import Config
 from lamda.data import blocks
 from tests.conftest import make_text, write_shard

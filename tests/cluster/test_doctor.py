@@ -55,7 +55,7 @@ def test_python_is_the_tested_one_or_a_warning_names_it(subject, monkeypatch):
     assert software.python(subject).level == "ok"
     monkeypatch.setattr(software, "tested_python", lambda: "3.9")
     assert software.python(subject).level == "warning"
-    assert "tested is 3.9" in software.python(subject).text
+    assert "tested with 3.9" in software.python(subject).text
 
 
 def test_packages_are_judged_by_what_the_project_needs_and_what_was_tested(subject, monkeypatch):
@@ -65,15 +65,15 @@ def test_packages_are_judged_by_what_the_project_needs_and_what_was_tested(subje
     assert software.packages(subject).level == "ok"
     versions["numpy"] = "2.4.0"
     assert software.packages(subject) == warning(
-        f"numpy 2.4.0 (tested is {tested['numpy']})", f"{software.INSTALL} gives the tested versions"
+        f"numpy 2.4.0 (tested with {tested['numpy']})", f"{software.INSTALL} installs the tested versions"
     )
     versions["torch"] += "+cpu"
     assert "torch" not in software.packages(subject).text, "a build for another device is the same version"
     versions |= {"deepspeed": "0.19.7", "einops": None}
     found = software.packages(subject)
     assert found.level == "failure"
-    assert "deepspeed==0.19.8 is needed, 0.19.7 is here" in found.text
-    assert re.search("einops.* is needed, it is not here", found.text)
+    assert "deepspeed==0.19.8 is needed, 0.19.7 is installed" in found.text
+    assert re.search("einops.* is needed, it is not installed", found.text)
 
 
 def test_a_driver_whose_gpus_torch_does_not_see_is_a_failure_and_no_gpu_a_warning(subject, monkeypatch):
@@ -92,9 +92,9 @@ def test_a_gpu_that_is_missing_or_shared_is_named(subject, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (79e9, 80e9))
     assert hardware.gpu(subject) == ok(f"H9, driver 570.1, CUDA {torch.version.cuda}, NCCL 2.30.1, 80 GB")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (40e9, 80e9))
-    assert "40 of 80 GB are taken" in hardware.gpu(subject).text
+    assert "40 of 80 GB are in use" in hardware.gpu(subject).text
     second = Subject(subject.config, World(rank=1, local_rank=1, size=4, local_size=2), subject.device)
-    assert "the 1 that torch sees" in hardware.gpu(second).text
+    assert "torch sees 1" in hardware.gpu(second).text
 
 
 def test_a_device_that_multiplies_wrongly_is_a_failure(subject, monkeypatch):
@@ -110,7 +110,7 @@ def test_one_core_for_two_ranks_is_a_warning(subject, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
     assert hardware.cores(subject).level == "ok"
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    assert hardware.cores(subject).text.startswith("1 for 2 ranks of this node; each wants 3")
+    assert hardware.cores(subject).text.startswith("1 for 2 ranks on this node; each needs 3")
 
 
 def test_a_containers_small_shared_memory_is_a_failure_for_gpus_alone(subject, monkeypatch):
@@ -176,7 +176,7 @@ def test_text_that_is_missing_or_cut_off_is_a_failure(subject, tmp_path):
 
 
 def test_a_server_that_never_answers_does_not_hold_up_the_doctor(subject, monkeypatch):
-    monkeypatch.setattr(environment, "PATIENCE", 0.1)
+    monkeypatch.setattr(environment, "TIMEOUT_SECONDS", 0.1)
     monkeypatch.setattr("lamda.data.corpus.open_corpus", lambda _: time.sleep(30))
     assert environment.data(subject) == failure("no answer for 0.1 s", environment.data(subject).advice)
 
@@ -212,7 +212,7 @@ def test_wandb_is_asked_only_where_the_run_will_and_never_fails_it(subject, monk
     threading.Thread(target=server.handle_request, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr("lamda.training.wandb_logger.sign_in", lambda: address)
-    assert environment.weights_and_biases(online) == ok(f"{address} answers, and there is a key for it")
+    assert environment.weights_and_biases(online) == ok(f"{address} is reachable, and an API key is set")
     server.server_close()
     assert environment.weights_and_biases(online).level == "warning"
 
@@ -242,7 +242,8 @@ def test_the_odd_rank_is_named():
 
 def test_a_clock_that_is_off_is_named():
     assert ranks.clocks([100.0, 100.2, 100.1, 100.0], PLACES) == ok("all within 0.2 s")
-    assert ranks.clocks([100.0, 100.0, 110.0, 100.0], PLACES).text == "rank 2 (host h1) is +10.0 s from the others"
+    late = ranks.clocks([100.0, 100.0, 110.0, 100.0], PLACES)
+    assert late.text == "rank 2 (host h1) differs by +10.0 s from the others"
     assert ranks.clocks([100.0, 100.0, 10.0, 100.0], PLACES).level == "failure"
 
 

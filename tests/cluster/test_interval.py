@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lamda.cluster.interval import best_interval, lost_share, seconds_between_failures
+from lamda.cluster.estimates import best_interval, lost_share, seconds_between_failures
 
 
 def test_failures_come_as_often_as_llama_3_tells():

@@ -10,9 +10,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from lamda.cluster.communication import traffic
-from lamda.cluster.memory import STEP, Setting, by_phase, items, model_states, optimizer_state, parameter_sizes
-from lamda.cluster.sharding import Sharding
+from lamda.cluster.memory import STEP, MemorySetting, by_phase, items, model_states, optimizer_state, parameter_sizes
+from lamda.cluster.zero import Sharding, traffic
 from lamda.config import Config, ModelConfig
 from lamda.engines.deepspeed.checkpoint import state_sizes
 from tests.cluster.memory_worker import ACCUMULATION, LENGTH
@@ -52,7 +51,7 @@ def measure(preset, folder, *, timeout=900):
 def expected(preset, case):
     """The same figures by closed forms."""
     sharding = Sharding.of(deepspeed_of(preset, case), ranks=RANKS)
-    setting = Setting(ModelConfig(preset=preset), sharding, rows=1, length=LENGTH, accumulation=ACCUMULATION)
+    setting = MemorySetting(ModelConfig(preset=preset), sharding, rows=1, length=LENGTH, accumulation=ACCUMULATION)
     found = items(setting)
     named = {item.name: item.bytes for item in found}
     sent = traffic(parameter_sizes(setting.model), sharding, accumulation=ACCUMULATION)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lamda.cluster.devices import DEVICES
+from lamda.cluster.estimates import DEVICES
 from lamda.cluster.memory import parameter_sizes
 from lamda.cluster.plan import Machine, main, plan
 from lamda.config import Config, ModelConfig
@@ -46,8 +46,8 @@ def test_parameters_are_exactly_those_of_the_module(preset):
         sizes = [parameter.numel() for parameter in LaMDA(config.model).parameters()]
     assert parameter_sizes(config.model) == sizes
     told = plan(config, Machine())
-    assert told["parameters"] == sum(told["parameters_by_part"].values()) == sum(sizes)
-    assert told["parameters"] == TOTALS.get(preset, told["parameters"])
+    assert told.parameters == sum(told.parameters_by_part.values()) == sum(sizes)
+    assert told.parameters == TOTALS.get(preset, told.parameters)
 
 
 def test_the_flops_of_the_2b_are_those_that_pytorch_counts_less_the_half_of_attention_that_causality_hides():
@@ -58,17 +58,17 @@ def test_the_flops_of_the_2b_are_those_that_pytorch_counts_less_the_half_of_atte
             nats, _ = cross_entropy(LaMDA(model)(ids), ids)
             nats.backward()
     hidden = model.n_layers * 3 * 2 * length * model.n_heads * model.d_head
-    told = plan(a_config(model={"preset": "2b"}), Machine())["flops_per_token"]
+    told = plan(a_config(model={"preset": "2b"}), Machine()).flops_per_token
     assert told == pytest.approx(counter.get_total_flops() / length - hidden, rel=1e-9)
 
 
 def test_the_batch_arithmetic_of_a_small_run():
     train = {"tokens": 1001, "global_batch_size": 12, "micro_batch_size": 2}
     told = plan(a_config(data={"sequence_length": 10}, train=train), Machine(gpus=3))
-    assert told["gradient_accumulation"] == 2
-    assert told["tokens_per_step"] == 120
-    assert (told["steps"], told["tokens"]) == (9, 1080)
-    assert told["flops"] == told["flops_per_token"] * 1080
+    assert told.gradient_accumulation == 2
+    assert told.tokens_per_step == 120
+    assert (told.steps, told.tokens) == (9, 1080)
+    assert told.flops == told.flops_per_token * 1080
 
 
 @pytest.mark.parametrize(
@@ -174,13 +174,13 @@ def test_a_model_that_no_setting_makes_fit_is_said_to_be_one(planned):
 def test_offloading_is_said_not_to_be_counted(tmp_path):
     own = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     (tmp_path / "ds.json").write_text(json.dumps(own))
-    (warning,) = plan(a_config(deepspeed={"config": str(tmp_path / "ds.json")}), Machine())["warnings"]
+    (warning,) = plan(a_config(deepspeed={"config": str(tmp_path / "ds.json")}), Machine()).warnings
     assert "zero_optimization.offload_optimizer" in warning
 
 
 def test_adapters_are_said_not_to_be_counted():
     config = a_config(model={"preset": "tiny", "weights": "runs/tiny"}, train={"steps": 1, "lora_rank": 4})
-    (warning,) = plan(config, Machine(gpu="h100"))["warnings"]
+    (warning,) = plan(config, Machine(gpu="h100")).warnings
     assert warning.startswith("train.lora_rank 4: this plan counts a run that trains all weights")
 
 

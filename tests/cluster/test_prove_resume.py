@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lamda.cluster.compare import Difference, compare_checkpoints, compare_runs, optimiser_state_of, weights_of
+from lamda.cluster.compare import FirstDifference, compare_checkpoints, compare_runs, optimiser_state_of, weights_of
 from lamda.cluster.prove_resume import Proof, Trial, choose_ranks, main, rounding_hint, table
 from lamda.config import Config
 from lamda.config.errors import UserError
@@ -101,7 +101,7 @@ def test_zeros_of_another_sign_are_not_equal(tmp_path):
         return lambda step, tensors: tensors["embedding|exp_avg"].fill_(sign * 0.0)
 
     runs = [make_run(tmp_path / str(sign), change=with_zero(sign)) for sign in (1, -1)]
-    assert differing(compare_runs(*runs)) == {"optimiser state": Difference(2, 0.0)}
+    assert differing(compare_runs(*runs)) == {"optimiser state": FirstDifference(2, 0.0)}
 
 
 @pytest.mark.parametrize("spoil", ["nan", "dtype", "name", "shape"])
@@ -137,14 +137,14 @@ def test_columns_part_at_the_first_step_that_differs(straight, tmp_path):
     rows[3]["loss"] += 0.5
     rows[5]["loss"] = None
     found = differing(compare_runs(straight, make_run(tmp_path / "other", rows=rows)))
-    assert found == {"samples": Difference(3), "loss": Difference(4, pytest.approx(0.5))}
+    assert found == {"samples": FirstDifference(3), "loss": FirstDifference(4, pytest.approx(0.5))}
 
 
 @pytest.mark.parametrize("lost", [0, 3, 5])
 def test_a_missing_row_differs(straight, tmp_path, lost):
     rows = [{"step": step, "loss": None, "batch_digest": "x"} for step in range(1, 7)]
     runs = [make_run(tmp_path / "all", rows=rows), make_run(tmp_path / "fewer", rows=rows[:lost] + rows[lost + 1 :])]
-    expected = {"loss": Difference(lost + 1), "samples": Difference(lost + 1)}
+    expected = {"loss": FirstDifference(lost + 1), "samples": FirstDifference(lost + 1)}
     assert differing(compare_runs(*runs)) == differing(compare_runs(*reversed(runs))) == expected
 
 
@@ -161,7 +161,7 @@ def test_state_of_another_framework_is_an_error_and_not_equal_to_its_like(tmp_pa
     for folder in (run.checkpoints / f"step-{step:08d}" for run in runs for step in (2, 4, 6)):
         next(folder.glob("optimizer-*")).unlink()
         (folder / "manifest.json").write_text(json.dumps({"framework": "flax", "files": {}}))
-    with pytest.raises(UserError, match=r"holds no optimiser state of DeepSpeed \(flax\)"):
+    with pytest.raises(UserError, match=r"has no optimizer state of DeepSpeed \(flax\)"):
         compare_runs(*runs)
 
 
@@ -205,7 +205,7 @@ def test_without_a_gpu_there_are_two_ranks(monkeypatch):
     [
         (["--ranks", "3"], "cannot share 2 micro-batches"),
         (["--ranks", "2", "--others", "5"], "cannot share 2 micro-batches"),
-        (["--ranks", "2", "--others", "2"], "name another number"),
+        (["--ranks", "2", "--others", "2"], "give another number"),
         (["--ranks", "0"], "at least 1 rank"),
         (["--ranks", "2", "--steps", "3"], "at least 4 steps"),
         (["--ranks", "2", "--train.stepz", "3"], "did you mean 'train.steps'"),
@@ -218,7 +218,7 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path, flags, told):
 
 
 def test_the_table_has_a_line_for_each_thing_and_a_column_for_each_resumed_run():
-    found = {"loss": None, "weights": Difference(6, 1.25e-7), "samples": Difference(3)}
+    found = {"loss": None, "weights": FirstDifference(6, 1.25e-7), "samples": FirstDifference(3)}
     trials = [Trial(2, 4, "step-00000003", dict.fromkeys(found)), Trial(1, 7, "step-00000006", found)]
     assert table(2, trials).splitlines() == [
         "killed on 2 ranks, resumed  on 2 ranks  on 1 rank",
@@ -238,10 +238,10 @@ def trial_of(ranks, **differences):
 @pytest.mark.parametrize(
     ("micro_batches", "trials", "hinted"),
     [
-        (4, [trial_of(2), trial_of(1, weights=Difference(6, 1e-7))], True),
-        (2, [trial_of(2), trial_of(1, weights=Difference(6, 1e-7))], False),
-        (4, [trial_of(2, weights=Difference(6, 1e-7)), trial_of(1)], False),
-        (4, [trial_of(2), trial_of(1, samples=Difference(3), weights=Difference(6, 1e-7))], False),
+        (4, [trial_of(2), trial_of(1, weights=FirstDifference(6, 1e-7))], True),
+        (2, [trial_of(2), trial_of(1, weights=FirstDifference(6, 1e-7))], False),
+        (4, [trial_of(2, weights=FirstDifference(6, 1e-7)), trial_of(1)], False),
+        (4, [trial_of(2), trial_of(1, samples=FirstDifference(3), weights=FirstDifference(6, 1e-7))], False),
         (4, [trial_of(2), trial_of(1)], False),
     ],
 )
@@ -251,7 +251,12 @@ def test_only_what_another_order_of_sums_explains_is_explained_by_it(micro_batch
 
 @pytest.mark.parametrize(
     ("difference", "more", "code", "kept"),
-    [(None, [], 0, 0), (None, ["--keep"], 0, 1), (Difference(6, 0.5), [], 1, 1), (Difference(6), ["--json"], 1, 1)],
+    [
+        (None, [], 0, 0),
+        (None, ["--keep"], 0, 1),
+        (FirstDifference(6, 0.5), [], 1, 1),
+        (FirstDifference(6), ["--json"], 1, 1),
+    ],
 )
 def test_what_differs_is_kept_and_ends_with_1(tmp_path, monkeypatch, capfd, difference, more, code, kept):
     monkeypatch.setattr(Proof, "run", lambda *_: [trial_of(1, weights=difference)])
@@ -272,4 +277,4 @@ def test_a_run_that_fails_shows_the_end_of_its_log_and_stays(tmp_path, monkeypat
         main(flags)
     (folder,) = tmp_path.iterdir()
     assert (folder / "straight.log").exists()
-    assert "run 1 of 3: straight on 2 ranks" in capfd.readouterr().err
+    assert "run 1 of 3: uninterrupted on 2 ranks" in capfd.readouterr().err

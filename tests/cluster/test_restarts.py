@@ -61,7 +61,7 @@ def test_a_failure_starts_again_until_three_restarts_brought_no_newer_checkpoint
     assert [start(**fail) for _ in range(2)] == [REQUEUE_EXIT] * 2
     assert start(**fail, saved=200) == REQUEUE_EXIT
     assert [start(**fail) for _ in range(3)] == [REQUEUE_EXIT, REQUEUE_EXIT, 1]
-    assert "no checkpoint newer than step 200: rank 1: died" in capsys.readouterr().out
+    assert "without a checkpoint newer than step 200: rank 1: died" in capsys.readouterr().out
 
 
 def test_a_start_that_never_came_to_the_run_is_not_judged_by_the_status_before_it(start):

@@ -40,7 +40,7 @@ def test_everything_wrong_is_told_at_once_with_line_and_nearest_key(refuse):
     ) == [
         "3: cluster.ranks_per_nod: there is no such key; did you mean 'cluster.ranks_per_node'?",
         "5: slurm.partitoin: there is no such key; did you mean 'slurm.partition'?",
-        "6: slurm.time: '1 day' is no time of SLURM's; write minutes, hours:minutes:seconds or days-hours",
+        "6: slurm.time: '1 day' is not a SLURM time; write minutes, hours:minutes:seconds or days-hours",
         "7: slurm.options: --requeue is set by `lamda submit` itself",
         "8: slrm: there is no such section; did you mean 'slurm'?",
     ]
@@ -48,20 +48,20 @@ def test_everything_wrong_is_told_at_once_with_line_and_nearest_key(refuse):
 
 def test_a_key_of_another_scheduler_would_be_read_by_nobody(refuse):
     told = refuse("cluster:\n  scheduler: slurm\nkubernetes:\n  image: x\n")
-    assert told == ["4: kubernetes.image: is not read for scheduler slurm; take it out"]
+    assert told == ["4: kubernetes.image: is not read for scheduler slurm; remove it"]
 
 
 def test_a_scheduler_says_what_it_needs(refuse):
     told = refuse("cluster:\n  scheduler: kubernetes\nkubernetes:\n  image: x\n")
-    assert told == ["3: kubernetes.claim: is needed for scheduler kubernetes"]
+    assert told == ["3: kubernetes.claim: is required for scheduler kubernetes"]
     told = refuse("cluster:\n  scheduler: hostfile\n")
-    assert told == [" hostfile.hosts: is needed for scheduler hostfile"]
+    assert told == [" hostfile.hosts: is required for scheduler hostfile"]
     assert refuse("slurm: {qos: a}\n")[0].startswith(" cluster.scheduler: ")
 
 
 def test_a_host_that_stands_there_twice_would_be_two_nodes_to_deepspeed(refuse):
     told = refuse("cluster: {scheduler: hostfile}\nhostfile: {hosts: [a, b, a]}\n")
-    assert told == ["2: hostfile.hosts: a stands there twice"]
+    assert told == ["2: hostfile.hosts: a is listed twice"]
 
 
 def test_a_file_that_is_not_there_names_those_that_are():

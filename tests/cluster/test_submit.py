@@ -10,7 +10,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api import models
 
-from lamda.cluster.environment import passed_on
+from lamda.cluster.job import passed_on
 from lamda.cluster.submit import main
 from lamda.config.errors import UserError
 
@@ -148,7 +148,7 @@ def test_the_manifest_is_one_that_kubeflows_own_models_read_whole(submit, monkey
 
 
 def test_a_secret_without_a_place_is_refused_for_kubernetes(submit):
-    with pytest.raises(UserError, match=r"HF_TOKEN, WANDB_API_KEY, https_proxy: a manifest holds no secrets"):
+    with pytest.raises(UserError, match=r"HF_TOKEN, WANDB_API_KEY, https_proxy: not allowed in a manifest"):
         submit("kubernetes", site="kubernetes: {image: i, claim: c}")
 
 
@@ -165,7 +165,7 @@ def test_everything_wrong_is_told_before_anything_is_submitted(submit):
     with pytest.raises(UserError) as error:
         submit("slurm", "--nodes", "3", site="slurm: {time: 3}")
     assert "24 ranks cannot share 16 micro-batches" in str(error.value)
-    assert "; with 8 ranks a node, --nodes 1 or --nodes 2" in str(error.value)
+    assert "; with 8 ranks per node, --nodes 1 or --nodes 2" in str(error.value)
     assert "slurm.time 3: the run stops 180 s before its limit" in str(error.value)
 
 

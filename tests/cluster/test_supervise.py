@@ -56,8 +56,8 @@ def command(run, code):
     return [sys.executable, "-S", "-c", PRELUDE.format(run=str(run.path)) + code]
 
 
-def supervise(run, code, *, signals=(), patience=0.2):
-    return Supervisor(command(run, code), run, signals, pause=0.01, patience=patience).supervise()
+def supervise(run, code, *, signals=(), orphan_seconds=0.2):
+    return Supervisor(command(run, code), run, signals, pause=0.01, orphan_seconds=orphan_seconds).supervise()
 
 
 def starts(run):
@@ -103,7 +103,7 @@ status("finished", step=60)
     told = capfd.readouterr().out.splitlines()
     assert [line for line in told if "restart" in line] == [
         "supervise: restart 1 from step 20 in 0.01 s: ValueError: bad luck (exit code 1)",
-        "supervise: restart 2 from step 20 in 0.02 s: it ended without a word, signal SIGKILL",
+        "supervise: restart 2 from step 20 in 0.02 s: ended without a reason, signal SIGKILL",
     ]
     assert told[-1] == "supervise: finished, 60 steps"
 
@@ -116,7 +116,7 @@ save({1: 10, 2: 10, 3: 20, 4: 15}.get(start, 20)); status("failed", reason="disk
     # The first start and the third bring a newer one; three restarts after the third do not.
     assert starts(run) == 3 + 3
     told = capfd.readouterr().err
-    assert all(word in told for word in ("given up", "step 20", "disk", "train.log", "hang"))
+    assert all(word in told for word in ("gave up", "step 20", "disk", "train.log", "hang"))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_what_is_not_a_failure_is_passed_on_and_not_started_again(run, code, exp
 def test_it_says_that_a_refused_run_is_not_started_again(run, capfd):
     assert supervise(run, "status('failed', reason='data.files: no file matches'); sys.exit(2)") == 2
     said = capfd.readouterr().err
-    assert "not started again, for it would be refused again: data.files: no file matches (exit code 2)" in said
+    assert "not restarted, it would fail again: data.files: no file matches (exit code 2)" in said
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_a_rank_may_take_its_time_to_save_when_it_was_asked(run):
     rank = PRELUDE.format(run=str(run.path)) + "time.sleep(0.8); status('preempted', step=5)"
     with signalled(run, signal.SIGTERM) as signals:
         code = f"apart({rank!r}); status('running'); signal.pause()"
-        assert supervise(run, code, signals=signals, patience=0) == 75
+        assert supervise(run, code, signals=signals, orphan_seconds=0) == 75
     assert run.read_status()["step"] == 5
 
 
@@ -251,7 +251,7 @@ def test_a_signal_during_the_pause_ends_the_waiting(run, capfd):
     assert supervisor.supervise() == 75
     timer.join()
     assert starts(run) == 1, "after its pause it would start again"
-    assert "not started again" in capfd.readouterr().out
+    assert "not restarted" in capfd.readouterr().out
 
 
 def test_nothing_of_a_failed_run_is_left_when_it_starts_again(run):
@@ -286,7 +286,7 @@ if start == 1:
 (run / "latest").write_text((run / "checkpoints" / "LATEST").read_text())
 status('finished', step=10)
 """
-    assert supervise(run, code, patience=5) == 0
+    assert supervise(run, code, orphan_seconds=5) == 0
     assert (run.path / "latest").read_text() == "step-00000009"
 
 
@@ -332,8 +332,8 @@ def test_the_run_directory_is_known_from_the_commands_own_flags(run):
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        ([], "behind --"),
-        (["--"], "behind --"),
+        ([], "after --"),
+        (["--"], "after --"),
         (["--", "python", "train.py"], "--run DIR"),
         (["--", "python", "train.py", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--run", "run", "--", "/no/such/program"], "cannot be started"),

@@ -11,7 +11,7 @@ from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.runs import checkpoint_diff, checkpoint_ls, checkpoint_show, checkpoint_verify
 from lamda.runs.checkpoints import find_checkpoint, find_checkpoints
-from lamda.storage import commit
+from lamda.storage import commit, manifest
 from tests.runs.conftest import save_checkpoint
 
 
@@ -46,7 +46,7 @@ def test_a_name_is_a_checkpoint_a_run_or_a_step_of_a_run(run):
 @pytest.mark.parametrize("name", ["run@7", "run@x", "nowhere", "nowhere@5", "run/checkpoints/step-00000099"])
 def test_a_name_of_nothing_is_told(run, monkeypatch, name):
     monkeypatch.chdir(run.parent)
-    with pytest.raises(UserError, match=r"has no checkpoint of step|no checkpoint is here"):
+    with pytest.raises(UserError, match=r"has no checkpoint of step|no checkpoint here"):
         find_checkpoint(name)
 
 
@@ -58,7 +58,7 @@ def test_ls_shows_every_checkpoint_and_which_stay_or_are_damaged(run, capsys):
     assert [each["step"] for each in found] == [5, 10, 15, 20]
     assert [each["kept"] for each in found] == [False, True, False, True]
     assert "model.safetensors has 5 bytes instead of" in found[0]["problem"]
-    assert (found[1]["problem"], found[3]["problem"]) == (None, "was set aside when the run went on")
+    assert (found[1]["problem"], found[3]["problem"]) == (None, "set aside when the run resumed")
     assert found[1]["bytes"] == sum(file.stat().st_size for file in checkpoint(run, 10).iterdir())
     assert 3600 <= found[2]["age_seconds"] < 3700
     assert checkpoint_ls.main([str(run)]) == 0
@@ -71,8 +71,8 @@ def test_ls_shows_every_checkpoint_and_which_stay_or_are_damaged(run, capsys):
 def test_ls_of_a_run_without_checkpoints_says_so(tmp_path, capsys):
     assert told(capsys, checkpoint_ls, tmp_path) == []
     checkpoint_ls.main([str(tmp_path)])
-    assert "no checkpoint is here" in capsys.readouterr().out
-    with pytest.raises(UserError, match="there is no such folder"):
+    assert "no checkpoint here" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no such folder"):
         checkpoint_ls.main([str(tmp_path / "none")])
 
 
@@ -88,7 +88,7 @@ def test_show_tells_state_tensors_and_what_was_configured(tmp_path, weights, cap
     text = capsys.readouterr().out
     for line in (
         "10",
-        "9 (1 steps refused)",
+        "9 (1 steps skipped)",
         "80 to 87",
         "55 in 5 tensors",
         "by 2 ranks, ZeRO stage 1",
@@ -155,14 +155,14 @@ def test_verify_finds_a_file_that_is_gone(run, capsys):
 
 
 def test_a_checkpoint_that_a_running_run_prunes_is_no_damage(run, monkeypatch, capsys):
-    original = commit.problem_of
+    original = manifest.problem_of
 
     def prune(path, **part):
         if path == checkpoint(run, 5) and path.exists():
             commit.remove(path)
         return original(path, **part)
 
-    monkeypatch.setattr(commit, "problem_of", prune)
+    monkeypatch.setattr(manifest, "problem_of", prune)
     verdicts = told(capsys, checkpoint_verify, run)
     assert [verdict["problem"] for verdict in verdicts] == ["pruned meanwhile", None, None]
 
@@ -229,7 +229,7 @@ def test_diff_tells_state_configuration_and_optimiser(tmp_path, weights, capsys)
     text = capsys.readouterr().out
     for line in (
         "weights: the same",
-        "optimiser state: different",
+        "optimizer state: different",
         "  train.lr: 0.001 and 0.002",
         "state: 1 keys differ",
     ):

@@ -12,7 +12,7 @@ from lamda.cli import main
 from lamda.config.help import to_yaml
 from lamda.config.schema import Config
 from lamda.runs.dashboard import build, specification
-from lamda.runs.panels import PANELS, SECTIONS, panel_of
+from lamda.runs.panels import GROUPS, PANELS, panel_of
 from tests.wandb_run import environment, forgotten
 from tests.wandb_server import WandbServer
 
@@ -21,7 +21,7 @@ COLUMNS = {
     "tokens_per_second": "Throughput", "mfu": "MFU", "model_flops_per_second": "Model FLOPs",
     "step_seconds": "Step time",
     "data_wait_seconds": "Data wait", "tokens/FreeLaw": "Tokens by domain", "grad_norm": "Gradient norm",
-    "skipped_steps": "Bad steps", "rollbacks": "Bad steps", "save_seconds": "Stalls by saves",
+    "skipped_steps": "Skipped steps", "rollbacks": "Skipped steps", "save_seconds": "Checkpoint stall time",
     "eval/loss": "Held-out loss", "eval/bits_per_byte": "Held-out bits per byte",
     "eval/loss/FreeLaw": "Held-out loss by domain", "eval/perplexity": "Perplexity of responses",
     "eval/hellaswag/acc": "Tasks and ratings", "eval/gsm8k/exact_match/strict-match": "Tasks and ratings",
@@ -86,9 +86,7 @@ def test_a_run_tells_the_project_and_flags_win(tmp_path, capsys):
     assert main(["dashboard", str(tmp_path), "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert told.startswith("team/ours: workspace 'LaMDA'")
-    assert [line for line in told.splitlines()[1:] if not line.startswith(" ")][:-1] == [
-        each.title for each in SECTIONS
-    ]
+    assert [line for line in told.splitlines()[1:] if not line.startswith(" ")][:-1] == [each.title for each in GROUPS]
     assert main(["dashboard", str(tmp_path), "--project", "theirs", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["section"]["panelBankConfig"]["sections"]) == 7
     assert main(["dashboard"]) == 2

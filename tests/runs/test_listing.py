@@ -68,15 +68,15 @@ def test_no_runs_are_said_to_be_none(tmp_path, capsys):
     assert main([str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == []
     assert main([str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"{tmp_path}: no run is here, nor 4 folders deep\n"
+    assert capsys.readouterr().out == f"{tmp_path}: no run here, or up to 4 levels below\n"
     with pytest.raises(UserError, match="no such folder"):
         main([str(tmp_path / "none")])
 
 
 def test_the_folder_is_runs_where_none_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="runs: there is no such folder"):
+    with pytest.raises(UserError, match="runs: no such folder"):
         main([])
     (tmp_path / "runs").mkdir()
     assert main([]) == 0
-    assert "runs: no run is here" in capsys.readouterr().out
+    assert "runs: no run here" in capsys.readouterr().out

@@ -151,4 +151,4 @@ def test_a_row_is_found_without_a_checkpoint_whose_manifest_is_damaged(tmp_path,
     assert "text.jsonl, line" in capsys.readouterr().out
     make_run(run.path, losses=[3.0], samples=2, tokens=32, batch_digest="0" * 16)
     assert main(["where", str(run.path), "--step", "1", "--row", "0"]) == 2
-    assert "not those of its batch_digest" in capsys.readouterr().err
+    assert "do not match its batch_digest" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from matplotlib.image import imread
 
 from lamda.config.errors import UserError
 from lamda.runs.curves import read_curves, smoothed
-from lamda.runs.plot import COLOURS, NOT_FINITE, draw, main
+from lamda.runs.plot import COLORS, NOT_FINITE, draw, main
 from lamda.storage.metrics import MetricsFile
 from tests.runs.conftest import make_run
 
@@ -65,10 +65,10 @@ def test_a_picture_has_a_panel_a_metric_and_a_colour_a_run(runs):
     panels = read_curves(runs, ["loss", "eval/loss"], x="step")
     figure = draw(panels, x="step", log=False, smooth=10)
     loss, evaluation = figure.axes
-    assert (loss.get_ylabel(), evaluation.get_xlabel()) == ("loss (nats a token)", "step")
+    assert (loss.get_ylabel(), evaluation.get_xlabel()) == ("loss (nats per token)", "step")
     drawn = {line.get_label(): line for line in loss.lines}
     assert drawn["first"].get_ydata() == pytest.approx(smoothed(panels["loss"][0].y, 10))
-    assert [drawn[name].get_color() for name in ("first", "second")] == list(COLOURS[:2])
+    assert [drawn[name].get_color() for name in ("first", "second")] == list(COLORS[:2])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "second"]
     (refused,) = (line for line in loss.lines if line.get_gid() == NOT_FINITE and line.get_xdata().size)
     assert refused.get_xdata().tolist() == [50]
@@ -82,7 +82,7 @@ def test_the_png_shows_every_run_in_its_colour(runs, tmp_path, capsys):
     assert main([*map(str, runs), "-o", str(file), "--metric", "loss", "tokens_per_second"]) == 0
     assert capsys.readouterr().out == f"{file}: loss\n{file}: tokens_per_second\n"
     picture = imread(file)[..., :3]
-    for colour in COLOURS[:2]:
+    for colour in COLORS[:2]:
         assert (np.abs(picture - to_rgb(colour)).max(axis=-1) < 0.02).sum() > 500
 
 
@@ -94,16 +94,16 @@ def test_the_suffix_decides_the_format(runs, tmp_path, suffix, begin):
 
 def test_a_run_without_the_metric_is_named(runs, tmp_path, capsys):
     main([*map(str, runs), "-o", str(tmp_path / "x.png"), "--metric", "eval/loss"])
-    assert capsys.readouterr().out == f"{tmp_path / 'x.png'}: eval/loss; without first, where it is not\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'x.png'}: eval/loss; missing in first\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["-o", "x.gif"], r"-o x.gif: pictures are .png, .svg, .pdf"),
-        (["-o", "x.png", "--smooth", "0"], "--smooth 0: a mean takes 1 point"),
+        (["-o", "x.gif"], r"-o x.gif: must end in .png, .svg, .pdf"),
+        (["-o", "x.png", "--smooth", "0"], "--smooth 0: must be at least 1"),
         (["-o", "x.png", "--metric", "los"], "--metric los: no run has it; did you mean 'loss'"),
-        (["-o", "x.png", "--metric", "name"], "--metric name: holds no numbers"),
+        (["-o", "x.png", "--metric", "name"], "--metric name: has values that are not numbers"),
         (["-o", "x.png", "--metric", "below", "--log"], "--log: below has no value above 0"),
         (["-o", "/none/x.png"], "-o /none/x.png: cannot be written"),
     ],
@@ -117,7 +117,7 @@ def test_what_cannot_be_drawn_is_told(tmp_path, monkeypatch, arguments, told):
 
 
 def test_a_folder_without_a_run_names_the_nearest(runs, tmp_path):
-    with pytest.raises(UserError, match=r"no run with a finished step is here; did you mean 'second'"):
+    with pytest.raises(UserError, match=r"no run with a finished step here; did you mean 'second'"):
         main([str(tmp_path / "secnd"), "-o", str(tmp_path / "x.png")])
 
 

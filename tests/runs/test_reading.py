@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from lamda.config.errors import UserError
 from lamda.config.help import to_yaml
 from lamda.config.schema import Config
-from lamda.runs import reading
-from lamda.runs.reading import Metrics, find_runs, last_lines, last_row, read_standing
+from lamda.storage import run_directory
 from lamda.storage.lock import STALE_SECONDS
-from lamda.storage.metrics import MetricsFile, read_metrics
-from lamda.storage.run_directory import RunDirectory
+from lamda.storage.metrics import MetricsFile, MetricsReader, last_lines, last_row, read_metrics
+from lamda.storage.run_directory import RunDirectory, find_runs, read_run_status
 from tests.runs.conftest import leave_lock, leave_status, make_run
 
 OURS, OTHERS, DEAD = os.getpid(), os.getppid(), None
@@ -48,7 +47,7 @@ def test_the_status_is_true_whatever_the_process_could_still_write(tmp_path, dea
         leave_status(directory, **status)
     if lock:
         leave_lock(directory, **{**lock, "process": lock["process"] or dead_process})
-    assert read_standing(directory).status == truth
+    assert read_run_status(directory).state == truth
 
 
 def test_a_run_that_ends_between_two_looks_has_not_died(tmp_path, monkeypatch):
@@ -58,27 +57,27 @@ def test_a_run_that_ends_between_two_looks_has_not_died(tmp_path, monkeypatch):
     def end_now(directory):
         leave_status(directory, "finished", steps=3)
 
-    monkeypatch.setattr(reading._Writer, "of", end_now)
-    assert read_standing(directory).status == "finished"
+    monkeypatch.setattr(run_directory, "_lock_holder", end_now)
+    assert read_run_status(directory).state == "finished"
 
 
 @pytest.mark.parametrize("content", ['{"status": {"code": 7}}', '{"status": "gree', "[3]", ""])
 def test_a_status_file_of_something_else_says_nothing(tmp_path, content):
     directory = make_run(tmp_path / "run")
     (directory.path / "status.json").write_text(content)
-    assert read_standing(directory).status == "unknown"
+    assert read_run_status(directory).state == "unknown"
 
 
 def test_the_length_is_that_of_the_status_or_of_the_configuration(tmp_path):
     directory = make_run(tmp_path / "run")
     leave_status(directory, "failed", reason="rank 1: it broke")
-    assert (read_standing(directory).steps, read_standing(directory).reason) == (None, "rank 1: it broke")
+    assert (read_run_status(directory).steps, read_run_status(directory).reason) == (None, "rank 1: it broke")
     directory.config.write_text(to_yaml(Config(train={"tokens": 1000, "global_batch_size": 2, "micro_batch_size": 1})))
-    assert read_standing(directory).steps == 1
+    assert read_run_status(directory).steps == 1
     directory.config.write_text("train: {steps: 5, optimiser_of_another_version: 3}")
-    assert read_standing(directory).steps is None
+    assert read_run_status(directory).steps is None
     leave_status(directory, "finished", steps=9)
-    assert read_standing(directory).steps == 9
+    assert read_run_status(directory).steps == 9
 
 
 def test_runs_are_found_once_and_only_so_deep(tmp_path):
@@ -107,7 +106,7 @@ ACTIONS = st.one_of(
 @given(st.lists(ACTIONS, max_size=14))
 def test_a_reader_follows_every_rewriting_and_tells_what_is_new(tmp_path_factory, actions):
     directory = RunDirectory(tmp_path_factory.mktemp("run"))
-    metrics, step, life = Metrics(directory.metrics), 0, 0
+    metrics, step, life = MetricsReader(directory.metrics), 0, 0
     file = MetricsFile(directory.metrics, discarded=directory.discarded_metrics, step=0)
     for action, number in [*actions, ("look", 0)]:
         if action == "write":
@@ -132,7 +131,7 @@ def test_a_reader_follows_every_rewriting_and_tells_what_is_new(tmp_path_factory
 
 def test_a_line_that_is_being_written_waits_until_it_is_whole(tmp_path):
     directory = make_run(tmp_path / "run", losses=[3.0, 2.0])
-    metrics = Metrics(directory.metrics)
+    metrics = MetricsReader(directory.metrics)
     assert (metrics.update(), len(metrics.rows)) == (0, 2)
     line = b'{"step": 3, "loss": null}\n'
     for end in (9, len(line)):
@@ -144,7 +143,7 @@ def test_a_line_that_is_being_written_waits_until_it_is_whole(tmp_path):
 
 
 def test_a_reader_waits_for_a_run_that_has_not_begun_and_survives_one_that_goes(tmp_path):
-    metrics = Metrics(tmp_path / "run" / "metrics.jsonl")
+    metrics = MetricsReader(tmp_path / "run" / "metrics.jsonl")
     assert (metrics.update(), metrics.rows) == (0, [])
     directory = make_run(tmp_path / "run", losses=[3.0])
     assert (metrics.update(), len(metrics.rows)) == (0, 1)
@@ -154,7 +153,7 @@ def test_a_reader_waits_for_a_run_that_has_not_begun_and_survives_one_that_goes(
 
 def test_only_the_wanted_columns_are_held_and_all_names_are_known(tmp_path):
     directory = make_run(tmp_path / "run", losses=[3.0], lr=0.1, batch_digest="ab")
-    metrics = Metrics(directory.metrics, keep=["lr"])
+    metrics = MetricsReader(directory.metrics, keep=["lr"])
     metrics.update()
     assert metrics.rows == [{"step": 1, "lr": 0.1}]
     assert list(metrics.names) == ["step", "loss", "lr", "batch_digest"]
@@ -166,13 +165,13 @@ def test_a_line_that_is_no_row_is_named(tmp_path, line):
     with directory.metrics.open("a") as stream:
         stream.write(f"{line}\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 3: is no row of metrics"):
-        Metrics(directory.metrics).update()
+        MetricsReader(directory.metrics).update()
 
 
 def test_a_file_where_a_folder_should_be_is_told(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be read"):
-        Metrics(tmp_path / "file" / "metrics.jsonl").update()
+        MetricsReader(tmp_path / "file" / "metrics.jsonl").update()
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5000])

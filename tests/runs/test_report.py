@@ -16,7 +16,7 @@ from lamda.config.help import to_yaml
 from lamda.config.schema import Config
 from lamda.runs.curves import Curve
 from lamda.runs.panels import PANELS
-from lamda.runs.svg_chart import BINS, HEIGHT, WIDTH, Axis, Bins, chart
+from lamda.runs.svg_chart import BINS, HEIGHT, WIDTH, Axis, Bins, draw_chart
 from lamda.storage.metrics import MetricsFile
 from tests.runs.conftest import leave_status, make_run, save_checkpoint
 
@@ -91,12 +91,12 @@ def test_a_report_tells_what_the_files_of_a_run_tell(made):
 def test_charts_are_the_catalogues_in_its_order_and_none_is_empty(made):
     titles = [unescape(title) for title in re.findall(r"<figure><figcaption><h3>(.*?)</h3>", made)]
     assert titles == [
-        "Training loss", "Training loss by domain", "Learning rate", "Throughput", "Step time", "Bad steps",
+        "Training loss", "Training loss by domain", "Learning rate", "Throughput", "Step time", "Skipped steps",
         "Held-out loss", "Held-out bits per byte", "Tasks and ratings: acc",
     ]  # fmt: skip
     curves = [[curve["name"] for curve in json.loads(svg["data-chart"])["curves"]] for svg in Reader(made).all("svg")]
     assert curves[1] == ["FreeLaw", MARKUP]
-    assert curves[5] == ["refused steps", "rollbacks"]
+    assert curves[5] == ["skipped steps", "rollbacks"]
     assert curves[8] == ["copa"]
 
 
@@ -134,7 +134,7 @@ def test_long_curves_are_drawn_from_bins_that_hold_every_point():
     assert bins.low.min() == y.min()
     sizes = np.array([len(part) for part in np.array_split(x, BINS)])
     assert (bins.mean * sizes).sum() == pytest.approx(y.sum())
-    drawn = chart([Curve("r", x, y)], title="t", panel=PANELS[0], tokens=1e5)
+    drawn = draw_chart([Curve("r", x, y)], title="t", panel=PANELS[0], tokens=1e5)
     assert len(drawn) < 60_000
     places = [tuple(map(float, pair.split())) for pair in re.findall(r"[ML](-?[\d.]+ -?[\d.]+)", drawn)]
     assert all(0 <= across <= WIDTH and 0 <= up <= HEIGHT for across, up in places)
@@ -142,7 +142,7 @@ def test_long_curves_are_drawn_from_bins_that_hold_every_point():
 
 def test_values_that_are_not_finite_leave_a_gap_and_a_cross():
     x, y = np.arange(1.0, 7), np.array([1, 2, np.nan, 4, np.inf, 6])
-    drawn = chart([Curve("r", x, y)], title="t", panel=PANELS[0], tokens=6.0)
+    drawn = draw_chart([Curve("r", x, y)], title="t", panel=PANELS[0], tokens=6.0)
     line = re.search(r'<path class="line c0" d="(.*?)"', drawn)[1]
     assert (line.count("M"), line.count("L")) == (3, 1)
     assert drawn.count("×") == 2
@@ -158,7 +158,7 @@ def test_values_that_are_not_finite_leave_a_gap_and_a_cross():
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 17), (1e-5, 3e-4), (4.1, 4.13), (0, 2.5e9)])
 def test_marks_of_an_axis_are_round_and_inside(low, high):
-    marks = Axis(low, high, 0, 100).marks(5)
+    marks = Axis(low, high, 0, 100).ticks(5)
     assert 2 <= len(marks) <= 7
     assert all(low - 1e-9 <= mark <= high * (1 + 1e-9) for mark in marks)
     apart = np.diff(marks)
@@ -169,8 +169,8 @@ def test_marks_of_an_axis_are_round_and_inside(low, high):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["run", "-o", "report.pdf"], "-o report.pdf: a report is a page, .html or .htm"),
-        (["rum", "-o", "report.html"], "rum: no run with a finished step is here; did you mean 'run'?"),
+        (["run", "-o", "report.pdf"], "-o report.pdf: a report is a .html or .htm file"),
+        (["rum", "-o", "report.html"], "rum: no run with a finished step here; did you mean 'run'?"),
         (["run", "-o", "no/report.html"], "-o no/report.html: cannot be written (No such file or directory)"),
     ],
 )

@@ -11,10 +11,9 @@ from rich.console import Console
 
 from lamda.config.errors import UserError
 from lamda.runs import watch as module
-from lamda.runs.reading import Standing
-from lamda.runs.watch import Lines, Look, main, picture, watch
+from lamda.runs.watch import LinePrinter, Snapshot, main, render, watch
 from lamda.storage.metrics import MetricsFile
-from lamda.storage.run_directory import RunDirectory
+from lamda.storage.run_directory import RunDirectory, RunStatus
 from tests.runs.conftest import leave_lock, leave_status, make_run, save_checkpoint
 
 FIGURES = {"lr": 1e-3, "tokens_per_second": 5000.0, "step_seconds": 2.0, "mfu": None}
@@ -46,15 +45,15 @@ def test_lines_tell_every_step_and_all_that_happens(tmp_path, monkeypatch, capsy
         leave_status(directory, "finished", step=4, steps=4)
 
     between_looks(monkeypatch, lambda: None, start, lambda: write(1, 2, 4.0), lambda: write(3, 3, 4.0), end)
-    assert watch(directory, Lines()) == 0
+    assert watch(directory, LinePrinter()) == 0
     step = "lr 1.00e-03  5,000 tokens/s"
     assert capsys.readouterr().out.splitlines() == [
-        "not begun",
+        "not started",
         "running",
         f"step 1/4  loss 3.9000  {step}  ETA 4s",
         f"step 2/4  loss 3.8000  {step}  ETA 4s",
         f"step 3/4  loss 3.7000  {step}  ETA 2s",
-        "went back to step 1",
+        "rolled back to step 1",
         f"step 2/4  loss 2.8000  {step}  ETA -",
         f"step 3/4  loss 2.7000  {step}  ETA -",
         f"step 4/4  loss 2.6000  {step}  eval/loss 3.5000  ETA -",
@@ -65,7 +64,7 @@ def test_lines_tell_every_step_and_all_that_happens(tmp_path, monkeypatch, capsy
 def test_of_the_steps_before_only_the_last_is_told(tmp_path, capsys):
     directory = make_run(tmp_path / "run", losses=[3.0, 2.0, float("nan")], **FIGURES)
     leave_status(directory, "preempted", step=3, steps=9, reason="SIGTERM")
-    assert watch(directory, Lines()) == 75
+    assert watch(directory, LinePrinter()) == 75
     assert capsys.readouterr().out.splitlines() == [
         "step 3/9  loss nan  lr 1.00e-03  5,000 tokens/s  ETA -",
         "preempted: SIGTERM",
@@ -76,7 +75,7 @@ def test_a_failed_run_shows_its_last_log_lines_and_exits_with_1(tmp_path, capsys
     directory = make_run(tmp_path / "run", losses=[3.0])
     directory.log.write_text("".join(f"line {n}\n" for n in range(20)))
     leave_status(directory, "failed", reason="rank 1: it broke")
-    assert watch(directory, Lines()) == 1
+    assert watch(directory, LinePrinter()) == 1
     assert capsys.readouterr().out.splitlines()[1:] == [
         *(f"line {n}" for n in range(14, 20)),
         "failed: rank 1: it broke",
@@ -95,13 +94,13 @@ def test_a_misspelt_run_names_the_nearest_and_is_waited_for(tmp_path, monkeypatc
     monkeypatch.setattr(module.time, "sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         main([str(tmp_path / "secnd")])
-    assert "no run is here yet; did you mean 'second'?; waiting for it" in capsys.readouterr().out
+    assert "no run here yet; did you mean 'second'?; waiting for it" in capsys.readouterr().out
 
 
 def test_a_folder_of_runs_is_no_run(tmp_path):
     for name in ("a", "b"):
         make_run(tmp_path / name, losses=[3.0])
-    with pytest.raises(UserError, match=r"is no run but a folder of runs; watch one of a, b$"):
+    with pytest.raises(UserError, match=r"is a folder of runs; watch one of a, b$"):
         main([str(tmp_path)])
 
 
@@ -109,13 +108,13 @@ def test_a_metrics_file_that_is_none_is_told(tmp_path):
     directory = make_run(tmp_path / "run")
     directory.metrics.write_text("hello\n")
     with pytest.raises(UserError, match="line 1: is no row of metrics"):
-        watch(directory, Lines())
+        watch(directory, LinePrinter())
 
 
 def shown(look, *, height):
     """The lines of the picture in a terminal of 70 columns."""
     console = Console(width=70, height=height, record=True, file=io.StringIO())
-    console.print(picture(look, width=70, height=height))
+    console.print(render(look, width=70, height=height))
     return console.export_text().splitlines()
 
 
@@ -126,7 +125,7 @@ def test_the_picture_fits_the_terminal(tmp_path, weights, steps, height):
     directory.log.write_text("a warning, longer than the terminal is wide: " + "x" * 100 + "\n")
     save_checkpoint(directory.path, 1, weights(0))
     rows = [{"step": n, "loss": 9 / n, "grad_norm": 1.5, **FIGURES} for n in range(1, steps + 1)]
-    lines = shown(Look(directory, Standing("running", steps=500), rows, 0), height=height)
+    lines = shown(Snapshot(directory, RunStatus("running", steps=500), rows, 0), height=height)
     assert len(lines) <= height
     assert max(map(len, lines)) <= 70
     assert f"step {steps}/500" in lines[0]
@@ -139,11 +138,11 @@ def test_the_picture_fits_the_terminal(tmp_path, weights, steps, height):
 @pytest.mark.parametrize("losses", [[], [None], [None, 2.0, None]])
 def test_there_is_a_picture_before_the_first_step_and_of_losses_that_were_not_finite(tmp_path, losses):
     rows = [{"step": n, "loss": loss} for n, loss in enumerate(losses, 1)]
-    assert "running" in shown(Look(RunDirectory(tmp_path), Standing("running"), rows, 0), height=24)[0]
+    assert "running" in shown(Snapshot(RunDirectory(tmp_path), RunStatus("running"), rows, 0), height=24)[0]
 
 
 def test_the_picture_of_a_failure_says_why(tmp_path):
-    look = Look(RunDirectory(tmp_path), Standing("failed", reason="rank 1: " + "it broke " * 12), [], 0)
+    look = Snapshot(RunDirectory(tmp_path), RunStatus("failed", reason="rank 1: " + "it broke " * 12), [], 0)
     assert " ".join(shown(look, height=24)[1:]).split() == ["rank", "1:", *(["it", "broke"] * 12)]
 
 

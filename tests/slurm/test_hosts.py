@@ -73,7 +73,7 @@ def test_a_cut_link_is_named_and_the_run_goes_on_when_it_is_mended(place, hosts,
     assert re.match(rf"all 2 ranks have waited for {HANG_SECONDS} s in step \d+, phase \w+", reason), reason
     told = output.read_text()
     for address in hosts.addresses:
-        assert f"{address}: WANDB_API_KEY did not come over ssh" in told, "the nodes take HF_TOKEN alone"
+        assert f"{address}: WANDB_API_KEY not accepted over ssh" in told, "the nodes take HF_TOKEN alone"
     assert re.search(rf"supervise: restart 1 from step \d+ in .* s: all 2 ranks .*\(exit code {HANG_EXIT}\)", told)
     assert place.difference(unbroken, run, step=STEPS) is None
     written = [file.read_text("utf-8") for file in (place.folder / run / "submit").rglob("*") if file.is_file()]

@@ -146,7 +146,7 @@ def test_a_name_that_leaves_the_folder_or_is_written_in_another_way_is_refused(t
     entry = sync_and_describe(tmp_path / "outside")
     commit(temporary, tmp_path / name_of(1), {"step": 1, "model": MODEL, "files": {name: entry}}, keep=1)
     told = verify(tmp_path / name_of(1), world=world)
-    assert told in (f"{MANIFEST} names {name!r}, which is no file inside the checkpoint", f"{name} is missing")
+    assert told in (f"{MANIFEST} lists {name!r}, which is not a file inside the checkpoint", f"{name} is missing")
     assert told.startswith(MANIFEST) or name == "circle"
 
 
@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(tmp_path,
     assert names(tmp_path) == ["LATEST", name_of(10), f"{name_of(20)}.damaged", f"{name_of(30)}.damaged"]
     assert [record.args[0].name for record in caplog.records] == [name_of(30), name_of(20)]
     assert "model.safetensors has changed" in caplog.messages[0]
-    assert f"it is now {name_of(30)}.damaged, the one before it is taken" in caplog.messages[0]
+    assert f"renamed to {name_of(30)}.damaged, trying the one before it" in caplog.messages[0]
     assert "run_state.json is missing" in caplog.messages[1]
     assert (tmp_path / "LATEST").read_text() == name_of(10)
 
@@ -276,7 +276,7 @@ def test_a_checkpoint_under_another_steps_name_is_refused_and_left(tmp_path, wor
 def test_a_link_to_a_checkpoint_that_is_away_is_no_damage(tmp_path, world):
     save(tmp_path, 10)
     (tmp_path / name_of(20)).symlink_to(tmp_path / "not-mounted")
-    with pytest.raises(UnreadableError, match="a link to a place that is not there"):
+    with pytest.raises(UnreadableError, match="a broken link"):
         find_valid(tmp_path, world=world)
     assert names(tmp_path) == ["LATEST", name_of(10), name_of(20)]
 
@@ -306,17 +306,17 @@ def test_the_state_is_read_only_where_the_manifest_names_it_and_agrees(tmp_path)
     path = save(tmp_path, 1, files={"run_state.json": json.dumps(asdict(RunState(step=1))).encode()})
     assert read_state(path).step == 1
     reseal(path, lambda content: content.update(step=2))
-    with pytest.raises(UserError, match=r"run_state\.json: is of step 1, manifest\.json says 2"):
+    with pytest.raises(UserError, match=r"run_state\.json: is of step 1, but manifest\.json says 2"):
         read_state(path)
     reseal(path, lambda content: content["files"].clear())
-    with pytest.raises(UserError, match=r"manifest\.json does not name run_state\.json"):
+    with pytest.raises(UserError, match=r"manifest\.json does not list run_state\.json"):
         read_state(path)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"step": 1, "more": 2}', "[" * 9999])
 def test_a_state_of_another_version_is_refused_by_its_file(tmp_path, content):
     path = save(tmp_path, 1, files={"run_state.json": content.encode()})
-    with pytest.raises(UserError, match=r"run_state\.json: is no state of a run of this version"):
+    with pytest.raises(UserError, match=r"run_state\.json: is not a run state of this version"):
         read_state(path)
 
 

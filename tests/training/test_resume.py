@@ -84,7 +84,7 @@ def test_checkpoints_that_are_away_never_start_a_run_over(directory, world, tmp_
     if away == "not-mounted":
         directory.checkpoints.mkdir()
     for _ in range(2):
-        with pytest.raises(UserError, match="checkpoint step-00000002 was saved here, and none is there"):
+        with pytest.raises(UserError, match="has no checkpoint, but step-00000002 was saved here"):
             choose_start(config("auto"), directory, world)
     if away == "not-mounted":
         directory.checkpoints.rmdir()

@@ -98,7 +98,7 @@ def test_a_run_never_begins_among_the_checkpoints_of_another(directory):
     checkpoint.mkdir(parents=True)
     (directory.checkpoints / "LATEST").write_text(checkpoint.name)
     for path in (checkpoint, checkpoint / "run", directory.checkpoints, directory.checkpoints / "mine"):
-        with pytest.raises(UserError, match="lies among the checkpoints of"):
+        with pytest.raises(UserError, match="is inside the checkpoints of"):
             RunDirectory(path).create()
     assert [*checkpoint.iterdir()] == []
     assert RunDirectory(directory.path.parent / "checkpoints" / "mine").create()

@@ -62,7 +62,7 @@ def test_a_state_with_a_window_of_another_form_is_refused(tmp_path, name, value)
     content = json.loads(path.read_text())
     content["order"][0]["windows"][0][name] = value
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="is no state of a run of this version"):
+    with pytest.raises(UserError, match="is not a run state of this version"):
         RunState.read(path)
 
 
@@ -73,7 +73,7 @@ def test_a_state_with_another_measure_is_refused(tmp_path, measured):
     content = json.loads(path.read_text())
     content["order"][0]["measured"] = measured
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="is no state of a run of this version"):
+    with pytest.raises(UserError, match="is not a run state of this version"):
         RunState.read(path)
 
 

@@ -1,1 +1,1 @@
-"""What `lamda doctor` looks at, one small function a check."""
+"""The checks of `lamda doctor`, one small function each."""

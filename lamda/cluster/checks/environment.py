@@ -1,4 +1,4 @@
-"""What a run reads from and writes to: its directory, its text, W&B, and the clocks that these go by."""
+"""Run directory, disk, training text, W&B, and clocks."""
 
 from __future__ import annotations
 
@@ -20,70 +20,70 @@ from lamda.model.counts import parameters
 from lamda.storage.lock import STALE_SECONDS
 from lamda.storage.run_directory import RunDirectory
 
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 
-PATIENCE = 60.0
-"""Seconds that a server has to answer."""
+TIMEOUT_SECONDS = 60.0
+"""For servers to answer."""
 WRITTEN_BYTES, WRITING_SECONDS = 1 << 28, 5.0
-"""The writing speed is that of the first of these that comes."""
+"""The write test ends at the first of these."""
 SKEW_WARNING, SKEW_FAILURE = 2.0, STALE_SECONDS / 2
-"""Seconds between clocks; a lock counts as given up after STALE_SECONDS."""
+"""Clock skew in seconds; a lock is stale after STALE_SECONDS."""
 
 
 def batch(subject: Subject) -> Finding:
-    """That the ranks can share the batch, and DeepSpeed's file is right."""
+    """Check that the ranks can share the batch, and the DeepSpeed file."""
     config, size = subject.config, subject.world.size
     accumulation = micro_batches_per_rank(config.train, world=size)
     ds_config.build(config, world=size)
     train = config.train
     return ok(
-        f"{train.global_batch_size} rows a step = {size} ranks x {train.micro_batch_size} rows x {accumulation} "
+        f"{train.global_batch_size} rows per step = {size} ranks x {train.micro_batch_size} rows x {accumulation} "
         "micro-batches"
     )
 
 
 def space(subject: Subject) -> Finding:
-    """That the run directory can be written to, and has room for the checkpoints."""
+    """Check that the run directory is writable and has room for the checkpoints."""
     run, keep = Path(subject.config.run.dir), subject.config.checkpoint.keep
     RunDirectory(run).create()
     size, free = checkpoint_bytes(subject), shutil.disk_usage(run).free
-    told = f"{free / 1e9:,.0f} GB free in {run}, a checkpoint has {size / 1e9:,.2f} GB"
+    message = f"{free / 1e9:,.0f} GB free in {run}, a checkpoint takes {size / 1e9:,.2f} GB"
     if free < 1.2 * size:
-        return failure(told, "choose another run.dir")
+        return failure(message, "choose another run.dir")
     if free < 1.2 * size * (keep + 1):
-        return warning(f"{told}, and checkpoint.keep is {keep}", "make room, or lower checkpoint.keep")
-    return ok(told)
+        return warning(f"{message}, and checkpoint.keep is {keep}", "free disk space, or lower checkpoint.keep")
+    return ok(message)
 
 
 def speed(subject: Subject) -> Finding:
-    """How fast this rank writes, while the others write as well, as they do in a save."""
+    """Measure how fast this rank writes while all ranks write, as in a save."""
     rate = writing_rate(Path(subject.config.run.dir))
     seconds = checkpoint_bytes(subject) / (rate * subject.world.size)
-    told = f"{rate / 1e6:,.0f} MB/s a rank; a checkpoint takes {seconds:,.1f} s"
+    message = f"{rate / 1e6:,.0f} MB/s per rank; a checkpoint takes {seconds:,.1f} s"
     margin = subject.config.run.stop_before_end
     if seconds > margin:
         return warning(
-            f"{told}, more than a run has at its time limit (run.stop_before_end {margin:g} s)",
+            f"{message}, more than run.stop_before_end ({margin:g} s)",
             "raise run.stop_before_end, or choose a run.dir on a faster file system",
         )
-    return ok(told)
+    return ok(message)
 
 
 def file_clock(subject: Subject) -> Finding:
-    """That the file server's clock and this node's agree, by which locks are judged."""
+    """Compare the clock of the file server, which decides whether locks are stale, with this node's."""
     probe = Path(subject.config.run.dir) / f".clock-{subject.world.rank}"
     probe.touch()
     skew = probe.stat().st_mtime - time.time()
     probe.unlink()
-    told = f"the file server's clock is {skew:+.1f} s from this node's"
-    advice = "let all machines keep time with NTP or chrony"
+    message = f"the file server's clock differs by {skew:+.1f} s from this node's"
+    advice = "synchronize all clocks with NTP or chrony"
     if abs(skew) > SKEW_FAILURE:
-        return failure(told, advice)
-    return warning(told, advice) if abs(skew) > SKEW_WARNING else ok(told)
+        return failure(message, advice)
+    return warning(message, advice) if abs(skew) > SKEW_WARNING else ok(message)
 
 
 def data(subject: Subject) -> Finding:
-    """That the corpus is found, and its first line can be read."""
+    """Check that the corpus exists and that its first line can be read."""
     from lamda.data.corpus import open_corpus
     from lamda.data.files import read_lines
 
@@ -98,23 +98,25 @@ def data(subject: Subject) -> Finding:
     try:
         number, size, first = _in_time(look)
     except (UserError, RunError, OSError) as error:
-        return failure(str(error), "mend data.corpus or data.files; behind a proxy, set https_proxy")
+        return failure(str(error), "fix data.corpus or data.files; behind a proxy, set https_proxy")
     return ok(f"{number} files, {size / 1e9:,.2f} GB stored; the first, {first}, can be read")
 
 
 def weights_and_biases(subject: Subject) -> Finding:
-    """That the mirror can be sent; training never waits for it."""
+    """Check that W&B logging works; training never waits for it."""
     from lamda.training.wandb_logger import is_installed, mirror_mode, sign_in
 
     mode = mirror_mode(subject.config)
     if mode != "disabled" and not is_installed():
-        return warning("the package is not installed: nothing is mirrored", "pip install wandb, or wandb.mode disabled")
+        return warning(
+            "the package is not installed: nothing is logged to W&B", "pip install wandb, or wandb.mode disabled"
+        )
     if mode != "online":
         origin = "wandb.mode" if mode == subject.config.wandb.mode else "WANDB_MODE"
         return ok(f"{origin} is {mode}")
     import wandb
 
-    advice = "rows are kept in RUN/wandb for `wandb sync`; wandb.mode offline says that this is meant"
+    advice = "rows stay in RUN/wandb for `wandb sync`; set wandb.mode offline if this is intended"
     try:
         host = sign_in()
     except wandb.errors.Error as error:
@@ -123,17 +125,17 @@ def weights_and_biases(subject: Subject) -> Finding:
         _in_time(lambda: reach(host))
     except OSError as error:
         return warning(f"{host} cannot be reached ({error})", advice)
-    return ok(f"{host} answers, and there is a key for it")
+    return ok(f"{host} is reachable, and an API key is set")
 
 
 def checkpoint_bytes(subject: Subject) -> int:
-    """Of one checkpoint: weights as computed with, and for each parameter three fp32 numbers of the optimiser."""
-    own = ds_config.build(subject.config, world=subject.world.size)
-    return parameters(subject.config.model) * ((2 if ds_config.is_bf16(own) else 4) + 12)
+    """Bytes of a checkpoint: model weights, and three fp32 numbers per parameter of the optimizer."""
+    deepspeed = ds_config.build(subject.config, world=subject.world.size)
+    return parameters(subject.config.model) * ((2 if ds_config.is_bf16(deepspeed) else 4) + 12)
 
 
 def writing_rate(folder: Path) -> float:
-    """Bytes a second that reach the disk. Raises OSError."""
+    """Bytes per second that reach the disk. Raises OSError."""
     file, chunk, written = folder / f".speed-{os.getpid()}", os.urandom(1 << 22), 0
     began = time.perf_counter()
     try:
@@ -147,32 +149,32 @@ def writing_rate(folder: Path) -> float:
 
 
 def reach(address: str) -> None:
-    """Raises OSError where no server answers; what it answers does not matter."""
+    """Raises OSError if no server answers; any HTTP answer counts."""
     try:
-        with urlopen(address, timeout=PATIENCE):
+        with urlopen(address, timeout=TIMEOUT_SECONDS):
             pass
     except HTTPError:
         pass
 
 
-def _in_time(look: Callable[[], Answer]) -> Answer:
-    """The answer of something that may wait for ever. Raises TimeoutError after PATIENCE, and what `look` raises."""
-    box: list[Answer | BaseException] = []
+def _in_time(look: Callable[[], T]) -> T:
+    """Run `look`, which may hang. Raises TimeoutError after TIMEOUT_SECONDS, and what `look` raises."""
+    result: list[T | BaseException] = []
 
     def run() -> None:
         try:
-            box.append(look())
+            result.append(look())
         except BaseException as error:
-            box.append(error)
+            result.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(PATIENCE)
-    if not box:
-        raise TimeoutError(f"no answer for {PATIENCE:g} s")
-    if isinstance(box[0], BaseException):
-        raise box[0]
-    return box[0]
+    thread.join(TIMEOUT_SECONDS)
+    if not result:
+        raise TimeoutError(f"no answer for {TIMEOUT_SECONDS:g} s")
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    return result[0]
 
 
 CHECKS = (

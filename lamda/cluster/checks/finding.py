@@ -1,4 +1,4 @@
-"""What a check is, and what it finds."""
+"""Checks and their findings."""
 
 from __future__ import annotations
 
@@ -18,10 +18,7 @@ LEVELS: tuple[Level, ...] = ("ok", "warning", "failure")
 
 @dataclass(frozen=True)
 class Finding:
-    """How something is; advice: what to do where it is not as it should be.
-
-    rate: of something that is as fast on every rank, or one of them is odd.
-    """
+    """The result of a check. advice: how to fix it. rate: a speed that should be equal on all ranks."""
 
     level: Level
     text: str
@@ -31,7 +28,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is looked at: a configuration, from this rank's place, with its device."""
+    """The input of checks: configuration, rank and device."""
 
     config: Config
     world: World
@@ -39,7 +36,7 @@ class Subject:
 
 
 class Check(NamedTuple):
-    """A name, who looks (every rank, one a node, or rank 0 alone), and the look itself."""
+    """A named check. who: runs on every rank, on one rank per node, or on rank 0. look: the check itself."""
 
     name: str
     who: Literal["rank", "node", "main"]
@@ -47,12 +44,12 @@ class Check(NamedTuple):
 
 
 def ok(text: str, *, rate: float | None = None) -> Finding:
-    """All is well."""
+    """No problem."""
     return Finding("ok", text, rate=rate)
 
 
 def warning(text: str, advice: str) -> Finding:
-    """The run works, but not as well as it could."""
+    """The run works, but with a disadvantage."""
     return Finding("warning", text, advice)
 
 

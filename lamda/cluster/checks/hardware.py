@@ -6,18 +6,22 @@ import os
 import shutil
 import subprocess
 import time
+from typing import TYPE_CHECKING
 
 from lamda.cluster.checks.finding import Check, Finding, Subject, failure, ok, warning
 
+if TYPE_CHECKING:
+    import torch
+
 FREE_SHARE = 0.9
-"""Of a GPU's memory: less means that somebody else computes there."""
+"""Share of GPU memory; if less is free, another process uses the GPU."""
 BF16_ERROR = 0.02
 SIZE, REPEATS = 4096, 20
 SHARED_BYTES = 1 << 30
 
 
 def gpu(subject: Subject) -> Finding:
-    """That this rank has a GPU, and has it alone."""
+    """Check that this rank has a GPU of its own."""
     import torch
 
     driver = driver_version()
@@ -25,27 +29,26 @@ def gpu(subject: Subject) -> Finding:
         if driver:
             return failure(
                 f"nvidia-smi shows driver {driver}, but torch {torch.__version__} sees no GPU",
-                "install a torch for CUDA, and see that the scheduler gives the job GPUs",
+                "install torch for CUDA, and check that the scheduler gives the job GPUs",
             )
-        return warning("none: the ranks compute on the CPU", "start on a machine with GPUs, if there should be one")
+        return warning("none: the ranks use the CPU", "use a machine with GPUs, if a GPU is expected")
     if subject.world.local_rank >= torch.cuda.device_count():
         return failure(
-            f"rank {subject.world.local_rank} of this node would need a GPU more than the "
-            f"{torch.cuda.device_count()} that torch sees",
-            "start as many ranks a node as it has GPUs (cluster.ranks_per_node)",
+            f"rank {subject.world.local_rank} of this node has no GPU: torch sees {torch.cuda.device_count()}",
+            "start one rank per GPU of a node (cluster.ranks_per_node)",
         )
     free, whole = torch.cuda.mem_get_info(subject.device)
-    told = f"{gpu_name(subject)}, driver {driver}, CUDA {torch.version.cuda}, NCCL {nccl_version()}"
+    message = f"{gpu_name(subject)}, driver {driver}, CUDA {torch.version.cuda}, NCCL {nccl_version()}"
     if free < FREE_SHARE * whole:
         return warning(
-            f"{told}; {(whole - free) / 1e9:.0f} of {whole / 1e9:.0f} GB are taken",
-            "see with nvidia-smi who else computes there",
+            f"{message}; {(whole - free) / 1e9:.0f} of {whole / 1e9:.0f} GB are in use",
+            "find the other process with nvidia-smi",
         )
-    return ok(f"{told}, {whole / 1e9:.0f} GB")
+    return ok(f"{message}, {whole / 1e9:.0f} GB")
 
 
 def bf16(subject: Subject) -> Finding:
-    """That a product of bf16 matrices is right, and on a GPU how fast."""
+    """Check a product of bf16 matrices, and measure its speed on a GPU."""
     import torch
 
     draw = torch.Generator().manual_seed(0)
@@ -56,28 +59,28 @@ def bf16(subject: Subject) -> Finding:
     if not error < BF16_ERROR:
         return failure(f"a product of bf16 matrices is wrong by {error:.1%}", "take this device out of service")
     if subject.device.type != "cuda":
-        return ok(f"products are right to {error:.1%}")
+        return ok(f"products are correct to {error:.1%}")
     rate = matrix_rate(subject.device)
-    return ok(f"products are right to {error:.1%}, at {rate / 1e12:.0f} TFLOP/s", rate=rate)
+    return ok(f"products are correct to {error:.1%}, at {rate / 1e12:.0f} TFLOP/s", rate=rate)
 
 
 def cores(subject: Subject) -> Finding:
-    """That the scheduler leaves each rank cores for its tokenizer and loader."""
+    """Check that each rank has cores for its tokenizer and loader."""
     usable, local = len(os.sched_getaffinity(0)), subject.world.local_size
     wanted = 1 + subject.config.data.threads
-    told = f"{usable} for {local} rank{'s' if local > 1 else ''} of this node"
+    message = f"{usable} for {local} rank{'s' if local > 1 else ''} on this node"
     if usable < wanted * local:
         return warning(
-            f"{told}; each wants {wanted} (itself and data.threads {subject.config.data.threads})",
-            "ask the scheduler for more (slurm.cpus_per_node), or make the blocks ahead with `lamda prepare`",
+            f"{message}; each needs {wanted} (itself and data.threads {subject.config.data.threads})",
+            "ask the scheduler for more (slurm.cpus_per_node), or prepare the rows with `lamda prepare`",
         )
-    return ok(told)
+    return ok(message)
 
 
 def shared_memory(subject: Subject) -> Finding:
-    """That NCCL finds room in /dev/shm, which containers keep small."""
+    """Check that /dev/shm, which is small in containers, has room for NCCL."""
     if subject.device.type != "cuda" or subject.world.local_size == 1:
-        return ok("not needed: one rank a node, or no GPU")
+        return ok("not needed: one rank per node, or no GPU")
     size = shutil.disk_usage("/dev/shm").total
     if size < SHARED_BYTES:
         return failure(f"/dev/shm holds {size / 1e6:.0f} MB", "start the container with --ipc=host or --shm-size=16g")
@@ -85,18 +88,18 @@ def shared_memory(subject: Subject) -> Finding:
 
 
 def compiler(subject: Subject) -> Finding:
-    """That Triton can build its kernels on a GPU."""
+    """Check for the C compiler that Triton needs on a GPU."""
     if subject.device.type != "cuda":
         return ok("not needed without a GPU")
     if not (found := next((path for path in map(shutil.which, ("cc", "gcc", "clang")) if path), None)):
-        told, advice = "there is none, and Triton builds its kernels with one", "install gcc on the node"
+        message, advice = "none found; Triton needs one to build its kernels", "install gcc on the node"
         needed = subject.config.model.attention not in ("math", "sdpa")
-        return failure(told, advice) if needed else warning(told, advice)
+        return failure(message, advice) if needed else warning(message, advice)
     return ok(found)
 
 
 def driver_version() -> str | None:
-    """The NVIDIA driver's version, None where there is none."""
+    """The NVIDIA driver version, None if there is no driver."""
     if not shutil.which("nvidia-smi"):
         return None
     answer = subprocess.run(
@@ -105,7 +108,7 @@ def driver_version() -> str | None:
         text=True,
         check=False,
     )
-    return (answer.stdout.split() or [None])[0] if answer.returncode == 0 else None
+    return next(iter(answer.stdout.split()), None) if answer.returncode == 0 else None
 
 
 def gpu_name(subject: Subject) -> str | None:
@@ -126,8 +129,8 @@ def nccl_version() -> str | None:
     return ".".join(map(str, torch.cuda.nccl.version()))
 
 
-def matrix_rate(device: object) -> float:
-    """FLOP/s of large bf16 products on a GPU."""
+def matrix_rate(device: torch.device) -> float:
+    """FLOP/s of large bf16 matrix products on a GPU."""
     import torch
 
     one = torch.randn(SIZE, SIZE, device=device, dtype=torch.bfloat16)

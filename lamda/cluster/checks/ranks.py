@@ -1,4 +1,4 @@
-"""What only all ranks together can tell: who differs, whose clock is off, who does not see the directory."""
+"""Checks across ranks: same environment, synchronized clocks, shared run directory, all-reduce."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from lamda.distributed import barrier, broadcast, gather
 from lamda.model.counts import parameters
 
 SHARED_SECONDS = 5.0
-"""How long a file may take to be seen on other nodes."""
+"""Time for a file to become visible on other nodes."""
 GPU_BYTES, CPU_BYTES, REPEATS = 1 << 28, 1 << 24, 5
 SLOW = 10e9
-"""Bytes a second of an all-reduce between GPUs below which something is not used that should be."""
+"""Bytes per second of an all-reduce between GPUs; below this the fast network is probably not used."""
 
 
 def facts(subject: Subject) -> dict[str, str]:
-    """What must be the same on all ranks, by name."""
+    """Values that must be equal on all ranks, by name."""
     packages = {each.name: installed(each.name) for each in requirements()}
     return {
         "code": code_digest(),
@@ -41,60 +41,60 @@ def facts(subject: Subject) -> dict[str, str]:
 
 
 def alike(everyone: Sequence[dict[str, str]], places: Sequence[str]) -> Finding:
-    """Whether the facts of all ranks are the same; places: rank and host of each."""
+    """Compare the facts of all ranks; places: rank and host of each."""
     found = []
     for name in everyone[0]:
         values = [facts[name] for facts in everyone]
         (usual, often), *others = Counter(values).most_common()
         if others:
-            odd = [f"{place} has {value}" for place, value in zip(places, values, strict=True) if value != usual]
-            found.append(f"{name}: {_few(odd)}, {often} of {len(values)} ranks {usual}")
+            differing = [f"{place} has {value}" for place, value in zip(places, values, strict=True) if value != usual]
+            found.append(f"{name}: {_few(differing)}, {often} of {len(values)} ranks {usual}")
     if found:
         return failure("; ".join(found), "give all nodes the same environment")
     return ok(f"all {len(everyone)} ranks have the same code, packages, GPUs and drivers")
 
 
 def clocks(times: Sequence[float], places: Sequence[str]) -> Finding:
-    """Whether the clocks agree; times: of all ranks at one moment."""
+    """Compare clocks; times: of all ranks at the same moment."""
     middle = median(times)
     skews = [(moment - middle, place) for moment, place in zip(times, places, strict=True)]
     worst, place = max(skews, key=lambda skew: abs(skew[0]))
-    told = f"{place} is {worst:+.1f} s from the others" if len(times) > 1 else "one clock"
-    advice = "let all machines keep time with NTP or chrony"
+    message = f"{place} differs by {worst:+.1f} s from the others" if len(times) > 1 else "one clock"
+    advice = "synchronize all clocks with NTP or chrony"
     if abs(worst) > SKEW_FAILURE:
-        return failure(told, advice)
+        return failure(message, advice)
     if abs(worst) > SKEW_WARNING:
-        return warning(told, advice)
+        return warning(message, advice)
     return ok(f"all within {max(times) - min(times):.1f} s")
 
 
 def shared(seen: Sequence[bool], places: Sequence[str], run: str) -> Finding:
-    """Whether all ranks saw a file that rank 0 wrote into the run directory."""
+    """Check that all ranks saw a file that rank 0 wrote into the run directory."""
     blind = [place for place, saw in zip(places, seen, strict=True) if not saw]
     if blind:
         return failure(
             f"{_few(blind)} did not see a file that {places[0]} wrote into {run}",
-            "choose a run.dir on a file system that all nodes mount under the same name",
+            "choose a run.dir on a file system that all nodes mount at the same path",
         )
     return ok(f"all {len(seen)} ranks see {run}")
 
 
 def bandwidth(rate: float, *, right: bool, subject: Subject) -> Finding:
-    """Whether an all-reduce of all ranks is right and fast; rate: bytes a second that each link must carry."""
+    """Check the result and the speed of an all-reduce; rate: bytes per second over each link."""
     size = subject.world.size
     if not right:
         return failure("an all-reduce gave a wrong sum", "look at the node that `run.compare_every` names in a run")
     whole = parameters(subject.config.model) * 4 * 2 * (size - 1) / size / rate
-    told = f"{rate / 1e9:,.2f} GB/s over {size} ranks; fp32 gradients of this model take {whole:,.2f} s a step"
+    message = f"{rate / 1e9:,.2f} GB/s over {size} ranks; fp32 gradients of this model take {whole:,.2f} s per step"
     if subject.device.type == "cuda" and rate < SLOW:
         return warning(
-            told, "NCCL_DEBUG=INFO tells which network is used, NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose one"
+            message, "NCCL_DEBUG=INFO shows which network is used, NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose one"
         )
-    return ok(told)
+    return ok(message)
 
 
 def look(subject: Subject) -> dict[str, Finding]:
-    """All of the above, on every rank at once."""
+    """Run all checks, on every rank together."""
     place = f"rank {subject.world.rank} (host {socket.gethostname()})"
     places = gather(place)
     everyone = gather(facts(subject))
@@ -111,7 +111,7 @@ def look(subject: Subject) -> dict[str, Finding]:
 
 
 def all_reduce(subject: Subject) -> tuple[float, bool]:
-    """Bytes a second that each link carries in a large all-reduce, and whether the sum was right."""
+    """Bytes per second over each link in a large all-reduce, and whether the sum was correct."""
     import torch
     import torch.distributed as dist
 
@@ -123,14 +123,14 @@ def all_reduce(subject: Subject) -> tuple[float, bool]:
         began = time.perf_counter()
         dist.all_reduce(tensor)
         _settle(subject)
-        if repeat:  # the first one connects
+        if repeat:  # the first one sets up connections
             spent += time.perf_counter() - began
     right = bool((tensor == size * (size + 1) / 2).all())
     return tensor.nbytes * 2 * (size - 1) / size * REPEATS / spent, right
 
 
 def code_digest() -> str:
-    """A few hexadecimal digits over the package's own files."""
+    """A short hash of the package's source files."""
     root, digest = Path(lamda.__file__).parent, sha256()
     for file in sorted(root.rglob("*.py")):
         digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
@@ -145,7 +145,7 @@ def _settle(subject: Subject) -> None:
 
 
 def _sees_the_file(subject: Subject) -> bool:
-    """Whether this rank sees what rank 0 has written, within SHARED_SECONDS."""
+    """Whether this rank sees the file that rank 0 writes, within SHARED_SECONDS."""
     nonce = broadcast(secrets.token_hex(8))
     file = Path(subject.config.run.dir) / f".shared-{nonce}"
     if subject.world.is_main:

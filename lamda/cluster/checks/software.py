@@ -1,4 +1,4 @@
-"""Python and the packages, against those that were tested."""
+"""Python and packages, compared with the tested versions."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from lamda.config.resources import find
 
 INSTALL = "pip install -c constraints.txt -e ."
 OPTIONAL = {"wandb"}
-"""What a run goes on without; its own check says so."""
+"""Packages that a run does not need; other checks report them."""
 
 
 def python(subject: Subject) -> Finding:
     """The interpreter's version."""
     here, tested = f"{sys.version_info.major}.{sys.version_info.minor}", tested_python()
     if here != tested:
-        return warning(f"{here}; tested is {tested}", f"make an environment with Python {tested}")
+        return warning(f"{here}; tested with {tested}", f"make an environment with Python {tested}")
     return ok(f"{'.'.join(map(str, sys.version_info[:3]))}, as tested")
 
 
 def packages(subject: Subject) -> Finding:
-    """What the project needs: there, in the versions that it allows, best in those that were tested."""
+    """Required packages: installed, in allowed versions, and preferably in the tested versions."""
     tested, wrong, other = tested_packages(), [], []
     needed = requirements()
     for requirement in needed:
@@ -34,19 +34,22 @@ def packages(subject: Subject) -> Finding:
         if here is None and requirement.name in OPTIONAL:
             continue
         if here is None or not requirement.specifier.contains(here, prereleases=True):
-            wrong.append(f"{requirement} is needed, {f'{here} is here' if here else 'it is not here'}")
+            wrong.append(f"{requirement} is needed, {f'{here} is installed' if here else 'it is not installed'}")
         elif here.partition("+")[0] != tested.get(requirement.name.lower(), here):
-            other.append(f"{requirement.name} {here} (tested is {tested[requirement.name.lower()]})")
+            other.append(f"{requirement.name} {here} (tested with {tested[requirement.name.lower()]})")
     if wrong:
         return failure("; ".join(wrong), INSTALL)
     if other:
-        return warning("; ".join(other), f"{INSTALL} gives the tested versions")
+        return warning("; ".join(other), f"{INSTALL} installs the tested versions")
     return ok(f"all {len(needed)} as tested: torch {installed('torch')}, deepspeed {installed('deepspeed')}")
 
 
 def tested_python() -> str:
     """The Python version that constraints.txt names in its first line."""
-    return re.search(r"Python (\d+\.\d+)", _constraints())[1]
+    found = re.search(r"Python (\d+\.\d+)", _constraints())
+    if found is None:
+        raise UserError("constraints.txt: its first line does not name a Python version")
+    return found[1]
 
 
 def tested_packages() -> dict[str, str]:
@@ -56,16 +59,16 @@ def tested_packages() -> dict[str, str]:
 
 
 def requirements() -> list[Requirement]:
-    """What the package needs without its extras. Raises UserError where it is not installed."""
+    """The requirements of lamda-pytorch without extras. Raises UserError if it is not installed."""
     try:
-        all_of_them = map(Requirement, requires("lamda-pytorch") or ())
+        found = map(Requirement, requires("lamda-pytorch") or ())
     except PackageNotFoundError as error:
         raise UserError(f"lamda-pytorch is not installed for {sys.executable}; {INSTALL}") from error
-    return [each for each in all_of_them if each.marker is None or each.marker.evaluate({"extra": ""})]
+    return [each for each in found if each.marker is None or each.marker.evaluate({"extra": ""})]
 
 
 def installed(name: str) -> str | None:
-    """A package's version, None where it is not there."""
+    """A package's version, None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

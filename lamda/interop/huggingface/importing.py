@@ -19,7 +19,7 @@ from lamda.interop.huggingface.configuration import LamdaConfig
 from lamda.interop.huggingface.folders import new_folder
 from lamda.interop.huggingface.weights import StoredWeights, write_shards
 from lamda.model.weights import weight_shapes
-from lamda.storage import commit
+from lamda.storage import manifest
 
 _WHOLE = "1000000GB"
 
@@ -42,9 +42,9 @@ def import_folder(path: Path, to: Path) -> None:
 
     Weights are unchanged, byte for byte. Raises UserError if the folder is not LaMDA's, incomplete or damaged.
     """
-    if (path / commit.MANIFEST).is_file() and (problem := commit.problem_of(path)):
+    if (path / manifest.MANIFEST).is_file() and (problem := manifest.problem_of(path)):
         raise UserError(
-            f"{path}: {problem}; export or download it again, or, if you changed it yourself, delete {commit.MANIFEST}"
+            f"{path}: {problem}; export or download it again, or, if you changed it, delete {manifest.MANIFEST}"
         )
     model, sequence_length = _configuration(path / "config.json")
     stored = StoredWeights(path, model)

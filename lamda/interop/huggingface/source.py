@@ -10,7 +10,7 @@ from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.inference.loading import saved_config
-from lamda.storage import commit
+from lamda.storage import manifest
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
@@ -32,14 +32,14 @@ class ExportSource:
     @classmethod
     def of(cls, path: Path) -> ExportSource:
         """Raises UserError if the checkpoint is damaged, by its hashes."""
-        if not (path / commit.MANIFEST).exists():
+        if not (path / manifest.MANIFEST).exists():
             return cls(path, saved_config(path), {}, None, [])
-        problem = commit.problem_of(path)
+        problem = manifest.problem_of(path)
         if problem:
             raise UserError(f"{path}: {problem}; `lamda checkpoint ls` shows the others")
-        config = load_config(["--config", str(commit.named(path, "config.yaml"))])
-        content = commit.read(path)
-        state = commit.read_state(path) if commit.STATE in content["files"] else None
+        config = load_config(["--config", str(manifest.named(path, "config.yaml"))])
+        content = manifest.read(path)
+        state = manifest.read_state(path) if manifest.STATE in content["files"] else None
         rows = read_metrics(RunDirectory(path.absolute().parents[1]).metrics) if state else []
         return cls(path, config, content, state, [row for row in rows if row["step"] <= content["step"]])
 

@@ -123,9 +123,9 @@ def master_weights(checkpoint: Path, config: Config) -> Read:
     """
     # These import DeepSpeed, which an export of the stored weights does not need.
     from lamda.engines.deepspeed.checkpoint import SavedState, state_sizes
-    from lamda.storage import commit
+    from lamda.storage import manifest
 
-    if not (checkpoint / commit.MANIFEST).is_file() or not [*checkpoint.glob("optimizer-*.safetensors")]:
+    if not (checkpoint / manifest.MANIFEST).is_file() or not [*checkpoint.glob("optimizer-*.safetensors")]:
         raise UserError(
             f"{checkpoint}: has no optimizer state of DeepSpeed, whose fp32 weights --dtype float32 needs (a Flax "
             "run keeps them with Orbax); leave --dtype out"
