@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 from lamda import __version__, console
 from lamda.config.completion import SHELLS, script
-from lamda.config.errors import RunError, UserError, refused_by_system
+from lamda.config.errors import RunError, UserError, nearest, refused_by_system
 from lamda.config.help import help_text, to_yaml
 from lamda.config.loading import load_config, wants_help
-from lamda.config.presets import nearest
 from lamda.dialog import usage
 
 _CONFIG = "--config FILE [--section.key VALUE ...]"

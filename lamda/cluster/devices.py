@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lamda.config.errors import UserError
-from lamda.config.presets import nearest
+from lamda.config.errors import UserError, nearest
 from lamda.storage.metrics import PEAK_FLOPS
 
 RESERVE = 0.05

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lamda.config.batches import micro_batches_per_rank
-from lamda.config.errors import UserError
-from lamda.config.presets import nearest
+from lamda.config.errors import UserError, nearest
 from lamda.config.resources import find
 from lamda.config.schema import Config
 

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from lamda.config.errors import UserError
-from lamda.config.presets import nearest
+from lamda.config.errors import UserError, nearest
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 

@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core.core_schema import ValidationInfo
 
-from lamda.config.presets import PRESETS, nearest
+from lamda.config.errors import nearest
+from lamda.config.presets import PRESETS
 
 Positive = Annotated[int, Field(gt=0)]
 

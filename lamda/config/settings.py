@@ -17,8 +17,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from lamda.config.errors import UserError
-from lamda.config.presets import nearest
+from lamda.config.errors import UserError, nearest
 from lamda.config.resources import find
 from lamda.config.schema import Section
 

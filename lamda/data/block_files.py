@@ -23,10 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamda.best_effort import reason_of
-from lamda.config.errors import UserError
+from lamda.config.errors import DataError, UserError
 from lamda.data.blocks import SPAN, Part, PartRows, RowBlock
 from lamda.data.documents import Document
-from lamda.data.errors import DataError
 from lamda.data.lanes import Cursor
 from lamda.data.quarantine import BadLine
 from lamda.durable import replace_file

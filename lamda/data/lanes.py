@@ -17,10 +17,9 @@ import orjson
 from datasets import IterableDataset
 from datasets.iterable_dataset import ExamplesIterable
 
-from lamda.config.errors import UserError
+from lamda.config.errors import DataError, UserError
 from lamda.data.card import Source
 from lamda.data.documents import Document, Form, RawText, at, first_key
-from lamda.data.errors import DataError
 from lamda.data.files import LONGEST_LINE, File, decompressed_size, read_all, read_lines
 from lamda.data.open_files import allow_open_files
 from lamda.data.parquet import read_rows, row_groups

@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from lamda.config.errors import RunError, UserError
+from lamda.config.errors import DataError, RunError, UserError
 from lamda.config.loading import load_config
-from lamda.config.progress import Progress
 from lamda.config.schema import Config
+from lamda.console import Progress
 from lamda.data.block_files import BlockFolder
 from lamda.data.blocks import LaneReader, Packing, Part, RowBlock
 from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of
-from lamda.data.errors import DataError
 from lamda.data.lanes import Lane
 from lamda.data.run_tokenizer import ensure_tokenizer
 from lamda.data.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lamda.best_effort import BestEffort
-from lamda.data.errors import DataError
+from lamda.config.errors import DataError
 from lamda.durable import replace_file
 
 log = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lamda.config.errors import UserError
-from lamda.config.progress import Progress
 from lamda.config.schema import Config
+from lamda.console import Progress
 from lamda.data.corpus import Corpus, open_corpus
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.tokenizer_training import keep_model, train_tokenizer

@@ -12,7 +12,7 @@ from pathlib import Path
 import sentencepiece
 
 from lamda.config.errors import UserError
-from lamda.config.progress import computing, waiting
+from lamda.console import computing, waiting
 from lamda.data.tokenizer import (
     CONTROL_PIECES,
     RESERVED_PIECES,

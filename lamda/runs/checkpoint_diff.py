@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 
 from lamda.config.errors import UserError
 from lamda.config.loading import KEYS
+from lamda.console import show_table
 from lamda.runs.checkpoint_show import default_of, read_state, read_tensors
 from lamda.runs.checkpoints import NAME_HELP, find_checkpoint, read_config, read_manifest
-from lamda.runs.tables import show_table
 
 NAMES = ("run.dir", "wandb.name", "wandb_id")
 """What a run is called, which says nothing of what it is; not compared."""

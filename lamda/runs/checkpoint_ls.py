@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lamda.config.errors import UserError
+from lamda.console import NONE, duration, show_table, size_of
 from lamda.runs.checkpoints import Saved, all_checkpoints, glance, read_config
-from lamda.runs.tables import NONE, duration, show_table, size_of
 from lamda.storage.run_directory import RunDirectory
 
 

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from lamda.config.errors import UserError
 from lamda.config.loading import KEYS
 from lamda.config.presets import PRESETS
+from lamda.console import duration, size_of
 from lamda.runs.checkpoints import NAME, NAME_HELP, find_checkpoint, glance, read_config, read_manifest
-from lamda.runs.tables import duration, size_of
 
 
 def main(argv: list[str]) -> int:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lamda.config.errors import UserError
-from lamda.config.progress import Progress
+from lamda.console import Progress, show_table, size_of
 from lamda.runs.checkpoints import NAME, NAME_HELP, PRUNED, find_checkpoints, glance, read_manifest
-from lamda.runs.tables import show_table, size_of
 from lamda.storage import commit
 
 

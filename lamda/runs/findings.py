@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from lamda.config.errors import UserError
+from lamda.console import NONE, duration, figure, of_total
 from lamda.runs.checkpoints import Saved, all_checkpoints, glance, read_config
 from lamda.runs.curves import Curve, curve_of, read_metrics_of, short
 from lamda.runs.panels import PANELS, SECTIONS, Panel
 from lamda.runs.reading import Metrics, Row, Standing, last_lines, read_standing
-from lamda.runs.tables import NONE, duration, figure, of_total
 from lamda.storage.run_directory import RunDirectory
 
 RECENT = 100

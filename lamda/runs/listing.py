@@ -11,8 +11,8 @@ from textwrap import shorten
 from typing import Any
 
 from lamda.config.errors import UserError
+from lamda.console import NONE, duration, figure, of_total, show_table
 from lamda.runs.reading import DEPTH, Row, changed_at, find_runs, last_row, read_standing
-from lamda.runs.tables import NONE, duration, figure, of_total, show_table
 from lamda.storage.commit import complete
 from lamda.storage.reading import UnreadableError
 from lamda.storage.run_directory import RunDirectory

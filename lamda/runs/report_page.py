@@ -10,10 +10,10 @@ from html import escape
 from importlib.resources import files
 
 from lamda import __version__
+from lamda.console import NONE, duration, size_of
 from lamda.runs.checkpoints import Saved
 from lamda.runs.findings import Chart, Findings, charts_of, differences
 from lamda.runs.svg_chart import COLOURS, chart
-from lamda.runs.tables import NONE, duration, size_of
 
 DIVIDER = "⟫"
 """Stands in a sample between what was given and what the model wrote."""

@@ -14,11 +14,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lamda.config.errors import UserError
-from lamda.config.presets import nearest
+from lamda.config.errors import UserError, nearest
+from lamda.console import STYLES, duration, figure, of_total
 from lamda.runs.curve import draw
 from lamda.runs.reading import Metrics, Row, Standing, changed_at, find_runs, last_lines, read_standing
-from lamda.runs.tables import STYLES, duration, figure, of_total
 from lamda.storage.commit import complete
 from lamda.storage.run_directory import RunDirectory
 from lamda.training.stop_requests import STOP_EXIT

@@ -15,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamda.best_effort import BestEffort
-from lamda.config.errors import UserError
+from lamda.config.errors import DataError, UserError
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
 from lamda.data.block_files import BlockFolder
 from lamda.data.blocks import LaneReader, Packing, PartRows, RowBlock
 from lamda.data.corpus import Corpus, differences, fingerprint, open_corpus, packing_of
-from lamda.data.errors import DataError
 from lamda.data.files import read_lines
 from lamda.data.lanes import RAW_TEXT, Lane, Share
 from lamda.data.loader import batch_digest, row_digest

@@ -10,7 +10,7 @@ import orjson
 import torch
 
 from lamda.config.errors import UserError
-from lamda.config.progress import Progress
+from lamda.console import Progress
 from lamda.data.card import load_card
 from lamda.data.held_out import HeldOut
 from lamda.data.tokenizer import Tokenizer

@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lamda import console
-from lamda.config.errors import RunError, UserError, refused_by_system
+from lamda.config.errors import DataUnavailableError, RunError, UserError, refused_by_system
 from lamda.config.loading import load_config, wants_help
-from lamda.data.errors import DataUnavailableError
 from lamda.distributed import ReportedElsewhereError
 from lamda.storage.reading import UnreadableError
 from lamda.training.stop_requests import Signals

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from lamda.best_effort import BestEffort
-from lamda.config.progress import computing
 from lamda.config.schema import Config
+from lamda.console import computing
 from lamda.data.compression import compressed_bits_per_byte
 from lamda.data.documents import Form
 from lamda.data.held_out import HeldOut

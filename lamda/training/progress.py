@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from lamda.config.progress import Progress
-from lamda.console import SHOWN
+from lamda.console import SHOWN, Progress
 
 LINE_SECONDS = 10.0
 

@@ -14,8 +14,8 @@ from lamda import distributed
 from lamda.best_effort import BestEffort
 from lamda.config.errors import RunError, UserError
 from lamda.config.help import to_yaml
-from lamda.config.progress import computing
 from lamda.config.schema import Config
+from lamda.console import computing
 from lamda.distributed import FailedElsewhereError, ReportedElsewhereError, World
 from lamda.durable import replace_file
 from lamda.engines.protocol import Engine, Framework

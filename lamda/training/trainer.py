@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from lamda.config.errors import RunError
+from lamda.config.errors import DataError, DataUnavailableError, RunError
 from lamda.config.schema import Config
-from lamda.data.errors import DataError, DataUnavailableError
 from lamda.data.loader import Loader, Step
 from lamda.data.quarantine import Quarantined, QuarantineFile
 from lamda.data.tokenizer import Tokenizer

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 
 from lamda.best_effort import BestEffort
-from lamda.config.errors import RunError, UserError
+from lamda.config.errors import DataError, RunError, UserError
 from lamda.data import prepare
 from lamda.data.block_files import BlockFolder
 from lamda.data.blocks import LaneReader, Packing, Part, PartRows
 from lamda.data.card import Source
-from lamda.data.errors import DataError
 from lamda.data.files import File
 from lamda.data.lanes import Cursor, cut_into_lanes
 from lamda.data.rows import RowReader

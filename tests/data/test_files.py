@@ -13,10 +13,9 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamda.config.errors import UserError
+from lamda.config.errors import DataError, DataUnavailableError, UserError
 from lamda.data import files
 from lamda.data.card import Source
-from lamda.data.errors import DataError, DataUnavailableError
 from lamda.data.files import File, decompressed_size, read_lines
 from lamda.data.lanes import OPEN_FILES, Cursor, whole_lane
 from lamda.data.resolving import resolve

@@ -10,14 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lamda.config.errors import UserError
+from lamda.config.errors import DataError, UserError
 from lamda.config.schema import Config
 from lamda.data import identity
 from lamda.data.block_files import BlockFolder
 from lamda.data.blocks import LaneReader, Packing, Part
 from lamda.data.card import Source
 from lamda.data.corpus import changed_files, differences, fingerprint, open_corpus
-from lamda.data.errors import DataError
 from lamda.data.files import File, read_lines
 from lamda.data.lanes import Cursor, cut_into_lanes
 from lamda.data.resolving import require_here, resolve

@@ -12,11 +12,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamda.config.errors import UserError
+from lamda.config.errors import DataError, UserError
 from lamda.data import files, lanes, parquet
 from lamda.data.card import Source
 from lamda.data.documents import Document
-from lamda.data.errors import DataError
 from lamda.data.files import File
 from lamda.data.lanes import Cursor, cut_into_lanes, read_lane
 from tests.conftest import make_text, write_shard

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
+from lamda.config.errors import DataError
 from lamda.data.block_files import BlockFolder
 from lamda.data.corpus import open_corpus
 from lamda.data.documents import Encoded, RawText
-from lamda.data.errors import DataError
 from lamda.data.lanes import RAW_TEXT
 from tests.data.ranks import BAD, BLANK, Numbers, Run, config_of, read, write_file
 

@@ -16,10 +16,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lamda.config.errors import UserError
+from lamda.config.errors import DataError, DataUnavailableError, UserError
 from lamda.data import identity, remote, resolving
 from lamda.data.card import Checksum, Source
-from lamda.data.errors import DataError, DataUnavailableError
 from lamda.data.files import File, read_all, read_lines
 from lamda.data.parquet import read_rows
 from lamda.data.remote import Patience, RemoteFile, Version

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from lamda.config.errors import UserError
-from lamda.config.progress import Progress
+from lamda.console import Progress
 from lamda.interop.harness.tasks import Tasks, figures
 
 ERROR = "_stderr"
