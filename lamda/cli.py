@@ -124,7 +124,7 @@ exit code: 0 where the run fits, 1 where it does not""",
     "prepare": Command(
         _main_of("lamda.data.prepare"),
         f"[--json] {_CONFIG}",
-        "make the run's blocks ahead into data.blocks, with all cores",
+        "make the run's blocks ahead into data.cache_dir, with all cores",
     ),
     "where": Command(
         _main_of("lamda.runs.where"),

@@ -30,7 +30,7 @@ def checkpoints(config: Config) -> int:
 
 
 def block_bytes(config: Config) -> int:
-    """Ready rows of the whole run (`data.blocks`), one span per row; each document adds some 50 bytes."""
+    """Ready rows of the whole run (`data.cache_dir`), one span per row; each document adds some 50 bytes."""
     width = 2 if config.model.vocab_size <= NARROW else 4
     rows = config.steps * config.train.global_batch_size
     return rows * ((config.data.sequence_length + 1) * width + SPAN)

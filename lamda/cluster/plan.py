@@ -201,7 +201,7 @@ def _disk(config: Config, *, width: int) -> dict[str, Any]:
         "checkpoint_bytes": one,
         "checkpoints": count,
         "checkpoints_bytes": one * count,
-        "keeps_blocks": config.data.blocks is not None,
+        "keeps_blocks": config.data.cache_dir is not None,
         "blocks_bytes": block_bytes(config),
         "text_bytes": text_bytes(config),
         "text_is_streamed": is_streamed(config),

@@ -16,7 +16,7 @@ from lamda import console
 from lamda.cluster.outcome import MISTAKE_EXIT, RESTARTS, Outcome, outcome, saved_step, signal_name, status_of
 from lamda.cluster.processes import POLL_SECONDS, Launch
 from lamda.config.errors import UserError
-from lamda.config.loading import KEYS, load_config
+from lamda.config.loading import DEPRECATED, KEYS, load_config
 from lamda.storage.run_directory import RunDirectory
 from lamda.training.stop_requests import STOP_EXIT, heeded_signals
 
@@ -162,7 +162,7 @@ def _parse(argv: list[str]) -> tuple[Path, list[str]]:
 
 def _run_of(command: list[str]) -> Path:
     """`run.dir` of a command that ends with the run's own flags, whatever launcher stands before them."""
-    own = {"--config", *(f"--{key}" for key in KEYS)}
+    own = {"--config", *(f"--{key}" for key in (*KEYS, *DEPRECATED))}
     first = next((place for place, word in enumerate(command) if word.partition("=")[0] in own), None)
     if first is None:
         raise UserError(

@@ -37,7 +37,7 @@ DOCUMENT = np.dtype([("file", "<i4"), ("line", "<i8"), ("byte", "<i8"), ("domain
 
 @dataclass(frozen=True)
 class BlockFolder:
-    """The rows of one fingerprint under `data.blocks`.
+    """The rows of one fingerprint under `data.cache_dir`.
 
     keeping: entered around everything that is done with the folder; an OSError there is its matter.
     """
@@ -93,7 +93,7 @@ class _Demanded:
     ) -> None:
         if isinstance(value, OSError):
             raise UserError(
-                f"data.blocks {self.folder}: cannot be read or written ({reason_of(value)}); what is complete there "
+                f"data.cache_dir {self.folder}: cannot be read or written ({reason_of(value)}); what is complete there "
                 "stays, and the same command continues"
             ) from value
 

@@ -1,4 +1,4 @@
-"""Corpus cards: where text comes from, under which licence, and how a record is read."""
+"""Corpus cards: where text comes from, under which license, and how a record is read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core.core_schema import ValidationInfo
 
 from lamda.config.errors import UserError, nearest
@@ -46,7 +46,7 @@ class Source(_Part):
     """
 
     name: str
-    licence: str
+    license: str = Field(validation_alias=AliasChoices("license", "licence"))
     files: Patterns = ()
     dataset: HubDataset | None = None
     standard_library: str | None = None
@@ -123,7 +123,7 @@ def load_card(config: DataConfig) -> Card:
     """
     path = card_path(config.corpus)
     card = _read(path)
-    rules = card.sources[0].model_dump(include={"text", "domain"}) | {"licence": "not stated"}
+    rules = card.sources[0].model_dump(include={"text", "domain"}) | {"license": "not stated"}
     if config.files is not None:
         own = {"name": "data.files", "description": "files that the run named itself", "homepage": None}
         sources = (Source(name="files", files=config.files, **rules),)

@@ -78,11 +78,11 @@ class Summary:
 
 
 def main(argv: list[str]) -> int:
-    """`[--json] --config FILE [--section.key VALUE ...]` with `data.blocks` set; raises UserError."""
+    """`[--json] --config FILE [--section.key VALUE ...]` with `data.cache_dir` set; raises UserError."""
     as_json = "--json" in argv
     config = load_config([word for word in argv if word != "--json"])
-    if config.data.blocks is None:
-        raise UserError("data.blocks: name the folder that the blocks go to")
+    if config.data.cache_dir is None:
+        raise UserError("data.cache_dir: name the folder for the rows")
     corpus = open_corpus(config.data)
     target = Path(config.run.dir) / "tokenizer.model"
     try:
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         raise UserError(f"run.dir {config.run.dir}: cannot be made ({error.strerror})") from error
     tokenizer = ensure_tokenizer(config, target=target, corpus=corpus)
-    folder = BlockFolder.of(config.data.blocks, fingerprint(corpus, config, tokenizer))
+    folder = BlockFolder.of(config.data.cache_dir, fingerprint(corpus, config, tokenizer))
     summary = prepare(corpus, folder, config=config, tokenizer=target)
     if as_json:
         print(json.dumps({"folder": str(folder.path), **vars(summary)}, indent=1))

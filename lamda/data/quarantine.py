@@ -117,5 +117,5 @@ class Tally:
         if self.lines >= JUDGED_FROM and self.bad > self.limit * self.lines:
             raise DataError(
                 f"lane {self.lane}: {self.bad:,} of {self.lines:,} lines hold no document, more than "
-                f"data.max_bad_fraction {self.limit:g}: mend the text, or raise it. {self.examples()}"
+                f"data.max_bad_line_fraction {self.limit:g}: mend the text, or raise it. {self.examples()}"
             )

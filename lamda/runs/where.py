@@ -133,9 +133,9 @@ def _found(
 
 def _ready_rows(config: Config, fingerprint: dict[str, Any]) -> BlockFolder | None:
     """The run's ready rows, where they are. `BlockFolder.of` would make their folder, and nothing is made here."""
-    folder, wanted = config.data.blocks, json.loads(json.dumps({**fingerprint, "weights": None}))
+    folder, wanted = config.data.cache_dir, json.loads(json.dumps({**fingerprint, "weights": None}))
     keeping = BestEffort(
-        f"data.blocks {folder} cannot be read", then="the text is read", errors=(OSError, ValueError, DataError)
+        f"data.cache_dir {folder} cannot be read", then="the text is read", errors=(OSError, ValueError, DataError)
     )
     with keeping:
         for path in () if folder is None else Path(folder).glob("*/fingerprint.json"):

@@ -51,7 +51,7 @@ class Health:
         """Take a finished step's loss; what is wrong where the run ought to go back."""
         score = self._score(loss)
         self._take(loss, refused=refused)
-        if self._bad_steps >= self._train.max_bad_steps:
+        if self._bad_steps >= self._train.max_skipped_steps:
             text = f"{self._bad_steps} steps in a row had a loss or gradient that is not finite"
             return Trouble(text, is_fatal=True, steps=self._bad_steps)
         threshold = self._train.spike_threshold

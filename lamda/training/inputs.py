@@ -116,10 +116,12 @@ class Text:
         )
 
     def _ready_blocks(self, config: Config, state: RunState) -> BlockFolder | None:
-        folder = config.data.blocks
+        folder = config.data.cache_dir
         if folder is None:
             return None
-        keeping = BestEffort(f"data.blocks {folder}: not all blocks are kept", then="training continues without them")
+        keeping = BestEffort(
+            f"data.cache_dir {folder}: not all blocks are kept", then="training continues without them"
+        )
         return BlockFolder.of(folder, state.fingerprint, keeping=keeping)
 
 

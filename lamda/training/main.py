@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -47,6 +48,8 @@ def _launch(
         return _tell(error, quiet=False)
     if world.is_main:
         signals.leave_at_once(report=lambda name: print(f"{name}: nothing has begun", file=sys.stderr, flush=True))
+    else:
+        logging.getLogger("lamda.config").setLevel(logging.ERROR)  # rank 0 reports deprecated keys
     arguments = sys.argv[1:] if argv is None else argv
     try:
         if wants_help(arguments):

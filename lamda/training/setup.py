@@ -118,9 +118,11 @@ class _Start:
     def run(self, device: torch.device) -> int:
         """The exit code. Raises UserError and RunError."""
         config, directory, world = self.config, self.directory, self.world
-        with Watchdog(directory.heartbeats, world=world, seconds=config.run.hang_seconds, tell=self._tell_hang) as dog:
+        with Watchdog(
+            directory.heartbeats, world=world, seconds=config.run.hang_timeout_seconds, tell=self._tell_hang
+        ) as dog:
             requests = StopRequests(
-                directory.stop, world=world, margin=config.run.stop_before_end, signals=self.signals
+                directory.stop, world=world, margin=config.run.stop_margin_seconds, signals=self.signals
             )
             requests.discard_old()
 

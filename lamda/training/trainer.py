@@ -289,14 +289,14 @@ class Run:
         self.report.warn(
             "went back",
             f"step {setback.step}: {setback.reason}; back to {path.name}, without samples {window[0]} to "
-            f"{window[1] - 1} (time {self.state.rollbacks} of {self.config.train.rollbacks})",
+            f"{window[1] - 1} (time {self.state.rollbacks} of {self.config.train.max_rollbacks})",
         )
         self._health = self._history()
 
     def _obstacle(self) -> str | None:
         """Why the run cannot go back, if it cannot."""
-        if self.state.rollbacks >= self.config.train.rollbacks:
-            return f"train.rollbacks is {self.config.train.rollbacks}"
+        if self.state.rollbacks >= self.config.train.max_rollbacks:
+            return f"train.max_rollbacks is {self.config.train.max_rollbacks}"
         self._tell(self.saver.finish())
         there = on_main(self.world, lambda: bool(commit.complete(self.directory.checkpoints)))
         return None if there else "there is no checkpoint yet"
@@ -307,7 +307,7 @@ class Run:
         return Health(self.config.train, broadcast([(row["loss"], row["skipped_steps"]) for row in rows]))
 
     def _compare(self) -> None:
-        every = self.config.run.compare_every
+        every = self.config.run.weight_check_every
         if every is not None and self.state.step % every == 0 and (odd := self.engine.odd_ranks()):
             raise RunError(
                 f"step {self.state.step}: the weights of rank {', '.join(map(str, odd))} of {self.world.size} are not "

@@ -21,7 +21,7 @@ from lamda.data.lanes import Cursor, cut_into_lanes, read_lane
 from tests.conftest import make_text, write_shard
 from tests.data.ranks import BAD, BLANK, write_file
 
-SOURCE = Source(name="s", licence="none", files=("x",))
+SOURCE = Source(name="s", license="none", files=("x",))
 LINES = st.lists(st.one_of(st.integers(0, 40), st.sampled_from([BAD, BLANK, 900])), min_size=1, max_size=9)
 SUFFIXES = st.sampled_from([".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt"])
 

@@ -148,7 +148,7 @@ def test_any_ranks_threads_and_kept_rows_give_the_same_samples(case, world, thre
         straight = read(config, corpus, Numbers(), until=lambda step: two_epochs(step) or step.consumed >= 600)
         count = len(straight.digests)
         for kept in ("made", "found") if keeps else ("nowhere",):
-            ready = BlockFolder.of(config.data.blocks, {}) if keeps else None
+            ready = BlockFolder.of(config.data.cache_dir, {}) if keeps else None
             run = read(config, corpus, Numbers(), count=count, world=world, threads=threads, ready=ready)
             assert run.digests == straight.digests, kept
             assert (run.order, run.epochs) == (straight.order, straight.epochs)

@@ -174,7 +174,7 @@ def test_lamda_evaluate_and_lm_eval_find_the_same_loss_on_real_documents(loaded,
     end = tokenizer.end_of_document
     for number, (text, length) in enumerate(documents):
         file = write_shard(tmp_path / f"{number}.jsonl", [text])
-        source = Source(name="s", licence="none", files=str(file), domain="meta.pile_set_name")
+        source = Source(name="s", license="none", files=str(file), domain="meta.pile_set_name")
         with torch.no_grad():
             ours = evaluate(
                 HeldOut((source,), tokenizer, length),

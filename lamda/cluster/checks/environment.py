@@ -60,11 +60,11 @@ def speed(subject: Subject) -> Finding:
     rate = writing_rate(Path(subject.config.run.dir))
     seconds = checkpoint_bytes(subject) / (rate * subject.world.size)
     told = f"{rate / 1e6:,.0f} MB/s a rank; a checkpoint takes {seconds:,.1f} s"
-    margin = subject.config.run.stop_before_end
+    margin = subject.config.run.stop_margin_seconds
     if seconds > margin:
         return warning(
-            f"{told}, more than a run has at its time limit (run.stop_before_end {margin:g} s)",
-            "raise run.stop_before_end, or choose a run.dir on a faster file system",
+            f"{told}, more than a run has at its time limit (run.stop_margin_seconds {margin:g} s)",
+            "raise run.stop_margin_seconds, or choose a run.dir on a faster file system",
         )
     return ok(told)
 

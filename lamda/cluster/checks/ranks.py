@@ -83,7 +83,7 @@ def bandwidth(rate: float, *, right: bool, subject: Subject) -> Finding:
     """Whether an all-reduce of all ranks is right and fast; rate: bytes a second that each link must carry."""
     size = subject.world.size
     if not right:
-        return failure("an all-reduce gave a wrong sum", "look at the node that `run.compare_every` names in a run")
+        return failure("an all-reduce gave a wrong sum", "see which node `run.weight_check_every` names in a run")
     whole = parameters(subject.config.model) * 4 * 2 * (size - 1) / size / rate
     told = f"{rate / 1e9:,.2f} GB/s over {size} ranks; fp32 gradients of this model take {whole:,.2f} s a step"
     if subject.device.type == "cuda" and rate < SLOW:

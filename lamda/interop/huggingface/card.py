@@ -33,7 +33,7 @@ def model_card(source: Source, folder: Path, *, dtype: str, masters: bool) -> st
         "Training": _training(source),
         "Metrics": _metrics(source),
         "Tokenizer": _TOKENIZER,
-        "Licence": "Nobody has stated a licence for these weights. Whoever publishes them states one here and in the "
+        "License": "Nobody has stated a license for these weights. Whoever publishes them states one here and in the "
         "first lines of this file, and heeds the data's.",
         "Hashes": _hashes(source, folder),
     }
@@ -59,7 +59,7 @@ print(generate("The ship")[0]["generated_text"])
 The model reads documents that begin with the end symbol, which the tokenizer puts before every text. The relative
 position bias has no longest distance, but nothing was trained on longer rows than those below."""
 
-_NAMED = "Of the files that the run named itself nobody has stated a licence."
+_NAMED = "Of the files that the run named itself nobody has stated a license."
 
 _TOKENIZER = f"""\
 `tokenizer.json` gives the ids of the SentencePiece model beside it (`tokenizer.model`) for every text but such as
@@ -91,9 +91,9 @@ def _data(source: Source) -> str:
 
 
 def _corpus(card: Card) -> list[str]:
-    rows = [f"| {name} | {_places(source.files)} | {source.licence} |" for name, source in _sources(card)]
+    rows = [f"| {name} | {_places(source.files)} | {source.license} |" for name, source in _sources(card)]
     home = [f"<{card.homepage}>", ""] if card.homepage else []
-    return [f"{card.name}: {card.description}", "", *home, "| source | files | licence |", "| --- | --- | --- |", *rows]
+    return [f"{card.name}: {card.description}", "", *home, "| source | files | license |", "| --- | --- | --- |", *rows]
 
 
 def _sources(card: Card) -> list[tuple[str, object]]:
