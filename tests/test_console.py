@@ -12,8 +12,9 @@ from lamda import console
 PRELUDE = "import sys, logging; from lamda import console; "
 SAYS = """\
 from lamda import cli
-cli.COMMANDS["runs"] = cli.Command(lambda argv: print(sys.argv[1]) or 0, "", "")
-sys.exit(cli.main(["runs"]))"""
+from lamda.runs import listing
+listing.main = lambda argv: print(sys.argv[1]) or 0
+sys.exit(cli.main(["list"]))"""
 MISTAKE = "from lamda import cli; sys.exit(cli.main(['nonsense']))"
 OUTLIVES = """\
 logging.getLogger("lamda").addHandler(logging.FileHandler(sys.argv[1])); console.outlive()

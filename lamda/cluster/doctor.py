@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import socket
 import sys
@@ -11,6 +10,7 @@ from statistics import median
 
 from lamda.cluster.checks.finding import LEVELS, Check, Finding, Level, Subject, failure, warning
 from lamda.config.errors import RunError, UserError
+from lamda.config.help import ConfigParser
 from lamda.config.loading import load_config
 from lamda.distributed import World, choose_accelerator, read_world
 
@@ -19,14 +19,19 @@ SLOW_SHARE = 0.8
 """Of the others' rate: a rank below it holds all of them up."""
 
 
+def parser() -> ConfigParser:
+    """The options of `lamda doctor`."""
+    parser = ConfigParser("lamda doctor", epilog="exit code: 0 if all is well, 1 with warnings, 2 with failures")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    return parser
+
+
 def main(argv: list[str]) -> int:
     """`[--json] [--config FILE] [--section.key VALUE ...]`, the tiny run by default.
 
     0 all well, 1 warnings, 2 failures. Raises UserError.
     """
-    parser = argparse.ArgumentParser(prog="lamda doctor", allow_abbrev=False, add_help=False)
-    parser.add_argument("--json", action="store_true")
-    options, flags = parser.parse_known_args(argv)
+    options, flags = parser().parse_known_args(argv)
     if not any(flag.partition("=")[0] == "--config" for flag in flags):
         flags = ["--config", "tiny", *flags]
     config, world = load_config(flags), read_world()

@@ -1,4 +1,4 @@
-"""`lamda prove-resume`: that a killed run ends as an unbroken one, shown with the user's own configuration.
+"""`lamda test-resume`: that a killed run ends as an unbroken one, shown with the user's own configuration.
 
 Three short runs through DeepSpeed's launcher: one straight, one killed with SIGKILL and resumed, one
 killed and resumed on another number of ranks. Then everything that they left is compared.
@@ -6,7 +6,6 @@ killed and resumed on another number of ranks. Then everything that they left is
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from lamda.cluster.processes import Launch
 from lamda.config.batches import micro_batches_per_rank
 from lamda.config.errors import UserError
+from lamda.config.help import ConfigParser
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
 from lamda.storage.metrics import read_metrics
@@ -40,16 +40,21 @@ EXACT_MICRO_BATCHES = 2
 """Micro-batches per step up to which gradients do not depend on the number of ranks: a sum of two has one order."""
 
 
+def parser() -> ConfigParser:
+    """The options of `lamda test-resume`."""
+    parser = ConfigParser("lamda test-resume", epilog="exit code: 0 if all runs are equal, 1 if one differs")
+    parser.add_argument("--ranks", type=int, metavar="N", help="ranks to run on; default: all GPUs, or 2 without one")
+    parser.add_argument("--others", type=int, metavar="M", help="ranks that the last run resumes on; default: half")
+    parser.add_argument("--steps", type=int, default=STEPS, metavar="S", help="steps of each run; default %(default)s")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the steps at which runs are killed")
+    parser.add_argument("--keep", action="store_true", help="keep the folder of the runs")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    return parser
+
+
 def main(argv: list[str]) -> int:
     """Arguments as in the table of commands; 0 all equal, 1 something differs. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="lamda prove-resume", allow_abbrev=False, add_help=False)
-    parser.add_argument("--ranks", type=int)
-    parser.add_argument("--others", type=int)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--keep", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    options, flags = parser.parse_known_args(argv)
+    options, flags = parser().parse_known_args(argv)
     config = load_config(flags)
     ranks, others = choose_ranks(config, ranks=options.ranks, others=options.others)
     if options.steps < CHECKPOINTS:

@@ -25,6 +25,15 @@ ORPHAN_SECONDS = 30.0
 """How long ranks whose launcher has died may take to save and leave, as they do by themselves."""
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda supervise`, without the command behind --."""
+    parser = argparse.ArgumentParser(
+        prog="lamda supervise", allow_abbrev=False, usage="%(prog)s [--run DIR] -- COMMAND ..."
+    )
+    parser.add_argument("--run", type=Path, metavar="DIR", help="directory of the run; default: the command's run.dir")
+    return parser
+
+
 def main(argv: list[str]) -> int:
     """`[--run DIR] -- COMMAND ...`; 0 finished, 75 stopped and can go on, 1 given up, 2 a user's mistake.
 
@@ -149,12 +158,8 @@ class Supervisor:
 
 def _parse(argv: list[str]) -> tuple[Path, list[str]]:
     """The run directory and the command."""
-    parser = argparse.ArgumentParser(
-        prog="lamda supervise", allow_abbrev=False, usage="%(prog)s [--run DIR] -- COMMAND"
-    )
-    parser.add_argument("--run", type=Path, metavar="DIR")
     own = argv.index("--") if "--" in argv else len(argv)
-    options, command = parser.parse_args(argv[:own]), argv[own + 1 :]
+    options, command = parser().parse_args(argv[:own]), argv[own + 1 :]
     if not command:
         raise UserError("lamda supervise: there is no command; write it behind --, lamda supervise -- COMMAND ...")
     return options.run or _run_of(command), command

@@ -11,11 +11,9 @@ import json
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
-from datasets import IterableDataset
-from datasets.iterable_dataset import ExamplesIterable
 
 from lamda.config.errors import DataError, UserError
 from lamda.data.card import Source
@@ -24,6 +22,9 @@ from lamda.data.files import LONGEST_LINE, File, decompressed_size, read_all, re
 from lamda.data.open_files import allow_open_files
 from lamda.data.parquet import read_rows, row_groups
 from lamda.data.quarantine import BadLine, Tally, bad_line, few
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 MOST = 64
 """Lanes a source. They are what mixes a sorted file: with 8 its batches are further from the corpus than draws."""
@@ -135,6 +136,9 @@ class Lane:
 
         Not by `from_generator`, which makes a folder in the Hugging Face cache: that may be read-only.
         """
+        from datasets import IterableDataset  # slow to import
+        from datasets.iterable_dataset import ExamplesIterable
+
         return IterableDataset(ExamplesIterable(_rows, {"lane": self}))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lamda.config.errors import DataError, RunError, UserError
+from lamda.config.help import ConfigParser
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
 from lamda.console import Progress
@@ -77,10 +78,17 @@ class Summary:
             yield f"{self.bad_lines:,} lines hold no document"
 
 
+def parser() -> ConfigParser:
+    """The options of `lamda prepare`."""
+    parser = ConfigParser("lamda prepare")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    return parser
+
+
 def main(argv: list[str]) -> int:
     """`[--json] --config FILE [--section.key VALUE ...]` with `data.cache_dir` set; raises UserError."""
-    as_json = "--json" in argv
-    config = load_config([word for word in argv if word != "--json"])
+    options, flags = parser().parse_known_args(argv)
+    config = load_config(flags)
     if config.data.cache_dir is None:
         raise UserError("data.cache_dir: name the folder for the rows")
     corpus = open_corpus(config.data)
@@ -92,7 +100,7 @@ def main(argv: list[str]) -> int:
     tokenizer = ensure_tokenizer(config, target=target, corpus=corpus)
     folder = BlockFolder.of(config.data.cache_dir, fingerprint(corpus, config, tokenizer))
     summary = prepare(corpus, folder, config=config, tokenizer=target)
-    if as_json:
+    if options.json:
         print(json.dumps({"folder": str(folder.path), **vars(summary)}, indent=1))
     else:
         print("\n".join(summary.table()))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import orjson
 from rich.console import Console
@@ -14,9 +15,10 @@ from rich.console import Console
 from lamda.console import visible
 from lamda.dialog.conversation import Conversation, Message, to_record
 from lamda.dialog.options import add_options, add_sampling_options, manner_of, toolset_of, usable_tools
-from lamda.dialog.speaker import Reply, Speaker
 from lamda.dialog.terminal import Typewriter, explanation
-from lamda.inference.loading import load_run
+
+if TYPE_CHECKING:
+    from lamda.dialog.speaker import Reply, Speaker
 
 HELP = """\
 /why          how the last reply was chosen: candidates, scores, what was dropped, research and sources
@@ -26,15 +28,23 @@ HELP = """\
 /quit         leave (so does Ctrl-D)"""
 
 
-def main(argv: list[str]) -> int:
-    """As `lamda chat --help` says; raises UserError."""
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda chat`."""
     parser = argparse.ArgumentParser(prog="lamda chat", allow_abbrev=False)
-    parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--system", metavar="TEXT")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, a checkpoint or an imported model")
+    parser.add_argument("--system", metavar="TEXT", help="a system message that begins the conversation")
     add_options(parser)
     add_sampling_options(parser)
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """As `lamda chat --help` says; raises UserError."""
+    options = parser().parse_args(argv)
     manner, toolset = manner_of(options), toolset_of(options)
+    from lamda.dialog.speaker import Speaker
+    from lamda.inference.loading import load_run
+
     loaded = load_run(options.run, int8=options.int8)
     toolset = usable_tools(toolset, loaded.path)
     speaker = Speaker.of(loaded, toolset=toolset, manner=manner)

@@ -25,14 +25,21 @@ TOLD = 20
 _LINES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda dialog convert`."""
+    parser = argparse.ArgumentParser(prog="lamda dialog convert", allow_abbrev=False)
+    parser.add_argument("format", metavar="FORMAT", help=f"{', '.join(FORMATS)} (chat: messages of role and content)")
+    parser.add_argument("files", metavar="IN", nargs="+", type=Path, help=".jsonl, .jsonl.zst, .jsonl.gz or .json")
+    parser.add_argument(
+        "-o", dest="target", metavar="OUT", type=Path, required=True, help=".jsonl, .jsonl.zst or .jsonl.gz"
+    )
+    parser.add_argument("--json", action="store_true", help="print the count as one JSON object")
+    return parser
+
+
 def main(argv: list[str]) -> int:
     """`FORMAT IN... -o OUT`; raises UserError that names every bad record, before anything is written."""
-    parser = argparse.ArgumentParser(prog="lamda dialog convert", allow_abbrev=False)
-    parser.add_argument("format", metavar="FORMAT")
-    parser.add_argument("files", metavar="IN", nargs="+", type=Path)
-    parser.add_argument("-o", dest="target", metavar="OUT", type=Path, required=True)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     count = convert(options.format, options.files, options.target)
     told = {"file": str(options.target), "conversations": count}
     print(json.dumps(told) if options.json else f"{options.target}: {count:,} conversations")

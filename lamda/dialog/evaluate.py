@@ -8,31 +8,29 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lamda.config.errors import UserError
 from lamda.console import Progress
-from lamda.data.card import load_card
-from lamda.data.held_out import HeldOut
-from lamda.data.tokenizer import Tokenizer
-from lamda.dialog.evaluation import HeldOutDialogues, table
-from lamda.dialog.examples import Conversations
-from lamda.inference.loading import find_checkpoint, load_model, saved_config
-from lamda.inference.sampling import check_finite
-from lamda.training.evaluation import LoadedModel
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda dialog evaluate`."""
+    parser = argparse.ArgumentParser(prog="lamda dialog evaluate", allow_abbrev=False)
+    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", type=Path, help="a run's newest checkpoint, or this one")
+    parser.add_argument("--files", metavar="GLOB", help="conversations instead of the run's validation files")
+    parser.add_argument("--examples", metavar="N", type=int, help="number of examples, shuffled; default: all")
+    parser.add_argument("--length", metavar="L", type=int, help="row length, to compare runs that differ in it")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    return parser
 
 
 def main(argv: list[str]) -> int:
     """`RUN_OR_CHECKPOINT [--files GLOB] [--examples N] [--length L] [--json]`; by default the run's own dialogues."""
-    parser = argparse.ArgumentParser(prog="lamda dialog evaluate", allow_abbrev=False)
-    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", type=Path)
-    parser.add_argument("--files", metavar="GLOB", help="conversations in place of the run's validation files")
-    parser.add_argument("--examples", metavar="N", type=int, help="of all examples, mixed; default: all")
-    parser.add_argument("--length", metavar="L", type=int, help="of rows, to compare runs that differ in it")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     if options.examples is not None and options.examples < 1:
         raise UserError(f"--examples {options.examples}: give a number of at least 1")
+    from lamda.dialog.evaluation import table
+    from lamda.inference.loading import find_checkpoint
+
     report = evaluate_checkpoint(
         find_checkpoint(options.path), files=options.files, examples=options.examples, length=options.length
     )
@@ -56,6 +54,17 @@ def evaluate_checkpoint(
 
     Raises UserError where there is no dialogue, and NotFiniteError where the model has diverged.
     """
+    import torch
+
+    from lamda.data.card import load_card
+    from lamda.data.held_out import HeldOut
+    from lamda.data.tokenizer import Tokenizer
+    from lamda.dialog.evaluation import HeldOutDialogues
+    from lamda.dialog.examples import Conversations
+    from lamda.inference.loading import load_model, saved_config
+    from lamda.inference.sampling import check_finite
+    from lamda.training.evaluation import LoadedModel
+
     overrides = [] if files is None else ["--data.eval_files", files]
     overrides += ["--data.sequence_length", str(length)] if length else []
     config = saved_config(path, *overrides)

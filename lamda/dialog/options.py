@@ -5,43 +5,64 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lamda.config.loading import load_config
-from lamda.dialog.speaker import Manner
+from lamda.dialog.research import MAX_QUERIES
 from lamda.dialog.tools.toolset import Toolset, open_toolset
-from lamda.inference.sampling import Sampling
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from lamda.dialog.speaker import Manner
 
 _log = logging.getLogger(__name__)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `lamda.dialog.usage.DETAILS`."""
-    manner = Manner()
-    parser.add_argument("--candidates", type=int, default=manner.candidates)
-    parser.add_argument("--threshold", type=float, default=manner.threshold)
-    parser.add_argument("--refusal", default=manner.refusal)
-    parser.add_argument("--tools", type=lambda names: names.split(","))
-    parser.add_argument("--corpus", type=Path)
-    parser.add_argument("--glossary", type=Path)
-    parser.add_argument("--max-queries", type=int, default=manner.max_queries)
-    parser.add_argument("--max-new-tokens", type=int, default=manner.sampling.max_new_tokens)
-    parser.add_argument("--int8", action="store_true")
+    """The options of both commands; the defaults are those of `Manner`, whose module needs torch."""
+    add = parser.add_argument
+    add("--candidates", type=int, default=16, metavar="N", help="samples per reply; default %(default)s")
+    add(
+        "--threshold", type=float, default=0.5, metavar="P",
+        help="drop candidates with P(unsafe) above this; default %(default)s (the paper gives none)",
+    )  # fmt: skip
+    add(
+        "--refusal", default="I have no safe answer to that.", metavar="TEXT",
+        help="reply if every candidate is dropped; default: %(default)s",
+    )  # fmt: skip
+    add(
+        "--tools", type=lambda names: names.split(","), metavar="NAMES",
+        help="some of calculator,translator,retrieval, for the model to call before it answers",
+    )  # fmt: skip
+    add(
+        "--corpus", type=Path, metavar="PATH",
+        help="a folder (.txt .md .rst .py .jsonl) or a JSON-lines file that the retrieval tool searches",
+    )  # fmt: skip
+    add(
+        "--glossary", type=Path, metavar="FILE",
+        help="JSON lines of translations for the translator tool, instead of Argos Translate's models",
+    )  # fmt: skip
+    add("--max-queries", type=int, default=MAX_QUERIES, metavar="N", help="tool calls per reply; default %(default)s")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="length of a candidate; default %(default)s")
+    add("--int8", action="store_true", help="quantize the weights to 8 bits")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `lamda.dialog.usage.SAMPLING`, which requests to a server carry themselves."""
-    sampling = Sampling()
-    parser.add_argument("--temperature", type=float, default=sampling.temperature)
-    parser.add_argument("--top-k", type=int, default=sampling.top_k)
-    parser.add_argument("--top-p", type=float, default=sampling.top_p)
-    parser.add_argument("--repetition-penalty", type=float, default=sampling.repetition_penalty)
-    parser.add_argument("--seed", type=int, default=sampling.seed)
+    """How `lamda chat` samples; requests to a server carry these settings themselves."""
+    add = parser.add_argument
+    add("--temperature", type=float, default=1.0, metavar="T", help="default %(default)g")
+    add("--top-k", type=int, default=40, metavar="K", help="default %(default)s")
+    add("--top-p", type=float, default=1.0, metavar="P", help="default %(default)g")
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="default %(default)g")
+    add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same replies; default %(default)s")
 
 
 def manner_of(options: argparse.Namespace) -> Manner:
     """How to answer. Raises UserError where it cannot be."""
+    from lamda.dialog.speaker import Manner
+    from lamda.inference.sampling import Sampling
+
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
     return Manner(
         candidates=options.candidates,
@@ -65,7 +86,7 @@ def usable_tools(toolset: Toolset | None, checkpoint: Path) -> Toolset | None:
         return toolset
     _log.warning(
         "%s was not taught to use tools and goes without them: fine-tune it with conversations that use them, "
-        "such as `lamda dialog research-data` makes",
+        "such as `lamda dialog make-tool-data` makes",
         checkpoint,
     )
     return None

@@ -1,4 +1,4 @@
-"""`lamda dialog research-data`: conversations that teach the research loop, made from a corpus and from arithmetic.
+"""`lamda dialog make-tool-data`: conversations that teach the research loop, made from a corpus and from arithmetic.
 
 Every snippet is what the toolset really answers to the query, so that training and use see the same. Three
 kinds take turns: a sum (the calculator), a question on a heading or on a sentence such as `X is ...` of the corpus
@@ -43,15 +43,20 @@ _LONGEST = 300
 """Characters of an answer."""
 
 
-def main(argv: list[str]) -> int:
-    """`CORPUS -o OUT [--count N] [--seed N]`; raises UserError."""
-    parser = argparse.ArgumentParser(prog="lamda dialog research-data", allow_abbrev=False)
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda dialog make-tool-data`."""
+    parser = argparse.ArgumentParser(prog="lamda dialog make-tool-data", allow_abbrev=False)
     parser.add_argument("corpus", type=Path, metavar="CORPUS", help="a folder of texts or a JSON-lines file")
     parser.add_argument("-o", dest="out", type=Path, required=True, metavar="OUT", help="conversations, JSON lines")
-    parser.add_argument("--count", type=int, default=1000, metavar="N", help="conversations; default 1000")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--json", action="store_true", help="what was made as one JSON object")
-    options = parser.parse_args(argv)
+    parser.add_argument("--count", type=int, default=1000, metavar="N", help="conversations; default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of what is drawn; default %(default)s")
+    parser.add_argument("--json", action="store_true", help="print the counts as one JSON object")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """`CORPUS -o OUT [--count N] [--seed N]`; raises UserError."""
+    options = parser().parse_args(argv)
     if options.count < 1:
         raise UserError(f"--count {options.count}: give a number of at least 1")
     toolset = open_toolset(["calculator", "retrieval"], corpus=options.corpus)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from lamda.console import visible
-from lamda.dialog.ranking import Scored
-from lamda.dialog.research import Step
-from lamda.dialog.speaker import Reply
+
+if TYPE_CHECKING:
+    from lamda.dialog.ranking import Scored
+    from lamda.dialog.research import Step
+    from lamda.dialog.speaker import Reply
 
 
 class Typewriter:

@@ -13,14 +13,19 @@ from lamda.runs.checkpoints import Saved, all_checkpoints, glance, read_config
 from lamda.storage.run_directory import RunDirectory
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda checkpoint ls`."""
+    parser = argparse.ArgumentParser(prog="lamda checkpoint ls", allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--json", action="store_true", help="a JSON array, one object per checkpoint")
+    return parser
+
+
 def main(argv: list[str]) -> int:
     """`RUN [--json]`; raises UserError."""
-    parser = argparse.ArgumentParser(prog="lamda checkpoint ls", allow_abbrev=False)
-    parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--json", action="store_true", help="a JSON array, an object a checkpoint")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     if not options.run.is_dir():
-        raise UserError(f"{options.run}: there is no such folder; `lamda runs DIR` lists the runs below one")
+        raise UserError(f"{options.run}: there is no such folder; `lamda list DIR` lists the runs below one")
     every = _kept_every(RunDirectory(options.run))
     seen = map(glance, all_checkpoints(options.run))
     found = [(saved, every is not None and saved.step % every == 0) for saved in seen]

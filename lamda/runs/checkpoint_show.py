@@ -18,12 +18,17 @@ from lamda.console import duration, size_of
 from lamda.runs.checkpoints import NAME, NAME_HELP, find_checkpoint, glance, read_config, read_manifest
 
 
-def main(argv: list[str]) -> int:
-    """`CHECKPOINT_OR_RUN [--json]`; raises UserError."""
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda checkpoint show`."""
     parser = argparse.ArgumentParser(prog="lamda checkpoint show", allow_abbrev=False)
     parser.add_argument("name", metavar=NAME, help=NAME_HELP)
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """`CHECKPOINT_OR_RUN [--json]`; raises UserError."""
+    options = parser().parse_args(argv)
     path = find_checkpoint(options.name)
     content = describe(path)
     print(json.dumps(content, indent=1) if options.json else "\n".join(_lines(path, content)))

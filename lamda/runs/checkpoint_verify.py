@@ -30,12 +30,19 @@ class Verdict:
         return self.problem not in (None, PRUNED)
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda checkpoint verify`."""
+    parser = argparse.ArgumentParser(
+        prog="lamda checkpoint verify", allow_abbrev=False, epilog="exit code: 0 if all are intact, 1 if one is damaged"
+    )
+    parser.add_argument("name", metavar=NAME, help=f"{NAME_HELP}; all of a run are verified")
+    parser.add_argument("--json", action="store_true", help="a JSON array, one object per checkpoint")
+    return parser
+
+
 def main(argv: list[str]) -> int:
     """`CHECKPOINT_OR_RUN [--json]`; returns 1 where one is damaged. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="lamda checkpoint verify", allow_abbrev=False)
-    parser.add_argument("name", metavar=NAME, help=f"{NAME_HELP}; all of a run are verified")
-    parser.add_argument("--json", action="store_true", help="a JSON array, an object a checkpoint")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     paths = find_checkpoints(options.name)
     with Progress("verifying", total=sum(glance(path).bytes for path in paths), unit="bytes") as shown:
         verdicts = [verify(path, checked=shown.advance) for path in paths]

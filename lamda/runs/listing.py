@@ -1,4 +1,4 @@
-"""`lamda runs`: the runs in a folder and how each of them stands."""
+"""`lamda list`: the runs in a folder and how each of them stands."""
 
 from __future__ import annotations
 
@@ -36,19 +36,24 @@ class Summary:
     checkpoint: str | None
 
 
-def main(argv: list[str]) -> int:
-    """`[DIR] [--json]`; raises UserError."""
-    parser = argparse.ArgumentParser(prog="lamda runs", allow_abbrev=False)
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda list`."""
+    parser = argparse.ArgumentParser(prog="lamda list", allow_abbrev=False)
     parser.add_argument(
         "folder",
         type=Path,
         metavar="DIR",
         nargs="?",
         default=Path("runs"),
-        help=f"runs are looked for here and {DEPTH} folders deep; default: runs",
+        help=f"search for runs here and up to {DEPTH} folders deep; default: runs",
     )
-    parser.add_argument("--json", action="store_true", help="a JSON array, an object a run")
-    options = parser.parse_args(argv)
+    parser.add_argument("--json", action="store_true", help="a JSON array, one object per run")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """`[DIR] [--json]`; raises UserError."""
+    options = parser().parse_args(argv)
     if not options.folder.is_dir():
         raise UserError(f"{options.folder}: there is no such folder; name one that holds runs, such as runs")
     runs = sorted((_look(path) for path in find_runs(options.folder)), key=lambda each: each[0], reverse=True)

@@ -13,12 +13,24 @@ from lamda.runs.report_page import page
 SUFFIXES = (".html", ".htm")
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda report`."""
+    parser = argparse.ArgumentParser(prog="lamda report", allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "-o",
+        dest="file",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a self-contained .html page to send or keep",
+    )
+    return parser
+
+
 def main(argv: list[str]) -> int:
     """`RUN [RUN ...] -o FILE`; raises UserError."""
-    parser = argparse.ArgumentParser(prog="lamda report", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    parser.add_argument("-o", dest="file", type=Path, required=True, metavar="FILE")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     if options.file.suffix not in SUFFIXES:
         raise UserError(f"-o {options.file}: a report is a page, {' or '.join(SUFFIXES)}")
     text = page(read_runs(options.runs))

@@ -36,11 +36,20 @@ MARGIN = 10
 """Columns left of the curve, for its scale."""
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda watch`."""
+    parser = argparse.ArgumentParser(
+        prog="lamda watch",
+        allow_abbrev=False,
+        epilog="exit code: the run's: 0 finished, 75 preempted, 1 failed or died",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, which may not exist yet")
+    return parser
+
+
 def main(argv: list[str]) -> int:
     """`RUN`; returns the exit code of the run: 0 finished, 75 preempted, 1 failed or died. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="lamda watch", allow_abbrev=False)
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, which may not be there yet")
-    directory = RunDirectory(parser.parse_args(argv).run)
+    directory = RunDirectory(parser().parse_args(argv).run)
     runs = find_runs(directory.path, depth=1)
     if not runs:
         print(f"{directory.path}: no run is here yet{_likely(directory.path)}; waiting for it (Ctrl-C ends this)")

@@ -1,4 +1,4 @@
-"""`lamda where`: which documents a training row came from, and its text."""
+"""`lamda trace`: which documents a training row came from, and its text."""
 
 from __future__ import annotations
 
@@ -60,14 +60,19 @@ class Piece:
     parts: tuple[Part, ...] = ()
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda trace`."""
+    parser = argparse.ArgumentParser(prog="lamda trace", allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--step", type=int, required=True, metavar="S", help="a finished step; the first is 1")
+    parser.add_argument("--row", type=int, metavar="R", help="one row of the step; the first is 0; default: all")
+    parser.add_argument("--json", action="store_true", help="one JSON object per row")
+    return parser
+
+
 def main(argv: list[str]) -> int:
     """`RUN --step S [--row R] [--json]`; raises UserError."""
-    parser = argparse.ArgumentParser(prog="lamda where", allow_abbrev=False)
-    parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--step", type=int, required=True, help="a finished step, the first is 1")
-    parser.add_argument("--row", type=int, help="one row of the step, the first is 0; default: all")
-    parser.add_argument("--json", action="store_true", help="a JSON object a row")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     for row, pieces in where(RunDirectory(options.run), step=options.step, row=options.row):
         if options.json:
             print(json.dumps({"step": options.step, "row": row, "pieces": [asdict(piece) for piece in pieces]}))
@@ -87,7 +92,7 @@ def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
     """
     if not directory.config.is_file():
         raise UserError(
-            f"{directory.path}: no run is here (no config.yaml); `lamda runs DIR` lists the runs below a folder"
+            f"{directory.path}: no run is here (no config.yaml); `lamda list DIR` lists the runs below a folder"
         )
     config = load_config(["--config", str(directory.config)])
     sound = (path for path in complete(directory.checkpoints) if problem_of(path, only={STATE}) is None)

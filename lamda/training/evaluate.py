@@ -1,12 +1,10 @@
-"""`lamda evaluate`: a saved model's loss, perplexity and bits per byte on text."""
+"""Loss, perplexity and bits per byte of a saved model on text."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-import orjson
 import torch
 
 from lamda.config.errors import UserError
@@ -14,21 +12,9 @@ from lamda.console import Progress
 from lamda.data.card import load_card
 from lamda.data.held_out import HeldOut
 from lamda.data.tokenizer import Tokenizer
-from lamda.inference.loading import find_checkpoint, load_model, saved_config
-from lamda.training.evaluation import HeldOutText, LoadedModel, table
+from lamda.inference.loading import load_model, saved_config
+from lamda.training.evaluation import HeldOutText, LoadedModel
 from lamda.training.run_log import each_bad_line_once
-
-
-def main(argv: list[str]) -> int:
-    """`RUN_OR_CHECKPOINT [--files GLOB] [--json]`; without --files the run's own validation text."""
-    parser = argparse.ArgumentParser(prog="lamda evaluate", allow_abbrev=False)
-    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", type=Path)
-    parser.add_argument("--files", metavar="GLOB", help="text in place of the run's validation files")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
-    options = parser.parse_args(argv)
-    report = evaluate_checkpoint(find_checkpoint(options.path), files=options.files)
-    print(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode() if options.json else "\n".join(table(report)))
-    return 0
 
 
 def evaluate_checkpoint(path: Path, *, files: str | None) -> dict[str, Any]:

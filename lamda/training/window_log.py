@@ -1,4 +1,4 @@
-"""The windows of a run's order, a line each in order.jsonl: what `lamda where` finds a row by."""
+"""The windows of a run's order, a line each in order.jsonl: what `lamda trace` finds a row by."""
 
 from __future__ import annotations
 

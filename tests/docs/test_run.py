@@ -83,7 +83,7 @@ def small(text):
         return text.replace(
             "--steps 12", "--steps 1 --model.n_layers 1 --train.global_batch_size 2 --train.micro_batch_size 1"
         )
-    if text.startswith("lamda evaluate ") and "--files" not in text:
+    if text.startswith(("lamda eval ", "lamda evaluate ")) and not {"--files", "--tasks"} & {*text.split()}:
         return f"{text} --files texts/held-out.jsonl"
     return f"{text} {SMALL}" if text.startswith(("lamda pretrain", "python scripts/pretrain_flax.py")) else text
 

@@ -1,4 +1,4 @@
-"""`lamda evaluate` prints JSON that any parser reads, or says why there are no figures."""
+"""`lamda eval` prints JSON that any parser reads, or says why there are no figures."""
 
 import json
 from math import nan
@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lamda.config.errors import UserError
-from lamda.training.evaluate import main
+from lamda.interop.harness.command import main
 from tests.conftest import make_text, write_shard
 from tests.random_run import seal_checkpoint, write_run
 

@@ -17,7 +17,6 @@ from lamda.config.errors import UserError, all_of
 from lamda.dialog.options import add_options, manner_of, toolset_of, usable_tools
 from lamda.dialog.server.limits import Limits
 from lamda.dialog.server.memory import share_arenas
-from lamda.inference.loading import load_run
 
 _SWITCH_SECONDS = 0.0005
 """In which a thread gives way to another: the one of the connections waits so long for each of its system calls."""
@@ -27,7 +26,7 @@ KEY_VARIABLE = "LAMDA_API_KEY"
 
 def main(argv: list[str]) -> int:
     """As `lamda serve --help` says; raises UserError."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
     if missing:
         raise UserError(f"the server needs {', '.join(missing)}: pip install 'lamda-pytorch[serve]'")
@@ -40,6 +39,7 @@ def main(argv: list[str]) -> int:
     from lamda.dialog.server.connections import Server
     from lamda.dialog.server.guard import LOOPBACK
     from lamda.dialog.server.service import Service
+    from lamda.inference.loading import load_run
 
     share_arenas()
     manner, toolset = manner_of(options), toolset_of(options)
@@ -136,21 +136,30 @@ def _address(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda serve`."""
     parser = argparse.ArgumentParser(prog="lamda serve", allow_abbrev=False)
-    parser.add_argument("run", metavar="RUN", type=Path)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--name")
-    parser.add_argument("--key-file", type=Path)
-    parser.add_argument("--without-key", action="store_true")
-    parser.add_argument("--allow-host", action="append", default=[])
-    parser.add_argument("--chat-only", action="store_true")
-    limits = Limits()
-    parser.add_argument("--max-tokens", type=int, default=limits.tokens)
-    parser.add_argument("--requests", type=int, default=limits.requests)
-    parser.add_argument("--total-tokens", type=int, default=limits.total_tokens)
-    parser.add_argument("--connections", type=int, default=limits.connections)
-    parser.add_argument("--seconds", type=float, default=limits.seconds)
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run, a checkpoint or an imported model")
+    parser.add_argument("--host", default="127.0.0.1", metavar="H", help="default %(default)s: this machine alone")
+    parser.add_argument("--port", type=int, default=8000, metavar="P", help="default %(default)s")
+    parser.add_argument("--name", help="the model's name in requests; default: the run's folder")
+    parser.add_argument(
+        "--key-file", type=Path, metavar="FILE", help=f"requests must carry its content, or that of {KEY_VARIABLE}"
+    )
+    parser.add_argument("--without-key", action="store_true", help="accept other machines without a key")
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME",
+        help="another name by which clients call this server; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--chat-only", action="store_true", help="no /v1/completions, whose texts are not filtered")
+    limits, add = Limits(), parser.add_argument
+    add("--max-tokens", type=int, default=limits.tokens, metavar="N", help="per prompt and reply; default %(default)s")
+    add("--requests", type=int, default=limits.requests, metavar="N", help="handled at a time; default %(default)s")
+    add(
+        "--total-tokens", type=int, default=limits.total_tokens, metavar="N",
+        help="in the caches of all requests; default %(default)s",
+    )  # fmt: skip
+    add("--connections", type=int, default=limits.connections, metavar="N", help="open at a time; default %(default)s")
+    add("--seconds", type=float, default=limits.seconds, metavar="S", help="time per request; default %(default)g")
     add_options(parser)
     return parser

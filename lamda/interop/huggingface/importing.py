@@ -1,8 +1,7 @@
-"""`lamda import`: a folder of Hugging Face's as one that `model.weights` and `lamda generate` take."""
+"""A Hugging Face folder as one that `model.weights` and `lamda generate` take."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -22,19 +21,6 @@ from lamda.model.weights import weight_shapes
 from lamda.storage import commit
 
 _WHOLE = "1000000GB"
-
-
-def main(argv: list[str]) -> int:
-    """As `lamda import --help` says; raises UserError."""
-    parser = argparse.ArgumentParser(prog="lamda import", allow_abbrev=False)
-    parser.add_argument("path", metavar="DIR", type=Path)
-    parser.add_argument("--to", metavar="RUNLIKE_DIR", type=Path, required=True)
-    options = parser.parse_args(argv)
-    bring_in(options.path, options.to)
-    print(
-        f"{options.to}: set model.weights to {options.to / 'model.safetensors'}, or try `lamda generate {options.to}`"
-    )
-    return 0
 
 
 def bring_in(path: Path, to: Path) -> None:
