@@ -13,9 +13,9 @@ from lamda.data.corpus import fingerprint, open_corpus, packing_of
 from lamda.data.loader import Loader, batch_digest, row_digest
 from lamda.data.prepare import main as prepare_command
 from lamda.data.tokenizer import Tokenizer
+from lamda.interop.harness.command import main as evaluate_command
 from lamda.runs.where import main as where_command
 from lamda.storage.metrics import read_metrics
-from lamda.training.evaluate import main as evaluate_command
 from tests.conftest import make_text, write_shard
 from tests.interop.conftest import write_tasks
 from tests.launch import run_deepspeed, run_ranks

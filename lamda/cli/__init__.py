@@ -139,17 +139,18 @@ def _run(words: list[str]) -> int | None:
         command, arguments = COMMANDS[OLD_NAMES.get(name, name)], words[len(name.split()) :]
         if not wants_help(arguments):
             return command.run(arguments)
-        _say(command.parser().format_help().rstrip())
+        say(command.parser().format_help().rstrip())
     elif words == ["--version"]:
-        _say(__version__)
+        say(__version__)
     elif wants_help(words) or len(words) < 2:
-        _say(_overview([word for word in words if not wants_help([word])]))
+        say(_overview([word for word in words if not wants_help([word])]))
     else:
         raise _unknown(words[:2])
     return 0
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print the whole output of a command, to a reader that may stop early."""
     with suppress(BrokenPipeError):  # `lamda --help | head`
         print(text, flush=True)
 

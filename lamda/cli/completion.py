@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
-from lamda import cli
+from lamda.cli import COMMANDS, say
 from lamda.config.errors import UserError
 from lamda.config.help import ConfigParser
 from lamda.config.loading import KEYS
@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lamda completion", epilog=_INSTALL, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("shell", nargs="*", metavar="SHELL", help=", ".join(SHELLS))
+    parser.add_argument("shell", choices=SHELLS, help="your shell")
     return parser
 
 
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     """Print the script of a shell. Raises UserError."""
     if len(argv) != 1 or argv[0] not in SHELLS:
         raise UserError(f"lamda completion takes the name of your shell: {', '.join(SHELLS)}")
-    print(script(argv[0], {name: command.parser() for name, command in cli.COMMANDS.items()}), end="", flush=True)
+    say(script(argv[0], {name: command.parser() for name, command in COMMANDS.items()}).rstrip("\n"))
     return 0
 
 

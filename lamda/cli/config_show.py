@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lamda.cli import say
 from lamda.config.help import ConfigParser, to_yaml
 from lamda.config.loading import load_config
 
@@ -13,5 +14,5 @@ def parser() -> ConfigParser:
 
 def main(argv: list[str]) -> int:
     """Print YAML that `--config` reads back. Raises ConfigError."""
-    print(to_yaml(load_config(argv)), end="", flush=True)
+    say(to_yaml(load_config(argv)).rstrip("\n"))
     return 0

@@ -1,4 +1,4 @@
-"""The model sizes by name.
+"""Model sizes by name.
 
 LaMDA (arXiv 2201.08239, Table 27) gives layers, width and heads of 2b, 8b and 137b, and the 137b's
 `d_ff = 8 d_model`, `d_head = 128`. The other sizes keep those ratios.
