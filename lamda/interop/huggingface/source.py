@@ -25,7 +25,7 @@ class Source:
 
     path: Path
     config: Config
-    commit: dict[str, Any]
+    manifest: dict[str, Any]
     state: RunState | None
     metrics: list[dict[str, Any]]
 
