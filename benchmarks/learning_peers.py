@@ -45,7 +45,7 @@ PEER_KEYS = (
 )  # fmt: skip
 NO_RECIPE = frozenset({
     "steps", "tokens", "lr", "global_batch_size", "micro_batch_size", "recompute", "compile", "fp8", "profile",
-    "lora_rank", "max_bad_steps", "spike_threshold", "spike_window", "rollbacks",
+    "lora_rank", "max_skipped_steps", "spike_threshold", "spike_window", "max_rollbacks",
 })  # fmt: skip
 """Keys of `train` that change nothing of what a token teaches, or that stand elsewhere in a record."""
 

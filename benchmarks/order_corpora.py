@@ -54,7 +54,7 @@ class Case:
             data = b"".join(orjson.dumps(document._asdict()) + b"\n" for document in documents)
             path.write_bytes(zstandard.compress(data) if path.suffix == ".zst" else data)
         sources = [
-            {"name": name, "licence": "none", "files": f"{folder}/{name}/*", "weight": self.weights.get(name, 1.0)}
+            {"name": name, "license": "none", "files": f"{folder}/{name}/*", "weight": self.weights.get(name, 1.0)}
             | ({"domain": "domain"} if self.labels == "domain" else {})
             for name in names
         ]

@@ -1,7 +1,7 @@
-"""Side work: what a run does beside training, and what must never end it.
+"""Best-effort work, whose failure is a warning and never ends a run.
 
-Text for the console, files that only people read, caches, the mirror in W&B: where one of them fails, the log has a
-warning and the run continues. Checkpoints, rows of metrics.jsonl and reading data are no side work.
+Examples are text for the console, files that only people read, caches, and the mirror in W&B. Checkpoints, rows of
+metrics.jsonl and reading data are not best effort.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ log = logging.getLogger(__name__)
 
 
 class BestEffort:
-    """A context, to be entered as often as needed, for one kind of side work: its first failure is a warning.
+    """A reusable context for one kind of best-effort work: its first failure is logged as a warning.
 
-    failure: what a failure means, the beginning of the warning: "samples/ cannot be written". then: what follows from
-    it. errors: those that are caught; for a foreign library, `Exception`. Every other one passes.
+    failure: beginning of the warning, such as "samples/ cannot be written". then: end of the warning. errors: what is
+    caught (`Exception` for a third-party library); other errors pass.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class BestEffort:
 
 
 def reason_of(error: BaseException) -> str:
-    """An error in a few words: the system's own for an OSError, else its kind and the first line of its text."""
+    """An error in a few words: the strerror of an OSError, else its type and the first line of its message."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

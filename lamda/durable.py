@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and that last through a power cut."""
+"""Atomic, durable writes: a file is complete or absent, and survives a power loss."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 Progress = Callable[[], object]
-"""Called while a long job goes on."""
+"""Called while a long job runs."""
 
 SYNC_BYTES = 1 << 26
 HASH_BYTES = 1 << 20
-_WAIT_WRITE_WAIT = 7  # the flags of sync_file_range: wait for what is being written, write the rest, wait for it
+_WAIT_WRITE_WAIT = 7  # flags of sync_file_range: wait for pages under write-back, write the rest, wait for them
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a small file: readers see the old content or the new, never half, however many processes write at once.
+    """Write a small file atomically: readers see the old content or the new, with any number of writers.
 
-    Which of several writers comes last is left to chance. A killed one leaves a hidden `*.tmp`. Raises OSError.
+    The last writer wins. A killed one leaves a hidden `*.tmp`. Raises OSError.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
@@ -37,7 +37,7 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file and bring it to the disk. Raises OSError."""
+    """Write a file and fsync it. Raises OSError."""
     with path.open("wb") as stream:
         stream.write(content.encode() if isinstance(content, str) else content)
         stream.flush()
@@ -45,7 +45,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def sync_file(path: Path, *, progress: Progress = lambda: None) -> None:
-    """Bring what others wrote into a file to the disk. progress: called for each piece on it. Raises OSError."""
+    """Fsync a file that others wrote. progress: called after each piece. Raises OSError."""
     with path.open("rb") as stream:
         for start in range(0, os.fstat(stream.fileno()).st_size, SYNC_BYTES):
             _write_back(stream.fileno(), start)
@@ -54,9 +54,9 @@ def sync_file(path: Path, *, progress: Progress = lambda: None) -> None:
 
 
 def _write_back(descriptor: int, start: int) -> None:
-    """Wait until a piece is written: a single fsync of many gigabytes would show nothing for minutes.
+    """Wait until a piece is written: one fsync of many gigabytes reports no progress for minutes.
 
-    Best effort, on Linux alone; fsync, which comes after it, makes the file last.
+    Best effort, on Linux alone; only the fsync that follows makes the file durable.
     """
     write_back = getattr(ctypes.CDLL(None), "sync_file_range", None)
     if write_back is not None:
@@ -64,7 +64,7 @@ def _write_back(descriptor: int, start: int) -> None:
 
 
 def hash_file(path: Path, *, progress: Progress = lambda: None) -> str:
-    """The sha256 of a file in hex digits. progress: called for each piece that is read. Raises OSError."""
+    """The sha256 of a file in hex digits. progress: called after each piece. Raises OSError."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while piece := stream.read(HASH_BYTES):
@@ -74,7 +74,7 @@ def hash_file(path: Path, *, progress: Progress = lambda: None) -> str:
 
 
 def sync_folder(path: Path) -> None:
-    """Make renames in a folder last. Raises OSError."""
+    """Make renames in a folder durable. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -83,7 +83,7 @@ def sync_folder(path: Path) -> None:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A file to read; a pipe is never waited for, and counts as no file. Raises OSError."""
+    """Open a regular file for reading; never blocks on a pipe. Raises OSError, also for any other kind of file."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -98,7 +98,7 @@ def read_regular(path: Path) -> bytes:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a small file. Raises OSError, and ValueError where it holds anything else."""
+    """The JSON object in a small file. Raises OSError, and ValueError for any other content."""
     try:
         content = json.loads(read_regular(path))
     except RecursionError:
@@ -110,7 +110,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def umask_mode(path: Path) -> Iterator[None]:
-    """Give a file that a library writes meanwhile the mode that the umask asks for, whatever the library's own.
+    """Give a file that a library writes in this context the mode of the umask instead of the library's.
 
     Raises OSError.
     """

@@ -25,8 +25,8 @@ KEY = {"WANDB_API_KEY": "k" * 40, "WANDB_MODE": "online"}
 SETTINGS = {
     "model.vocab_size": 400, "model.d_model": 16, "model.n_layers": 1, "model.n_heads": 1, "model.d_head": 8,
     "model.d_ff": 16, "data.corpus": "standard_library", "data.sequence_length": 16,
-    "train.steps": 9, "train.global_batch_size": 4, "train.micro_batch_size": 2, "train.max_bad_steps": 2,
-    "train.rollbacks": 1, "checkpoint.every": 2, "wandb.mode": "online", "run.threads": 1,
+    "train.steps": 9, "train.global_batch_size": 4, "train.micro_batch_size": 2, "train.max_skipped_steps": 2,
+    "train.max_rollbacks": 1, "checkpoint.every": 2, "wandb.mode": "online", "run.threads": 1,
 }  # fmt: skip
 FAULTS = "commit.manifest:full:*:4,loss:nan:*:5,loss:nan:*:6"
 """Those of a step come again when the run, gone back, reaches it again; so the run goes back once, and then fails."""
@@ -68,7 +68,7 @@ def test_each_kind_of_trouble_is_an_alert(tmp_path, tokenizer_path, server, in_t
     assert "checkpoint of step 4" in texts["checkpoint failed"]
     assert "step 5 skipped: its loss or gradient is not finite" in texts["step skipped"]
     assert "back to step-00000002" in texts["rolled back"]
-    assert "train.rollbacks is 1" in texts["run failed"]
+    assert "train.max_rollbacks is 1" in texts["run failed"]
     (run,) = server.runs.values()
     assert run.exit_code == 1, "it looks failed there"
 

@@ -12,8 +12,9 @@ from lamda import console
 PRELUDE = "import sys, logging; from lamda import console; "
 SAYS = """\
 from lamda import cli
-cli.COMMANDS["runs"] = cli.Command(lambda argv: print(sys.argv[1]) or 0, "", "")
-sys.exit(cli.main(["runs"]))"""
+from lamda.runs import listing
+listing.main = lambda argv: print(sys.argv[1]) or 0
+sys.exit(cli.main(["list"]))"""
 MISTAKE = "from lamda import cli; sys.exit(cli.main(['nonsense']))"
 OUTLIVES = """\
 logging.getLogger("lamda").addHandler(logging.FileHandler(sys.argv[1])); console.outlive()
@@ -96,7 +97,7 @@ def test_a_mistake_keeps_its_exit_code_where_standard_error_is_lost():
 )
 def test_a_process_outlives_its_console_and_its_log_says_so_once(tmp_path, lost, unbuffered):
     end = lost()
-    code = "console.PATIENCE_SECONDS = 0.1; " + OUTLIVES
+    code = "console.WRITE_TIMEOUT_SECONDS = 0.1; " + OUTLIVES
     done = python(code, str(tmp_path / "log"), out=end, err=end, PYTHONUNBUFFERED=unbuffered)
     os.close(end)
     assert done.returncode == 75
@@ -105,7 +106,7 @@ def test_a_process_outlives_its_console_and_its_log_says_so_once(tmp_path, lost,
 
 
 def test_a_console_that_takes_text_again_shows_it(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(console, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(console, "WRITE_TIMEOUT_SECONDS", 0.05)
     writer = full_pipe()
     with os.fdopen(writer, "w", encoding="utf-8") as stream:
         monkeypatch.setattr(sys, "stdout", stream)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from lamda.cli import COMMANDS
-from lamda.config.completion import options
+from lamda.cli.completion import options
 from lamda.config.errors import UserError
+from lamda.config.help import ConfigParser
 from lamda.config.loading import KEYS, load_config
 from lamda.config.resources import find
 from tests.docs.said import PAGES, ROOT, commands, commands_in
@@ -39,10 +40,12 @@ def _lamda(words, text):
         if not (words[:1] in (["--help"], ["--version"]) or any(known.split()[0] == words[0] for known in COMMANDS)):
             yield f"there is no command lamda {words[0]}"
         return
-    told = f"{COMMANDS[name].usage}\n{COMMANDS[name].details}"
-    for flag in sorted(_flags(text) - set(options(told)) - {"--help"}):
+    parser = COMMANDS[name].parser()
+    takes_keys = isinstance(parser, ConfigParser)
+    known = {*options(parser), *(f"--{key}" for key in KEYS if takes_keys), "--help"}
+    for flag in sorted(_flags(text) - known):
         yield f"lamda {name} has no option {flag}"
-    if "--config" in told and name != "supervise":
+    if takes_keys:
         yield from _configuration(text)
 
 
@@ -127,7 +130,7 @@ deepspeed scripts/pretrain.py \\
     --config X.yaml     # all of it
 ```
 
-    $ lamda runs DIR
+    $ lamda list DIR
     lamda is what this printed
 
 ```python
@@ -143,7 +146,7 @@ lamda plan
     assert [(said.line, said.text, said.hardware, said.code, said.is_inline) for said in found] == [
         (1, "lamda plan --config FILE", None, None, True),
         (5, "deepspeed scripts/pretrain.py --config X.yaml", "8 GPUs", None, False),
-        (9, "lamda runs DIR", None, None, False),
+        (9, "lamda list DIR", None, None, False),
         (18, "lamda plan", None, 2, False),
     ]
     assert [said.is_synopsis for said in found] == [True, False, True, False]

@@ -13,9 +13,9 @@ from lamda.data.corpus import fingerprint, open_corpus, packing_of
 from lamda.data.loader import Loader, batch_digest, row_digest
 from lamda.data.prepare import main as prepare_command
 from lamda.data.tokenizer import Tokenizer
+from lamda.interop.harness.command import main as evaluate_command
 from lamda.runs.where import main as where_command
 from lamda.storage.metrics import read_metrics
-from lamda.training.evaluation import main as evaluate_command
 from tests.conftest import make_text, write_shard
 from tests.interop.conftest import write_tasks
 from tests.launch import run_deepspeed, run_ranks
@@ -213,7 +213,7 @@ def test_where_tells_the_text_of_a_row(place, straight, capsys):
 
 
 def test_prepared_blocks_give_the_same_samples(place, straight, capsys):
-    flags = ["--config", str(place / "run.yaml"), "--data.blocks", str(place / "blocks")]
+    flags = ["--config", str(place / "run.yaml"), "--data.cache_dir", str(place / "blocks")]
     flags += ["--tokenizer.path", str(place / "straight" / "tokenizer.model")]
     assert prepare_command([*flags, "--run.dir", str(place / "prepared")]) == 0
     told = capsys.readouterr().out
@@ -223,7 +223,7 @@ def test_prepared_blocks_give_the_same_samples(place, straight, capsys):
     assert json.loads(capsys.readouterr().out)["rows"] > 0
     config = load_config(flags)
     corpus, tokenizer = open_corpus(config.data), Tokenizer.load(config.tokenizer.path)
-    ready = BlockFolder.of(config.data.blocks, fingerprint(corpus, config, tokenizer))
+    ready = BlockFolder.of(config.data.cache_dir, fingerprint(corpus, config, tokenizer))
     kept = {path.parent.name for path in ready.path.glob("*/*.rows")}
     assert kept == {f"lane-{lane.index:04}" for lane in corpus.lanes}
     loader = Loader(

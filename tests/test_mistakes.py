@@ -92,7 +92,7 @@ def answers(tmp_path_factory, tokenizer_path):
 def card_without_validation(folder, text):
     path = folder / "card.yaml"
     path.write_text(
-        f"name: c\ndescription: d\nsources: [{{name: s, licence: none, files: '{text}', domain: meta.pile_set_name}}]\n"
+        f"name: c\ndescription: d\nsources: [{{name: s, license: none, files: '{text}', domain: meta.pile_set_name}}]\n"
     )
     return path
 

@@ -38,5 +38,5 @@ def test_a_signal_to_one_rank_stops_all_with_everything_saved(place):
 
 
 def test_a_turned_bit_ends_the_run_and_names_its_rank(place):
-    assert place.run("flip", "--run.compare_every", "2", fault="update:flip:1:4") == [1, 1], place.log("flip")
+    assert place.run("flip", "--run.weight_check_every", "2", fault="update:flip:1:4") == [1, 1], place.log("flip")
     assert "the weights of rank 1 of 2" in place.status("flip")["reason"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import socket
 import sys
@@ -12,6 +11,7 @@ from statistics import median
 
 from lamda.cluster.checks.finding import LEVELS, Check, Finding, Level, Subject, failure, warning
 from lamda.config.errors import RunError, UserError
+from lamda.config.help import ConfigParser
 from lamda.config.loading import load_config
 from lamda.distributed import World, choose_accelerator, read_world
 
@@ -20,14 +20,19 @@ SLOW_SHARE = 0.8
 """Share of the median rate below which a rank slows down all others."""
 
 
+def parser() -> ConfigParser:
+    """The options of `lamda doctor`."""
+    parser = ConfigParser("lamda doctor", epilog="exit code: 0 if all is well, 1 with warnings, 2 with failures")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    return parser
+
+
 def main(argv: list[str]) -> int:
     """`[--json] [--config FILE] [--section.key VALUE ...]`, the tiny run by default.
 
     Returns 0 if there is no problem, 1 for warnings, 2 for failures. Raises UserError.
     """
-    parser = argparse.ArgumentParser(prog="lamda doctor", allow_abbrev=False, add_help=False)
-    parser.add_argument("--json", action="store_true")
-    options, flags = parser.parse_known_args(argv)
+    options, flags = parser().parse_known_args(argv)
     if not any(flag.partition("=")[0] == "--config" for flag in flags):
         flags = ["--config", "tiny", *flags]
     config, world = load_config(flags), read_world()

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 
-from lamda.config.errors import UserError
-from lamda.config.presets import nearest
+from lamda.config.errors import UserError, nearest
 from lamda.config.schema import Config
 from lamda.data.card import load_card
 from lamda.model.counts import PEAK_FLOPS, parameters
@@ -144,7 +143,7 @@ def disk_use(config: Config, *, width: int) -> DiskUse:
         checkpoint_bytes=one,
         checkpoints=count,
         checkpoints_bytes=one * count,
-        keeps_blocks=config.data.blocks is not None,
+        keeps_blocks=config.data.cache_dir is not None,
         blocks_bytes=block_bytes(config),
         text_bytes=text_bytes(config),
         text_is_streamed=is_streamed(config),
@@ -164,7 +163,7 @@ def checkpoints(config: Config) -> int:
 
 
 def block_bytes(config: Config) -> int:
-    """Prepared rows of the whole run (`data.blocks`), one span per row; each document adds about 50 bytes."""
+    """Prepared rows of the whole run (`data.cache_dir`), one span per row; each document adds about 50 bytes."""
     width = 2 if config.model.vocab_size <= NARROW else 4
     rows = config.steps * config.train.global_batch_size
     return rows * ((config.data.sequence_length + 1) * width + SPAN)

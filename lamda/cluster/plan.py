@@ -5,7 +5,6 @@ All figures are closed forms of the configuration; the tests compare them with P
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +26,7 @@ from lamda.cluster.plan_text import MemoryPlan, Plan, RecomputePlan, StagePlan, 
 from lamda.cluster.zero import Sharding, traffic
 from lamda.config import ds_config
 from lamda.config.errors import UserError
+from lamda.config.help import ConfigParser
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
 from lamda.model.counts import flops_per_token, parameters, parameters_by_part
@@ -72,19 +72,28 @@ class Machine:
             raise UserError("\n".join(problems))
 
 
+def parser() -> ConfigParser:
+    """The options of `lamda plan`."""
+    parser = ConfigParser("lamda plan", epilog="exit code: 0 if the run fits, 1 if it does not")
+    add = parser.add_argument
+    add("--gpus", type=int, default=Machine.gpus, metavar="N", help="ranks, one per GPU; default %(default)s")
+    add("--gpu", default=Machine.gpu, metavar="NAME", help=f"{', '.join(estimates.DEVICES)}; default %(default)s")
+    add("--mfu", type=float, default=Machine.mfu, metavar="SHARE", help="assumed MFU; default %(default)s")
+    add("--price", type=float, default=Machine.price, metavar="P", help="price of a GPU-hour, for the cost")
+    add(
+        "--save-seconds", type=float, default=Machine.save_seconds, metavar="S",
+        help="seconds that training waits for a checkpoint; default %(default)g",
+    )  # fmt: skip
+    add("--json", action="store_true", help="one JSON object")
+    return parser
+
+
 def main(argv: list[str]) -> int:
     """`[--gpus N] [--gpu NAME] [--mfu SHARE] [--price P] [--save-seconds S] [--json] --config FILE ...`.
 
     Returns 1 if the run does not fit. Raises UserError.
     """
-    parser = argparse.ArgumentParser(prog="lamda plan", allow_abbrev=False, add_help=False)
-    parser.add_argument("--gpus", type=int, default=Machine.gpus)
-    parser.add_argument("--gpu", default=Machine.gpu)
-    parser.add_argument("--mfu", type=float, default=Machine.mfu)
-    parser.add_argument("--price", type=float, default=Machine.price)
-    parser.add_argument("--save-seconds", type=float, default=Machine.save_seconds)
-    parser.add_argument("--json", action="store_true")
-    options, rest = parser.parse_known_args(argv)
+    options, rest = parser().parse_known_args(argv)
     as_json = vars(options).pop("json")
     planned = plan(load_config(rest), Machine(**vars(options)))
     print(json.dumps(asdict(planned), indent=2) if as_json else plan_text(planned))

@@ -241,14 +241,14 @@ def _data(rates: DataRates) -> list[Cells]:
             "all ranks read",
             f"{rates.blocks / 1e6:,.3g}",
             "MB/s",
-            "|of ready rows (data.blocks), and encode nothing",
+            "|of ready rows (data.cache_dir), and encode nothing",
         ),
     ]
 
 
 def _disk(disk: DiskUse) -> list[Cells]:
     text = disk.text_bytes
-    blocks = "and some 50 bytes a document" if disk.keeps_blocks else "none are kept; data.blocks would keep them"
+    blocks = "and some 50 bytes a document" if disk.keeps_blocks else "none are kept; data.cache_dir would keep them"
     return [
         ("a checkpoint", _size(disk.checkpoint_bytes)),
         (f"{disk.checkpoints} checkpoints at the most", _size(disk.checkpoints_bytes)),

@@ -1,4 +1,4 @@
-"""`lamda prove-resume`: test with the user's configuration that a killed run ends like an uninterrupted one.
+"""`lamda test-resume`: test with the user's configuration that a killed run ends like an uninterrupted one.
 
 Three short runs through DeepSpeed's launcher: one uninterrupted, one killed with SIGKILL and resumed, one killed and
 resumed on another number of ranks. Then their metrics and checkpoints are compared.
@@ -6,7 +6,6 @@ resumed on another number of ranks. Then their metrics and checkpoints are compa
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lamda.cluster.processes import Launch
 from lamda.config.batches import micro_batches_per_rank
 from lamda.config.errors import UserError
+from lamda.config.help import ConfigParser
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
 from lamda.storage.metrics import last_row, read_metrics
@@ -39,16 +39,21 @@ EXACT_MICRO_BATCHES = 2
 """Up to this many micro-batches per step, gradients do not depend on the number of ranks: two terms have one order."""
 
 
+def parser() -> ConfigParser:
+    """The options of `lamda test-resume`."""
+    parser = ConfigParser("lamda test-resume", epilog="exit code: 0 if all runs are equal, 1 if one differs")
+    parser.add_argument("--ranks", type=int, metavar="N", help="ranks to run on; default: all GPUs, or 2 without one")
+    parser.add_argument("--others", type=int, metavar="M", help="ranks that the last run resumes on; default: half")
+    parser.add_argument("--steps", type=int, default=STEPS, metavar="S", help="steps of each run; default %(default)s")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the steps at which runs are killed")
+    parser.add_argument("--keep", action="store_true", help="keep the folder of the runs")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    return parser
+
+
 def main(argv: list[str]) -> int:
-    """Arguments as in the table of commands; 0 all equal, 1 differences. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="lamda prove-resume", allow_abbrev=False, add_help=False)
-    parser.add_argument("--ranks", type=int)
-    parser.add_argument("--others", type=int)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--keep", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    options, flags = parser.parse_known_args(argv)
+    """Arguments as in the table of commands; 0 all equal, 1 something differs. Raises UserError."""
+    options, flags = parser().parse_known_args(argv)
     config = load_config(flags)
     ranks, others = choose_ranks(config, ranks=options.ranks, others=options.others)
     if options.steps < CHECKPOINTS:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator
 
 from lamda.cluster.estimates import DEVICES
-from lamda.config.presets import nearest
+from lamda.config.errors import nearest
 from lamda.config.schema import Positive, Section
 from lamda.config.settings import Contents, Problem, Schema
 

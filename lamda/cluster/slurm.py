@@ -102,7 +102,7 @@ def options(job: Job) -> list[str]:
     found += [f"--output={str(job.folder).replace('%', '%%')}/%j.log", "--open-mode=append"]
     found += [f"--export={','.join(sorted({*job.variables, *job.secrets})) or 'NONE'}"]
     if job.is_training:
-        found += ["--requeue", f"--signal=B:USR1@{max(1, math.ceil(job.config.run.stop_before_end))}"]
+        found += ["--requeue", f"--signal=B:USR1@{max(1, math.ceil(job.config.run.stop_margin_seconds))}"]
     else:
         found += ["--no-requeue"]
     return [*found, *slurm.options]
@@ -110,11 +110,11 @@ def options(job: Job) -> list[str]:
 
 def check(job: Job) -> None:
     """Raises UserError if the time limit leaves no time to train."""
-    time, margin = job.site.slurm.time, job.config.run.stop_before_end
+    time, margin = job.site.slurm.time, job.config.run.stop_margin_seconds
     if job.is_training and time is not None and seconds(time) <= margin + 60:
         raise UserError(
-            f"slurm.time {time}: the run stops {margin:g} s before its limit (run.stop_before_end), which leaves no "
-            "time to train; raise the limit"
+            f"slurm.time {time}: the run stops {margin:g} s before its limit (run.stop_margin_seconds), which leaves "
+            "no time to train; raise the limit"
         )
 
 

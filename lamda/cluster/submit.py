@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from datetime import datetime
 from pathlib import Path
@@ -11,21 +10,31 @@ from lamda.cluster import hostfile, kubernetes, slurm
 from lamda.cluster.job import DOCTOR, TRAINING, Job
 from lamda.cluster.site import Site, load_site
 from lamda.config.errors import UserError, all_of
+from lamda.config.help import ConfigParser
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
 
 SCHEDULERS = {"slurm": slurm, "hostfile": hostfile, "kubernetes": kubernetes}
 
 
+def parser() -> ConfigParser:
+    """The options of `lamda submit`."""
+    parser = ConfigParser("lamda submit")
+    parser.add_argument(
+        "--cluster", metavar="FILE", help="scheduler, partition and the hardware of a node (configs/cluster/)"
+    )
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="default %(default)s")
+    parser.add_argument("--doctor", action="store_true", help="check all ranks instead of training")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be started, and start nothing")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object for a queued job: scheduler, job, run, nodes, ranks"
+    )
+    return parser
+
+
 def main(argv: list[str]) -> int:
     """Arguments as in the table of commands; 0, or for a hostfile the run's exit code. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="lamda submit", allow_abbrev=False, add_help=False)
-    parser.add_argument("--cluster")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--doctor", action="store_true")
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    options, flags = parser.parse_known_args(argv)
+    options, flags = parser().parse_known_args(argv)
     site, config = _read(options.cluster, flags)
     job = Job(
         site=site,

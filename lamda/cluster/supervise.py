@@ -16,13 +16,22 @@ from lamda import console
 from lamda.cluster.processes import POLL_SECONDS, Launch
 from lamda.cluster.restarts import MAX_RESTARTS, USER_ERROR_EXIT, Outcome, outcome, saved_step, signal_name
 from lamda.config.errors import UserError
-from lamda.config.loading import KEYS, load_config
+from lamda.config.loading import DEPRECATED, KEYS, load_config
 from lamda.storage.run_directory import RunDirectory
 from lamda.training.stop_requests import STOP_EXIT, heeded_signals
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 ORPHAN_SECONDS = 30.0
 """Time for ranks whose launcher has died to save and exit by themselves."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda supervise`, without the command behind --."""
+    parser = argparse.ArgumentParser(
+        prog="lamda supervise", allow_abbrev=False, usage="%(prog)s [--run DIR] -- COMMAND ..."
+    )
+    parser.add_argument("--run", type=Path, metavar="DIR", help="directory of the run; default: the command's run.dir")
+    return parser
 
 
 def main(argv: list[str]) -> int:
@@ -149,12 +158,8 @@ class Supervisor:
 
 def _parse(argv: list[str]) -> tuple[Path, list[str]]:
     """The run directory and the command."""
-    parser = argparse.ArgumentParser(
-        prog="lamda supervise", allow_abbrev=False, usage="%(prog)s [--run DIR] -- COMMAND"
-    )
-    parser.add_argument("--run", type=Path, metavar="DIR")
-    end = argv.index("--") if "--" in argv else len(argv)
-    options, command = parser.parse_args(argv[:end]), argv[end + 1 :]
+    own = argv.index("--") if "--" in argv else len(argv)
+    options, command = parser().parse_args(argv[:own]), argv[own + 1 :]
     if not command:
         raise UserError("lamda supervise: no command; write it after --: lamda supervise -- COMMAND ...")
     return options.run or _run_of(command), command
@@ -162,7 +167,7 @@ def _parse(argv: list[str]) -> tuple[Path, list[str]]:
 
 def _run_of(command: list[str]) -> Path:
     """`run.dir` of a command that ends with the flags of a run, after any launcher."""
-    flags = {"--config", *(f"--{key}" for key in KEYS)}
+    flags = {"--config", *(f"--{key}" for key in (*KEYS, *DEPRECATED))}
     first = next((place for place, word in enumerate(command) if word.partition("=")[0] in flags), None)
     if first is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Batch arithmetic: how the rows of a step fall on ranks and micro-batches."""
+"""Batch arithmetic: how the rows of a step are divided into ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from lamda.config.schema import TrainConfig
 
 
 def micro_batches_per_rank(train: TrainConfig, *, world: int) -> int:
-    """Micro-batches that each of `world` ranks computes in a step: the gradient accumulation.
+    """Micro-batches per rank and step: the gradient accumulation steps.
 
-    Raises UserError, naming the nearest settings that work, where they do not come out even.
+    Raises UserError with the nearest settings that work, where the batch does not divide evenly.
     """
     batch, micro = train.global_batch_size, train.micro_batch_size
     count, left = divmod(batch // micro, world)
@@ -22,7 +22,7 @@ def micro_batches_per_rank(train: TrainConfig, *, world: int) -> int:
 
 
 def _ways(batch: int, micro: int, world: int) -> list[str]:
-    """One setting changed, or two where there are more ranks than rows."""
+    """The ways to fix it by one setting, or by two where there are more ranks than rows."""
     ranks = _nearest(world, _divisors(batch // micro))
     multiples = [micro * world * times for times in (batch // (micro * world), batch // (micro * world) + 1) if times]
     ways = [f"{ranks} rank{'s' * (ranks != '1')}", f"train.global_batch_size {_nearest(batch, multiples)}"]
@@ -38,6 +38,6 @@ def _divisors(count: int) -> list[int]:
 
 
 def _nearest(wanted: int, choices: list[int]) -> str:
-    """The nearest choice below and the nearest above, `4 or 6`, or the only one of them."""
+    """The nearest choices below and above: `4 or 6`, or `4`."""
     below, above = [n for n in choices if n < wanted][-1:], [n for n in choices if n > wanted][:1]
     return " or ".join(map(str, below + above))

@@ -1,4 +1,4 @@
-"""The dict that DeepSpeed gets: its own file plus what the configuration owns. A key set in both is an error."""
+"""The dict that DeepSpeed gets: its own file plus what the configuration sets. A key set in both is an error."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lamda.config.batches import micro_batches_per_rank
-from lamda.config.errors import UserError
-from lamda.config.presets import nearest
+from lamda.config.errors import UserError, nearest
 from lamda.config.resources import find
 from lamda.config.schema import Config
 
@@ -22,30 +21,12 @@ OWNED_BY_CONFIG = {
     "wandb": "wandb.mode",
     "steps_per_print": "nothing: progress is the loop's own",
 }
-KNOWN = frozenset(
-    [
-        "bf16",
-        "data_types",
-        "communication_data_type",
-        "zero_optimization",
-        "zero_allow_untested_optimizer",
-        "timers",
-        "wall_clock_breakdown",
-        "dump_state",
-        "comms_logger",
-        "flops_profiler",
-        "prescale_gradients",
-        "gradient_predivide_factor",
-        "memory_breakdown",
-        "seq_parallel_communication_data_type",
-        "disable_allgather",
-        "checkpoint",
-        "aio",
-        "zero_force_ds_cpu_optimizer",
-        "compile",
-        "log_level",
-    ]
-)
+KNOWN = frozenset({
+    "bf16", "data_types", "communication_data_type", "zero_optimization", "zero_allow_untested_optimizer", "timers",
+    "wall_clock_breakdown", "dump_state", "comms_logger", "flops_profiler", "prescale_gradients",
+    "gradient_predivide_factor", "memory_breakdown", "seq_parallel_communication_data_type", "disable_allgather",
+    "checkpoint", "aio", "zero_force_ds_cpu_optimizer", "compile", "log_level",
+})  # fmt: skip
 REFUSED = {
     "fp16": "the model is trained in bf16 or fp32",
     "amp": "DeepSpeed 0.19.8 has removed it; use bf16",
@@ -54,14 +35,17 @@ REFUSED = {
 
 
 def build(config: Config, *, world: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for `world` ranks. Raises UserError naming every wrong key at once."""
-    path, own = find(config.deepspeed.config), read(config)
-    problems = [*_problems_of_optimizer(own, path, config.train.optimizer), *_problems_of_lora(own, path, config)]
+    """DeepSpeed's configuration for `world` ranks. Raises UserError with all wrong keys."""
+    path, ds_config = find(config.deepspeed.config), read(config)
+    problems = [
+        *_problems_of_optimizer(ds_config, path, config.train.optimizer),
+        *_problems_of_lora(ds_config, path, config),
+    ]
     if problems:
         raise UserError("\n".join(problems))
     train = config.train
     return {
-        **own,
+        **ds_config,
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": micro_batches_per_rank(train, world=world),
@@ -70,62 +54,62 @@ def build(config: Config, *, world: int) -> dict[str, Any]:
 
 
 def read(config: Config) -> dict[str, Any]:
-    """What stands in DeepSpeed's file. Raises UserError naming every wrong key at once."""
+    """DeepSpeed's own file. Raises UserError with all wrong keys."""
     path = find(config.deepspeed.config)
     try:
-        own = json.loads(path.read_text("utf-8"))
+        ds_config = json.loads(path.read_text("utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
-    if not isinstance(own, dict):
-        raise UserError(f"{path}: holds no JSON object; DeepSpeed's file is one")
-    if problems := _problems(own, path):
+    if not isinstance(ds_config, dict):
+        raise UserError(f"{path}: is not a JSON object, which DeepSpeed's file must be")
+    if problems := _problems(ds_config, path):
         raise UserError("\n".join(problems))
-    return own
+    return ds_config
 
 
-def zero_stage(own: dict[str, Any]) -> int:
-    """The ZeRO stage that a DeepSpeed dict asks for."""
-    return int(own.get("zero_optimization", {}).get("stage", 0))
+def zero_stage(ds_config: dict[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed configuration."""
+    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
-def is_bf16(own: dict[str, Any]) -> bool:
+def is_bf16(ds_config: dict[str, Any]) -> bool:
     """Whether parameters are bf16 (else fp32)."""
-    return bool(own.get("bf16", {}).get("enabled", False))
+    return bool(ds_config.get("bf16", {}).get("enabled", False))
 
 
-def _problems(own: dict[str, Any], path: Path) -> list[str]:
+def _problems(ds_config: dict[str, Any], path: Path) -> list[str]:
     found = []
-    for key in own:
+    for key in ds_config:
         if key in OWNED_BY_CONFIG:
-            found.append(f"{path}: {key}: set in the run's configuration as {OWNED_BY_CONFIG[key]}; take it out here")
+            found.append(f"{path}: {key}: set in the run's configuration as {OWNED_BY_CONFIG[key]}; remove it here")
         elif key in REFUSED:
-            found.append(f"{path}: {key}: {REFUSED[key]}; take it out")
+            found.append(f"{path}: {key}: {REFUSED[key]}; remove it")
         elif key not in KNOWN:
-            found.append(f"{path}: {key}: no key of DeepSpeed's that has an effect here{nearest(key, KNOWN)}")
-    flat = [key for key in ("zero_optimization", "bf16") if not isinstance(own.get(key, {}), dict)]
+            found.append(f"{path}: {key}: not a DeepSpeed key with an effect here{nearest(key, KNOWN)}")
+    flat = [key for key in ("zero_optimization", "bf16") if not isinstance(ds_config.get(key, {}), dict)]
     if flat:
-        return [*found, *(f"{path}: {key}: holds no JSON object" for key in flat)]
-    stage = own.get("zero_optimization", {}).get("stage", 0)
+        return [*found, *(f"{path}: {key}: is not a JSON object" for key in flat)]
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     if stage not in range(4):
-        found.append(f"{path}: zero_optimization.stage: {stage} is none of 0, 1, 2, 3")
-    elif zero_stage(own) == 0 and is_bf16(own) and "data_types" in own:
+        found.append(f"{path}: zero_optimization.stage: {stage} must be 0, 1, 2 or 3")
+    elif zero_stage(ds_config) == 0 and is_bf16(ds_config) and "data_types" in ds_config:
         found.append(
-            f"{path}: data_types: DeepSpeed cannot accumulate bf16 gradients in fp32 at ZeRO stage 0; take "
-            "data_types out, or use stage 1"
+            f"{path}: data_types: DeepSpeed cannot accumulate bf16 gradients in fp32 at ZeRO stage 0; remove "
+            "data_types, or use stage 1"
         )
     return found
 
 
-def _problems_of_optimizer(own: dict[str, Any], path: Path, optimizer: str) -> list[str]:
-    """Whether the optimiser sees whole matrices under this file, where it needs them (docs/training-log.md)."""
-    stage = zero_stage(own)
+def _problems_of_optimizer(ds_config: dict[str, Any], path: Path, optimizer: str) -> list[str]:
+    """Whether an optimizer that needs whole matrices gets them with this file (docs/training-log.md)."""
+    stage = zero_stage(ds_config)
     if optimizer == "adafactor" and stage != 0:
         return [
             f"{path}: zero_optimization.stage: {stage}: train.optimizer adafactor needs whole matrices, which ZeRO "
-            "cuts up; use stage 0 (deepspeed/stage0.json), or another optimiser"
+            "shards; use stage 0 (deepspeed/stage0.json), or another optimizer"
         ]
-    accumulation = own.get("data_types", {}).get("grad_accum_dtype")
-    sees_matrices = stage == 1 and accumulation == "fp32" if is_bf16(own) else stage == 0
+    accumulation = ds_config.get("data_types", {}).get("grad_accum_dtype")
+    sees_matrices = stage == 1 and accumulation == "fp32" if is_bf16(ds_config) else stage == 0
     if optimizer == "muon" and not sees_matrices:
         return [
             f"{path}: train.optimizer muon: DeepSpeed orthogonalizes whole matrices, after clipping, at ZeRO stage 1 "
@@ -135,24 +119,24 @@ def _problems_of_optimizer(own: dict[str, Any], path: Path, optimizer: str) -> l
     return []
 
 
-def _problems_of_lora(own: dict[str, Any], path: Path, config: Config) -> list[str]:
-    """Whether adapters can be trained under this file and beside the other keys."""
+def _problems_of_lora(ds_config: dict[str, Any], path: Path, config: Config) -> list[str]:
+    """Whether adapters can be trained with this file and the other keys."""
     train = config.train
     found: list[str] = []
     if train.lora_rank == 0:
         return found
     where = f"train.lora_rank {train.lora_rank}"
     if config.model.weights is None:
-        found.append(f"{where}: adapters beside random weights learn nothing; set model.weights, or train.lora_rank 0")
+        found.append(f"{where}: adapters on random weights learn nothing; set model.weights, or train.lora_rank 0")
     if train.fp8:
-        found.append(f"{where}: train.fp8 rounds the matrices that adapters leave as they are; take one of them out")
+        found.append(f"{where}: train.fp8 rounds the matrices that adapters leave frozen; remove one of them")
     if train.optimizer != "adamw":
         found.append(f"{where}: train.optimizer {train.optimizer} is for whole matrices; set train.optimizer adamw")
     if train.base_width is not None:
-        found.append(f"{where}: train.base_width gives whole matrices their rates, not adapters; take it out")
-    if zero_stage(own) > 1:
+        found.append(f"{where}: train.base_width gives whole matrices their rates, not adapters; remove it")
+    if zero_stage(ds_config) > 1:
         found.append(
-            f"{path}: zero_optimization.stage: {zero_stage(own)}: {where} has next to no gradients to divide; use "
+            f"{path}: zero_optimization.stage: {zero_stage(ds_config)}: {where} has almost no gradients to shard; use "
             "stage 1 (ds_config.json, deepspeed/fp32.json)"
         )
     return found

@@ -1,5 +1,6 @@
-"""Every key with its type, default and meaning, and a configuration as YAML."""
+"""Help for configuration keys, parsers of commands that take them, and a configuration as YAML."""
 
+import argparse
 import inspect
 import textwrap
 from typing import Any
@@ -12,11 +13,30 @@ from lamda.config.settings import choices, kind
 
 _WIDTH = 100
 _USAGE = """\
---config FILE          YAML, keys nested by section; looked for from here, then in the package
---section.key VALUE    any key below, over the file's value; also --section.key=VALUE
+--config FILE          YAML, keys nested by section; searched here, then in the package
+--section.key VALUE    any key below; overrides the file; also --section.key=VALUE
 
-A preset fills in what neither file nor flags set. Lists are written [a, b] or a,b; null is nothing.
+A preset sets what neither file nor flags do. Lists are written [a, b] or a,b; null means unset.
 """
+
+
+class ConfigParser(argparse.ArgumentParser):
+    """The parser of a command that also takes a configuration.
+
+    It declares the command's own options; `parse_known_args` leaves --config and --section.key to `load_config`.
+    """
+
+    def __init__(self, prog: str, *, epilog: str | None = None) -> None:
+        super().__init__(prog=prog, allow_abbrev=False, add_help=False, epilog=epilog)
+
+    def format_usage(self) -> str:
+        """The usage with the flags of a configuration."""
+        return f"{super().format_usage().rstrip()} --config FILE [--section.key VALUE ...]\n"
+
+    def format_help(self) -> str:
+        """The help with every key."""
+        own = super().format_help().removeprefix(super().format_usage())
+        return f"{self.format_usage()}{own}\n{help_text()}\n"
 
 
 def help_text() -> str:

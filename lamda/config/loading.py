@@ -1,11 +1,13 @@
-"""From a command line and a YAML file to a `Config`, or to every error at once, each with its place.
+"""From a command line and a YAML file to a `Config`, or to a list of all errors, each with its place.
 
 Defaults < preset < file < flags.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,24 +15,41 @@ import yaml
 from lamda.config.schema import Config
 from lamda.config.settings import ConfigError, Contents, Kind, Problem, Schema, Setting, flag_place, kind, value_of
 
-__all__ = ["KEYS", "SECTIONS", "ConfigError", "load_config", "wants_help"]
+__all__ = ["DEPRECATED", "KEYS", "SECTIONS", "ConfigError", "load_config", "wants_help"]
 
 REMOVED = frozenset({"data.lanes", "data.block_rows"})
-"""Keys of earlier versions: read over in files, since checkpoints hold the config.yaml that they were made with."""
+"""Keys of earlier versions, ignored in files: a checkpoint keeps the config.yaml that it was made with."""
+DEPRECATED: dict[str, str] = {
+    "run.compare_every": "run.weight_check_every",
+    "run.stop_before_end": "run.stop_margin_seconds",
+    "run.hang_seconds": "run.hang_timeout_seconds",
+    "train.rollbacks": "train.max_rollbacks",
+    "train.max_bad_steps": "train.max_skipped_steps",
+    "data.blocks": "data.cache_dir",
+    "data.max_bad_fraction": "data.max_bad_line_fraction",
+}
+"""Earlier names of keys, still read in flags and files."""
 
-SCHEMA = Schema(Config, flag="config", among="configs/*.yaml", removed=REMOVED)
+SCHEMA = Schema(Config, flag="config", among="configs/*.yaml", removed=REMOVED, deprecated=DEPRECATED)
 SECTIONS, KEYS = SCHEMA.sections, SCHEMA.keys
+
+log = logging.getLogger(__name__)
 
 
 def load_config(argv: Sequence[str]) -> Config:
     """The configuration that `--config FILE` and `--section.key VALUE` flags (in `argv`) describe.
 
-    `--local_rank N`, which DeepSpeed's launcher inserts, is ignored. Raises `ConfigError` with a line
-    for everything that is wrong.
+    `--local_rank N`, which DeepSpeed's launcher inserts, is ignored. An earlier name of a key is read with a warning,
+    without one in the config.yaml of a run. Raises `ConfigError` with one line per problem.
     """
     problems: list[Problem] = []
     file, flags = _read_flags(argv, problems)
     settings, sections = SCHEMA.read(file, problems) if file else Contents({}, {})
+    is_saved = file is not None and Path(file).name == "config.yaml"
+    for setting in (*(() if is_saved else settings.values()), *flags.values()):
+        if setting.old_name:
+            new_name = DEPRECATED[setting.old_name]
+            log.warning("%s%s is now %s", setting.place.prefix, setting.old_name, new_name)
     elsewhere = None if file else (flag_place(len(argv)), "there is no --config FILE; a first run is --config tiny")
     return SCHEMA.build(Contents(settings | flags, sections), problems, elsewhere=elsewhere)
 
@@ -63,12 +82,13 @@ _GPUS = (
     "the number of GPUs is for the launcher: `deepspeed --num_gpus N scripts/pretrain.py`; `lamda plan` takes --gpus"
 )
 _OF_LAUNCHERS = {"nodes": _NODES, "num_nodes": _NODES, "gpus": _GPUS, "num_gpus": _GPUS, "nproc_per_node": _GPUS}
-"""Flags that people give here and that launchers take."""
+"""Flags that belong to launchers and other commands."""
 
 
 def _read_flags(argv: Sequence[str], problems: list[Problem]) -> tuple[str | None, dict[str, Setting]]:
     """The config file's name and the overrides by dotted key; a later flag wins."""
-    file, settings = None, {}
+    file: str | None = None
+    settings: dict[str, Setting] = {}
     for position, (name, value) in enumerate(_split(argv)):
         place = flag_place(position)
         if name == "local_rank":
@@ -80,7 +100,7 @@ def _read_flags(argv: Sequence[str], problems: list[Problem]) -> tuple[str | Non
             problems.append(Problem(place, name, f"there is no such key; {_OF_LAUNCHERS[name]}"))
         elif name in REMOVED:
             problems.append(Problem(place, name, "is gone; leave it out (CHANGELOG.md)"))
-        elif name != "config" and name not in KEYS:
+        elif name != "config" and DEPRECATED.get(name, name) not in KEYS:
             problems.append(Problem(place, name, f"there is no such key{SCHEMA.nearest_key(name)}"))
         elif value is None:
             problems.append(Problem(place, name, f"has no value; write --{name} VALUE"))
@@ -89,7 +109,10 @@ def _read_flags(argv: Sequence[str], problems: list[Problem]) -> tuple[str | Non
         elif name == "config":
             file = value
         else:
-            settings[name] = Setting(_flag_value(value, wanted=kind(KEYS[name])), place)
+            key, old_name = SCHEMA.renamed(name)
+            if key in settings and settings[key].old_name != old_name:
+                problems.append(Problem(place, name, SCHEMA.given_twice(key)))
+            settings[key] = Setting(_flag_value(value, wanted=kind(KEYS[key])), place, old_name)
     return file, settings
 
 

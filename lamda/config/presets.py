@@ -1,11 +1,8 @@
-"""The model sizes by name.
+"""Model sizes by name.
 
 LaMDA (arXiv 2201.08239, Table 27) gives layers, width and heads of 2b, 8b and 137b, and the 137b's
 `d_ff = 8 d_model`, `d_head = 128`. The other sizes keep those ratios.
 """
-
-import difflib
-from collections.abc import Iterable
 
 
 def _shape(*, vocab_size: int = 32000, d_model: int, n_layers: int, n_heads: int, d_head: int = 128) -> dict[str, int]:
@@ -27,9 +24,3 @@ PRESETS: dict[str, dict[str, int]] = {
     "8b": _shape(d_model=4096, n_layers=16, n_heads=64),
     "137b": _shape(d_model=8192, n_layers=64, n_heads=128),
 }
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the known name most like `name`, or an empty string."""
-    found = difflib.get_close_matches(name, [each for each in known if each != name], n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""

@@ -1,9 +1,8 @@
-"""Where configs, corpus cards and DeepSpeed files are found: the working directory, then the package's copies."""
+"""Search for configs, dataset cards and DeepSpeed files: the working directory, then the package's copies."""
 
 from pathlib import Path
 
-from lamda.config.errors import UserError
-from lamda.config.presets import nearest
+from lamda.config.errors import UserError, nearest
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -18,9 +17,9 @@ def _roots() -> list[Path]:
 def find(path: str, *, among: str | None = None) -> Path:
     """The file called `path`: absolute, from the working directory, or among the package's copies.
 
-    among: a glob of the same search (`configs/*.yaml`). A path without a suffix that is no file stands for the one of
-    that name there: `tiny` for `configs/tiny.yaml`, `finetune/tiny` for the one in a folder of it.
-    Raises `UserError`, naming every place that was tried, what there is, and what is nearest.
+    among: a glob of known files (`configs/*.yaml`). A path without a suffix that is no file is a name in it: `tiny` for
+    `configs/tiny.yaml`, `finetune/tiny` for `configs/finetune/tiny.yaml`.
+    Raises `UserError` with the places searched, the known files and the nearest name.
     """
     roots = _roots()
     is_name = not Path(path).suffix and not Path(path).is_absolute()
@@ -37,8 +36,8 @@ def find(path: str, *, among: str | None = None) -> Path:
 
 
 def card_path(name: str) -> Path:
-    """The corpus card called `name` (`data/<name>.yaml`), or the file at `name` where that ends in `.yaml`.
+    """The dataset card `data/<name>.yaml`, or the file `name` if that ends in `.yaml`.
 
-    Raises `UserError`, naming the cards that exist.
+    Raises `UserError` with the cards that exist.
     """
     return find(name if name.endswith(".yaml") else f"data/{name}.yaml", among="data/*.yaml")

@@ -1,7 +1,7 @@
-"""A YAML file of sections, read against a schema: settings with their places, and every error at once.
+"""A YAML file of sections, read against a schema: settings with their places, and a list of all errors.
 
-The file is read as YAML nodes, so that each key's line is known; pydantic checks the merged values, and each
-of its errors is told at the line or flag that it came from.
+The file is read as YAML nodes, so that the line of each key is known; pydantic checks the merged values, and each of
+its errors is reported at the line or flag that it came from.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from lamda.config.errors import UserError
-from lamda.config.presets import nearest
+from lamda.config.errors import UserError, nearest
 from lamda.config.resources import find
 from lamda.config.schema import Section
 
@@ -30,11 +29,11 @@ Whole = TypeVar("Whole", bound=Section)
 _TAGS = {"integer": ("int", "float"), "number": ("int", "float"), "boolean": ("bool",)}
 
 _YAML_1_1 = re.compile(r"[-+]?(0[0-9_]+|[0-9_]+(:[0-9_.]+)+)")
-"""What YAML 1.1 alone takes for a number in base 8 or 60: `010` is ten here, and `1:30` is no number."""
+"""Numbers in base 8 or 60 of YAML 1.1: here `010` is ten, and `1:30` is no number."""
 
 
 class ConfigError(UserError):
-    """Everything that is wrong with a configuration, a line each."""
+    """All problems of a configuration, one line each."""
 
 
 class Place(NamedTuple):
@@ -46,10 +45,11 @@ class Place(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """A value as it was written."""
+    """A value as it was written. old_name: the deprecated name it was written under."""
 
     value: Any
     place: Place
+    old_name: str | None = None
 
 
 class Problem(NamedTuple):
@@ -74,11 +74,20 @@ class Schema(Generic[Whole]):
     """A model whose fields are sections of keys.
 
     flag: names the file on the command line. among: glob of the files that come with the package. removed: keys of
-    earlier versions, which their files still hold and which mean nothing any more.
+    earlier versions that files may still hold. deprecated: earlier names of keys.
     """
 
-    def __init__(self, model: type[Whole], *, flag: str, among: str, removed: frozenset[str] = frozenset()) -> None:
-        self.model, self.flag, self.among, self.removed = model, flag, among, removed
+    def __init__(
+        self,
+        model: type[Whole],
+        *,
+        flag: str,
+        among: str,
+        removed: frozenset[str] = frozenset(),
+        deprecated: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.model, self.flag, self.among = model, flag, among
+        self.removed, self.deprecated = removed, deprecated
         self.sections: Mapping[str, type[Section]] = {
             name: cast("type[Section]", field.annotation) for name, field in model.model_fields.items()
         }
@@ -87,6 +96,15 @@ class Schema(Generic[Whole]):
             for name, section in self.sections.items()
             for key, field in section.model_fields.items()
         }
+
+    def renamed(self, name: str) -> tuple[str, str | None]:
+        """The current name of a key, and `name` where that is a deprecated one."""
+        return (self.deprecated[name], name) if name in self.deprecated else (name, None)
+
+    def given_twice(self, key: str) -> str:
+        """The problem of a key that is given under its current and its deprecated name."""
+        old_name = next(old for old, new in self.deprecated.items() if new == key)
+        return f"{old_name} is now {key}, and both are given; remove {old_name}"
 
     def nearest_key(self, name: str) -> str:
         """`"; did you mean 'train.lr'?"`: the key whose name, last part or description is most like `name`."""
@@ -102,16 +120,16 @@ class Schema(Generic[Whole]):
         return f"; did you mean {best!r}?" if likeness(best)[0] >= 0.6 else ""
 
     def read(self, name: str, problems: list[Problem]) -> Contents:
-        """The settings of a file; what is wrong with it is added to `problems`."""
+        """The settings of a file; its problems are added to `problems`."""
         reading = _Reading(self, name, problems)
         return Contents(reading.settings, reading.sections)
 
     def build(
         self, contents: Contents, problems: list[Problem], *, elsewhere: tuple[Place, str] | None = None
     ) -> Whole:
-        """The checked whole. Raises `ConfigError` with a line for each problem, those found before included.
+        """The checked model. Raises `ConfigError` with one line per problem, including those found before.
 
-        elsewhere: place of what no file could have set, and what is said of it.
+        elsewhere: place of a missing key that neither file nor flags name, and a remark for its message.
         """
         values: dict[str, dict[str, Any]] = {section: {} for section in self.sections}
         for name, setting in contents.settings.items():
@@ -137,24 +155,24 @@ class Schema(Generic[Whole]):
 
 
 def flag_place(position: int) -> Place:
-    """Of the flag at a position of the command line."""
+    """The place of the flag at a position of the command line."""
     return Place(1, position, "--")
 
 
 def kind(field: FieldInfo) -> Kind:
-    """What a key takes, in plain words."""
+    """The type of a key in plain words."""
     kinds: dict[Any, Kind] = {int: "integer", float: "number", bool: "boolean", str: "text"}
     kinds |= {Literal: "choice", tuple: "list"}
     return next(kinds[get_origin(member) or member] for member in _members(field.annotation))
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
-    """The words that a key of kind `choice` takes."""
+    """The values of a key of kind `choice`."""
     return get_args(next(_members(field.annotation)))
 
 
 def value_of(node: yaml.Node | None, *, wanted: Kind) -> Any:
-    """A node as plain data; what is not of the wanted type stays text or a node, for pydantic to refuse."""
+    """A node as plain data; a value of another type stays text or a node, for pydantic to reject."""
     if node is None or node.tag.endswith(":null"):
         return None
     if isinstance(node, yaml.SequenceNode) and wanted == "list":
@@ -184,7 +202,7 @@ def _alike(first: str, second: str) -> float:
 
 
 class _Reading:
-    """A file on its way to settings."""
+    """Reads a file into settings and problems."""
 
     def __init__(self, schema: Schema[Any], name: str, problems: list[Problem]) -> None:
         self._schema, self._problems = schema, problems
@@ -210,8 +228,8 @@ class _Reading:
         except (yaml.YAMLError, RecursionError) as error:
             mark = getattr(error, "problem_mark", None)
             place = _line(path, mark.line + 1 if mark else 1)
-            told = f"this is not YAML: {getattr(error, 'problem', None) or error}"
-            self._problems.append(Problem(place, "", told))
+            message = f"this is not YAML: {getattr(error, 'problem', None) or error}"
+            self._problems.append(Problem(place, "", message))
         else:
             self._path = path
             return root
@@ -225,13 +243,16 @@ class _Reading:
                 continue
             self.sections[section] = place
             for key, node, key_place in self._entries(body, section):
-                dotted = f"{section}.{key}"
-                if dotted in schema.keys:
+                name = f"{section}.{key}"
+                dotted, old_name = schema.renamed(name)
+                if dotted in self.settings:
+                    self._problems.append(Problem(key_place, name, schema.given_twice(dotted)))
+                elif dotted in schema.keys:
                     value = value_of(node, wanted=kind(schema.keys[dotted]))
-                    self.settings[dotted] = Setting(value, key_place)
+                    self.settings[dotted] = Setting(value, key_place, old_name)
                 elif dotted not in schema.removed:
-                    told = f"there is no such key{schema.nearest_key(dotted)}"
-                    self._problems.append(Problem(key_place, dotted, told))
+                    message = f"there is no such key{schema.nearest_key(dotted)}"
+                    self._problems.append(Problem(key_place, dotted, message))
 
     def _entries(self, node: yaml.Node, section: str) -> Iterator[tuple[str, yaml.Node, Place]]:
         """Name, value and place of each entry of a mapping that may be left empty; duplicates are problems."""
@@ -247,8 +268,8 @@ class _Reading:
             name, line = key.value if isinstance(key, yaml.ScalarNode) else "?", key.start_mark.line + 1
             if name in lines:
                 dotted = f"{section}.{name}" if section else name
-                told = f"stands in line {lines[name]} already; remove one"
-                self._problems.append(Problem(_line(self._path, line), dotted, told))
+                message = f"stands in line {lines[name]} already; remove one"
+                self._problems.append(Problem(_line(self._path, line), dotted, message))
             else:
                 lines[name] = line
                 yield name, value, _line(self._path, line)
@@ -282,6 +303,6 @@ def _plain(error: Mapping[str, Any]) -> str:
         "bool_parsing": "should be true or false",
         "literal_error": f"should be {error.get('ctx', {}).get('expected')}",
     }
-    told = kinds.get(error["type"]) or error["msg"].removeprefix("Input ").split(",")[0]
+    message = kinds.get(error["type"]) or error["msg"].removeprefix("Input ").split(",")[0]
     given = {yaml.SequenceNode: "a list", yaml.MappingNode: "a section"}.get(type(value), repr(value))
-    return f"{told}, not {given}"
+    return f"{message}, not {given}"

@@ -23,10 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamda.best_effort import reason_of
-from lamda.config.errors import UserError
+from lamda.config.errors import DataError, UserError
 from lamda.data.blocks import SPAN, Part, PartRows, RowBlock
 from lamda.data.documents import Document
-from lamda.data.errors import DataError
 from lamda.data.lanes import Cursor
 from lamda.data.quarantine import BadLine
 from lamda.durable import replace_file
@@ -38,7 +37,7 @@ DOCUMENT = np.dtype([("file", "<i4"), ("line", "<i8"), ("byte", "<i8"), ("domain
 
 @dataclass(frozen=True)
 class BlockFolder:
-    """The cached rows of one fingerprint under `data.blocks`.
+    """The cached rows of one fingerprint under `data.cache_dir`.
 
     keeping: context manager around every access to the folder, which handles OSError.
     """
@@ -94,7 +93,7 @@ class _Required:
     ) -> None:
         if isinstance(value, OSError):
             raise UserError(
-                f"data.blocks {self.folder}: cannot be read or written ({reason_of(value)}); complete files "
+                f"data.cache_dir {self.folder}: cannot be read or written ({reason_of(value)}); complete files "
                 "are kept, and the same command continues"
             ) from value
 

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core.core_schema import ValidationInfo
 
-from lamda.config.errors import UserError
-from lamda.config.presets import nearest
+from lamda.config.errors import UserError, nearest
 from lamda.config.resources import card_path
 from lamda.config.schema import DataConfig, Patterns
 
@@ -46,7 +45,7 @@ class Source(_CardSection):
     """
 
     name: str
-    licence: str
+    license: str = Field(validation_alias=AliasChoices("license", "licence"))
     files: Patterns = ()
     dataset: HubDataset | None = None
     standard_library: str | None = None
@@ -123,7 +122,7 @@ def load_card(config: DataConfig) -> Card:
     """
     path = card_path(config.corpus)
     card = _read(path)
-    rules = card.sources[0].model_dump(include={"text", "domain"}) | {"licence": "not stated"}
+    rules = card.sources[0].model_dump(include={"text", "domain"}) | {"license": "not stated"}
     if config.files is not None:
         own = {"name": "data.files", "description": "files that the run named itself", "homepage": None}
         sources = (Source(name="files", files=config.files, **rules),)

@@ -17,8 +17,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 import zstandard
 
-from lamda.config.errors import RunError, UserError
-from lamda.data.errors import DataError, DataUnavailableError
+from lamda.config.errors import DataError, DataUnavailableError, RunError, UserError
 from lamda.data.identity import Stored, cannot_open, content_of, wrong_sha256
 from lamda.data.remote import CHUNK, RemoteFile, Version
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from lamda.config.errors import DataError
 from lamda.data.card import Source
 from lamda.data.documents import Document, Form
-from lamda.data.errors import DataError
 from lamda.data.files import File
 from lamda.data.lanes import RAW_TEXT, Cursor, read_lane
 from lamda.data.partitioning import whole_lane

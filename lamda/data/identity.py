@@ -15,7 +15,7 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from lamda.data.errors import DataError, DataUnavailableError
+from lamda.config.errors import DataError, DataUnavailableError
 
 PIECES = 16
 PIECE = 1 << 16

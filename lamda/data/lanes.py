@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from lamda.config.errors import DataError
 from lamda.data.card import Source
 from lamda.data.documents import Document, Form, RawText, first_key, get_path
-from lamda.data.errors import DataError
 from lamda.data.files import LONGEST_LINE, File, read_all, read_lines
 from lamda.data.open_files import allow_open_files
 from lamda.data.parquet import read_rows

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lamda.config.errors import DataError
 from lamda.data.block_files import BlockFolder
 from lamda.data.blocks import Packing, Part, RowBlock
 from lamda.data.corpus import Corpus
-from lamda.data.errors import DataError
 from lamda.data.lanes import Lane
 from lamda.data.order import next_samples
 from lamda.data.quarantine import Quarantined

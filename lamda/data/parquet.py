@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lamda.data.errors import DataError
+from lamda.config.errors import DataError
 from lamda.data.files import File, foreign, opened, remote_file
 from lamda.data.identity import require_sha256
 from lamda.data.quarantine import few

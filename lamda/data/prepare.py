@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from lamda.config.errors import RunError, UserError
+from lamda.config.errors import DataError, RunError, UserError
+from lamda.config.help import ConfigParser
 from lamda.config.loading import load_config
-from lamda.config.progress import Progress
 from lamda.config.schema import Config
+from lamda.console import Progress
 from lamda.data.block_files import BlockFolder
 from lamda.data.blocks import LaneReader, Packing, Part, RowBlock
 from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of
-from lamda.data.errors import DataError
 from lamda.data.lanes import Lane
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.tokenizer_training import ensure_tokenizer
@@ -74,12 +74,19 @@ class BlockStats:
             yield f"{self.bad_lines:,} lines hold no document"
 
 
+def parser() -> ConfigParser:
+    """The options of `lamda prepare`."""
+    parser = ConfigParser("lamda prepare")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    return parser
+
+
 def main(argv: list[str]) -> int:
-    """`[--json] --config FILE [--section.key VALUE ...]` with `data.blocks` set; raises UserError."""
-    as_json = "--json" in argv
-    config = load_config([word for word in argv if word != "--json"])
-    if config.data.blocks is None:
-        raise UserError("data.blocks: set the folder of the row cache")
+    """`[--json] --config FILE [--section.key VALUE ...]` with `data.cache_dir` set; raises UserError."""
+    options, flags = parser().parse_known_args(argv)
+    config = load_config(flags)
+    if config.data.cache_dir is None:
+        raise UserError("data.cache_dir: name the folder for the rows")
     corpus = open_corpus(config.data)
     target = Path(config.run.dir) / "tokenizer.model"
     try:
@@ -87,9 +94,9 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         raise UserError(f"run.dir {config.run.dir}: cannot be created ({error.strerror})") from error
     tokenizer = ensure_tokenizer(config, target=target, corpus=corpus)
-    folder = BlockFolder.of(config.data.blocks, fingerprint(corpus, config, tokenizer))
+    folder = BlockFolder.of(config.data.cache_dir, fingerprint(corpus, config, tokenizer))
     summary = prepare(corpus, folder, config=config, tokenizer=target)
-    if as_json:
+    if options.json:
         print(json.dumps({"folder": str(folder.path), **vars(summary)}, indent=1))
     else:
         print("\n".join(summary.table()))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lamda.best_effort import BestEffort
-from lamda.data.errors import DataError
+from lamda.config.errors import DataError
 from lamda.durable import replace_file
 
 log = logging.getLogger(__name__)
@@ -117,5 +117,5 @@ class Tally:
         if self.lines >= CHECKED_FROM and self.bad > self.limit * self.lines:
             raise DataError(
                 f"lane {self.lane}: {self.bad:,} of {self.lines:,} lines hold no document, more than "
-                f"data.max_bad_fraction {self.limit:g}: fix the text, or raise the limit. {self.examples()}"
+                f"data.max_bad_line_fraction {self.limit:g}: fix the text, or raise the limit. {self.examples()}"
             )

@@ -20,8 +20,8 @@ from typing import NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+from lamda.config.errors import DataError, DataUnavailableError
 from lamda.console import one_line
-from lamda.data.errors import DataError, DataUnavailableError
 
 CHUNK = 1 << 18
 LONGEST_CAUSE = 200

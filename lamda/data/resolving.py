@@ -17,9 +17,8 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from lamda.config.errors import UserError
+from lamda.config.errors import DataError, UserError
 from lamda.data.card import HubDataset, Source
-from lamda.data.errors import DataError
 from lamda.data.files import HTTP, File, address_of, foreign, nothing
 from lamda.data.identity import Stored, cannot_open, content_of, verify_some
 from lamda.data.remote import RemoteFile

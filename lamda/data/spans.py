@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lamda.config.errors import DataError
 from lamda.data.documents import Document
-from lamda.data.errors import DataError
 from lamda.data.lanes import Cursor, Lane
 from lamda.data.quarantine import BadLine
 from lamda.data.tokenizer import Tokenizer

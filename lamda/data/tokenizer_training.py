@@ -12,8 +12,8 @@ from pathlib import Path
 import sentencepiece
 
 from lamda.config.errors import UserError
-from lamda.config.progress import Progress, computing, waiting
 from lamda.config.schema import Config
+from lamda.console import Progress, computing, waiting
 from lamda.data.corpus import Corpus, open_corpus
 from lamda.data.tokenizer import (
     CONTROL_PIECES,

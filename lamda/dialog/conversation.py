@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from lamda.config.presets import nearest
+from lamda.config.errors import nearest
 
 Attribute = Literal["sensible", "specific", "interesting", "unsafe", "grounded"]
 ATTRIBUTES: tuple[Attribute, ...] = get_args(Attribute)

@@ -13,9 +13,7 @@ from typing import Any
 import orjson
 import zstandard
 
-from lamda.config.errors import UserError
-from lamda.config.presets import nearest
-from lamda.data.errors import DataError
+from lamda.config.errors import DataError, UserError, nearest
 from lamda.data.files import File, read_all, read_lines
 from lamda.dialog.conversation import to_record
 from lamda.dialog.formats import FORMATS, Numbered

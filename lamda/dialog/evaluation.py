@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from lamda.config.errors import UserError
-from lamda.config.progress import Progress
+from lamda.console import Progress
 from lamda.data.card import load_card
 from lamda.data.hashing import permutation
 from lamda.data.held_out import HeldOut

@@ -86,7 +86,7 @@ def usable_tools(toolset: Toolset | None, checkpoint: Path) -> Toolset | None:
         return toolset
     _log.warning(
         "%s was not trained to use tools; they are disabled. Fine-tune it with conversations that use them, "
-        "such as those of `lamda dialog research-data`",
+        "such as those of `lamda dialog make-tool-data`",
         checkpoint,
     )
     return None

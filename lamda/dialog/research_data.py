@@ -1,4 +1,4 @@
-"""`lamda dialog research-data`: conversations that teach the research loop, from a corpus and from arithmetic.
+"""`lamda dialog make-tool-data`: conversations that teach the research loop, from a corpus and from arithmetic.
 
 Every snippet is the toolset's real result for the query, so that training matches use. Three kinds alternate: a sum
 (calculator), a question about a heading or about a sentence such as `X is ...` of the corpus (retrieval; the query is
@@ -43,8 +43,8 @@ _LONGEST = 300
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of `lamda dialog research-data`."""
-    parser = argparse.ArgumentParser(prog="lamda dialog research-data", allow_abbrev=False)
+    """The options of `lamda dialog make-tool-data`."""
+    parser = argparse.ArgumentParser(prog="lamda dialog make-tool-data", allow_abbrev=False)
     parser.add_argument("corpus", type=Path, metavar="CORPUS", help="a folder of texts or a JSON-lines file")
     parser.add_argument("-o", dest="out", type=Path, required=True, metavar="OUT", help="conversations, JSON lines")
     parser.add_argument("--count", type=int, default=1000, metavar="N", help="conversations; default %(default)s")

@@ -6,17 +6,23 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lamda.config.errors import UserError
 from lamda.console import visible
-from lamda.inference.generation import Candidates, TextStream, prefill, sample
-from lamda.inference.loading import LoadedModel, load_run
-from lamda.inference.sampling import Sampling
+
+if TYPE_CHECKING:
+    from lamda.inference.generation import Candidates
+    from lamda.inference.loading import LoadedModel
 
 
 def main(argv: list[str]) -> int:
-    """`lamda generate`; see its `--help`. Raises UserError."""
-    options = _parser().parse_args(argv)
+    """As `lamda generate --help` says; raises UserError."""
+    options = parser().parse_args(argv)
+    from lamda.inference.generation import prefill, sample
+    from lamda.inference.loading import load_run
+    from lamda.inference.sampling import Sampling
+
     loaded = load_run(options.run, int8=options.int8)
     tokenizer = loaded.tokenizer
     sampling = Sampling(
@@ -45,27 +51,41 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    default = Sampling()
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda generate`."""
     parser = argparse.ArgumentParser(prog="lamda generate", allow_abbrev=False)
-    parser.add_argument("run", metavar="RUN", type=Path)
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens)
-    parser.add_argument("--temperature", type=float, default=default.temperature)
-    parser.add_argument("--top-k", type=int, default=default.top_k)
-    parser.add_argument("--top-p", type=float, default=default.top_p)
-    parser.add_argument("--repetition-penalty", type=float, default=default.repetition_penalty)
-    parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--candidates", type=int, default=1)
-    parser.add_argument("--int8", action="store_true")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run, a checkpoint or an imported model")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help='text to continue; "" begins a document')
+    add_sampling_options(parser)
+    parser.add_argument("--candidates", type=int, default=1, metavar="N", help="continuations; default %(default)s")
+    parser.add_argument("--int8", action="store_true", help="quantize the weights to 8 bits")
+    parser.add_argument("--json", action="store_true", help="one JSON object: texts, ids, log probabilities")
     return parser
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `Sampling`, with its defaults, whose module needs torch."""
+    add = parser.add_argument
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="length limit; default %(default)s")
+    add("--temperature", type=float, default=1.0, metavar="T", help="0: greedy decoding; default %(default)g")
+    add(
+        "--top-k",
+        type=int,
+        default=40,
+        metavar="K",
+        help="sample from the K likeliest, 0: all; default %(default)s",
+    )
+    add("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling after top-k; default %(default)g")
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="default %(default)g: none")
+    add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same text; default %(default)s")
 
 
 class _Stream:
     """Prints the text of a single candidate while it is generated."""
 
     def __init__(self, loaded: LoadedModel) -> None:
+        from lamda.inference.text import TextStream
+
         self._text = TextStream(loaded.tokenizer)
 
     def __call__(self, _: int, id: int) -> None:

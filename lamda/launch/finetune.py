@@ -6,12 +6,18 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lamda.config.help import ConfigParser
 from lamda.engines.deepspeed.framework import DeepSpeed
 from lamda.interop.harness import open_benchmarks
 from lamda.launch.main import launch
 
 if TYPE_CHECKING:
     from lamda.training.task import Task
+
+
+def parser() -> ConfigParser:
+    """The options of `lamda finetune`: those of a configuration."""
+    return ConfigParser("lamda finetune")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

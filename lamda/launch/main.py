@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lamda import console
-from lamda.config.errors import RunError, UserError, refused_by_system
+from lamda.config.errors import DataUnavailableError, RunError, UserError, refused_by_system
 from lamda.config.loading import load_config, wants_help
-from lamda.data.errors import DataUnavailableError
 from lamda.distributed import ReportedElsewhereError
 from lamda.storage.reading import UnreadableError
 from lamda.training.stop_requests import Signals
@@ -48,6 +48,8 @@ def _launch(
         return _report(error, quiet=False)
     if world.is_main:
         signals.leave_at_once(report=lambda name: print(f"{name}: nothing has begun", file=sys.stderr, flush=True))
+    else:
+        logging.getLogger("lamda.config").setLevel(logging.ERROR)  # rank 0 reports deprecated keys
     arguments = sys.argv[1:] if argv is None else argv
     try:
         if wants_help(arguments):

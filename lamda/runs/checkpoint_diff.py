@@ -6,16 +6,18 @@ import argparse
 import json
 from collections.abc import Sized
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from lamda.config.errors import UserError
 from lamda.config.loading import KEYS
+from lamda.console import show_table
 from lamda.runs.checkpoint_show import default_of, read_state, read_tensors
 from lamda.runs.checkpoints import NAME_HELP, find_checkpoint, read_config, read_manifest
-from lamda.runs.tables import show_table
+
+if TYPE_CHECKING:
+    import torch
 
 NAMES = ("run.dir", "wandb.name", "wandb_id")
 """Names of a run, which are not compared."""
@@ -34,13 +36,20 @@ class TensorDifference(NamedTuple):
     share: float | None = None
 
 
-def main(argv: list[str]) -> int:
-    """`A B [--json]`; returns 0 if they are the same, 1 if they differ. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="lamda checkpoint diff", allow_abbrev=False)
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda checkpoint diff`."""
+    parser = argparse.ArgumentParser(
+        prog="lamda checkpoint diff", allow_abbrev=False, epilog="exit code: 0 if they are the same, 1 if they differ"
+    )
     for name in "AB":
         parser.add_argument(name, help=NAME_HELP)
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """`A B [--json]`; returns 0 where they are the same, 1 where they differ. Raises UserError."""
+    options = parser().parse_args(argv)
     first, second = find_checkpoint(options.A), find_checkpoint(options.B)
     found = compare(first, second)
     print(json.dumps(found, indent=1)) if options.json else _show(found)

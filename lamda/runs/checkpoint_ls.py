@@ -8,19 +8,24 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lamda.config.errors import UserError
+from lamda.console import NONE, duration, show_table, size_of
 from lamda.runs.checkpoints import CheckpointInfo, all_checkpoints, inspect_checkpoint, read_config
-from lamda.runs.tables import NONE, duration, show_table, size_of
 from lamda.storage.run_directory import RunDirectory
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda checkpoint ls`."""
+    parser = argparse.ArgumentParser(prog="lamda checkpoint ls", allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--json", action="store_true", help="a JSON array, one object per checkpoint")
+    return parser
 
 
 def main(argv: list[str]) -> int:
     """`RUN [--json]`; raises UserError."""
-    parser = argparse.ArgumentParser(prog="lamda checkpoint ls", allow_abbrev=False)
-    parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--json", action="store_true", help="a JSON array with one object per checkpoint")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     if not options.run.is_dir():
-        raise UserError(f"{options.run}: no such folder; `lamda runs DIR` lists the runs in a folder")
+        raise UserError(f"{options.run}: there is no such folder; `lamda list DIR` lists the runs below one")
     every = _kept_every(RunDirectory(options.run))
     infos = map(inspect_checkpoint, all_checkpoints(options.run))
     found = [(info, bool(every and info.step is not None and info.step % every == 0)) for info in infos]

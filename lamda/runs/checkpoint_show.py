@@ -14,16 +14,21 @@ from safetensors import SafetensorError, safe_open
 from lamda.config.errors import UserError
 from lamda.config.loading import KEYS
 from lamda.config.presets import PRESETS
+from lamda.console import duration, size_of
 from lamda.runs.checkpoints import NAME, NAME_HELP, find_checkpoint, inspect_checkpoint, read_config, read_manifest
-from lamda.runs.tables import duration, size_of
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda checkpoint show`."""
+    parser = argparse.ArgumentParser(prog="lamda checkpoint show", allow_abbrev=False)
+    parser.add_argument("name", metavar=NAME, help=NAME_HELP)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    return parser
 
 
 def main(argv: list[str]) -> int:
     """`CHECKPOINT_OR_RUN [--json]`; raises UserError."""
-    parser = argparse.ArgumentParser(prog="lamda checkpoint show", allow_abbrev=False)
-    parser.add_argument("name", metavar=NAME, help=NAME_HELP)
-    parser.add_argument("--json", action="store_true", help="one JSON object")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     path = find_checkpoint(options.name)
     content = describe(path)
     print(json.dumps(content, indent=1) if options.json else "\n".join(_lines(path, content)))

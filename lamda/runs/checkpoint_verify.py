@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lamda.config.errors import UserError
-from lamda.config.progress import Progress
+from lamda.console import Progress, show_table, size_of
 from lamda.runs.checkpoints import NAME, NAME_HELP, PRUNED, find_checkpoints, inspect_checkpoint, read_manifest
-from lamda.runs.tables import show_table, size_of
 from lamda.storage import manifest
 
 
@@ -31,12 +30,19 @@ class Verification:
         return self.problem not in (None, PRUNED)
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda checkpoint verify`."""
+    parser = argparse.ArgumentParser(
+        prog="lamda checkpoint verify", allow_abbrev=False, epilog="exit code: 0 if all are intact, 1 if one is damaged"
+    )
+    parser.add_argument("name", metavar=NAME, help=f"{NAME_HELP}; all of a run are verified")
+    parser.add_argument("--json", action="store_true", help="a JSON array, one object per checkpoint")
+    return parser
+
+
 def main(argv: list[str]) -> int:
-    """`CHECKPOINT_OR_RUN [--json]`; returns 1 if one is damaged. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="lamda checkpoint verify", allow_abbrev=False)
-    parser.add_argument("name", metavar=NAME, help=f"{NAME_HELP}; for a run, all of its checkpoints")
-    parser.add_argument("--json", action="store_true", help="a JSON array with one object per checkpoint")
-    options = parser.parse_args(argv)
+    """`CHECKPOINT_OR_RUN [--json]`; returns 1 where one is damaged. Raises UserError."""
+    options = parser().parse_args(argv)
     paths = find_checkpoints(options.name)
     with Progress("verifying", total=sum(inspect_checkpoint(path).bytes for path in paths), unit="bytes") as shown:
         results = [verify(path, checked=shown.advance) for path in paths]

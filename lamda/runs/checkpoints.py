@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from lamda.config.errors import UserError
+from lamda.config.loading import DEPRECATED
 from lamda.durable import read_regular
 from lamda.storage import manifest
 from lamda.storage.reading import UnreadableError
@@ -113,6 +114,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The values of a config.yaml of any version, by `section.key`. Raises UserError."""
     try:
         sections = yaml.safe_load(read_regular(path))
-        return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+        values = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+        return {DEPRECATED.get(key, key): value for key, value in values.items()}
     except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lamda.config.errors import UserError
-from lamda.config.presets import nearest
+from lamda.config.errors import UserError, nearest
 from lamda.console import one_line
 from lamda.storage.metrics import MetricsReader
 from lamda.storage.run_directory import RunDirectory, find_runs

@@ -39,8 +39,8 @@ SMOOTHING = 20
 
 
 def main(argv: list[str]) -> int:
-    """See `lamda dashboard --help`; raises UserError."""
-    options = _parser().parse_args(argv)
+    """As `lamda dashboard --help` says; raises UserError."""
+    options = parser().parse_args(argv)
     project, entity = _address(options)
     _require()
     if options.dry_run or options.json:
@@ -51,13 +51,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda dashboard`."""
     parser = argparse.ArgumentParser(prog="lamda dashboard", allow_abbrev=False)
-    parser.add_argument("run", nargs="?", type=Path, metavar="RUN")
-    parser.add_argument("--project", metavar="P")
-    parser.add_argument("--entity", metavar="E")
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="a run, for its project and entity")
+    parser.add_argument("--project", metavar="P", help="W&B project, instead of a run")
+    parser.add_argument("--entity", metavar="E", help="W&B user or team; default: the run's, else the account's own")
+    parser.add_argument("--dry-run", action="store_true", help="print the panels, and save nothing")
+    parser.add_argument("--json", action="store_true", help="print the specification for W&B, and save nothing")
     return parser
 
 

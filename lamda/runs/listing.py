@@ -1,4 +1,4 @@
-"""`lamda runs`: the runs in a folder and their status."""
+"""`lamda list`: the runs in a folder and their status."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from textwrap import shorten
 from typing import Any
 
 from lamda.config.errors import UserError
-from lamda.runs.tables import NONE, duration, figure, of_total, show_table
+from lamda.console import NONE, duration, figure, of_total, show_table
 from lamda.storage.manifest import complete
 from lamda.storage.metrics import Metrics, last_row
 from lamda.storage.reading import UnreadableError
@@ -36,19 +36,24 @@ class RunSummary:
     checkpoint: str | None
 
 
-def main(argv: list[str]) -> int:
-    """`[DIR] [--json]`; raises UserError."""
-    parser = argparse.ArgumentParser(prog="lamda runs", allow_abbrev=False)
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda list`."""
+    parser = argparse.ArgumentParser(prog="lamda list", allow_abbrev=False)
     parser.add_argument(
         "folder",
         type=Path,
         metavar="DIR",
         nargs="?",
         default=Path("runs"),
-        help=f"folder to search, {DEPTH} levels deep; default: runs",
+        help=f"search for runs here and up to {DEPTH} folders deep; default: runs",
     )
-    parser.add_argument("--json", action="store_true", help="a JSON array with one object per run")
-    options = parser.parse_args(argv)
+    parser.add_argument("--json", action="store_true", help="a JSON array, one object per run")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """`[DIR] [--json]`; raises UserError."""
+    options = parser().parse_args(argv)
     if not options.folder.is_dir():
         raise UserError(f"{options.folder}: no such folder; give one that holds runs, such as runs")
     runs = sorted((_summarize(path) for path in find_runs(options.folder)), key=lambda each: each[0], reverse=True)

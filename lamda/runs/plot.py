@@ -28,18 +28,23 @@ EACH_POINT, NOT_FINITE = "each point", "not finite"
 """Group ids: the raw line behind a mean, and the crosses at the top where a value was NaN or infinite."""
 
 
-def main(argv: list[str]) -> int:
-    """`RUN [RUN ...] -o FILE [--metric NAME ...] [--x step|tokens|time] [--log] [--smooth N]`; raises UserError."""
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda plot`."""
     parser = argparse.ArgumentParser(prog="lamda plot", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument("-o", dest="file", type=Path, required=True, metavar="FILE", help="a .png, .svg or .pdf")
     parser.add_argument(
         "--metric", nargs="+", action="extend", metavar="NAME", help="columns of metrics.jsonl; default: loss"
     )
-    parser.add_argument("--x", choices=tuple(SCALES), default="step")
+    parser.add_argument("--x", choices=tuple(SCALES), default="step", help="horizontal axis; default: step")
     parser.add_argument("--log", action="store_true", help="logarithmic vertical axes")
-    parser.add_argument("--smooth", type=int, default=1, metavar="N", help="also draw the mean of the last N points")
-    options = parser.parse_args(argv)
+    parser.add_argument("--smooth", type=int, default=1, metavar="N", help="draw the mean of the last N points as well")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """`RUN [RUN ...] -o FILE [--metric NAME ...] [--x step|tokens|time] [--log] [--smooth N]`; raises UserError."""
+    options = parser().parse_args(argv)
     metrics = list(dict.fromkeys(options.metric or ["loss"]))
     _check(options.file, options.smooth)
     panels = read_curves(options.runs, metrics, x=options.x)

@@ -18,12 +18,11 @@ import numpy as np
 
 from lamda import __version__
 from lamda.config.errors import UserError
-from lamda.console import one_line
+from lamda.console import NONE, duration, figure, of_total, one_line, size_of
 from lamda.runs.checkpoints import CheckpointInfo, all_checkpoints, inspect_checkpoint, read_config
 from lamda.runs.curves import Curve, curve_of, labels_of, read_metrics_of, short
 from lamda.runs.panels import GROUPS, PANELS, Panel
 from lamda.runs.svg_chart import COLORS, draw_chart
-from lamda.runs.tables import NONE, duration, figure, of_total, size_of
 from lamda.storage.metrics import Metrics, MetricsReader, last_lines
 from lamda.storage.run_directory import RunDirectory, RunStatus, read_run_status
 
@@ -37,12 +36,24 @@ DIVIDER = "⟫"
 """Separates the prompt of a sample from the generated text."""
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda report`."""
+    parser = argparse.ArgumentParser(prog="lamda report", allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "-o",
+        dest="file",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a self-contained .html page to send or keep",
+    )
+    return parser
+
+
 def main(argv: list[str]) -> int:
     """`RUN [RUN ...] -o FILE`; raises UserError."""
-    parser = argparse.ArgumentParser(prog="lamda report", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    parser.add_argument("-o", dest="file", type=Path, required=True, metavar="FILE")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     if options.file.suffix not in SUFFIXES:
         raise UserError(f"-o {options.file}: a report is a {' or '.join(SUFFIXES)} file")
     labels = labels_of(list(dict.fromkeys(options.runs)))  # a run named twice appears once

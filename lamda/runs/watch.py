@@ -15,9 +15,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lamda.config.errors import UserError
-from lamda.config.presets import nearest
-from lamda.runs.tables import STYLES, duration, figure, of_total
+from lamda.config.errors import UserError, nearest
+from lamda.console import STYLES, duration, figure, of_total
 from lamda.storage.manifest import complete
 from lamda.storage.metrics import Metrics, MetricsReader, last_lines
 from lamda.storage.run_directory import RunDirectory, RunStatus, find_runs, modified_at, read_run_status
@@ -41,11 +40,20 @@ CLIPPED = 0.05
 """Share of the highest values cut off at the top: a run's first losses would flatten all others."""
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda watch`."""
+    parser = argparse.ArgumentParser(
+        prog="lamda watch",
+        allow_abbrev=False,
+        epilog="exit code: the run's: 0 finished, 75 preempted, 1 failed or died",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, which may not exist yet")
+    return parser
+
+
 def main(argv: list[str]) -> int:
-    """`RUN`; returns the run's exit code: 0 finished, 75 preempted, 1 failed or died. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="lamda watch", allow_abbrev=False)
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, which may not exist yet")
-    directory = RunDirectory(parser.parse_args(argv).run)
+    """`RUN`; returns the exit code of the run: 0 finished, 75 preempted, 1 failed or died. Raises UserError."""
+    directory = RunDirectory(parser().parse_args(argv).run)
     runs = find_runs(directory.path, depth=1)
     if not runs:
         print(f"{directory.path}: no run here yet{_did_you_mean(directory.path)}; waiting for it (Ctrl-C quits)")

@@ -1,4 +1,4 @@
-"""`lamda where`: the documents that a training row came from, and its text."""
+"""`lamda trace`: the documents that a training row came from, and its text."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamda.best_effort import BestEffort
-from lamda.config.errors import UserError
+from lamda.config.errors import DataError, UserError
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
 from lamda.data.block_files import BlockFolder
 from lamda.data.blocks import LaneReader, Packing, PartRows, RowBlock
 from lamda.data.corpus import Corpus, differences, fingerprint, open_corpus, packing_of
-from lamda.data.errors import DataError
 from lamda.data.files import read_lines
 from lamda.data.lanes import RAW_TEXT, Lane, Share
 from lamda.data.loader import batch_digest, row_digest
@@ -61,14 +60,19 @@ class Piece:
     parts: tuple[Part, ...] = ()
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda trace`."""
+    parser = argparse.ArgumentParser(prog="lamda trace", allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--step", type=int, required=True, metavar="S", help="a finished step; the first is 1")
+    parser.add_argument("--row", type=int, metavar="R", help="one row of the step; the first is 0; default: all")
+    parser.add_argument("--json", action="store_true", help="one JSON object per row")
+    return parser
+
+
 def main(argv: list[str]) -> int:
     """`RUN --step S [--row R] [--json]`; raises UserError."""
-    parser = argparse.ArgumentParser(prog="lamda where", allow_abbrev=False)
-    parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--step", type=int, required=True, help="a finished step, from 1")
-    parser.add_argument("--row", type=int, help="one row of the step, from 0; default: all")
-    parser.add_argument("--json", action="store_true", help="one JSON object per row")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     for row, pieces in where(RunDirectory(options.run), step=options.step, row=options.row):
         if options.json:
             print(json.dumps({"step": options.step, "row": row, "pieces": [asdict(piece) for piece in pieces]}))
@@ -87,7 +91,7 @@ def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
     Raises UserError for a step that the run does not have, or if the text has changed since the run.
     """
     if not directory.config.is_file():
-        raise UserError(f"{directory.path}: no run here (no config.yaml); `lamda runs DIR` lists the runs in a folder")
+        raise UserError(f"{directory.path}: no run here (no config.yaml); `lamda list DIR` lists the runs in a folder")
     config = load_config(["--config", str(directory.config)])
     intact = (path for path in complete(directory.checkpoints) if problem_of(path, only={STATE}) is None)
     states = [read_state(path) for path in intact]
@@ -132,9 +136,9 @@ def _found(
 
 def _ready_rows(config: Config, fingerprint: dict[str, Any]) -> BlockFolder | None:
     """The run's prepared rows, if they exist. `BlockFolder.of` would create the folder; this reads only."""
-    folder, wanted = config.data.blocks, json.loads(json.dumps({**fingerprint, "weights": None}))
+    folder, wanted = config.data.cache_dir, json.loads(json.dumps({**fingerprint, "weights": None}))
     keeping = BestEffort(
-        f"data.blocks {folder} cannot be read", then="the text is read", errors=(OSError, ValueError, DataError)
+        f"data.cache_dir {folder} cannot be read", then="the text is read", errors=(OSError, ValueError, DataError)
     )
     with keeping:
         for path in () if folder is None else Path(folder).glob("*/fingerprint.json"):

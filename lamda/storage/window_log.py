@@ -1,4 +1,4 @@
-"""The windows of a run's sample order, one per line of order.jsonl; `lamda where` looks rows up in it."""
+"""The windows of a run's sample order, one per line of order.jsonl; `lamda trace` looks rows up in it."""
 
 from __future__ import annotations
 

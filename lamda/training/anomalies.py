@@ -61,7 +61,7 @@ class AnomalyDetector:
         """Add a finished step; returns the anomaly if the run should roll back."""
         score = self._score(loss)
         self._add(loss, skipped=skipped)
-        if self._bad_steps >= self._train.max_bad_steps:
+        if self._bad_steps >= self._train.max_skipped_steps:
             text = f"{self._bad_steps} steps in a row had a loss or gradient that is not finite"
             return Anomaly(text, must_roll_back=True, steps=self._bad_steps)
         threshold = self._train.spike_threshold

@@ -1,8 +1,7 @@
-"""Held-out loss, perplexity and bits per byte, overall and by domain; the command `lamda evaluate`."""
+"""Held-out loss, perplexity and bits per byte, overall and by domain; the command `lamda eval`."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,18 +10,16 @@ from pathlib import Path
 from typing import Any, Required, TypedDict, Unpack
 
 import numpy as np
-import orjson
 import torch
 from numpy.typing import NDArray
 
 from lamda.config.errors import UserError
-from lamda.config.progress import Progress
-from lamda.console import visible
+from lamda.console import Progress, visible
 from lamda.data.card import load_card
 from lamda.data.held_out import HeldOut, Row, micro_batches
 from lamda.data.tokenizer import Tokenizer
 from lamda.engines.protocol import Scorer
-from lamda.inference.loading import find_checkpoint, load_model, saved_config
+from lamda.inference.loading import load_model, saved_config
 from lamda.model import LaMDA
 from lamda.model.loss import token_nats
 from lamda.storage.run_log import each_bad_line_once
@@ -220,18 +217,6 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         yield (
             f"{visible(name)[:24]:24}{part['loss']:9.4f}{part['perplexity']:12.2f}{part['bits_per_byte']:11.4f}{part['tokens']:13,}"
         )
-
-
-def main(argv: list[str]) -> int:
-    """`RUN_OR_CHECKPOINT [--files GLOB] [--json]`; without --files the run's own validation text."""
-    parser = argparse.ArgumentParser(prog="lamda evaluate", allow_abbrev=False)
-    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", type=Path)
-    parser.add_argument("--files", metavar="GLOB", help="text in place of the run's validation files")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
-    options = parser.parse_args(argv)
-    report = evaluate_checkpoint(find_checkpoint(options.path), files=options.files)
-    print(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode() if options.json else "\n".join(table(report)))
-    return 0
 
 
 def evaluate_checkpoint(path: Path, *, files: str | None) -> dict[str, Any]:

@@ -118,10 +118,12 @@ class Inputs:
         )
 
     def _ready_blocks(self, state: RunState) -> BlockFolder | None:
-        folder = self.config.data.blocks
+        folder = self.config.data.cache_dir
         if folder is None:
             return None
-        keeping = BestEffort(f"data.blocks {folder}: not all blocks are kept", then="training continues without them")
+        keeping = BestEffort(
+            f"data.cache_dir {folder}: not all blocks are kept", then="training continues without them"
+        )
         return BlockFolder.of(folder, state.fingerprint, keeping=keeping)
 
 

@@ -22,9 +22,8 @@ from rich.progress import Progress as Bar
 from torch.profiler import ProfilerActivity
 
 from lamda.best_effort import BestEffort
-from lamda.config.progress import Progress
 from lamda.config.schema import Config
-from lamda.console import SHOWN
+from lamda.console import SHOWN, Progress
 from lamda.engines.protocol import Engine, PendingStep, StepMetrics
 from lamda.model.counts import flops_per_token
 from lamda.storage.metrics import MetricsFile, read_metrics

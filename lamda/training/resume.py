@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from lamda.config.errors import UserError
-from lamda.config.loading import load_config
+from lamda.config.loading import DEPRECATED, load_config
 from lamda.config.schema import Config
 from lamda.data.corpus import changed_files, differences
 from lamda.distributed import World, on_main
@@ -215,7 +215,8 @@ def _report_changes(config: Config, path: Path) -> None:
 
 def _settings(sections: dict[str, Any]) -> dict[str, Any]:
     """Settings that training depends on and a checkpoint does not hold; other keys of `data` are in its fingerprint."""
-    settings = {f"train.{key}": value for key, value in dict(sections["train"]).items() if key not in _MAY_CHANGE}
+    train = {f"train.{key}": value for key, value in dict(sections["train"]).items() if key not in _MAY_CHANGE}
+    settings = {DEPRECATED.get(key, key): value for key, value in train.items()}
     if "document_mask" in sections.get("data", {}):
         settings["data.document_mask"] = sections["data"]["document_mask"]
     return settings

@@ -14,8 +14,8 @@ from lamda import distributed
 from lamda.best_effort import BestEffort
 from lamda.config.errors import RunError, UserError
 from lamda.config.help import to_yaml
-from lamda.config.progress import computing
 from lamda.config.schema import Config
+from lamda.console import computing
 from lamda.distributed import FailedElsewhereError, ReportedElsewhereError, World
 from lamda.durable import Progress, replace_file
 from lamda.engines.protocol import Engine, Framework
@@ -115,9 +115,10 @@ class _Start:
 
     def run(self, device: torch.device) -> int:
         """Returns the exit code. Raises UserError and RunError."""
-        config, directory, world, timeout = self.config, self.directory, self.world, self.config.run.hang_seconds
+        config, directory, world = self.config, self.directory, self.world
+        timeout = config.run.hang_timeout_seconds
         with Watchdog(directory.heartbeats, world=world, seconds=timeout, report=self._report_hang) as watchdog:
-            margin = config.run.stop_before_end
+            margin = config.run.stop_margin_seconds
             requests = StopRequests(directory.stop, world=world, margin=margin, signals=self.signals)
             requests.discard_old()
 

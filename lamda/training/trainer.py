@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from lamda.config.errors import RunError
+from lamda.config.errors import DataError, DataUnavailableError, RunError
 from lamda.config.schema import Config
-from lamda.data.errors import DataError, DataUnavailableError
 from lamda.data.loader import Loader, Step
 from lamda.data.quarantine import Quarantined, QuarantineFile
 from lamda.data.windows import SourceOrder
@@ -235,14 +234,14 @@ class Trainer:
         self.logger.warn(
             "rolled back",
             f"step {error.step}: {error.reason}; back to {path.name}, without samples {window[0]} to {window[1] - 1} "
-            f"(time {rollbacks} of {self.config.train.rollbacks})",
+            f"(time {rollbacks} of {self.config.train.max_rollbacks})",
         )
         self._anomalies = self.loss_history()
 
     def rollback_blocker(self) -> str | None:
         """Why the run cannot roll back, if it cannot."""
-        if self.state.rollbacks >= self.config.train.rollbacks:
-            return f"train.rollbacks is {self.config.train.rollbacks}"
+        if self.state.rollbacks >= self.config.train.max_rollbacks:
+            return f"train.max_rollbacks is {self.config.train.max_rollbacks}"
         self.report_save(self.saver.finish())
         has_checkpoint = on_main(self.world, lambda: bool(commit.complete(self.directory.checkpoints)))
         return None if has_checkpoint else "there is no checkpoint yet"
@@ -253,8 +252,8 @@ class Trainer:
         return AnomalyDetector(self.config.train, broadcast([(row["loss"], row["skipped_steps"]) for row in rows]))
 
     def check_weights(self) -> None:
-        """Raise RunError if the weights of a rank are corrupted, where `run.compare_every` asks for a check."""
-        every = self.config.run.compare_every
+        """Raise RunError if the weights of a rank are corrupted, where `run.weight_check_every` asks for a check."""
+        every = self.config.run.weight_check_every
         if every is not None and self.state.step % every == 0 and (ranks := self.engine.corrupted_ranks()):
             raise RunError(
                 f"step {self.state.step}: the weights of rank {', '.join(map(str, ranks))} of {self.world.size} do not "

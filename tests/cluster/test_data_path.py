@@ -54,7 +54,7 @@ def test_a_rank_holds_its_part_of_two_windows():
     config = a_config(64, shuffle=16384, sequence_length=1023)
     assert loader_bytes(config, ranks=1) == 2.5 * 16384 * 1024 * (4 + 1)
     assert loader_bytes(config, ranks=8) == 2.5 * 16384 * 1024 * (4 + 1) * (8 + 4) / 64
-    assert loader_bytes(a_config(64, shuffle="epoch", blocks="blocks"), ranks=1) == 0
+    assert loader_bytes(a_config(64, shuffle="epoch", cache_dir="blocks"), ranks=1) == 0
     in_order = a_config(64, shuffle="none", sequence_length=1023)
     assert loader_bytes(in_order, ranks=8) == loader_bytes(config, ranks=1)
     assert loader_bytes(a_config(64, shuffle=1, sequence_length=1023), ranks=1) == 2.5 * 128 * 1024 * (4 + 1)

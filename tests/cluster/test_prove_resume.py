@@ -1,4 +1,4 @@
-"""What `lamda prove-resume` calls equal, on small made runs; a real one is in tests/faults."""
+"""What `lamda test-resume` calls equal, on small made runs; a real one is in tests/faults."""
 
 import json
 import math

@@ -65,7 +65,7 @@ def test_no_value_of_a_secret_or_of_an_unrelated_variable_is_written(submit, sch
 
 
 def test_the_batch_script_says_everything_that_slurm_must_know(submit):
-    script = submit("slurm", "--nodes", "2", "--run.stop_before_end", "200")
+    script = submit("slurm", "--nodes", "2", "--run.stop_margin_seconds", "200")
     assert set(options(script)) >= {
         "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8", "--cpus-per-task=96", "--partition=gpu",
         "--account=us", "--time=1-00:00:00", "--exclusive", "--requeue", "--open-mode=append",

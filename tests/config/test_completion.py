@@ -1,12 +1,13 @@
 """What the tab key offers, asked of the shells themselves where they are installed."""
 
+import argparse
 import shutil
 import subprocess
 
 import pytest
 
-from lamda.cli import COMMANDS, main
-from lamda.config.completion import options
+from lamda.cli import COMMANDS, OLD_NAMES, main
+from lamda.cli.completion import options
 from lamda.config.loading import KEYS
 
 
@@ -59,12 +60,20 @@ def test_a_shell_offers_what_the_command_takes(shell, words, expected, absent, s
     assert not absent & given
 
 
-def test_every_option_that_help_names_is_offered():
-    found = options(
-        "RUN [--files GLOB] [-o OUT] --prompt=TEXT\n--top-k K  as --top-p; a dash - and twenty-one are none"
-    )
-    assert found == ["--files", "-o", "--prompt", "--top-k", "--top-p"]
-    assert {f"--{key}" for key in KEYS} < set(options(COMMANDS["pretrain"].usage))
+def test_every_option_that_a_parser_declares_is_offered(scripts):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run")
+    parser.add_argument("-o", required=True)
+    parser.add_argument("--top-k", "-k")
+    assert options(parser) == ["-o", "--top-k", "-k"]
+    assert "--config" in options(COMMANDS["pretrain"].parser())
+    assert {f"--{key}" for key in KEYS} < offered("bash", scripts, "pretrain", "--")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_an_earlier_name_of_a_command_is_not_offered(shell, scripts):
+    assert not {name.split()[0] for name in OLD_NAMES if " " not in name} & offered(shell, scripts, "")
+    assert "research-data" not in offered(shell, scripts, "dialog", "")
 
 
 def test_an_unknown_shell_is_told_which_there_are(capsys):

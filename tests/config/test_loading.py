@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from lamda.config.loading import KEYS, ConfigError, load_config
+from lamda.config.help import to_yaml
+from lamda.config.loading import DEPRECATED, KEYS, ConfigError, load_config
 from lamda.config.presets import PRESETS
+from lamda.runs.checkpoints import read_config
 
 REPOSITORY = Path(__file__).parents[2]
 SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -310,12 +312,12 @@ def test_a_path_begins_at_the_home_folder_where_it_says_so(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     flags = {
         "run.dir": "~/runs/x",
-        "data.blocks": "~/blocks",
+        "data.cache_dir": "~/blocks",
         "tokenizer.path": "~no such user/t",
         "model.weights": "a~",
     }
     config = load_config(["--config", "tiny", *(word for key, value in flags.items() for word in (f"--{key}", value))])
-    assert (config.run.dir, config.data.blocks) == ("/home/ada/runs/x", "/home/ada/blocks")
+    assert (config.run.dir, config.data.cache_dir) == ("/home/ada/runs/x", "/home/ada/blocks")
     assert (config.tokenizer.path, config.model.weights) == ("~no such user/t", "a~")
 
 
@@ -331,3 +333,57 @@ def test_the_config_of_a_run_of_an_earlier_version_is_read_without_its_removed_k
     assert load_config(["--config", str(path)]).data.threads == 3
     with pytest.raises(ConfigError, match=r"data.lanes: is gone"):
         load_config(["--config", str(path), "--data.lanes", "8"])
+
+
+OTHER_VALUES = {
+    "run.compare_every": 3, "run.stop_before_end": 7.0, "run.hang_seconds": 11.0, "train.rollbacks": 5,
+    "train.max_bad_steps": 6, "data.blocks": "/blocks", "data.max_bad_fraction": 0.25,
+}  # fmt: skip
+"""A value that is not the default, for each earlier name of a key."""
+
+
+def read(config, key):
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+@pytest.mark.parametrize(("old", "new"), DEPRECATED.items())
+def test_an_earlier_name_of_a_key_is_read_with_a_warning_from_flags_and_files(old, new, write, caplog):
+    section, name = old.split(".")
+    assert read(values("--train.steps", 1, f"--{old}", OTHER_VALUES[old]), new) == OTHER_VALUES[old]
+    path = write(f"{section}:\n\n  {name}: {OTHER_VALUES[old]}\n")
+    assert read(values("--config", path, "--train.steps", 1), new) == OTHER_VALUES[old]
+    assert [record.message for record in caplog.records] == [f"--{old} is now {new}", f"{path}:3: {old} is now {new}"]
+
+
+@pytest.mark.parametrize(("old", "new"), DEPRECATED.items())
+def test_both_names_of_a_key_are_an_error(old, new, write):
+    value, section = OTHER_VALUES[old], old.partition(".")[0]
+    message = f"{old} is now {new}, and both are given; remove {old}"
+    for first, second in ((old, new), (new, old)):
+        flags = ("--train.steps", 1, f"--{first}", value, f"--{second}", value)
+        assert problems(*flags) == [f"--{second}: {message}"]
+        names = [key.partition(".")[2] for key in (first, second)]
+        lines = [f"  {key}: {value}" for key in names] + ["  steps: 1"] * (section == "train")
+        path = write("\n".join([f"{section}:", *lines, *["train: {steps: 1}"] * (section != "train")]))
+        assert problems("--config", path) == [f"{path}:3: {second}: {message}"]
+
+
+def test_a_flag_overrides_a_file_that_has_the_earlier_name(write):
+    path = write("train: {steps: 1, rollbacks: 5}\n")
+    assert values("--config", path, "--train.max_rollbacks", 2).train.max_rollbacks == 2
+    path = write("train: {steps: 1, max_rollbacks: 5}\n")
+    assert values("--config", path, "--train.rollbacks", 2).train.max_rollbacks == 2
+
+
+def test_the_config_of_an_old_run_is_read_without_a_word(tmp_path, caplog):
+    config = values("--train.steps", 1, *(word for old, value in OTHER_VALUES.items() for word in (f"--{old}", value)))
+    caplog.clear()
+    text = to_yaml(config)
+    for old, new in DEPRECATED.items():
+        text = text.replace(f"  {new.partition('.')[2]}:", f"  {old.partition('.')[2]}:")
+    saved = tmp_path / "config.yaml"
+    saved.write_text(text, "utf-8")
+    assert values("--config", saved) == config
+    assert not caplog.records
+    assert read_config(saved).keys() == KEYS.keys()

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from lamda.config import progress
-from lamda.config.progress import Progress, waiting
+from lamda import console
+from lamda.console import Progress, waiting
 from lamda.data import tokenizer_training
 from tests.conftest import make_text
 
@@ -14,7 +14,7 @@ from tests.conftest import make_text
 @pytest.fixture
 def clock(monkeypatch):
     seconds = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: seconds[0])
     return seconds
 
 
@@ -104,7 +104,7 @@ def test_more_than_all_is_all(clock, capsys):
 
 
 def test_a_job_that_cannot_tell_how_far_it_is_says_how_long_it_takes(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "LINE_SECONDS", 0.01)
+    monkeypatch.setattr(console, "LINE_SECONDS", 0.01)
     said = []
     with waiting("learning 8,000 pieces"):
         while len(said) < 2:

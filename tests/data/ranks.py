@@ -66,14 +66,14 @@ def write_file(path: Path, lines: Sequence[Line]) -> None:
 def config_of(folder: Path, weights: Sequence[float], *, batch: int = 12, **data: Any) -> Config:
     """A run over the sources `0`, `1`, ... in folders of these names."""
     sources = [
-        {"name": str(number), "licence": "none", "files": f"{folder}/{number}/*", "weight": weight}
+        {"name": str(number), "license": "none", "files": f"{folder}/{number}/*", "weight": weight}
         for number, weight in enumerate(weights)
     ]
     (folder / "card.yaml").write_text(yaml.safe_dump({"name": "c", "description": "numbers", "sources": sources}))
     return Config.model_validate(
         {
             "run": {"seed": 5},
-            "data": {"corpus": str(folder / "card.yaml"), "blocks": str(folder / "blocks"), **data},
+            "data": {"corpus": str(folder / "card.yaml"), "cache_dir": str(folder / "blocks"), **data},
             "train": {"steps": 1, "global_batch_size": batch, "micro_batch_size": 1},
         }
     )

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 
 from lamda.best_effort import BestEffort
-from lamda.config.errors import RunError, UserError
+from lamda.config.errors import DataError, RunError, UserError
 from lamda.data import prepare
 from lamda.data.block_files import BlockFolder
 from lamda.data.blocks import LaneReader, Packing, Part, PartRows
 from lamda.data.card import Source
-from lamda.data.errors import DataError
 from lamda.data.files import File
 from lamda.data.lanes import Cursor
 from lamda.data.partitioning import cut_into_lanes
@@ -31,7 +30,7 @@ WINDOWS = 12
 def lane(tmp_path):
     path = write_shard(tmp_path / "text.jsonl", [make_text(n, 31 * n % 90) for n in range(25)])
     path.write_bytes(b"no record\n" + path.read_bytes())
-    source = Source(name="s", licence="none", files="x.jsonl", domain="meta.pile_set_name")
+    source = Source(name="s", license="none", files="x.jsonl", domain="meta.pile_set_name")
     (lane,) = cut_into_lanes(source, [File(str(path), path.stat().st_size)], row_length=16, most=1, max_bad_fraction=1)
     return lane
 
@@ -170,13 +169,13 @@ def test_a_folder_that_cannot_be_made_costs_a_run_its_blocks_and_a_preparation_i
     expected = expected_of(lane, tokenizer)[:3]
     assert_same(take(lane, tokenizer, folder, list(enumerate(part for part, _ in expected))), expected)
     assert "blocks cannot be kept (Not a directory)" in caplog.text
-    with pytest.raises(UserError, match=r"data\.blocks .*Not a directory"):
+    with pytest.raises(UserError, match=r"data\.cache_dir .*Not a directory"):
         BlockFolder.of(str(place), {})
 
 
 def test_a_preparation_on_a_full_disk_is_told_where_and_why(lane, folder, tokenizer):
     parts = [(0, expected_of(lane, tokenizer)[0][0])]
-    with full_disk(), pytest.raises(UserError, match=r"data\.blocks .*cannot be read or written \(File too large\)"):
+    with full_disk(), pytest.raises(UserError, match=r"data\.cache_dir .*cannot be read or written \(File too large\)"):
         take(lane, tokenizer, folder, parts)
 
 

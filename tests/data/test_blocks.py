@@ -18,7 +18,7 @@ from lamda.data.partitioning import cut_into_lanes
 from tests.conftest import make_text, write_shard
 
 LENGTHS = st.lists(st.one_of(st.just(0), st.integers(1, 5), st.integers(6, 150)), min_size=3, max_size=9)
-SOURCE = Source(name="s", licence="none", files=("x.jsonl",), domain="meta.pile_set_name")
+SOURCE = Source(name="s", license="none", files=("x.jsonl",), domain="meta.pile_set_name")
 
 
 def lanes_of(paths, *, most):

@@ -13,7 +13,7 @@ name: c
 description: d
 sources:
   - name: web
-    licence: none
+    license: none
     files: a.jsonl
 """
 
@@ -44,8 +44,8 @@ def test_a_sound_card_is_read(tmp_path):
         ),
         (SOUND + "changes: [{at_samples: 1, weights: {}}]\n", r"c\.yaml:7: .*did you mean 'at_sample'\?"),
         (SOUND + "    weight: heavy\n", r"c\.yaml:7: sources\.0\.weight: Input should be a valid number"),
-        (SOUND.replace("    licence: none\n", ""), r"c\.yaml:4: sources\.0\.licence: Field required"),
-        (SOUND + "  - {name: web, licence: none, files: b}\n", r"c\.yaml:3: sources: two sources are called 'web'"),
+        (SOUND.replace("    license: none\n", ""), r"c\.yaml:4: sources\.0\.license: Field required"),
+        (SOUND + "  - {name: web, license: none, files: b}\n", r"c\.yaml:3: sources: two sources are called 'web'"),
         (SOUND + "    files: b.jsonl\n", r"c\.yaml:7: files: appears twice; remove one"),
         (SOUND + "homepage: 2024-13-45\n", r"c\.yaml: this is not YAML: month must be in 1\.\.12"),
         (SOUND + "\thomepage: x\n", r"c\.yaml:7: this is not YAML: found character"),
@@ -68,10 +68,16 @@ def test_nothing_that_a_card_says_of_its_text_holds_for_files_that_a_run_names()
     published, own = card(), card(files="mine/*.jsonl")
     assert (own.name, own.homepage, own.validation, own.changes, own.domains) == ("data.files", None, (), (), ())
     assert own.description != published.description
-    assert [(source.files, source.licence) for source in own.sources] == [(("mine/*.jsonl",), "not stated")]
+    assert [(source.files, source.license) for source in own.sources] == [(("mine/*.jsonl",), "not stated")]
     assert own.sources[0].domain == published.sources[0].domain
     both = card(files="mine/*.jsonl", eval_files="held.jsonl")
-    assert [(source.files, source.licence) for source in both.validation] == [(("held.jsonl",), "not stated")]
+    assert [(source.files, source.license) for source in both.validation] == [(("held.jsonl",), "not stated")]
     held = card(eval_files="held.jsonl")
     assert (held.name, held.sources) == (published.name, published.sources)
-    assert [source.licence for source in held.validation] == ["not stated"]
+    assert [source.license for source in held.validation] == ["not stated"]
+
+
+def test_the_earlier_spelling_of_license_is_read_and_both_are_an_error(tmp_path):
+    assert load(tmp_path, SOUND.replace("license:", "licence:")) == load(tmp_path, SOUND)
+    with pytest.raises(UserError, match=r"c\.yaml:6: sources\.0\.licence: there is no such key"):
+        load(tmp_path, SOUND.replace("    license: none\n", "    license: none\n    licence: none\n"))

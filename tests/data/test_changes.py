@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import yaml
 
+from lamda.config.errors import DataError
 from lamda.data.corpus import open_corpus
-from lamda.data.errors import DataError
 from lamda.data.rows import RowReader
 from tests.data.ranks import Numbers, config_of, read, write_file
 

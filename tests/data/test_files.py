@@ -13,10 +13,9 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamda.config.errors import UserError
+from lamda.config.errors import DataError, DataUnavailableError, UserError
 from lamda.data import files
 from lamda.data.card import Source
-from lamda.data.errors import DataError, DataUnavailableError
 from lamda.data.files import File, decompressed_size, read_lines
 from lamda.data.lanes import OPEN_FILES, Cursor
 from lamda.data.partitioning import whole_lane
@@ -117,7 +116,7 @@ def test_any_lines_round_trip(tmp_path_factory, lines):
 def test_files_are_resolved_in_one_order_with_their_sizes(tmp_path):
     for name in ("b.jsonl", "a.jsonl", "c.jsonl"):
         (tmp_path / name).write_bytes(b"1234")
-    source = Source(name="s", licence="none", files=(f"{tmp_path}/b*", f"{tmp_path}/*.jsonl"))
+    source = Source(name="s", license="none", files=(f"{tmp_path}/b*", f"{tmp_path}/*.jsonl"))
     assert [(Path(file.url).name, file.size) for file in resolve(source)] == [
         ("a.jsonl", 4),
         ("b.jsonl", 4),
@@ -127,10 +126,10 @@ def test_files_are_resolved_in_one_order_with_their_sizes(tmp_path):
 
 def test_missing_and_unreadable_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"nothing\*\.jsonl"):
-        resolve(Source(name="s", licence="none", files=(f"{tmp_path}/nothing*.jsonl",)))
+        resolve(Source(name="s", license="none", files=(f"{tmp_path}/nothing*.jsonl",)))
     (tmp_path / "text.doc").write_bytes(b"")
     with pytest.raises(UserError, match=r"text\.doc"):
-        resolve(Source(name="s", licence="none", files=(f"{tmp_path}/text.doc",)))
+        resolve(Source(name="s", license="none", files=(f"{tmp_path}/text.doc",)))
 
 
 @pytest.mark.parametrize("target", ["gone.jsonl", "b.jsonl"], ids=["missing", "itself"])
@@ -138,7 +137,7 @@ def test_a_link_that_leads_nowhere_is_named_and_never_left_out(tmp_path, target)
     (tmp_path / "a.jsonl").write_bytes(b"{}\n")
     (tmp_path / "b.jsonl").symlink_to(target)
     with pytest.raises(DataError, match=r"b\.jsonl: cannot be read"):
-        resolve(Source(name="s", licence="none", files=(f"{tmp_path}/*.jsonl",)))
+        resolve(Source(name="s", license="none", files=(f"{tmp_path}/*.jsonl",)))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -198,7 +197,7 @@ def test_names_are_taken_as_they_are(tmp_path, monkeypatch):
     seen = [str(odd / "part[1].jsonl"), str(odd / "x::y.jsonl")]
 
     def found(*patterns):
-        return [file.url for file in resolve(Source(name="s", licence="none", files=patterns))]
+        return [file.url for file in resolve(Source(name="s", license="none", files=patterns))]
 
     assert found("*.jsonl") == found("*") == seen
     assert found("part[1].jsonl", str(odd / "x::y.jsonl")) == seen
@@ -226,7 +225,7 @@ def test_lanes_may_have_as_many_files_open_as_the_system_allows(tmp_path):
     file = store(tmp_path, b'{"text": "a"}', ".jsonl")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = os.open(tmp_path, os.O_RDONLY)
-    lane = whole_lane(Source(name="s", licence="none", files=("x",)), file)
+    lane = whole_lane(Source(name="s", license="none", files=("x",)), file)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (taken, hard))
         assert [document.text for document in lane.read(Cursor())] == ["a"]
@@ -242,4 +241,4 @@ def test_what_a_library_raises_on_a_look_up_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr("datasets.data_files.resolve_pattern", fail)
     with pytest.raises(DataError, match=r"a/b/\*: cannot be looked up \(RuntimeError: \[Errno -3\].*proxy"):
-        resolve(Source(name="s", licence="none", files=("hf://datasets/a/b/*",)))
+        resolve(Source(name="s", license="none", files=("hf://datasets/a/b/*",)))

@@ -17,7 +17,7 @@ TEXTS = [make_text(1, 50), "", make_text(2, 3), "of\n", make_text(3, 120)]
 def held_out(tmp_path, tokenizer):
     write_shard(tmp_path / "0.jsonl", TEXTS[:2], domain="a")
     write_shard(tmp_path / "1.jsonl", TEXTS[2:], domain="b")
-    source = Source(name="s", licence="none", files=f"{tmp_path}/*.jsonl", domain="meta.pile_set_name")
+    source = Source(name="s", license="none", files=f"{tmp_path}/*.jsonl", domain="meta.pile_set_name")
     return HeldOut((source,), tokenizer, 17)
 
 
@@ -51,7 +51,7 @@ def test_many_files_are_shared_out_and_read_once(tmp_path, tokenizer, monkeypatc
     monkeypatch.setattr("lamda.data.held_out.MOST_SHARES", 3)
     for number in range(8):
         write_shard(tmp_path / f"{number}.jsonl", [make_text(number, 60)], domain=str(number))
-    source = Source(name="s", licence="none", files=f"{tmp_path}/*.jsonl", domain="meta.pile_set_name")
+    source = Source(name="s", license="none", files=f"{tmp_path}/*.jsonl", domain="meta.pile_set_name")
     domains: list[str] = []
     rows = list(HeldOut((source,), tokenizer, 17).rows(domains))
     assert domains[:3] == ["0", "1", "2"]

@@ -10,14 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lamda.config.errors import UserError
+from lamda.config.errors import DataError, UserError
 from lamda.config.schema import Config
 from lamda.data import identity
 from lamda.data.block_files import BlockFolder
 from lamda.data.blocks import LaneReader, Packing, Part
 from lamda.data.card import Source
 from lamda.data.corpus import changed_files, differences, fingerprint, open_corpus
-from lamda.data.errors import DataError
 from lamda.data.files import File, read_lines
 from lamda.data.lanes import Cursor
 from lamda.data.partitioning import cut_into_lanes
@@ -51,7 +50,7 @@ def shards(folder: Path, *, seed: int = 0) -> Path:
 
 def lane_of(path: Path, **fields):
     file = File(str(path), path.stat().st_size, **fields)
-    source = Source(name="s", licence="none", files="x")
+    source = Source(name="s", license="none", files="x")
     return cut_into_lanes(source, [file], row_length=14, most=1, max_bad_fraction=1)[0]
 
 
@@ -162,7 +161,7 @@ def test_a_cursor_without_a_digest_still_wants_a_document_at_its_line(tmp_path, 
 def test_a_file_that_is_written_to_while_it_is_read_is_refused(tmp_path):
     path = tmp_path / "0.jsonl"
     path.write_bytes(b"x\n" * (1 << 18))
-    (file,) = resolve(Source(name="s", licence="none", files=str(path)))
+    (file,) = resolve(Source(name="s", license="none", files=str(path)))
     lines = read_lines(file)
     next(lines)
     with path.open("r+b") as stream:
@@ -200,7 +199,7 @@ def test_ready_blocks_of_other_text_with_the_same_names_and_sizes_are_not_taken(
 
 
 def test_every_machine_must_have_the_files(tmp_path):
-    files = resolve(Source(name="s", licence="none", files=f"{shards(tmp_path / 'text')}/*"))
+    files = resolve(Source(name="s", license="none", files=f"{shards(tmp_path / 'text')}/*"))
     require_here(files)
     Path(files[1].url).write_bytes(b"short")
     with pytest.raises(DataError, match=r"1\.jsonl: has 5 bytes here"):

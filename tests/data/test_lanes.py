@@ -12,18 +12,17 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamda.config.errors import UserError
+from lamda.config.errors import DataError, UserError
 from lamda.data import files, parquet, partitioning
 from lamda.data.card import Source
 from lamda.data.documents import Document
-from lamda.data.errors import DataError
 from lamda.data.files import File
 from lamda.data.lanes import Cursor, read_lane
 from lamda.data.partitioning import cut_into_lanes
 from tests.conftest import make_text, write_shard
 from tests.data.ranks import BAD, BLANK, write_file
 
-SOURCE = Source(name="s", licence="none", files=("x",))
+SOURCE = Source(name="s", license="none", files=("x",))
 LINES = st.lists(st.one_of(st.integers(0, 40), st.sampled_from([BAD, BLANK, 900])), min_size=1, max_size=9)
 SUFFIXES = st.sampled_from([".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt"])
 

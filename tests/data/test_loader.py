@@ -13,10 +13,10 @@ import pytest
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
+from lamda.config.errors import DataError
 from lamda.data.block_files import BlockFolder
 from lamda.data.corpus import open_corpus
 from lamda.data.documents import Encoded, RawText
-from lamda.data.errors import DataError
 from lamda.data.lanes import RAW_TEXT
 from tests.data.ranks import BAD, BLANK, Numbers, Run, config_of, read, write_file
 
@@ -148,7 +148,7 @@ def test_any_ranks_threads_and_kept_rows_give_the_same_samples(case, world, thre
         straight = read(config, corpus, Numbers(), until=lambda step: two_epochs(step) or step.consumed >= 600)
         count = len(straight.digests)
         for kept in ("made", "found") if keeps else ("nowhere",):
-            ready = BlockFolder.of(config.data.blocks, {}) if keeps else None
+            ready = BlockFolder.of(config.data.cache_dir, {}) if keeps else None
             run = read(config, corpus, Numbers(), count=count, world=world, threads=threads, ready=ready)
             assert run.digests == straight.digests, kept
             assert (run.order, run.epochs) == (straight.order, straight.epochs)

@@ -25,7 +25,7 @@ from lamda.data.quarantine import BadLine, Quarantined, few, first_of, write_fir
 from tests.conftest import make_text
 from tests.data.ranks import read
 
-SOURCE = Source(name="s", licence="none", files=("x",), domain="meta.pile_set_name")
+SOURCE = Source(name="s", license="none", files=("x",), domain="meta.pile_set_name")
 BAD = b"{not json}"
 
 
@@ -209,7 +209,7 @@ def test_a_file_without_text_is_nothing_beside_others_and_held_out_alone_is_refu
         path.write_bytes(content)
     other.write_bytes(good("a") + b"\n" + good("b") + b"\n")
     assert [entry.text for lane in cut(path, other, count=8) for entry in entries(lane)] == ["a", "b"]
-    source = Source(name="s", licence="none", files=(str(path),))
+    source = Source(name="s", license="none", files=(str(path),))
     with pytest.raises(DataError, match=r"holds no document"):
         require_documents(source, form=RAW_TEXT, on_wait=lambda: None)
 
@@ -255,7 +255,7 @@ def test_too_many_bad_lines_stop_the_run_from_any_cursor(tmp_path, tokenizer, mo
     monkeypatch.setattr(quarantine, "CHECKED_FROM", 100)
     lines = [good("of")] * 30 + [BAD, b"5", b"[]", b"{}", BAD] + [good("and")] * 500
     (strict,) = lanes_of(tmp_path, [lines], limit=0.04)
-    told = r"lane 0: 5 of 100 lines .* data\.max_bad_fraction 0\.04"
+    told = r"lane 0: 5 of 100 lines .* data\.max_bad_line_fraction 0\.04"
     reader = LaneReader(strict, tokenizer, Packing(8))
     monkeypatch.setattr("lamda.data.spans.ENCODE_CHARACTERS", 100)
     first = reader.read(Part(0, Cursor(), strict.length // 8))
@@ -297,7 +297,7 @@ def test_any_ranks_and_stops_find_the_same_bad_lines(tmp_path, tokenizer, monkey
         {
             "data": {
                 "corpus": "standard_library", "files": f"{tmp_path}/*", "sequence_length": 12, "shuffle": 40,
-                "max_bad_fraction": 0.5,
+                "max_bad_line_fraction": 0.5,
             },
             "train": {"steps": 1, "global_batch_size": 12, "micro_batch_size": 1},
         }

@@ -16,10 +16,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lamda.config.errors import UserError
+from lamda.config.errors import DataError, DataUnavailableError, UserError
 from lamda.data import identity, remote, resolving
 from lamda.data.card import Checksum, Source
-from lamda.data.errors import DataError, DataUnavailableError
 from lamda.data.files import File, read_all, read_lines
 from lamda.data.parquet import read_rows
 from lamda.data.remote import RemoteFile, RetryPolicy, Version
@@ -256,7 +255,7 @@ def test_what_two_answers_say_of_one_file(before, now, differs):
 def test_a_file_that_was_changed_since_it_was_looked_up_is_not_read(server):
     address = f"{server.address}.jsonl"
     server.reset(versions=[(CONTENT, TAGS["time"][0]), (CONTENT[::-1], TAGS["time"][1])])
-    (file,) = resolve(Source(name="s", licence="none", files=(address,)))
+    (file,) = resolve(Source(name="s", license="none", files=(address,)))
     assert file.content == "Last-Modified Mon, 01 Jan 2024 00:00:00 GMT"
     with pytest.raises(DataError, match=r"\.jsonl: was changed on the server \(Last-Modified Mon.*, now Tue"):
         read_all(file)
@@ -311,7 +310,7 @@ def test_a_remote_parquet_file_is_read_through_a_failing_server(server, monkeypa
     pq.write_table(pa.table({"text": texts, "other": texts[::-1]}), stored, row_group_size=20)
     faults = [("none", 0), ("status", 503), ("none", 0), ("reset", 3_000), ("status", 500), ("short", 777)]
     server.reset(stored.getvalue(), faults=faults)
-    (file,) = resolve(Source(name="s", licence="none", files=(address,)))
+    (file,) = resolve(Source(name="s", license="none", files=(address,)))
     rows = list(read_rows(file, first=25, columns=["text"]))
     assert rows == [(number, 60, {"text": texts[number]}) for number in range(25, 60)]
     server.reset(stored.getvalue(), faults=[("status", 404)])
@@ -374,7 +373,7 @@ def test_compressed_lines_come_through_a_failing_server(server, monkeypatch):
     stored = zstandard.compress(b"\n".join(lines))
     address = f"{server.address}.jsonl.zst"
     server.reset(stored, faults=[("status", 503), ("none", 0), ("reset", 30_000), ("status", 500), ("short", 77_777)])
-    (file,) = resolve(Source(name="s", licence="none", files=(address,)))
+    (file,) = resolve(Source(name="s", license="none", files=(address,)))
     assert file == File(address, len(stored))
     assert [line.data for line in read_lines(file)] == lines
     assert len(server.requests) >= 5
@@ -391,7 +390,7 @@ def test_a_card_states_sizes_and_hashes(tmp_path, monkeypatch, caplog):
     wrong = Checksum(size=len(content), sha256=hashlib.sha256(b"").hexdigest())
 
     def files(checksums):
-        return resolve(Source(name="s", licence="none", files=(f"{tmp_path}/*/*",), checksums=checksums))
+        return resolve(Source(name="s", license="none", files=(f"{tmp_path}/*/*",), checksums=checksums))
 
     _, train = files({"train/0.jsonl": right})
     assert read_all(train) == content

@@ -37,7 +37,7 @@ def test_two_processes_train_as_one_and_one_goes_on(tmp_path, tokenizer_path):
     place = Place.make(tmp_path, tokenizer_path)
 
     def arguments(run: str, *more: str) -> list[str]:
-        own = ["--config", f"{tmp_path}/run.yaml", "--run.dir", f"{tmp_path}/{run}", "--run.compare_every", "2"]
+        own = ["--config", f"{tmp_path}/run.yaml", "--run.dir", f"{tmp_path}/{run}", "--run.weight_check_every", "2"]
         fp32 = ["--deepspeed.config", "deepspeed/fp32.json", "--train.schedule", "inverse_sqrt"]
         return ["scripts/pretrain_flax.py", *own, *fp32, *more]
 

@@ -61,7 +61,7 @@ def held_out(tmp_path_factory, tokenizer):
     path = tmp_path_factory.mktemp("held-out") / "talk.jsonl"
     path.write_text("".join(json.dumps(talk(seed)) + "\n" for seed in range(12)))
     form = Conversations(row_length=65, seed=0, generative=1, discriminative=1)
-    return HeldOutDialogues(HeldOut((Source(name="s", licence="none", files=str(path)),), tokenizer, 64, form))
+    return HeldOutDialogues(HeldOut((Source(name="s", license="none", files=str(path)),), tokenizer, 64, form))
 
 
 @pytest.fixture(scope="module")

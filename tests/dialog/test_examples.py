@@ -21,7 +21,7 @@ from lamda.dialog.encoding import Encoding
 from lamda.dialog.examples import Conversations, Rating, ResearchStep, Response, examples_of
 from tests.conftest import WORDS
 
-SOURCE = Source(name="s", licence="none", files=("x.jsonl",))
+SOURCE = Source(name="s", license="none", files=("x.jsonl",))
 LENGTH = 97
 
 

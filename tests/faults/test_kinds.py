@@ -39,7 +39,7 @@ def test_usr1_and_the_stop_file_do_the_same(place, straight):
 
 
 def test_a_stopped_process_is_named_within_15_seconds_past_the_limit(place, straight):
-    processes = place.start("hang", "--run.hang_seconds", "10", fault=f"backward:hang:1:{OTHER_STEP}")
+    processes = place.start("hang", "--run.hang_timeout_seconds", "10", fault=f"backward:hang:1:{OTHER_STEP}")
     while not _is_stopped(processes[1].pid):
         assert processes[1].poll() is None, place.log("hang")
         time.sleep(0.1)
@@ -58,7 +58,7 @@ def test_a_stopped_process_is_named_within_15_seconds_past_the_limit(place, stra
 
 
 def test_a_rank_that_holds_the_interpreter_is_named_with_its_stack(place):
-    codes = place.run("gil", "--run.hang_seconds", "5", fault=f"fetch:gil:1:{OTHER_STEP}")
+    codes = place.run("gil", "--run.hang_timeout_seconds", "5", fault=f"fetch:gil:1:{OTHER_STEP}")
     assert codes == [HANG_EXIT, -signal.SIGKILL], place.log("gil")
     assert "rank 1" in place.status("gil")["reason"]
     assert "_hold_the_gil" in (place.folder / "gil" / "hang" / "rank-00001.txt").read_text()
@@ -83,11 +83,11 @@ def test_a_nan_on_one_rank_updates_none_and_the_run_goes_on(place):
 
 def test_nans_in_a_row_send_the_run_back_past_the_samples_and_a_restart_jumps_them_too(place, straight):
     """Steps 5 and 6 are bad whatever they read: the run goes back once, then gives up; without the fault it goes on."""
-    flags = ("--train.max_bad_steps", "2", "--train.rollbacks", "1")
+    flags = ("--train.max_skipped_steps", "2", "--train.max_rollbacks", "1")
     assert place.run("back", *flags, fault="loss:nan:0:5,loss:nan:0:6") == [1, 1], place.log("back")
     assert "back to step-00000003, without samples 24 to 47 (time 1 of 1)" in place.log("back")
     assert "2 steps in a row" in place.status("back")["reason"]
-    assert "train.rollbacks is 1" in place.status("back")["reason"]
+    assert "train.max_rollbacks is 1" in place.status("back")["reason"]
     place.finish("back", *flags)
     digests = {run: [row["batch_digest"] for row in place.rows(run)] for run in ("back", straight(1))}
     assert digests["back"][:3] == digests[straight(1)][:3]
@@ -98,7 +98,7 @@ def test_nans_in_a_row_send_the_run_back_past_the_samples_and_a_restart_jumps_th
 
 
 def test_a_turned_bit_is_found_and_its_rank_named(place, straight):
-    codes = place.run("flip", "--run.compare_every", "1", fault=f"update:flip:1:{OTHER_STEP}")
+    codes = place.run("flip", "--run.weight_check_every", "1", fault=f"update:flip:1:{OTHER_STEP}")
     assert codes == [1, 1], place.log("flip")
     status = place.status("flip")
     assert "the weights of rank 1 of 2" in status["reason"]
@@ -132,7 +132,7 @@ def test_a_slow_disk_delays_the_save_and_not_the_steps(place, straight):
 
 
 def test_a_cut_network_ends_the_run_which_then_goes_on(place, straight):
-    codes = place.run("cut", "--run.hang_seconds", "10", fault=f"forward:cut:1:{OTHER_STEP}")
+    codes = place.run("cut", "--run.hang_timeout_seconds", "10", fault=f"forward:cut:1:{OTHER_STEP}")
     assert 0 not in codes
     assert place.status("cut")["status"] == "failed"
     place.finish("cut")

@@ -39,7 +39,7 @@ def test_a_signal_to_one_rank_before_the_first_step_ends_all_and_changes_nothing
 
 
 def test_a_process_that_stops_before_the_first_step_is_a_hang(place):
-    processes = place.start("early", "--run.hang_seconds", "10")
+    processes = place.start("early", "--run.hang_timeout_seconds", "10")
     wait_for_the_start(place, "early", processes)
     while not (place.folder / "early" / "heartbeats" / "rank-00001.json").exists():
         time.sleep(0.01)
@@ -90,9 +90,9 @@ def test_a_run_that_dies_after_its_last_checkpoint_is_finished_by_the_same_comma
 
 
 def test_a_save_that_takes_longer_than_any_patience_ends_well_at_a_stop(place, straight):
-    """Longer than `run.hang_seconds`, and than a step may take after a signal."""
+    """Longer than `run.hang_timeout_seconds`, and than a step may take after a signal."""
     fault = "forward:term:0:5,save.written:trickle:0:5,save.written:trickle:0:6"
-    codes = place.run("trickle", "--run.hang_seconds", str(TRICKLE_SECONDS - 8), timeout=900, fault=fault)
+    codes = place.run("trickle", "--run.hang_timeout_seconds", str(TRICKLE_SECONDS - 8), timeout=900, fault=fault)
     assert codes == [75, 75], place.log("trickle")
     step = place.status("trickle")["step"]
     assert place.checkpoints("trickle")[-1] == f"step-{step:08d}"

@@ -1,4 +1,4 @@
-"""`lamda prove-resume` from start to end: five real launches of a tiny run (about a minute)."""
+"""`lamda test-resume` from start to end: five real launches of a tiny run (about a minute)."""
 
 import json
 

@@ -86,8 +86,8 @@ def test_a_full_disk_from_the_first_step_on_costs_side_files_alone(tmp_path, tok
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "lamda-test", str(disk)], check=False).returncode:
         pytest.skip("a tmpfs cannot be mounted (no root)")
     try:
-        flags = ["--data.files", f"{tmp_path}/train/*.jsonl", "--data.max_bad_fraction", "0.9"]
-        where = ["--data.blocks", str(disk / "blocks")] if blocks else ["--run.dir", str(disk / "run")]
+        flags = ["--data.files", f"{tmp_path}/train/*.jsonl", "--data.max_bad_line_fraction", "0.9"]
+        where = ["--data.cache_dir", str(disk / "blocks")] if blocks else ["--run.dir", str(disk / "run")]
         process = start(place, "cramped", *flags, *where)
         timer = threading.Timer(590, process.kill)
         timer.start()

@@ -205,7 +205,7 @@ def test_float32_runs_are_narrowed_where_asked(tokenizer_path, tmp_path):
     assert all(torch.equal(narrow[name], weight.bfloat16()) for name, weight in stored.items())
 
 
-def test_the_card_tells_data_licence_metrics_and_hashes(run, saved, exported):
+def test_the_card_tells_data_license_metrics_and_hashes(run, saved, exported):
     card = (exported / "README.md").read_text("utf-8")
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "# ship\n" in card

@@ -21,8 +21,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from lamda import console
 from lamda.cli import main
-from lamda.config import progress
 from lamda.data.card import Source
 from lamda.data.held_out import HeldOut
 from lamda.inference.loading import LoadedModel, load_run
@@ -174,7 +174,7 @@ def test_lamda_evaluate_and_lm_eval_find_the_same_loss_on_real_documents(loaded,
     end = tokenizer.end_of_document
     for number, (text, length) in enumerate(documents):
         file = write_shard(tmp_path / f"{number}.jsonl", [text])
-        source = Source(name="s", licence="none", files=str(file), domain="meta.pile_set_name")
+        source = Source(name="s", license="none", files=str(file), domain="meta.pile_set_name")
         with torch.no_grad():
             ours = evaluate(
                 HeldOut((source,), tokenizer, length),
@@ -261,7 +261,7 @@ def test_the_command_runs_local_tasks_without_a_network(
     run, loaded, task_folder, tmp_path, capsys, monkeypatch, no_look_at_the_machine
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
+    monkeypatch.setattr(console, "LINE_SECONDS", 0)
     flags = ["--include-path", str(task_folder), "--output", "report.json"]
     assert main(["eval", str(run), "--tasks", "local_choice, local_rolling,local_writing", *flags, "--json"]) == 0
     written, told = capsys.readouterr()

@@ -41,7 +41,7 @@ class Training:
         """Take steps, and log them and their windows."""
         config = load_config(["--config", str(self.directory.config)])
         corpus, tokenizer = open_corpus(config.data), Tokenizer.load(self.directory.tokenizer)
-        ready = config.data.blocks and BlockFolder.of(config.data.blocks, fingerprint(corpus, config, tokenizer))
+        ready = config.data.cache_dir and BlockFolder.of(config.data.cache_dir, fingerprint(corpus, config, tokenizer))
         log = WindowLog(self.directory.order)
         log.begin(self.order)
         loader = Loader(
@@ -185,7 +185,7 @@ def test_a_run_from_another_runs_checkpoint_knows_the_windows_that_came_with_it(
 @pytest.mark.parametrize("shuffle", ["epoch", 8])
 def test_ready_rows_are_read_and_not_made(begin, calls, tmp_path, shuffle):
     folder = tmp_path / "blocks"
-    run = begin(shuffle=shuffle, blocks=str(folder)).train(6)
+    run = begin(shuffle=shuffle, cache_dir=str(folder)).train(6)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     calls.clear()
     found = run.rows(5)
@@ -198,7 +198,7 @@ def test_ready_rows_are_read_and_not_made(begin, calls, tmp_path, shuffle):
 @pytest.mark.parametrize("state", ["gone", "damaged", "fingerprint"])
 def test_rows_that_are_not_ready_are_made(begin, tmp_path, state):
     folder = tmp_path / "blocks"
-    run = begin(blocks=str(folder)).train(3)
+    run = begin(cache_dir=str(folder)).train(3)
     found = run.rows(2)
     if state == "gone":
         folder.rename(tmp_path / "elsewhere")

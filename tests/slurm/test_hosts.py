@@ -39,7 +39,8 @@ def site(hosts, tmp_path):
 def test_a_cut_link_is_named_and_the_run_goes_on_when_it_is_mended(place, hosts, site, unbroken, tmp_path):
     run = "hosts"
     submit = [sys.executable, "-c", "import sys; from lamda.cli import main; sys.exit(main())", "submit"]
-    flags = ["--cluster", str(site), "--nodes", "2", *settings(place, run), "--run.hang_seconds", str(HANG_SECONDS)]
+    flags = ["--cluster", str(site), "--nodes", "2", *settings(place, run)]
+    flags += ["--run.hang_timeout_seconds", str(HANG_SECONDS)]
     secrets = {"HF_TOKEN": "canary-token", "WANDB_API_KEY": "canary-key"}
     network = {"GLOO_SOCKET_IFNAME": "eth0"}
     output = tmp_path / "output"

@@ -60,7 +60,7 @@ def test_keys_of_the_configuration_that_are_named_exist(build_from):
 
 @pytest.mark.parametrize("key", REFUSED)
 def test_other_precisions_are_refused_with_the_reason(build_from, key):
-    assert problems(build_from, {key: {"enabled": True}}) == [f"{key}: {REFUSED[key]}; take it out"]
+    assert problems(build_from, {key: {"enabled": True}}) == [f"{key}: {REFUSED[key]}; remove it"]
 
 
 def test_a_typo_names_the_nearest_key(build_from):
@@ -72,7 +72,7 @@ def test_a_typo_names_the_nearest_key(build_from):
 @pytest.mark.parametrize("stage", [4, -1, 1.5, "auto", None, "1"])
 def test_a_stage_that_is_none_is_told(build_from, stage):
     (problem,) = problems(build_from, {"zero_optimization": {"stage": stage}})
-    assert problem == f"zero_optimization.stage: {stage} is none of 0, 1, 2, 3"
+    assert problem == f"zero_optimization.stage: {stage} must be 0, 1, 2 or 3"
 
 
 @pytest.mark.parametrize("zero", [{}, {"zero_optimization": {"stage": 0}}])
@@ -80,7 +80,7 @@ def test_stage_0_cannot_accumulate_bf16_in_fp32(build_from, zero):
     own = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, **zero}
     (problem,) = problems(build_from, own)
     assert problem.startswith("data_types: ")
-    assert "take data_types out, or use stage 1" in problem
+    assert "remove data_types, or use stage 1" in problem
     assert build_from({"bf16": {"enabled": True}, **zero})
     assert build_from({**own, "zero_optimization": {"stage": 1}})
 
@@ -124,13 +124,13 @@ def test_a_shipped_file_suits_every_optimiser(optimizer, name):
 
 @pytest.mark.parametrize("key", ["zero_optimization", "bf16"])
 def test_a_section_that_is_no_object_is_told(build_from, key):
-    assert problems(build_from, {"amp": {}, key: True})[1] == f"{key}: holds no JSON object"
+    assert problems(build_from, {"amp": {}, key: True})[1] == f"{key}: is not a JSON object"
 
 
 def test_a_file_that_is_not_json_is_told_with_its_line(build_from):
     (problem,) = problems(build_from, '{\n "bf16": {"enabled": true},\n}')
     assert problem.startswith("3: not JSON")
-    assert problems(build_from, "[1]") == ["holds no JSON object; DeepSpeed's file is one"]
+    assert problems(build_from, "[1]") == ["is not a JSON object, which DeepSpeed's file must be"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)

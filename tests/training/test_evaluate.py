@@ -1,4 +1,4 @@
-"""`lamda evaluate` prints JSON that any parser reads, or says why there are no figures."""
+"""`lamda eval` prints JSON that any parser reads, or says why there are no figures."""
 
 import json
 from math import nan
@@ -6,8 +6,9 @@ from math import nan
 import pytest
 from safetensors.torch import load_file, save_file
 
+from lamda.cli import main as lamda
 from lamda.config.errors import UserError
-from lamda.training.evaluation import main
+from lamda.interop.harness.command import main
 from tests.conftest import make_text, write_shard
 from tests.random_run import seal_checkpoint, write_run
 
@@ -56,3 +57,18 @@ def test_a_bad_line_is_warned_of_once_though_rows_are_counted_first(run, tmp_pat
         file.write("not JSON\n")
     evaluated(run, path, capsys)
     assert sum("line 2 quarantined" in message for message in caplog.messages) == 1
+
+
+def test_options_of_tasks_are_refused_without_tasks(run, capsys):
+    with pytest.raises(UserError, match=r"^--limit: give --tasks as well\n--num-fewshot: give --tasks as well$"):
+        main([str(run), "--limit", "3", "--num-fewshot", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        main([str(run), "--files", "x", "--tasks", "y"])
+
+
+def test_the_earlier_name_of_the_command_gives_the_same_report(run, tmp_path, capsys):
+    files, output = str(write_shard(tmp_path / "text.jsonl", [make_text(1, 40)])), tmp_path / "report.json"
+    assert lamda(["eval", str(run), "--files", files, "--json", "--output", str(output)]) == 0
+    report = capsys.readouterr().out
+    assert lamda(["evaluate", str(run), "--files", files, "--json"]) == 0
+    assert capsys.readouterr().out == report == f"{output.read_text()}\n"

@@ -29,7 +29,7 @@ def nats(inputs_BL, targets_BL, documents_BL=None):
 def held_out(tmp_path, tokenizer):
     for domain, texts in TEXTS.items():
         write_shard(tmp_path / f"{domain}.jsonl", texts, domain=domain)
-    source = Source(name="s", licence="none", files=f"{tmp_path}/*.jsonl", domain="meta.pile_set_name")
+    source = Source(name="s", license="none", files=f"{tmp_path}/*.jsonl", domain="meta.pile_set_name")
     return HeldOut((source,), tokenizer, LENGTH)
 
 
@@ -145,7 +145,7 @@ def test_a_diverged_model_still_gets_its_report(loss):
 @pytest.mark.filterwarnings("error")
 def test_empty_documents_alone_have_no_bits_per_byte_and_no_warning(tmp_path, tokenizer):
     write_shard(tmp_path / "empty.jsonl", ["", ""])
-    source = Source(name="s", licence="none", files=f"{tmp_path}/*.jsonl")
+    source = Source(name="s", license="none", files=f"{tmp_path}/*.jsonl")
     scores = evaluate(HeldOut((source,), tokenizer, LENGTH), nats, device=CPU, micro_batch=2)
     assert np.isnan(scores.bits_per_byte())
     assert scores.loss() > 0

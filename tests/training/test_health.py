@@ -68,7 +68,7 @@ def test_losses_that_never_vary_make_any_rise_a_spike():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_only_refused_steps_in_a_row_are_fatal(bad):
-    judge = health(max_bad_steps=3)
+    judge = health(max_skipped_steps=3)
     found = judged(judge, [bad, bad, 3.0, bad, bad, bad])
     assert found[:5] == [None] * 5
     assert found[5].must_roll_back
@@ -77,12 +77,12 @@ def test_only_refused_steps_in_a_row_are_fatal(bad):
 
 def test_a_restart_judges_as_the_unbroken_run():
     losses = [*QUIET, math.nan, 4.6]
-    whole = health(spike_threshold=6.0, spike_window=16, max_bad_steps=2)
+    whole = health(spike_threshold=6.0, spike_window=16, max_skipped_steps=2)
     unbroken = judged(whole, losses)
     for cut in range(len(losses)):
         refusals = [sum(not math.isfinite(loss) for loss in losses[: n + 1]) for n in range(cut)]
         history = [
             (loss if math.isfinite(loss) else None, count) for loss, count in zip(losses[:cut], refusals, strict=True)
         ]
-        again = health(history, spike_threshold=6.0, spike_window=16, max_bad_steps=2)
+        again = health(history, spike_threshold=6.0, spike_window=16, max_skipped_steps=2)
         assert judged(again, losses[cut:]) == unbroken[cut:]

@@ -258,3 +258,14 @@ def test_other_data_is_refused_by_what_differs(current, told):
     with pytest.raises(UserError) as caught:
         start(SAVED).check_data(current)
     assert f"the data differs from the checkpoint: {told}" in str(caught.value)
+
+
+def test_an_earlier_name_of_a_key_is_the_same_setting(directory, world, caplog, monkeypatch):
+    renamed = to_yaml(config("auto")).replace("  max_rollbacks:", "  rollbacks:")
+    monkeypatch.setitem(globals(), "to_yaml", lambda _: renamed)
+    save(directory, 2)
+    directory.metrics.touch()
+    train = TrainConfig(steps=10, max_rollbacks=7)
+    resuming.find_resume_point(config("auto").model_copy(update={"train": train}), directory, world)
+    (line,) = caplog.messages
+    assert line.endswith("train.max_rollbacks was 3, is 7")

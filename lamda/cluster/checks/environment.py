@@ -60,11 +60,11 @@ def speed(subject: Subject) -> Finding:
     rate = writing_rate(Path(subject.config.run.dir))
     seconds = checkpoint_bytes(subject) / (rate * subject.world.size)
     message = f"{rate / 1e6:,.0f} MB/s per rank; a checkpoint takes {seconds:,.1f} s"
-    margin = subject.config.run.stop_before_end
+    margin = subject.config.run.stop_margin_seconds
     if seconds > margin:
         return warning(
-            f"{message}, more than run.stop_before_end ({margin:g} s)",
-            "raise run.stop_before_end, or choose a run.dir on a faster file system",
+            f"{message}, more than run.stop_margin_seconds ({margin:g} s)",
+            "raise run.stop_margin_seconds, or choose a run.dir on a faster file system",
         )
     return ok(message)
 

@@ -83,7 +83,7 @@ def bandwidth(rate: float, *, right: bool, subject: Subject) -> Finding:
     """Check the result and the speed of an all-reduce; rate: bytes per second over each link."""
     size = subject.world.size
     if not right:
-        return failure("an all-reduce gave a wrong sum", "look at the node that `run.compare_every` names in a run")
+        return failure("an all-reduce gave a wrong sum", "see which node `run.weight_check_every` names in a run")
     whole = parameters(subject.config.model) * 4 * 2 * (size - 1) / size / rate
     message = f"{rate / 1e9:,.2f} GB/s over {size} ranks; fp32 gradients of this model take {whole:,.2f} s per step"
     if subject.device.type == "cuda" and rate < SLOW:

@@ -1,9 +1,9 @@
-"""`lamda eval`: a trained model on tasks of lm-eval."""
+"""`lamda eval`: a trained model on held-out text, or on lm-eval tasks."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from lamda.config.errors import UserError
-from lamda.config.progress import Progress
+from lamda.console import Progress
 from lamda.interop.harness.tasks import Tasks, task_metrics
 
 ERROR = "_stderr"
@@ -24,12 +24,9 @@ def main(argv: list[str]) -> int:
     _check(options)
     from lamda.inference.loading import find_checkpoint
 
-    find_checkpoint(options.path)
-    tasks = Tasks.load(_names(options.tasks), folder=options.include_path)
-    report = evaluate_checkpoint(
-        options.path, tasks, batch=options.batch_size, limit=options.limit, num_fewshot=options.num_fewshot
-    )
-    print(_json(report) if options.json else "\n".join(table(report)), flush=True)
+    path = find_checkpoint(options.path)
+    report, lines = _on_text(path, options.files) if options.tasks is None else _on_tasks(options)
+    print(_json(report) if options.json else "\n".join(lines), flush=True)
     if options.output is not None:
         try:
             options.output.write_text(_json(report), "utf-8")
@@ -38,6 +35,23 @@ def main(argv: list[str]) -> int:
                 f"--output {options.output}: cannot be written ({error.strerror}); the results are above"
             ) from error
     return 0
+
+
+def _on_text(path: Path, files: str | None) -> tuple[dict[str, Any], Iterable[str]]:
+    """The report, and its lines for a person."""
+    from lamda.training import evaluation
+
+    report = evaluation.evaluate_checkpoint(path, files=files)
+    return report, evaluation.table(report)
+
+
+def _on_tasks(options: argparse.Namespace) -> tuple[dict[str, Any], Iterable[str]]:
+    """The report, and its lines for a person."""
+    tasks = Tasks.load(_names(options.tasks), folder=options.include_path)
+    report = evaluate_checkpoint(
+        options.path, tasks, batch=options.batch_size, limit=options.limit, num_fewshot=options.num_fewshot
+    )
+    return report, table(report)
 
 
 def _names(tasks: str) -> list[str]:
@@ -53,14 +67,19 @@ def _json(report: dict[str, Any]) -> str:
 def parser() -> argparse.ArgumentParser:
     """The options of `lamda eval`."""
     parser = argparse.ArgumentParser(prog="lamda eval", allow_abbrev=False)
-    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", type=Path)
-    parser.add_argument("--tasks", required=True, metavar="NAME,NAME")
-    parser.add_argument("--limit", type=int, metavar="N")
-    parser.add_argument("--num-fewshot", type=int, metavar="N")
-    parser.add_argument("--batch-size", type=int, metavar="N")
-    parser.add_argument("--include-path", type=Path, metavar="DIR")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--output", type=Path, metavar="FILE")
+    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", type=Path, help="a run's newest checkpoint, or this one")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--files", metavar="GLOB", help="text; default: the run's validation files")
+    what.add_argument("--tasks", metavar="NAME,NAME", help="tasks, groups or tags; `lm-eval ls tasks` lists them")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON object to a file as well")
+    tasks = parser.add_argument_group("with --tasks")
+    tasks.add_argument("--limit", type=int, metavar="N", help="the first N examples of each task")
+    tasks.add_argument("--num-fewshot", type=int, metavar="N", help="examples in a prompt; default: the task's own")
+    tasks.add_argument("--batch-size", type=int, metavar="N", help="default: the run's train.micro_batch_size")
+    tasks.add_argument(
+        "--include-path", type=Path, metavar="DIR", help="folder of additional task files, searched first"
+    )
     return parser
 
 
@@ -76,8 +95,13 @@ def _check(options: argparse.Namespace) -> None:
         problems.append(f"--output {options.output}: there is no folder {options.output.parent}")
     if options.output is not None and options.output.is_dir():
         problems.append(f"--output {options.output}: is a folder; name a file")
-    if not _names(options.tasks):
-        problems.append("--tasks is empty; `lm-eval ls tasks` lists the tasks of lm-eval")
+    if options.tasks is None:
+        names = ("limit", "num_fewshot", "batch_size", "include_path")
+        problems += [
+            f"--{name.replace('_', '-')}: give --tasks as well" for name in names if getattr(options, name) is not None
+        ]
+    elif not _names(options.tasks):
+        problems.append("--tasks names none; `lm-eval ls tasks` lists those of lm-eval")
     if problems:
         raise UserError("\n".join(problems))
 

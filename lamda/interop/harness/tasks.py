@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from lamda.config.errors import UserError, all_of
-from lamda.config.presets import nearest
+from lamda.config.errors import UserError, all_of, nearest
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group

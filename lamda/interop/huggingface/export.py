@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from transformers import GenerationConfig
 from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
-from lamda.distributed import choose_accelerator
 from lamda.inference.loading import deleted, find_checkpoint
 from lamda.inference.sampling import Sampling
 from lamda.interop.huggingface import LamdaConfig, LamdaForCausalLM
@@ -19,25 +17,8 @@ from lamda.interop.huggingface.card import model_card
 from lamda.interop.huggingface.folders import new_folder
 from lamda.interop.huggingface.source import ExportSource
 from lamda.interop.huggingface.tokenization import save_tokenizer
-from lamda.interop.huggingface.weights import DTYPES, StoredWeights, master_weights, write_shards
+from lamda.interop.huggingface.weights import StoredWeights, master_weights, write_shards
 from lamda.model.weights import weight_shapes
-
-
-def main(argv: list[str]) -> int:
-    """As `lamda export --help` says; raises UserError."""
-    parser = argparse.ArgumentParser(prog="lamda export", allow_abbrev=False)
-    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", type=Path)
-    parser.add_argument("--to", metavar="DIR", type=Path, required=True)
-    parser.add_argument("--dtype", choices=[*DTYPES])
-    parser.add_argument("--max-shard-size", default="5GB")
-    options = parser.parse_args(argv)
-    choose_accelerator()
-    dtype = export(options.path, options.to, dtype=options.dtype, max_shard_size=options.max_shard_size)
-    weights = sorted(options.to.glob("*.safetensors"))
-    size = sum(file.stat().st_size for file in weights)
-    parts = f"{len(weights)} files" if len(weights) > 1 else "one file"
-    print(f"{options.to}: weights in {dtype}, {size / 1e6:,.1f} MB in {parts}")
-    return 0
 
 
 def export(path: Path, to: Path, *, dtype: str | None = None, max_shard_size: str = "5GB") -> str:

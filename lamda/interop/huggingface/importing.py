@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -22,19 +21,6 @@ from lamda.model.weights import weight_shapes
 from lamda.storage import manifest
 
 _WHOLE = "1000000GB"
-
-
-def main(argv: list[str]) -> int:
-    """As `lamda import --help` says; raises UserError."""
-    parser = argparse.ArgumentParser(prog="lamda import", allow_abbrev=False)
-    parser.add_argument("path", metavar="DIR", type=Path)
-    parser.add_argument("--to", metavar="RUNLIKE_DIR", type=Path, required=True)
-    options = parser.parse_args(argv)
-    import_folder(options.path, options.to)
-    print(
-        f"{options.to}: set model.weights to {options.to / 'model.safetensors'}, or try `lamda generate {options.to}`"
-    )
-    return 0
 
 
 def import_folder(path: Path, to: Path) -> None:
