@@ -14,7 +14,7 @@ def parser() -> ConfigParser:
 def main(argv: list[str]) -> int:
     """Train it, and print its path. Raises UserError."""
     config = load_config(argv)
-    from lamda.data.run_tokenizer import train_run_tokenizer
+    from lamda.data.tokenizer_training import train_run_tokenizer
 
     print(train_run_tokenizer(config))
     return 0

@@ -84,7 +84,7 @@ class _Stream:
     """Prints the text of a single candidate while it is generated."""
 
     def __init__(self, loaded: LoadedModel) -> None:
-        from lamda.inference.text import TextStream
+        from lamda.inference.generation import TextStream
 
         self._text = TextStream(loaded.tokenizer)
 

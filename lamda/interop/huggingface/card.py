@@ -93,7 +93,7 @@ def _data(source: ExportSource) -> str:
 def _corpus(card: Card) -> list[str]:
     named = [(source.name, source) for source in card.sources]
     named += [(f"{source.name} (validation)", source) for source in card.validation]
-    rows = [f"| {name} | {_places(source.files)} | {source.licence} |" for name, source in named]
+    rows = [f"| {name} | {_places(source.files)} | {source.license} |" for name, source in named]
     home = [f"<{card.homepage}>", ""] if card.homepage else []
     return [f"{card.name}: {card.description}", "", *home, "| source | files | license |", "| --- | --- | --- |", *rows]
 
