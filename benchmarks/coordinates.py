@@ -19,7 +19,7 @@ from lamda.config import ModelConfig
 from lamda.config.schema import TrainConfig
 from lamda.engines.deepspeed.optimizer import make_optimizer, set_learning_rate, without_compile
 from lamda.model import LaMDA
-from lamda.model.initialization import initialise
+from lamda.model.initialization import initialize_weights
 
 PACKAGES = ("torch", "deepspeed")
 WIDTHS = (128, 256, 512, 1024)
@@ -78,7 +78,7 @@ def changes(width: int, train: TrainConfig, *, steps: int) -> dict[str, float]:
             d_ff=4 * width,
         )
     )
-    initialise(model, seed=0, base_width=train.base_width)
+    initialize_weights(model, seed=0, base_width=train.base_width)
     draw = torch.Generator().manual_seed(0)
     ids_BL = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), generator=draw)
     before = watch(model, ids_BL[:, :-1])

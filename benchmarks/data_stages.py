@@ -24,7 +24,7 @@ from lamda.data.corpus import Corpus, open_corpus, packing_of
 from lamda.data.documents import Document
 from lamda.data.files import File, read_all, read_lines
 from lamda.data.lanes import RAW_TEXT, Cursor
-from lamda.data.loader import Loader, Step
+from lamda.data.loader import Loader, StepBatch
 from lamda.data.quarantine import BadLine
 from lamda.data.spans import ENCODE_CHARACTERS
 from lamda.data.tokenizer import _SPACE_PIECE_UTF8, Tokenizer, _cut
@@ -57,7 +57,9 @@ def micro_batches(config: Config, tokenizer: Tokenizer) -> Iterator[NDArray[np.u
             yield from (micro_batch.ids for micro_batch in step.micro_batches)
 
 
-def loader_steps(config: Config, corpus: Corpus, tokenizer: Tokenizer, *, seed: int) -> Generator[Step, None, None]:
+def loader_steps(
+    config: Config, corpus: Corpus, tokenizer: Tokenizer, *, seed: int
+) -> Generator[StepBatch, None, None]:
     """The steps of a run on one rank, endless. Close it to end the loader's threads."""
     with Loader(
         corpus,
@@ -67,7 +69,7 @@ def loader_steps(config: Config, corpus: Corpus, tokenizer: Tokenizer, *, seed: 
         batch=config.train.global_batch_size,
         micro_batch=config.train.micro_batch_size,
         rank=0,
-        world=1,
+        world_size=1,
         threads=config.data.threads,
     ) as loader:
         yield from loader

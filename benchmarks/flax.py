@@ -19,7 +19,7 @@ from benchmarks.plain_loop import PlainLoop
 from lamda.config import ds_config
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
-from lamda.data.loader import MicroBatch, Step
+from lamda.data.loader import MicroBatch, StepBatch
 from lamda.distributed import stop
 from lamda.engines.deepspeed import compile
 from lamda.engines.flax.framework import Flax
@@ -118,7 +118,7 @@ def _plain(config: Config, *, is_bf16: bool) -> PlainLoop:
     return PlainLoop(config, device=device, dtype=torch.bfloat16 if is_bf16 else torch.float32, compiled=compiled)
 
 
-def _timed(loop: PlainLoop, step: Step, *, rate: float) -> float:
+def _timed(loop: PlainLoop, step: StepBatch, *, rate: float) -> float:
     began = time.perf_counter()
     ids_MBL = torch.stack([torch.from_numpy(part.ids.astype("int64")) for part in step.micro_batches])
     loop.step(ids_MBL.to(loop.device), learning_rate=rate)
@@ -127,11 +127,11 @@ def _timed(loop: PlainLoop, step: Step, *, rate: float) -> float:
     return time.perf_counter() - began
 
 
-def _random_steps(config: Config, *, count: int) -> Iterator[Step]:
+def _random_steps(config: Config, *, count: int) -> Iterator[StepBatch]:
     random = np.random.default_rng(config.run.seed)
     batch, micro, length = config.train.global_batch_size, config.train.micro_batch_size, config.data.sequence_length
     for number in range(count):
         ids = random.integers(config.model.vocab_size, size=(batch // micro, micro, length + 1)).astype(np.uint32)
-        scored, domains = np.ones(ids[..., 1:].shape, bool), np.zeros(ids[..., 1:].shape, np.int16)
-        rows = tuple(map(MicroBatch, ids, scored, domains))
-        yield Step(rows, np.arange(batch), np.zeros((batch, 32), np.uint8), consumed=(number + 1) * batch)
+        loss_mask, domains = np.ones(ids[..., 1:].shape, bool), np.zeros(ids[..., 1:].shape, np.int16)
+        rows = tuple(map(MicroBatch, ids, loss_mask, domains))
+        yield StepBatch(rows, np.arange(batch), np.zeros((batch, 32), np.uint8), consumed=(number + 1) * batch)

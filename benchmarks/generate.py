@@ -24,7 +24,7 @@ from lamda.inference.generation import prefill, sample
 from lamda.inference.int8 import to_int8
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
-from lamda.model.initialization import initialise
+from lamda.model.initialization import initialize_weights
 
 PACKAGES = ("torch", "transformers", "numpy")
 PROC = Path("/proc/self")
@@ -62,7 +62,7 @@ def measure(
     """Seconds, bytes and ratios. A ratio compares two times of one round; reported is the median over rounds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = LaMDA(config)
-    initialise(model, seed=0)
+    initialize_weights(model, seed=0)
     model = model.to(device, dtype)
     ids = torch.randint(config.vocab_size, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
     sampling = Sampling(max_new_tokens=new)

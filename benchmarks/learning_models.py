@@ -15,7 +15,7 @@ from benchmarks.learning_nanochat import Nanochat
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.model import LaMDA
-from lamda.model.initialization import initialise, slopes
+from lamda.model.initialization import initialize_weights, slopes
 
 STD = 0.02
 """The deviation of GPT-2's and Llama's matrices at the start."""
@@ -24,7 +24,7 @@ STD = 0.02
 def lamda(config: Config) -> nn.Module:
     """The configuration's own model."""
     model = LaMDA(config.model, recompute=config.train.recompute)
-    initialise(model, seed=config.run.seed, base_width=config.train.base_width)
+    initialize_weights(model, seed=config.run.seed, base_width=config.train.base_width)
     return model
 
 

@@ -26,11 +26,11 @@ from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.data.corpus import Corpus, open_corpus
 from lamda.data.held_out import HeldOut
-from lamda.data.loader import Step, batch_digest
+from lamda.data.loader import StepBatch, batch_digest
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.tokenizer_training import ensure_tokenizer
 from lamda.engines.deepspeed.optimizer import without_compile
-from lamda.model.loss import token_losses, token_nats
+from lamda.model.loss import token_losses, token_nll
 from lamda.training.inputs import validation
 
 Precision = Literal["fp32", "bf16"]
@@ -54,10 +54,10 @@ TIMED_STEPS = 3
 
 @dataclass(frozen=True)
 class HeldOutRows:
-    """ids: [N, L+1]. scored: [N, L] bool, the targets that count. utf8_bytes: of all targets' text."""
+    """ids: [N, L+1]. loss_mask: [N, L] bool, the targets that count. utf8_bytes: of all targets' text."""
 
     ids: Tensor
-    scored: Tensor
+    loss_mask: Tensor
     utf8_bytes: int
 
     @property
@@ -77,7 +77,7 @@ class Rows:
         self.held_out = _held_out(config, self.tokenizer)
         self.digest = cache(self._digest)
 
-    def steps(self, seed: int) -> Generator[Step, None, None]:
+    def steps(self, seed: int) -> Generator[StepBatch, None, None]:
         """The steps of a run with this seed, endless. Close it to end the loader's threads."""
         return loader_steps(self.config, self.corpus, self.tokenizer, seed=seed)
 
@@ -107,7 +107,7 @@ def _held_out(config: Config, tokenizer: Tokenizer) -> HeldOutRows:
         raise UserError("there is no document in the held-out text: look at data.eval_files")
     return HeldOutRows(
         ids=torch.from_numpy(np.stack([row.ids for row in rows]).astype(np.int64)),
-        scored=torch.from_numpy(np.stack([row.scored for row in rows])),
+        loss_mask=torch.from_numpy(np.stack([row.loss_mask for row in rows])),
         utf8_bytes=int(sum(row.utf8_bytes.sum() for row in rows)),
     )
 
@@ -133,10 +133,10 @@ Batch = Sequence[tuple[Tensor, Tensor]]
 """Micro-batches: ids [b, L+1] and the scored targets [b, L], both on the device."""
 
 
-def batch_of(step: Step, device: torch.device) -> Batch:
+def batch_of(step: StepBatch, device: torch.device) -> Batch:
     """A loader's step as tensors."""
     return [
-        (torch.from_numpy(part.ids.astype(np.int64)).to(device), torch.from_numpy(part.scored).to(device))
+        (torch.from_numpy(part.ids.astype(np.int64)).to(device), torch.from_numpy(part.loss_mask).to(device))
         for part in step.micro_batches
     ]
 
@@ -145,14 +145,14 @@ def train_step(learner: Learner, batch: Batch, how: How, *, step: int, steps: in
     """Step `step` (the first is 1) of `steps`; the mean cross-entropy of its scored targets, a scalar."""
     train = learner.recipe.train
     learner.set_rate(step, steps=steps)
-    targets = sum(scored_BL.sum() for _, scored_BL in batch)
+    targets = sum(loss_mask_BL.sum() for _, loss_mask_BL in batch)
     total = torch.zeros((), device=how.device)
-    for ids_BL, scored_BL in batch:
+    for ids_BL, loss_mask_BL in batch:
         with how.autocast():
             logits_BLV = learner.logits(ids_BL[:, :-1])
-        nats_BL, partition_BL = token_losses(logits_BLV, ids_BL[:, 1:])
-        loss = (nats_BL * scored_BL).sum() / targets
-        (loss + train.z_loss * (partition_BL.square() * scored_BL).sum() / targets).backward()
+        nll_BL, log_z_BL = token_losses(logits_BLV, ids_BL[:, 1:])
+        loss = (nll_BL * loss_mask_BL).sum() / targets
+        (loss + train.z_loss * (log_z_BL.square() * loss_mask_BL).sum() / targets).backward()
         total += loss.detach()
     trained = [parameter for parameter in learner.module.parameters() if parameter.requires_grad]
     if train.gradient_clipping:
@@ -169,13 +169,13 @@ def train_step(learner: Learner, batch: Batch, how: How, *, step: int, steps: in
 def evaluate(learner: Learner, held_out: HeldOutRows, how: How, *, rows: int) -> NDArray[np.float64]:
     """Nats and number of scored targets of each of the first rows, [n, 2]."""
     found = []
-    pieces = zip(*(each[:rows].split(ROWS_AT_ONCE) for each in (held_out.ids, held_out.scored)), strict=True)
-    for ids_BL, scored_BL in pieces:
-        ids_BL, scored_BL = ids_BL.to(how.device), scored_BL.to(how.device)
+    pieces = zip(*(each[:rows].split(ROWS_AT_ONCE) for each in (held_out.ids, held_out.loss_mask)), strict=True)
+    for ids_BL, loss_mask_BL in pieces:
+        ids_BL, loss_mask_BL = ids_BL.to(how.device), loss_mask_BL.to(how.device)
         with how.autocast():
             logits_BLV = learner.logits(ids_BL[:, :-1])
-        nats_BL = token_nats(logits_BLV, ids_BL[:, 1:]).double() * scored_BL
-        found.append(torch.stack([nats_BL.sum(1), scored_BL.sum(1).double()], 1).cpu().numpy())
+        nll_BL = token_nll(logits_BLV, ids_BL[:, 1:]).double() * loss_mask_BL
+        found.append(torch.stack([nll_BL.sum(1), loss_mask_BL.sum(1).double()], 1).cpu().numpy())
     return np.concatenate(found)
 
 
@@ -239,7 +239,7 @@ def time_in_turn(
     So whatever else the machine does meets all of them, and the figure of a model is the median of the rounds, and
     of the rounds' ratios to the first model.
     """
-    tokens = TIMED_STEPS * sum(scored_BL.numel() for _, scored_BL in batches[0])
+    tokens = TIMED_STEPS * sum(loss_mask_BL.numel() for _, loss_mask_BL in batches[0])
     found: dict[str, list[float]] = {name: [] for name in learners}
     for number in range(rounds + 1):
         for name, learner in learners.items():

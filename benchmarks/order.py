@@ -178,7 +178,7 @@ def _read_an_epoch(config: Config, tokenizer: Tokenizer, numbers: Numbers, *, ro
                 first = perf_counter() - began
             (batch,) = step.micro_batches
             by_sample = np.argsort(step.positions)
-            targets += [batch.ids[row, 1:][batch.scored[row]] for row in by_sample]
+            targets += [batch.ids[row, 1:][batch.loss_mask[row]] for row in by_sample]
             digests.append(batch_digest(step.digests[by_sample]))
             middle.append((step.consumed, loader.order()))
             wanted = rows if rows is not None else sum(ends.values()) if len(ends) == len(corpus.sources) else None
@@ -205,7 +205,7 @@ def _loader(corpus: Corpus, config: Config, tokenizer: Tokenizer, **options: Any
         batch=BATCH,
         micro_batch=BATCH,
         rank=0,
-        world=1,
+        world_size=1,
         threads=config.data.threads,
         **options,
     )

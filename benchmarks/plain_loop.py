@@ -8,7 +8,7 @@ from lamda.config.schema import Config
 from lamda.engines.deepspeed import compile
 from lamda.engines.deepspeed.optimizer import make_optimizer, set_learning_rate, without_compile
 from lamda.model import LaMDA
-from lamda.model.initialization import initialise
+from lamda.model.initialization import initialize_weights
 
 
 class PlainLoop:
@@ -17,7 +17,7 @@ class PlainLoop:
     def __init__(self, config: Config, *, device: torch.device, dtype: torch.dtype, compiled: bool) -> None:
         self._config, self.device = config, device
         self._model = LaMDA(config.model, recompute=config.train.recompute)
-        initialise(self._model, seed=config.run.seed, base_width=config.train.base_width)
+        initialize_weights(self._model, seed=config.run.seed, base_width=config.train.base_width)
         self._model.to(device)
         self._optimizer = make_optimizer(self._model, config.train)
         self._masters = list(self._model.parameters())
@@ -31,8 +31,8 @@ class PlainLoop:
         set_learning_rate(self._optimizer, learning_rate)
         targets = ids_MBL[..., 1:].numel()
         for ids_BL in ids_MBL:
-            nats_BL, partition_BL = self._working(ids_BL[:, :-1], targets_BL=ids_BL[:, 1:])
-            ((nats_BL + self._config.train.z_loss * partition_BL.square()).sum() / targets).backward()
+            nll_BL, log_z_BL = self._working(ids_BL[:, :-1], targets_BL=ids_BL[:, 1:])
+            ((nll_BL + self._config.train.z_loss * log_z_BL.square()).sum() / targets).backward()
             for master, parameter in zip(self._masters, self._working.parameters(), strict=True):
                 if master.grad is None:
                     master.grad = parameter.grad.float()

@@ -62,9 +62,9 @@ def _gradients(model: LaMDA, config: Config, tokenizer: Tokenizer, count: int) -
     with closing(micro_batches(config, tokenizer)) as batches:
         for ids in islice(batches, count):
             ids_BL = torch.from_numpy(ids.astype("int64"))
-            nats_BL, partition_BL = token_losses(model(ids_BL[:, :-1]), ids_BL[:, 1:])
+            nll_BL, log_z_BL = token_losses(model(ids_BL[:, :-1]), ids_BL[:, 1:])
             model.zero_grad()
-            (nats_BL + config.train.z_loss * partition_BL.square()).mean().backward()
+            (nll_BL + config.train.z_loss * log_z_BL.square()).mean().backward()
             found.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     return found
 

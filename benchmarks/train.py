@@ -26,7 +26,7 @@ from lamda import distributed
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
-from lamda.data.loader import Step
+from lamda.data.loader import StepBatch
 from lamda.dialog.examples import form_of
 from lamda.distributed import World
 from lamda.engines.deepspeed.engine import Engine
@@ -51,14 +51,14 @@ def main(argv: list[str]) -> int:
     def measured() -> dict[str, Any] | None:
         world, config = distributed.read_world(), load_config(rest)
         found = measure(config, world, steps=options.steps, seconds=options.gemm_seconds, plain=options.plain)
-        return found if world.is_main else None
+        return found if world.is_main_process else None
 
     return report(options, ["train", *argv], PACKAGES, measured, markdown)
 
 
 def measure(config: Config, world: World, *, steps: int, seconds: float, plain: bool) -> dict[str, Any]:
     """The report of rank 0 on `steps` steps of all ranks."""
-    if plain and world.size > 1:
+    if plain and world.world_size > 1:
         raise UserError("--plain: the plain loop runs on one rank")
     device = distributed.start(world, threads=config.run.threads)
     with ExitStack() as stack:
@@ -87,7 +87,7 @@ def _directory(folder: Path, world: World) -> RunDirectory:
 
 def _rounds(
     engine: Engine,
-    batches: Iterator[Step],
+    batches: Iterator[StepBatch],
     products: gemm.MatrixRate,
     *,
     steps: int,
@@ -109,14 +109,14 @@ def _rounds(
         yield found
 
 
-def _fetched(batches: Iterator[Step]) -> Iterator[tuple[float, Step]]:
+def _fetched(batches: Iterator[StepBatch]) -> Iterator[tuple[float, StepBatch]]:
     while True:
         began = time.perf_counter()
         step = next(batches)
         yield time.perf_counter() - began, step
 
 
-def _timed_plain(loop: PlainLoop, step: Step, device: torch.device, rate: float) -> float:
+def _timed_plain(loop: PlainLoop, step: StepBatch, device: torch.device, rate: float) -> float:
     began = time.perf_counter()
     ids = torch.stack([torch.from_numpy(part.ids.astype("int64")) for part in step.micro_batches]).to(device)
     loop.step(ids, learning_rate=rate)
@@ -172,7 +172,7 @@ def _peak_memory(device: torch.device) -> int:
 def _report(
     config: Config, engine: Engine, products: gemm.MatrixRate, rounds: list[dict[str, float]]
 ) -> dict[str, Any]:
-    train, length, ranks = config.train, config.data.sequence_length, engine.world.size
+    train, length, ranks = config.train, config.data.sequence_length, engine.world.world_size
     counted = rounds[WARM_UP:]
     tokens = train.global_batch_size * length
     flops = tokens * flops_per_token(config.model, length) / ranks

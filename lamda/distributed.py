@@ -45,13 +45,13 @@ class World:
 
     rank: int = 0
     local_rank: int = 0
-    size: int = 1
-    local_size: int = 1
+    world_size: int = 1
+    local_world_size: int = 1
     launched: bool = False
     ends_at: float | None = None
 
     @property
-    def is_main(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is rank 0, which writes files and reports for all."""
         return self.rank == 0
 
@@ -70,8 +70,8 @@ def read_world() -> World:
     return World(
         rank=rank,
         local_rank=local_rank,
-        size=size,
-        local_size=_variable(local_size, size, least=1) if variables.get(local_size) else size,
+        world_size=size,
+        local_world_size=_variable(local_size, size, least=1) if variables.get(local_size) else size,
         launched="LOCAL_RANK" in variables,
         ends_at=float(end) if (end := variables.get("SLURM_JOB_END_TIME")) else None,
     )
@@ -150,7 +150,7 @@ def start(world: World, *, threads: int | None) -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     import deepspeed
 
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world.local_world_size))
     for name, value in _defaults(world).items():
         os.environ.setdefault(name, value)
     with _joining(world):
@@ -171,7 +171,7 @@ def start_hosts(world: World, *, threads: int | None, address: str | None = None
     import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world.local_world_size))
     for name, value in _defaults(world).items():
         os.environ.setdefault(name, value)
     with _joining(world):
@@ -179,7 +179,7 @@ def start_hosts(world: World, *, threads: int | None, address: str | None = None
             "gloo",
             init_method=f"tcp://{address}" if address else "env://",
             rank=world.rank,
-            world_size=world.size,
+            world_size=world.world_size,
             timeout=timedelta(minutes=30),
         )
 
@@ -221,8 +221,8 @@ def exit_after(waiting: str, world: World, *, seconds: float = JOIN_SECONDS) -> 
     def give_up() -> None:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         print(
-            f"rank {world.rank} of {world.size} (host {socket.gethostname()}) has waited {seconds:g} s {waiting} (rank "
-            f"0 listens on {place}); a rank that does not say this is missing, or the network to it is cut",
+            f"rank {world.rank} of {world.world_size} (host {socket.gethostname()}) has waited {seconds:g} s {waiting} "
+            f"(rank 0 listens on {place}); a rank that does not say this is missing, or the network to it is cut",
             file=sys.stderr,
             flush=True,
         )
@@ -257,7 +257,7 @@ def _joining(world: World) -> Iterator[None]:
 
 def _defaults(world: World) -> dict[str, str]:
     """The variables that a launcher would set, for a run without one."""
-    if world.size > 1:
+    if world.world_size > 1:
         return {}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -304,7 +304,7 @@ def on_main(world: World, action: Callable[[], T]) -> T:
     """Run `action` on rank 0 alone; every rank gets its result, or ends with its UserError or RunError."""
     failure: UserError | RunError | None = None
     result = None
-    if world.is_main:
+    if world.is_main_process:
         try:
             result = action()
         except (UserError, RunError) as error:
@@ -331,7 +331,7 @@ def agree(world: World, action: Callable[[], T]) -> T:
     if first is None:
         return cast("T", result)
     elsewhere, kind, message = first
-    raise (kind if world.is_main else elsewhere)(message)
+    raise (kind if world.is_main_process else elsewhere)(message)
 
 
 def _elsewhere(failure: UserError | RunError | None) -> type[ReportedElsewhereError | FailedElsewhereError] | None:

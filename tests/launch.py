@@ -29,7 +29,7 @@ def free_port() -> int:
 
 
 def run_ranks(
-    arguments: Sequence[str], *, world: int, variables: Mapping[str, str] = EMPTY, timeout: float = 900
+    arguments: Sequence[str], *, world_size: int, variables: Mapping[str, str] = EMPTY, timeout: float = 900
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run `python ARGUMENTS` on `world` ranks, without a launcher; every rank's result."""
     port = str(free_port())
@@ -43,8 +43,8 @@ def run_ranks(
                 **variables,
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world),
-                "LOCAL_WORLD_SIZE": str(world),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(world_size),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
             },
@@ -52,7 +52,7 @@ def run_ranks(
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(world)
+        for rank in range(world_size)
     ]
     results = []
     try:

@@ -12,7 +12,7 @@ from lamda.config.help import to_yaml
 from lamda.config.schema import Config
 from lamda.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
 from lamda.model import LaMDA
-from lamda.model.initialization import initialise
+from lamda.model.initialization import initialize_weights
 from lamda.storage.commit import MANIFEST, seal, sync_and_describe
 
 
@@ -31,7 +31,7 @@ def write_run(path: Path, tokenizer_path: Path, *, dtype: torch.dtype = torch.fl
     checkpoint = path / "checkpoints" / "step-00000001"
     checkpoint.mkdir(parents=True)
     model = LaMDA(config.model).to(dtype)
-    initialise(model, seed=5)
+    initialize_weights(model, seed=5)
     with torch.no_grad():
         model.embedding.weight[: len(CONTROL_SYMBOLS)] = 0
     save_file(

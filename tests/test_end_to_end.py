@@ -119,7 +119,7 @@ def broken(place, straight, tmp_path_factory):
             file.seek(-1, 2)
             file.write(b"\x55")
         (place / "broken" / "order.jsonl").unlink()
-        (resumed,) = run_ranks(arguments(place, "broken", *flags), world=1, variables=variables)
+        (resumed,) = run_ranks(arguments(place, "broken", *flags), world_size=1, variables=variables)
     return server, first, resumed
 
 
@@ -234,7 +234,7 @@ def test_prepared_blocks_give_the_same_samples(place, straight, capsys):
         batch=8,
         micro_batch=8,
         rank=0,
-        world=1,
+        world_size=1,
         ready=ready,
     )
     with loader:
@@ -248,7 +248,7 @@ def test_a_finished_run_says_so_and_changes_nothing(place, straight):
     status = place / "straight" / "status.json"
     before = {path: path.stat().st_mtime_ns for path in (place / "straight").rglob("*") if path.is_file()}
     said = status.read_bytes()
-    (again,) = run_ranks(arguments(place, "straight"), world=1)
+    (again,) = run_ranks(arguments(place, "straight"), world_size=1)
     assert again.returncode == 0
     assert "finished, 12 steps" in again.stdout
     after = {path: path.stat().st_mtime_ns for path in (place / "straight").rglob("*") if path.is_file()}

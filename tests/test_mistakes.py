@@ -82,7 +82,7 @@ def answers(tmp_path_factory, tokenizer_path):
         ),
     }
     (folder / "cases.json").write_text(json.dumps(cases))
-    (rank,) = run_ranks([WORKER, str(folder / "cases.json"), str(folder / "results.json")], world=1)
+    (rank,) = run_ranks([WORKER, str(folder / "cases.json"), str(folder / "results.json")], world_size=1)
     assert rank.returncode == 0, rank.stderr[-3000:]
     results = json.loads((folder / "results.json").read_text())
     assert results["good"][0] == 0, results["good"]

@@ -39,7 +39,7 @@ def compare_runs(one: RunDirectory, other: RunDirectory) -> dict[str, FirstDiffe
         "loss": compare_column(one.metrics, other.metrics, "loss"),
         "samples": compare_column(one.metrics, other.metrics, "batch_digest"),
         "weights": compare_checkpoints(one.checkpoints, other.checkpoints, weights_of),
-        "optimiser state": compare_checkpoints(one.checkpoints, other.checkpoints, optimiser_state_of),
+        "optimiser state": compare_checkpoints(one.checkpoints, other.checkpoints, optimizer_state_of),
     }
 
 
@@ -75,7 +75,7 @@ def weights_of(checkpoint: Path) -> Tensors:
         return {name: partial(_tensor, path, name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
 
 
-def optimiser_state_of(checkpoint: Path) -> Tensors:
+def optimizer_state_of(checkpoint: Path) -> Tensors:
     """fp32 weights and moments of whole parameters ([n] each), for any number of ranks.
 
     Raises UserError if a framework other than DeepSpeed wrote them.

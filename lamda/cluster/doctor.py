@@ -41,9 +41,9 @@ def main(argv: list[str]) -> int:
 
     device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     subject = Subject(config, world, device)
-    findings = alone(subject) if world.size == 1 else together(subject)
+    findings = alone(subject) if world.world_size == 1 else together(subject)
     worst = max((finding.level for finding in findings.values()), key=LEVELS.index)
-    if world.is_main:
+    if world.is_main_process:
         print(as_json(worst, findings) if options.json else as_text(findings), flush=True)
     _leave(world)
     return EXITS[worst]
@@ -119,7 +119,7 @@ def as_json(worst: Level, findings: Mapping[str, Finding]) -> str:
 
 
 def _runs_here(check: Check, world: World) -> bool:
-    return {"rank": True, "node": world.local_rank == 0, "main": world.is_main}[check.who]
+    return {"rank": True, "node": world.local_rank == 0, "main": world.is_main_process}[check.who]
 
 
 def _slowest(found: Sequence[tuple[str, Finding]]) -> Finding | None:
@@ -141,7 +141,7 @@ def _leave(world: World) -> None:
     """Exit together: a launcher kills the other ranks when the first one exits with a code other than 0."""
     from lamda import distributed
 
-    if world.size > 1:
+    if world.world_size > 1:
         distributed.barrier()
         distributed.stop()
 

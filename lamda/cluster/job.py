@@ -106,7 +106,7 @@ class Job:
         if self.nodes < 1:
             raise UserError(f"--nodes {self.nodes}: a job needs at least 1 node")
         try:
-            micro_batches_per_rank(self.config.train, world=self.ranks)
+            micro_batches_per_rank(self.config.train, world_size=self.ranks)
         except UserError as error:
             per_node = self.site.cluster.ranks_per_node
             nodes = " or ".join(f"--nodes {number}" for number in self._nodes_that_work())
@@ -125,7 +125,7 @@ class Job:
             raise UserError("\n".join(planned.warnings))
 
     def _check_deepspeed(self) -> None:
-        ds_config.build(self.config, world=1)  # _check_batch checks the batch
+        ds_config.build(self.config, world_size=1)  # _check_batch checks the batch
 
     def _nodes_that_work(self) -> list[int]:
         """The two nearest numbers of nodes whose ranks can share the batch."""

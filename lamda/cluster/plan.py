@@ -107,7 +107,7 @@ def plan(config: Config, machine: Machine) -> Plan:
     file with wrong keys. If the run does not fit, `warnings` names the nearest settings that do.
     """
     machine.check()
-    deepspeed = ds_config.build(config, world=machine.gpus)
+    deepspeed = ds_config.build(config, world_size=machine.gpus)
     sharding, accumulation = Sharding.of(deepspeed, ranks=machine.gpus), deepspeed["gradient_accumulation_steps"]
     setting = MemorySetting.of(config, sharding, accumulation=accumulation)
     tokens_per_step = config.train.global_batch_size * config.data.sequence_length

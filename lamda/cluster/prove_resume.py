@@ -247,7 +247,7 @@ def choose_ranks(config: Config, *, ranks: int | None, others: int | None) -> tu
         if number is not None:
             if number < 1:
                 raise UserError(f"{name} {number}: a run needs at least 1 rank")
-            micro_batches_per_rank(config.train, world=number)
+            micro_batches_per_rank(config.train, world_size=number)
     if others == ranks:
         raise UserError(f"--others {others}: is the same as --ranks; give another number")
     if others is None and ranks > 1:

@@ -6,30 +6,34 @@ from lamda.config.errors import UserError
 from lamda.config.schema import TrainConfig
 
 
-def micro_batches_per_rank(train: TrainConfig, *, world: int) -> int:
+def micro_batches_per_rank(train: TrainConfig, *, world_size: int) -> int:
     """Micro-batches per rank and step: the gradient accumulation steps.
 
     Raises UserError with the nearest settings that work, where the batch does not divide evenly.
     """
     batch, micro = train.global_batch_size, train.micro_batch_size
-    count, left = divmod(batch // micro, world)
+    count, left = divmod(batch // micro, world_size)
     if left == 0:
         return count
     raise UserError(
-        f"{world} ranks cannot share {batch // micro} micro-batches evenly (train.global_batch_size {batch} / "
-        f"train.micro_batch_size {micro}); what would work: {'; '.join(_ways(batch, micro, world))}"
+        f"{world_size} ranks cannot share {batch // micro} micro-batches evenly (train.global_batch_size {batch} / "
+        f"train.micro_batch_size {micro}); what would work: {'; '.join(_ways(batch, micro, world_size))}"
     )
 
 
-def _ways(batch: int, micro: int, world: int) -> list[str]:
+def _ways(batch: int, micro: int, world_size: int) -> list[str]:
     """The ways to fix it by one setting, or by two where there are more ranks than rows."""
-    ranks = _nearest(world, _divisors(batch // micro))
-    multiples = [micro * world * times for times in (batch // (micro * world), batch // (micro * world) + 1) if times]
+    ranks = _nearest(world_size, _divisors(batch // micro))
+    multiples = [
+        micro * world_size * times
+        for times in (batch // (micro * world_size), batch // (micro * world_size) + 1)
+        if times
+    ]
     ways = [f"{ranks} rank{'s' * (ranks != '1')}", f"train.global_batch_size {_nearest(batch, multiples)}"]
-    if batch % world == 0:
-        ways.append(f"train.micro_batch_size {_nearest(micro, _divisors(batch // world))}")
-    elif world > batch and micro > 1:
-        ways.append(f"train.micro_batch_size 1 with {batch} ranks or with train.global_batch_size {world}")
+    if batch % world_size == 0:
+        ways.append(f"train.micro_batch_size {_nearest(micro, _divisors(batch // world_size))}")
+    elif world_size > batch and micro > 1:
+        ways.append(f"train.micro_batch_size 1 with {batch} ranks or with train.global_batch_size {world_size}")
     return ways
 
 

@@ -34,7 +34,7 @@ REFUSED = {
 }
 
 
-def build(config: Config, *, world: int) -> dict[str, Any]:
+def build(config: Config, *, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration for `world` ranks. Raises UserError with all wrong keys."""
     path, ds_config = find(config.deepspeed.config), read(config)
     problems = [
@@ -48,7 +48,7 @@ def build(config: Config, *, world: int) -> dict[str, Any]:
         **ds_config,
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": micro_batches_per_rank(train, world=world),
+        "gradient_accumulation_steps": micro_batches_per_rank(train, world_size=world_size),
         "gradient_clipping": train.gradient_clipping,
     }
 

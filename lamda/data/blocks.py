@@ -257,7 +257,7 @@ def _whole_rows(spans: Sequence[TokenSpan], packing: Packing, *, padding: int, b
     for index, (row, span) in enumerate(zip(row_of, spans, strict=True)):
         start, stop = int(filled[row]), int(filled[row]) + len(span.ids)
         ids[row, start:stop] = span.ids
-        loss_mask[row, start:stop] = True if span.scored is None else span.scored
+        loss_mask[row, start:stop] = True if span.loss_mask is None else span.loss_mask
         table.append((row, start, len(span.ids), index, span.token))
         filled[row] = stop
     table += [(row, stop, size - stop, -1, 0) for row, stop in enumerate(filled.tolist()) if stop < size]

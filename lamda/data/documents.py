@@ -36,11 +36,11 @@ class Document(NamedTuple):
 class Encoded(NamedTuple):
     """A document, or an example made of it: [n] ids, not empty.
 
-    scored: [n], the ids that count as targets; None: all. domain: replaces that of the document.
+    loss_mask: [n], the ids that count as targets; None: all. domain: replaces that of the document.
     """
 
     ids: NDArray[np.uint32]
-    scored: NDArray[np.bool_] | None = None
+    loss_mask: NDArray[np.bool_] | None = None
     domain: str | None = None
 
 

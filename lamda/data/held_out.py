@@ -28,17 +28,17 @@ MOST_SHARES = 64
 
 
 @dataclass(frozen=True)
-class Row:
+class EvalRow:
     """A row of held-out text.
 
-    ids: [L+1] uint32. scored: [L] bool, the targets that count: all but the padding of the last row. domains: [L]
+    ids: [L+1] uint32. loss_mask: [L] bool, the targets that count: all but the padding of the last row. domains: [L]
     int32, of the targets. utf8_bytes: [number of domains so far] int64, bytes of text of the targets. documents: [L]
     int32, of the inputs, if attention is limited to a document; an end symbol is the first input of the next document,
     as in training.
     """
 
     ids: NDArray[np.uint32]
-    scored: NDArray[np.bool_]
+    loss_mask: NDArray[np.bool_]
     domains: NDArray[np.int32]
     utf8_bytes: NDArray[np.int64]
     documents: NDArray[np.int32] | None = None
@@ -63,7 +63,7 @@ class HeldOut:
         for source in self.sources:
             yield from self._documents_in(source, resolve(source, on_wait=self.on_wait))
 
-    def rows(self, domains: list[str]) -> Iterator[Row]:
+    def rows(self, domains: list[str]) -> Iterator[EvalRow]:
         """All rows, one from each file in turn (from each group of files, if a source has many).
 
         So the first rows represent all text. New domain names are appended to `domains`.
@@ -90,7 +90,7 @@ class HeldOut:
             entries = read_lane(whole_lane(source, file, form=self.form), Cursor())
             yield from (entry for entry in entries if isinstance(entry, Document))
 
-    def _rows_of(self, documents: Iterator[Document], domains: list[str]) -> Iterator[Row]:
+    def _rows_of(self, documents: Iterator[Document], domains: list[str]) -> Iterator[EvalRow]:
         length = self.sequence_length
         stream = _Stream.of_end(self.tokenizer.end_of_document)
         for chunk in self._encoded(documents, domains):
@@ -111,13 +111,13 @@ class HeldOut:
             first[0] = True
             yield _Stream(ids, first, np.full(len(ids), domains.index(document.domain), np.int32))
 
-    def _row(self, stream: _Stream, known: int) -> Row:
+    def _row(self, stream: _Stream, known: int) -> EvalRow:
         sizes = self.tokenizer.token_bytes[stream.ids[1:]]
         shown = np.bincount(stream.domains[1:], weights=sizes, minlength=known)
         missing = self.sequence_length + 1 - len(stream.ids)
-        return Row(
+        return EvalRow(
             ids=np.pad(stream.ids, (0, missing), constant_values=self.tokenizer.padding),
-            scored=np.pad(np.ones(len(stream.ids) - 1, bool), (0, missing)),
+            loss_mask=np.pad(np.ones(len(stream.ids) - 1, bool), (0, missing)),
             domains=np.pad(stream.domains[1:], (0, missing)),
             utf8_bytes=shown.astype(np.int64),
             documents=self._documents_of_inputs(stream, missing) if self.document_mask else None,
@@ -172,10 +172,10 @@ def require_documents(source: Source, *, form: Form, on_wait: Callable[[], objec
                 )
 
 
-def micro_batches(rows: Iterator[Row], *, size: int, rank: int, world: int) -> Iterator[Sequence[Row]]:
+def micro_batches(rows: Iterator[EvalRow], *, size: int, rank: int, world_size: int) -> Iterator[Sequence[EvalRow]]:
     """This rank's micro-batches of up to `size` rows, dealt in turn: the same number on every rank, some empty."""
     while True:
-        turn = [[row for _, row in zip(range(size), rows, strict=False)] for _ in range(world)]
+        turn = [[row for _, row in zip(range(size), rows, strict=False)] for _ in range(world_size)]
         if not turn[0]:
             return
         yield turn[rank]

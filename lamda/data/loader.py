@@ -32,18 +32,18 @@ from lamda.data.windows import Announcement, Plan, SourceOrder, Window, places
 class MicroBatch:
     """Rows of one forward pass on a rank.
 
-    ids: [b, L+1] uint32. scored: [b, L] bool, the targets that count. domains: [b, L] int16, the domain of each target.
+    ids: [b, L+1] uint32. loss_mask: [b, L] bool, the targets that count. domains: [b, L] int16, of each target.
     documents: [b, L+1] int32, a document id per input token, if attention is limited to a document or an example.
     """
 
     ids: NDArray[np.uint32]
-    scored: NDArray[np.bool_]
+    loss_mask: NDArray[np.bool_]
     domains: NDArray[np.int16]
     documents: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True)
-class Step:
+class StepBatch:
     """The batch of a rank in one step.
 
     positions: index of each row of the rank in the global batch. digests: sha256 of each row; `batch_digest` combines
@@ -94,7 +94,7 @@ class Loader:
         batch: int,
         micro_batch: int,
         rank: int,
-        world: int,
+        world_size: int,
         consumed: int = 0,
         skipped: Sequence[tuple[int, int]] = (),
         order: Sequence[SourceOrder] = (),
@@ -107,8 +107,8 @@ class Loader:
     ) -> None:
         self._corpus, self._tokenizer, self._packing, self._seed = corpus, tokenizer, packing, seed
         self._batch, self._micro_batch = batch, micro_batch
-        self._share = batch // world
-        self._rank, self._world = rank, world
+        self._share = batch // world_size
+        self._rank, self._world = rank, world_size
         self._consumed, self._skipped = consumed, tuple(skipped)
         self._exchange, self._on_window = exchange, on_window
         self._document_mask = document_mask
@@ -129,7 +129,7 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[StepBatch]:
         while True:
             yield self._next_step()
 
@@ -196,7 +196,7 @@ class Loader:
     def _part(self, source: int, window: Window, lane: int) -> Part:
         return window.part(lane, self._lane(source, lane).length)
 
-    def _next_step(self) -> Step:
+    def _next_step(self) -> StepBatch:
         samples, consumed = next_samples(self._consumed, self._batch, self._skipped)
         self._enter_stage(self._corpus.mixture.stage(int(samples[0])))
         sources, numbers = self._corpus.mixture.rows(samples)
@@ -212,7 +212,7 @@ class Loader:
         self._consumed = consumed
         starts = range(0, len(found), self._micro_batch)
         micro_batches = tuple(self._micro_batch_of(found[start : start + self._micro_batch]) for start in starts)
-        return Step(
+        return StepBatch(
             micro_batches=micro_batches,
             positions=ranks,
             digests=np.stack([row_digest(ids) for each in micro_batches for ids in each.ids]),
@@ -302,22 +302,22 @@ class Loader:
 
     def _micro_batch_of(self, found: Sequence[tuple[LaneRows, int]]) -> MicroBatch:
         shape = len(found), self._packing.length
-        ids, scored = np.empty((shape[0], shape[1] + 1), np.uint32), np.ones(shape, bool)
+        ids, loss_mask = np.empty((shape[0], shape[1] + 1), np.uint32), np.ones(shape, bool)
         domains = np.empty(shape, np.int16)
         documents = np.empty(ids.shape, np.int32) if self._document_mask else None
         for place, (rows, row) in enumerate(found):
             block = rows.block
             ids[place] = block.ids[row]
             if block.loss_mask is not None:
-                scored[place] = block.loss_mask[row, 1:]
+                loss_mask[place] = block.loss_mask[row, 1:]
             if documents is not None:
                 end = self._tokenizer.end_of_document
                 documents[place], is_inside = separated(block, row, packing=self._packing, end_of_document=end)
-                scored[place] &= is_inside
+                loss_mask[place] &= is_inside
             spans = block.spans[block.spans_of(row)]
             domain_of = rows.domains[spans["document"]]  # document -1 takes the last entry
             domains[place] = np.repeat(domain_of, spans["length"])[1:]
-        return MicroBatch(ids, scored, domains, documents)
+        return MicroBatch(ids, loss_mask, domains, documents)
 
 
 def separated(

@@ -34,7 +34,7 @@ class TokenSpan(NamedTuple):
 
     document: Document
     ids: NDArray[np.uint32]
-    scored: NDArray[np.bool_] | None
+    loss_mask: NDArray[np.bool_] | None
     token: int
     first: int
     total: int
@@ -50,10 +50,10 @@ class TokenSpan(NamedTuple):
 
     def cut(self, count: int) -> tuple[TokenSpan, TokenSpan]:
         """The first `count` ids, and the others."""
-        scored = (None, None) if self.scored is None else (self.scored[:count], self.scored[count:])
+        loss_mask = (None, None) if self.loss_mask is None else (self.loss_mask[:count], self.loss_mask[count:])
         return (
-            self._replace(ids=self.ids[:count], scored=scored[0]),
-            self._replace(ids=self.ids[count:], scored=scored[1], token=self.token + count, bad=()),
+            self._replace(ids=self.ids[:count], loss_mask=loss_mask[0]),
+            self._replace(ids=self.ids[count:], loss_mask=loss_mask[1], token=self.token + count, bad=()),
         )
 
     def before(self, target: int) -> int:
@@ -129,7 +129,7 @@ class SpanReader:
                 span = TokenSpan(
                     document if part.domain is None else document._replace(domain=part.domain),
                     part.ids,
-                    part.scored,
+                    part.loss_mask,
                     self._token,
                     first,
                     total,

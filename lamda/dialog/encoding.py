@@ -32,7 +32,7 @@ class Example(NamedTuple):
     """Ids to train on, and whether each is a target: [n] both; the first never is."""
 
     ids: list[int]
-    scored: list[bool]
+    loss_mask: list[bool]
 
 
 class Encoding:

@@ -26,7 +26,7 @@ from lamda.dialog.examples import Conversations, Rating, examples_of
 from lamda.engines.protocol import Scorer
 from lamda.inference.loading import load_model, saved_config
 from lamda.inference.sampling import check_finite
-from lamda.model.loss import token_nats
+from lamda.model.loss import token_nll
 from lamda.training.evaluation import TorchScorer
 
 BINS = 10
@@ -54,7 +54,7 @@ def evaluate_checkpoint(
     dialogues = HeldOutDialogues(HeldOut(sources, tokenizer, config.data.sequence_length, Conversations.of(config)))
     with torch.no_grad(), Progress("evaluating", total=dialogues.rows(examples), unit="examples") as shown:
         scores = dialogues.score(
-            model, device=device, micro_batch=config.train.micro_batch_size, rows=examples, scored=shown.advance
+            model, device=device, micro_batch=config.train.micro_batch_size, rows=examples, on_progress=shown.advance
         )
     check_finite(scores.nats, *(float(ratings.probabilities.sum()) for ratings in scores.ratings.values()))
     return {"checkpoint": str(path), **scores.report()}
@@ -157,10 +157,10 @@ class HeldOutDialogues:
         device: torch.device,
         micro_batch: int,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         rows: int | None = None,
         total: Callable[[NDArray[np.float64]], NDArray[np.float64]] = lambda sums: sums,
-        scored: Callable[[int], object] = lambda examples: None,
+        on_progress: Callable[[int], object] = lambda examples: None,
     ) -> DialogScores:
         """Score the first `rows` examples (default: all), divided among the ranks; keywords as for text.
 
@@ -171,12 +171,12 @@ class HeldOutDialogues:
         batches = [order[start : start + micro_batch] for start in range(0, len(order), micro_batch)]
         rating_ids = Encoding(self.text.tokenizer).rating_ids
         found = np.zeros((2, len(examples)))
-        for first in range(0, len(batches), world):
+        for first in range(0, len(batches), world_size):
             batch = batches[min(first + rank, len(batches) - 1)]
             values = _score([examples[place] for place in batch], model, rating_ids, device=device)
             if first + rank < len(batches):
                 found[:, batch] = values
-                scored(len(batch))
+                on_progress(len(batch))
         return _summed(examples, total(found))
 
 
@@ -185,20 +185,20 @@ def _score(
 ) -> NDArray[np.float64]:
     """[2, n]: P(1) and 1 for a rating, summed nats and number of target tokens for another example."""
     longest = max(len(each.example.ids) for each in examples)
-    ids, scored = np.zeros((len(examples), longest), np.int64), np.zeros((len(examples), longest), bool)
+    ids, loss_mask = np.zeros((len(examples), longest), np.int64), np.zeros((len(examples), longest), bool)
     for row, each in enumerate(examples):
-        ids[row, : len(each.example.ids)], scored[row, : len(each.example.ids)] = each.example
+        ids[row, : len(each.example.ids)], loss_mask[row, : len(each.example.ids)] = each.example
     tokens_BL = torch.from_numpy(ids).to(device)
     logits_BLV = model.logits(tokens_BL[:, :-1])
-    nats_BL = token_nats(logits_BLV, tokens_BL[:, 1:]).double().cpu().numpy()
+    nll_BL = token_nll(logits_BLV, tokens_BL[:, 1:]).double().cpu().numpy()
     of_ratings_BL2 = logits_BLV[:, :, list(rating_ids)].double().softmax(-1).cpu().numpy()
     found = np.ones((2, len(examples)))
     for row, each in enumerate(examples):
-        mask = scored[row, 1:]
+        mask = loss_mask[row, 1:]
         if each.kind in ATTRIBUTES:
             found[0, row] = of_ratings_BL2[row, mask, 1].item()
         else:
-            found[:, row] = nats_BL[row, mask].sum(), mask.sum()
+            found[:, row] = nll_BL[row, mask].sum(), mask.sum()
     return found
 
 

@@ -177,8 +177,8 @@ class Conversations:
         ]
 
     def _encoded(self, example: Response | ResearchStep | Rating, encoding: Encoding) -> Encoded:
-        ids, scored = example.encode(encoding, max_tokens=self.row_length)
-        return Encoded(np.array(ids, np.uint32), np.array(scored), example.kind)
+        ids, loss_mask = example.encode(encoding, max_tokens=self.row_length)
+        return Encoded(np.array(ids, np.uint32), np.array(loss_mask), example.kind)
 
 
 def form_of(config: Config) -> Form:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import get_args
 
 from lamda.config.schema import ModelConfig, TrainConfig
-from lamda.model.weights import Part
+from lamda.model.weights import ParamGroup
 
-PARTS: tuple[Part, ...] = get_args(Part)
+PARTS: tuple[ParamGroup, ...] = get_args(ParamGroup)
 
 MUON_MOMENTUM = 0.95
 """Muon's momentum, Nesterov (Jordan et al., kellerjordan.github.io/posts/muon)."""
@@ -24,7 +24,7 @@ PyTorch's default, fp32's resolution, stops weights with gradients below 1e-7; t
 """
 
 
-def rate_scales(train: TrainConfig, model: ModelConfig) -> dict[Part, float]:
+def rate_scales(train: TrainConfig, model: ModelConfig) -> dict[ParamGroup, float]:
     """The learning rate of each part of the model / the run's (docs/learning.md has the gain of each).
 
     A query's weights begin 1/sqrt(K) times as large as a key's, in place of that factor in the scores, and an AdamW or
@@ -51,7 +51,7 @@ def rate_scales(train: TrainConfig, model: ModelConfig) -> dict[Part, float]:
     }
 
 
-def weight_decays(train: TrainConfig, scales: dict[Part, float]) -> dict[Part, float]:
+def weight_decays(train: TrainConfig, scales: dict[ParamGroup, float]) -> dict[ParamGroup, float]:
     """The decay of each part at the run's rate times its scale; only the blocks' matrices have any.
 
     The part's rate scale does not change the decay: rate times decay is the same for all matrices.

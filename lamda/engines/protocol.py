@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lamda.config.schema import Config
-    from lamda.data.loader import Step
+    from lamda.data.loader import StepBatch
     from lamda.distributed import World
     from lamda.durable import Progress
     from lamda.inference.sampling import Sampling
@@ -70,7 +70,7 @@ class Scorer(Protocol):
         """[B, L, V] for token ids [B, L]."""
         ...
 
-    def nats(
+    def nll(
         self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor, documents_BL: torch.Tensor | None = None
     ) -> torch.Tensor:
         """[B, L], the cross-entropy of each target; the logits may stay on the device.
@@ -113,7 +113,7 @@ class Engine(Scorer, Protocol):
         """Devices of all ranks that share the work of a batch."""
         ...
 
-    def train_step(self, batch: Step, *, lr: float, counters: Sequence[int], on_phase: PhaseHook) -> PendingStep:
+    def train_step(self, batch: StepBatch, *, lr: float, counters: Sequence[int], on_phase: PhaseHook) -> PendingStep:
         """Train on this rank's micro-batches of a step.
 
         counters: integers of this rank, to be summed over the ranks. on_phase: called at each phase of the step.

@@ -46,7 +46,7 @@ def _launch(
         world = framework.world()
     except UserError as error:
         return _report(error, quiet=False)
-    if world.is_main:
+    if world.is_main_process:
         signals.leave_at_once(report=lambda name: print(f"{name}: nothing has begun", file=sys.stderr, flush=True))
     else:
         logging.getLogger("lamda.config").setLevel(logging.ERROR)  # rank 0 reports deprecated keys
@@ -57,7 +57,7 @@ def _launch(
         config = load_config(arguments)
         framework.check(config, world)
     except UserError as error:
-        return _report(error, quiet=not world.is_main)
+        return _report(error, quiet=not world.is_main_process)
     from lamda.training.setup import train
 
     try:
@@ -66,7 +66,9 @@ def _launch(
         return _report(error, quiet=isinstance(error, ReportedElsewhereError))
     except RunError as error:
         # Every rank raises it, unless only this one cannot read something.
-        _report(error, quiet=not world.is_main and not isinstance(error, DataUnavailableError | UnreadableError))
+        _report(
+            error, quiet=not world.is_main_process and not isinstance(error, DataUnavailableError | UnreadableError)
+        )
         return 1
     except OSError as error:
         if (message := refused_by_system(error)) is None:

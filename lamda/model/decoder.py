@@ -25,7 +25,7 @@ from lamda.model.weights import export_weights, load_weights
 
 
 class LaMDA(nn.Module):
-    """Tokens to logits. Its weights are NaN until `load_weights` or `lamda.model.initialization.initialise`.
+    """Tokens to logits. Its weights are NaN until `load_weights` or `lamda.model.initialization.initialize_weights`.
 
     recompute: activations that the backward pass recomputes. "ffn": inside the feed-forward layers; "block": inside
     whole blocks; with either, also the logits if `targets_BL` is given.

@@ -29,7 +29,7 @@ Draw = Callable[[Tensor, torch.Generator], Tensor]
 
 
 @torch.no_grad()
-def initialise(
+def initialize_weights(
     model: LaMDA, *, seed: int, base_width: int | None = None, progress: Callable[[], object] = lambda: None
 ) -> None:
     """Fill a model with its `initial_weights`, rounded to its precision. progress: called after each weight."""

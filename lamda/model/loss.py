@@ -15,21 +15,21 @@ HEAD_ROWS = 4096
 """Rows whose logits `head_losses` keeps in memory at a time."""
 
 
-def token_nats(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
+def token_nll(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
     """Cross-entropy of each target in nats, [B, L]."""
     return token_losses(logits_BLV, targets_BL)[0]
 
 
 def token_losses(logits_BLV: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each target in nats and the logsumexp of its logits, [B, L] each."""
-    nats_N, partition_N = _CrossEntropy.apply(logits_BLV.flatten(0, 1), targets_BL.flatten())
-    return nats_N.view(targets_BL.shape), partition_N.view(targets_BL.shape)
+    nll_N, log_z_N = _CrossEntropy.apply(logits_BLV.flatten(0, 1), targets_BL.flatten())
+    return nll_N.view(targets_BL.shape), log_z_N.view(targets_BL.shape)
 
 
 def head_losses(x_BLD: Tensor, weight_VD: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
     """`token_losses` of the logits x W^T, computed for HEAD_ROWS rows at a time, and again in the backward pass."""
-    nats_N, partition_N = _Head.apply(x_BLD.flatten(0, 1), weight_VD, targets_BL.flatten())
-    return nats_N.view(targets_BL.shape), partition_N.view(targets_BL.shape)
+    nll_N, log_z_N = _Head.apply(x_BLD.flatten(0, 1), weight_VD, targets_BL.flatten())
+    return nll_N.view(targets_BL.shape), log_z_N.view(targets_BL.shape)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -37,15 +37,15 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        nats_N, partition_N = _losses(logits_NV, targets_N)
-        ctx.save_for_backward(logits_NV, targets_N, partition_N)
-        return nats_N, partition_N
+        nll_N, log_z_N = _losses(logits_NV, targets_N)
+        ctx.save_for_backward(logits_NV, targets_N, log_z_N)
+        return nll_N, log_z_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_nats_N: Tensor, d_partition_N: Tensor) -> tuple[Tensor, None]:
-        logits_NV, targets_N, partition_N = ctx.saved_tensors
-        return _d_logits(logits_NV, targets_N, partition_N, d_nats_N, d_partition_N), None
+        logits_NV, targets_N, log_z_N = ctx.saved_tensors
+        return _d_logits(logits_NV, targets_N, log_z_N, d_nats_N, d_partition_N), None
 
 
 class _Head(torch.autograd.Function):
@@ -55,18 +55,18 @@ class _Head(torch.autograd.Function):
     def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
         pieces = zip(x_ND.split(HEAD_ROWS), targets_N.split(HEAD_ROWS), strict=True)
         losses = [_losses(x @ weight_VD.T, targets) for x, targets in pieces]
-        nats_N, partition_N = (torch.cat(parts) for parts in zip(*losses, strict=True))
-        ctx.save_for_backward(x_ND, weight_VD, targets_N, partition_N)
-        return nats_N, partition_N
+        nll_N, log_z_N = (torch.cat(parts) for parts in zip(*losses, strict=True))
+        ctx.save_for_backward(x_ND, weight_VD, targets_N, log_z_N)
+        return nll_N, log_z_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_nats_N: Tensor, d_partition_N: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        x_ND, weight_VD, targets_N, partition_N = ctx.saved_tensors
+        x_ND, weight_VD, targets_N, log_z_N = ctx.saved_tensors
         d_x_ND = torch.empty_like(x_ND)
         is_trained = ctx.needs_input_grad[1]
-        d_weight_VD = torch.zeros_like(weight_VD, dtype=partition_N.dtype) if is_trained else None
-        parts = (x_ND, targets_N, partition_N, d_nats_N, d_partition_N, d_x_ND)
+        d_weight_VD = torch.zeros_like(weight_VD, dtype=log_z_N.dtype) if is_trained else None
+        parts = (x_ND, targets_N, log_z_N, d_nats_N, d_partition_N, d_x_ND)
         for x, targets, partition, d_nats, d_partition, d_x in zip(
             *(part.split(HEAD_ROWS) for part in parts), strict=True
         ):
@@ -79,16 +79,14 @@ class _Head(torch.autograd.Function):
 
 def _losses(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(logits_NV.dtype, torch.float32)
-    partition_N = torch.cat([rows.to(wide).logsumexp(-1) for rows in logits_NV.split(ROWS)])
-    return partition_N - logits_NV.gather(-1, targets_N[:, None])[:, 0], partition_N
+    log_z_N = torch.cat([rows.to(wide).logsumexp(-1) for rows in logits_NV.split(ROWS)])
+    return log_z_N - logits_NV.gather(-1, targets_N[:, None])[:, 0], log_z_N
 
 
-def _d_logits(
-    logits_NV: Tensor, targets_N: Tensor, partition_N: Tensor, d_nats_N: Tensor, d_partition_N: Tensor
-) -> Tensor:
+def _d_logits(logits_NV: Tensor, targets_N: Tensor, log_z_N: Tensor, d_nats_N: Tensor, d_partition_N: Tensor) -> Tensor:
     """The gradient of log Z is the softmax; that of the nats is the softmax minus 1 at the target."""
     d_logits_NV = torch.empty_like(logits_NV)
-    parts = (logits_NV, targets_N, partition_N, d_nats_N, d_nats_N + d_partition_N, d_logits_NV)
+    parts = (logits_NV, targets_N, log_z_N, d_nats_N, d_nats_N + d_partition_N, d_logits_NV)
     for logits, targets, partition, d_target, d_softmax, d_logits in zip(
         *(part.split(ROWS) for part in parts), strict=True
     ):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 BUCKETS = 32
-Part = Literal["embedding", "query", "matrices", "norms", "final_norm", "bias"]
+ParamGroup = Literal["embedding", "query", "matrices", "norms", "final_norm", "bias"]
 
 _MAX_NAMED = 8
 """Weights that an error names, per problem."""
@@ -72,14 +72,14 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def part_of(name: str) -> Part:
+def part_of(name: str) -> ParamGroup:
     """The part of the model that a weight belongs to; adapters are matrices."""
     last = name.removesuffix(".weight").rpartition(".")[2]
     if last == "scale":
         return "final_norm" if name == "final_norm.scale" else "norms"
     if last == "relative_bias":
         return "bias"
-    return cast("Part", last) if last in ("embedding", "query") else "matrices"
+    return cast("ParamGroup", last) if last in ("embedding", "query") else "matrices"
 
 
 def is_matrix(name: str) -> bool:

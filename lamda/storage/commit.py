@@ -149,7 +149,7 @@ def require_none(folder: Path, *, noted: int | None) -> None:
 
 def verify(path: Path, *, world: World, progress: Progress = lambda: None) -> str | None:
     """The damage of a checkpoint, or None. The ranks share the hashing. Raises UserError on all ranks."""
-    found = agree(world, lambda: problem_of(path, part=world.rank, parts=world.size, progress=progress))
+    found = agree(world, lambda: problem_of(path, part=world.rank, parts=world.world_size, progress=progress))
     return next((problem for problem in gather(found) if problem is not None), None)
 
 

@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 from lamda.config.errors import UserError
 from lamda.console import Progress, visible
 from lamda.data.card import load_card
-from lamda.data.held_out import HeldOut, Row, micro_batches
+from lamda.data.held_out import EvalRow, HeldOut, micro_batches
 from lamda.data.tokenizer import Tokenizer
 from lamda.engines.protocol import Scorer
 from lamda.inference.loading import load_model, saved_config
 from lamda.model import LaMDA
-from lamda.model.loss import token_nats
+from lamda.model.loss import token_nll
 from lamda.storage.run_log import each_bad_line_once
 
 Nats = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""(inputs_BL, targets_BL, documents_BL) -> nats_BL on the model's device."""
+"""(inputs_BL, targets_BL, documents_BL) -> nll_BL on the model's device."""
 
 
 Sum = Callable[[NDArray[np.float64]], NDArray[np.float64]]
@@ -38,10 +38,10 @@ class ScoreOptions(TypedDict, total=False):
     device: Required[torch.device]
     micro_batch: Required[int]
     rank: int
-    world: int
+    world_size: int
     rows: int | None
     total: Sum
-    scored: Callable[[int], object]
+    on_progress: Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class HeldOutText:
 
     def score(self, model: Scorer, **options: Unpack[ScoreOptions]) -> Scores:
         """See `evaluate`."""
-        return evaluate(self.text, model.nats, **options)
+        return evaluate(self.text, model.nll, **options)
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ class TorchScorer:
         """[B, L, V]."""
         return self.model(inputs_BL)
 
-    def nats(
+    def nll(
         self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor, documents_BL: torch.Tensor | None = None
     ) -> torch.Tensor:
         """[B, L], the cross-entropy of each target."""
-        return token_nats(self.model(inputs_BL, documents_BL), targets_BL)
+        return token_nll(self.model(inputs_BL, documents_BL), targets_BL)
 
 
 @dataclass(frozen=True)
@@ -136,20 +136,20 @@ def evaluate(
     device: torch.device,
     micro_batch: int,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     rows: int | None = None,
     total: Sum = lambda sums: sums,
-    scored: Callable[[int], object] = lambda rows: None,
+    on_progress: Callable[[int], object] = lambda rows: None,
 ) -> Scores:
     """Score the first `rows` rows (default: all), shared among the ranks in turn.
 
-    scored: called with the number of rows that this rank has just finished. Ranks without rows run an empty
+    on_progress: called with the number of rows that this rank has just finished. Ranks without rows run an empty
     micro-batch, because the model's collectives (ZeRO-3) need every rank.
     """
     domains: list[str] = []
     stream = islice(held_out.rows(domains), rows)
     sums = np.zeros((3, 0))
-    for batch in micro_batches(stream, size=micro_batch, rank=rank, world=world):
+    for batch in micro_batches(stream, size=micro_batch, rank=rank, world_size=world_size):
         sums = _padded(sums, len(domains))
         sums += _score(
             batch,
@@ -160,13 +160,13 @@ def evaluate(
             domains=len(domains),
             separated=held_out.document_mask,
         )
-        scored(len(batch))
+        on_progress(len(batch))
     nats_sum, targets, utf8_bytes = total(_padded(sums, len(domains)))
     return Scores(tuple(domains), nats_sum, targets.astype(np.int64), utf8_bytes.astype(np.int64))
 
 
 def _score(
-    batch: Sequence[Row],
+    batch: Sequence[EvalRow],
     nats: Nats,
     *,
     device: torch.device,
@@ -187,9 +187,9 @@ def _score(
     losses = nats(tokens[:, :-1], tokens[:, 1:], documents_BL).double().cpu().numpy()
     sums = np.zeros((3, domains))
     for place, row in enumerate(batch):
-        scored = row.domains[row.scored]
-        sums[0] += np.bincount(scored, weights=losses[place][row.scored], minlength=domains)
-        sums[1] += np.bincount(scored, minlength=domains)
+        domains_of_targets = row.domains[row.loss_mask]
+        sums[0] += np.bincount(domains_of_targets, weights=losses[place][row.loss_mask], minlength=domains)
+        sums[1] += np.bincount(domains_of_targets, minlength=domains)
         sums[2, : len(row.utf8_bytes)] += row.utf8_bytes
     return sums
 
@@ -239,7 +239,9 @@ def evaluate_checkpoint(path: Path, *, files: str | None) -> dict[str, Any]:
         each_bad_line_once(),  # the rows are counted first
         Progress("evaluating", total=held_out.rows(None), unit="rows") as shown,
     ):
-        scores = held_out.score(model, device=device, micro_batch=config.train.micro_batch_size, scored=shown.advance)
+        scores = held_out.score(
+            model, device=device, micro_batch=config.train.micro_batch_size, on_progress=shown.advance
+        )
     if not scores.utf8_bytes.sum():
         raise UserError(f"there is no text to score: {files or 'data.eval_files'} has empty documents alone")
     return {"checkpoint": str(path), **scores.report()}

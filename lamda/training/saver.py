@@ -99,7 +99,7 @@ class Saver:
 
         completed_parts: sum over the ranks.
         """
-        if self._job is None or completed_parts < self._jobs * self._world.size:
+        if self._job is None or completed_parts < self._jobs * self._world.world_size:
             return None
         return self._next_part(self._job)
 
@@ -114,7 +114,7 @@ class Saver:
     def _wait(self, job: _Job) -> None:
         """Wait for a part and report its progress: pieces that are synced and hashed, files that grow or disappear."""
         before = None
-        while not job.wait(max(POLL_SECONDS, POLL_SECONDS_PER_RANK * self._world.size)):
+        while not job.wait(max(POLL_SECONDS, POLL_SECONDS_PER_RANK * self._world.world_size)):
             now = self._pieces, _sizes(self._folder)
             if now != before:
                 self._progress()
@@ -148,14 +148,14 @@ class Saver:
             lost = [problem for _, problem in found if isinstance(problem, LostLockError)]
             if lost:  # the folder is another process's by now
                 raise lost[0]
-            if self._world.is_main:
+            if self._world.is_main_process:
                 shutil.rmtree(self._temporary, ignore_errors=True)
             return SaveResult(self._state.step, self._final, "; ".join(failures))
         if self._is_written:
             return SaveResult(self._state.step, self._final)
         self._is_written = True
         files = {name: entry for part, _ in found for name, entry in part.items()}
-        self._start(lambda: self._commit(files) if self._world.is_main else {})
+        self._start(lambda: self._commit(files) if self._world.is_main_process else {})
         return None
 
     def _make_room(self, size: int) -> str | LostLockError | None:
@@ -177,7 +177,7 @@ class Saver:
     def _write(self, write: Callable[[], list[Path]]) -> dict[str, Any]:
         """Write this rank's files; returns their entries in the manifest."""
         folder, files = self._temporary, write()
-        if self._world.is_main:
+        if self._world.is_main_process:
             self._state.write(folder / "run_state.json")
             (folder / "config.yaml").write_text(to_yaml(self._config), "utf-8")
             shutil.copyfile(self._tokenizer, folder / "tokenizer.model")
@@ -195,7 +195,7 @@ class Saver:
         self._sync_rows()
         content = {
             "step": self._state.step,
-            "ranks": self._world.size,
+            "ranks": self._world.world_size,
             **self._engine.manifest_entries(),
             "model": self._config.model.dimensions,
             "optimizer": self._config.train.optimizer,

@@ -67,9 +67,9 @@ def train(
     with ExitStack() as stack:
         stack.callback(distributed.stop)
         device = framework.start(config, world)
-        if distributed.on_main(world, directory.create) and world.is_main:
+        if distributed.on_main(world, directory.create) and world.is_main_process:
             stack.push(directory.forget_refused)
-        stack.enter_context(run_log(directory.log, is_main=world.is_main))
+        stack.enter_context(run_log(directory.log, is_main=world.is_main_process))
         lock = directory.lock()
         distributed.on_main(world, lambda: stack.enter_context(lock) and None)
         distributed.on_main(world, lambda: clear_heartbeats(directory.heartbeats))
@@ -84,7 +84,7 @@ def train(
         except (LostLockError, ReportedElsewhereError, FailedElsewhereError):
             raise  # another process, or rank 0, writes status.json
         except (UserError, UnreadableError) as error:
-            if world.is_main and not attempt.is_training:
+            if world.is_main_process and not attempt.is_training:
                 attempt.reject(str(error))
             else:
                 attempt.end("failed", reason=f"rank {world.rank}: {error}")
@@ -184,22 +184,24 @@ class _Start:
         guard: Guard,
     ) -> int:
         config, world, directory, watchdog = self.config, self.world, self.directory, guard.watchdog
-        if world.is_main:
+        if world.is_main_process:
             with BestEffort(f"{directory.config} cannot be written"):
                 replace_file(directory.config, to_yaml(config))
         steps = total_steps(config, state)
         self.attempt.train(step=state.step, steps=steps)
         self.signals.note(lambda number: self._hurry(number, watchdog))
         with ExitStack() as stack:
-            progress = stack.enter_context(TrainingProgress(done=state.step, steps=steps, visible=world.is_main))
+            progress = stack.enter_context(
+                TrainingProgress(done=state.step, steps=steps, visible=world.is_main_process)
+            )
             if checkpoint is not None:
                 progress.say(f"continuing from {checkpoint}")
             if engine.is_compiled:
                 progress.say("the first step compiles the model, a minute or so")
-            logger = RunLogger(config, directory, state, progress, enabled=world.is_main)
+            logger = RunLogger(config, directory, state, progress, enabled=world.is_main_process)
             self.logger = stack.enter_context(logger)
             before = None if checkpoint is None else settings_of(checkpoint)
-            for remark in remarks(config, state, before=before) if world.is_main else ():
+            for remark in remarks(config, state, before=before) if world.is_main_process else ():
                 log.warning("%s", remark)
             stack.callback(watchdog.close)  # W&B's last uploads have a time limit of their own
             stack.enter_context(logger.profile)
@@ -240,9 +242,9 @@ class _Start:
                 f"stopped after step {trainer.state.step}, all of it saved: {stopped}; the same command continues{rest}"
             )
         trainer.guard.requests.obeyed()
-        if self.world.is_main and stopped is None:
+        if self.world.is_main_process and stopped is None:
             self.attempt.end("finished", **steps)
-        elif self.world.is_main:
+        elif self.world.is_main_process:
             self.attempt.end("preempted", **steps, reason=stopped)
         code = 0 if stopped is None else STOP_EXIT
         self.signals.leave_at_once(exit_code=code)
@@ -250,7 +252,7 @@ class _Start:
 
     def _hurry(self, number: signal.Signals, watchdog: Watchdog) -> None:
         watchdog.hurry(STOP_TIMEOUT_SECONDS, during=STEP_POINTS)
-        if number == signal.SIGINT and self.world.is_main:
+        if number == signal.SIGINT and self.world.is_main_process:
             with suppress(OSError):  # not `print`: the signal may interrupt one
                 os.write(2, b"\nstopping after this step, with a checkpoint; press Ctrl-C again to leave at once\n")
 
@@ -267,7 +269,7 @@ def _show_results(trainer: Trainer) -> str | None:
     guard.mark("finish", step=trainer.state.step)
     then = "the run is complete without it"
     with BestEffort("the last table cannot be made", errors=Exception, then=then):
-        if evaluator.scores is not None and trainer.world.is_main:
+        if evaluator.scores is not None and trainer.world.is_main_process:
             with computing(guard.watchdog.progress):
                 for line in evaluator.task.summary(evaluator.scores):
                     say(line)
@@ -278,7 +280,7 @@ def _show_results(trainer: Trainer) -> str | None:
         return reason
     # No BestEffort: if one rank failed alone, the others would wait for it.
     sample = evaluator.task.sample(trainer.engine, evaluator.tokenizer)
-    if trainer.world.is_main:
+    if trainer.world.is_main_process:
         say(f"a continuation, as it came:\n{sample}")
         file = trainer.directory.samples / f"step-{trainer.state.step:08d}.txt"
         with BestEffort(f"{file} cannot be written", then=then):

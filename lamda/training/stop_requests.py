@@ -123,7 +123,7 @@ class StopRequests:
 
     def discard_old(self) -> None:
         """Delete a RUN/STOP that was meant for a run that has ended."""
-        if self._world.is_main:
+        if self._world.is_main_process:
             with self._looking:
                 self._file.unlink(missing_ok=True)
 
@@ -131,7 +131,7 @@ class StopRequests:
         """Why the run should stop, as far as this rank knows."""
         if self._signals.requested is not None:
             return self._signals.requested
-        if self._world.is_main:
+        if self._world.is_main_process:
             with self._looking:
                 if self._file.exists():
                     return BY_FILE
@@ -143,7 +143,7 @@ class StopRequests:
 
     def obeyed(self) -> None:
         """Delete RUN/STOP: the run has saved and exits."""
-        if self._world.is_main:
+        if self._world.is_main_process:
             with self._looking:
                 self._file.unlink(missing_ok=True)
 
@@ -172,7 +172,7 @@ class Attempt:
     def train(self, *, step: int, steps: int) -> None:
         """Record that training begins after `step`."""
         self.is_training = True
-        if self._world.is_main:
+        if self._world.is_main_process:
             self._directory.write_status("running", step=step, steps=steps)
 
     def end(self, status: Literal["finished", "preempted", "failed"], **details: Any) -> None:
@@ -182,7 +182,7 @@ class Attempt:
 
     def reject(self, reason: str) -> None:
         """A rejected start changes nothing: restore the previous status."""
-        if self._world.is_main:
+        if self._world.is_main_process:
             if self.found:
                 self._directory.restore_status(self.found)
             else:

@@ -60,7 +60,7 @@ class Evaluation(Protocol):
     """Held-out data of a run."""
 
     def rows(self, limit: int | None) -> Iterable[object]:
-        """As many objects as `score` will report to `scored`, over all ranks."""
+        """As many objects as `score` will report to `on_progress`, over all ranks."""
         ...
 
     def score(self, model: Scorer, **options: Unpack[ScoreOptions]) -> Scores:
@@ -189,10 +189,10 @@ class Evaluator:
         world, rows = self.engine.world, self._num_rows(batches)
         total, done = self._rows_scored.get(rows) or self.held_out.rows(rows), 0
 
-        def scored(local: int) -> None:
+        def on_progress(local: int) -> None:
             nonlocal done
-            done += local * world.size
-            advance(local * world.size)
+            done += local * world.world_size
+            advance(local * world.world_size)
 
         with self.logger.long_job("evaluating", total=total, unit="rows") as advance, self.engine.eval_mode():
             scores = self.held_out.score(
@@ -200,10 +200,10 @@ class Evaluator:
                 device=self.engine.device,
                 micro_batch=self.engine.config.train.micro_batch_size,
                 rank=world.rank,
-                world=world.size,
+                world_size=world.world_size,
                 rows=rows,
                 total=self._all_reduce,
-                scored=scored,
+                on_progress=on_progress,
             )
         self._rows_scored[rows] = done
         return scores
@@ -248,11 +248,11 @@ class _Watched:
         self.on_batch()
         return self.model.logits(inputs_BL)
 
-    def nats(
+    def nll(
         self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor, documents_BL: torch.Tensor | None = None
     ) -> torch.Tensor:
         self.on_batch()
-        return self.model.nats(inputs_BL, targets_BL, documents_BL)
+        return self.model.nll(inputs_BL, targets_BL, documents_BL)
 
 
 class Pretraining:

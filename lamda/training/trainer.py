@@ -12,7 +12,7 @@ import torch
 
 from lamda.config.errors import DataError, DataUnavailableError, RunError
 from lamda.config.schema import Config
-from lamda.data.loader import Loader, Step
+from lamda.data.loader import Loader, StepBatch
 from lamda.data.quarantine import Quarantined, QuarantineFile
 from lamda.data.windows import SourceOrder
 from lamda.distributed import World, broadcast, gather, on_main
@@ -34,7 +34,7 @@ from lamda.training.watchdog import Guard
 class FetchedBatch(NamedTuple):
     """A batch of the loader, how long the loop waited for it, and when it began to wait (`time.monotonic`)."""
 
-    step: Step
+    step: StepBatch
     wait_seconds: float
     began: float
 
@@ -62,7 +62,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self._quarantine = QuarantineFile(self.directory.quarantine)
         self._windows = WindowLog(self.directory.order)
-        if self.world.is_main:
+        if self.world.is_main_process:
             self._windows.begin(self.state.order)
 
     @property
@@ -200,7 +200,7 @@ class Trainer:
         began = time.monotonic()
         self._mark("save", step=self.state.step)
         quarantined = gather(loader.quarantined())
-        if self.world.is_main:
+        if self.world.is_main_process:
             self.report_bad_lines(chain.from_iterable(quarantined))
         self.report_save(self.saver.finish())
         result = self.saver.begin(replace(self.state, order=loader.order()))
@@ -248,16 +248,17 @@ class Trainer:
 
     def loss_history(self) -> AnomalyDetector:
         """The anomaly detector after all steps so far, the same on every rank."""
-        rows = read_metrics(self.directory.metrics) if self.world.is_main else []
+        rows = read_metrics(self.directory.metrics) if self.world.is_main_process else []
         return AnomalyDetector(self.config.train, broadcast([(row["loss"], row["skipped_steps"]) for row in rows]))
 
     def check_weights(self) -> None:
         """Raise RunError if the weights of a rank are corrupted, where `run.weight_check_every` asks for a check."""
         every = self.config.run.weight_check_every
         if every is not None and self.state.step % every == 0 and (ranks := self.engine.corrupted_ranks()):
+            listed = ", ".join(map(str, ranks))
             raise RunError(
-                f"step {self.state.step}: the weights of rank {', '.join(map(str, ranks))} of {self.world.size} do not "
-                f"match the optimizer's weights: suspect faulty memory or a faulty device. {self._resume_point()}"
+                f"step {self.state.step}: the weights of rank {listed} of {self.world.world_size} do not match the "
+                f"optimizer's weights: suspect faulty memory or a faulty device. {self._resume_point()}"
             )
 
     def report_save(self, result: SaveResult | None) -> None:
@@ -285,20 +286,20 @@ class Trainer:
 
     def recorded_metrics(self) -> dict[str, float]:
         """`eval/...` of the last step from metrics.jsonl, on rank 0: a previous start may have evaluated it."""
-        rows = read_metrics(self.directory.metrics)[-1:] if self.world.is_main else []
+        rows = read_metrics(self.directory.metrics)[-1:] if self.world.is_main_process else []
         return {
             name: value for row in rows for name, value in row.items() if name.startswith("eval/") and value is not None
         }
 
     def _resume_point(self) -> str:
         """What the same command would continue from, as a sentence, on rank 0."""
-        found = commit.complete(self.directory.checkpoints) if self.world.is_main else []
+        found = commit.complete(self.directory.checkpoints) if self.world.is_main_process else []
         if not found:
             return "No checkpoint is complete yet: the same command would begin with step 1"
         return f"{found[-1].name} is complete: the same command would continue from it"
 
     def _keep_window(self, source: int, order: SourceOrder) -> None:
-        if self.world.is_main:
+        if self.world.is_main_process:
             self._windows.add(source, order)
 
     def _mark(self, phase: str, tensor: torch.Tensor | None = None, *, step: int | None = None) -> None:

@@ -215,7 +215,7 @@ class Watchdog:
 
     def _look(self) -> dict[int, Heartbeat]:
         found = {}
-        for rank in range(self._world.size):
+        for rank in range(self._world.world_size):
             with suppress(OSError, ValueError):
                 found[rank] = Heartbeat(**json.loads(self._path(rank).read_text("utf-8")))
         found[self._world.rank] = self._heart()  # even if it could not be written

@@ -64,9 +64,9 @@ def narrow(*more):
 
 def a_batch():
     ids_BL = torch.randint(400, (4, 17), generator=torch.Generator().manual_seed(1))
-    scored_BL = torch.ones(4, 16, dtype=torch.bool)
-    scored_BL[1, 9:] = False
-    return [(ids_BL[:2], scored_BL[:2]), (ids_BL[2:], scored_BL[2:])]
+    loss_mask_BL = torch.ones(4, 16, dtype=torch.bool)
+    loss_mask_BL[1, 9:] = False
+    return [(ids_BL[:2], loss_mask_BL[:2]), (ids_BL[2:], loss_mask_BL[2:])]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -117,22 +117,22 @@ def test_bf16_gives_nearly_the_same_loss(name):
 
 def test_a_loss_is_the_mean_over_all_scored_targets(rows):
     learner = make_learner("llama", rows.config, rate=5e-3, device=CPU.device)
-    ids_BL, scored_BL = (torch.cat(parts) for parts in zip(*a_batch(), strict=True))
-    nats_BL = functional.cross_entropy(learner.logits(ids_BL[:, :-1]).transpose(1, 2), ids_BL[:, 1:], reduction="none")
+    ids_BL, loss_mask_BL = (torch.cat(parts) for parts in zip(*a_batch(), strict=True))
+    nll_BL = functional.cross_entropy(learner.logits(ids_BL[:, :-1]).transpose(1, 2), ids_BL[:, 1:], reduction="none")
     loss = float(train_step(learner, a_batch(), CPU, step=1, steps=9))
-    assert loss == pytest.approx(nats_BL[scored_BL].mean().item(), rel=1e-5)
+    assert loss == pytest.approx(nll_BL[loss_mask_BL].mean().item(), rel=1e-5)
     held = rows.held_out
     with torch.no_grad():
         logits_BVL = learner.logits(held.ids[:20, :-1]).transpose(1, 2)
-    nats_BL = functional.cross_entropy(logits_BVL, held.ids[:20, 1:], reduction="none") * held.scored[:20]
+    nll_BL = functional.cross_entropy(logits_BVL, held.ids[:20, 1:], reduction="none") * held.scored[:20]
     found = evaluate(learner, held, CPU, rows=20)
-    np.testing.assert_allclose(found[:, 0], nats_BL.sum(1), rtol=1e-5)
+    np.testing.assert_allclose(found[:, 0], nll_BL.sum(1), rtol=1e-5)
     np.testing.assert_array_equal(found[:, 1], held.scored[:20].sum(1))
 
 
 def test_the_last_held_out_row_is_padded_and_not_scored(rows):
-    assert rows.held_out.scored.sum() < rows.held_out.scored.numel()
-    assert rows.held_out.scored.all(1).sum() == len(rows.held_out.scored) - 1
+    assert rows.held_out.loss_mask.sum() < rows.held_out.loss_mask.numel()
+    assert rows.held_out.loss_mask.all(1).sum() == len(rows.held_out.loss_mask) - 1
     assert rows.held_out.utf8_bytes == sum(len(text.encode()) for text in HELD_OUT)
 
 

@@ -31,7 +31,7 @@ def test_a_step_is_measured_beside_the_matrix_rate_and_a_plain_loop(tmp_path, to
     }  # fmt: skip
     words = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
     own = ["--steps", "3", "--gemm-seconds", "0.3", "--plain", "--json", str(tmp_path / "train.json")]
-    (done,) = run_ranks(["scripts/benchmark.py", "train", *own, *words], world=1)
+    (done,) = run_ranks(["scripts/benchmark.py", "train", *own, *words], world_size=1)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "train.json").read_text())
     assert report["tokens_per_second"] == pytest.approx(4 * 32 / report["step_seconds"])

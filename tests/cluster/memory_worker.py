@@ -15,7 +15,7 @@ import torch
 
 from lamda import distributed
 from lamda.config.schema import Config
-from lamda.data.loader import MicroBatch, Step
+from lamda.data.loader import MicroBatch, StepBatch
 from lamda.engines.deepspeed.engine import Engine
 from tests.cluster.storages import Storages
 
@@ -46,12 +46,12 @@ def alive(*, beside: set[int]) -> int:
     return size([*tensors, *(each.grad for each in tensors if each.is_leaf and each.grad is not None)])
 
 
-def batch(world: distributed.World) -> Step:
+def batch(world: distributed.World) -> StepBatch:
     """Two rows of this rank's."""
     every, none = np.ones((1, LENGTH), bool), np.zeros((1, LENGTH), np.int16)
     parts = tuple(MicroBatch(np.full((1, LENGTH + 1), at, np.uint32), every, none) for at in range(ACCUMULATION))
     own_rows = np.arange(ACCUMULATION) + ACCUMULATION * world.rank
-    return Step(parts, own_rows, np.zeros((ACCUMULATION, 32), np.uint8), 0)
+    return StepBatch(parts, own_rows, np.zeros((ACCUMULATION, 32), np.uint8), 0)
 
 
 def measure(preset: str, case: dict, world: distributed.World, device: torch.device, folder: Path) -> dict:
@@ -61,7 +61,7 @@ def measure(preset: str, case: dict, world: distributed.World, device: torch.dev
     there, found = known(), {}
     beside = {id(each) for each in there}
     with Storages() as storages:
-        engine = Engine(config(preset, file, ranks=world.size), world=world, device=device)
+        engine = Engine(config(preset, file, ranks=world.world_size), world=world, device=device)
         base = engine.deepspeed.basic_optimizer
         found["weights"] = size(getattr(each, "ds_tensor", each) for each in engine.model.parameters())
         groups = [parameter for group in base.param_groups for parameter in group["params"]]
@@ -95,7 +95,7 @@ def main() -> None:
     world = distributed.read_world()
     device = distributed.start(world, threads=1)
     found = [measure(preset, case, world, device, out.parent) for case in cases]
-    if world.is_main:
+    if world.is_main_process:
         out.write_text(json.dumps(found))
     distributed.stop()
 

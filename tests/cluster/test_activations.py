@@ -11,7 +11,7 @@ from lamda.config import ModelConfig
 from lamda.model import LaMDA, decoder
 from lamda.model.attention import sdpa
 from lamda.model.counts import flops_per_token
-from lamda.model.initialization import initialise
+from lamda.model.initialization import initialize_weights
 from lamda.model.loss import ROWS, token_losses
 from tests.cluster.storages import Storages
 
@@ -54,7 +54,7 @@ def run(monkeypatch):
     def build(*, recompute="none", dtype=torch.bfloat16, documents=False, **keys):
         monkeypatch.setattr(decoder.Block, "forward", FORWARDS[recompute])
         model = LaMDA(ModelConfig(**{"preset": "tiny", "n_layers": 2, "vocab_size": V, **keys}))
-        initialise(model, seed=0)
+        initialize_weights(model, seed=0)
         model.to(dtype)
         ids = torch.arange(B * L).view(B, L) % model.config.vocab_size
 

@@ -34,7 +34,7 @@ def test_no_rank_reads_more_lanes_than_that(tmp_path, tokenizer, ranks, monkeypa
     for rank in range(ranks):
         with Loader(
             corpus, tokenizer, packing=packing_of(config), seed=0, batch=4 * ranks, micro_batch=1, rank=rank,
-            world=ranks, exchange=lambda own: [own],
+            world_size=ranks, exchange=lambda own: [own],
         ) as loader:  # fmt: skip
             read.append(len(loader._own[0] | loader._near[0]))
     rates = data_rates(config, ranks=ranks, tokens_per_second=64e6)

@@ -39,7 +39,7 @@ def subject(tmp_path):
         }
     )
     (tmp_path / "run").mkdir()
-    return Subject(config, World(size=4, local_size=2, launched=True), torch.device("cpu"))
+    return Subject(config, World(world_size=4, local_world_size=2, launched=True), torch.device("cpu"))
 
 
 def changed(subject, **sections):
@@ -93,7 +93,7 @@ def test_a_gpu_that_is_missing_or_shared_is_named(subject, monkeypatch):
     assert hardware.gpu(subject) == ok(f"H9, driver 570.1, CUDA {torch.version.cuda}, NCCL 2.30.1, 80 GB")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (40e9, 80e9))
     assert "40 of 80 GB are in use" in hardware.gpu(subject).text
-    second = Subject(subject.config, World(rank=1, local_rank=1, size=4, local_size=2), subject.device)
+    second = Subject(subject.config, World(rank=1, local_rank=1, world_size=4, local_world_size=2), subject.device)
     assert "torch sees 1" in hardware.gpu(second).text
 
 
@@ -227,7 +227,7 @@ def test_wandb_is_asked_only_where_the_run_will_and_never_fails_it(subject, monk
 
 def test_ranks_that_cannot_share_the_batch_are_told_by_the_doctor_as_well(subject):
     (check,) = (check for check in doctor.checks() if check.name == "batch")
-    odd = Subject(subject.config, World(size=3), subject.device)
+    odd = Subject(subject.config, World(world_size=3), subject.device)
     assert doctor.run(check, subject).level == "ok"
     assert doctor.run(check, odd).text.startswith("3 ranks cannot share 16 micro-batches")
 

@@ -43,7 +43,7 @@ def measure(preset, folder, *, timeout=900):
     """A dict of figures for each case, in order."""
     (folder / "cases.json").write_text(json.dumps([deepspeed_of(preset, case) for case in CASES]))
     arguments = [WORKER, preset, str(folder / "cases.json"), str(folder / "found.json")]
-    ranks = run_ranks(arguments, world=RANKS, timeout=timeout)
+    ranks = run_ranks(arguments, world_size=RANKS, timeout=timeout)
     assert all(rank.returncode == 0 for rank in ranks), "\n".join(rank.stderr[-2500:] for rank in ranks)
     return dict(zip(CASES, json.loads((folder / "found.json").read_text()), strict=True))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lamda.cluster.compare import FirstDifference, compare_checkpoints, compare_runs, optimiser_state_of, weights_of
+from lamda.cluster.compare import FirstDifference, compare_checkpoints, compare_runs, optimizer_state_of, weights_of
 from lamda.cluster.prove_resume import Proof, Trial, choose_ranks, main, rounding_hint, table
 from lamda.config import Config
 from lamda.config.errors import UserError
@@ -168,7 +168,7 @@ def test_state_of_another_framework_is_an_error_and_not_equal_to_its_like(tmp_pa
 def test_runs_without_a_common_checkpoint_are_not_called_equal(straight, tmp_path):
     other = make_run(tmp_path / "other", steps=2)
     (other.checkpoints / "step-00000002").rename(other.checkpoints / "step-00000003")
-    for read in (weights_of, optimiser_state_of):
+    for read in (weights_of, optimizer_state_of):
         with pytest.raises(UserError, match="no checkpoint in common"):
             compare_checkpoints(straight.checkpoints, other.checkpoints, read)
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from lamda.config.schema import Config
 from lamda.data.block_files import BlockFolder
 from lamda.data.corpus import Corpus, packing_of
-from lamda.data.loader import Loader, Step, batch_digest
+from lamda.data.loader import Loader, StepBatch, batch_digest
 from lamda.data.order import next_samples
 from lamda.data.quarantine import Quarantined, first_of
 from lamda.data.windows import SourceOrder, Window
@@ -98,8 +98,8 @@ class Run:
 
 
 class _Exchange:
-    def __init__(self, world: int) -> None:
-        self.barrier, self._values = Barrier(world, timeout=60), [None] * world
+    def __init__(self, world_size: int) -> None:
+        self.barrier, self._values = Barrier(world_size, timeout=60), [None] * world_size
 
     def of(self, rank: int) -> Callable[[Any], list[Any]]:
         def exchange(value: Any) -> list[Any]:
@@ -118,8 +118,8 @@ def read(
     tokenizer: Any,
     *,
     count: int | None = None,
-    until: Callable[[Step], bool] | None = None,
-    world: int = 1,
+    until: Callable[[StepBatch], bool] | None = None,
+    world_size: int = 1,
     after: Run | None = None,
     skipped: Sequence[tuple[int, int]] = (),
     threads: int = 1,
@@ -130,18 +130,19 @@ def read(
     """The next `count` steps on `world` ranks, or those until one; after a run, as its checkpoint says."""
     batch = config.train.global_batch_size
     consumed, order = (after.consumed, after.order) if after else (0, ())
-    exchange, errors, windows = _Exchange(world), [], []
+    exchange, errors, windows = _Exchange(world_size), [], []
     loaders = [
         Loader(
             corpus, tokenizer, packing=packing_of(config), seed=config.run.seed, batch=batch,
-            micro_batch=config.train.micro_batch_size, rank=rank, world=world, consumed=consumed, skipped=skipped,
+            micro_batch=config.train.micro_batch_size, rank=rank, world_size=world_size, consumed=consumed,
+            skipped=skipped,
             order=[saved(each) for each in order] if with_order else (), exchange=exchange.of(rank), threads=threads,
             domains=domains, document_mask=config.data.separates_documents, ready=ready,
             on_window=lambda source, known, rank=rank: rank or windows.append((source, known.windows[-1])),
         )
-        for rank in range(world)
+        for rank in range(world_size)
     ]  # fmt: skip
-    found: list[list[Step]] = [[] for _ in loaders]
+    found: list[list[StepBatch]] = [[] for _ in loaders]
 
     def run(rank: int) -> None:
         try:
@@ -153,7 +154,7 @@ def read(
             errors.append(error)
             exchange.barrier.abort()
 
-    ranks = [Thread(target=run, args=(rank,)) for rank in range(world)]
+    ranks = [Thread(target=run, args=(rank,)) for rank in range(world_size)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -170,7 +171,7 @@ def read(
     return result
 
 
-def _add(run: Run, parts: Sequence[Step], *, batch: int, skipped: Sequence[tuple[int, int]]) -> None:
+def _add(run: Run, parts: Sequence[StepBatch], *, batch: int, skipped: Sequence[tuple[int, int]]) -> None:
     """A step of all ranks: each of its samples is one rank's."""
     places = np.concatenate([part.positions for part in parts])
     assert sorted(places) == list(range(batch))

@@ -31,7 +31,7 @@ def test_ranks_read_their_lanes_ahead_after_the_weights_have_changed(tmp_path, m
         return get(reader, lane, window, part)
 
     monkeypatch.setattr(RowReader, "get", counted)
-    found = {world: read(config, corpus, Numbers(), count=60, world=world).digests for world in (1, 2, 4)}
+    found = {world: read(config, corpus, Numbers(), count=60, world_size=world).digests for world in (1, 2, 4)}
     assert found[1] == found[2] == found[4]
     assert (
         len(late) < 6
@@ -55,7 +55,7 @@ def test_a_document_that_changed_inside_a_window_of_the_checkpoint_is_found(
     lines[changed] = lines[changed].replace(b" ", b"1", words)  # of the same size, with fewer numbers
     path.write_bytes(b"".join(lines))
     with pytest.raises(DataError, match=r"0/a.jsonl, .*: the rows that follow are not those .* was changed"):
-        read(config, open_corpus(config.data), WideNumbers(), count=60, world=world, after=run)
+        read(config, open_corpus(config.data), WideNumbers(), count=60, world_size=world, after=run)
 
 
 class WideNumbers(Numbers):

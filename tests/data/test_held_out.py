@@ -26,7 +26,9 @@ FILES = [TEXTS[:2], TEXTS[2:]]
 
 def by_file(rows, domains=("a", "b")):
     """The rows of each file, whose texts are of one domain each."""
-    return [[row for row in rows if row.domains[row.scored].size and row.domains[0] == n] for n in range(len(domains))]
+    return [
+        [row for row in rows if row.domains[row.loss_mask].size and row.domains[0] == n] for n in range(len(domains))
+    ]
 
 
 def test_every_token_is_scored_once_in_the_order_of_its_file(held_out, tokenizer):
@@ -35,9 +37,9 @@ def test_every_token_is_scored_once_in_the_order_of_its_file(held_out, tokenizer
     assert domains == ["a", "b"]
     for number, (texts, own) in enumerate(zip(FILES, by_file(rows), strict=True)):
         documents = [[*tokenizer.encode(text), tokenizer.end_of_document] for text in texts]
-        scored = [int(token) for row in own for token in row.ids[1:][row.scored]]
+        scored = [int(token) for row in own for token in row.ids[1:][row.loss_mask]]
         assert scored == [token for document in documents for token in document]
-        assert {n for row in own for n in row.domains[row.scored].tolist()} == {number}
+        assert {n for row in own for n in row.domains[row.loss_mask].tolist()} == {number}
 
 
 def test_rows_come_from_all_files_in_turn(held_out):
@@ -56,7 +58,7 @@ def test_many_files_are_shared_out_and_read_once(tmp_path, tokenizer, monkeypatc
     rows = list(HeldOut((source,), tokenizer, 17).rows(domains))
     assert domains[:3] == ["0", "1", "2"]
     assert sorted(domains) == sorted(map(str, range(8)))
-    scored = sum(int(row.scored.sum()) for row in rows)
+    scored = sum(int(row.loss_mask.sum()) for row in rows)
     assert scored == sum(len(tokenizer.encode(make_text(number, 60))) + 1 for number in range(8))
 
 
@@ -75,7 +77,7 @@ def test_under_a_document_mask_an_input_is_of_its_targets_document(held_out, tok
     masked = list(replace(held_out, document_mask=True).rows([]))
     for row, other in zip(masked, plain, strict=True):
         assert np.array_equal(row.ids, other.ids)
-        assert np.array_equal(row.scored, other.scored)
+        assert np.array_equal(row.loss_mask, other.loss_mask)
         ends = row.ids[1:-1] == tokenizer.end_of_document
         changes = row.documents[1:] != row.documents[:-1]
         assert np.array_equal(changes, ends), "the end symbol is the first input of the next document, or of padding"
@@ -93,7 +95,7 @@ def test_bytes_of_all_rows_are_the_utf8_bytes_of_the_documents(held_out):
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_get_every_row_once_and_as_many_micro_batches(held_out, world):
     rows = list(held_out.rows([]))
-    parts = [list(micro_batches(iter(rows), size=2, rank=rank, world=world)) for rank in range(world)]
+    parts = [list(micro_batches(iter(rows), size=2, rank=rank, world_size=world)) for rank in range(world)]
     assert len({len(part) for part in parts}) == 1
     seen = [row for part in parts for batch in part for row in batch]
     assert sorted(map(id, seen)) == sorted(map(id, rows))

@@ -95,7 +95,7 @@ def opened(case, *, form=RAW_TEXT):
 def rows_of_epochs(run: Run, corpus, source: int) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """The ids and scored targets of each epoch of a source that the run has read to its end, in order."""
     sources, _ = corpus.mixture.rows(np.arange(run.consumed))
-    ids, scored = (np.concatenate(each)[sources == source] for each in (run.ids, run.scored))
+    ids, scored = (np.concatenate(each)[sources == source] for each in (run.ids, run.loss_mask))
     begins = {window.epoch: window.epoch_base for of, window in run.windows if of == source}
     ends = {window.epoch: window.base + window.rows for of, window in run.windows if of == source and window.is_last}
     return {
@@ -149,10 +149,10 @@ def test_any_ranks_threads_and_kept_rows_give_the_same_samples(case, world, thre
         count = len(straight.digests)
         for kept in ("made", "found") if keeps else ("nowhere",):
             ready = BlockFolder.of(config.data.cache_dir, {}) if keeps else None
-            run = read(config, corpus, Numbers(), count=count, world=world, threads=threads, ready=ready)
+            run = read(config, corpus, Numbers(), count=count, world_size=world, threads=threads, ready=ready)
             assert run.digests == straight.digests, kept
             assert (run.order, run.epochs) == (straight.order, straight.epochs)
-            assert all(map(np.array_equal, run.scored, straight.scored))
+            assert all(map(np.array_equal, run.loss_mask, straight.loss_mask))
 
 
 @settings(max_examples=12, deadline=None)
@@ -163,7 +163,7 @@ def test_stops_anywhere_and_resumes_on_other_ranks_lose_and_repeat_nothing(case,
         straight = read(config, corpus, Numbers(), count=sum(count for count, _ in parts) or 1)
         run, found = None, []
         for count, world in parts:
-            run = read(config, corpus, Numbers(), count=count, world=world, after=run)
+            run = read(config, corpus, Numbers(), count=count, world_size=world, after=run)
             found += run.digests
         assert found == straight.digests[: len(found)]
         if found:
@@ -173,7 +173,7 @@ def test_stops_anywhere_and_resumes_on_other_ranks_lose_and_repeat_nothing(case,
 def test_a_resume_without_the_windows_only_takes_longer():
     with opened(Case((BOOK, SMALL), weights=(1, 2))) as (config, corpus, _):
         straight = read(config, corpus, Numbers(), count=20)
-        run = read(config, corpus, Numbers(), count=12, world=2)
+        run = read(config, corpus, Numbers(), count=12, world_size=2)
         assert any(window.number for order in run.order for window in order.windows)
         again = read(config, corpus, Numbers(), count=8, after=run, with_order=False)
         assert again.digests == straight.digests[12:]
@@ -186,7 +186,7 @@ def test_skipped_samples_are_jumped_on_every_number_of_ranks():
         expected = straight[:3] + straight[5:9] + straight[40:]
         for world in (1, 3):
             skipped = [(BATCH * 3, BATCH * 5), (BATCH * 9, BATCH * 40)]
-            assert read(config, corpus, Numbers(), count=12, world=world, skipped=skipped).digests == expected
+            assert read(config, corpus, Numbers(), count=12, world_size=world, skipped=skipped).digests == expected
 
 
 def test_every_epoch_of_a_source_has_another_order():
@@ -224,7 +224,7 @@ def test_a_source_without_a_document_ends_the_run_by_name(kind):
     with opened(Case((SMALL, ((".jsonl", (kind, kind)),)), weights=(1, 1))) as (config, corpus, _):
         for world in (1, 2):
             with pytest.raises(DataError, match="source '1': none of its lines holds a document"):
-                read(config, corpus, Numbers(), count=2, world=world)
+                read(config, corpus, Numbers(), count=2, world_size=world)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +253,7 @@ def test_whole_packing_has_every_example_once_an_epoch_on_any_number_of_ranks(ca
                 read(config, corpus, Numbers(), count=1)
             return
         run = read(config, corpus, Numbers(), until=two_epochs)
-        assert read(config, corpus, Numbers(), count=len(run.digests), world=world).digests == run.digests
+        assert read(config, corpus, Numbers(), count=len(run.digests), world_size=world).digests == run.digests
         for source, documents in enumerate(texts):
             examples = [
                 tuple(document[start : min(start + 4, len(document) - 1)])

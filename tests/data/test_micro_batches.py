@@ -43,10 +43,10 @@ def corpus(config):
     return corpus
 
 
-def micro_batches(config, corpus, tokenizer, *, count=1, rank=0, world=1, micro_batch=3, **more):
+def micro_batches(config, corpus, tokenizer, *, count=1, rank=0, world_size=1, micro_batch=3, **more):
     with Loader(
         corpus, tokenizer, packing=packing_of(config), seed=5, batch=BATCH, micro_batch=micro_batch, rank=rank,
-        world=world, **more,
+        world_size=world_size, **more,
     ) as loader:  # fmt: skip
         return [each for step in islice(loader, count) for each in step.micro_batches]
 
@@ -56,7 +56,9 @@ def test_micro_batches_hold_the_same_rows_on_any_number_of_ranks(config, corpus,
         order = read(config, corpus, tokenizer, count=1).order
 
     def rows(world):
-        found = [micro_batches(config, corpus, tokenizer, rank=rank, world=world, order=order) for rank in range(world)]
+        found = [
+            micro_batches(config, corpus, tokenizer, rank=rank, world_size=world, order=order) for rank in range(world)
+        ]
         return [each.ids.tobytes() for rank in found for each in rank]
 
     assert rows(1) == rows(2) == rows(4)
@@ -100,7 +102,7 @@ def test_a_document_mask_changes_no_token_and_leaves_every_target_of_the_usual_p
     for masked, plain in zip(*made, strict=True):
         assert np.array_equal(masked.ids, plain.ids)
         assert plain.documents is None
-        assert np.array_equal(masked.scored, plain.scored)
+        assert np.array_equal(masked.loss_mask, plain.loss_mask)
         inner = plain.scored[:, 1:]  # whose input is no context, and whose target no padding
         opens = masked.ids[:, 1:-1] == tokenizer.end_of_document
         changes = masked.documents[:, 1:-1] != masked.documents[:, :-2]
@@ -118,7 +120,7 @@ def test_targets_carry_their_domain_and_unknown_ones_count_as_one(tmp_path, conf
     assert corpus.domains() == ["a", "b", "new"]
     run = read(config, corpus, tokenizer, domains=["a", "b"], until=lambda step: step.epochs["files"] >= 1)
     end = next(window.base + window.rows for _, window in run.windows if window.is_last)
-    scored, domains = (np.concatenate(each)[:end] for each in (run.scored, run.domains))
+    scored, domains = (np.concatenate(each)[:end] for each in (run.loss_mask, run.domains))
     texts = [[make_text(n, 30 + 9 * number) for n in range(9)] for number in range(3)]
     b, a, new = (sum(len(tokenizer.encode(text)) + 1 for text in each) for each in texts)
     assert np.bincount(domains[scored]).tolist() == [a, b, new]
@@ -133,7 +135,7 @@ def test_a_blocks_loss_mask_reaches_the_micro_batch(config, corpus, tokenizer, m
 
     monkeypatch.setattr(LaneReader, "read", masked)
     for part in micro_batches(config, corpus, tokenizer):
-        assert np.array_equal(part.scored, part.ids[:, 1:] % 3 == 0)
+        assert np.array_equal(part.loss_mask, part.ids[:, 1:] % 3 == 0)
 
 
 class ByteTokenizer:

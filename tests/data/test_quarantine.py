@@ -312,10 +312,10 @@ def test_any_ranks_and_stops_find_the_same_bad_lines(tmp_path, tokenizer, monkey
     ]
     assert len(straight.quarantined) == 24
     assert straight.quarantined == sorted(set(straight.quarantined))
-    assert read(config, corpus, tokenizer, count=count, world=3).quarantined == straight.quarantined
+    assert read(config, corpus, tokenizer, count=count, world_size=3).quarantined == straight.quarantined
     run, found = None, []
     for world in (2, 1, 4, 2):
-        run = read(config, corpus, tokenizer, count=-(-count // 4), world=world, after=run)
+        run = read(config, corpus, tokenizer, count=-(-count // 4), world_size=world, after=run)
         found += run.quarantined
     assert first_of(found) == straight.quarantined
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp  # noqa: E402 - devices first
 import numpy as np  # noqa: E402
 
 from lamda.config.schema import Config, FlaxConfig  # noqa: E402
-from lamda.data.loader import MicroBatch, Step  # noqa: E402
+from lamda.data.loader import MicroBatch, StepBatch  # noqa: E402
 from lamda.distributed import World, start_hosts, stop  # noqa: E402
 from lamda.engines.flax.engine import FlaxEngine  # noqa: E402
 from lamda.engines.flax.weights import plain_weights  # noqa: E402
@@ -41,7 +41,7 @@ def config_of(fsdp: int, tensor: int, *, micro_batch: int) -> Config:
     )
 
 
-def batch_of(step: int, *, micro_batch: int) -> Step:
+def batch_of(step: int, *, micro_batch: int) -> StepBatch:
     """The same rows for every cut into micro-batches; some targets do not count, rows hold two documents."""
     random = np.random.default_rng(step)
     ids = random.integers(VOCABULARY, size=(BATCH, LENGTH + 1)).astype(np.uint32)
@@ -50,7 +50,7 @@ def batch_of(step: int, *, micro_batch: int) -> Step:
     documents = np.repeat(np.arange(LENGTH + 1)[None] > 5, BATCH, axis=0).astype(np.int32)
     parts = [slice(start, start + micro_batch) for start in range(0, BATCH, micro_batch)]
     rows = tuple(MicroBatch(ids[part], scored[part], domains[part], documents[part]) for part in parts)
-    return Step(rows, np.arange(BATCH), np.zeros((BATCH, 32), np.uint8), BATCH)
+    return StepBatch(rows, np.arange(BATCH), np.zeros((BATCH, 32), np.uint8), BATCH)
 
 
 def trained(engine: FlaxEngine, *, micro_batch: int) -> dict[str, object]:

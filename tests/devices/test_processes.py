@@ -49,7 +49,7 @@ def test_two_processes_train_as_one_and_one_goes_on(tmp_path, tokenizer_path):
     alone(*arguments("one"))
     for run, more in (("copies", ["--multihost"]), ("cut", ["--flax.fsdp", "2"])):
         words = arguments(run, *more, "--train.steps", "6")
-        ranks = in_a_slurm_step(words) if "--multihost" in more else run_ranks(words, world=2)
+        ranks = in_a_slurm_step(words) if "--multihost" in more else run_ranks(words, world_size=2)
         assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr[-3000:]
         alone(*arguments(run))
         rows, expected = (read_metrics(place.folder / each / "metrics.jsonl") for each in (run, "one"))

@@ -15,7 +15,7 @@ from lamda.data.held_out import HeldOut
 from lamda.dialog.evaluation import HeldOutDialogues, accuracy, auc, auc_interval, calibration_error, table
 from lamda.dialog.examples import Conversations
 from lamda.model import LaMDA
-from lamda.model.initialization import initialise
+from lamda.model.initialization import initialize_weights
 from lamda.training.evaluation import TorchScorer
 from tests.dialog.test_examples import talk
 
@@ -68,7 +68,7 @@ def held_out(tmp_path_factory, tokenizer):
 def model(tokenizer):
     config = {"d_model": 24, "n_layers": 2, "n_heads": 3, "d_head": 8, "d_ff": 40}
     model = LaMDA(ModelConfig(vocab_size=tokenizer.vocab_size, **config))
-    initialise(model, seed=1)
+    initialize_weights(model, seed=1)
     return model.eval().requires_grad_(requires_grad=False)
 
 
@@ -77,7 +77,7 @@ def test_held_out_scores_are_those_of_a_walk_over_all_examples(held_out, model, 
     nats, targets, found = 0.0, 0, {}
     for item in held_out.examples:
         logits = model(torch.tensor([item.example.ids]))[0].double().log_softmax(-1)
-        places = [place for place, scored in enumerate(item.example.scored) if scored]
+        places = [place for place, scored in enumerate(item.example.loss_mask) if scored]
         if item.kind in ("generative", "research"):
             nats -= sum(logits[place - 1, item.example.ids[place]].item() for place in places)
             targets += len(places)

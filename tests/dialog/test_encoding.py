@@ -54,7 +54,7 @@ def test_a_context_is_as_in_the_paper(encoding, tokenizer):
 
 def test_targets_are_the_response_and_its_end_or_the_rating_alone(encoding, tokenizer):
     def targets(example):
-        return [id for id, scored in zip(example.ids, example.scored, strict=True) if scored]
+        return [id for id, scored in zip(example.ids, example.loss_mask, strict=True) if scored]
 
     generative = encoding.generative(TALK, "it was", max_tokens=200)
     assert targets(generative) == [*tokenizer.encode("it was"), tokenizer.end_of_document]
@@ -80,7 +80,7 @@ def test_a_research_step_is_routed_by_its_first_target(encoding, tokenizer):
         assert shown(encoding, tokenizer, example.ids) == parts
         context = encoding.research_context(TALK[1:2], "for it", steps)
         assert example.ids[: len(context)] == context
-        assert example.scored == [False] * len(context) + [True] * (len(example.ids) - len(context))
+        assert example.loss_mask == [False] * len(context) + [True] * (len(example.ids) - len(context))
 
 
 @settings(max_examples=200, deadline=None)
@@ -114,8 +114,8 @@ def test_what_is_too_long_loses_its_oldest_messages_and_fits(encoding, texts, ro
     else:
         query = Message("assistant", texts[-1], to="TS")
         example = encoding.research_step(messages, texts[0], [(texts[0], texts[-1])], query, max_tokens=room)
-    assert len(example.ids) == len(example.scored) <= room
-    assert any(example.scored)
+    assert len(example.ids) == len(example.loss_mask) <= room
+    assert any(example.loss_mask)
     assert not example.scored[0]
 
 

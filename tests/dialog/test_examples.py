@@ -169,7 +169,7 @@ def test_rows_hold_each_example_whole_and_once_and_come_from_their_cursor_alone(
         found.sort()
         assert [line for (line, _), *_ in found] == [line for line, _ in expected]
         for (_, kind, ids, mask), (_, part) in zip(found, expected, strict=True):
-            assert (kind, ids, mask) == (part.domain, part.ids.tolist(), part.scored.tolist())
+            assert (kind, ids, mask) == (part.domain, part.ids.tolist(), part.loss_mask.tolist())
 
 
 def test_a_bad_record_is_quarantined_with_its_line_and_reason(tmp_path, tokenizer):

@@ -17,7 +17,7 @@ from lamda.dialog.evaluate import main as evaluate
 from lamda.dialog.evaluation import DialogScores, evaluate_checkpoint
 from lamda.inference.sampling import NotFiniteError
 from lamda.model import LaMDA
-from lamda.model.initialization import initialise
+from lamda.model.initialization import initialize_weights
 from lamda.runs.where import where
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
@@ -35,7 +35,7 @@ def place(tmp_path_factory, tokenizer_path):
     start = folder / "pretrained"
     start.mkdir()
     model = LaMDA(ModelConfig(**MODEL))
-    initialise(model, seed=2)
+    initialize_weights(model, seed=2)
     save_file(
         {name: weight.contiguous() for name, weight in model.export_weights().items()}, start / "model.safetensors"
     )
@@ -55,17 +55,19 @@ def place(tmp_path_factory, tokenizer_path):
     return folder
 
 
-def finetune(place, run, *more, world):
+def finetune(place, run, *more, world_size):
     words = ["scripts/finetune.py", "--config", str(place / "run.yaml"), "--run.dir", str(place / run), *more]
-    ranks = run_ranks(words, world=world)
+    ranks = run_ranks(words, world_size=world_size)
     assert all(rank.returncode == 0 for rank in ranks), "\n".join(rank.stderr[-2500:] for rank in ranks)
     return ranks[0].stdout
 
 
 def test_a_stopped_run_goes_on_with_other_ranks_to_the_same_weights(place, monkeypatch):
-    finetune(place, "broken", "--train.steps", "4", "--train.schedule", "wsd", "--train.decay_fraction", "0", world=2)
-    finetune(place, "broken", "--train.schedule", "wsd", "--train.decay_fraction", "0", world=1)
-    told = finetune(place, "alone", "--train.schedule", "wsd", "--train.decay_fraction", "0", world=1)
+    finetune(
+        place, "broken", "--train.steps", "4", "--train.schedule", "wsd", "--train.decay_fraction", "0", world_size=2
+    )
+    finetune(place, "broken", "--train.schedule", "wsd", "--train.decay_fraction", "0", world_size=1)
+    told = finetune(place, "alone", "--train.schedule", "wsd", "--train.decay_fraction", "0", world_size=1)
     assert "responses: " in told
     assert "95% interval" in told
     broken, alone = (read_metrics(place / run / "metrics.jsonl") for run in ("broken", "alone"))

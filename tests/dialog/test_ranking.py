@@ -18,7 +18,7 @@ from lamda.dialog.tools.toolset import Toolset
 from lamda.inference.generation import prefill, sample
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
-from lamda.model.initialization import initialise
+from lamda.model.initialization import initialize_weights
 
 TALK = [Message("user", "the of and"), Message("assistant", "to in"), Message("user", "is that for")]
 
@@ -30,7 +30,7 @@ def model(tokenizer):
         vocab_size=tokenizer.vocab_size, d_model=32, n_layers=2, n_heads=4, d_head=8, d_ff=48, bias_per_layer=True
     )
     model = LaMDA(config)
-    initialise(model, seed=5)
+    initialize_weights(model, seed=5)
     model.load_weights({name: 3 * weight for name, weight in model.export_weights().items()})
     return model.requires_grad_(False).eval()
 

@@ -20,7 +20,7 @@ from lamda.dialog.tools.result import Result
 from lamda.dialog.tools.toolset import Toolset
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
-from lamda.model.initialization import initialise
+from lamda.model.initialization import initialize_weights
 
 
 class Shelf:
@@ -137,16 +137,18 @@ def taught(tokenizer):
     examples.append(encoding.discriminative(greeting, GREETED, "unsafe", rating=False, **room))
     length = max(len(example.ids) for example in examples)
     ids_BL = torch.tensor([example.ids + [0] * (length - len(example.ids)) for example in examples])
-    scored_BL = torch.tensor([example.scored + [False] * (length - len(example.scored)) for example in examples])
+    loss_mask_BL = torch.tensor(
+        [example.loss_mask + [False] * (length - len(example.loss_mask)) for example in examples]
+    )
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size, d_model=32, n_layers=2, n_heads=4, d_head=8, d_ff=64, bias_per_layer=True
     )
     model = LaMDA(config)
-    initialise(model, seed=0)
+    initialize_weights(model, seed=0)
     optimiser = torch.optim.Adam(model.parameters(), lr=2e-2)
     for _ in range(200):
         logits_BLV = model(ids_BL[:, :-1])
-        loss = torch.nn.functional.cross_entropy(logits_BLV[scored_BL[:, 1:]], ids_BL[:, 1:][scored_BL[:, 1:]])
+        loss = torch.nn.functional.cross_entropy(logits_BLV[loss_mask_BL[:, 1:]], ids_BL[:, 1:][loss_mask_BL[:, 1:]])
         if loss < 0.1:  # not 0: after a base answer comes its end, or the first symbol of the research
             break
         optimiser.zero_grad()

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from lamda import distributed
 from lamda.config.schema import Config
-from lamda.data.loader import MicroBatch, Step
+from lamda.data.loader import MicroBatch, StepBatch
 from lamda.data.windows import SourceOrder
 from lamda.engines.deepspeed import checkpoint
 from lamda.engines.deepspeed.engine import DeepSpeedStep, Engine
@@ -76,9 +76,9 @@ def config(job: dict, folder: Path, rank: int) -> Config:
     )
 
 
-def batch(step: int, world: distributed.World, *, masked: bool = False) -> Step:
+def batch(step: int, world: distributed.World, *, masked: bool = False) -> StepBatch:
     """This rank's part of a step."""
-    share = BATCH // world.size
+    share = BATCH // world.world_size
     own = np.arange(world.rank * share, (world.rank + 1) * share)
     rows = tokens(step)[own]
     scored = counted(step)[own] if masked else np.ones((share, LENGTH), bool)
@@ -86,7 +86,7 @@ def batch(step: int, world: distributed.World, *, masked: bool = False) -> Step:
         MicroBatch(ids, mask, np.zeros((MICRO, LENGTH), np.int16))
         for ids, mask in zip(rows.reshape(-1, MICRO, LENGTH + 1), scored.reshape(-1, MICRO, LENGTH), strict=True)
     ]
-    return Step(tuple(parts), own, np.zeros((share, 32), np.uint8), BATCH * step)
+    return StepBatch(tuple(parts), own, np.zeros((share, 32), np.uint8), BATCH * step)
 
 
 class Letters:
@@ -117,14 +117,14 @@ def asked_after(engine: Engine, step: int, file: Path) -> Callable[..., DeepSpee
         if next(count) == step:
             decoder = RanksDecoder(engine, Letters(), mark=lambda: None)
             with engine.eval_mode():
-                if engine.world.is_main:
+                if engine.world.is_main_process:
                     scores, texts = decoder.score(asked_rows(5)), decoder.generate(asked_prompts(3))
                     decoder.dismiss()
                     file.write_text(json.dumps([scores, texts]))
                 else:
                     decoder.serve()
             save = {name: weight.clone() for name, weight in engine.weights()}
-            if engine.world.is_main:
+            if engine.world.is_main_process:
                 save_file(save, file.with_suffix(".weights"))
         return result
 
@@ -141,7 +141,7 @@ def run(job: dict, world: distributed.World, device: torch.device, out: Path) ->
     if "asked" in job:
         engine.train_step = asked_after(engine, job["asked"], out / f"{job['name']}.json")
     for step in range(state.step + 1, job["steps"] + 1):
-        poisoned = job.get("poison") == step and world.rank == world.size - 1
+        poisoned = job.get("poison") == step and world.rank == world.world_size - 1
         hook = engine.model.final_norm.register_forward_hook(lambda *parts: parts[-1] * torch.nan) if poisoned else None
         result = engine.train_step(batch(step, world, masked=job.get("masked", False)), lr=1e-2 * step)
         if hook is not None:
@@ -159,7 +159,7 @@ def run(job: dict, world: distributed.World, device: torch.device, out: Path) ->
         ended = saver.begin(RunState(**{**vars(state), **order})) or saver.finish()
         assert ended.problem is None, ended.problem
     weights = {name: weight.clone() for name, weight in engine.weights()}
-    if world.is_main:
+    if world.is_main_process:
         extra = {"losses": torch.tensor(losses, dtype=torch.float64), "norms": torch.tensor(norms, dtype=torch.float64)}
         save_file({**weights, **extra, "updates": torch.tensor(state.updates)}, out / f"{job['name']}.safetensors")
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from lamda.config import ModelConfig
 from lamda.interop.harness.scoring import LocalDecoder
 from lamda.model import LaMDA
-from lamda.model.initialization import initialise
+from lamda.model.initialization import initialize_weights
 from tests.distributed.engine_worker import (
     BATCH,
     LENGTH,
@@ -83,7 +83,7 @@ def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("engine")
     for world, jobs in ((2, ON_TWO), (1, ON_ONE)):
         (out / "jobs.json").write_text(json.dumps(jobs))
-        ranks = run_ranks([WORKER, str(out / "jobs.json"), str(out)], world=world)
+        ranks = run_ranks([WORKER, str(out / "jobs.json"), str(out)], world_size=world)
         assert all(rank.returncode == 0 for rank in ranks), "\n".join(rank.stderr[-2500:] for rank in ranks)
     results = lambda name: load_file(out / f"{name}.safetensors")  # noqa: E731
     results.folder = out
@@ -136,7 +136,7 @@ def plain_loop(
     the state is cut, and through the clipping every weight depends on that digit.
     """
     model = LaMDA(ModelConfig(**MODEL))
-    initialise(model, seed=3)
+    initialize_weights(model, seed=3)
     if bf16:
         model.bfloat16()
     named = list(model.named_parameters())
@@ -222,7 +222,7 @@ def test_other_optimisers_see_whole_matrices(results, other, ranks):
     rounded = _rounding_of_muon(how) if how["optimizer"] == "muon" else 0.0
     found, (losses, weights) = results(f"{ranks}-{other}"), plain_loop(bf16=how["bf16"], optimizer=how["optimizer"])
     start = LaMDA(ModelConfig(**MODEL))
-    initialise(start, seed=3)
+    initialize_weights(start, seed=3)
     expected = torch.tensor(losses[:3], dtype=torch.float64)
     allowed = 1e-6 if rounded < 1e-3 else rounded * expected.diff().abs().max().item()
     torch.testing.assert_close(found["losses"][:3], expected, rtol=0, atol=allowed)

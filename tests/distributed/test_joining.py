@@ -14,7 +14,7 @@ import sys
 from lamda.config.errors import RunError
 from lamda.distributed import World, start_hosts
 try:
-    start_hosts(World(size=2), threads=1, address=sys.argv[1])
+    start_hosts(World(world_size=2), threads=1, address=sys.argv[1])
 except RunError as error:
     print(error)
 """

@@ -9,7 +9,7 @@ from lamda.distributed import World, exit_after
 WAITS = """
 import time
 from lamda.distributed import World, exit_after
-with exit_after("for all ranks to come", World(rank=2, size=4), seconds=0.2):
+with exit_after("for all ranks to come", World(rank=2, world_size=4), seconds=0.2):
     time.sleep(30)
 """
 

@@ -34,7 +34,7 @@ def main() -> None:
         before, draw = state(engine), random.Random(stage)
         updated = 0
         for step in range(1, STEPS + 1):
-            rank, place = draw.randrange(world.size), draw.choice(["loss", "features", "gradient"])
+            rank, place = draw.randrange(world.world_size), draw.choice(["loss", "features", "gradient"])
             is_mine = rank == world.rank
             hooks = spoil(engine, place, random.Random(step)) if is_mine else []
             at = spoil_loss if is_mine and place == "loss" else nothing
@@ -45,7 +45,7 @@ def main() -> None:
         dist.all_reduce(changed)
         clean = not engine.train_step(batch(1, world), lr=1e-2).skipped
         told[stage] = {"steps": STEPS, "updated": updated, "tensors_changed": changed.item(), "then_updates": clean}
-    if world.is_main:
+    if world.is_main_process:
         print(json.dumps(told))
     distributed.stop()
 

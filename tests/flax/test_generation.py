@@ -11,7 +11,7 @@ from lamda.engines.flax.weights import make_weights
 from lamda.inference.generation import generate as expected
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
-from lamda.model.initialization import initialise
+from lamda.model.initialization import initialize_weights
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], list(range(2, 50)) * 3]
 
@@ -30,7 +30,7 @@ def test_the_tokens_are_those_of_the_pytorch_model(sampling, bias_per_layer):
         vocab_size=53, d_model=22, n_layers=3, n_heads=3, d_head=7, d_ff=31, bias_per_layer=bias_per_layer
     )
     model = LaMDA(config)
-    initialise(model, seed=7)
+    initialize_weights(model, seed=7)
     plain = model.export_weights()
     weights = make_weights(config, lambda name, index: plain[name].numpy()[index], dtype="float32")
     new = generate(config, weights, PROMPTS, sampling)

@@ -14,7 +14,7 @@ from lamda.engines.flax.bias import causal_buckets, row_bias
 from lamda.engines.flax.weights import Weights, bind, load_weights, make_weights, plain_weights
 from lamda.model import LaMDA
 from lamda.model.attention import bias as reference
-from lamda.model.initialization import initialise
+from lamda.model.initialization import initialize_weights
 from tests.model.conftest import GoldenCase, golden  # noqa: F401 - a fixture
 
 Losses = tuple[jax.Array, tuple[jax.Array, jax.Array]]
@@ -42,16 +42,16 @@ def test_logits_losses_and_every_gradient_equal_the_reference(golden: GoldenCase
     arrays = {name: jnp.asarray(tensor.numpy()) for name, tensor in golden.tensors.items()}
     weights = _weights(golden.config, golden.under("weights/"), jnp.float64)
     tokens_BL, documents_BL = arrays["tokens"], arrays.get("documents")
-    scored_BL = jnp.ones(tokens_BL[:, 1:].shape)
+    loss_mask_BL = jnp.ones(tokens_BL[:, 1:].shape)
     if documents_BL is not None:
-        scored_BL = (documents_BL[:, 1:] == documents_BL[:, :-1]).astype(float)
+        loss_mask_BL = (documents_BL[:, 1:] == documents_BL[:, :-1]).astype(float)
         documents_BL = documents_BL[:, :-1]
 
     def losses(weights: Weights) -> Losses:
         model = bind(golden.config, weights, recompute=recompute)
-        nats_BL, partition_BL = model.losses(tokens_BL[:, :-1], tokens_BL[:, 1:], documents_BL)
-        loss = (nats_BL * scored_BL).sum() / scored_BL.sum()
-        z_loss = 1e-4 * (partition_BL**2 * scored_BL).sum() / scored_BL.sum()
+        nll_BL, log_z_BL = model.losses(tokens_BL[:, :-1], tokens_BL[:, 1:], documents_BL)
+        loss = (nll_BL * loss_mask_BL).sum() / loss_mask_BL.sum()
+        z_loss = 1e-4 * (log_z_BL**2 * loss_mask_BL).sum() / loss_mask_BL.sum()
         return loss + z_loss, (loss, z_loss)
 
     (_, (loss, z_loss)), gradients = jax.jit(jax.value_and_grad(losses, has_aux=True))(weights)
@@ -78,12 +78,12 @@ def test_logits_and_gradients_are_those_of_the_pytorch_model_of_the_same_file(
         vocab_size=97, d_model=64, n_layers=3, n_heads=4, d_head=16, d_ff=128, bias_per_layer=bias_per_layer
     )
     model = LaMDA(config).to(getattr(torch, dtype))
-    initialise(model, seed=3)
+    initialize_weights(model, seed=3)
     save_file(model.export_weights(), tmp_path / "model.safetensors", metadata={"format": "pt"})
     ids_BL = torch.randint(97, (2, 41), generator=torch.Generator().manual_seed(0))
     documents_BL = torch.tensor([[0] * 15 + [1] * 25, [0] * 40])
-    nats_BL, partition_BL = model(ids_BL[:, :-1], documents_BL, targets_BL=ids_BL[:, 1:])
-    (nats_BL.mean() + 1e-4 * partition_BL.square().mean()).backward()
+    nll_BL, log_z_BL = model(ids_BL[:, :-1], documents_BL, targets_BL=ids_BL[:, 1:])
+    (nll_BL.mean() + 1e-4 * log_z_BL.square().mean()).backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
 
     with jax.enable_x64(dtype == "float64"):
@@ -92,8 +92,8 @@ def test_logits_and_gradients_are_those_of_the_pytorch_model_of_the_same_file(
 
         def loss(weights: Weights) -> tuple[jax.Array, jax.Array]:
             network = bind(config, weights)
-            nats_BL, partition_BL = network.losses(ids[:, :-1], ids[:, 1:], documents)
-            return nats_BL.mean() + 1e-4 * jnp.square(partition_BL).mean(), network(ids[:, :-1], documents)
+            nll_BL, log_z_BL = network.losses(ids[:, :-1], ids[:, 1:], documents)
+            return nll_BL.mean() + 1e-4 * jnp.square(log_z_BL).mean(), network(ids[:, :-1], documents)
 
         gradients, logits_BLV = jax.jit(jax.grad(loss, has_aux=True))(weights)
         assert logits_BLV.dtype == dtype

@@ -16,7 +16,7 @@ from lamda.engines.flax.sharding import make_mesh
 from lamda.engines.flax.step import Batch, Step, TrainState, make_step
 from lamda.engines.flax.weights import make_weights
 from lamda.model import LaMDA
-from lamda.model.initialization import initial_weights, initialise
+from lamda.model.initialization import initial_weights, initialize_weights
 from lamda.training.lr_schedule import learning_rate
 
 STEPS, ROWS, LENGTH, VOCABULARY = 100, 4, 24, 61
@@ -52,18 +52,18 @@ def batch_of(ids: np.ndarray) -> Batch:
 
 def torch_losses() -> list[float]:
     model = LaMDA(CONFIG.model).double()
-    initialise(model, seed=1, base_width=CONFIG.train.base_width)
+    initialize_weights(model, seed=1, base_width=CONFIG.train.base_width)
     optimizer = make_torch_optimizer(model, CONFIG.train)
     losses = []
     for step in range(STEPS):
         set_learning_rate(optimizer, learning_rate(step + 1, train=CONFIG.train, steps=STEPS))
         ids_BL = torch.from_numpy(rows(step)).long().flatten(0, 1)
-        nats_BL, partition_BL = model(ids_BL[:, :-1], targets_BL=ids_BL[:, 1:])
-        (nats_BL + CONFIG.train.z_loss * partition_BL.square()).mean().backward()
+        nll_BL, log_z_BL = model(ids_BL[:, :-1], targets_BL=ids_BL[:, 1:])
+        (nll_BL + CONFIG.train.z_loss * log_z_BL.square()).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.train.gradient_clipping)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(nats_BL.mean().item())
+        losses.append(nll_BL.mean().item())
     return losses
 
 

@@ -10,7 +10,7 @@ from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 from lamda.engines.flax.weights import load_weights, plain_weights, save_weights
 from lamda.model import LaMDA
-from lamda.model.initialization import initialise
+from lamda.model.initialization import initialize_weights
 
 CONFIG = ModelConfig(vocab_size=53, d_model=22, n_layers=3, n_heads=3, d_head=7, d_ff=31)
 
@@ -20,7 +20,7 @@ CONFIG = ModelConfig(vocab_size=53, d_model=22, n_layers=3, n_heads=3, d_head=7,
 def test_a_file_comes_back_from_jax_to_the_last_byte(tmp_path, dtype, bias_per_layer):
     config = CONFIG.model_copy(update={"bias_per_layer": bias_per_layer})
     model = LaMDA(config)
-    initialise(model, seed=5)
+    initialize_weights(model, seed=5)
     save_file(model.to(dtype).export_weights(), tmp_path / "torch.safetensors", metadata={"format": "pt"})
 
     weights = load_weights(tmp_path / "torch.safetensors", config)

@@ -7,7 +7,7 @@ import torch
 
 from lamda.config import ModelConfig
 from lamda.model import LaMDA
-from lamda.model.initialization import initialise
+from lamda.model.initialization import initialize_weights
 
 
 def make_model(*, bias_per_layer: bool = True, dtype: torch.dtype = torch.float64, vocab_size: int = 53) -> LaMDA:
@@ -16,7 +16,7 @@ def make_model(*, bias_per_layer: bool = True, dtype: torch.dtype = torch.float6
         vocab_size=vocab_size, d_model=22, n_layers=3, n_heads=3, d_head=7, d_ff=31, bias_per_layer=bias_per_layer
     )
     model = LaMDA(config).to(dtype)
-    initialise(model, seed=7)
+    initialize_weights(model, seed=7)
     model.load_weights({name: 2 * weight for name, weight in model.export_weights().items()})
     return model.requires_grad_(False)
 

@@ -10,12 +10,12 @@ from lamda.inference.generation import generate, prefill, sample
 from lamda.inference.int8 import Int8Matrix, to_int8
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
-from lamda.model.initialization import initialise
+from lamda.model.initialization import initialize_weights
 
 
 def make():
     model = LaMDA(ModelConfig(vocab_size=512, d_model=128, n_layers=4, n_heads=4, d_head=32, d_ff=512))
-    initialise(model, seed=1)
+    initialize_weights(model, seed=1)
     return model.requires_grad_(False)
 
 

@@ -19,8 +19,8 @@ from lamda.inference.sampling import Sampling
 from lamda.interop.huggingface import LamdaConfig, LamdaForCausalLM, LamdaModel
 from lamda.interop.huggingface.tokenization import fast_tokenizer
 from lamda.model import LaMDA
-from lamda.model.initialization import initialise
-from lamda.model.loss import token_nats
+from lamda.model.initialization import initialize_weights
+from lamda.model.loss import token_nll
 
 CLOSE = {"rtol": 0, "atol": 1e-9}
 """In float64; what float32 rounds has a test of its own."""
@@ -34,7 +34,7 @@ LENGTH = 150
 def ours(request) -> LaMDA:
     """The weights doubled, so that logits differ widely."""
     model = LaMDA(ModelConfig(**SHAPE, bias_per_layer=request.param)).double()
-    initialise(model, seed=7)
+    initialize_weights(model, seed=7)
     model.load_weights({name: 2 * weight for name, weight in model.export_weights().items()})
     return model
 
@@ -60,7 +60,7 @@ def test_logits_are_ours(ours, theirs, ids_BL, attention):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_logits_in_float32_are_ours_to_a_hundred_thousandth(ours, ids_BL, attention):
     mine = LaMDA(ours.config)
-    initialise(mine, seed=7)
+    initialize_weights(mine, seed=7)
     model = LamdaForCausalLM(LamdaConfig(**ours.config.dimensions, attn_implementation=attention)).eval()
     model.model.load_state_dict(mine.export_weights())
     torch.testing.assert_close(model(ids_BL).logits, mine(ids_BL), rtol=0, atol=1e-5)
@@ -75,15 +75,15 @@ def test_the_head_alone_makes_logits_of_the_last_hidden_states(theirs, ids_BL):
 
 @pytest.mark.parametrize("recompute", [None, False, True], ids=["kept", "recomputed", "reentrant"])
 def test_gradients_are_ours(ours, theirs, ids_BL, recompute):
-    nats_BL, _ = ours(ids_BL[:, :-1], targets_BL=ids_BL[:, 1:])
+    nll_BL, _ = ours(ids_BL[:, :-1], targets_BL=ids_BL[:, 1:])
     ours.zero_grad()
-    nats_BL.mean().backward()
+    nll_BL.mean().backward()
     if recompute is not None:
         theirs.activation_checkpointing_enable({"use_reentrant": recompute})
         theirs.enable_input_require_grads()
     output = theirs.train()(ids_BL, labels=ids_BL, use_cache=False)
-    torch.testing.assert_close(output.loss, nats_BL.mean(), check_dtype=False)  # theirs is in float32 always
-    token_nats(output.logits[:, :-1], ids_BL[:, 1:]).mean().backward()
+    torch.testing.assert_close(output.loss, nll_BL.mean(), check_dtype=False)  # theirs is in float32 always
+    token_nll(output.logits[:, :-1], ids_BL[:, 1:]).mean().backward()
     found = dict(theirs.model.named_parameters())
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(found[name].grad, parameter.grad, rtol=1e-7, atol=1e-10, msg=name)
@@ -206,7 +206,7 @@ def test_a_new_model_starts_as_ours_does(ours):
     torch.manual_seed(0)
     config = LamdaConfig(**{**ours.config.dimensions, "d_model": 64, "d_ff": 128})
     theirs, fresh = LamdaForCausalLM(config), LaMDA(config.dimensions)
-    initialise(fresh, seed=0)
+    initialize_weights(fresh, seed=0)
     for name, weight in fresh.export_weights().items():
         found = theirs.model.get_parameter(name)
         torch.testing.assert_close(found.std(), weight.std(), rtol=0.25, atol=1e-6, msg=name)

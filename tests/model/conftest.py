@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from lamda.config import ModelConfig
 from lamda.model import LaMDA
-from lamda.model.initialization import initialise
+from lamda.model.initialization import initialize_weights
 from tests.conftest import INTERPRETED
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -51,5 +51,5 @@ def model(request: pytest.FixtureRequest) -> LaMDA:
         vocab_size=53, d_model=22, n_layers=3, n_heads=3, d_head=7, d_ff=31, bias_per_layer=request.param
     )
     model = LaMDA(config).double()
-    initialise(model, seed=7)
+    initialize_weights(model, seed=7)
     return model

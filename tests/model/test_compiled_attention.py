@@ -16,7 +16,7 @@ from lamda.engines.deepspeed import compile
 from lamda.model import LaMDA
 from lamda.model.attention import flex
 from lamda.model.attention.bias import BAND
-from lamda.model.initialization import initialise
+from lamda.model.initialization import initialize_weights
 from tests.conftest import DEVICE
 from tests.model.conftest import needs_kernels
 
@@ -40,7 +40,7 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def model_of(way: str) -> LaMDA:
     config = ModelConfig(vocab_size=53, d_model=32, n_layers=1, n_heads=2, d_head=16, d_ff=24, attention=way)
     model = LaMDA(config)
-    initialise(model, seed=7)
+    initialize_weights(model, seed=7)
     return model.to(DEVICE, torch.bfloat16 if DEVICE.type == "cuda" else torch.float32)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from lamda.config import ModelConfig
 from lamda.model import LaMDA
-from lamda.model.initialization import initialise
+from lamda.model.initialization import initialize_weights
 
 
 def test_a_token_changes_no_logits_before_it(model):
@@ -49,7 +49,7 @@ def test_documents_with_a_cache_are_refused(model):
 def test_narrow_weights_give_nearly_the_logits_of_float64(dtype, tolerance):
     config = ModelConfig(vocab_size=97, d_model=64, n_layers=4, n_heads=4, d_head=16, d_ff=128)
     narrow, wide = LaMDA(config).to(dtype), LaMDA(config).double()
-    initialise(narrow, seed=3)
+    initialize_weights(narrow, seed=3)
     wide.load_weights(narrow.export_weights())
     tokens_BL = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(0))
     logits_BLV, exact_BLV = narrow(tokens_BL), wide(tokens_BL)

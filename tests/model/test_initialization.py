@@ -10,13 +10,13 @@ import torch
 from lamda.config import ModelConfig
 from lamda.model import LaMDA
 from lamda.model.attention.bias import causal_buckets
-from lamda.model.initialization import generator, initial_weights, initialise
+from lamda.model.initialization import generator, initial_weights, initialize_weights
 from tests.losses import cross_entropy
 
 
 def initialised(*, seed: int = 0, dtype: torch.dtype = torch.float32, **dimensions: int) -> LaMDA:
     model = LaMDA(ModelConfig(**dimensions)).to(dtype)
-    initialise(model, seed=seed)
+    initialize_weights(model, seed=seed)
     return model
 
 
@@ -93,7 +93,7 @@ def test_bias_tables_begin_as_alibis_slopes():
 @torch.no_grad()
 def test_the_first_loss_is_near_that_of_guessing(base_width, dimensions):
     model = LaMDA(ModelConfig(**dimensions))
-    initialise(model, seed=0, base_width=base_width)
+    initialize_weights(model, seed=0, base_width=base_width)
     tokens_BL = torch.randint(model.config.vocab_size, (2, 129), generator=torch.Generator().manual_seed(0))
     nats, _ = cross_entropy(model(tokens_BL[:, :-1]), tokens_BL[:, 1:])
     assert nats.item() / 256 == pytest.approx(log(model.config.vocab_size), rel=0.03)
@@ -121,9 +121,9 @@ def test_every_layer_adds_the_scale_that_theory_gives():
 def test_logits_fall_with_the_width_from_the_base_on():
     """Times 1/D instead of 1/sqrt(D), by the final norm alone."""
     model = LaMDA(ModelConfig(vocab_size=97, d_model=96, n_layers=1, n_heads=2, d_head=8, d_ff=40))
-    initialise(model, seed=7)
+    initialize_weights(model, seed=7)
     before = {name: weight.clone() for name, weight in model.export_weights().items()}
-    initialise(model, seed=7, base_width=24)
+    initialize_weights(model, seed=7, base_width=24)
     for name, weight in model.export_weights().items():
         torch.testing.assert_close(weight, before[name] * (0.5 if name == "final_norm.scale" else 1), rtol=0, atol=0)
 
@@ -133,7 +133,7 @@ def test_logits_fall_with_the_width_from_the_base_on():
 def test_the_drawn_weights_are_those_of_an_initialised_module(bias_per_layer, base_width):
     config = ModelConfig(**SMALL, bias_per_layer=bias_per_layer)
     model = LaMDA(config)
-    initialise(model, seed=5, base_width=base_width)
+    initialize_weights(model, seed=5, base_width=base_width)
     drawn = dict(initial_weights(config, seed=5, base_width=base_width))
     assert drawn.keys() == model.export_weights().keys()
     torch.testing.assert_close(drawn, dict(model.export_weights()), rtol=0, atol=0)

@@ -7,16 +7,14 @@ import torch
 from torch.nn import functional
 
 from lamda.model import loss
-from lamda.model.loss import head_losses, token_losses, token_nats
+from lamda.model.loss import head_losses, token_losses, token_nll
 from tests.losses import cross_entropy
 
 
 def reference(logits_BLV, targets_BL, weights_BL):
     wide = logits_BLV.to(torch.promote_types(logits_BLV.dtype, torch.float32))
-    nats_BL = functional.cross_entropy(wide.flatten(0, 1), targets_BL.flatten(), reduction="none").view(
-        targets_BL.shape
-    )
-    return (nats_BL * weights_BL).sum(), (wide.logsumexp(-1).square() * weights_BL).sum(), nats_BL
+    nll_BL = functional.cross_entropy(wide.flatten(0, 1), targets_BL.flatten(), reduction="none").view(targets_BL.shape)
+    return (nll_BL * weights_BL).sum(), (wide.logsumexp(-1).square() * weights_BL).sum(), nll_BL
 
 
 @pytest.mark.parametrize("rows", [3, 1000], ids=["cut in parts", "in one part"])
@@ -37,7 +35,7 @@ def test_sums_and_gradients_equal_pytorch(dtype, rows, monkeypatch):
     tight = {"rtol": 1e-12 if dtype == torch.float64 else 1e-5, "atol": 1e-12 if dtype == torch.float64 else 1e-5}
     torch.testing.assert_close(nats, expected_nats, **tight)
     torch.testing.assert_close(squares, expected_squares, **tight)
-    torch.testing.assert_close(token_nats(ours, targets_BL), expected_BL, **tight)
+    torch.testing.assert_close(token_nll(ours, targets_BL), expected_BL, **tight)
     torch.testing.assert_close(ours.grad, theirs.grad, **({} if dtype == torch.bfloat16 else tight))
 
 

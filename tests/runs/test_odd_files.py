@@ -126,7 +126,7 @@ def first_digest(run):
         batch=config.train.global_batch_size,
         micro_batch=1,
         rank=0,
-        world=1,
+        world_size=1,
     )
     with loader:
         step = next(iter(loader))

@@ -46,7 +46,7 @@ class Training:
         log.begin(self.order)
         loader = Loader(
             corpus, tokenizer, packing=packing_of(config), seed=config.run.seed, batch=BATCH, micro_batch=BATCH,
-            rank=0, world=1, consumed=self.consumed, order=self.order, ready=ready, on_window=log.add,
+            rank=0, world_size=1, consumed=self.consumed, order=self.order, ready=ready, on_window=log.add,
         )  # fmt: skip
         with loader, self.directory.metrics.open("a") as rows:
             for _, step in zip(range(steps), loader, strict=False):

@@ -21,8 +21,8 @@ from lamda.engines.protocol import StepMetrics
 from lamda.inference.generation import generate
 from lamda.launch.main import launch
 from lamda.model import LaMDA
-from lamda.model.initialization import initialise
-from lamda.model.loss import token_nats
+from lamda.model.initialization import initialize_weights
+from lamda.model.loss import token_nll
 
 
 class Plain:
@@ -64,7 +64,7 @@ class Engine:
     def __init__(self, config, world, domains):
         self.config, self.world, self.domains = config, world, domains
         self.model = LaMDA(config.model)
-        initialise(self.model, seed=config.run.seed)
+        initialize_weights(self.model, seed=config.run.seed)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0)
         self.steps, self.spoilt_after = 0, int(os.environ.get("TEST_SPOIL_AFTER") or -1)
 
@@ -72,19 +72,19 @@ class Engine:
         self.optimizer.param_groups[0]["lr"] = lr
         sums = torch.zeros(2, self.domains, dtype=torch.float64)
         rows = [(torch.from_numpy(part.ids.astype("int64")), part) for part in batch.micro_batches]
-        targets = sum(int(part.scored.sum()) for _, part in rows)
+        targets = sum(int(part.loss_mask.sum()) for _, part in rows)
         for ids_BL, part in rows:
             on_phase("forward", None)
             documents_BL = None if part.documents is None else torch.from_numpy(part.documents[:, :-1].astype("int64"))
-            nats_BL, _ = self.model(ids_BL[:, :-1], documents_BL, targets_BL=ids_BL[:, 1:])
-            scored_BL = torch.from_numpy(part.scored)
-            loss = (nats_BL * scored_BL).sum() / targets
+            nll_BL, _ = self.model(ids_BL[:, :-1], documents_BL, targets_BL=ids_BL[:, 1:])
+            loss_mask_BL = torch.from_numpy(part.loss_mask)
+            loss = (nll_BL * loss_mask_BL).sum() / targets
             on_phase("loss", loss)
             loss.backward()
             on_phase("backward", None)
             for domain in range(self.domains):
-                own_BL = scored_BL & (torch.from_numpy(part.domains) == domain)
-                sums[:, domain] += torch.stack([nats_BL.detach()[own_BL].sum(), own_BL.sum()])
+                own_BL = loss_mask_BL & (torch.from_numpy(part.domains) == domain)
+                sums[:, domain] += torch.stack([nll_BL.detach()[own_BL].sum(), own_BL.sum()])
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if norm.isfinite():
             self.optimizer.step()
@@ -106,8 +106,8 @@ class Engine:
     def logits(self, inputs_BL):
         return self.model(inputs_BL)
 
-    def nats(self, inputs_BL, targets_BL, documents_BL=None):
-        return token_nats(self.model(inputs_BL, documents_BL), targets_BL)
+    def nll(self, inputs_BL, targets_BL, documents_BL=None):
+        return token_nll(self.model(inputs_BL, documents_BL), targets_BL)
 
     def generate(self, ids, sampling):
         with self.eval_mode():

@@ -15,7 +15,7 @@ from lamda.engines.deepspeed import checkpoint
 from lamda.engines.deepspeed.engine import Engine
 from lamda.engines.deepspeed.optimizer import make_optimizer, set_learning_rate
 from lamda.model import LaMDA
-from lamda.model.initialization import initialise
+from lamda.model.initialization import initialize_weights
 from lamda.storage import commit
 from lamda.storage.state import RunState
 from lamda.training.saver import Saver
@@ -92,7 +92,7 @@ def test_rate_betas_decay_and_clipping_are_those_of_the_new_run(saved, engine):
     checkpoint.load(saved, engine.deepspeed, config=engine.config)
     result = engine.train_step(batch(3, World()), lr=0.004)
     model = LaMDA(engine.config.model)
-    initialise(model, seed=3)
+    initialize_weights(model, seed=3)
     optimizer = make_optimizer(model, engine.config.train)
     fill(model, optimizer, load_file(saved / STATE))
     for ids in torch.from_numpy(tokens(3).astype("int64")).split(2):
@@ -161,7 +161,7 @@ def replace(key, make):
 
 
 def test_the_state_of_another_optimiser_is_refused_before_anything_is_filled(saved, device, tmp_path):
-    """`choose_start` tells it first, and the way on."""
+    """`find_resume_point` tells it first, and the way on."""
     own = config({"stage": 0, "bf16": False, "optimizer": "adafactor"}, tmp_path, 0)
     other = Engine(own, world=World(), device=device)
     before = {key: tensor.clone() for key, tensor in checkpoint.local_state(other.deepspeed)}

@@ -18,11 +18,11 @@ SHIPPED = {"ds_config.json": 1, "deepspeed/fp32.json": 0}
 def build_from(tmp_path):
     """Builds from a file that holds `own`, which is text or becomes JSON."""
 
-    def build_from(own, *, world=1, optimizer="adamw"):
+    def build_from(own, *, world_size=1, optimizer="adamw"):
         path = tmp_path / "ds.json"
         path.write_text(own if isinstance(own, str) else json.dumps(own))
         train = {**TRAIN, "optimizer": optimizer}
-        return build(Config(train=train, deepspeed={"config": str(path)}), world=world)
+        return build(Config(train=train, deepspeed={"config": str(path)}), world_size=world_size)
 
     return build_from
 
@@ -37,7 +37,7 @@ def problems(build_from, own):
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 12), (3, 4), (12, 1)])
 def test_the_file_is_joined_with_what_the_configuration_owns(build_from, world, accumulation):
     own = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
-    assert build_from(own, world=world) == {
+    assert build_from(own, world_size=world) == {
         **own,
         "train_batch_size": 48,
         "train_micro_batch_size_per_gpu": 4,
@@ -119,7 +119,7 @@ def test_an_optimiser_is_refused_where_it_would_not_see_whole_matrices(
     [("muon", "ds_config.json"), ("muon", "deepspeed/fp32.json"), ("adafactor", "deepspeed/stage0.json")],
 )
 def test_a_shipped_file_suits_every_optimiser(optimizer, name):
-    assert build(Config(train={**TRAIN, "optimizer": optimizer}, deepspeed={"config": name}), world=1)
+    assert build(Config(train={**TRAIN, "optimizer": optimizer}, deepspeed={"config": name}), world_size=1)
 
 
 @pytest.mark.parametrize("key", ["zero_optimization", "bf16"])
@@ -136,7 +136,7 @@ def test_a_file_that_is_not_json_is_told_with_its_line(build_from):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_deepspeed_accepts_the_shipped_files_for_2b(name):
     config = load_config(["--config", "configs/lamda_2b.yaml", "--deepspeed.config", name])
-    built = build(config, world=1)
+    built = build(config, world_size=1)
     from deepspeed.runtime.config import DeepSpeedConfig
 
     theirs = DeepSpeedConfig(built)

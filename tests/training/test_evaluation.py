@@ -94,7 +94,7 @@ def test_ranks_together_find_what_one_finds_in_equally_many_calls(held_out, toke
 
     def on_rank(rank, total):
         calls.append(0)
-        shared = {"device": CPU, "micro_batch": 2, "rank": rank, "world": world, "rows": rows}
+        shared = {"device": CPU, "micro_batch": 2, "rank": rank, "world_size": world, "rows": rows}
         return evaluate(held_out, counted, total=total, **shared)
 
     for rank in range(world):

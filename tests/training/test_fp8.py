@@ -7,14 +7,14 @@ from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 from lamda.engines.deepspeed import fp8
 from lamda.model import LaMDA
-from lamda.model.initialization import initialise
+from lamda.model.initialization import initialize_weights
 
 SHAPE = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 2, "d_head": 16}
 
 
 def initialised(**sizes) -> LaMDA:
     model = LaMDA(ModelConfig(**SHAPE, **sizes))
-    initialise(model, seed=0)
+    initialize_weights(model, seed=0)
     return model.bfloat16()
 
 
@@ -38,9 +38,9 @@ def test_the_named_products_alone_change_and_losses_and_gradients_stay_near():
     ids_BL = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(0))
     gradients = []
     for model in (plain, converted):
-        nats_BL, _ = model(ids_BL[:, :-1], targets_BL=ids_BL[:, 1:])
-        nats_BL.mean().backward()
-        gradients.append((nats_BL.mean().item(), dict(model.named_parameters())))
+        nll_BL, _ = model(ids_BL[:, :-1], targets_BL=ids_BL[:, 1:])
+        nll_BL.mean().backward()
+        gradients.append((nll_BL.mean().item(), dict(model.named_parameters())))
     (loss, weights), (narrow_loss, narrow_weights) = gradients
     assert loss != narrow_loss, "something was computed in fp8"
     assert narrow_loss == pytest.approx(loss, rel=0.01)

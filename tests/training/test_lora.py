@@ -13,7 +13,7 @@ from lamda.engines.deepspeed.engine import Engine
 from lamda.engines.deepspeed.weight_check import corrupted_ranks
 from lamda.launch.pretrain import main
 from lamda.model import LaMDA
-from lamda.model.initialization import initialise
+from lamda.model.initialization import initialize_weights
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
 from lamda.training.resume import find_resume_point
@@ -34,7 +34,7 @@ def step(engine: Engine, number: int) -> float:
 def base(tmp_path_factory):
     """Weights to begin with, in fp32."""
     model = LaMDA(Config(model=MODEL, train={"steps": 1}).model)
-    initialise(model, seed=7)
+    initialize_weights(model, seed=7)
     path = tmp_path_factory.mktemp("base") / "model.safetensors"
     save_file({name: weight.contiguous() for name, weight in model.export_weights().items()}, path)
     return path
@@ -178,13 +178,13 @@ def test_all_that_adapters_cannot_go_with_is_told_at_once(config_of):
     own = config_of(2, bf16=False, fp8=True, optimizer="muon", base_width=8)
     own = own.model_copy(update={"model": own.model.model_copy(update={"weights": None})})
     with pytest.raises(UserError) as caught:
-        ds_config.build(own, world=1)
+        ds_config.build(own, world_size=1)
     for wrong in ("set model.weights", "train.fp8", "set train.optimizer adamw", "train.base_width", "use stage 1"):
         assert wrong in str(caught.value)
     without = own.train.model_copy(update={"lora_rank": 0, "optimizer": "adamw"})
-    assert ds_config.build(own.model_copy(update={"train": without}), world=1)
+    assert ds_config.build(own.model_copy(update={"train": without}), world_size=1)
     for stage, bf16 in STAGES:
-        assert ds_config.build(config_of(stage, bf16=bf16), world=1)
+        assert ds_config.build(config_of(stage, bf16=bf16), world_size=1)
 
 
 def test_pretraining_from_nothing_with_adapters_ends_before_it_begins(capsys):

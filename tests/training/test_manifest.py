@@ -164,7 +164,7 @@ def test_every_rank_hashes_its_share_of_the_files(tmp_path, world):
     found = []
     for name in ("model.safetensors", "run_state.json"):
         flip(path / name, 5)
-        found.append([verify(path, world=World(rank=rank, size=3)) is not None for rank in range(3)])
+        found.append([verify(path, world=World(rank=rank, world_size=3)) is not None for rank in range(3)])
         flip(path / name, 5)
     assert sorted(map(sum, found)) == [1, 1]
     assert found[0] != found[1]

@@ -8,7 +8,7 @@ from lamda.config import ModelConfig
 from lamda.config.schema import TrainConfig
 from lamda.engines.deepspeed.optimizer import make_optimizer, set_learning_rate, without_compile
 from lamda.model import LaMDA
-from lamda.model.initialization import initialise
+from lamda.model.initialization import initialize_weights
 
 SHAPE = {"vocab_size": 97, "d_model": 48, "n_layers": 1, "n_heads": 2, "d_head": 16, "d_ff": 224}
 
@@ -25,7 +25,7 @@ def scale_of(name):
 def moved(optimizer, *, weight_decay, gradient, base_width=None):
     """How far one step at a rate of 0.01 moves each weight, by name; gradients are `gradient` times random ones."""
     model = LaMDA(ModelConfig(**SHAPE))
-    initialise(model, seed=0)
+    initialize_weights(model, seed=0)
     train = TrainConfig(steps=1, optimizer=optimizer, weight_decay=weight_decay, base_width=base_width, **SCALES)
     before = {name: weight.clone() for name, weight in model.export_weights().items()}
     made = make_optimizer(model, train)

@@ -24,7 +24,7 @@ def directory(tmp_path):
     return directory
 
 
-def choose_start(config, directory, world, framework="deepspeed"):
+def find_resume_point(config, directory, world, framework="deepspeed"):
     return resuming.find_resume_point(config, directory, world, framework=framework)
 
 
@@ -52,20 +52,20 @@ def damage(path):
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_a_new_directory_starts_from_nothing(directory, world, resume):
-    assert choose_start(config(resume), directory, world) == ResumePoint(None, RunState())
+    assert find_resume_point(config(resume), directory, world) == ResumePoint(None, RunState())
 
 
 @pytest.mark.parametrize("resume", ["auto", "required"])
 def test_the_newest_valid_checkpoint_is_taken(directory, world, resume):
     older, newer = save(directory, 2), save(directory, 4)
-    assert choose_start(config(resume), directory, world) == ResumePoint(newer, RunState(step=4))
+    assert find_resume_point(config(resume), directory, world) == ResumePoint(newer, RunState(step=4))
     damage(newer)
-    assert choose_start(config(resume), directory, world) == ResumePoint(older, RunState(step=2))
+    assert find_resume_point(config(resume), directory, world) == ResumePoint(older, RunState(step=2))
 
 
 def test_required_refuses_a_directory_without_checkpoint(directory, world):
     with pytest.raises(UserError, match=r"checkpoint\.resume required: .* holds no complete checkpoint"):
-        choose_start(config("required"), directory, world)
+        find_resume_point(config("required"), directory, world)
 
 
 @pytest.mark.parametrize("resume", ["auto", "required"])
@@ -73,7 +73,7 @@ def test_damaged_checkpoints_alone_never_start_a_run_anew(directory, world, resu
     damage(save(directory, 2))
     for _ in range(3):
         with pytest.raises(UserError, match="every checkpoint is damaged"):
-            choose_start(config(resume), directory, world)
+            find_resume_point(config(resume), directory, world)
 
 
 @pytest.mark.parametrize("away", ["moved", "removed", "not-mounted"])
@@ -85,33 +85,33 @@ def test_checkpoints_that_are_away_never_start_a_run_over(directory, world, tmp_
         directory.checkpoints.mkdir()
     for _ in range(2):
         with pytest.raises(UserError, match="has no checkpoint, but step-00000002 was saved here"):
-            choose_start(config("auto"), directory, world)
+            find_resume_point(config("auto"), directory, world)
     if away == "not-mounted":
         directory.checkpoints.rmdir()
     if away != "removed":
         (tmp_path / "elsewhere").rename(directory.checkpoints)
-        assert choose_start(config("auto"), directory, world).state.step == 2
+        assert find_resume_point(config("auto"), directory, world).state.step == 2
 
 
 def test_rows_that_are_gone_are_told(directory, world, caplog):
     save(directory, 2)
-    choose_start(config("auto"), directory, world)
+    find_resume_point(config("auto"), directory, world)
     assert caplog.messages == [f"{directory.metrics} is gone: the rows up to step 2 are missing"]
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(directory, world):
     directory.metrics.write_text('{"step": 1, "loss": 3.0}\n')
     directory.checkpoints.mkdir()
-    assert choose_start(config("auto"), directory, world) == ResumePoint(None, RunState())
+    assert find_resume_point(config("auto"), directory, world) == ResumePoint(None, RunState())
 
 
 def test_other_settings_of_training_are_told_in_one_line(directory, world, caplog):
     save(directory, 2)
     directory.metrics.touch()
-    choose_start(config("auto"), directory, world)
+    find_resume_point(config("auto"), directory, world)
     assert caplog.messages == []
     train = TrainConfig(steps=20, lr=2e-5, schedule="wsd", micro_batch_size=2)
-    choose_start(config("auto").model_copy(update={"train": train}), directory, world)
+    find_resume_point(config("auto").model_copy(update={"train": train}), directory, world)
     (line,) = caplog.messages
     assert line.endswith("train.lr was 0.0003, is 2e-05; train.schedule was cosine, is wsd")
 
@@ -119,7 +119,7 @@ def test_other_settings_of_training_are_told_in_one_line(directory, world, caplo
 def test_a_checkpoint_from_before_each_part_had_its_rate_is_reported(directory, world, caplog):
     save(directory, 2, without="norm_lr_scale")
     directory.metrics.touch()
-    choose_start(config("auto"), directory, world)
+    find_resume_point(config("auto"), directory, world)
     (line,) = caplog.messages
     assert line.endswith("rates of query, norms and bias tables, and no decay of the embedding (CHANGELOG.md)")
 
@@ -129,7 +129,7 @@ def test_another_attention_between_documents_is_told_as_well(directory, world, c
     directory.metrics.touch()
     before = config("auto")
     data = before.data.model_copy(update={"document_mask": True})
-    choose_start(before.model_copy(update={"data": data}), directory, world)
+    find_resume_point(before.model_copy(update={"data": data}), directory, world)
     (line,) = caplog.messages
     assert line.endswith("data.document_mask was False, is True")
 
@@ -141,30 +141,30 @@ def test_never_refuses_a_directory_that_holds_a_run(directory, world, trace):
     else:
         save(directory, 2)
     with pytest.raises(UserError, match=r"checkpoint\.resume never: .* already holds a run; choose another run\.dir"):
-        choose_start(config("never"), directory, world)
+        find_resume_point(config("never"), directory, world)
 
 
 def test_a_path_is_taken_from_another_run(directory, world, tmp_path):
     path = save(RunDirectory(tmp_path / "other"), 6)
-    assert choose_start(config(path), directory, world) == ResumePoint(path, RunState(step=6))
+    assert find_resume_point(config(path), directory, world) == ResumePoint(path, RunState(step=6))
 
 
 def test_a_path_that_is_not_there_is_told_with_the_words_that_are(directory, world, tmp_path):
     with pytest.raises(UserError, match=r"no such checkpoint \(nor one of auto, required, never\)"):
-        choose_start(config(tmp_path / "nowhere"), directory, world)
+        find_resume_point(config(tmp_path / "nowhere"), directory, world)
 
 
 def test_a_run_in_place_of_a_checkpoint_is_refused_with_the_checkpoints_name(directory, world, tmp_path):
     path = save(RunDirectory(tmp_path / "other"), 6)
     with pytest.raises(UserError, match=rf"is a run; name one of its checkpoints, such as {path}$"):
-        choose_start(config(tmp_path / "other"), directory, world)
+        find_resume_point(config(tmp_path / "other"), directory, world)
 
 
 def test_a_damaged_path_is_refused_and_left_in_place(directory, world, tmp_path):
     path = save(RunDirectory(tmp_path / "other"), 6)
     damage(path)
     with pytest.raises(UserError, match=r"checkpoint\.resume .*run_state\.json has 2 bytes"):
-        choose_start(config(path), directory, world)
+        find_resume_point(config(path), directory, world)
     assert path.is_dir()
 
 
@@ -172,7 +172,7 @@ def test_going_back_behind_newer_checkpoints_is_refused(directory, world):
     older = save(directory, 2)
     save(directory, 4)
     with pytest.raises(UserError, match=r"holds newer checkpoints \(step-00000004\).*choose another run\.dir"):
-        choose_start(config(older), directory, world)
+        find_resume_point(config(older), directory, world)
 
 
 @pytest.mark.parametrize("resume", ["auto", "path"])
@@ -180,7 +180,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_what_differs(directory, wor
     path = save(directory, 2)
     wanted = config(path if resume == "path" else resume, d_ff=48, bias_per_layer=False)
     with pytest.raises(UserError) as caught:
-        choose_start(wanted, directory, world)
+        find_resume_point(wanted, directory, world)
     assert "d_ff is 40, the configuration says 48; bias_per_layer is True, the configuration says False" in str(
         caught.value
     )
@@ -191,10 +191,10 @@ def test_a_checkpoint_of_another_model_is_refused_by_what_differs(directory, wor
 def test_a_checkpoint_of_another_optimiser_is_refused_with_the_way_on(directory, world, named):
     """One that names none is of the time when there was but AdamW."""
     path = save(directory, 2, **named)
-    assert choose_start(config("auto"), directory, world).path == path
+    assert find_resume_point(config("auto"), directory, world).path == path
     muon = config("auto").model_copy(update={"train": TrainConfig(steps=10, optimizer="muon")})
     with pytest.raises(UserError, match=r"adamw.*Set train\.optimizer adamw.*model\.weights .*model\.safetensors"):
-        choose_start(muon, directory, world)
+        find_resume_point(muon, directory, world)
 
 
 @pytest.mark.parametrize(
@@ -208,10 +208,10 @@ def test_a_checkpoint_of_another_optimiser_is_refused_with_the_way_on(directory,
 def test_a_checkpoint_of_another_framework_is_refused_with_the_way_on(directory, world, named, there, wanted):
     """One that names none is of the time when there was but DeepSpeed."""
     path = save(directory, 2, **named)
-    assert choose_start(config("auto"), directory, world, framework=there).path == path
+    assert find_resume_point(config("auto"), directory, world, framework=there).path == path
     for resume in ("auto", path):
         with pytest.raises(UserError) as caught:
-            choose_start(config(resume), directory, world, framework=wanted)
+            find_resume_point(config(resume), directory, world, framework=wanted)
         assert f"{path} was written by {there}; {wanted} cannot resume from it. Continue with {there}" in str(
             caught.value
         )

@@ -79,7 +79,7 @@ def test_before_the_first_step_and_after_the_last_save_a_signal_ends_the_process
 
 
 def test_the_stop_file_is_obeyed_by_rank_0_and_then_gone(tmp_path):
-    with requests(tmp_path) as listening, requests(tmp_path, World(rank=1, size=2)) as other:
+    with requests(tmp_path) as listening, requests(tmp_path, World(rank=1, world_size=2)) as other:
         (tmp_path / "STOP").touch()
         assert listening.reason() == "STOP was there"
         assert other.reason() is None, "the ranks agree by way of rank 0"

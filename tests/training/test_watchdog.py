@@ -26,7 +26,7 @@ def tell(verdict):
 
 # Slow: longer than a step, by far, and shorter than all of them.
 seconds = 60.0 if behaviour.startswith("hurried") else 3.0 if behaviour == "slow" else 1.0
-with Watchdog(folder / "heartbeats", world=World(rank=rank, size=2), seconds=seconds, report=tell) as watchdog:
+with Watchdog(folder / "heartbeats", world=World(rank=rank, world_size=2), seconds=seconds, report=tell) as watchdog:
     if behaviour.startswith("hurried"):
         watchdog.hurry(0.5, during=("update",))
         watchdog.mark(behaviour.removeprefix("hurried-"), step=1)

@@ -32,9 +32,9 @@ SKEW_WARNING, SKEW_FAILURE = 2.0, STALE_SECONDS / 2
 
 def batch(subject: Subject) -> Finding:
     """Check that the ranks can share the batch, and the DeepSpeed file."""
-    config, size = subject.config, subject.world.size
-    accumulation = micro_batches_per_rank(config.train, world=size)
-    ds_config.build(config, world=size)
+    config, size = subject.config, subject.world.world_size
+    accumulation = micro_batches_per_rank(config.train, world_size=size)
+    ds_config.build(config, world_size=size)
     train = config.train
     return ok(
         f"{train.global_batch_size} rows per step = {size} ranks x {train.micro_batch_size} rows x {accumulation} "
@@ -58,7 +58,7 @@ def space(subject: Subject) -> Finding:
 def speed(subject: Subject) -> Finding:
     """Measure how fast this rank writes while all ranks write, as in a save."""
     rate = writing_rate(Path(subject.config.run.dir))
-    seconds = checkpoint_bytes(subject) / (rate * subject.world.size)
+    seconds = checkpoint_bytes(subject) / (rate * subject.world.world_size)
     message = f"{rate / 1e6:,.0f} MB/s per rank; a checkpoint takes {seconds:,.1f} s"
     margin = subject.config.run.stop_margin_seconds
     if seconds > margin:
@@ -130,7 +130,7 @@ def weights_and_biases(subject: Subject) -> Finding:
 
 def checkpoint_bytes(subject: Subject) -> int:
     """Bytes of a checkpoint: model weights, and three fp32 numbers per parameter of the optimizer."""
-    deepspeed = ds_config.build(subject.config, world=subject.world.size)
+    deepspeed = ds_config.build(subject.config, world_size=subject.world.world_size)
     return parameters(subject.config.model) * ((2 if ds_config.is_bf16(deepspeed) else 4) + 12)
 
 

@@ -66,7 +66,7 @@ def bf16(subject: Subject) -> Finding:
 
 def cores(subject: Subject) -> Finding:
     """Check that each rank has cores for its tokenizer and loader."""
-    usable, local = len(os.sched_getaffinity(0)), subject.world.local_size
+    usable, local = len(os.sched_getaffinity(0)), subject.world.local_world_size
     wanted = 1 + subject.config.data.threads
     message = f"{usable} for {local} rank{'s' if local > 1 else ''} on this node"
     if usable < wanted * local:
@@ -79,7 +79,7 @@ def cores(subject: Subject) -> Finding:
 
 def shared_memory(subject: Subject) -> Finding:
     """Check that /dev/shm, which is small in containers, has room for NCCL."""
-    if subject.device.type != "cuda" or subject.world.local_size == 1:
+    if subject.device.type != "cuda" or subject.world.local_world_size == 1:
         return ok("not needed: one rank per node, or no GPU")
     size = shutil.disk_usage("/dev/shm").total
     if size < SHARED_BYTES:

@@ -81,7 +81,7 @@ def shared(seen: Sequence[bool], places: Sequence[str], run: str) -> Finding:
 
 def bandwidth(rate: float, *, right: bool, subject: Subject) -> Finding:
     """Check the result and the speed of an all-reduce; rate: bytes per second over each link."""
-    size = subject.world.size
+    size = subject.world.world_size
     if not right:
         return failure("an all-reduce gave a wrong sum", "see which node `run.weight_check_every` names in a run")
     whole = parameters(subject.config.model) * 4 * 2 * (size - 1) / size / rate
@@ -115,7 +115,7 @@ def all_reduce(subject: Subject) -> tuple[float, bool]:
     import torch
     import torch.distributed as dist
 
-    on_gpu, size, spent = subject.device.type == "cuda", subject.world.size, 0.0
+    on_gpu, size, spent = subject.device.type == "cuda", subject.world.world_size, 0.0
     tensor = torch.empty((GPU_BYTES if on_gpu else CPU_BYTES) // 4, device=subject.device)
     for repeat in range(REPEATS + 1):
         tensor.fill_(subject.world.rank + 1)
@@ -148,7 +148,7 @@ def _sees_the_file(subject: Subject) -> bool:
     """Whether this rank sees the file that rank 0 writes, within SHARED_SECONDS."""
     nonce = broadcast(secrets.token_hex(8))
     file = Path(subject.config.run.dir) / f".shared-{nonce}"
-    if subject.world.is_main:
+    if subject.world.is_main_process:
         file.write_text(nonce, "utf-8")
     barrier()
     deadline = time.monotonic() + SHARED_SECONDS
@@ -156,7 +156,7 @@ def _sees_the_file(subject: Subject) -> bool:
         time.sleep(0.2)
     seen = file.exists() and file.read_text("utf-8") == nonce
     barrier()
-    if subject.world.is_main:
+    if subject.world.is_main_process:
         file.unlink()
     return seen
 

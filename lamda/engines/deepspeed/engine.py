@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from lamda.config import ds_config
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
-from lamda.data.loader import MicroBatch, Step, batch_digest
+from lamda.data.loader import MicroBatch, StepBatch, batch_digest
 from lamda.distributed import World
 from lamda.durable import Progress
 from lamda.engines.deepspeed import checkpoint, compile, fp8, lora, weight_check
@@ -33,8 +33,8 @@ from lamda.inference.generation import prefill, sample
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
 from lamda.model.counts import peak_flops
-from lamda.model.initialization import initialise
-from lamda.model.loss import token_nats
+from lamda.model.initialization import initialize_weights
+from lamda.model.loss import token_nll
 
 log = logging.getLogger(__name__)
 
@@ -74,10 +74,10 @@ class Engine:
         self._progress = progress
         self.config, self.world, self.device, self.domains = config, world, device, domains
         self.peak_flops = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        self.num_devices = world.size
-        settings = ds_config.build(config, world=world.size)
+        self.num_devices = world.world_size
+        settings = ds_config.build(config, world_size=world.world_size)
         self.stage, self.is_bf16 = ds_config.zero_stage(settings), ds_config.is_bf16(settings)
-        if self.is_bf16 and world.is_main and _emulates_bf16(device):
+        if self.is_bf16 and world.is_main_process and _emulates_bf16(device):
             log.warning(
                 "this processor has no bf16 instructions: a step takes several times as long as in fp32, which "
                 "--deepspeed.config deepspeed/fp32.json trains in"
@@ -87,7 +87,7 @@ class Engine:
         if self._is_unguarded:
             settings["gradient_clipping"] = 0.0
         model = LaMDA(config.model, recompute=config.train.recompute)
-        initialise(model, seed=config.run.seed, base_width=config.train.base_width, progress=progress)
+        initialize_weights(model, seed=config.run.seed, base_width=config.train.base_width, progress=progress)
         if config.train.lora_rank:
             lora.adapt(model, rank=config.train.lora_rank, seed=config.run.seed)
             if self.is_bf16:
@@ -114,7 +114,7 @@ class Engine:
 
     def train_step(
         self,
-        batch: Step,
+        batch: StepBatch,
         *,
         lr: float,
         counters: Sequence[int] = (),
@@ -137,25 +137,25 @@ class Engine:
         gc.collect()
         raise UserError(self._too_large(reason))
 
-    def _train_step(self, batch: Step, lr: float, counters: Sequence[int], on_phase: PhaseHook) -> DeepSpeedStep:
+    def _train_step(self, batch: StepBatch, lr: float, counters: Sequence[int], on_phase: PhaseHook) -> DeepSpeedStep:
         set_learning_rate(self.deepspeed.optimizer, lr)
         parts = [_DeviceBatch.of(micro_batch, self.device) for micro_batch in batch.micro_batches]
-        num_tokens = sum((part.scored_BL.sum() for part in parts), start=torch.zeros((), device=self.device))
+        num_tokens = sum((part.loss_mask_BL.sum() for part in parts), start=torch.zeros((), device=self.device))
         dist.all_reduce(num_tokens)
         sums = torch.zeros(2, self.domains, dtype=torch.float64, device=self.device)
         norm: torch.Tensor | None = None
         for part in parts:
             on_phase("forward", None)
-            nats_BL, partition_BL = self.deepspeed(part.inputs_BL, part.documents_BL, targets_BL=part.targets_BL)
-            losses_BL = nats_BL + self.config.train.z_loss * partition_BL.square()
-            loss = (losses_BL * part.scored_BL).sum() * (self.world.size / num_tokens)
+            nll_BL, log_z_BL = self.deepspeed(part.inputs_BL, part.documents_BL, targets_BL=part.targets_BL)
+            losses_BL = nll_BL + self.config.train.z_loss * log_z_BL.square()
+            loss = (losses_BL * part.loss_mask_BL).sum() * (self.world.world_size / num_tokens)
             on_phase("loss", loss)
             self.deepspeed.backward(_or_nan(loss), scale_wrt_gas=False)
             on_phase("backward", None)
             norm = self._clip_or_drop_gradient() if self._is_unguarded else None
             with without_compile(self.config.train):
                 self.deepspeed.step()
-            sums += part.sums(nats_BL.detach(), domains=self.domains)
+            sums += part.sums(nll_BL.detach(), domains=self.domains)
         on_phase("update", next(self.model.parameters()))
         summed = torch.cat([sums.flatten(), torch.tensor(counters, dtype=sums.dtype, device=self.device)])
         dist.all_reduce(summed)
@@ -177,11 +177,11 @@ class Engine:
         """[B, L, V]; every rank calls it."""
         return self.deepspeed(inputs_BL)
 
-    def nats(
+    def nll(
         self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor, documents_BL: torch.Tensor | None = None
     ) -> torch.Tensor:
         """[B, L], the cross-entropy of each target; every rank calls it."""
-        return token_nats(self.deepspeed(inputs_BL, documents_BL), targets_BL)
+        return token_nll(self.deepspeed(inputs_BL, documents_BL), targets_BL)
 
     def generate(self, ids: Sequence[int], sampling: Sampling) -> list[int]:
         """Continue `ids`; every rank calls it."""
@@ -246,13 +246,13 @@ class Engine:
         ids = torch.zeros(rows, self.config.data.sequence_length, dtype=torch.int64, device=self.device)
         try:
             with compile.force_eager(compiled=self.is_compiled):
-                nats_BL, _ = self.model(ids, targets_BL=ids)
-                torch.autograd.grad(nats_BL.sum(), [each for each in self.model.parameters() if each.requires_grad])
+                nll_BL, _ = self.model(ids, targets_BL=ids)
+                torch.autograd.grad(nll_BL.sum(), [each for each in self.model.parameters() if each.requires_grad])
         except torch.OutOfMemoryError:
             return False
         return True
 
-    def _rows(self, batch: Step) -> torch.Tensor:
+    def _rows(self, batch: StepBatch) -> torch.Tensor:
         """[B, 32], every row's sha256 on every rank: each rank fills in its own rows, and the ranks sum."""
         rows = np.zeros((self.config.train.global_batch_size, 32), np.int32)
         rows[batch.positions] = batch.digests
@@ -287,7 +287,7 @@ class _DeviceBatch:
     inputs_BL: torch.Tensor
     targets_BL: torch.Tensor
     documents_BL: torch.Tensor | None
-    scored_BL: torch.Tensor
+    loss_mask_BL: torch.Tensor
     domains_BL: torch.Tensor
 
     @classmethod
@@ -297,17 +297,17 @@ class _DeviceBatch:
 
         ids = moved(rows.ids, np.int64)
         documents = None if rows.documents is None else moved(rows.documents[:, :-1], np.int64)
-        scored, domains = moved(rows.scored, np.float32), moved(rows.domains, np.int64)
-        return cls(ids[:, :-1], ids[:, 1:], documents, scored, domains)
+        loss_mask, domains = moved(rows.loss_mask, np.float32), moved(rows.domains, np.int64)
+        return cls(ids[:, :-1], ids[:, 1:], documents, loss_mask, domains)
 
-    def sums(self, nats_BL: torch.Tensor, *, domains: int) -> torch.Tensor:
+    def sums(self, nll_BL: torch.Tensor, *, domains: int) -> torch.Tensor:
         """[2, domains] float64: nats and targets by domain, the same on any number of ranks.
 
         A product adds up in one order on every device; float64 holds the sums of the fp32 products exactly.
         """
-        kinds = torch.arange(domains, device=nats_BL.device)
-        of_domain_dN = (self.domains_BL.flatten() == kinds[:, None]).float() * self.scored_BL.flatten()
-        return torch.stack([of_domain_dN @ nats_BL.float().flatten(), of_domain_dN.sum(dim=1)]).double()
+        kinds = torch.arange(domains, device=nll_BL.device)
+        of_domain_dN = (self.domains_BL.flatten() == kinds[:, None]).float() * self.loss_mask_BL.flatten()
+        return torch.stack([of_domain_dN @ nll_BL.float().flatten(), of_domain_dN.sum(dim=1)]).double()
 
 
 def _emulates_bf16(device: torch.device) -> bool:

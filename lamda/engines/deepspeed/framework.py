@@ -28,8 +28,8 @@ class DeepSpeed:
 
     def check(self, config: Config, world: World) -> None:
         """Check that the ranks can share a batch, and ds_config.json."""
-        micro_batches_per_rank(config.train, world=world.size)
-        ds_config.build(config, world=world.size)
+        micro_batches_per_rank(config.train, world_size=world.world_size)
+        ds_config.build(config, world_size=world.world_size)
 
     def start(self, config: Config, world: World) -> torch.device:
         """Join the process group; the device is the one that trains."""

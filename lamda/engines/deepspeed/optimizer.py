@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 from lamda.config.schema import TrainConfig
 from lamda.engines.param_groups import ADAFACTOR_EPS, ADAMW_RMS, MUON_MOMENTUM, rate_scales, weight_decays
 from lamda.model import LaMDA
-from lamda.model.weights import Part, part_of
+from lamda.model.weights import ParamGroup, part_of
 
 State = dict[str, torch.Tensor]
 Group = dict[str, Any]
@@ -27,7 +27,7 @@ def make_optimizer(model: LaMDA, train: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of a model. The learning rate starts at 0: `set_learning_rate` sets it for each step."""
     scales = rate_scales(train, model.config)
     decays = weight_decays(train, scales)
-    groups: dict[Part, Group] = {
+    groups: dict[ParamGroup, Group] = {
         part: {"params": [], "weight_decay": decays[part], "scale": scale} for part, scale in scales.items()
     }
     for name, parameter in model.named_parameters():

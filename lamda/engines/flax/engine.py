@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lamda.config.batches import micro_batches_per_rank
 from lamda.config.schema import Config
-from lamda.data.loader import Step, batch_digest
+from lamda.data.loader import StepBatch, batch_digest
 from lamda.distributed import World, gather
 from lamda.durable import Progress
 from lamda.engines.flax.checkpoint import Checkpointer
@@ -74,7 +74,7 @@ class FlaxEngine:
         self._placement = MeshPlacement(self.mesh)
         self.num_devices = self.mesh.size
         self.peak_flops = peak_flops(jax.devices()[0].device_kind)
-        self.micro_batches = micro_batches_per_rank(config.train, world=row_ranks(self.mesh))
+        self.micro_batches = micro_batches_per_rank(config.train, world_size=row_ranks(self.mesh))
         self._dtype = jnp.bfloat16 if is_bf16 else jnp.float32
         optimizer = make_optimizer(config.train, config.model)
         drawn: dict[str, torch.Tensor] = {}
@@ -85,7 +85,7 @@ class FlaxEngine:
         self.state = self._with_fresh_optimizer(weights, optimizer.init)
         self._optimizer = optimizer
         self._step = make_step(config, optimizer, state=self.state, mesh=self.mesh, dtype=self._dtype, domains=domains)
-        self._checkpointer = Checkpointer(dtype=self._dtype, is_main=world.is_main)
+        self._checkpointer = Checkpointer(dtype=self._dtype, is_main=world.is_main_process)
         self._rows = NamedSharding(self.mesh, PartitionSpec(ROWS))
         self._narrow = jax.jit(lambda weights: {name: each.astype(self._dtype) for name, each in weights.items()})
         self._logits = jax.jit(self._logits_of, out_shardings=self._rows)
@@ -93,7 +93,7 @@ class FlaxEngine:
 
     def train_step(
         self,
-        batch: Step,
+        batch: StepBatch,
         *,
         lr: float,
         counters: Sequence[int] = (),
@@ -123,7 +123,7 @@ class FlaxEngine:
         """[B, L, V] of this rank's rows."""
         return self._of_rows(self._logits, inputs_BL)
 
-    def nats(
+    def nll(
         self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor, documents_BL: torch.Tensor | None = None
     ) -> torch.Tensor:
         """[B, L], the cross-entropy of each target of this rank's rows."""
@@ -172,7 +172,7 @@ class FlaxEngine:
         lies = shardings_like(jax.eval_shape(init, weights), self.mesh, shapes)
         return TrainState(weights, jax.jit(init, out_shardings=lies)(weights))
 
-    def _placed_batch(self, step: Step) -> Batch:
+    def _placed_batch(self, step: StepBatch) -> Batch:
         """This rank's micro-batches as its part of the step's arrays."""
         lies = NamedSharding(self.mesh, PartitionSpec(None, ROWS))
 
@@ -182,11 +182,11 @@ class FlaxEngine:
             return jax.make_array_from_process_local_data(lies, local)
 
         documents = None if step.micro_batches[0].documents is None else placed("documents", np.int32)
-        return Batch(placed("ids", np.int32), placed("scored", np.bool_), placed("domains", np.int32), documents)
+        return Batch(placed("ids", np.int32), placed("loss_mask", np.bool_), placed("domains", np.int32), documents)
 
     def _of_rows(self, function: Callable[..., Array], *tensors: torch.Tensor) -> torch.Tensor:
         """Rows of this rank through a program of all ranks, filled up to what the devices share evenly."""
-        count, each = len(tensors[0]), row_ranks(self.mesh) // self.world.size
+        count, each = len(tensors[0]), row_ranks(self.mesh) // self.world.world_size
         filled = [np.pad(tensor.numpy().astype(np.int32), ((0, -count % each), (0, 0))) for tensor in tensors]
         given = [jax.make_array_from_process_local_data(self._rows, part) for part in filled]
         out = function(self._eval_weights, *given)

@@ -45,7 +45,7 @@ class Flax:
                 f"--multihost: JAX finds no other processes ({error}); it knows those of a TPU slice and of a SLURM "
                 "step. Leave the option out, or start with torchrun"
             ) from error
-        return World(rank=jax.process_index(), size=jax.process_count())
+        return World(rank=jax.process_index(), world_size=jax.process_count())
 
     def check(self, config: Config, world: World) -> None:
         """Reject what the JAX implementation does not have; devices are not known yet."""
@@ -74,14 +74,16 @@ class Flax:
         if self._multihost:
             from jax.experimental import multihost_utils
 
-            address = distributed.free_address().encode().ljust(64) if world.is_main else bytes(64)
+            address = distributed.free_address().encode().ljust(64) if world.is_main_process else bytes(64)
             received = bytes(multihost_utils.broadcast_one_to_all(bytearray(address))).decode().strip()
             distributed.start_hosts(world, threads=config.run.threads, address=received)
         else:
             distributed.start_hosts(world, threads=config.run.threads)
-            if world.size > 1:
+            if world.world_size > 1:
                 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-                jax.distributed.initialize(distributed.broadcast(distributed.free_address()), world.size, world.rank)
+                jax.distributed.initialize(
+                    distributed.broadcast(distributed.free_address()), world.world_size, world.rank
+                )
         if not ds_config.is_bf16(ds_config.read(config)):
             jax.config.update("jax_default_matmul_precision", "highest")  # a TPU would compute fp32 in bf16
         return torch.device("cpu")

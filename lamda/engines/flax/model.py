@@ -299,9 +299,9 @@ class _Cached:
 def token_losses(logits_BLV: Array, targets_BL: Array) -> tuple[Array, Array]:
     """Cross-entropy of each target in nats and the logsumexp of its logits, [B, L] each, in fp32 or wider."""
     logits_BLV = _wide(logits_BLV)
-    partition_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
+    log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
     chosen_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
-    return partition_BL - chosen_BL, partition_BL
+    return log_z_BL - chosen_BL, log_z_BL
 
 
 def empty_cache(config: ModelConfig, *, rows: int, longest: int, dtype: DTypeLike) -> KeyValues:

@@ -17,7 +17,7 @@ from optax import GradientTransformation, GradientTransformationExtraArgs
 from lamda.config.schema import ModelConfig, TrainConfig
 from lamda.engines.flax.weights import Weights, stacked_shapes
 from lamda.engines.param_groups import ADAFACTOR_EPS, ADAMW_RMS, MUON_MOMENTUM, rate_scales, weight_decays
-from lamda.model.weights import Part, part_of
+from lamda.model.weights import ParamGroup, part_of
 
 
 def make_optimizer(train: TrainConfig, model: ModelConfig) -> GradientTransformationExtraArgs:
@@ -25,7 +25,7 @@ def make_optimizer(train: TrainConfig, model: ModelConfig) -> GradientTransforma
     scales = rate_scales(train, model)
     decays = weight_decays(train, scales)
 
-    def of_part(part: Part, *, is_stacked: bool) -> GradientTransformation:
+    def of_part(part: ParamGroup, *, is_stacked: bool) -> GradientTransformation:
         direction = _direction(train, part, scale=scales[part])
         return optax.chain(
             _each_layer(direction) if is_stacked else direction,
@@ -41,7 +41,7 @@ def make_optimizer(train: TrainConfig, model: ModelConfig) -> GradientTransforma
     return optax.partition(kinds, labels)
 
 
-def _direction(train: TrainConfig, part: Part, *, scale: float) -> GradientTransformation:
+def _direction(train: TrainConfig, part: ParamGroup, *, scale: float) -> GradientTransformation:
     """An optimizer step at rate 1, uphill and without decay."""
     if train.optimizer == "adafactor":
         return _adafactor(scale)

@@ -27,12 +27,12 @@ class TrainState(NamedTuple):
 class Batch(NamedTuple):
     """A step's rows in A micro-batches of b rows over all devices.
 
-    ids, documents: [A, b, L+1] int32, documents only where attention stays inside them. scored, domains:
+    ids, documents: [A, b, L+1] int32, documents only where attention stays inside them. loss_mask, domains:
     [A, b, L], of the targets.
     """
 
     ids: Array
-    scored: Array
+    loss_mask: Array
     domains: Array
     documents: Array | None
 
@@ -69,15 +69,15 @@ def make_step(
         """This micro-batch's share of the step's loss, and [2, domains]: nats and targets."""
         model = bind(config.model, narrow, recompute=config.train.recompute, placement=placement)
         documents_BL = None if part.documents is None else part.documents[:, :-1]
-        nats_BL, partition_BL = model.losses(part.ids[:, :-1], part.ids[:, 1:], documents_BL)
-        losses_BL = nats_BL + config.train.z_loss * jnp.square(partition_BL)
-        of_domain_dN = jax.nn.one_hot(part.domains.reshape(-1), domains, axis=0) * part.scored.reshape(-1)
-        sums = jnp.stack([of_domain_dN @ nats_BL.reshape(-1), of_domain_dN.sum(axis=1)])
-        return (losses_BL * part.scored).sum() / targets, sums
+        nll_BL, log_z_BL = model.losses(part.ids[:, :-1], part.ids[:, 1:], documents_BL)
+        losses_BL = nll_BL + config.train.z_loss * jnp.square(log_z_BL)
+        of_domain_dN = jax.nn.one_hot(part.domains.reshape(-1), domains, axis=0) * part.loss_mask.reshape(-1)
+        sums = jnp.stack([of_domain_dN @ nll_BL.reshape(-1), of_domain_dN.sum(axis=1)])
+        return (losses_BL * part.loss_mask).sum() / targets, sums
 
     def step(state: TrainState, batch: Batch, rate: Array) -> tuple[TrainState, Figures]:
         narrow = jax.tree.map(lambda weight: weight.astype(dtype), state.weights)
-        targets = batch.scored.sum(dtype=jnp.float32)
+        targets = batch.loss_mask.sum(dtype=jnp.float32)
 
         def add(total: tuple[Weights, Array, Array], part: Batch) -> tuple[tuple[Weights, Array, Array], None]:
             (loss, sums), gradients = jax.value_and_grad(losses, has_aux=True)(narrow, part, targets)

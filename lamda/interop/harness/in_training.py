@@ -80,7 +80,7 @@ class RanksDecoder:
 
     def __init__(self, engine: DeepSpeedEngine, tokenizer: Tokenizer, *, mark: Mark) -> None:
         self._engine, self._tokenizer, self._mark = engine, tokenizer, mark
-        self.batch = engine.config.train.micro_batch_size * engine.world.size
+        self.batch = engine.config.train.micro_batch_size * engine.world.world_size
         self.is_computing = False
 
     def score(self, rows: Sequence[ScoredRow]) -> list[Score]:
@@ -105,14 +105,14 @@ class RanksDecoder:
         broadcast(items)
         parts = gather(self._compute(items))
         self.is_computing = False
-        size = self._engine.world.size
+        size = self._engine.world.world_size
         return [parts[place % size][place // size] for place in range(len(items))]
 
     def _compute(self, items: list[Any]) -> list[Score] | list[str]:
         """The results of this rank's items: every n-th of them, for n ranks."""
         self._mark()
         world = self._engine.world
-        local = items[world.rank :: world.size]
+        local = items[world.rank :: world.world_size]
         if isinstance(items[0], ScoredRow):
             # The forward pass gathers weights at ZeRO stage 3: a rank without rows must run it too.
             found = score_rows(self._logits, local or items[:1], device=self._engine.device)
@@ -121,7 +121,7 @@ class RanksDecoder:
             return continue_prompts(self._engine.model, self._tokenizer, local) if local else []
         with self._engine.gathered_parameters():
             written = continue_prompts(self._engine.model, self._tokenizer, items)
-        return written[world.rank :: world.size]
+        return written[world.rank :: world.world_size]
 
     def _logits(self, inputs_BL: torch.Tensor) -> torch.Tensor:
         return self._engine.deepspeed(inputs_BL)

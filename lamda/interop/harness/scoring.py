@@ -12,7 +12,7 @@ from lamda.data.tokenizer import Tokenizer
 from lamda.inference.generation import Candidates, TextStream, advance, prefill
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
-from lamda.model.loss import token_nats
+from lamda.model.loss import token_nll
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 """inputs_BL -> logits_BLV, on the model's device."""
@@ -93,7 +93,7 @@ def score_rows(logits: Logits, rows: Sequence[ScoredRow], *, device: torch.devic
     longest = max(len(row.ids) for row in rows)
     ids_NL = torch.tensor([[*row.ids, *[0] * (longest - len(row.ids))] for row in rows], device=device)
     logits_NLV = logits(ids_NL[:, :-1])
-    nats_NL = token_nats(logits_NLV, ids_NL[:, 1:]).double().cpu()
+    nats_NL = token_nll(logits_NLV, ids_NL[:, 1:]).double().cpu()
     is_likeliest_NL = (logits_NLV.argmax(dim=-1) == ids_NL[:, 1:]).cpu()
     places = [slice(len(row.ids) - 1 - row.scored, len(row.ids) - 1) for row in rows]
     return [
