@@ -220,11 +220,11 @@ def markdown(report: dict[str, Any]) -> str:
     mfu = "none (no data sheet for this device)" if report["mfu"] is None else f"{report['mfu']:.1%}"
     lines = [
         ("tokens/s", f"{report['tokens_per_second']:,.0f}"),
-        ("model TFLOP/s a rank", f"{report['model_flops_per_second'] / 1e12:.3g}"),
-        ("matrix rate, TFLOP/s a rank", f"{report['matrix_rate']['flops_per_second'] / 1e12:.3g}"),
+        ("model TFLOP/s per rank", f"{report['model_flops_per_second'] / 1e12:.3g}"),
+        ("matrix rate, TFLOP/s per rank", f"{report['matrix_rate']['flops_per_second'] / 1e12:.3g}"),
         ("share of the matrix rate", _with_spread(report["share_of_matrix_rate"], ".1%")),
         ("MFU", mfu),
-        ("peak memory a rank", f"{report['peak_memory_bytes'] / 1e9:.2f} GB"),
+        ("peak memory per rank", f"{report['peak_memory_bytes'] / 1e9:.2f} GB"),
         ("step", f"{step:.3f} s (the first {report['first_step_seconds']:.1f} s)"),
         *((f"- {part}", f"{seconds / step:.1%}") for part, seconds in report["parts"].items()),
     ]
@@ -235,7 +235,7 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"`{report['command']}` at {report['commit']}, {report['ranks']} x {report['device']} ({report['cpu']}, "
-            f"{report['cores']} cores, {report['threads']} threads a rank), {versions}.",
+            f"{report['cores']} cores, {report['threads']} threads per rank), {versions}.",
             f"{report['parameters']:,} parameters, micro-batch {rows['micro_batch']} x {rows['length']}, batch "
             f"{rows['batch']}; {kind}; {way}.",
             "",

@@ -59,11 +59,11 @@ def test_each_kind_of_trouble_is_an_alert(tmp_path, tokenizer_path, server, in_t
     monkeypatch.setenv("LAMDA_ALLOW_FAULTS", "1")
     monkeypatch.setenv("LAMDA_FAULT", FAULTS)
     assert main(["--config", "configs/tiny.yaml", *flags]) == 1, capfd.readouterr().err
-    told = [(alert["title"], alert["text"]) for alert in server.alerts]
-    titles = Counter(title for title, _ in told)
+    message = [(alert["title"], alert["text"]) for alert in server.alerts]
+    titles = Counter(title for title, _ in message)
     assert titles.pop("checkpoint failed") in (1, 2), "a save may still be under way when the run goes back"
     assert titles == {"lines quarantined": 1, "step skipped": 2, "rolled back": 1, "run failed": 1}
-    texts = dict(told)
+    texts = dict(message)
     assert "text.jsonl, line 1 (" in texts["lines quarantined"]
     assert "checkpoint of step 4" in texts["checkpoint failed"]
     assert "step 5 skipped: its loss or gradient is not finite" in texts["step skipped"]

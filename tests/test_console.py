@@ -64,17 +64,17 @@ def python(code, *arguments, out, err, **variables):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("lost", "unbuffered", "code", "told"), [
+@pytest.mark.parametrize(("lost", "unbuffered", "code", "message"), [
     (closed_pipe, "", 141, b""),
     (closed_pipe, "1", 141, b""),
     (full_disk, "", 1, b"standard output cannot be written (No space left on device)\n"),
     (left_terminal, "", 1, b"standard output cannot be written (Input/output error)\n"),
 ])  # fmt: skip
-def test_a_command_that_cannot_write_its_output_ends_without_a_traceback(lost, unbuffered, code, told):
+def test_a_command_that_cannot_write_its_output_ends_without_a_traceback(lost, unbuffered, code, message):
     out = lost()
     done = python(SAYS, "text", out=out, err=subprocess.PIPE, PYTHONUNBUFFERED=unbuffered)
     os.close(out)
-    assert (done.returncode, done.stderr) == (code, told)
+    assert (done.returncode, done.stderr) == (code, message)
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
@@ -101,8 +101,8 @@ def test_a_process_outlives_its_console_and_its_log_says_so_once(tmp_path, lost,
     done = python(code, str(tmp_path / "log"), out=end, err=end, PYTHONUNBUFFERED=unbuffered)
     os.close(end)
     assert done.returncode == 75
-    told = (tmp_path / "log").read_text("utf-8").splitlines()
-    assert [line.partition(" (")[0] for line in told] == ["standard output is lost", "standard error is lost"]
+    message = (tmp_path / "log").read_text("utf-8").splitlines()
+    assert [line.partition(" (")[0] for line in message] == ["standard output is lost", "standard error is lost"]
 
 
 def test_a_console_that_takes_text_again_shows_it(tmp_path, monkeypatch, caplog):

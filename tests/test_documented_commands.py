@@ -103,7 +103,7 @@ def test_what_a_page_says_fits_the_code(page):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("lamda pretain --config tiny", "no command lamda pretain"),
         ("lamda plan --config tiny --gpsu 8", "no option --gpsu"),
@@ -116,8 +116,8 @@ def test_what_a_page_says_fits_the_code(page):
         ("make tset", "no target tset"),
     ],
 )
-def test_what_does_not_fit_is_found(text, told):
-    assert told in "; ".join(problems(text))
+def test_what_does_not_fit_is_found(text, message):
+    assert message in "; ".join(problems(text))
 
 
 def test_commands_are_found_wherever_they_stand():

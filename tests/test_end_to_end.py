@@ -93,7 +93,7 @@ def test_a_run_trains_evaluates_saves_and_shows_a_sample(place, straight):
     }  # fmt: skip
     assert (run / "samples" / "step-00000012.txt").read_text("utf-8")
     assert not [*run.glob("lock*.json")]
-    for shown in ("step 1/12", "ETA", "bits/byte", "xz -9", "to go on, run the same command"):
+    for shown in ("step 1/12", "ETA", "bits/byte", "xz -9", "to continue, run the same command"):
         assert shown in straight.stdout
 
 
@@ -196,11 +196,11 @@ def test_evaluate_agrees_with_the_runs_last_evaluation(place, straight, capsys):
 
 def test_where_tells_the_text_of_a_row(place, straight, capsys):
     assert where_command([str(place / "straight"), "--step", "7", "--json"]) == 0
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [each["row"] for each in told] == list(range(8))
+    message = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [each["row"] for each in message] == list(range(8))
     tokenizer = Tokenizer.load(place / "straight" / "tokenizer.model")
     digests = []
-    for each in told:
+    for each in message:
         ids = []
         for piece in each["pieces"]:
             lines = (
@@ -216,9 +216,9 @@ def test_prepared_blocks_give_the_same_samples(place, straight, capsys):
     flags = ["--config", str(place / "run.yaml"), "--data.cache_dir", str(place / "blocks")]
     flags += ["--tokenizer.path", str(place / "straight" / "tokenizer.model")]
     assert prepare_command([*flags, "--run.dir", str(place / "prepared")]) == 0
-    told = capsys.readouterr().out
-    assert "bytes/token" in told
-    assert "cuts: pieces that continue" in told
+    message = capsys.readouterr().out
+    assert "bytes/token" in message
+    assert "cuts: pieces that continue" in message
     assert prepare_command(["--json", *flags, "--run.dir", str(place / "prepared")]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] > 0
     config = load_config(flags)

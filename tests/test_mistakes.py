@@ -98,7 +98,7 @@ def card_without_validation(folder, text):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("unknown key", "--train.learning_rat"),
         ("missing file", "nothing*.jsonl"),
@@ -122,10 +122,10 @@ def card_without_validation(folder, text):
         ("other weights", "of another shape"),
     ],
 )
-def test_a_mistake_is_told_in_a_sentence(answers, name, told):
+def test_a_mistake_is_reported_in_a_sentence(answers, name, message):
     code, _, err = answers[0][name]
     assert code == 2
-    assert told in err
+    assert message in err
     assert "Traceback" not in err
 
 

@@ -39,7 +39,7 @@ def compare_runs(one: RunDirectory, other: RunDirectory) -> dict[str, FirstDiffe
         "loss": compare_column(one.metrics, other.metrics, "loss"),
         "samples": compare_column(one.metrics, other.metrics, "batch_digest"),
         "weights": compare_checkpoints(one.checkpoints, other.checkpoints, weights_of),
-        "optimiser state": compare_checkpoints(one.checkpoints, other.checkpoints, optimizer_state_of),
+        "optimizer state": compare_checkpoints(one.checkpoints, other.checkpoints, optimizer_state_of),
     }
 
 

@@ -158,7 +158,7 @@ def _states(sizes: Sequence[int], setting: MemorySetting) -> Iterator[MemoryItem
         yield _state("small weights, kept whole", small * width, STEP)
         yield MemoryItem("weights, gathered", min(total - small, sharding.live) * width, COMPUTING)
     yield _state("fp32 master weights", 4 * shard if has_masters else 0, STEP)
-    yield _state("optimiser's state", 4 * (sharding.share(kept) if sharding.stage else kept), STEP)
+    yield _state("optimizer state", 4 * (sharding.share(kept) if sharding.stage else kept), STEP)
 
 
 def _gradients(sizes: Sequence[int], setting: MemorySetting) -> Iterator[MemoryItem]:

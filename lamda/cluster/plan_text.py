@@ -136,7 +136,7 @@ def _model(plan: Plan) -> list[Cells]:
         ("parameters", f"{plan.parameters:,}"),
         *((f"  {part}", f"{count:,}") for part, count in plan.parameters_by_part.items()),
         (
-            "training FLOPs a token",
+            "training FLOPs per token",
             f"{plan.flops_per_token:,}",
             "|a multiply-add is 2, causal attention half; recomputation is not counted",
         ),
@@ -147,11 +147,11 @@ def _model(plan: Plan) -> list[Cells]:
 def _batch(plan: Plan) -> list[Cells]:
     return [
         ("ranks", f"{plan.gpus:,}"),
-        ("rows a rank and micro-batch", f"{plan.micro_batch_size:,}"),
-        ("micro-batches a rank and step", f"{plan.gradient_accumulation:,}", "|gradient accumulation"),
-        ("rows a step", f"{plan.global_batch_size:,}"),
-        ("tokens a row", f"{plan.sequence_length:,}"),
-        ("tokens a step", f"{plan.tokens_per_step:,}"),
+        ("rows per rank and micro-batch", f"{plan.micro_batch_size:,}"),
+        ("micro-batches per rank and step", f"{plan.gradient_accumulation:,}", "|gradient accumulation"),
+        ("rows per step", f"{plan.global_batch_size:,}"),
+        ("tokens per row", f"{plan.sequence_length:,}"),
+        ("tokens per step", f"{plan.tokens_per_step:,}"),
         ("steps", f"{plan.steps:,}"),
         ("tokens", f"{plan.tokens:,}"),
     ]

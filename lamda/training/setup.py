@@ -288,7 +288,7 @@ def _show_results(trainer: Trainer) -> str | None:
             replace_file(file, sample)
         higher_again = HIGHER_AGAIN.get(trainer.config.train.schedule, "")
         say(
-            f"everything is in {trainer.directory.path}; to go on, run the same command with a larger train.steps or "
-            f"train.tokens{higher_again}"
+            f"everything is in {trainer.directory.path}; to continue, run the same command with a larger train.steps "
+            f"or train.tokens{higher_again}"
         )
     return None

@@ -74,12 +74,12 @@ def test_the_report_has_rates_ratios_and_memory(tmp_path, tokenizer_path, monkey
     assert capsys.readouterr().out == printed
 
 
-def test_an_unknown_name_is_told(capsys):
+def test_an_unknown_name_is_reported(capsys):
     assert main(["nothing"]) == 2
     assert "data" in capsys.readouterr().err
 
 
-def test_too_little_text_is_told(tmp_path, tokenizer_path, capsys):
+def test_too_little_text_is_reported(tmp_path, tokenizer_path, capsys):
     write_shard(tmp_path / "text.jsonl.zst", ["of the", "and to"])
     words = ["data", "--files", f"{tmp_path}/text.jsonl.zst", "--tokenizer", str(tokenizer_path), "--documents", "900"]
     assert main(words) == 2

@@ -5,7 +5,7 @@ import torch
 from benchmarks.summation import added_up, compare, on_ranks
 
 
-def test_the_order_of_ranks_is_told_apart_where_it_rounds():
+def test_the_order_of_ranks_is_reported_apart_where_it_rounds():
     """1 + 2^-24 + 2^-24 loses both small parts one by one, and keeps them where a rank adds them up first."""
     small = 2.0**-24
     parts = torch.tensor([[1.0, 1.0], [0.0, 0.0], [small, 0.5], [small, 0.5]], dtype=torch.bfloat16)

@@ -61,8 +61,8 @@ def test_every_panel_is_seen_in_light_and_dark_on_a_desk_and_on_a_phone(visit, s
         assert box["width"] > 200
         assert 0 <= box["x"] <= box["x"] + box["width"] <= width
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing hangs out at the right"
-    for told in ("failed", f"because {MARKUP}", "step-00000200"):
-        sync_api.expect(page.get_by_text(told, exact=True).first).to_be_visible()
+    for message in ("failed", f"because {MARKUP}", "step-00000200"):
+        sync_api.expect(page.get_by_text(message, exact=True).first).to_be_visible()
     sizes = page.evaluate("[...document.querySelectorAll('svg text')].map(e => e.getBoundingClientRect().height)")
     assert min(sizes) > 7
     if PICTURES:
@@ -125,7 +125,7 @@ def test_what_is_folded_opens_and_what_a_run_wrote_stays_text(visit):
     assert page.locator("img").count() == 0
 
 
-def test_runs_side_by_side_are_told_apart_in_each_chart(visit):
+def test_runs_side_by_side_are_reported_apart_in_each_chart(visit):
     page = visit("both")
     assert page.locator("figure").first.locator(".legend li").all_inner_texts() == ["one", "other"]
     colours = page.evaluate(

@@ -13,7 +13,7 @@ def a_config(**sections):
     return Config.model_validate({"train": {"steps": 1}, **sections})
 
 
-def test_a_checkpoint_holds_weights_and_the_optimisers_fp32_weights_and_moments():
+def test_a_checkpoint_holds_weights_and_the_optimizers_fp32_weights_and_moments():
     assert checkpoint_bytes(1000, width=2) == 14_000
     assert checkpoint_bytes(1000, width=4) == 16_000
 
@@ -28,9 +28,9 @@ def test_no_run_holds_more_checkpoints_than_that(steps, every, keep, keep_every)
             most = max(most, len(there))
             doomed = [old for old in there[:-keep] if keep_every is None or old % keep_every]
             there = [each for each in there if each not in doomed]
-    told = checkpoints(config)
-    assert most <= told <= most + (keep if keep_every else 0)
-    assert told == most or keep_every
+    message = checkpoints(config)
+    assert most <= message <= most + (keep if keep_every else 0)
+    assert message == most or keep_every
 
 
 def test_ready_rows_hold_narrow_ids_and_a_span_a_row():

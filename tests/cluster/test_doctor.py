@@ -197,9 +197,9 @@ def test_a_check_that_fails_with_anything_costs_no_other_finding(subject, monkey
 
 def test_a_run_without_wandb_is_warned_and_not_failed(subject, monkeypatch):
     monkeypatch.setattr("lamda.training.wandb_logger.is_installed", lambda: False)
-    told = environment.weights_and_biases(changed(subject, wandb={"mode": "offline"}))
-    assert told.level == "warning"
-    assert "pip install wandb" in told.advice
+    message = environment.weights_and_biases(changed(subject, wandb={"mode": "offline"}))
+    assert message.level == "warning"
+    assert "pip install wandb" in message.advice
     installed = software.installed
     monkeypatch.setattr(software, "installed", lambda name: None if name == "wandb" else installed(name))
     assert "wandb" not in software.packages(subject).text
@@ -225,7 +225,7 @@ def test_wandb_is_asked_only_where_the_run_will_and_never_fails_it(subject, monk
     assert environment.weights_and_biases(online).text == "no W&B key"
 
 
-def test_ranks_that_cannot_share_the_batch_are_told_by_the_doctor_as_well(subject):
+def test_ranks_that_cannot_share_the_batch_are_reported_by_the_doctor_as_well(subject):
     (check,) = (check for check in doctor.checks() if check.name == "batch")
     odd = Subject(subject.config, World(world_size=3), subject.device)
     assert doctor.run(check, subject).level == "ok"
@@ -249,8 +249,8 @@ def test_a_clock_that_is_off_is_named():
 
 def test_ranks_that_do_not_see_the_run_directory_are_named():
     assert ranks.shared([True] * 4, PLACES, "run").level == "ok"
-    told = ranks.shared([True, True, False, False], PLACES, "run").text
-    assert told.startswith("rank 2 (host h1), rank 3 (host h1) did not see a file that rank 0 (host h0) wrote")
+    message = ranks.shared([True, True, False, False], PLACES, "run").text
+    assert message.startswith("rank 2 (host h1), rank 3 (host h1) did not see a file that rank 0 (host h0) wrote")
 
 
 def test_a_slow_network_between_gpus_is_a_warning_and_a_wrong_sum_a_failure(subject):
@@ -279,8 +279,8 @@ def test_the_exit_code_is_that_of_the_worst_and_json_says_the_same(subject, monk
     levels = {0: "ok", 1: "warning", 2: "failure"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code = doctor.main(arguments)
-    told = json.loads(capsys.readouterr().out)
-    assert told["worst"] == levels[code] == "warning"
+    message = json.loads(capsys.readouterr().out)
+    assert message["worst"] == levels[code] == "warning"
     monkeypatch.setattr(environment, "checkpoint_bytes", lambda _: 1 << 60)
     assert doctor.main(arguments[:-1]) == 2
     lines = capsys.readouterr().out.splitlines()

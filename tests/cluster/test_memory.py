@@ -20,7 +20,7 @@ from tests.launch import run_ranks
 WORKER = str(Path(__file__).with_name("memory_worker.py"))
 RANKS = 2
 SHIPPED = "bf16, fp32 accumulation"
-STATES = {"weights": "weights", "masters": "fp32 master weights", "moments": "optimiser's state"}
+STATES = {"weights": "weights", "masters": "fp32 master weights", "moments": "optimizer state"}
 
 
 CASES = [(0, "bf16"), (1, SHIPPED), (2, SHIPPED), (3, SHIPPED), (1, "fp32")]
@@ -96,8 +96,8 @@ def main(preset):
         measured = measure(preset, Path(folder), timeout=3600)
     for case, found in measured.items():
         plan = expected(preset, case)
-        told = [f"{key} {plan[key] / 1e6:,.1f} of {found[key] / 1e6:,.1f} MB" for key in ("backward", "peak")]
-        print(f"stage {case[0]}, {case[1]}: {', '.join(told)}")
+        message = [f"{key} {plan[key] / 1e6:,.1f} of {found[key] / 1e6:,.1f} MB" for key in ("backward", "peak")]
+        print(f"stage {case[0]}, {case[1]}: {', '.join(message)}")
 
 
 if __name__ == "__main__":
@@ -105,7 +105,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
-def test_an_optimisers_state_is_what_a_checkpoint_holds_beside_the_weights(optimizer):
+def test_an_optimizers_state_is_what_a_checkpoint_holds_beside_the_weights(optimizer):
     config = Config(model={"preset": "tiny"}, train={"steps": 1, "optimizer": optimizer})
     saved = sum(size for (_, kind), size in state_sizes(config).items() if kind != "weight")
     assert optimizer_state(config.model, optimizer) == saved

@@ -45,9 +45,9 @@ def test_parameters_are_exactly_those_of_the_module(preset):
     with torch.device("meta"):
         sizes = [parameter.numel() for parameter in LaMDA(config.model).parameters()]
     assert parameter_sizes(config.model) == sizes
-    told = plan(config, Machine())
-    assert told.parameters == sum(told.parameters_by_part.values()) == sum(sizes)
-    assert told.parameters == TOTALS.get(preset, told.parameters)
+    message = plan(config, Machine())
+    assert message.parameters == sum(message.parameters_by_part.values()) == sum(sizes)
+    assert message.parameters == TOTALS.get(preset, message.parameters)
 
 
 def test_the_flops_of_the_2b_are_those_that_pytorch_counts_less_the_half_of_attention_that_causality_hides():
@@ -58,72 +58,72 @@ def test_the_flops_of_the_2b_are_those_that_pytorch_counts_less_the_half_of_atte
             nats, _ = cross_entropy(LaMDA(model)(ids), ids)
             nats.backward()
     hidden = model.n_layers * 3 * 2 * length * model.n_heads * model.d_head
-    told = plan(a_config(model={"preset": "2b"}), Machine()).flops_per_token
-    assert told == pytest.approx(counter.get_total_flops() / length - hidden, rel=1e-9)
+    message = plan(a_config(model={"preset": "2b"}), Machine()).flops_per_token
+    assert message == pytest.approx(counter.get_total_flops() / length - hidden, rel=1e-9)
 
 
 def test_the_batch_arithmetic_of_a_small_run():
     train = {"tokens": 1001, "global_batch_size": 12, "micro_batch_size": 2}
-    told = plan(a_config(data={"sequence_length": 10}, train=train), Machine(gpus=3))
-    assert told.gradient_accumulation == 2
-    assert told.tokens_per_step == 120
-    assert (told.steps, told.tokens) == (9, 1080)
-    assert told.flops == told.flops_per_token * 1080
+    message = plan(a_config(data={"sequence_length": 10}, train=train), Machine(gpus=3))
+    assert message.gradient_accumulation == 2
+    assert message.tokens_per_step == 120
+    assert (message.steps, message.tokens) == (9, 1080)
+    assert message.flops == message.flops_per_token * 1080
 
 
 @pytest.mark.parametrize(
-    ("ranks", "batch", "micro", "told"),
+    ("ranks", "batch", "micro", "message"),
     [
         (5, 24, 2, r"share 12 micro-batches.*: 4 or 6 ranks; train.global_batch_size 20 or 30$"),
         (64, 256, 8, r"32 ranks; train.global_batch_size 512; train.micro_batch_size 4$"),
         (9, 8, 4, r"2 ranks; .* 36; train.micro_batch_size 1 with 8 ranks or with train.global_batch_size 9$"),
     ],
 )
-def test_ranks_that_cannot_share_the_batch_name_the_nearest_settings_that_work(ranks, batch, micro, told):
+def test_ranks_that_cannot_share_the_batch_name_the_nearest_settings_that_work(ranks, batch, micro, message):
     config = a_config(train={"steps": 1, "global_batch_size": batch, "micro_batch_size": micro})
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         plan(config, Machine(gpus=ranks))
 
 
 def test_everything_that_is_wrong_with_the_machine_is_said_at_once():
     with pytest.raises(UserError) as error:
         plan(a_config(), Machine(gpus=0, gpu="h10", mfu=1.5, price=-1, save_seconds=0))
-    told = str(error.value).splitlines()
+    message = str(error.value).splitlines()
     flags = ["--gpus", "--mfu", "--price", "--save-seconds", "--gpu"]
-    assert [line.partition(":")[0] for line in told] == flags
-    assert "did you mean 'h100'?" in told[-1]
+    assert [line.partition(":")[0] for line in message] == flags
+    assert "did you mean 'h100'?" in message[-1]
 
 
 @pytest.mark.parametrize(
-    ("own", "told"),
+    ("own", "message"),
     [
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, "reduce_bucket_size: 'auto'"),
         ({"communication_data_type": "fp8"}, "communication_data_type: 'fp8' is none of fp32"),
         ({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": 4}}, "grad_accum_dtype: 4 is none"),
     ],
 )
-def test_a_deepspeed_file_that_cannot_be_counted_with_is_told(tmp_path, own, told):
+def test_a_deepspeed_file_that_cannot_be_counted_with_is_reported(tmp_path, own, message):
     (tmp_path / "ds.json").write_text(json.dumps(own))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         plan(a_config(deepspeed={"config": str(tmp_path / "ds.json")}), Machine())
 
 
 def test_time_and_cost_follow_from_the_rate(planned):
-    told = planned(*LAMDA_2B, "--gpus", "8", "--mfu", "0.5", "--price", "3.5")
-    seconds = told["flops"] / (8 * 989e12 * 0.5)
-    assert told["time"]["seconds"] == pytest.approx(seconds)
-    assert told["time"]["step_seconds"] == pytest.approx(seconds / 501_000)
-    assert told["time"]["tokens_per_second"] == pytest.approx(501_000 * 262_144 / seconds)
-    assert told["time"]["cost"] == pytest.approx(8 * seconds / 3600 * 3.5)
+    message = planned(*LAMDA_2B, "--gpus", "8", "--mfu", "0.5", "--price", "3.5")
+    seconds = message["flops"] / (8 * 989e12 * 0.5)
+    assert message["time"]["seconds"] == pytest.approx(seconds)
+    assert message["time"]["step_seconds"] == pytest.approx(seconds / 501_000)
+    assert message["time"]["tokens_per_second"] == pytest.approx(501_000 * 262_144 / seconds)
+    assert message["time"]["cost"] == pytest.approx(8 * seconds / 3600 * 3.5)
     assert planned(*LAMDA_2B, "--gpus", "8")["time"]["cost"] is None
 
 
-def test_what_a_rank_sends_is_told_a_step_and_a_second(planned):
-    told = planned(*LAMDA_2B, "--gpus", "8")
-    sent = {each["kind"]: each["sent"] for each in told["communication"]}
+def test_what_a_rank_sends_is_reported_a_step_and_a_second(planned):
+    message = planned(*LAMDA_2B, "--gpus", "8")
+    sent = {each["kind"]: each["sent"] for each in message["communication"]}
     # fp32 gradients go round twice, bf16 weights once, seven eighths of them each time.
     assert sent == {"all-reduce": 2_179_138_560 * 4 * 2 * 7 // 8, "all-gather": 2_179_138_560 * 2 * 7 // 8}
-    assert told["sent_bytes_per_second"] == pytest.approx(sum(sent.values()) / told["time"]["step_seconds"])
+    assert message["sent_bytes_per_second"] == pytest.approx(sum(sent.values()) / message["time"]["step_seconds"])
     alone = planned(*LAMDA_2B, "--gpu", "h200")
     assert (alone["communication"], alone["sent_bytes_per_second"]) == ([], 0)
 
@@ -137,8 +137,8 @@ def test_the_largest_micro_batch_is_the_largest_that_fits(planned):
     """Tried one by one, as a user would."""
     largest = planned(*LAMDA_2B, "--gpus", "8")["memory"]["largest_micro_batch_size"]
     for rows in (1, 2, 4, 8, 16, 32):
-        told = planned(*LAMDA_2B, "--gpus", "8", "--train.micro_batch_size", str(rows), code=int(rows > largest))
-        assert told["memory"]["fits"] == (rows <= largest)
+        message = planned(*LAMDA_2B, "--gpus", "8", "--train.micro_batch_size", str(rows), code=int(rows > largest))
+        assert message["memory"]["fits"] == (rows <= largest)
 
 
 def as_flags(change, file):
@@ -157,9 +157,9 @@ def as_flags(change, file):
 )
 def test_a_run_that_does_not_fit_names_settings_that_do(planned, tmp_path, arguments):
     """Each is planned as it was told."""
-    told = planned(*LAMDA_2B, *arguments, code=1)
-    assert not told["memory"]["fits"]
-    ways = told["warnings"][0].partition("what would fit: ")[2].split("; or ")
+    message = planned(*LAMDA_2B, *arguments, code=1)
+    assert not message["memory"]["fits"]
+    ways = message["warnings"][0].partition("what would fit: ")[2].split("; or ")
     assert ways
     for way in ways:
         flags = [flag for change in way.split(", ") for flag in as_flags(change, tmp_path / "ds.json")]
@@ -185,21 +185,26 @@ def test_adapters_are_said_not_to_be_counted():
 
 
 def test_flags_and_overrides_may_stand_in_any_order(planned):
-    told = planned("--train.steps", "3", "--gpus", "2", "--config=configs/tiny.yaml", "--run.seed", "5")
-    assert (told["gpus"], told["steps"]) == (2, 3)
+    message = planned("--train.steps", "3", "--gpus", "2", "--config=configs/tiny.yaml", "--run.seed", "5")
+    assert (message["gpus"], message["steps"]) == (2, 3)
 
 
 def test_the_text_shows_every_number_of_a_section(capsys, planned):
     arguments = [*LAMDA_2B, "--gpus", "8", "--price", "3.5"]
-    told = planned(*arguments)
+    message = planned(*arguments)
     assert main(arguments) == 0
     text = capsys.readouterr().out
-    for value in (*told["parameters_by_part"].values(), told["flops_per_token"], told["steps"], told["tokens"]):
+    for value in (
+        *message["parameters_by_part"].values(),
+        message["flops_per_token"],
+        message["steps"],
+        message["tokens"],
+    ):
         assert f"{value:,}" in text
-    assert all(item["name"] in text for item in told["memory"]["items"])
-    assert all(each["kind"] in text for each in told["communication"])
-    assert f"{told['time']['cost']:,.0f}" in text
-    assert f"{told['checkpoint_interval']['best_steps']:,} steps" in text
+    assert all(item["name"] in text for item in message["memory"]["items"])
+    assert all(each["kind"] in text for each in message["communication"])
+    assert f"{message['time']['cost']:,.0f}" in text
+    assert f"{message['checkpoint_interval']['best_steps']:,} steps" in text
     assert max(map(len, text.splitlines())) <= 120
 
 

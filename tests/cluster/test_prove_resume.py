@@ -56,7 +56,7 @@ def differing(found):
 
 def test_equal_runs_are_equal(straight, tmp_path):
     found = compare_runs(straight, make_run(tmp_path / "other"))
-    assert found == dict.fromkeys(["loss", "samples", "weights", "optimiser state"])
+    assert found == dict.fromkeys(["loss", "samples", "weights", "optimizer state"])
 
 
 @pytest.mark.parametrize("cuts", [(12,), (5, 9, 20)])
@@ -73,16 +73,16 @@ def test_nor_does_which_rank_had_which_piece(straight, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["weight", "exp_avg", "exp_avg_sq"])
-def test_state_that_parts_is_told_with_its_first_step_and_its_largest_distance(straight, tmp_path, kind):
+def test_state_that_parts_is_reported_with_its_first_step_and_its_largest_distance(straight, tmp_path, kind):
     def change(step, tensors):
         if step >= 4:
             tensors[f"blocks.0.gate|{kind}"][13] += 0.25
             tensors[f"embedding|{kind}"][2] += 0.125
 
     found = differing(compare_runs(straight, make_run(tmp_path / "other", cuts=(12,), change=change)))
-    assert found.keys() == {"optimiser state"}
-    assert found["optimiser state"].step == 4
-    assert found["optimiser state"].largest == pytest.approx(0.25, abs=1e-6)
+    assert found.keys() == {"optimizer state"}
+    assert found["optimizer state"].step == 4
+    assert found["optimizer state"].largest == pytest.approx(0.25, abs=1e-6)
 
 
 def test_one_bit_of_one_weight_is_seen(straight, tmp_path):
@@ -101,7 +101,7 @@ def test_zeros_of_another_sign_are_not_equal(tmp_path):
         return lambda step, tensors: tensors["embedding|exp_avg"].fill_(sign * 0.0)
 
     runs = [make_run(tmp_path / str(sign), change=with_zero(sign)) for sign in (1, -1)]
-    assert differing(compare_runs(*runs)) == {"optimiser state": FirstDifference(2, 0.0)}
+    assert differing(compare_runs(*runs)) == {"optimizer state": FirstDifference(2, 0.0)}
 
 
 @pytest.mark.parametrize("spoil", ["nan", "dtype", "name", "shape"])
@@ -201,7 +201,7 @@ def test_without_a_gpu_there_are_two_ranks(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (["--ranks", "3"], "cannot share 2 micro-batches"),
         (["--ranks", "2", "--others", "5"], "cannot share 2 micro-batches"),
@@ -211,8 +211,8 @@ def test_without_a_gpu_there_are_two_ranks(monkeypatch):
         (["--ranks", "2", "--train.stepz", "3"], "did you mean 'train.steps'"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_made(tmp_path, flags, told):
-    with pytest.raises(UserError, match=told):
+def test_mistakes_are_reported_before_anything_is_made(tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
         main(["--config", "configs/tiny.yaml", "--run.dir", str(tmp_path / "folder" / "run"), *flags])
     assert not (tmp_path / "folder").exists()
 
@@ -231,7 +231,7 @@ def test_the_table_has_a_line_for_each_thing_and_a_column_for_each_resumed_run()
 
 
 def trial_of(ranks, **differences):
-    names = ("loss", "samples", "weights", "optimiser state")
+    names = ("loss", "samples", "weights", "optimizer state")
     return Trial(ranks, 7, "step-00000006", {name: differences.get(name) for name in names})
 
 
@@ -262,11 +262,13 @@ def test_what_differs_is_kept_and_ends_with_1(tmp_path, monkeypatch, capfd, diff
     monkeypatch.setattr(Proof, "run", lambda *_: [trial_of(1, weights=difference)])
     flags = ["--config", "configs/tiny.yaml", "--run.dir", str(tmp_path / "run"), "--ranks", "2"]
     assert main([*flags, *more]) == code
-    told = capfd.readouterr().out
+    message = capfd.readouterr().out
     assert len(list(tmp_path.iterdir())) == kept
-    assert all(str(path) in told for path in tmp_path.iterdir())
+    assert all(str(path) in message for path in tmp_path.iterdir())
     assert (
-        json.loads(told)["exact"] is False if "--json" in more else ("nothing differs" in told) == (difference is None)
+        json.loads(message)["exact"] is False
+        if "--json" in more
+        else ("nothing differs" in message) == (difference is None)
     )
 
 

@@ -45,7 +45,7 @@ def test_a_mistake_ends_the_job_although_the_other_nodes_say_something_else(star
 
 
 @pytest.mark.parametrize("reason", ["the scheduler's time limit is near", "SIGTERM", "the launcher is gone"])
-def test_a_stop_that_the_cluster_wanted_goes_on(start, reason):
+def test_a_stop_that_the_cluster_wanted_continues(start, reason):
     assert start(code=75, nodes=(75, 75), status="preempted", reason=reason) == REQUEUE_EXIT
 
 

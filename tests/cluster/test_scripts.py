@@ -48,8 +48,8 @@ class Job:
         self.folder, self.run = folder, folder / "a run"
         (self.run / "submit").mkdir(parents=True)
         for status in ("stopped", "finished"):
-            told = {"status": "preempted" if status == "stopped" else status, "reason": "STOP was there"}
-            (folder / f"{status}.json").write_text(json.dumps(told))
+            message = {"status": "preempted" if status == "stopped" else status, "reason": "STOP was there"}
+            (folder / f"{status}.json").write_text(json.dumps(message))
         (folder / "run.yaml").write_text("train: {steps: 4, global_batch_size: 16, micro_batch_size: 1}\n")
         own = f"kubernetes: {{image: i, claim: c, mount: {folder}}}\n" if scheduler == "kubernetes" else ""
         python = str(folder / "launcher") if scheduler == "kubernetes" else sys.executable
@@ -137,7 +137,7 @@ def pod(tmp_path, capsys):
     job.process.kill()
 
 
-def test_a_pod_that_is_told_to_end_saves_and_fails_so_that_the_job_starts_again(pod):
+def test_a_pod_that_is_reported_to_end_saves_and_fails_so_that_the_job_starts_again(pod):
     pod.process.send_signal(signal.SIGTERM)
     assert pod.end()[0] == 75, pod.log.read_text()
     assert "--node_rank 1 " in (pod.folder / "arguments").read_text()

@@ -33,7 +33,7 @@ def test_every_key_says_what_it_means():
     assert all(field.description for field in SCHEMA.keys.values())
 
 
-def test_everything_wrong_is_told_at_once_with_line_and_nearest_key(refuse):
+def test_everything_wrong_is_reported_at_once_with_line_and_nearest_key(refuse):
     assert refuse(
         "cluster:\n  scheduler: slurm\n  ranks_per_nod: 8\nslurm:\n  partitoin: gpu\n  time: 1 day\n"
         "  options: [--requeue]\nslrm:\n  qos: high\n"
@@ -47,21 +47,21 @@ def test_everything_wrong_is_told_at_once_with_line_and_nearest_key(refuse):
 
 
 def test_a_key_of_another_scheduler_would_be_read_by_nobody(refuse):
-    told = refuse("cluster:\n  scheduler: slurm\nkubernetes:\n  image: x\n")
-    assert told == ["4: kubernetes.image: is not read for scheduler slurm; remove it"]
+    message = refuse("cluster:\n  scheduler: slurm\nkubernetes:\n  image: x\n")
+    assert message == ["4: kubernetes.image: is not read for scheduler slurm; remove it"]
 
 
 def test_a_scheduler_says_what_it_needs(refuse):
-    told = refuse("cluster:\n  scheduler: kubernetes\nkubernetes:\n  image: x\n")
-    assert told == ["3: kubernetes.claim: is required for scheduler kubernetes"]
-    told = refuse("cluster:\n  scheduler: hostfile\n")
-    assert told == [" hostfile.hosts: is required for scheduler hostfile"]
+    message = refuse("cluster:\n  scheduler: kubernetes\nkubernetes:\n  image: x\n")
+    assert message == ["3: kubernetes.claim: is required for scheduler kubernetes"]
+    message = refuse("cluster:\n  scheduler: hostfile\n")
+    assert message == [" hostfile.hosts: is required for scheduler hostfile"]
     assert refuse("slurm: {qos: a}\n")[0].startswith(" cluster.scheduler: ")
 
 
 def test_a_host_that_stands_there_twice_would_be_two_nodes_to_deepspeed(refuse):
-    told = refuse("cluster: {scheduler: hostfile}\nhostfile: {hosts: [a, b, a]}\n")
-    assert told == ["2: hostfile.hosts: a is listed twice"]
+    message = refuse("cluster: {scheduler: hostfile}\nhostfile: {hosts: [a, b, a]}\n")
+    assert message == ["2: hostfile.hosts: a is listed twice"]
 
 
 def test_a_file_that_is_not_there_names_those_that_are():

@@ -58,10 +58,10 @@ def options(script):
 
 @pytest.mark.parametrize("scheduler", SITES)
 def test_no_value_of_a_secret_or_of_an_unrelated_variable_is_written(submit, scheduler):
-    told = submit(scheduler, "--nodes", "2")
-    assert "canary" not in told
-    assert "FI_PROVIDER" in told
-    assert "NCCL_SOCKET_IFNAME" in told
+    message = submit(scheduler, "--nodes", "2")
+    assert "canary" not in message
+    assert "FI_PROVIDER" in message
+    assert "NCCL_SOCKET_IFNAME" in message
 
 
 def test_the_batch_script_says_everything_that_slurm_must_know(submit):
@@ -121,12 +121,12 @@ def test_the_doctor_is_a_job_that_never_starts_again(submit):
 
 
 def test_the_hostfile_way_names_as_many_hosts_as_nodes_and_sends_secrets_by_name(submit):
-    told = submit("hostfile", "--nodes", "2")
-    assert "a slots=8\nb slots=8\n" in told
-    assert "c slots" not in told
-    assert "export NCCL_SOCKET_IFNAME='eth0 '\"'\"'x'\"'\"''\n" in told
-    assert "-o SendEnv=HF_TOKEN -o SendEnv=WANDB_API_KEY -o SendEnv=https_proxy" in told
-    assert "-p 2222" in told
+    message = submit("hostfile", "--nodes", "2")
+    assert "a slots=8\nb slots=8\n" in message
+    assert "c slots" not in message
+    assert "export NCCL_SOCKET_IFNAME='eth0 '\"'\"'x'\"'\"''\n" in message
+    assert "-o SendEnv=HF_TOKEN -o SendEnv=WANDB_API_KEY -o SendEnv=https_proxy" in message
+    assert "-p 2222" in message
     with pytest.raises(UserError, match=r"--nodes 4: hostfile.hosts names 3"):
         submit("hostfile", "--nodes", "4")
 
@@ -157,7 +157,7 @@ def test_a_run_directory_beside_the_volume_is_refused_for_kubernetes(submit):
         submit("kubernetes", run="/elsewhere/x")
 
 
-def test_everything_wrong_is_told_before_anything_is_submitted(submit):
+def test_everything_wrong_is_reported_before_anything_is_submitted(submit):
     with pytest.raises(UserError) as error:
         submit("slurm", "--train.lr", "-1", site="slurm: {partitoin: x}")
     assert "--train.lr: " in str(error.value)
@@ -184,7 +184,9 @@ def test_a_machine_without_the_scheduler_says_so(submit, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("scheduler", "tool", "job"), [("slurm", "sbatch", "4711"), ("kubernetes", "kubectl", None)])
-def test_a_program_is_told_the_job_that_waits_in_the_queue(submit, monkeypatch, capsys, tmp_path, scheduler, tool, job):
+def test_a_program_is_reported_the_job_that_waits_in_the_queue(
+    submit, monkeypatch, capsys, tmp_path, scheduler, tool, job
+):
     """sbatch answers JOB;CLUSTER; kubectl has the name from the manifest that it gets."""
     submit(scheduler)
     tools = tmp_path / "tools"
@@ -196,9 +198,9 @@ def test_a_program_is_told_the_job_that_waits_in_the_queue(submit, monkeypatch, 
     monkeypatch.setattr("lamda.cluster.job.Job.write", lambda self, **files: None)
     files = ["--cluster", str(tmp_path / "site.yaml"), "--config", str(tmp_path / "run.yaml")]
     assert main([*files, "--nodes", "2", "--run.dir", "/data/x", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    message = json.loads(capsys.readouterr().out)
     name = job or [*yaml.safe_load_all((tmp_path / "given").read_text("utf-8"))][1]["metadata"]["name"]
-    assert told == {"scheduler": scheduler, "job": name, "run": "/data/x", "nodes": 2, "ranks": 16}
+    assert message == {"scheduler": scheduler, "job": name, "run": "/data/x", "nodes": 2, "ranks": 16}
 
 
 def test_over_ssh_there_is_no_job_to_tell_a_program_of(submit):
@@ -206,13 +208,13 @@ def test_over_ssh_there_is_no_job_to_tell_a_program_of(submit):
         submit("hostfile", "--json")
 
 
-def test_a_model_that_does_not_fit_is_told_with_what_would(submit):
+def test_a_model_that_does_not_fit_is_reported_with_what_would(submit):
     large = "model: {preset: 8b}\ntrain: {steps: 4, global_batch_size: 64, micro_batch_size: 1}\n"
     with pytest.raises(UserError, match=r"does not fit: a rank needs .* of its h100; what would fit: ZeRO stage"):
         submit("slurm", "--nodes", "4", config=large)
     assert "#SBATCH" in submit("slurm", "--nodes", "4", "--doctor", config=large), "the doctor takes no memory"
 
 
-def test_an_unknown_gpu_is_told_with_the_known_ones(submit):
+def test_an_unknown_gpu_is_reported_with_the_known_ones(submit):
     with pytest.raises(UserError, match=r"cluster\.gpu: there is no 'h1oo' among .*; did you mean 'h100'"):
         submit("slurm", site="", config=CONFIG, gpu="h1oo")

@@ -100,12 +100,12 @@ if start == 2:
 status("finished", step=60)
 """
     assert supervise(run, code) == 0
-    told = capfd.readouterr().out.splitlines()
-    assert [line for line in told if "restart" in line] == [
+    message = capfd.readouterr().out.splitlines()
+    assert [line for line in message if "restart" in line] == [
         "supervise: restart 1 from step 20 in 0.01 s: ValueError: bad luck (exit code 1)",
         "supervise: restart 2 from step 20 in 0.02 s: ended without a reason, signal SIGKILL",
     ]
-    assert told[-1] == "supervise: finished, 60 steps"
+    assert message[-1] == "supervise: finished, 60 steps"
 
 
 def test_three_restarts_without_a_newer_checkpoint_are_enough(run, capfd):
@@ -115,8 +115,8 @@ save({1: 10, 2: 10, 3: 20, 4: 15}.get(start, 20)); status("failed", reason="disk
     assert supervise(run, code) == 1
     # The first start and the third bring a newer one; three restarts after the third do not.
     assert starts(run) == 3 + 3
-    told = capfd.readouterr().err
-    assert all(word in told for word in ("gave up", "step 20", "disk", "train.log", "hang"))
+    message = capfd.readouterr().err
+    assert all(word in message for word in ("gave up", "step 20", "disk", "train.log", "hang"))
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_the_run_directory_is_known_from_the_commands_own_flags(run):
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "message"),
     [
         ([], "after --"),
         (["--"], "after --"),
@@ -339,6 +339,6 @@ def test_the_run_directory_is_known_from_the_commands_own_flags(run):
         (["--run", "run", "--", "/no/such/program"], "cannot be started"),
     ],
 )
-def test_mistakes_are_told_before_anything_starts(argv, told):
-    with pytest.raises(UserError, match=told):
+def test_mistakes_are_reported_before_anything_starts(argv, message):
+    with pytest.raises(UserError, match=message):
         main(argv)

@@ -31,8 +31,8 @@ def replace(monkeypatch):
 
 def test_help_lists_every_command(capsys):
     assert main(["--help"]) == 0
-    told = capsys.readouterr().out
-    assert all(f"lamda {name} " in told and command.summary in told for name, command in COMMANDS.items())
+    message = capsys.readouterr().out
+    assert all(f"lamda {name} " in message and command.summary in message for name, command in COMMANDS.items())
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -41,11 +41,13 @@ def test_each_commands_help_shows_its_usage_and_runs_nothing(name, capsys, repla
     parser = command.parser()
     replace(name, lambda argv: pytest.fail("was run"))
     assert main([*name.split(), "--help"]) == 0
-    told = capsys.readouterr().out
-    assert told.startswith(f"usage: lamda {name} ")
-    assert " ".join(command.summary.split()) in " ".join(told.split())
-    assert all(flag in told for action in parser._actions for flag in action.option_strings)
-    assert (f"--{next(iter(KEYS))} " in told) == isinstance(parser, ConfigParser) == ("[--section.key VALUE" in told)
+    message = capsys.readouterr().out
+    assert message.startswith(f"usage: lamda {name} ")
+    assert " ".join(command.summary.split()) in " ".join(message.split())
+    assert all(flag in message for action in parser._actions for flag in action.option_strings)
+    assert (
+        (f"--{next(iter(KEYS))} " in message) == isinstance(parser, ConfigParser) == ("[--section.key VALUE" in message)
+    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -107,7 +109,7 @@ def test_a_defect_of_ours_is_not_hidden(replace):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["pretain", "--config", "x"], "`lamda pretain`; did you mean 'pretrain'?"),
         (["config", "shwo"], "`lamda config shwo`; did you mean 'config show'?"),
@@ -115,16 +117,16 @@ def test_a_defect_of_ours_is_not_hidden(replace):
         (["--hepl"], "no command `lamda --hepl`"),
     ],
 )
-def test_an_unknown_command_names_the_nearest(words, told, capsys):
+def test_an_unknown_command_names_the_nearest(words, message, capsys):
     assert main(words) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_group_lists_its_commands(capsys):
     assert main(["tokenizer"]) == 0
-    told = capsys.readouterr().out
-    assert "lamda tokenizer train" in told
-    assert "pretrain" not in told
+    message = capsys.readouterr().out
+    assert "lamda tokenizer train" in message
+    assert "pretrain" not in message
 
 
 def test_wrong_configuration_exits_with_2_and_plain_lines():

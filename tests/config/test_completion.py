@@ -76,6 +76,6 @@ def test_an_earlier_name_of_a_command_is_not_offered(shell, scripts):
     assert "research-data" not in offered(shell, scripts, "dialog", "")
 
 
-def test_an_unknown_shell_is_told_which_there_are(capsys):
+def test_an_unknown_shell_is_reported_which_there_are(capsys):
     assert main(["completion", "tcsh"]) == 2
     assert "bash, zsh, fish" in capsys.readouterr().err

@@ -135,9 +135,9 @@ def test_globs_pass_through_a_flag(text, files):
 @pytest.mark.parametrize("key", ["files", "eval_files"])
 def test_a_password_in_an_address_is_refused_and_not_repeated(write, key):
     path = write(f"data: {{{key}: 'https://some@store.org/a.jsonl, https://one:canary@store.org/b.jsonl'}}")
-    told = problems("--config", path, "--train.steps", "1")
-    assert len(told) == 2
-    for item, line in enumerate(told, start=1):
+    output = problems("--config", path, "--train.steps", "1")
+    assert len(output) == 2
+    for item, line in enumerate(output, start=1):
         assert line.startswith(f"{path}:1: data.{key}: item {item} an address must not hold a user or a password")
         assert "canary" not in line
     allowed = "hf://datasets/some/where@main/*.jsonl.zst,https://store.org/a@b.jsonl,/data/[0-9]@x.jsonl"
@@ -147,8 +147,8 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(write, key):
 
 @pytest.mark.parametrize("key", ["files", "eval_files"])
 def test_an_empty_list_of_files_is_refused(write, key):
-    (told,) = problems("--config", write(f"train: {{steps: 1}}\ndata: {{{key}: []}}"))
-    assert f"data.{key}" in told
+    (output,) = problems("--config", write(f"train: {{steps: 1}}\ndata: {{{key}: []}}"))
+    assert f"data.{key}" in output
 
 
 def test_null_takes_a_files_value_back(write):
@@ -157,7 +157,7 @@ def test_null_takes_a_files_value_back(write):
     assert (config.train.steps, config.train.tokens, config.tokenizer.path) == (None, 10**6, None)
 
 
-def test_everything_wrong_is_told_at_once_with_its_place(write):
+def test_everything_wrong_is_reported_at_once_with_its_place(write):
     path = write(
         """\
 run:
@@ -232,7 +232,7 @@ def test_every_key_with_a_letter_missing_finds_itself():
 
 
 @pytest.mark.parametrize("text", ["", "train:\n", "model:\n  preset: tiny\n"])
-def test_a_missing_length_is_told_even_without_a_train_section(write, text):
+def test_a_missing_length_is_reported_even_without_a_train_section(write, text):
     (found,) = problems("--config", write(text))
     assert found.endswith("train.tokens: the run has no length: set train.steps or train.tokens")
     assert found.startswith(str(write(text)))
@@ -256,7 +256,7 @@ def test_a_check_between_keys_names_the_section_where_its_key_stands_nowhere(wri
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "output"),
     [
         ("train: {steps: 1}\na: b: c\n", ":2: this is not YAML: mapping values are not allowed here"),
         ("train: {steps: 1}\n---\na: 1\n", ":2: this is not YAML: but found another document"),
@@ -275,9 +275,9 @@ def test_a_check_between_keys_names_the_section_where_its_key_stands_nowhere(wri
         ("train.steps: 3\ntrain: {lr: 1}", ":1: train.steps: files have sections; write `steps:`"),
     ],
 )
-def test_odd_files_are_answered_in_one_line_each(write, text, told):
+def test_odd_files_are_answered_in_one_line_each(write, text, output):
     path = write(text)
-    assert any(line.startswith(f"{path}{told}") for line in problems("--config", path))
+    assert any(line.startswith(f"{path}{output}") for line in problems("--config", path))
 
 
 def test_a_missing_file_names_the_shipped_ones_and_does_not_hide_wrong_flags():

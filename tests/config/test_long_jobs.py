@@ -23,9 +23,9 @@ def test_through_a_pipe_a_line_comes_every_ten_seconds_with_the_time_that_is_lef
         for _ in range(40):
             clock[0] += 0.5
             shown.advance(100)
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.splitlines() == [
+    message = capsys.readouterr()
+    assert message.out == ""
+    assert message.err.splitlines() == [
         "evaluating: 2,000 of 4,000 rows, 50%, ETA 0:00:10",
         "evaluating: 4,000 of 4,000 rows, 100%, ETA 0:00:00",
     ]
@@ -39,15 +39,15 @@ def test_a_short_job_says_nothing(clock, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_at_a_terminal_there_is_a_bar_and_without_colours_the_same_words(monkeypatch, capsys):
+def test_at_a_terminal_there_is_a_bar_and_without_colors_the_same_words(monkeypatch, capsys):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("NO_COLOR", "1")
     with Progress("evaluating", total=10, unit="rows") as shown:
         shown.advance(5)
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert "5 of 10 rows" in told.err
-    assert not {f"\x1b[{code}m" for code in (31, 32, 33, 34, 35, 36)} & set(told.err.split("5"))
+    message = capsys.readouterr()
+    assert message.out == ""
+    assert "5 of 10 rows" in message.err
+    assert not {f"\x1b[{code}m" for code in (31, 32, 33, 34, 35, 36)} & set(message.err.split("5"))
 
 
 def lines_of(things, clock, capsys, *, wait):
@@ -62,7 +62,7 @@ def lines_of(things, clock, capsys, *, wait):
     return capsys.readouterr().err.splitlines()
 
 
-def test_things_are_counted_while_the_job_goes_on(clock, capsys):
+def test_things_are_counted_while_the_job_continues(clock, capsys):
     counted = threading.Event()
 
     def things():
@@ -75,7 +75,7 @@ def test_things_are_counted_while_the_job_goes_on(clock, capsys):
     ]
 
 
-def test_what_cannot_be_counted_is_told_without_a_time(clock, capsys):
+def test_what_cannot_be_counted_is_reported_without_a_time(clock, capsys):
     failed = threading.Event()
 
     def things():

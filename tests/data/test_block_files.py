@@ -173,7 +173,7 @@ def test_a_folder_that_cannot_be_made_costs_a_run_its_blocks_and_a_preparation_i
         BlockFolder.of(str(place), {})
 
 
-def test_a_preparation_on_a_full_disk_is_told_where_and_why(lane, folder, tokenizer):
+def test_a_preparation_on_a_full_disk_is_reported_where_and_why(lane, folder, tokenizer):
     parts = [(0, expected_of(lane, tokenizer)[0][0])]
     with full_disk(), pytest.raises(UserError, match=r"data\.cache_dir .*cannot be read or written \(File too large\)"):
         take(lane, tokenizer, folder, parts)

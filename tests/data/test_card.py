@@ -56,7 +56,7 @@ def test_a_sound_card_is_read(tmp_path):
         ("[" * 3000, r"c\.yaml: this is not YAML"),
     ],
 )
-def test_a_fault_is_told_with_its_place(tmp_path, text, message):
+def test_a_fault_is_reported_with_its_place(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         load(tmp_path, text)
 

@@ -74,7 +74,7 @@ def test_where_a_line_is_stored_depends_on_the_file_alone(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_reading_goes_on_from_any_line(tmp_path, suffix):
+def test_reading_continues_from_any_line(tmp_path, suffix):
     file = store(tmp_path, b"\n".join(LINES), suffix)
     whole = list(read_lines(file))
     for place, line in enumerate(whole):

@@ -118,7 +118,7 @@ def test_a_changed_file_is_accepted_by_name_alone(tmp_path, tokenizer):
     assert (state.fingerprint, state.order) == (now, (order_of(Cursor(1)),))
 
 
-def test_files_of_one_name_are_told_apart_by_all_their_contents():
+def test_files_of_one_name_are_reported_apart_by_all_their_contents():
     before = {"contents": [["0.jsonl", "a"], ["0.jsonl", "b"], ["1.jsonl", None]]}
     assert changed_files(before, {"contents": [["0.jsonl", "b"], ["0.jsonl", "a"], ["1.jsonl", "c"]]}) == []
     assert changed_files(before, {"contents": [["0.jsonl", "b"], ["0.jsonl", "c"], ["1.jsonl", "c"]]}) == ["0.jsonl"]
@@ -138,8 +138,8 @@ def test_a_cursor_lands_in_its_document_or_the_file_is_refused(tmp_path, tokeniz
     try:
         again = LaneReader(lane_of(path), tokenizer, PACKING).read(rest)
     except DataError as error:
-        told = str(error)
-        assert f"0{suffix}, line {cursor.line + 1}: the document there is not the one" in told
+        message = str(error)
+        assert f"0{suffix}, line {cursor.line + 1}: the document there is not the one" in message
         assert order[cursor.line] != cursor.line or order[: cursor.line] != list(range(cursor.line))
     else:
         assert cursor.token == 0 or order[cursor.line] == cursor.line

@@ -69,7 +69,7 @@ def entries(lane):
         (b'"text"', "no text at 'text' (found nothing)"),
     ],
 )
-def test_a_line_without_a_document_is_told_with_its_place_and_reason(tmp_path, line, reason):
+def test_a_line_without_a_document_is_reported_with_its_place_and_reason(tmp_path, line, reason):
     (lane,) = lanes_of(tmp_path, [[good("a"), b"", b"  ", line, good("b")]])
     first, bad, second = entries(lane)
     assert (first.text, second.text) == ("a", "b")
@@ -255,16 +255,16 @@ def test_too_many_bad_lines_stop_the_run_from_any_cursor(tmp_path, tokenizer, mo
     monkeypatch.setattr(quarantine, "CHECKED_FROM", 100)
     lines = [good("of")] * 30 + [BAD, b"5", b"[]", b"{}", BAD] + [good("and")] * 500
     (strict,) = lanes_of(tmp_path, [lines], limit=0.04)
-    told = r"lane 0: 5 of 100 lines .* data\.max_bad_line_fraction 0\.04"
+    message = r"lane 0: 5 of 100 lines .* data\.max_bad_line_fraction 0\.04"
     reader = LaneReader(strict, tokenizer, Packing(8))
     monkeypatch.setattr("lamda.data.spans.ENCODE_CHARACTERS", 100)
     first = reader.read(Part(0, Cursor(), strict.length // 8))
     assert first.after.bad == 5
-    with pytest.raises(DataError, match=rf"{told}.*0\.jsonl, line 31: not JSON.*line 32: no text"):
+    with pytest.raises(DataError, match=rf"{message}.*0\.jsonl, line 31: not JSON.*line 32: no text"):
         LaneReader(strict, tokenizer, Packing(8)).read(Part(0, Cursor(), None))
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         LaneReader(strict, tokenizer, Packing(8)).read(Part(0, first.after, None))
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         reader.read(Part(0, first.after, None))
     (lenient,) = lanes_of(tmp_path, [lines], limit=0.05)
     assert LaneReader(lenient, tokenizer, Packing(8)).read(Part(0, Cursor(), None)).after.bad == 5

@@ -148,7 +148,7 @@ def test_no_byte_is_lost_or_repeated_whatever_fails(server, faults, start, range
     assert b"".join(server.file(patient).read(size=len(CONTENT), start=start)) == CONTENT[start:]
 
 
-def test_each_request_goes_on_at_the_very_byte_and_retries_are_told(server, caplog):
+def test_each_request_continues_at_the_very_byte_and_retries_are_reported(server, caplog):
     faults = [("reset", 1000), ("short", 70_001), ("status", 429), ("status", 503)]
     server.reset(faults=faults)
     assert b"".join(server.file().read(size=len(CONTENT))) == CONTENT
@@ -183,7 +183,7 @@ def test_a_server_without_progress_is_left_with_the_file_and_the_last_cause(serv
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410, 416])
-def test_a_permanent_error_is_told_at_once(server, status):
+def test_a_permanent_error_is_reported_at_once(server, status):
     server.reset(faults=[("short", 10), ("status", status)])
     with pytest.raises(DataError, match=f"shard.*{status}"):
         list(server.file().read(size=len(CONTENT)))
@@ -226,14 +226,14 @@ def test_halves_of_two_versions_are_never_joined(server, cuts, switch, kinds, ra
     switch = min(switch, len(cuts))
     versions = [(CONTENT, before)] * switch + [(other, after)]
     server.reset(faults=[("short", cut) for cut in cuts], ranges=ranges, versions=versions)
-    read, told = bytearray(), None
+    read, output = bytearray(), None
     try:
         for chunk in server.file(RetryPolicy(attempts=9, first_wait=0.0)).read(size=len(CONTENT)):
             read += chunk
     except DataError as error:
-        told = str(error)
+        output = str(error)
     assert CONTENT.startswith(read)
-    assert "changed on the server" in told if told else len(read) == len(CONTENT)
+    assert "changed on the server" in output if output else len(read) == len(CONTENT)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_waits_double_within_bounds_and_heed_the_server(server, monkeypatch):
     assert waits == [40.0, retry.max_retry_after]
 
 
-def test_whoever_waits_for_a_server_is_told_in_every_second_of_it(server, monkeypatch):
+def test_whoever_waits_for_a_server_is_reported_in_every_second_of_it(server, monkeypatch):
     """A server may ask for more time than a watchdog gives."""
     moments: list[float] = []
     monkeypatch.setattr(remote, "sleep", moments.append)
@@ -446,7 +446,7 @@ def test_ctrl_c_leaves_no_thread_asking_a_server_that_wants_patience(monkeypatch
     assert ended.wait(60)
 
 
-def test_what_is_no_http_is_told_in_one_short_line(caplog):
+def test_what_is_no_http_is_reported_in_one_short_line(caplog):
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def answer():
@@ -461,6 +461,6 @@ def test_what_is_no_http_is_told_in_one_short_line(caplog):
         retry = RetryPolicy(attempts=2, first_wait=0.0, max_wait=0.0, timeout=5.0)
         with pytest.raises(DataUnavailableError) as raised:
             RemoteFile("shard", address, retry=retry).look_up()
-    for told in (str(raised.value), *caplog.messages):
-        assert told.isprintable()
-        assert len(told) < 400
+    for output in (str(raised.value), *caplog.messages):
+        assert output.isprintable()
+        assert len(output) < 400

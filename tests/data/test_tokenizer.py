@@ -319,7 +319,7 @@ def test_ctrl_c_while_text_is_read_is_no_error_of_the_trainer(tmp_path):
         train_tokenizer(texts(), tmp_path / "tokenizer.model", vocab_size=400)
 
 
-def test_a_full_disk_is_told_with_the_file_that_it_did_not_take(tmp_path):
+def test_a_full_disk_is_reported_with_the_file_that_it_did_not_take(tmp_path):
     path = tmp_path / "run" / "tokenizer.model"
     with full_disk(), pytest.raises(UserError, match=r"tokenizer\.model: cannot be written \(File too large\)"):
         train_tokenizer([make_text(n, 200) for n in range(20)], path, vocab_size=400)

@@ -27,13 +27,14 @@ def in_a_slurm_step(arguments: list[str]) -> list[subprocess.CompletedProcess[st
         )
         for task in range(2)
     ]
-    told = [task.communicate(timeout=900) for task in tasks]
+    message = [task.communicate(timeout=900) for task in tasks]
     return [
-        subprocess.CompletedProcess(task.args, task.returncode, *each) for task, each in zip(tasks, told, strict=True)
+        subprocess.CompletedProcess(task.args, task.returncode, *each)
+        for task, each in zip(tasks, message, strict=True)
     ]
 
 
-def test_two_processes_train_as_one_and_one_goes_on(tmp_path, tokenizer_path):
+def test_two_processes_train_as_one_and_one_continues(tmp_path, tokenizer_path):
     place = Place.make(tmp_path, tokenizer_path)
 
     def arguments(run: str, *more: str) -> list[str]:

@@ -75,7 +75,7 @@ def test_a_run_sees_the_batches_of_the_pytorch_run_and_follows_its_losses(place)
         assert jax[-1][name] == pytest.approx(torch[-1][name], abs=1e-4)
 
 
-def test_killed_in_a_save_it_goes_on_to_the_same_bits(place):
+def test_killed_in_a_save_it_continues_to_the_same_bits(place):
     for name in ("loss", "grad_norm", "batch_digest"):
         assert [row[name] for row in rows_of(place, "killed")] == [row[name] for row in rows_of(place, "straight")]
     weights = [(place.folder / run / LAST / "model.safetensors").read_bytes() for run in ("killed", "straight")]
@@ -85,10 +85,10 @@ def test_killed_in_a_save_it_goes_on_to_the_same_bits(place):
 def test_its_checkpoint_is_whole_and_has_the_pytorch_runs_names(place):
     there = place.folder / "straight" / LAST
     assert commit.problem_of(there) is None
-    told = commit.read(there)
-    assert commit.framework_of(told) == "flax"
-    assert told["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
-    assert any(name.startswith("state/") for name in told["files"])
+    message = commit.read(there)
+    assert commit.framework_of(message) == "flax"
+    assert message["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert any(name.startswith("state/") for name in message["files"])
     shapes = [
         {name: array.shape for name, array in load_file(place.folder / run / LAST / "model.safetensors").items()}
         for run in ("straight", "torch")

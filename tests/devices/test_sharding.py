@@ -43,7 +43,7 @@ def test_a_mesh_computes_what_one_device_does(found, mesh):
         np.testing.assert_allclose(many["weights"][name], weight, rtol=0, atol=1e-5, err_msg=name)
 
 
-def test_a_checkpoint_goes_on_on_another_mesh(found):
+def test_a_checkpoint_continues_on_another_mesh(found):
     assert found["moved"] == found["2x2x2"]["weights"]
     np.testing.assert_allclose(found["moved on"]["losses"], found["on"]["losses"], rtol=0, atol=1e-5)
 
@@ -60,12 +60,12 @@ def test_a_bit_that_turns_over_in_one_devices_copy_is_noticed(found):
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "message"),
     [
         (FlaxConfig(fsdp=3), r"flax.fsdp 3 x flax.tensor 1 is 3, which does not divide the 1 devices"),
         (FlaxConfig(tensor=2), r"flax.tensor 2 is 2, which does not divide"),
     ],
 )
-def test_a_mesh_that_the_devices_do_not_make_is_refused(config, told):
-    with pytest.raises(UserError, match=told):
+def test_a_mesh_that_the_devices_do_not_make_is_refused(config, message):
+    with pytest.raises(UserError, match=message):
         make_mesh(config, ModelConfig())

@@ -121,9 +121,9 @@ def test_tools_are_used_and_sources_kept(run, tmp_path):
 )
 def test_what_cannot_be_is_said_before_the_model_is_loaded(tmp_path, capsys, options, message):
     assert main(["chat", str(tmp_path), *options]) == 2
-    told = capsys.readouterr()
-    assert message in told.err
-    assert told.out == ""
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.out == ""
 
 
 def test_in_a_terminal_it_prompts_and_leaves_with_the_end_of_input(run):

@@ -89,7 +89,7 @@ def test_chat_keeps_what_is_in_our_format(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "bad", "told"),
+    ("name", "bad", "output"),
     [
         ("topical-chat", {"messages": [{"role": "agent_1", "content": "x", "rating": "Super"}]}, "rating is 'Super'"),
         ("topical-chat", {"messages": [{"role": "bob", "content": "x"}]}, "no text of agent_1 or agent_2"),
@@ -111,12 +111,12 @@ def test_chat_keeps_what_is_in_our_format(tmp_path):
         ("chat", {"messages": [{"role": "assistant", "content": "x", "labels": 0}]}, "labels is no JSON object"),
     ],
 )
-def test_all_bad_records_are_refused_by_file_and_line_and_nothing_is_written(tmp_path, name, bad, told):
+def test_all_bad_records_are_refused_by_file_and_line_and_nothing_is_written(tmp_path, name, bad, output):
     with pytest.raises(UserError) as refused:
         converted(tmp_path, name, [bad, bad])
     assert "in.jsonl, line 1: " in str(refused.value)
     assert "in.jsonl, line 2: " in str(refused.value)
-    assert told in str(refused.value)
+    assert output in str(refused.value)
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -227,19 +227,19 @@ def test_any_json_in_any_field_converts_or_is_refused_by_file_and_line(tmp_path,
         assert [parse_conversation(json.loads(line)) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
 
 
-def test_mistakes_on_the_command_line_are_told(tmp_path):
+def test_mistakes_on_the_command_line_are_reported(tmp_path):
     (tmp_path / "bad.jsonl").write_text("{")
-    for words, told in (
+    for words, output in (
         (["topical", "x.jsonl", "-o", "y.jsonl"], "did you mean 'topical-chat'"),
         (["chat", "x.jsonl", "-o", "y.txt"], "name a file that ends in"),
         (["chat", str(tmp_path / "none.jsonl"), "-o", "y.jsonl"], "no such file"),
         (["chat", str(tmp_path / "bad.jsonl"), "-o", "y.jsonl"], "line 1: not JSON"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=output):
             main(words)
 
 
-def test_a_program_is_told_how_many_conversations_there_are(tmp_path, capsys):
+def test_a_program_is_reported_how_many_conversations_there_are(tmp_path, capsys):
     record = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello!"}]}
     (tmp_path / "in.jsonl").write_text(f"{json.dumps(record)}\n" * 3)
     target = tmp_path / "out.jsonl"

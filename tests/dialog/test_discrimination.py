@@ -92,9 +92,9 @@ def test_held_out_scores_are_those_of_a_walk_over_all_examples(held_out, model, 
         own = scores.ratings[name]
         assert own.probabilities == pytest.approx([probability for probability, _ in pairs], rel=1e-4)
         assert own.positive.tolist() == [rating for _, rating in pairs]
-    told = "\n".join(table(scores.report()))
-    assert f"{scores.metrics()['eval/auc/unsafe']:.3f}" in told
-    assert f"perplexity {scores.metrics()['eval/perplexity']:.2f}" in told
+    message = "\n".join(table(scores.report()))
+    assert f"{scores.metrics()['eval/auc/unsafe']:.3f}" in message
+    assert f"perplexity {scores.metrics()['eval/perplexity']:.2f}" in message
 
 
 def test_ranks_together_find_what_one_finds(held_out, model):

@@ -212,7 +212,7 @@ def test_a_record_is_read_and_written_back():
 
 
 @pytest.mark.parametrize(
-    ("entry", "told"),
+    ("entry", "output"),
     [
         ("hello", "message 1: is no JSON object"),
         ({"role": "bot", "content": "x"}, "role is 'bot', not one of system, user"),
@@ -230,13 +230,13 @@ def test_a_record_is_read_and_written_back():
         ({"role": "user", "content": "x", "name": "Bob"}, "no key 'name'"),
     ],
 )
-def test_a_bad_message_is_refused_with_its_reason(entry, told):
+def test_a_bad_message_is_refused_with_its_reason(entry, output):
     with pytest.raises(ValueError, match="message 1") as refused:
         parse_conversation({"messages": [entry]})
-    assert told in str(refused.value)
+    assert output in str(refused.value)
 
 
-def test_everything_that_is_wrong_is_told_at_once():
+def test_everything_that_is_wrong_is_reported_at_once():
     with pytest.raises(ValueError, match=r"message 1: role is 'bot'.*; message 2: content is no text"):
         parse_conversation({"messages": [{"role": "bot", "content": "x"}, {"role": "user", "content": 3}]})
     for record in (None, {}, {"messages": []}, {"messages": "x"}):

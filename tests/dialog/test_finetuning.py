@@ -62,14 +62,14 @@ def finetune(place, run, *more, world_size):
     return ranks[0].stdout
 
 
-def test_a_stopped_run_goes_on_with_other_ranks_to_the_same_weights(place, monkeypatch):
+def test_a_stopped_run_continues_with_other_ranks_to_the_same_weights(place, monkeypatch):
     finetune(
         place, "broken", "--train.steps", "4", "--train.schedule", "wsd", "--train.decay_fraction", "0", world_size=2
     )
     finetune(place, "broken", "--train.schedule", "wsd", "--train.decay_fraction", "0", world_size=1)
-    told = finetune(place, "alone", "--train.schedule", "wsd", "--train.decay_fraction", "0", world_size=1)
-    assert "responses: " in told
-    assert "95% interval" in told
+    message = finetune(place, "alone", "--train.schedule", "wsd", "--train.decay_fraction", "0", world_size=1)
+    assert "responses: " in message
+    assert "95% interval" in message
     broken, alone = (read_metrics(place / run / "metrics.jsonl") for run in ("broken", "alone"))
     assert [row["batch_digest"] for row in broken] == [row["batch_digest"] for row in alone]
     last = "checkpoints/step-00000006/model.safetensors"

@@ -57,7 +57,7 @@ def test_a_query_is_answered_and_the_response_ends_the_loop():
     assert sources(steps) == ("shelf:1",)
 
 
-def test_a_repeated_query_gets_what_ranks_next_and_others_begin_anew():
+def test_a_repeated_query_gets_what_ranks_next_and_others_begin_again():
     script = Script(("TS", "a"), ("TS", "a"), ("TS", "b"), ("TS", "a"), ("user", "done"))
     steps = research(script, Toolset((Shelf("first", "second"),)))
     assert [step.snippet for step in steps] == ["first", "second", "first", "", ""]

@@ -24,10 +24,12 @@ DOCS = Path(__file__).parents[2] / "docs"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The conversations, and what the command told a program of them."""
-    path, told = tmp_path_factory.mktemp("data") / "loop.jsonl", io.StringIO()
-    with redirect_stdout(told):
+    path, output = tmp_path_factory.mktemp("data") / "loop.jsonl", io.StringIO()
+    with redirect_stdout(output):
         assert main(["dialog", "research-data", str(DOCS), "-o", str(path), "--count", "60", "--json"]) == 0
-    return [parse_conversation(json.loads(line)) for line in path.read_text().splitlines()], json.loads(told.getvalue())
+    return [parse_conversation(json.loads(line)) for line in path.read_text().splitlines()], json.loads(
+        output.getvalue()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def conversations(made):
     return made[0]
 
 
-def test_a_program_is_told_what_was_made(made, conversations):
+def test_a_program_is_reported_what_was_made(made, conversations):
     asking = [sum(message.to == "TS" for message in conversation.messages) for conversation in conversations]
     counts = {"conversations": 60, "queries": sum(asking), "without_queries": asking.count(0)}
     assert {name: made[1][name] for name in counts} == counts
@@ -109,14 +111,14 @@ def test_a_corpus_with_nothing_to_ask_about_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "output"),
     [(["-o", "docs/a.md"], "is a file of the corpus"), (["-o", "out.jsonl", "--count", "0"], "at least 1")],
 )
-def test_a_file_of_the_corpus_is_never_written_over(tmp_path, monkeypatch, capsys, words, told):
+def test_a_file_of_the_corpus_is_never_written_over(tmp_path, monkeypatch, capsys, words, output):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.md").write_text("# Paris\n\nParis is the capital and largest city of France.\n")
     assert main(["dialog", "research-data", "docs", *words]) == 2
-    assert told in capsys.readouterr().err
+    assert output in capsys.readouterr().err
     assert (tmp_path / "docs" / "a.md").read_text().startswith("# Paris")
     assert not (tmp_path / "out.jsonl").exists()

@@ -212,7 +212,7 @@ def test_steps_equal_a_plain_pytorch_loop(results, stage, bf16, ranks):
         *(("alone", how) for how in FORMATS),
     ],
 )
-def test_other_optimisers_see_whole_matrices(results, other, ranks):
+def test_other_optimizers_see_whole_matrices(results, other, ranks):
     """The losses of three steps say so to their last digit; later, bf16 weights that round the other way tell.
 
     Where Muon orthogonalizes in fp16 its updates alone are bounded: half an epsilon grows by 3.4445 in each of five
@@ -245,7 +245,7 @@ def test_a_resumed_run_is_bit_identical_on_the_same_ranks(results, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_goes_on_with_another_number_of_ranks(results, case):
+def test_a_run_continues_with_another_number_of_ranks(results, case):
     straight, resumed = results(f"straight-{case}"), results(f"one-{case}")
     tolerance = 5e-3 if case == "0-bf16" else 1e-6
     torch.testing.assert_close(straight["losses"][2:], resumed["losses"], rtol=0, atol=tolerance)
@@ -259,7 +259,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(results, case):
     ("half", "resumed"),
     [("half-1-bf16", "other-stage"), ("half-1-bf16", "other-stage-3"), ("half-3-bf16", "other-stage-1")],
 )
-def test_a_run_goes_on_at_another_zero_stage_to_the_same_bits(results, half, resumed):
+def test_a_run_continues_at_another_zero_stage_to_the_same_bits(results, half, resumed):
     assert_plain_loops_weights(results(half), results(resumed))
 
 

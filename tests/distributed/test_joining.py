@@ -40,7 +40,7 @@ def test_a_port_that_is_in_use_is_named_with_the_remedy():
 
 
 @pytest.mark.parametrize(
-    ("variables", "told"),
+    ("variables", "message"),
     [
         ({"RANK": ""}, "RANK is '' in the environment"),
         ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one'"),
@@ -49,10 +49,10 @@ def test_a_port_that_is_in_use_is_named_with_the_remedy():
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1'"),
     ],
 )
-def test_variables_that_give_no_place_are_named(monkeypatch, capsys, variables, told):
+def test_variables_that_give_no_place_are_named(monkeypatch, capsys, variables, message):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert main(["pretrain", "--config", "tiny"]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -23,7 +23,7 @@ def test_a_rank_that_waits_in_vain_ends_and_says_where_it_looked(monkeypatch):
     assert "has waited 0.2 s for all ranks to come (rank 0 listens on 10.1.2.3:29500)" in ended.stderr
 
 
-def test_a_rank_whose_companions_come_in_time_goes_on():
+def test_a_rank_whose_companions_come_in_time_continues():
     before = threading.enumerate()
     with exit_after("for all ranks to come", World(), seconds=600):
         (timer,) = set(threading.enumerate()) - set(before)

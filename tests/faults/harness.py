@@ -93,7 +93,7 @@ class Place:
         return sorted(path.name for path in (self.folder / run / "checkpoints").iterdir())
 
     def difference(self, one: str, other: str, *, step: int = STEPS) -> str | None:
-        """Where two runs differ to the last bit: losses, samples, weights, optimiser state; None where nowhere."""
+        """Where two runs differ to the last bit: losses, samples, weights, optimizer state; None where nowhere."""
         for column in ("step", "loss", "batch_digest", "grad_norm", "lr"):
             columns = [[row[column] for row in self.rows(run)] for run in (one, other)]
             if columns[0] != columns[1]:

@@ -27,7 +27,7 @@ def main() -> None:
     """Prints how many of the steps changed anything, for each ZeRO stage."""
     world = distributed.read_world()
     device = distributed.start(world, threads=1)
-    told = {}
+    message = {}
     for stage in (1, 2, 3):
         engine = Engine(config({"stage": stage, "bf16": True}, OUT, world.rank), world=world, device=device)
         engine.train_step(batch(0, world), lr=1e-2)
@@ -44,9 +44,9 @@ def main() -> None:
         changed = torch.tensor(sum(not torch.equal(one, two) for one, two in zip(before, state(engine), strict=True)))
         dist.all_reduce(changed)
         clean = not engine.train_step(batch(1, world), lr=1e-2).skipped
-        told[stage] = {"steps": STEPS, "updated": updated, "tensors_changed": changed.item(), "then_updates": clean}
+        message[stage] = {"steps": STEPS, "updated": updated, "tensors_changed": changed.item(), "then_updates": clean}
     if world.is_main_process:
-        print(json.dumps(told))
+        print(json.dumps(message))
     distributed.stop()
 
 

@@ -16,6 +16,6 @@ STEPS = 1000 if IS_FULL else 60
 def test_no_weight_and_no_moment_moves(tmp_path):
     first, second = run_ranks([WORKER, str(tmp_path), str(STEPS)], world_size=2, timeout=900)
     assert first.returncode == second.returncode == 0, first.stderr[-2000:] + second.stderr[-2000:]
-    told = json.loads(first.stdout.splitlines()[-1])
+    message = json.loads(first.stdout.splitlines()[-1])
     expected = {"steps": STEPS, "updated": 0, "tensors_changed": 0, "then_updates": True}
-    assert told == dict.fromkeys(("1", "2", "3"), expected)
+    assert message == dict.fromkeys(("1", "2", "3"), expected)

@@ -74,8 +74,8 @@ def test_every_damage_is_found_and_the_one_before_is_taken(checkpoints, world):
     whole = checkpoints / "step-00000003"
     contents = {file: file.read_bytes() for file in whole.iterdir()}
     for _ in range(DAMAGES):
-        told = draw.choice([_flip, _truncate, _swap, _vanish])(draw, contents)
-        assert commit.find_valid(checkpoints, world=world).name == "step-00000002", told
+        message = draw.choice([_flip, _truncate, _swap, _vanish])(draw, contents)
+        assert commit.find_valid(checkpoints, world=world).name == "step-00000002", message
         (damaged,) = checkpoints.glob("*.damaged")
         damaged.rename(whole)
         for file, content in contents.items():

@@ -64,7 +64,7 @@ def test_a_rank_that_holds_the_interpreter_is_named_with_its_stack(place):
     assert "_hold_the_gil" in (place.folder / "gil" / "hang" / "rank-00001.txt").read_text()
 
 
-def test_an_exception_on_another_rank_is_told_by_name(place, straight):
+def test_an_exception_on_another_rank_is_reported_by_name(place, straight):
     codes = place.run("exception", fault=f"update:exception:1:{OTHER_STEP}")
     assert 0 not in codes
     assert place.status("exception")["status"] == "failed"
@@ -73,7 +73,7 @@ def test_an_exception_on_another_rank_is_told_by_name(place, straight):
     assert place.difference(straight(1), "exception") is None
 
 
-def test_a_nan_on_one_rank_updates_none_and_the_run_goes_on(place):
+def test_a_nan_on_one_rank_updates_none_and_the_run_continues(place):
     place.finish("nan", fault=f"loss:nan:1:{OTHER_STEP}")
     rows = place.rows("nan")
     assert [row["skipped_steps"] for row in rows] == [0] * 4 + [1] * 6
@@ -131,7 +131,7 @@ def test_a_slow_disk_delays_the_save_and_not_the_steps(place, straight):
     assert place.difference(straight(1), "slow") is None
 
 
-def test_a_cut_network_ends_the_run_which_then_goes_on(place, straight):
+def test_a_cut_network_ends_the_run_which_then_continues(place, straight):
     codes = place.run("cut", "--run.hang_timeout_seconds", "10", fault=f"forward:cut:1:{OTHER_STEP}")
     assert 0 not in codes
     assert place.status("cut")["status"] == "failed"

@@ -29,12 +29,12 @@ def test_a_killed_run_is_proved_to_end_as_an_unbroken_one(tmp_path, monkeypatch,
     code = main(["--config", str(tmp_path / "run.yaml"), "--ranks", "2", "--json"])
     out, err = capfd.readouterr()
     assert code == 0, err[-3000:] + out
-    told = json.loads(out)
-    assert told["exact"]
-    assert told["kept"] is None
-    assert [trial["ranks"] for trial in told["resumed"]] == [2, 1]
-    for trial in told["resumed"]:
-        assert trial["differences"] == dict.fromkeys(["loss", "samples", "weights", "optimiser state"])
-        assert 0 < int(trial["went_on_from"].removeprefix("step-")) <= trial["killed_after"] < told["steps"] == 12
+    message = json.loads(out)
+    assert message["exact"]
+    assert message["kept"] is None
+    assert [trial["ranks"] for trial in message["resumed"]] == [2, 1]
+    for trial in message["resumed"]:
+        assert trial["differences"] == dict.fromkeys(["loss", "samples", "weights", "optimizer state"])
+        assert 0 < int(trial["went_on_from"].removeprefix("step-")) <= trial["killed_after"] < message["steps"] == 12
     assert "run 3 of 3: killed after step" in err
     assert list((tmp_path / "runs").iterdir()) == []

@@ -41,7 +41,7 @@ def spoilt(place):
     return done
 
 
-def test_a_spike_after_a_spoilt_checkpoint_goes_back_to_the_sound_one_before_it(place, spoilt):
+def test_a_spike_after_a_spoilt_checkpoint_rolls_back_to_the_sound_one_before_it(place, spoilt):
     directory = RunDirectory(place.folder / "spoilt")
     rows = read_metrics(directory.metrics)
     assert "step 13: the loss" in spoilt.stderr

@@ -21,7 +21,7 @@ def run(tmp_path_factory, tokenizer_path):
     return write_run(tmp_path_factory.mktemp("runs") / "random", tokenizer_path)
 
 
-def told(capsys, *words):
+def message(capsys, *words):
     assert main(["generate", *map(str, words)]) == 0
     return capsys.readouterr().out
 
@@ -31,15 +31,15 @@ def test_it_writes_what_the_model_generates(run, capsys):
     stop = frozenset(loaded.tokenizer.symbols.values())
     prompt = [loaded.tokenizer.end_of_document, *loaded.tokenizer.encode("the of")]
     (ids,) = generate(loaded.model, [prompt], Sampling(max_new_tokens=20, seed=3, stop_ids=stop))
-    text = told(capsys, run, "--prompt", "the of", "--max-new-tokens", 20, "--seed", 3)
+    text = message(capsys, run, "--prompt", "the of", "--max-new-tokens", 20, "--seed", 3)
     assert text == loaded.tokenizer.decode(ids) + "\n"
-    report = json.loads(told(capsys, run, "--prompt", "the of", "--max-new-tokens", 20, "--seed", 3, "--json"))
+    report = json.loads(message(capsys, run, "--prompt", "the of", "--max-new-tokens", 20, "--seed", 3, "--json"))
     assert [each["ids"] for each in report["candidates"]] == [ids]
 
 
 def test_candidates_differ_and_int8_generates(run, capsys):
     words = (run, "--prompt", "", "--max-new-tokens", 9, "--candidates", 3, "--json", "--int8")
-    texts = [each["text"] for each in json.loads(told(capsys, *words))["candidates"]]
+    texts = [each["text"] for each in json.loads(message(capsys, *words))["candidates"]]
     assert len({*texts}) == 3
 
 
@@ -63,12 +63,12 @@ def test_no_piece_of_a_character_is_written(tokenizer):
         (["--prompt", "a", "--candidates", "0"], "candidates is 0"),
     ],
 )
-def test_mistakes_are_told(run, capsys, words, expected):
+def test_mistakes_are_reported(run, capsys, words, expected):
     assert main(["generate", str(run), *words]) == 2
     assert expected in capsys.readouterr().err
 
 
-def test_a_folder_that_is_no_run_is_told(tmp_path, capsys):
+def test_a_folder_that_is_no_run_is_reported(tmp_path, capsys):
     assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
     assert "neither a checkpoint nor a run" in capsys.readouterr().err
 
@@ -90,7 +90,7 @@ def test_a_step_is_named_and_the_newest_is_taken_whatever_latest_says(two_checkp
         (run / "checkpoints" / "LATEST").write_text(latest)
         assert find_checkpoint(run).name == "step-00000002"
     assert find_checkpoint(run.with_name("run@1")).name == "step-00000001"
-    assert told(capsys, f"{run}@1", "--prompt", "a", "--max-new-tokens", 2)
+    assert message(capsys, f"{run}@1", "--prompt", "a", "--max-new-tokens", 2)
     with pytest.raises(UserError, match="has no checkpoint of step 7; it has 1, 2"):
         find_checkpoint(run.with_name("run@7"))
 
@@ -115,7 +115,7 @@ def test_what_is_damaged_or_not_named_is_not_read(two_checkpoints, capsys, name,
     assert name in errors
 
 
-def test_what_is_no_checkpoint_is_told_with_what_to_do(run, tmp_path, capsys):
+def test_what_is_no_checkpoint_is_reported_with_what_to_do(run, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     export = tmp_path / "export"
     export.mkdir()
@@ -132,9 +132,9 @@ def test_what_is_no_checkpoint_is_told_with_what_to_do(run, tmp_path, capsys):
 
 def test_a_terminal_obeys_no_text_and_a_pipe_gets_it_as_it_is(run, capsys, monkeypatch):
     words = (run, "--prompt", "\x1b[31m", "--max-new-tokens", 1, "--candidates", 2)
-    assert "\x1b[31m" in told(capsys, *words)
+    assert "\x1b[31m" in message(capsys, *words)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    shown = told(capsys, *words)
+    shown = message(capsys, *words)
     assert "\\x1b[31m" in shown
     assert "\x1b" not in shown
 

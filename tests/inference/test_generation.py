@@ -93,7 +93,7 @@ def test_the_seed_and_the_number_of_a_candidate_decide_it(model, prompts):
     assert sample(model, prefix, count=4, sampling=Sampling(max_new_tokens=9, seed=1)).ids != four
 
 
-def test_a_candidate_ends_before_its_stop_and_the_others_go_on(model, prompts):
+def test_a_candidate_ends_before_its_stop_and_the_others_continue(model, prompts):
     prefix = prefill(model, prompts[0])
     free = sample(model, prefix, count=4, sampling=Sampling(max_new_tokens=12)).ids
     stop = free[0][4]
@@ -104,18 +104,18 @@ def test_a_candidate_ends_before_its_stop_and_the_others_go_on(model, prompts):
     assert len({len(ids) for ids in stopped.ids}) > 1
 
 
-def test_what_comes_is_told_as_it_comes(model, prompts):
-    told = [[], [], []]
+def test_what_comes_is_reported_as_it_comes(model, prompts):
+    message = [[], [], []]
     sampling = Sampling(max_new_tokens=8, stop_ids=frozenset(range(9)))
     candidates = sample(
         model,
         prefill(model, prompts[0]),
         count=3,
         sampling=sampling,
-        on_token=lambda number, id: told[number].append(id),
+        on_token=lambda number, id: message[number].append(id),
     )
-    assert told == candidates.ids
-    assert any(told)
+    assert message == candidates.ids
+    assert any(message)
 
 
 def test_log_probabilities_are_the_models_own_whatever_was_drawn_from(model, prompts):

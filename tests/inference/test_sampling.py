@@ -89,7 +89,7 @@ def test_sampled_tokens_follow_the_models_distribution(model, prompts):
     assert all(abs(found.get(id, 0.0) - each) < 4.5 * (0.25 / DRAWS) ** 0.5 for id, each in expected.items())
 
 
-def test_impossible_settings_are_told_all_at_once():
+def test_impossible_settings_are_reported_all_at_once():
     with pytest.raises(UserError) as error:
         Sampling(max_new_tokens=0, temperature=-1.0, top_k=-1, top_p=0.0, repetition_penalty=0.0)
     for name in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty"):
@@ -115,7 +115,7 @@ def test_every_value_that_is_allowed_chooses_an_id_whatever_the_logits(scale):
 
 
 @pytest.mark.parametrize("wrong", [nan, inf, -inf])
-def test_logits_that_are_not_finite_are_told_and_not_drawn_from(wrong):
+def test_logits_that_are_not_finite_are_reported_and_not_drawn_from(wrong):
     logits = torch.full((2, 50), wrong)
     for temperature in (0, 1):
         sampler = Sampler(Sampling(temperature=temperature), prompt=PROMPT, count=2, logits=logits[0])

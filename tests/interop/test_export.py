@@ -166,7 +166,7 @@ def test_what_came_back_generates_trains_and_goes_out_again(run, exported, tmp_p
     assert "Unknown: these weights came without their run." in (tmp_path / "again/README.md").read_text("utf-8")
 
 
-def test_float32_is_the_optimisers_own(saved, tmp_path):
+def test_float32_is_the_optimizers_own(saved, tmp_path):
     assert export(saved, tmp_path / "wide", dtype="float32") == "float32"
     wide, narrow = load_file(tmp_path / "wide" / "model.safetensors"), load_file(saved / "model.safetensors")
     state = load_file(saved / STATE)
@@ -209,8 +209,8 @@ def test_the_card_tells_data_license_metrics_and_hashes(run, saved, exported):
     card = (exported / "README.md").read_text("utf-8")
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "# ship\n" in card
-    for told in ("standard_library", "PSF-2.0", "2 of 9", "192", "U+2581", commit.read(saved)["sha256"]):
-        assert told in card
+    for message in ("standard_library", "PSF-2.0", "2 of 9", "192", "U+2581", commit.read(saved)["sha256"]):
+        assert message in card
     loss = json.loads((run / "metrics.jsonl").read_text("utf-8").split("\n")[1])["loss"]
     assert f"| loss (nats per token) | {loss:.4f} |" in card
     assert "On held-out text at step 1:\n\n| metric | value |\n| --- | --- |\n| loss | 5.2500 |\n" in card
@@ -270,7 +270,7 @@ def test_what_is_interrupted_leaves_nothing(run, tmp_path, monkeypatch, failure)
     assert [*(tmp_path / "new").iterdir()] == []
 
 
-def test_a_checkpoint_that_its_run_deletes_meanwhile_is_told(copied, tmp_path, monkeypatch):
+def test_a_checkpoint_that_its_run_deletes_meanwhile_is_reported(copied, tmp_path, monkeypatch):
     def delete(*_, **__):
         shutil.rmtree(copied)
         raise FileNotFoundError("model.safetensors")
@@ -281,7 +281,7 @@ def test_a_checkpoint_that_its_run_deletes_meanwhile_is_told(copied, tmp_path, m
     assert not (tmp_path / "to").exists()
 
 
-def test_a_full_disk_is_told(run, exported, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported(run, exported, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
@@ -306,19 +306,19 @@ def test_a_damaged_checkpoint_does_not_go_out(copied, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["nowhere"], "neither a checkpoint nor a run"),
         (["RUN", "--max-shard-size", "large"], "--max-shard-size large: is not a size"),
         (["BACK", "--dtype", "float32"], "has no optimizer state"),
     ],
 )
-def test_a_wrong_command_is_told(run, exported, tmp_path, capsys, arguments, told):
+def test_a_wrong_command_is_reported(run, exported, tmp_path, capsys, arguments, message):
     import_folder(exported, tmp_path / "back")
     places = {"RUN": str(run), "BACK": str(tmp_path / "back")}
     words = [places.get(word, word) for word in arguments]
     assert main(["export", *words, "--to", str(tmp_path / "to")]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "to").exists()
 
 
@@ -400,7 +400,7 @@ def other_vocabulary(folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (wrong_kind, "model_type is 'llama'"),
         (untied, "tie_word_embeddings is not true"),
@@ -420,11 +420,11 @@ def other_vocabulary(folder):
         (other_vocabulary, "has 400 pieces and the model 399 tokens"),
     ],
 )
-def test_what_is_not_lamdas_does_not_come_in(foreign, tmp_path, change, told):
+def test_what_is_not_lamdas_does_not_come_in(foreign, tmp_path, change, message):
     change(foreign)
     with pytest.raises(UserError) as error:
         import_folder(foreign, tmp_path / "back")
-    assert re.search(told, str(error.value)), error.value
+    assert re.search(message, str(error.value)), error.value
     assert not (tmp_path / "back").exists()
     assert not [*tmp_path.glob(".*.tmp")]
 

@@ -237,18 +237,18 @@ def test_what_is_written_is_what_greedy_decoding_without_a_cache_writes(loaded, 
     assert ended == written[: written.index(cut)]
 
 
-def test_progress_is_told_up_to_the_whole(loaded):
-    told = []
+def test_progress_is_reported_up_to_the_whole(loaded):
+    message = []
 
     @contextlib.contextmanager
     def shows(what, total):
-        told.append((what, total))
-        yield told.append
+        message.append((what, total))
+        yield message.append
 
     decoder = LocalDecoder(loaded.model, loaded.tokenizer, 2)
     model = HarnessModel(decoder, loaded.tokenizer, sequence_length=LENGTH, shows=shows)
     model.loglikelihood_rolling(ask("loglikelihood_rolling", ("the of",), ("and",), ("to in",)))
-    assert told == [("rows", 3), 2, 1]
+    assert message == [("rows", 3), 2, 1]
 
 
 @pytest.fixture
@@ -264,8 +264,8 @@ def test_the_command_runs_local_tasks_without_a_network(
     monkeypatch.setattr(console, "LINE_SECONDS", 0)
     flags = ["--include-path", str(task_folder), "--output", "report.json"]
     assert main(["eval", str(run), "--tasks", "local_choice, local_rolling,local_writing", *flags, "--json"]) == 0
-    written, told = capsys.readouterr()
-    assert "continuations: 4 of 4 requests, 100%, ETA 0:00:00" in told.splitlines()
+    written, message = capsys.readouterr()
+    assert "continuations: 4 of 4 requests, 100%, ETA 0:00:00" in message.splitlines()
     report = json.loads(written)
     assert report == json.loads((tmp_path / "report.json").read_text())
     model = harness(loaded, length=256)
@@ -309,7 +309,7 @@ def test_filters_and_standard_errors_keep_their_names():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--tasks", "local_choise"], "there is no task 'local_choise'; did you mean 'local_choice'?"),
         (["--tasks", "local_missing"], "task local_missing: its data is not available (FileNotFoundError"),
@@ -323,11 +323,11 @@ def test_filters_and_standard_errors_keep_their_names():
         (["--tasks", "local_choice", "--num-fewshot", "100"], "lower --num-fewshot"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_computed(run, task_folder, capsys, monkeypatch, arguments, told):
+def test_mistakes_are_reported_before_anything_is_computed(run, task_folder, capsys, monkeypatch, arguments, message):
     index = TaskManager.__init__
     monkeypatch.setattr(TaskManager, "__init__", lambda self, **how: index(self, **how | {"include_defaults": False}))
     assert main(["eval", str(run), *arguments, "--include-path", str(task_folder)]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_diverged_model_chooses_no_answer(loaded):
@@ -343,20 +343,20 @@ def test_a_diverged_model_chooses_no_answer(loaded):
 def test_figures_that_cannot_be_written_are_shown(run, task_folder, tmp_path, capsys, no_look_at_the_machine):
     arguments = ["--tasks", "local_choice", "--include-path", str(task_folder), "--output", "/dev/full"]
     assert main(["eval", str(run), *arguments]) == 2
-    written, told = capsys.readouterr()
+    written, message = capsys.readouterr()
     assert "local_choice" in written
-    assert "--output /dev/full: cannot be written (No space left on device)" in told
+    assert "--output /dev/full: cannot be written (No space left on device)" in message
 
 
-def test_a_hub_that_cannot_be_reached_is_told_with_what_to_do(run, task_folder, capsys, monkeypatch):
+def test_a_hub_that_cannot_be_reached_is_reported_with_what_to_do(run, task_folder, capsys, monkeypatch):
     def unreachable(*_, **__):
         raise ConnectionError("Couldn't reach 'x/y' on the Hub")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
     assert main(["eval", str(run), "--tasks", "local_choice", "--include-path", str(task_folder)]) == 2
-    told = capsys.readouterr().err
-    assert "Couldn't reach 'x/y' on the Hub" in told
-    assert "HF_HOME" in told
+    message = capsys.readouterr().err
+    assert "Couldn't reach 'x/y' on the Hub" in message
+    assert "HF_HOME" in message
 
 
 def test_a_missing_library_names_the_extra(run, capsys, monkeypatch):

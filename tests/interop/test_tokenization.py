@@ -185,9 +185,9 @@ def test_template_marks_what_is_trained_on(pair):
 
 
 @pytest.mark.parametrize(
-    ("message", "told"),
+    ("message", "output"),
     [({"role": "usr", "content": "x"}, "role"), ({"role": "user", "content": [{"type": "text"}]}, "text")],
 )
-def test_template_refuses_what_is_no_conversation(pair, message, told):
-    with pytest.raises(Exception, match=told):
+def test_template_refuses_what_is_no_conversation(pair, message, output):
+    with pytest.raises(Exception, match=output):
         pair.fast.apply_chat_template([message])

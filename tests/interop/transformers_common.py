@@ -40,8 +40,8 @@ PACKAGE = "transformers_tests"
 
 def mixins_of(checkout: Path) -> tuple[dict[str, type], list[str]]:
     """The mixins by name, an empty one for each file that the checkout lacks, and the names of those files."""
-    told = (checkout / "src/transformers/__init__.py").read_text("utf-8")
-    if f'__version__ = "{transformers.__version__}"' not in told:
+    message = (checkout / "src/transformers/__init__.py").read_text("utf-8")
+    if f'__version__ = "{transformers.__version__}"' not in message:
         pytest.fail(f"{checkout} is not transformers {transformers.__version__}, which is installed", pytrace=False)
     package = ModuleType(PACKAGE)
     package.__path__ = [str(checkout / "tests")]

@@ -218,7 +218,7 @@ def test_what_no_kernel_was_compiled_for_is_refused(monkeypatch, way, capability
 
 
 @pytest.mark.parametrize(("way", "shape"), pairs(SHAPES[1:2] + SHAPES[3:4], torch.float32), ids=str)
-def test_gradients_are_the_same_to_the_last_bit_every_time(way, shape):
+def test_gradients_are_the_same_bit_for_bit_every_time(way, shape):
     """Of `split` on a CPU alone: the backward pass of a GPU's plain kernels adds up with atomics."""
     case = Case.random(shape, torch.float32)
     one, other = (case.run(way, torch.float32) for _ in range(2))

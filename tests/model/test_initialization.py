@@ -130,7 +130,7 @@ def test_logits_fall_with_the_width_from_the_base_on():
 
 @pytest.mark.parametrize("base_width", [None, 3])
 @pytest.mark.parametrize("bias_per_layer", [False, True])
-def test_the_drawn_weights_are_those_of_an_initialised_module(bias_per_layer, base_width):
+def test_the_drawn_weights_are_those_of_an_initialized_module(bias_per_layer, base_width):
     config = ModelConfig(**SMALL, bias_per_layer=bias_per_layer)
     model = LaMDA(config)
     initialize_weights(model, seed=5, base_width=base_width)

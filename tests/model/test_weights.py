@@ -30,10 +30,10 @@ def test_every_wrong_weight_is_named_and_nothing_is_changed(model):
     weights["layers.2.feed_forward.up.weight"] = torch.zeros(22, 31)
     with pytest.raises(UserError) as error:
         model.load_weights(weights)
-    told = str(error.value)
-    assert "2 missing: layers.1.attention.key.weight, final_norm.scale" in told
-    assert "1 unexpected: layers.0.attention.query_key_value.weight" in told
-    assert "1 of another shape: layers.2.feed_forward.up.weight is [22, 31], not [31, 22]" in told
+    message = str(error.value)
+    assert "2 missing: layers.1.attention.key.weight, final_norm.scale" in message
+    assert "1 unexpected: layers.0.attention.query_key_value.weight" in message
+    assert "1 of another shape: layers.2.feed_forward.up.weight is [22, 31], not [31, 22]" in message
     torch.testing.assert_close(model.export_weights(), before, rtol=0, atol=0)
 
 

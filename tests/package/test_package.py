@@ -101,13 +101,13 @@ def test_configurations_and_cards_come_with_the_package(environment, tmp_path):
     assert "preset: tiny" in run(environment / "lamda", "config", "show", "--config", "tiny", cwd=tmp_path)
     for path in (ROOT / "configs").glob("*.yaml"):
         run(environment / "lamda", "config", "show", "--config", path.stem, cwd=tmp_path)
-    told = run(environment / "lamda", "config", "show", "--config", "tinny", cwd=tmp_path, code=2)
-    assert "did you mean 'tiny'?" in told
+    message = run(environment / "lamda", "config", "show", "--config", "tinny", cwd=tmp_path, code=2)
+    assert "did you mean 'tiny'?" in message
 
 
 def test_a_model_is_trained_and_used_without_the_repository(environment, tmp_path):
-    told = run(environment / "lamda", "pretrain", "--config", "tiny", *SMALL, cwd=tmp_path)
-    assert "everything is in runs/tiny" in told
+    message = run(environment / "lamda", "pretrain", "--config", "tiny", *SMALL, cwd=tmp_path)
+    assert "everything is in runs/tiny" in message
     assert json.loads((tmp_path / "runs/tiny/status.json").read_text())["status"] == "finished"
     assert "finished" in run(environment / "lamda", "runs", "runs", cwd=tmp_path)
     continued = run(
@@ -126,6 +126,6 @@ def test_a_model_is_trained_and_used_without_the_repository(environment, tmp_pat
 
 def test_a_run_without_wandb_says_so_and_ends_well(environment, tmp_path):
     run(environment / "pip", "uninstall", "--yes", "--quiet", "wandb", cwd=tmp_path)
-    told = run(environment / "lamda", "pretrain", "--config", "tiny", *SMALL, cwd=tmp_path)
-    assert told.count("W&B is not installed") == 1
+    message = run(environment / "lamda", "pretrain", "--config", "tiny", *SMALL, cwd=tmp_path)
+    assert message.count("W&B is not installed") == 1
     assert json.loads((tmp_path / "runs/tiny/status.json").read_text())["status"] == "finished"

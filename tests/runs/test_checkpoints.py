@@ -29,7 +29,7 @@ def checkpoint(run, step):
     return run / "checkpoints" / f"step-{step:08}"
 
 
-def told(capsys, command, *arguments, code=0):
+def message(capsys, command, *arguments, code=0):
     """What a command says in JSON, after checking its exit code."""
     assert command.main([*map(str, arguments), "--json"]) == code
     return json.loads(capsys.readouterr().out)
@@ -44,7 +44,7 @@ def test_a_name_is_a_checkpoint_a_run_or_a_step_of_a_run(run):
 
 
 @pytest.mark.parametrize("name", ["run@7", "run@x", "nowhere", "nowhere@5", "run/checkpoints/step-00000099"])
-def test_a_name_of_nothing_is_told(run, monkeypatch, name):
+def test_a_name_of_nothing_is_reported(run, monkeypatch, name):
     monkeypatch.chdir(run.parent)
     with pytest.raises(UserError, match=r"has no checkpoint of step|no checkpoint here"):
         find_checkpoint(name)
@@ -54,7 +54,7 @@ def test_ls_shows_every_checkpoint_and_which_stay_or_are_damaged(run, capsys):
     (run / "config.yaml").write_text("train: {steps: 99}\ncheckpoint: {keep_every: 10}\n")
     (checkpoint(run, 5) / "model.safetensors").write_bytes(b"short")
     os.utime(checkpoint(run, 15) / "manifest.json", (time.time() - 3600,) * 2)
-    found = told(capsys, checkpoint_ls, run)
+    found = message(capsys, checkpoint_ls, run)
     assert [each["step"] for each in found] == [5, 10, 15, 20]
     assert [each["kept"] for each in found] == [False, True, False, True]
     assert "model.safetensors has 5 bytes instead of" in found[0]["problem"]
@@ -69,7 +69,7 @@ def test_ls_shows_every_checkpoint_and_which_stay_or_are_damaged(run, capsys):
 
 
 def test_ls_of_a_run_without_checkpoints_says_so(tmp_path, capsys):
-    assert told(capsys, checkpoint_ls, tmp_path) == []
+    assert message(capsys, checkpoint_ls, tmp_path) == []
     checkpoint_ls.main([str(tmp_path)])
     assert "no checkpoint here" in capsys.readouterr().out
     with pytest.raises(UserError, match="no such folder"):
@@ -79,7 +79,7 @@ def test_ls_of_a_run_without_checkpoints_says_so(tmp_path, capsys):
 def test_show_tells_state_tensors_and_what_was_configured(tmp_path, weights, capsys):
     config = Config(model={"preset": "tiny"}, train={"steps": 40, "lr": 0.5})
     path = save_checkpoint(tmp_path, 10, weights(0), config=config, ranks=2, updates=9, skipped=[[80, 88]])
-    found = told(capsys, checkpoint_show, path)
+    found = message(capsys, checkpoint_show, path)
     assert found["state"]["samples"] == 80
     assert found["configuration"] == {"model.preset": "tiny", "train.steps": 40, "train.lr": 0.5}
     assert list(found["tensors"])[-2:] == ["layers.2.scale", "layers.10.scale"]
@@ -97,8 +97,8 @@ def test_show_tells_state_tensors_and_what_was_configured(tmp_path, weights, cap
         assert line in text
 
 
-def test_a_checkpoint_of_another_framework_is_told_by_its_name(tmp_path, weights, capsys):
-    """It has no ZeRO stage, and keeps the optimiser's state in files of its own."""
+def test_a_checkpoint_of_another_framework_is_reported_by_its_name(tmp_path, weights, capsys):
+    """It has no ZeRO stage, and keeps the optimizer state in files of its own."""
     paths = [save_checkpoint(tmp_path / name, 5, weights(0), ranks=0) for name in "ab"]
     for path in paths:
         (path / "state" / "d").mkdir(parents=True)
@@ -109,17 +109,17 @@ def test_a_checkpoint_of_another_framework_is_told_by_its_name(tmp_path, weights
         (path / "manifest.json").write_text(commit.sealed({**content, "ranks": 1, "framework": "flax"}))
     assert checkpoint_ls.main([str(tmp_path / "a")]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[-4:-2] == ["1", "flax"]
-    (found,) = told(capsys, checkpoint_ls, tmp_path / "a")
+    (found,) = message(capsys, checkpoint_ls, tmp_path / "a")
     assert (found["framework"], found["zero_stage"], found["problem"]) == ("flax", None, None)
     assert found["bytes"] == sum(file.stat().st_size for file in paths[0].rglob("*") if file.is_file())
     assert checkpoint_show.main([str(paths[0])]) == 0
     assert "by 1 rank, flax" in capsys.readouterr().out
-    (verdict,) = told(capsys, checkpoint_verify, paths[0])
+    (verdict,) = message(capsys, checkpoint_verify, paths[0])
     assert verdict["problem"] is None
     assert verdict["bytes"] == found["bytes"] - (paths[0] / "manifest.json").stat().st_size
-    assert told(capsys, checkpoint_diff, *paths)["optimiser"] == "unknown"
+    assert message(capsys, checkpoint_diff, *paths)["optimiser"] == "unknown"
     (paths[0] / "state" / "d" / "0").unlink()
-    (found,) = told(capsys, checkpoint_ls, tmp_path / "a")
+    (found,) = message(capsys, checkpoint_ls, tmp_path / "a")
     assert found["problem"] == "state/d/0 is missing"
 
 
@@ -129,7 +129,7 @@ def test_verify_accepts_what_training_committed(tmp_path, capsys):
     (temporary / "model.safetensors").write_bytes(b"weights")
     files = {"model.safetensors": commit.sync_and_describe(temporary / "model.safetensors")}
     commit.commit(temporary, final, {"step": 3, "files": files}, keep=1)
-    (verdict,) = told(capsys, checkpoint_verify, tmp_path)
+    (verdict,) = message(capsys, checkpoint_verify, tmp_path)
     assert (verdict["checkpoint"], verdict["bytes"], verdict["problem"]) == (str(final), 7, None)
 
 
@@ -140,7 +140,7 @@ def test_verify_finds_what_has_changed_and_changes_nothing(run, capsys, name):
     content[content.index(b'"ranks": 1') + 9 if name == "manifest.json" else -1] ^= 3
     file.write_bytes(content)
     before = sorted(path.name for path in (run / "checkpoints").iterdir())
-    problems = [verdict["problem"] for verdict in told(capsys, checkpoint_verify, run, code=1)]
+    problems = [verdict["problem"] for verdict in message(capsys, checkpoint_verify, run, code=1)]
     assert problems[::2] == [None, None]
     assert problems[1].startswith(f"{name} has changed since it was written")
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
@@ -150,7 +150,7 @@ def test_verify_finds_what_has_changed_and_changes_nothing(run, capsys, name):
 
 def test_verify_finds_a_file_that_is_gone(run, capsys):
     (checkpoint(run, 15) / "run_state.json").unlink()
-    (verdict,) = told(capsys, checkpoint_verify, f"{run}@15", code=1)
+    (verdict,) = message(capsys, checkpoint_verify, f"{run}@15", code=1)
     assert verdict["problem"] == "run_state.json is missing"
 
 
@@ -163,7 +163,7 @@ def test_a_checkpoint_that_a_running_run_prunes_is_no_damage(run, monkeypatch, c
         return original(path, **part)
 
     monkeypatch.setattr(manifest, "problem_of", prune)
-    verdicts = told(capsys, checkpoint_verify, run)
+    verdicts = message(capsys, checkpoint_verify, run)
     assert [verdict["problem"] for verdict in verdicts] == ["pruned meanwhile", None, None]
 
 
@@ -174,7 +174,7 @@ def test_a_checkpoint_differs_in_nothing_from_its_copy(tmp_path, weights, capsys
         save_checkpoint(
             tmp_path / name, 5, content, config=Config(run={"dir": name}, train={"steps": 9}), wandb_id=name
         )
-    found = told(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "b")
+    found = message(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "b")
     assert found["same"]
     assert (found["weights"], found["optimiser"], found["state"], found["configuration"]) == ([], "same", {}, {})
 
@@ -189,7 +189,7 @@ def test_diff_tells_by_how_much_every_tensor_differs(tmp_path, weights, capsys):
     b["new"] = b.pop("layers.10.scale")
     save_checkpoint(tmp_path / "a", 5, a)
     save_checkpoint(tmp_path / "b", 5, b)
-    found = told(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "b", code=1)
+    found = message(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "b", code=1)
     gaps = (a["embedding.weight"].double() - b["embedding.weight"].double()).abs()
     assert found["weights"] == [
         {"tensor": "embedding.weight", "what": "values", "largest": gaps.max().item(), "share": 3 / 35},
@@ -208,22 +208,22 @@ def test_large_tensors_are_compared_in_pieces(tmp_path, monkeypatch, capsys):
     b[0, 3], b[2, 9] = 4.0, 31.5
     save_checkpoint(tmp_path / "a", 5, {"w": a})
     save_checkpoint(tmp_path / "b", 5, {"w": b})
-    (difference,) = told(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "b", code=1)["weights"]
+    (difference,) = message(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "b", code=1)["weights"]
     assert (difference["largest"], difference["share"]) == (2.5, 2 / 30)
 
 
-def test_diff_tells_state_configuration_and_optimiser(tmp_path, weights, capsys):
+def test_diff_tells_state_configuration_and_optimizer(tmp_path, weights, capsys):
     lr = [Config(train={"steps": 9, "lr": rate}) for rate in (1e-3, 2e-3)]
     save_checkpoint(tmp_path / "a", 5, weights(0), config=lr[0], fingerprint={"seed": 0})
     save_checkpoint(tmp_path / "b", 5, weights(0), config=lr[1], fingerprint={"seed": 1}, optimizer=b"others")
     save_checkpoint(tmp_path / "c", 5, weights(0), config=lr[0], fingerprint={"seed": 0}, ranks=2)
-    found = told(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "b", code=1)
+    found = message(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "b", code=1)
     assert found["state"] == {"fingerprint.seed": [0, 1]}
     assert found["configuration"] == {"train.lr": [1e-3, 2e-3]}
     assert (found["weights"], found["optimiser"]) == ([], "different")
     save_checkpoint(tmp_path / "d", 5, weights(0), config=lr[0], fingerprint={"seed": 0}, optimizer=b"others")
-    assert not told(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "d", code=1)["same"]
-    on_two = told(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "c")
+    assert not message(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "d", code=1)["same"]
+    on_two = message(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "c")
     assert (on_two["same"], on_two["optimiser"]) == (True, "unknown")
     assert checkpoint_diff.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 1
     text = capsys.readouterr().out
@@ -241,7 +241,7 @@ def test_a_key_that_an_older_checkpoint_did_not_have_counts_as_its_default(tmp_p
         path = save_checkpoint(tmp_path / name, 5, weights(0), config=Config(train={"steps": 9}))
     lines = (path / "config.yaml").read_text().splitlines()
     (path / "config.yaml").write_text("\n".join(line for line in lines if "z_loss" not in line))
-    assert told(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "b")["configuration"] == {}
+    assert message(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "b")["configuration"] == {}
 
 
 def test_the_text_of_a_long_difference_is_cut(tmp_path, weights, capsys):

@@ -84,9 +84,11 @@ def test_a_run_tells_the_project_and_flags_win(tmp_path, capsys):
     config = Config(train={"steps": 1}, wandb={"project": "ours", "entity": "team"})
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert main(["dashboard", str(tmp_path), "--dry-run"]) == 0
-    told = capsys.readouterr().out
-    assert told.startswith("team/ours: workspace 'LaMDA'")
-    assert [line for line in told.splitlines()[1:] if not line.startswith(" ")][:-1] == [each.title for each in GROUPS]
+    message = capsys.readouterr().out
+    assert message.startswith("team/ours: workspace 'LaMDA'")
+    assert [line for line in message.splitlines()[1:] if not line.startswith(" ")][:-1] == [
+        each.title for each in GROUPS
+    ]
     assert main(["dashboard", str(tmp_path), "--project", "theirs", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["section"]["panelBankConfig"]["sections"]) == 7
     assert main(["dashboard"]) == 2
@@ -106,12 +108,12 @@ def test_the_workspace_is_sent_to_w_and_b(tmp_path, capsys, monkeypatch):
     assert "/e/p?nw=" in capsys.readouterr().out
 
 
-def test_w_and_b_that_does_not_take_it_is_told_with_what_to_do(capsys, monkeypatch):
+def test_w_and_b_that_does_not_take_it_is_reported_with_what_to_do(capsys, monkeypatch):
     def without_key():
         raise wandb.errors.AuthenticationError("no W&B key: set WANDB_API_KEY, or run `wandb login`")
 
     monkeypatch.setattr("lamda.training.wandb_logger.sign_in", without_key)
     assert main(["dashboard", "--project", "p"]) == 2
-    told = capsys.readouterr().err
-    assert "no W&B key: set WANDB_API_KEY" in told
-    assert "`lamda report` needs no account" in told
+    message = capsys.readouterr().err
+    assert "no W&B key: set WANDB_API_KEY" in message
+    assert "`lamda report` needs no account" in message

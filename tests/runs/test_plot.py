@@ -56,12 +56,12 @@ def test_what_lies_to_the_right_is_steps_tokens_or_hours(runs):
         read_curves(runs, ["loss"], x="tokens")
 
 
-def test_runs_of_the_same_name_are_told_by_their_paths(tmp_path):
+def test_runs_of_the_same_name_are_reported_by_their_paths(tmp_path):
     paths = [make_run(tmp_path / folder / "run", losses=[1.0]).path for folder in "ab"]
     assert [curve.run for curve in read_curves(paths, ["loss"], x="step")["loss"]] == [str(path) for path in paths]
 
 
-def test_a_picture_has_a_panel_a_metric_and_a_colour_a_run(runs):
+def test_a_picture_has_a_panel_a_metric_and_a_color_a_run(runs):
     panels = read_curves(runs, ["loss", "eval/loss"], x="step")
     figure = draw(panels, x="step", log=False, smooth=10)
     loss, evaluation = figure.axes
@@ -77,7 +77,7 @@ def test_a_picture_has_a_panel_a_metric_and_a_colour_a_run(runs):
     assert {line.get_label(): line for line in evaluation.lines}["second"].get_ydata().tolist() == [2.5, 5, 7.5, 10]
 
 
-def test_the_png_shows_every_run_in_its_colour(runs, tmp_path, capsys):
+def test_the_png_shows_every_run_in_its_color(runs, tmp_path, capsys):
     file = tmp_path / "loss.png"
     assert main([*map(str, runs), "-o", str(file), "--metric", "loss", "tokens_per_second"]) == 0
     assert capsys.readouterr().out == f"{file}: loss\n{file}: tokens_per_second\n"
@@ -98,7 +98,7 @@ def test_a_run_without_the_metric_is_named(runs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["-o", "x.gif"], r"-o x.gif: must end in .png, .svg, .pdf"),
         (["-o", "x.png", "--smooth", "0"], "--smooth 0: must be at least 1"),
@@ -108,10 +108,10 @@ def test_a_run_without_the_metric_is_named(runs, tmp_path, capsys):
         (["-o", "/none/x.png"], "-o /none/x.png: cannot be written"),
     ],
 )
-def test_what_cannot_be_drawn_is_told(tmp_path, monkeypatch, arguments, told):
+def test_what_cannot_be_drawn_is_reported(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "run", losses=[2.0, 1.0], name="x", below=-1.0)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         main(["run", *arguments])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -121,7 +121,7 @@ def test_a_folder_without_a_run_names_the_nearest(runs, tmp_path):
         main([str(tmp_path / "secnd"), "-o", str(tmp_path / "x.png")])
 
 
-def test_without_matplotlib_the_way_to_get_it_is_told(runs, tmp_path, monkeypatch):
+def test_without_matplotlib_the_way_to_get_it_is_reported(runs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install 'lamda-pytorch\[plot\]'"):
         main([str(runs[0]), "-o", str(tmp_path / "x.png")])

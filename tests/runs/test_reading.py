@@ -168,7 +168,7 @@ def test_a_line_that_is_no_row_is_named(tmp_path, line):
         MetricsReader(directory.metrics).update()
 
 
-def test_a_file_where_a_folder_should_be_is_told(tmp_path):
+def test_a_file_where_a_folder_should_be_is_reported(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be read"):
         MetricsReader(tmp_path / "file" / "metrics.jsonl").update()

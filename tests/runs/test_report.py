@@ -78,11 +78,11 @@ def made(tmp_path, weights, capsys):
 
 def test_a_report_tells_what_the_files_of_a_run_tell(made):
     page = Reader(made)
-    for told in (
+    for message in (
         "200/300", "finished", f"because {MARKUP}", "step-00000200", "4.9900", "3.0000", "1.5000", "1m40s",
         "It was", f" a {MARKUP}", f"WARNING x: loud {MARKUP}", "lr: 0.001",
     ):  # fmt: skip
-        assert told in page.text, told
+        assert message in page.text, message
     assert "INFO x: quiet" not in page.text
     config = re.search(r"<summary>Configuration</summary><pre>(.*?)</pre>", made, re.S)[1]
     assert yaml.safe_load(unescape(config))["wandb"]["name"] == MARKUP
@@ -167,15 +167,15 @@ def test_marks_of_an_axis_are_round_and_inside(low, high):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["run", "-o", "report.pdf"], "-o report.pdf: a report is a .html or .htm file"),
         (["rum", "-o", "report.html"], "rum: no run with a finished step here; did you mean 'run'?"),
         (["run", "-o", "no/report.html"], "-o no/report.html: cannot be written (No such file or directory)"),
     ],
 )
-def test_mistakes_are_told(tmp_path, monkeypatch, capsys, arguments, told):
+def test_mistakes_are_reported(tmp_path, monkeypatch, capsys, arguments, message):
     write_run(tmp_path / "run", steps=3)
     monkeypatch.chdir(tmp_path)
     assert main(["report", *arguments]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err

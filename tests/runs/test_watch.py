@@ -61,7 +61,7 @@ def test_lines_tell_every_step_and_all_that_happens(tmp_path, monkeypatch, capsy
     ]
 
 
-def test_of_the_steps_before_only_the_last_is_told(tmp_path, capsys):
+def test_of_the_steps_before_only_the_last_is_reported(tmp_path, capsys):
     directory = make_run(tmp_path / "run", losses=[3.0, 2.0, float("nan")], **FIGURES)
     leave_status(directory, "preempted", step=3, steps=9, reason="SIGTERM")
     assert watch(directory, LinePrinter()) == 75
@@ -104,7 +104,7 @@ def test_a_folder_of_runs_is_no_run(tmp_path):
         main([str(tmp_path)])
 
 
-def test_a_metrics_file_that_is_none_is_told(tmp_path):
+def test_a_metrics_file_that_is_none_is_reported(tmp_path):
     directory = make_run(tmp_path / "run")
     directory.metrics.write_text("hello\n")
     with pytest.raises(UserError, match="line 1: is no row of metrics"):
@@ -158,12 +158,12 @@ def test_a_terminal_gets_the_curve(finished):
     variables = {**os.environ, "COLUMNS": "80", "LINES": "24", "TERM": "xterm"}
     done = subprocess.run([*COMMAND, str(finished.path)], stdout=theirs, stderr=theirs, env=variables)
     os.close(theirs)
-    told = b""
+    message = b""
     while chunk := _read(ours):
-        told += chunk
+        message += chunk
     os.close(ours)
-    assert done.returncode == 0, told
-    text = told.decode()
+    assert done.returncode == 0, message
+    text = message.decode()
     assert any(0x2800 < ord(character) <= 0x28FF for character in text)
     assert "finished" in text
 

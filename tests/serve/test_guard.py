@@ -21,10 +21,10 @@ def test_health_needs_no_key_and_figures_do(address):
     httpx.post(
         f"{address}/v1/completions", json={"model": "random", "prompt": "a", "max_tokens": 3}, headers=AUTHORISED
     )
-    told = httpx.get(f"{address}/metrics", headers=AUTHORISED).text
-    assert 'lamda_requests_total{status="200"}' in told
-    assert 'lamda_tokens_total{kind="completion"}' in told
-    assert "lamda_request_seconds_count" in told
+    message = httpx.get(f"{address}/metrics", headers=AUTHORISED).text
+    assert 'lamda_requests_total{status="200"}' in message
+    assert 'lamda_tokens_total{kind="completion"}' in message
+    assert "lamda_request_seconds_count" in message
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_other_content_and_broken_json_are_refused(address):
     assert "the body" in broken.json()["error"]["message"]
 
 
-def test_unknown_paths_are_told_in_the_same_form(address):
+def test_unknown_paths_are_reported_in_the_same_form(address):
     found = httpx.get(f"{address}/v1/embeddings", headers=AUTHORISED)
     assert found.status_code == 404
     assert "/v1/embeddings" in found.json()["error"]["message"]
@@ -103,7 +103,7 @@ def test_other_machines_are_not_let_in_without_a_key(host):
     check_exposure(host, key=None, is_meant=True)
 
 
-def test_a_port_that_is_taken_is_told(run, address, capsys):
+def test_a_port_that_is_taken_is_reported(run, address, capsys):
     port = address.rpartition(":")[2]
     assert main(["serve", str(run), "--port", port]) == 2
     assert "cannot listen on" in capsys.readouterr().err

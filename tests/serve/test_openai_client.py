@@ -79,7 +79,7 @@ def test_a_streamed_chat_is_the_same(client):
     assert events[-1].model_extra["lamda"] == whole.model_extra["lamda"]
 
 
-def test_a_candidate_above_the_threshold_is_dropped_and_told(client):
+def test_a_candidate_above_the_threshold_is_dropped_and_reported(client):
     found = client.chat.completions.create(**CHAT, extra_body={"threshold": 0.0, "candidates": 2})
     assert found.choices[0].finish_reason == "content_filter"
     assert all("P(unsafe)" in each["dropped"] for each in found.model_extra["lamda"]["candidates"])
@@ -93,7 +93,7 @@ def test_models_are_listed(client):
 
 
 @pytest.mark.parametrize(
-    ("kind", "changed", "error", "told"),
+    ("kind", "changed", "error", "output"),
     [
         ("text", {"model": "other"}, openai.NotFoundError, "there is no model 'other'"),
         ("text", {"temperature": -1}, openai.BadRequestError, "temperature: "),
@@ -114,11 +114,11 @@ def test_models_are_listed(client):
     ],
     ids=str,
 )
-def test_what_is_not_possible_is_refused_by_name(client, kind, changed, error, told):
+def test_what_is_not_possible_is_refused_by_name(client, kind, changed, error, output):
     create, asked = (client.completions.create, ASKED) if kind == "text" else (client.chat.completions.create, CHAT)
     with pytest.raises(error) as raised:
         create(**{**asked, **changed})
-    assert told in raised.value.body["message"]
+    assert output in raised.value.body["message"]
 
 
 def test_values_that_ask_for_nothing_are_taken(client):
@@ -157,7 +157,7 @@ def test_thirty_two_clients_at_once_get_what_each_gets_alone(client, service):
     assert service.scheduler.steps - before < sum(8 + number for number in range(1, 32, 2))
 
 
-def test_one_request_too_many_is_told_to_wait(loaded):
+def test_one_request_too_many_is_reported_to_wait(loaded):
     service = make_service(loaded, requests=1)
     with serving(service) as address, openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as client:
         stream = client.completions.create(**{**ASKED, "max_tokens": 600, "n": 64}, stream=True)
@@ -166,7 +166,7 @@ def test_one_request_too_many_is_told_to_wait(loaded):
         stream.close()
 
 
-def test_a_request_that_takes_too_long_is_told_so(loaded):
+def test_a_request_that_takes_too_long_is_reported_so(loaded):
     service = make_service(loaded, seconds=0.05)
     with serving(service) as address, openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as client:
         with pytest.raises(openai.InternalServerError, match=r"longer than 0\.05 seconds"):

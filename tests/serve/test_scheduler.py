@@ -28,18 +28,18 @@ def scheduler(loaded):
 def test_who_comes_after_the_end_is_sent_away_and_does_not_wait(scheduler, loaded):
     prefix = prefill(loaded.model, [0, 70])
     scheduler.close()
-    told = []
+    message = []
 
     def come_late():
         try:
             scheduler.sample(prefix, count=1, sampling=Sampling(max_new_tokens=1), ticket=Ticket(seconds=60))
         except ClientDisconnected as abandoned:
-            told.append(abandoned)
+            message.append(abandoned)
 
     thread = Thread(target=come_late, daemon=True)
     thread.start()
     thread.join(10)
-    assert told
+    assert message
 
 
 @pytest.mark.parametrize("end", ["finished", "abandoned", "failed"])

@@ -102,7 +102,7 @@ def test_prompts_of_all_four_forms_are_continued_as_each_is_alone(client, loaded
 
 
 @pytest.mark.parametrize(
-    ("prompt", "told"),
+    ("prompt", "output"),
     [
         ([], "give a text"),
         ([1, "x"], "give a text"),
@@ -116,10 +116,10 @@ def test_prompts_of_all_four_forms_are_continued_as_each_is_alone(client, loaded
     ],
     ids=str,
 )
-def test_prompts_that_cannot_be_are_refused(client, prompt, told):
+def test_prompts_that_cannot_be_are_refused(client, prompt, output):
     with pytest.raises(openai.BadRequestError) as error:
         client.completions.create(**{**ASKED, "prompt": prompt})
-    assert told in error.value.body["message"]
+    assert output in error.value.body["message"]
 
 
 def test_usage_counts_what_was_read_and_a_cut_is_reported(client):

@@ -36,7 +36,7 @@ def site(hosts, tmp_path):
     return path
 
 
-def test_a_cut_link_is_named_and_the_run_goes_on_when_it_is_mended(place, hosts, site, unbroken, tmp_path):
+def test_a_cut_link_is_named_and_the_run_continues_when_it_is_mended(place, hosts, site, unbroken, tmp_path):
     run = "hosts"
     submit = [sys.executable, "-c", "import sys; from lamda.cli import main; sys.exit(main())", "submit"]
     flags = ["--cluster", str(site), "--nodes", "2", *settings(place, run)]
@@ -72,10 +72,10 @@ def test_a_cut_link_is_named_and_the_run_goes_on_when_it_is_mended(place, hosts,
     finally:
         process.kill()
     assert re.match(rf"all 2 ranks have waited for {HANG_SECONDS} s in step \d+, phase \w+", reason), reason
-    told = output.read_text()
+    message = output.read_text()
     for address in hosts.addresses:
-        assert f"{address}: WANDB_API_KEY not accepted over ssh" in told, "the nodes take HF_TOKEN alone"
-    assert re.search(rf"supervise: restart 1 from step \d+ in .* s: all 2 ranks .*\(exit code {HANG_EXIT}\)", told)
+        assert f"{address}: WANDB_API_KEY not accepted over ssh" in message, "the nodes take HF_TOKEN alone"
+    assert re.search(rf"supervise: restart 1 from step \d+ in .* s: all 2 ranks .*\(exit code {HANG_EXIT}\)", message)
     assert place.difference(unbroken, run, step=STEPS) is None
     written = [file.read_text("utf-8") for file in (place.folder / run / "submit").rglob("*") if file.is_file()]
     assert not any("canary" in text for text in written)

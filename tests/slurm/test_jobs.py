@@ -37,7 +37,7 @@ def test_a_job_on_two_nodes_trains_to_the_end(place, unbroken):
     assert "node-1.log" in logs
 
 
-def test_a_job_goes_on_after_a_warning_a_requeue_and_a_killed_rank(place, slurm, submit, unbroken):
+def test_a_job_continues_after_a_warning_a_requeue_and_a_killed_rank(place, slurm, submit, unbroken):
     run, folder = "broken", place.folder / "broken"
     number = number_of(submit(run))
 
@@ -101,7 +101,7 @@ def test_an_array_or_another_job_of_the_same_run_is_refused_while_the_lock_is_he
 def test_the_doctor_looks_from_all_nodes(place, slurm, submit):
     number = number_of(submit("examined", "--doctor"))
     slurm.wait(lambda: slurm.ended(number), "the doctor to end", seconds=600)
-    told = job_log(place, "examined")
-    assert slurm.job(number)["ExitCode"] in {"0:0", "1:0"}, told
+    message = job_log(place, "examined")
+    assert slurm.job(number)["ExitCode"] in {"0:0", "1:0"}, message
     for line in ("all 2 ranks have the same code", "all 2 ranks see", "GB/s over 2 ranks"):
-        assert line in told
+        assert line in message

@@ -141,7 +141,7 @@ def test_who_lives_is_the_same_to_a_start_and_to_a_reader(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("age", [-86400 * 365, STALE_SECONDS + 60])
-def test_a_beat_that_goes_on_while_it_is_watched_is_heeded_whatever_the_clock_says(tmp_path, monkeypatch, age):
+def test_a_beat_that_continues_while_it_is_watched_is_heeded_whatever_the_clock_says(tmp_path, monkeypatch, age):
     monkeypatch.setattr(lock, "WATCH_SECONDS", 0.5)
     path = leave_lock(tmp_path, pid=1, host="elsewhere", boot="another", age=age)
     beats = threading.Timer(0.2, os.utime, (path, (time.time() - age + 5,) * 2))
@@ -172,7 +172,7 @@ def test_a_writer_whose_file_is_gone_knows_it_and_leaves_the_other_ones(tmp_path
             assert second.is_mine()
 
 
-def test_the_beat_goes_on_after_a_failure(tmp_path, monkeypatch):
+def test_the_beat_continues_after_a_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.01)
     beat, calls = os.utime, []
 
@@ -192,7 +192,7 @@ def test_the_beat_goes_on_after_a_failure(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("call", ["write", "fsync"])
-def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch, call):
+def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path, monkeypatch, call):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -78,7 +78,7 @@ def change(path, edit):
     seal(path)
 
 
-def test_state_comes_back_to_the_last_bit(saved, engine):
+def test_state_comes_back_bit_for_bit(saved, engine):
     assert checkpoint.load(saved, engine.deepspeed, config=engine.config) == RunState(
         step=2, updates=2, consumed=2 * BATCH, skipped=((3, 5),)
     )
@@ -160,7 +160,7 @@ def replace(key, make):
     return lambda tensors: tensors.update({key: make(tensors[key])})
 
 
-def test_the_state_of_another_optimiser_is_refused_before_anything_is_filled(saved, device, tmp_path):
+def test_the_state_of_another_optimizer_is_refused_before_anything_is_filled(saved, device, tmp_path):
     """`find_resume_point` tells it first, and the way on."""
     own = config({"stage": 0, "bf16": False, "optimizer": "adafactor"}, tmp_path, 0)
     other = Engine(own, world=World(), device=device)

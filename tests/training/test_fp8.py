@@ -18,7 +18,7 @@ def initialised(**sizes) -> LaMDA:
     return model.bfloat16()
 
 
-def test_everything_that_is_missing_is_told_at_once(monkeypatch):
+def test_everything_that_is_missing_is_reported_at_once(monkeypatch):
     monkeypatch.setattr(fp8, "find_spec", lambda name: None)
     with pytest.raises(UserError) as caught:
         fp8.check(initialised(d_ff=36), torch.device("cpu"))

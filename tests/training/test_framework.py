@@ -65,15 +65,15 @@ def test_another_framework_trains_evaluates_saves_and_shows_a_sample_in_the_same
     assert rows[0]["model_flops_per_second"] == pytest.approx(1e12 * rows[0]["mfu"])
     newest = place.folder / "straight" / "checkpoints" / "step-00000010"
     assert commit.problem_of(newest) is None
-    told = commit.read(newest)
-    assert commit.framework_of(told) == "plain"
-    assert sorted(told["files"]) == [
+    message = commit.read(newest)
+    assert commit.framework_of(message) == "plain"
+    assert sorted(message["files"]) == [
         "config.yaml", "model.safetensors", "run_state.json", "state/moments.safetensors", "tokenizer.model",
     ]  # fmt: skip
     assert "a continuation, as it came" in straight.stdout
 
 
-def test_killed_in_a_save_it_goes_on_exactly(place, straight):
+def test_killed_in_a_save_it_continues_exactly(place, straight):
     assert train(place, "killed", fault="save.written:kill:0:6").returncode == -9
     assert len(rows_of(place, "killed")) < 10
     assert train(place, "killed").returncode == 0
@@ -81,12 +81,12 @@ def test_killed_in_a_save_it_goes_on_exactly(place, straight):
         assert [row[name] for row in rows_of(place, "killed")] == [row[name] for row in rows_of(place, "straight")]
 
 
-def test_a_step_that_is_not_finite_is_refused_and_told(place, straight):
+def test_a_step_that_is_not_finite_is_refused_and_reported(place, straight):
     assert train(place, "spoilt", fault="loss:nan:0:5").returncode == 0
     assert [row["skipped_steps"] for row in rows_of(place, "spoilt")][3:6] == [0, 1, 1]
 
 
-def test_deepspeed_does_not_go_on_from_its_checkpoint(place, straight):
+def test_deepspeed_does_not_continue_from_its_checkpoint(place, straight):
     refused = train(place, "straight", script=("scripts/pretrain.py",))
     assert refused.returncode == 2
     assert "was written by plain; deepspeed cannot resume from it. Continue with plain" in refused.stderr

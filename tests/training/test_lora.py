@@ -137,7 +137,7 @@ def test_what_is_saved_is_the_model_with_its_adapters_added(engine_of, base, dev
 
 
 @of_each_stage
-def test_a_resumed_run_is_the_straight_one_to_the_last_bit(engine_of, tmp_path, stage, bf16):
+def test_a_resumed_run_is_the_straight_one_bit_for_bit(engine_of, tmp_path, stage, bf16):
     straight, first = engine_of(stage, bf16=bf16), engine_of(stage, bf16=bf16)
     for number in (1, 2):
         assert step(first, number) == step(straight, number)
@@ -174,7 +174,7 @@ def test_the_first_factor_depends_on_seed_and_name_alone(config_of):
     assert len({each.flatten()[0].item() for each in one.values()}) == len(one)
 
 
-def test_all_that_adapters_cannot_go_with_is_told_at_once(config_of):
+def test_all_that_adapters_cannot_go_with_is_reported_at_once(config_of):
     own = config_of(2, bf16=False, fp8=True, optimizer="muon", base_width=8)
     own = own.model_copy(update={"model": own.model.model_copy(update={"weights": None})})
     with pytest.raises(UserError) as caught:

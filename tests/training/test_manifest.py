@@ -145,9 +145,9 @@ def test_a_name_that_leaves_the_folder_or_is_written_in_another_way_is_refused(t
     (temporary / "circle").symlink_to(temporary / "circle")
     entry = sync_and_describe(tmp_path / "outside")
     commit(temporary, tmp_path / name_of(1), {"step": 1, "model": MODEL, "files": {name: entry}}, keep=1)
-    told = verify(tmp_path / name_of(1), world=world)
-    assert told in (f"{MANIFEST} lists {name!r}, which is not a file inside the checkpoint", f"{name} is missing")
-    assert told.startswith(MANIFEST) or name == "circle"
+    message = verify(tmp_path / name_of(1), world=world)
+    assert message in (f"{MANIFEST} lists {name!r}, which is not a file inside the checkpoint", f"{name} is missing")
+    assert message.startswith(MANIFEST) or name == "circle"
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_step_may_be_damaged_again_and_again(tmp_path, world):
     assert [path.name for path in complete(tmp_path)] == [name_of(10)]
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(tmp_path, world):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(tmp_path, world):
     """Nor does it at the second try, or the third: the refusal leaves everything as it is."""
     for step in (10, 20):
         shutil.copy(save(tmp_path, step) / "run_state.json", tmp_path / name_of(step) / "empty")

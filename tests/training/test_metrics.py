@@ -29,7 +29,7 @@ def test_a_row_is_on_the_disk_once_it_is_written(paths):
         assert read_metrics(paths[0]) == [{"step": 1, "loss": 2.5}]
 
 
-def test_a_resume_goes_on_after_its_step_and_moves_the_void_lines(paths):
+def test_a_resume_continues_after_its_step_and_moves_the_void_lines(paths):
     write(paths, range(1, 8), after=0)
     before = paths[0].read_bytes().splitlines(keepends=True)
     write(paths, range(5, 10), after=4)
@@ -68,7 +68,7 @@ def test_a_torn_last_line_is_moved_even_where_its_step_is_not_void(paths):
 @pytest.mark.parametrize(
     "broken", [b'{"step": 4, "lo', b"", b"\0" * 64, b"[]", b'{"step": "4"}', b"\xff\xfe", b"[" * 9999, b'{"loss": 2.0}']
 )
-def test_a_broken_line_in_the_middle_is_moved_and_told(paths, caplog, broken):
+def test_a_broken_line_in_the_middle_is_moved_and_reported(paths, caplog, broken):
     write(paths, range(1, 7), after=0)
     lines = paths[0].read_bytes().splitlines(keepends=True)
     paths[0].write_bytes(b"".join([*lines[:3], broken + b"\n", *lines[4:]]))
@@ -81,7 +81,7 @@ def test_a_broken_line_in_the_middle_is_moved_and_told(paths, caplog, broken):
     assert "1 rows up to step 5, from which the run resumes, are missing (steps 4 to 4)" in caplog.messages[1]
 
 
-def test_rows_that_a_power_cut_took_are_told(paths, caplog):
+def test_rows_that_a_power_cut_took_are_reported(paths, caplog):
     write(paths, range(1, 5), after=0)
     write(paths, [7], after=6)
     assert "2 rows up to step 6, from which the run resumes, are missing (steps 5 to 6)" in caplog.messages[0]

@@ -70,13 +70,13 @@ def test_a_long_job_between_two_steps_has_lines_of_its_own(clock, capsys, monkey
         with shown.long_job("evaluating", total=64, unit="rows") as advance:
             advance(64)
         shown.show({"step": 2, "loss": 2.5, "lr": 1e-3, "tokens_per_second": 1234.0, "mfu": None})
-    told = capsys.readouterr()
-    assert told.err.splitlines() == ["evaluating: 64 of 64 rows, 100%, ETA 0:00:00"] * visible
-    assert steps_of(told.out.splitlines()) == [2] * visible
+    message = capsys.readouterr()
+    assert message.err.splitlines() == ["evaluating: 64 of 64 rows, 100%, ETA 0:00:00"] * visible
+    assert steps_of(message.out.splitlines()) == [2] * visible
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_at_a_terminal_the_bar_of_the_run_goes_on_after_a_long_job(capsys, monkeypatch, fails):
+def test_at_a_terminal_the_bar_of_the_run_continues_after_a_long_job(capsys, monkeypatch, fails):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     with TrainingProgress(done=0, steps=2, visible=True) as shown:
         with suppress(ValueError), shown.long_job("evaluating", total=64, unit="rows") as advance:
@@ -84,6 +84,6 @@ def test_at_a_terminal_the_bar_of_the_run_goes_on_after_a_long_job(capsys, monke
             if fails:
                 raise ValueError
         shown.show({"step": 2, "loss": 2.5, "lr": 1e-3, "tokens_per_second": 1234.0, "mfu": None})
-    told = capsys.readouterr()
-    assert "64 of 64 rows" in told.err
-    assert "2/2" in told.out.rpartition("0/2")[2]
+    message = capsys.readouterr()
+    assert "64 of 64 rows" in message.err
+    assert "2/2" in message.out.rpartition("0/2")[2]

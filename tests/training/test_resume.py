@@ -69,7 +69,7 @@ def test_required_refuses_a_directory_without_checkpoint(directory, world):
 
 
 @pytest.mark.parametrize("resume", ["auto", "required"])
-def test_damaged_checkpoints_alone_never_start_a_run_anew(directory, world, resume):
+def test_damaged_checkpoints_alone_never_start_a_run_again(directory, world, resume):
     damage(save(directory, 2))
     for _ in range(3):
         with pytest.raises(UserError, match="every checkpoint is damaged"):
@@ -93,7 +93,7 @@ def test_checkpoints_that_are_away_never_start_a_run_over(directory, world, tmp_
         assert find_resume_point(config("auto"), directory, world).state.step == 2
 
 
-def test_rows_that_are_gone_are_told(directory, world, caplog):
+def test_rows_that_are_gone_are_reported(directory, world, caplog):
     save(directory, 2)
     find_resume_point(config("auto"), directory, world)
     assert caplog.messages == [f"{directory.metrics} is gone: the rows up to step 2 are missing"]
@@ -105,7 +105,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(directory
     assert find_resume_point(config("auto"), directory, world) == ResumePoint(None, RunState())
 
 
-def test_other_settings_of_training_are_told_in_one_line(directory, world, caplog):
+def test_other_settings_of_training_are_reported_in_one_line(directory, world, caplog):
     save(directory, 2)
     directory.metrics.touch()
     find_resume_point(config("auto"), directory, world)
@@ -124,7 +124,7 @@ def test_a_checkpoint_from_before_each_part_had_its_rate_is_reported(directory, 
     assert line.endswith("rates of query, norms and bias tables, and no decay of the embedding (CHANGELOG.md)")
 
 
-def test_another_attention_between_documents_is_told_as_well(directory, world, caplog):
+def test_another_attention_between_documents_is_reported_as_well(directory, world, caplog):
     save(directory, 2)
     directory.metrics.touch()
     before = config("auto")
@@ -149,7 +149,7 @@ def test_a_path_is_taken_from_another_run(directory, world, tmp_path):
     assert find_resume_point(config(path), directory, world) == ResumePoint(path, RunState(step=6))
 
 
-def test_a_path_that_is_not_there_is_told_with_the_words_that_are(directory, world, tmp_path):
+def test_a_path_that_is_not_there_is_reported_with_the_words_that_are(directory, world, tmp_path):
     with pytest.raises(UserError, match=r"no such checkpoint \(nor one of auto, required, never\)"):
         find_resume_point(config(tmp_path / "nowhere"), directory, world)
 
@@ -188,7 +188,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_what_differs(directory, wor
 
 
 @pytest.mark.parametrize("named", [{}, {"optimizer": "adamw"}])
-def test_a_checkpoint_of_another_optimiser_is_refused_with_the_way_on(directory, world, named):
+def test_a_checkpoint_of_another_optimizer_is_refused_with_the_way_on(directory, world, named):
     """One that names none is of the time when there was but AdamW."""
     path = save(directory, 2, **named)
     assert find_resume_point(config("auto"), directory, world).path == path
@@ -225,7 +225,7 @@ def start(fingerprint):
     return ResumePoint(Path("step-3"), RunState(step=3, fingerprint=fingerprint))
 
 
-def test_the_same_data_goes_on():
+def test_the_same_data_continues():
     assert start(SAVED).check_data(dict(SAVED)) == start(SAVED).state
 
 
@@ -240,7 +240,7 @@ def test_a_checkpoint_that_does_not_say_what_its_order_depends_on_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("current", "told"),
+    ("current", "message"),
     [
         ({**SAVED, "seed": 1, "shuffle": 9}, "seed was 0, is 1; shuffle was 8, is 9. Restore"),
         ({**SAVED, "packing": "concat"}, "packing was None, is concat. Restore"),
@@ -254,10 +254,10 @@ def test_a_checkpoint_that_does_not_say_what_its_order_depends_on_is_refused():
         ),
     ],
 )
-def test_other_data_is_refused_by_what_differs(current, told):
+def test_other_data_is_refused_by_what_differs(current, message):
     with pytest.raises(UserError) as caught:
         start(SAVED).check_data(current)
-    assert f"the data differs from the checkpoint: {told}" in str(caught.value)
+    assert f"the data differs from the checkpoint: {message}" in str(caught.value)
 
 
 def test_an_earlier_name_of_a_key_is_the_same_setting(directory, world, caplog, monkeypatch):

@@ -35,6 +35,6 @@ def test_tokens_and_nats_by_domain_are_those_of_all_targets(domains):
     assert sum(row[f"tokens/{name}"] * row[f"loss/{name}"] for name in names) == pytest.approx(20 + 150 + 9)
 
 
-def test_a_domain_called_other_is_told_with_the_names_that_are_not_known():
+def test_a_domain_called_other_is_reported_with_the_names_that_are_not_known():
     row = row_of(("a", "other"), PARTS["a", "other"])
     assert (row["tokens/other"], row["loss/other"]) == (51, pytest.approx(159 / 51))

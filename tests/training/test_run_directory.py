@@ -45,7 +45,7 @@ def test_a_crash_while_the_status_is_written_leaves_the_old_one(directory, monke
 
 
 @pytest.mark.parametrize("below", ["", "run", "deep/run"])
-def test_a_directory_that_cannot_be_is_told(tmp_path, below):
+def test_a_directory_that_cannot_be_is_reported(tmp_path, below):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"run\.dir .*cannot be written to .*choose another"):
         RunDirectory(tmp_path / "file" / below).create()

@@ -138,7 +138,7 @@ def test_side_work_is_a_warning_and_no_more(tmp_path, monkeypatch, caplog, work,
     assert len(warned) == (failure in SIDE_WORK[work]), caplog.messages
 
 
-def test_void_rows_go_on_a_full_disk_too(tmp_path, caplog):
+def test_void_rows_continue_a_full_disk_too(tmp_path, caplog):
     directory = RunDirectory(tmp_path)
     with MetricsFile(directory.metrics, discarded=directory.discarded_metrics, step=0) as file:
         for step in (1, 2, 3):
@@ -163,13 +163,13 @@ def test_an_old_checkpoint_that_cannot_be_deleted_spoils_no_new_one(tmp_path, mo
     assert "an old checkpoint cannot be deleted (Permission denied)" in caplog.text
 
 
-def test_a_bad_line_is_told_once_whoever_reads_it(tmp_path, capsys):
+def test_a_bad_line_is_reported_once_whoever_reads_it(tmp_path, capsys):
     quarantine = logging.getLogger("lamda.data.quarantine")
     with run_log(tmp_path / "train.log", is_main=True):
         for line in (3, 4, 3):
             quarantine.warning("lane 0: file, line %d quarantined: not JSON", line)
-    told = [line.partition(" line ")[2] for line in capsys.readouterr().err.splitlines()]
-    assert told == ["3 quarantined: not JSON", "4 quarantined: not JSON"]
+    message = [line.partition(" line ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert message == ["3 quarantined: not JSON", "4 quarantined: not JSON"]
     assert (tmp_path / "train.log").read_text("utf-8").count("quarantined") == 2
 
 

@@ -69,8 +69,8 @@ def test_what_is_computed_again_changes_no_bit(tmp_path, device, recompute):
     assert all(torch.equal(one, other) for one, other in zip(expected[1], found[1], strict=True))
 
 
-@pytest.mark.parametrize(("limit", "told"), [(1, "; 1 fits, or set train.recompute"), (0, ", and so is 1: use ")])
-def test_memory_that_runs_out_names_the_micro_batch_that_fits(tmp_path, device, monkeypatch, limit, told):
+@pytest.mark.parametrize(("limit", "message"), [(1, "; 1 fits, or set train.recompute"), (0, ", and so is 1: use ")])
+def test_memory_that_runs_out_names_the_micro_batch_that_fits(tmp_path, device, monkeypatch, limit, message):
     engine, forward = engine_of(tmp_path, device), decoder.LaMDA.forward
 
     def limited(model, tokens_BL, *parts, **more):
@@ -82,7 +82,7 @@ def test_memory_that_runs_out_names_the_micro_batch_that_fits(tmp_path, device, 
     with pytest.raises(UserError) as caught:
         engine.train_step(batch(0, World()), lr=1e-2)
     assert "train.micro_batch_size 2 is out of memory (CUDA out of memory. Tried to allocate" in str(caught.value)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "More lines" not in str(caught.value)
 
 
@@ -126,7 +126,7 @@ def test_the_length_of_a_run_decides_whether_it_compiles(tmp_path, device):
 @pytest.mark.parametrize(
     ("capability", "bf16", "says"), [("AVX2", True, True), ("AVX2", False, False), ("AVX512", True, False)]
 )
-def test_a_processor_without_bf16_instructions_is_told_of_fp32(
+def test_a_processor_without_bf16_instructions_is_reported_of_fp32(
     tmp_path, device, monkeypatch, caplog, capability, bf16, says
 ):
     if device.type != "cpu":

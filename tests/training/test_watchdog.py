@@ -56,21 +56,21 @@ def heart(rank, *, beat=9, marks=50, phase="update", step=7):
 
 def test_a_silent_rank_is_named_with_its_place_and_that_of_the_others():
     silent = heart(1, phase="fetch", step=6)
-    told = verdict([heart(0), silent, heart(2)], [silent], seconds=10)
-    assert told == (
+    message = verdict([heart(0), silent, heart(2)], [silent], seconds=10)
+    assert message == (
         "rank 1 (host h, process 101) has not answered for 10 s, last seen in step 6, phase fetch; "
         "the others wait in step 7, phase update"
     )
 
 
 def test_where_all_live_the_rank_that_is_behind_is_named():
-    told = verdict([heart(0), heart(1, marks=48, phase="fetch", step=7), heart(2)], [], seconds=10)
-    assert told == "rank 1 (host h, process 101) has made no progress for 10 s in step 7, phase fetch"
+    message = verdict([heart(0), heart(1, marks=48, phase="fetch", step=7), heart(2)], [], seconds=10)
+    assert message == "rank 1 (host h, process 101) has made no progress for 10 s in step 7, phase fetch"
 
 
-def test_where_nobody_is_behind_all_are_told():
-    told = verdict([heart(0), heart(1)], [], seconds=10)
-    assert told == "all 2 ranks have waited for 10 s in step 7, phase update"
+def test_where_nobody_is_behind_all_are_reported():
+    message = verdict([heart(0), heart(1)], [], seconds=10)
+    assert message == "all 2 ranks have waited for 10 s in step 7, phase update"
 
 
 def test_the_kernel_tells_of_a_stopped_process_and_of_one_that_is_gone():
@@ -106,17 +106,17 @@ def test_a_stopped_process_ends_the_run_and_is_killed(tmp_path, start, stopped):
     processes[stopped].send_signal(signal.SIGSTOP)
     assert processes[1 - stopped].wait(600) == HANG_EXIT
     assert processes[stopped].wait(600) == -signal.SIGKILL
-    (told,) = (tmp_path / "told").read_text().splitlines()
-    assert told.startswith(f"rank {stopped} (host ")
+    (message,) = (tmp_path / "told").read_text().splitlines()
+    assert message.startswith(f"rank {stopped} (host ")
     assert "State: T (stopped)" in (tmp_path / "hang" / f"rank-{stopped:05d}.txt").read_text()
     assert "Thread" in (tmp_path / "hang" / f"rank-{1 - stopped:05d}.txt").read_text()
 
 
 def test_a_rank_that_is_stuck_in_python_is_named_with_its_stack(tmp_path, start):
     assert [process.wait(600) for process in start("waits", "sleeps")] == [HANG_EXIT] * 2
-    (told,) = (tmp_path / "told").read_text().splitlines()
-    assert told.startswith("rank 1 ")
-    assert told.endswith("has made no progress for 1 s in step 3, phase fetch")
+    (message,) = (tmp_path / "told").read_text().splitlines()
+    assert message.startswith("rank 1 ")
+    assert message.endswith("has made no progress for 1 s in step 3, phase fetch")
     assert "sleep_for_long" in (tmp_path / "hang" / "rank-00001.txt").read_text()
 
 

@@ -122,18 +122,18 @@ else:
 
 @pytest.mark.parametrize("launched", [True, False])
 def test_a_launcher_that_vanishes_is_noticed_and_a_shell_may_go(tmp_path, launched):
-    told = tmp_path / "told"
+    message = tmp_path / "told"
     child = CHILD.format(launched=launched).replace("range(500)", f"range({500 if launched else 30})")
-    start = f"subprocess.Popen([sys.executable, '-c', {child!r}, {str(told)!r}])"
+    start = f"subprocess.Popen([sys.executable, '-c', {child!r}, {str(message)!r}])"
     parent = f"import subprocess, sys, time; {start}; time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as launcher:
         assert launcher.stdout.readline().split()[1] == "False"
         launcher.kill()
     for _ in range(1000):
-        if told.exists() and told.read_text():
+        if message.exists() and message.read_text():
             break
         time.sleep(0.01)
-    assert told.read_text() == ("gone" if launched else "there")
+    assert message.read_text() == ("gone" if launched else "there")
 
 
 def test_a_run_without_launcher_belongs_to_nobody():

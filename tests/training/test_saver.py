@@ -53,7 +53,7 @@ def copy(tensors):
     return {name: tensor.clone() for name, tensor in tensors}
 
 
-def test_steps_go_on_while_it_is_written_and_it_holds_the_state_it_began_with(saver, engine, held):
+def test_steps_continue_while_it_is_written_and_it_holds_the_state_it_began_with(saver, engine, held):
     before = copy(local_state(engine.deepspeed)), copy(engine.weights())
     assert saver.begin(RunState(step=1)) is None
     for step in range(3):
@@ -82,7 +82,7 @@ def test_it_ends_by_the_ranks_sums_alone_and_once(saver):
     assert saver.finish() is None
 
 
-def test_a_write_that_fails_is_told_leaves_nothing_and_the_next_save_is_whole(saver, tmp_path):
+def test_a_write_that_fails_is_reported_leaves_nothing_and_the_next_save_is_whole(saver, tmp_path):
     assert saver.begin(RunState(step=1)) is None
     assert saver.finish().problem is None
     away = (tmp_path / "tokenizer.model").rename(tmp_path / "away")
@@ -95,7 +95,7 @@ def test_a_write_that_fails_is_told_leaves_nothing_and_the_next_save_is_whole(sa
     assert commit.problem_of(saver.finish().path) is None
 
 
-def test_a_defect_of_our_own_in_the_thread_is_told_too(saver, monkeypatch):
+def test_a_defect_of_our_own_in_the_thread_is_reported_too(saver, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_file", lambda *given, **more: [][1])
     assert saver.begin(RunState(step=1)) is None
     assert saver.finish().problem == "rank 0 failed (IndexError: list index out of range)"
@@ -138,8 +138,8 @@ def test_without_room_it_does_not_begin(saver, monkeypatch, tmp_path):
     assert saver.begin(RunState(step=1)) is None
     size = sum(file.stat().st_size for file in saver.finish().path.iterdir() if file.suffix == ".safetensors")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * size, 9 * size, 1.1 * size))
-    told = saver.begin(RunState(step=2))
-    assert "asks for 1.2 times its size" in told.problem
+    message = saver.begin(RunState(step=2))
+    assert "asks for 1.2 times its size" in message.problem
     assert saver.finish() is None
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["LATEST", "step-00000001"]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * size, 8 * size, 1.3 * size))
@@ -147,7 +147,7 @@ def test_without_room_it_does_not_begin(saver, monkeypatch, tmp_path):
     assert saver.finish().problem is None
 
 
-def test_a_folder_that_cannot_be_made_is_told(saver, tmp_path):
+def test_a_folder_that_cannot_be_made_is_reported(saver, tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
     assert saver.begin(RunState(step=1)).problem == f"cannot write to {tmp_path}/checkpoints (Not a directory)"
 
@@ -186,36 +186,36 @@ def test_a_save_that_is_waited_for_tells_its_progress_while_its_files_grow_alone
     """A disk that stands still is a hang, one that is slow is none."""
     monkeypatch.setattr(saving, "POLL_SECONDS", 0.01)
     (tmp_path / "tokenizer.model").write_bytes(b"pieces")
-    told: list[None] = []
+    message: list[None] = []
     saver = Saver(
         tmp_path / "checkpoints",
         engine=engine,
         tokenizer=tmp_path / "tokenizer.model",
-        progress=lambda: told.append(None),
+        progress=lambda: message.append(None),
     )
     assert saver.begin(RunState(step=1)) is None
     waiting = threading.Thread(target=saver.finish)
     waiting.start()
-    until_still(told)
-    before = len(told)
+    until_still(message)
+    before = len(message)
     (tmp_path / "checkpoints" / ".step-00000001.tmp" / "piece").write_bytes(bytes(1 << 16))
     end = time.monotonic() + 60
-    while len(told) == before:
+    while len(message) == before:
         assert time.monotonic() < end
         time.sleep(0.01)
-    until_still(told)
+    until_still(message)
     held.set()
     waiting.join(60)
     assert not waiting.is_alive()
 
 
-def until_still(told):
+def until_still(message):
     """Until nothing is added for a while, which must come."""
     end = time.monotonic() + 60
     known = -1
-    while len(told) != known:
+    while len(message) != known:
         assert time.monotonic() < end
-        known = len(told)
+        known = len(message)
         time.sleep(0.5)
 
 

@@ -393,7 +393,7 @@ def test_three_kills_online_leave_one_run_with_each_step_once(tmp_path, server):
     assert run.steps == list(range(1, last + 1))
 
 
-def test_a_run_without_the_package_says_so_once_and_goes_on(tmp_path, caplog):
+def test_a_run_without_the_package_says_so_once_and_continues(tmp_path, caplog):
     (tmp_path / "wandb").mkdir()  # of earlier runs, in the working directory; Python takes it for a package
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:

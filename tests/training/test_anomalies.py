@@ -24,7 +24,7 @@ def test_a_falling_noisy_loss_is_healthy():
     assert judged(health(spike_threshold=6.0), QUIET) == [None] * len(QUIET)
 
 
-def test_a_spike_is_told_with_its_score_and_is_not_fatal():
+def test_a_spike_is_reported_with_its_score_and_is_not_fatal():
     judge = health(spike_threshold=6.0, spike_window=16)
     judged(judge, QUIET)
     trouble = judge.check(4.5, skipped=False)

@@ -119,9 +119,9 @@ def config(**train):
         ({"steps": 3}, False),
     ],
 )
-def test_a_rate_that_is_never_reached_is_told(train, is_told):
-    told = list(remarks(config(**train), RunState(), before=None))
-    assert [line.split(":")[0] for line in told] == ["the learning rate never reaches train.lr 3.00e-03"] * is_told
+def test_a_rate_that_is_never_reached_is_reported(train, is_told):
+    message = list(remarks(config(**train), RunState(), before=None))
+    assert [line.split(":")[0] for line in message] == ["the learning rate never reaches train.lr 3.00e-03"] * is_told
 
 
 FINISHED = RunState(step=6, samples=48)
@@ -137,16 +137,16 @@ FINISHED = RunState(step=6, samples=48)
         ("cosine", {"lr": 2 * PEAK}, True),
     ],
 )
-def test_a_rate_that_another_setting_makes_jump_at_a_resume_is_told_with_both(schedule, changes, is_told):
+def test_a_rate_that_another_setting_makes_jump_at_a_resume_is_reported_with_both(schedule, changes, is_told):
     before = config(**{"steps": 6, "schedule": schedule})
     now = config(**{"steps": 6, "schedule": schedule, **changes})
-    told = list(remarks(now, FINISHED, before=before))
-    assert len(told) == is_told
-    if told:
+    message = list(remarks(now, FINISHED, before=before))
+    assert len(message) == is_told
+    if message:
         (key, value) = next(iter(changes.items()))
-        assert f"step 7: the learning rate is {next_learning_rate(now, FINISHED):.2e}" in told[0]
-        assert f"would be {next_learning_rate(before, FINISHED):.2e}" in told[0]
-        assert f"train.{key} was {getattr(before.train, key)}, is {value}" in told[0]
+        assert f"step 7: the learning rate is {next_learning_rate(now, FINISHED):.2e}" in message[0]
+        assert f"would be {next_learning_rate(before, FINISHED):.2e}" in message[0]
+        assert f"train.{key} was {getattr(before.train, key)}, is {value}" in message[0]
 
 
 def test_a_longer_wsd_run_has_the_same_rates_up_to_where_the_shorter_one_decays():

@@ -70,7 +70,7 @@ def test_a_typo_names_the_nearest_key(build_from):
 
 
 @pytest.mark.parametrize("stage", [4, -1, 1.5, "auto", None, "1"])
-def test_a_stage_that_is_none_is_told(build_from, stage):
+def test_a_stage_that_is_none_is_reported(build_from, stage):
     (problem,) = problems(build_from, {"zero_optimization": {"stage": stage}})
     assert problem == f"zero_optimization.stage: {stage} must be 0, 1, 2 or 3"
 
@@ -85,7 +85,7 @@ def test_stage_0_cannot_accumulate_bf16_in_fp32(build_from, zero):
     assert build_from({**own, "zero_optimization": {"stage": 1}})
 
 
-def test_all_problems_are_told_at_once(build_from):
+def test_all_problems_are_reported_at_once(build_from):
     found = problems(build_from, {"fp16": {}, "optimizer": {}, "bf61": {}, "zero_optimization": {"stage": 7}})
     assert [line.partition(":")[0] for line in found] == ["fp16", "optimizer", "bf61", "zero_optimization.stage"]
 
@@ -105,7 +105,7 @@ FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
         ("muon", 3, True, FP32_SUMS, "ds_config.json"),
     ],
 )
-def test_an_optimiser_is_refused_where_it_would_not_see_whole_matrices(
+def test_an_optimizer_is_refused_where_it_would_not_see_whole_matrices(
     build_from, optimizer, stage, bf16, more, message
 ):
     own = {"bf16": {"enabled": bf16}, "zero_optimization": {"stage": stage}, **more}
@@ -118,16 +118,16 @@ def test_an_optimiser_is_refused_where_it_would_not_see_whole_matrices(
     ("optimizer", "name"),
     [("muon", "ds_config.json"), ("muon", "deepspeed/fp32.json"), ("adafactor", "deepspeed/stage0.json")],
 )
-def test_a_shipped_file_suits_every_optimiser(optimizer, name):
+def test_a_shipped_file_suits_every_optimizer(optimizer, name):
     assert build(Config(train={**TRAIN, "optimizer": optimizer}, deepspeed={"config": name}), world_size=1)
 
 
 @pytest.mark.parametrize("key", ["zero_optimization", "bf16"])
-def test_a_section_that_is_no_object_is_told(build_from, key):
+def test_a_section_that_is_no_object_is_reported(build_from, key):
     assert problems(build_from, {"amp": {}, key: True})[1] == f"{key}: is not a JSON object"
 
 
-def test_a_file_that_is_not_json_is_told_with_its_line(build_from):
+def test_a_file_that_is_not_json_is_reported_with_its_line(build_from):
     (problem,) = problems(build_from, '{\n "bf16": {"enabled": true},\n}')
     assert problem.startswith("3: not JSON")
     assert problems(build_from, "[1]") == ["is not a JSON object, which DeepSpeed's file must be"]

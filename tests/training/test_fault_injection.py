@@ -26,7 +26,7 @@ def test_without_leave_nothing_happens(monkeypatch):
     maybe_inject("update", rank=0, step=1)
 
 
-def test_a_fault_befalls_its_point_rank_and_step_alone(plan):
+def test_a_fault_happen_tos_its_point_rank_and_step_alone(plan):
     plan("update:exception:1:7")
     for point, rank, step in [("fetch", 1, 7), ("update", 0, 7), ("update", 1, 6)]:
         maybe_inject(point, rank=rank, step=step)
@@ -71,14 +71,14 @@ def test_truncate_cuts_the_file(plan, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "code"), [("kill", -9), ("term", -15), ("usr1", -10)])
-def test_signals_befall_the_process_itself(kind, code):
+def test_signals_happen_to_the_process_itself(kind, code):
     script = "from lamda.training.fault_injection import maybe_inject; maybe_inject('fetch', rank=0, step=1)"
     environment = {"LAMDA_ALLOW_FAULTS": "1", "LAMDA_FAULT": f"fetch:{kind}:0:1"}
     assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == code
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("update", "is not point:kind:rank:step"),
         ("update:kill:a:1", "is not point:kind:rank:step"),
@@ -86,8 +86,8 @@ def test_signals_befall_the_process_itself(kind, code):
         ("update:kil:0:1", "there is no 'kil'; did you mean 'kill'"),
     ],
 )
-def test_a_mistake_in_the_plan_is_told(text, told):
-    with pytest.raises(UserError, match=told):
+def test_a_mistake_in_the_plan_is_reported(text, message):
+    with pytest.raises(UserError, match=message):
         parse(text)
 
 
