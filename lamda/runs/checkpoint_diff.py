@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sized
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -112,8 +113,8 @@ def compare_tensors(a: torch.Tensor, b: torch.Tensor) -> tuple[float | None, flo
         count += int(unequal.sum())
         gaps = (x - y).abs()[unequal]
         if gaps.numel():
-            largest = max(largest, float(gaps.nan_to_num(nan=torch.inf, posinf=torch.inf).max()))
-    return (largest if largest < torch.inf else None), count / max(1, a.numel())
+            largest = max(largest, float(gaps.nan_to_num(nan=inf, posinf=inf).max()))
+    return (largest if largest < inf else None), count / max(1, a.numel())
 
 
 def _compare_optimizers(a: dict[str, Any], b: dict[str, Any]) -> str:

@@ -68,12 +68,12 @@ def test_an_earlier_name_of_a_command_works_and_is_not_shown(old, new, capsys, r
 
 
 def test_sampling_options_default_to_the_librarys_values():
-    from lamda.dialog.options import manner_of
-    from lamda.dialog.speaker import Manner
+    from lamda.dialog.options import reply_options_of
+    from lamda.dialog.speaker import ReplyOptions
     from lamda.inference.sampling import Sampling
 
-    assert manner_of(COMMANDS["chat"].parser().parse_args(["RUN"])) == Manner()
-    assert manner_of(COMMANDS["serve"].parser().parse_args(["RUN"])) == Manner()
+    assert reply_options_of(COMMANDS["chat"].parser().parse_args(["RUN"])) == ReplyOptions()
+    assert reply_options_of(COMMANDS["serve"].parser().parse_args(["RUN"])) == ReplyOptions()
     given = vars(COMMANDS["generate"].parser().parse_args(["RUN", "--prompt", ""]))
     assert all(given[name] == value for name, value in vars(Sampling()).items() if name != "stop_ids")
 

@@ -72,7 +72,7 @@ def test_any_edit_of_the_same_size_is_refused_by_name(tmp_path, tokenizer, data,
     now = print_of(folder, tokenizer)
     assert changed_files(before, now) == [f"{number}.jsonl"]
     assert differences(before, now) == ["contents"]
-    with pytest.raises(UserError, match=rf"step-1: the text was changed .*: {number}\.jsonl\. Put the former"):
+    with pytest.raises(UserError, match=rf"step-1: the text has changed .*: {number}\.jsonl\. Put the former"):
         ResumePoint(Path("step-1"), RunState(fingerprint=before)).check_data(now)
     with pytest.raises(DataError, match=rf"{number}\.jsonl: was changed since this run began"):
         next(read_lines(edited))

@@ -89,13 +89,13 @@ def test_long_texts_are_read_in_lm_evals_own_rolling_windows(count, length):
     ids = list(range(1, count + 1))
     expected = [make_disjoint_window(pair) for pair in get_rolling_token_windows(ids, 0, length, 1)]
     found = list(windows([0], ids, length=length))
-    assert [(row.ids[: -row.loss_mask], row.ids[-row.loss_mask :]) for row in found] == expected
+    assert [(row.ids[: -row.scored], row.ids[-row.scored :]) for row in found] == expected
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.lists(st.integers(10, 19), min_size=1, max_size=30))
 def test_every_token_is_judged_once_after_all_that_fits(context, tokens):
     rows = list(windows(context, tokens, length=8))
-    assert [id for row in rows for id in row.ids[-row.loss_mask :]] == tokens
+    assert [id for row in rows for id in row.ids[-row.scored :]] == tokens
     whole = context + tokens
     assert all(len(row.ids) == min(9, len(whole)) or row is rows[0] for row in rows)
 
@@ -109,9 +109,9 @@ def test_a_continuation_has_the_probability_of_its_tokens_one_at_a_time(loaded, 
         ids = [end, *encode(context + continuation)]
         first = 1 + len(encode(context.rstrip()))
         parts = [
-            by_hand(wide, row.ids[: len(row.ids) - row.loss_mask + place], target)
+            by_hand(wide, row.ids[: len(row.ids) - row.scored + place], target)
             for row in windows(ids[:first], ids[first:], length=LENGTH)
-            for place, target in enumerate(row.ids[-row.loss_mask :])
+            for place, target in enumerate(row.ids[-row.scored :])
         ]
         assert total == pytest.approx(sum(part for part, _ in parts), abs=1e-4)
         assert is_greedy == all(likeliest for _, likeliest in parts)

@@ -189,7 +189,7 @@ def test_all_that_adapters_cannot_go_with_is_reported_at_once(config_of):
 
 def test_pretraining_from_nothing_with_adapters_ends_before_it_begins(capsys):
     assert main(["--config", "configs/tiny.yaml", "--train.lora_rank", "8"]) == 2
-    assert "train.lora_rank 8: adapters beside random weights learn nothing" in capsys.readouterr().err
+    assert "train.lora_rank 8: adapters on random weights learn nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("saved", "wanted"), [(RANK, 0), (RANK, 8), (0, RANK)])

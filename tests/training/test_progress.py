@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lamda.config import progress as long_jobs
+from lamda import console as long_jobs
 from lamda.training import loggers
 from lamda.training.loggers import TrainingProgress
 

@@ -266,6 +266,6 @@ def test_an_earlier_name_of_a_key_is_the_same_setting(directory, world, caplog, 
     save(directory, 2)
     directory.metrics.touch()
     train = TrainConfig(steps=10, max_rollbacks=7)
-    resuming.find_resume_point(config("auto").model_copy(update={"train": train}), directory, world)
+    find_resume_point(config("auto").model_copy(update={"train": train}), directory, world)
     (line,) = caplog.messages
     assert line.endswith("train.max_rollbacks was 3, is 7")

@@ -101,7 +101,7 @@ def _check(options: argparse.Namespace) -> None:
             f"--{name.replace('_', '-')}: give --tasks as well" for name in names if getattr(options, name) is not None
         ]
     elif not _names(options.tasks):
-        problems.append("--tasks names none; `lm-eval ls tasks` lists those of lm-eval")
+        problems.append("--tasks is empty; `lm-eval ls tasks` lists the tasks of lm-eval")
     if problems:
         raise UserError("\n".join(problems))
 
