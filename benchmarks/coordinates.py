@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
             }
             for optimizer in options.optimizer
         }
-        return {"widths": WIDTHS, "optimisers": found}
+        return {"widths": WIDTHS, "optimizers": found}
 
     return report(options, ["coordinates", *argv], PACKAGES, measured, table)
 
@@ -114,7 +114,7 @@ def watch(model: LaMDA, tokens_BL: torch.Tensor) -> dict[str, torch.Tensor]:
 def table(report: dict[str, Any]) -> str:
     """The exponents, one row per optimizer and setting."""
     lines = [f"{'exponent of the width':24}" + "".join(f"{name:>14}" for name in WATCHED)]
-    for optimizer, settings in report["optimisers"].items():
+    for optimizer, settings in report["optimizers"].items():
         for setting, rows in settings.items():
             cells = "".join(f"{rows[name]['exponent']:14.2f}" for name in WATCHED)
             lines.append(f"{optimizer + ', ' + setting:24}" + cells)

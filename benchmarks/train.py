@@ -37,7 +37,7 @@ from lamda.training.inputs import Inputs
 
 PACKAGES = ("torch", "deepspeed")
 WARM_UP = 3
-PARTS = ("data wait", "forward", "backward", "optimiser", "rest")
+PARTS = ("data wait", "forward", "backward", "optimizer", "rest")
 
 
 def main(argv: list[str]) -> int:
@@ -147,8 +147,8 @@ class Clock:
         self.mark("end")
         if self._on_gpu:
             torch.cuda.synchronize()
-        kinds = {"forward": "forward", "loss": "backward", "backward": "optimiser"}
-        parts = {"forward": 0.0, "backward": 0.0, "optimiser": 0.0, "rest": 0.0}
+        kinds = {"forward": "forward", "loss": "backward", "backward": "optimizer"}
+        parts = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0, "rest": 0.0}
         for (point, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
             parts[kinds.get(point, "rest")] += self._between(start, end)
         return {**parts, "whole": sum(parts.values())}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from lamda.cli import COMMANDS, MAP
+from lamda.cli import COMMANDS, GROUPS
+from lamda.config.help import help_text
 from lamda.config.loading import KEYS, SECTIONS
 from lamda.config.presets import PRESETS
 from lamda.config.settings import choices, kind
@@ -66,7 +68,8 @@ def configuration() -> str:
 
 
 def commands() -> str:
-    """All commands, with usage and details, as `lamda COMMAND --help` prints them."""
+    """All commands, as `lamda COMMAND --help` prints them, without the list of configuration keys."""
+    os.environ["COLUMNS"] = "100"  # argparse's width
     parts = [
         "# Commands",
         "`lamda --help` prints this list, `lamda COMMAND --help` the text below; `lamda completion bash|zsh|fish` "
@@ -75,15 +78,13 @@ def commands() -> str:
         "reader of a pipe has exited. Colors are used only at a terminal (`NO_COLOR` turns them off) and carry no "
         "information of their own.",
     ]
-    for title, names in MAP.items():
+    for title, names in GROUPS.items():
         parts.append(f"## {title}")
         for name in names:
             command = COMMANDS[name]
             summary = command.summary[0].upper() + command.summary[1:]
-            told = "\n".join(
-                filter(None, (f"lamda {name} {command.usage}", command.details and f"\n{command.details}"))
-            )
-            parts += [f"### lamda {name}", f"{summary}.", f"```text\n{told}\n```"]
+            usage = command.parser().format_help().replace(help_text(), "").rstrip()
+            parts += [f"### lamda {name}", f"{summary}.", f"```text\n{usage}\n```"]
     return "\n\n".join(parts) + "\n"
 
 

@@ -36,7 +36,7 @@ trap 'asked=yes again=yes; touch "$run/STOP"' TERM
     --config "$work/config.yaml" &
 step=$!
 while [ "$again" ]; do again=; code=0; wait "$step" || code=$?; done
-# A run that stopped although no pod was told to end was stopped by hand: that ends the job.
+# A run that stopped although no pod got a signal was stopped by hand: that ends the job.
 [ "$code" = {stopped} ] && [ -z "$asked" ] && exit 0
 exit "$code"
 """

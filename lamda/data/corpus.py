@@ -137,7 +137,7 @@ def open_corpus(config: DataConfig, *, form: Form = RAW_TEXT, on_wait: Callable[
             row_length=config.sequence_length,
             most=1 if config.shuffle == "none" else MOST,
             first=len(lanes),
-            max_bad_fraction=config.max_bad_line_fraction,
+            max_bad_line_fraction=config.max_bad_line_fraction,
             form=form,
         )
     return Corpus(card, tuple(lanes), config.sequence_length, config.shuffle)

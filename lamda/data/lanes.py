@@ -92,12 +92,12 @@ class Share:
 
 @dataclass(frozen=True)
 class Lane:
-    """A deterministic stream of documents. max_bad_fraction: share of bad lines that is accepted."""
+    """A deterministic stream of documents. max_bad_line_fraction: share of bad lines that is accepted."""
 
     index: int
     source: Source
     shares: tuple[Share, ...]
-    max_bad_fraction: float
+    max_bad_line_fraction: float
     form: Form = RAW_TEXT
 
     @cached_property
@@ -123,7 +123,7 @@ def read_lane(lane: Lane, start: Cursor) -> Generator[Document | BadLine]:
     Raises DataError if too many lines are bad or a file cannot be read.
     """
     allow_open_files(OPEN_FILES)
-    tally = Tally(lane.index, lane.max_bad_fraction, start.lines, start.bad)
+    tally = Tally(lane.index, lane.max_bad_line_fraction, start.lines, start.bad)
     begin = sum(share.length for share in lane.shares[: start.file])
     for position in range(start.file, len(lane.shares)):
         share = lane.shares[position]

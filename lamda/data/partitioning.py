@@ -27,10 +27,10 @@ WHOLE_FILES = 8
 """Minimum number of lanes for files that cannot be cut, so that several ranks and threads have work."""
 
 
-def whole_lane(source: Source, file: File, *, form: Form = RAW_TEXT, max_bad_fraction: float = 0.001) -> Lane:
+def whole_lane(source: Source, file: File, *, form: Form = RAW_TEXT, max_bad_line_fraction: float = 0.001) -> Lane:
     """A whole file as one lane."""
     share = Share(file, file.size * (RATIO if file.is_compressed else 1), is_estimated=file.is_compressed)
-    return Lane(0, source, (share,), max_bad_fraction, form)
+    return Lane(0, source, (share,), max_bad_line_fraction, form)
 
 
 def cut_into_lanes(
@@ -40,7 +40,7 @@ def cut_into_lanes(
     row_length: int,
     most: int = MOST,
     first: int = 0,
-    max_bad_fraction: float = 0.001,
+    max_bad_line_fraction: float = 0.001,
     form: Form = RAW_TEXT,
 ) -> list[Lane]:
     """Lanes `first`, `first + 1`, ... of a source: its axis cut into up to `most` equal parts.
@@ -74,7 +74,7 @@ def cut_into_lanes(
     if not kept:
         where = few(file.name for file in files)
         raise UserError(f"source {source.name!r} has no document: nothing is in {where} (data.files, or the card)")
-    return [Lane(first + number, source, part, max_bad_fraction, form) for number, part in enumerate(kept)]
+    return [Lane(first + number, source, part, max_bad_line_fraction, form) for number, part in enumerate(kept)]
 
 
 class _Extent(NamedTuple):

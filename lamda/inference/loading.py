@@ -33,7 +33,7 @@ def find_checkpoint(path: Path) -> Path:
         return path
     if found is None:
         raise UserError(
-            f"{path}: neither a checkpoint nor a run with one; `lamda runs DIR` lists the runs below a folder"
+            f"{path}: neither a checkpoint nor a run with one; `lamda list DIR` lists the runs below a folder"
         )
     there = [name for name in READ if (found / name).exists()]  # an export has no config.yaml
     problem = manifest.problem_of(found, only=READ if manifest.is_checkpoint_name(found.name) else there)

@@ -72,7 +72,7 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
         "a": str(first),
         "b": str(second),
         "weights": weights,
-        "optimiser": optimizer,
+        "optimizer": optimizer,
         "state": state,
         "configuration": configuration,
     }
@@ -156,7 +156,7 @@ def _show(found: dict[str, Any]) -> None:
         show_table(("tensor", "by", "largest difference", "share of elements"), rows[:SHOWN], left=(0, 1))
         _show_rest(rows)
     reason = " (not compared: another number of ranks or ZeRO stage, or not DeepSpeed)"
-    print(f"optimizer state: {found['optimiser']}{reason if found['optimiser'] == 'unknown' else ''}")
+    print(f"optimizer state: {found['optimizer']}{reason if found['optimizer'] == 'unknown' else ''}")
     for part in ("state", "configuration"):
         different = found[part]
         print(f"{part}: " + (f"{len(different)} keys differ" if different else "the same"))

@@ -31,7 +31,8 @@ def lane(tmp_path):
     path = write_shard(tmp_path / "text.jsonl", [make_text(n, 31 * n % 90) for n in range(25)])
     path.write_bytes(b"no record\n" + path.read_bytes())
     source = Source(name="s", license="none", files="x.jsonl", domain="meta.pile_set_name")
-    (lane,) = cut_into_lanes(source, [File(str(path), path.stat().st_size)], row_length=16, most=1, max_bad_fraction=1)
+    file = File(str(path), path.stat().st_size)
+    (lane,) = cut_into_lanes(source, [file], row_length=16, most=1, max_bad_line_fraction=1)
     return lane
 
 

@@ -51,7 +51,7 @@ def shards(folder: Path, *, seed: int = 0) -> Path:
 def lane_of(path: Path, **fields):
     file = File(str(path), path.stat().st_size, **fields)
     source = Source(name="s", license="none", files="x")
-    return cut_into_lanes(source, [file], row_length=14, most=1, max_bad_fraction=1)[0]
+    return cut_into_lanes(source, [file], row_length=14, most=1, max_bad_line_fraction=1)[0]
 
 
 def order_of(*cursors: Cursor) -> SourceOrder:

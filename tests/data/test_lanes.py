@@ -32,7 +32,8 @@ def file_of(path):
 
 
 def cut(files, *, row_length=1, **more):
-    return cut_into_lanes(SOURCE, [file_of(path) for path in files], row_length=row_length, max_bad_fraction=1, **more)
+    found = [file_of(path) for path in files]
+    return cut_into_lanes(SOURCE, found, row_length=row_length, max_bad_line_fraction=1, **more)
 
 
 @settings(max_examples=40, deadline=None)

@@ -47,7 +47,7 @@ def cut(*paths: Path, count=1, limit=1.0):
     found = [File(str(path), path.stat().st_size) for path in paths]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(partitioning, "LEAST_ROWS", 1)
-        return cut_into_lanes(SOURCE, found, row_length=1, most=count, max_bad_fraction=limit)
+        return cut_into_lanes(SOURCE, found, row_length=1, most=count, max_bad_line_fraction=limit)
 
 
 def entries(lane):
@@ -304,7 +304,7 @@ def test_any_ranks_and_stops_find_the_same_bad_lines(tmp_path, tokenizer, monkey
     )  # fmt: skip
     corpus = open_corpus(config.data)
     assert len(corpus.lanes) > 4
-    assert all(lane.max_bad_fraction == 0.5 for lane in corpus.lanes)
+    assert all(lane.max_bad_line_fraction == 0.5 for lane in corpus.lanes)
     straight = read(config, corpus, tokenizer, until=lambda step: step.epochs["files"] >= 1)
     count = len(straight.digests)
     assert sorted({each.bad.place.split(",")[0] for each in straight.quarantined}) == [

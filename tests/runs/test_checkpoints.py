@@ -117,7 +117,7 @@ def test_a_checkpoint_of_another_framework_is_reported_by_its_name(tmp_path, wei
     (verdict,) = message(capsys, checkpoint_verify, paths[0])
     assert verdict["problem"] is None
     assert verdict["bytes"] == found["bytes"] - (paths[0] / "manifest.json").stat().st_size
-    assert message(capsys, checkpoint_diff, *paths)["optimiser"] == "unknown"
+    assert message(capsys, checkpoint_diff, *paths)["optimizer"] == "unknown"
     (paths[0] / "state" / "d" / "0").unlink()
     (found,) = message(capsys, checkpoint_ls, tmp_path / "a")
     assert found["problem"] == "state/d/0 is missing"
@@ -176,7 +176,7 @@ def test_a_checkpoint_differs_in_nothing_from_its_copy(tmp_path, weights, capsys
         )
     found = message(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "b")
     assert found["same"]
-    assert (found["weights"], found["optimiser"], found["state"], found["configuration"]) == ([], "same", {}, {})
+    assert (found["weights"], found["optimizer"], found["state"], found["configuration"]) == ([], "same", {}, {})
 
 
 def test_diff_tells_by_how_much_every_tensor_differs(tmp_path, weights, capsys):
@@ -220,11 +220,11 @@ def test_diff_tells_state_configuration_and_optimizer(tmp_path, weights, capsys)
     found = message(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "b", code=1)
     assert found["state"] == {"fingerprint.seed": [0, 1]}
     assert found["configuration"] == {"train.lr": [1e-3, 2e-3]}
-    assert (found["weights"], found["optimiser"]) == ([], "different")
+    assert (found["weights"], found["optimizer"]) == ([], "different")
     save_checkpoint(tmp_path / "d", 5, weights(0), config=lr[0], fingerprint={"seed": 0}, optimizer=b"others")
     assert not message(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "d", code=1)["same"]
     on_two = message(capsys, checkpoint_diff, tmp_path / "a", tmp_path / "c")
-    assert (on_two["same"], on_two["optimiser"]) == (True, "unknown")
+    assert (on_two["same"], on_two["optimizer"]) == (True, "unknown")
     assert checkpoint_diff.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 1
     text = capsys.readouterr().out
     for line in (

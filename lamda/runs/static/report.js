@@ -30,11 +30,11 @@ for (const svg of document.querySelectorAll("svg[data-chart]")) {
     pointer.setAttribute("x1", at);
     pointer.setAttribute("x2", at);
     pointer.setAttribute("visibility", "visible");
-    const told = found.map(([curve, i]) => {
+    const shown = found.map(([curve, i]) => {
       const value = curve.y[i] === null ? "not finite" : tell.format(curve.y[i]);
       return found.length > 1 ? `${curve.name} ${value}` : value;
     });
-    values.textContent = `${tell.format(first.x[index])} tokens: ${told.join(" · ")}`;
+    values.textContent = `${tell.format(first.x[index])} tokens: ${shown.join(" · ")}`;
   });
   svg.addEventListener("pointerleave", () => {
     pointer.setAttribute("visibility", "hidden");
