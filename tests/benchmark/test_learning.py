@@ -124,10 +124,10 @@ def test_a_loss_is_the_mean_over_all_scored_targets(rows):
     held = rows.held_out
     with torch.no_grad():
         logits_BVL = learner.logits(held.ids[:20, :-1]).transpose(1, 2)
-    nll_BL = functional.cross_entropy(logits_BVL, held.ids[:20, 1:], reduction="none") * held.scored[:20]
+    nll_BL = functional.cross_entropy(logits_BVL, held.ids[:20, 1:], reduction="none") * held.loss_mask[:20]
     found = evaluate(learner, held, CPU, rows=20)
     np.testing.assert_allclose(found[:, 0], nll_BL.sum(1), rtol=1e-5)
-    np.testing.assert_array_equal(found[:, 1], held.scored[:20].sum(1))
+    np.testing.assert_array_equal(found[:, 1], held.loss_mask[:20].sum(1))
 
 
 def test_the_last_held_out_row_is_padded_and_not_scored(rows):

@@ -79,7 +79,7 @@ def config_of(folder: Path, weights: Sequence[float], *, batch: int = 12, **data
     )
 
 
-ROWS = ("ids", "scored", "domains")
+ROWS = ("ids", "loss_mask", "domains")
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Run:
 
     digests: list[str] = field(default_factory=list)
     ids: list[NDArray[np.uint32]] = field(default_factory=list)
-    scored: list[NDArray[np.bool_]] = field(default_factory=list)
+    loss_mask: list[NDArray[np.bool_]] = field(default_factory=list)
     domains: list[NDArray[np.int16]] = field(default_factory=list)
     epochs: list[dict[str, float]] = field(default_factory=list)
     order: tuple[SourceOrder, ...] = ()

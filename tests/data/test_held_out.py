@@ -69,7 +69,7 @@ def test_rows_of_a_file_overlap_by_one_token_and_its_last_is_padded(held_out, to
             assert row.ids[-1] == following.ids[0]
         assert all(len(row.ids) == 18 for row in rows)
         assert rows[-1].ids[-1] == tokenizer.padding
-        assert not rows[-1].scored[-1]
+        assert not rows[-1].loss_mask[-1]
 
 
 def test_under_a_document_mask_an_input_is_of_its_targets_document(held_out, tokenizer):

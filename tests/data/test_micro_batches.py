@@ -103,7 +103,7 @@ def test_a_document_mask_changes_no_token_and_leaves_every_target_of_the_usual_p
         assert np.array_equal(masked.ids, plain.ids)
         assert plain.documents is None
         assert np.array_equal(masked.loss_mask, plain.loss_mask)
-        inner = plain.scored[:, 1:]  # whose input is no context, and whose target no padding
+        inner = plain.loss_mask[:, 1:]  # whose input is no context, and whose target no padding
         opens = masked.ids[:, 1:-1] == tokenizer.end_of_document
         changes = masked.documents[:, 1:-1] != masked.documents[:, :-2]
         assert np.array_equal(changes[inner], opens[inner])

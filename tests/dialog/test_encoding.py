@@ -116,7 +116,7 @@ def test_what_is_too_long_loses_its_oldest_messages_and_fits(encoding, texts, ro
         example = encoding.research_step(messages, texts[0], [(texts[0], texts[-1])], query, max_tokens=room)
     assert len(example.ids) == len(example.loss_mask) <= room
     assert any(example.loss_mask)
-    assert not example.scored[0]
+    assert not example.loss_mask[0]
 
 
 ROLE = st.sampled_from(["system", "user", "assistant"])

@@ -181,7 +181,7 @@ def test_template_marks_what_is_trained_on(pair):
     for turn, example in wanted:
         found = templated(pair, [*CONTEXT, *turn], return_assistant_tokens_mask=True)
         assert found["input_ids"] == example.ids
-        assert [bool(scored) for scored in found["assistant_masks"]] == example.scored
+        assert [bool(scored) for scored in found["assistant_masks"]] == example.loss_mask
 
 
 @pytest.mark.parametrize(
