@@ -105,6 +105,6 @@ def test_ranks_together_find_what_one_finds(held_out, model):
         parts.append(found)
         return sum(parts)
 
-    how = {"device": torch.device("cpu"), "micro_batch": 4, "rows": 26, "world": 3, "total": gathered}
+    how = {"device": torch.device("cpu"), "micro_batch": 4, "rows": 26, "world_size": 3, "total": gathered}
     together = [held_out.score(TorchScorer(model), rank=rank, **how) for rank in range(3)][-1]
     assert together.metrics() == pytest.approx(alone.metrics(), rel=1e-6, nan_ok=True)
