@@ -61,12 +61,12 @@ def measure(config: Config, *, steps: int, alone: bool) -> dict[str, Any]:
             rounds["pytorch"].append(_timed(beside, step, rate=config.train.lr))
     stop()
     tokens = config.train.global_batch_size * config.data.sequence_length
-    flops = tokens * flops_per_token(config.model, config.data.sequence_length) / engine.devices
+    flops = tokens * flops_per_token(config.model, config.data.sequence_length) / engine.num_devices
     seconds = {name: median(each[WARM_UP:]) for name, each in rounds.items() if each}
     counted = zip(rounds["jax"][WARM_UP:], rounds["pytorch"][WARM_UP:], strict=not alone)
     return {
         "device": _device_kind(),
-        "devices": engine.devices,
+        "devices": engine.num_devices,
         "mesh": dict(engine.mesh.shape),
         "model": config.model.dimensions,
         "parameters": parameters(config.model),

@@ -58,7 +58,7 @@ def _state(config: Config, mesh: Mesh) -> TrainState:
 def _batch(config: Config, mesh: Mesh) -> Batch:
     """The shapes of a step's rows, with document ids where attention stays inside documents."""
     train, length = config.train, config.data.sequence_length
-    shape = (micro_batches_per_rank(train, world=row_ranks(mesh)), train.micro_batch_size * row_ranks(mesh))
+    shape = (micro_batches_per_rank(train, world_size=row_ranks(mesh)), train.micro_batch_size * row_ranks(mesh))
 
     def rows(length: int, dtype: Any) -> Array:
         return ShapeDtypeStruct((*shape, length), dtype, sharding=NamedSharding(mesh, PartitionSpec(None, ROWS)))
