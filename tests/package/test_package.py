@@ -84,7 +84,7 @@ def test_the_metadata_has_the_extras_and_a_description(built):
     metadata = Parser().parsestr(text)
     assert metadata["Name"] == "lamda-pytorch"
     assert {"flax", "serve", "dev", "docs", "plot"} <= set(metadata.get_all("Provides-Extra"))
-    assert "Two commands" in metadata.get_payload()
+    assert "Open LaMDA pre-trains, fine-tunes and serves" in metadata.get_payload()
 
 
 def test_an_empty_environment_has_all_that_is_needed(environment, tmp_path):
