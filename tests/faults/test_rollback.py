@@ -50,7 +50,7 @@ def test_a_spike_after_a_spoilt_checkpoint_rolls_back_to_the_sound_one_before_it
     assert [row["rollbacks"] for row in rows] == [0] * 9 + [1] * 9
     assert max(row["loss"] for row in rows[9:]) < rows[8]["loss"] + 0.2, "the spike is gone"
     assert directory.skipped() == ((72, 112),)
-    (noted,) = directory._notes()
+    (noted,) = directory._skipped_ranges()
     shown = next(row for row in read_metrics(directory.discarded_metrics) if row["step"] == noted["step"] == 13)
     assert f"the loss {shown['loss']:.4f} is a spike" in noted["reason"]
 

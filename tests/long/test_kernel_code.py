@@ -19,11 +19,11 @@ COMPILED = """
 import sys
 from tests.conftest import DEVICE
 from tests.model.test_compiled_attention import model_of, step
-from lamda.training import compiling
+from lamda.engines.deepspeed.compile import compile_blocks
 
 way, length, documents = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True"
 model = model_of(way)
-compiling.compile_blocks(model)
+compile_blocks(model)
 expected, found = (step(each, length, documents=documents) for each in (model_of("math"), model))
 for exact, other in zip(expected, found, strict=True):
     assert (other - exact).float().norm() <= 2e-2 * exact.float().norm()
