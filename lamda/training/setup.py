@@ -254,7 +254,7 @@ class _Start:
         watchdog.hurry(STOP_TIMEOUT_SECONDS, during=STEP_POINTS)
         if number == signal.SIGINT and self.world.is_main_process:
             with suppress(OSError):  # not `print`: the signal may interrupt one
-                os.write(2, b"\nstopping after this step, with a checkpoint; press Ctrl-C again to leave at once\n")
+                os.write(2, b"\nstopping after this step, with a checkpoint; press Ctrl-C again to exit immediately\n")
 
     def _report_hang(self, verdict: str) -> None:
         log.error("the run hangs and ends: %s; stacks are in %s", verdict, self.directory.path / "hang")

@@ -38,7 +38,7 @@ COMPARED_BYTES = 32_000_000
 """Held-out text up to this size is also compressed, to compare the bits per byte with something known."""
 
 Mark = Callable[[], None]
-"""Tells the watchdog about progress."""
+"""Reports progress to the watchdog."""
 
 Shows = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """(name of a job, its size) -> callback for how many more are done."""

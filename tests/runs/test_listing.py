@@ -1,4 +1,4 @@
-"""`lamda list` tells of every run in a folder how it stands, newest first, to people and to scripts."""
+"""`lamda list` shows the status of every run in a folder, newest first, to people and to scripts."""
 
 import json
 import os

@@ -161,7 +161,7 @@ def replace(key, make):
 
 
 def test_the_state_of_another_optimizer_is_refused_before_anything_is_filled(saved, device, tmp_path):
-    """`find_resume_point` tells it first, and the way on."""
+    """`find_resume_point` reports it first, and what to do."""
     own = config({"stage": 0, "bf16": False, "optimizer": "adafactor"}, tmp_path, 0)
     other = Engine(own, world=World(), device=device)
     before = {key: tensor.clone() for key, tensor in checkpoint.local_state(other.deepspeed)}
