@@ -37,6 +37,9 @@ PACKAGES = ("torch", "transformers", "x-transformers", "sentencepiece", "deepspe
 IDENTITY = ("model", "label", "setting", "rows", "seed", "rate", "recipe")
 """The fields that identify a run."""
 
+SETTING = Path(__file__).with_suffix(".yaml")
+"""The configuration of the compared runs."""
+
 SIZES = ("vocab_size", "d_model", "n_layers", "n_heads", "d_head", "d_ff")
 REPORT_EVERY = 25
 BATCHES = 4
@@ -64,7 +67,7 @@ def main(argv: list[str]) -> int:
             draw(report, options.picture)
         return 0
     has_file = any(word.partition("=")[0] == "--config" for word in rest)
-    config = load_config(rest if has_file else ["--config", "tiny", *rest])
+    config = load_config(rest if has_file else ["--config", str(SETTING), *rest])
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     how = How(torch.device("cuda" if torch.cuda.is_available() else "cpu"), options.precision)
@@ -92,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="benchmark.py learning",
         allow_abbrev=False,
-        epilog="--config FILE (tiny) and --section.key VALUE as in pretrain.py; --train.lr is lamda's rate",
+        epilog="--config FILE (benchmarks/learning.yaml) and --section.key VALUE as in pretrain.py; --train.lr is lamda's rate",
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME", help=f"of {', '.join(MODELS)}; all")
     parser.add_argument("--tokens", metavar="N", type=int, default=512_000, help="of a run (%(default)s)")
