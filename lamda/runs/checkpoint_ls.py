@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lamda.config.errors import UserError
-from lamda.console import NONE, duration, show_table, size_of
+from lamda.console import show_table
 from lamda.runs.checkpoints import CheckpointInfo, all_checkpoints, inspect_checkpoint, read_config
 from lamda.storage.run_directory import RunDirectory
 
@@ -45,8 +45,5 @@ def _kept_every(directory: RunDirectory) -> int | None:
 
 
 def _cells(info: CheckpointInfo, *, kept: bool) -> tuple[str, ...]:
-    state = info.state + ", kept for good" * (kept and info.problem is None)
-    age = NONE if info.age_seconds is None else duration(info.age_seconds)
-    stage = info.zero_stage if info.framework == "deepspeed" else info.framework
-    ranks, stage = (NONE if value is None else str(value) for value in (info.ranks, stage))
-    return info.path.name, str(info.step), size_of(info.bytes), ranks, stage, age, state
+    *cells, state = info.cells()
+    return info.path.name, str(info.step), *cells, state + ", kept for good" * (kept and info.problem is None)

@@ -122,10 +122,14 @@ def _grid(x_axis: Axis, y_axis: Axis, *, is_large: bool) -> str:
     return "".join(parts)
 
 
+def color_class(number: int) -> str:
+    """The CSS classes of a curve."""
+    return f"c{number % COLORS}" + (" dashed" if number >= COLORS else "")
+
+
 def _curve(curve: Curve, bins: Bins, x_axis: Axis, y_axis: Axis, number: int, *, is_noisy: bool) -> str:
     """The band or the points, the line over it, and a cross at the top where a value was not finite."""
-    color = f"c{number % COLORS}" + (" dashed" if number >= COLORS else "")
-    few = len(curve.x) <= FEW
+    color, few = color_class(number), len(curve.x) <= FEW
     mean = smoothed(bins.mean, max(1, len(bins.mean) // FEW)) if is_noisy and not few else bins.mean
     parts = []
     if len(curve.x) > BINS or (is_noisy and not few):  # the line shows means: show the range of the points too
