@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from importlib.resources import files
 from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
 
 from lamda.cluster.plan import Machine, plan
 from lamda.cluster.site import Site
@@ -98,9 +102,20 @@ class Job:
         for name, text in {"config.yaml": to_yaml(self.config), **files}.items():
             (self.folder / name).write_text(text, "utf-8")
 
+    def render(self, script: str, **values: object) -> str:
+        """A shell script for this job from its template."""
+        template = files("lamda.cluster").joinpath("templates", f"{script}.jinja").read_text("utf-8")
+        shell = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
+        shell.filters["quote"] = lambda value: shlex.quote(str(value))
+        return shell.from_string(template).render(values, job=self, cluster=self.site.cluster)
+
     def check(self) -> None:
         """Raises UserError, which names everything that would end the job after its wait in the queue."""
-        all_of(self._check_batch, self._check_deepspeed, RunDirectory(self.run).require_no_writer)
+        all_of(
+            self._check_batch,
+            lambda: ds_config.build(self.config, world_size=1),  # _check_batch checks the batch
+            RunDirectory(self.run).require_no_writer,
+        )
 
     def _check_batch(self) -> None:
         if self.nodes < 1:
@@ -123,9 +138,6 @@ class Job:
         planned = plan(self.config, Machine(gpus=self.ranks, gpu=gpu))
         if not planned.memory.fits:
             raise UserError("\n".join(planned.warnings))
-
-    def _check_deepspeed(self) -> None:
-        ds_config.build(self.config, world_size=1)  # _check_batch checks the batch
 
     def _nodes_that_work(self) -> list[int]:
         """The two nearest numbers of nodes whose ranks can share the batch."""

@@ -6,7 +6,6 @@ plugin gives each pod its rank and the first pod's address (PET_*).
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import subprocess
 from datetime import datetime
@@ -23,34 +22,16 @@ API = "trainer.kubeflow.org/v1alpha1"
 STEP_LABEL = "trainer.kubeflow.org/trainjob-ancestor-step"
 GRACE_SECONDS = 300
 """Time from SIGTERM until a pod is killed: enough for a step and a save."""
-SCRIPT = r"""{setup}run={run}
-work=$(mktemp -d)
-cat > "$work/config.yaml" <<'END_OF_CONFIG'
-{config}END_OF_CONFIG
-for node in $(seq 0 $((PET_NNODES - 1))); do echo "node-$node slots={ranks}"; done > "$work/hosts"
-
-asked= again=yes
-trap 'asked=yes again=yes; touch "$run/STOP"' TERM
-{python} -m deepspeed.launcher.runner --no_ssh --node_rank "$PET_NODE_RANK" --hostfile "$work/hosts" \
-    --master_addr "$PET_MASTER_ADDR" --master_port "$PET_MASTER_PORT" --quiet --module {module} \
-    --config "$work/config.yaml" &
-step=$!
-while [ "$again" ]; do again=; code=0; wait "$step" || code=$?; done
-# A run that stopped although no pod got a signal was stopped by hand: that ends the job.
-[ "$code" = {stopped} ] && [ -z "$asked" ] && exit 0
-exit "$code"
-"""
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # yaml has no types
     """Writes multi-line strings as blocks."""
 
-    def represent_text(self, text: str) -> yaml.Node:
-        """Represent a string, as a block if it has several lines."""
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
 
-
-_Dumper.add_representer(str, _Dumper.represent_text)
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
 
 
 def script(job: Job) -> str:
@@ -65,7 +46,7 @@ def manifest(job: Job) -> list[dict[str, Any]]:
     runtime = {"apiVersion": API, "kind": "TrainingRuntime", "metadata": about, "spec": _runtime(job)}
     trainer: dict[str, Any] = {
         "image": job.site.kubernetes.image,
-        "command": ["bash", "-c", _shell(job)],
+        "command": ["bash", "-c", job.render("kubernetes.sh", config=to_yaml(job.config), stopped=STOP_EXIT)],
         "numNodes": job.nodes,
         "numProcPerNode": job.site.cluster.ranks_per_node,
         "env": [{"name": name, "value": value} for name, value in job.variables.items() if name != "PYTHONPATH"],
@@ -141,15 +122,3 @@ def _runtime(job: Job) -> dict[str, Any]:
         "mlPolicy": {"numNodes": job.nodes, "torch": {}},
         "template": {"spec": {"failurePolicy": {"maxRestarts": restarts}, "replicatedJobs": [nodes]}},
     }
-
-
-def _shell(job: Job) -> str:
-    return SCRIPT.format(
-        setup="".join(f"{line}\n" for line in job.site.cluster.setup),
-        config=to_yaml(job.config),
-        ranks=job.site.cluster.ranks_per_node,
-        python=shlex.quote(job.site.cluster.python or "python"),
-        module=job.module,
-        run=shlex.quote(str(job.run)),
-        stopped=STOP_EXIT,
-    )
