@@ -15,29 +15,32 @@ Cells = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class RecomputePlan:
-    """A rank's memory, in bytes, with one kind of recomputation."""
+class Fit:
+    """A rank's memory in bytes. largest_micro_batch_size: None if none fits."""
+
+    peak: int
+    fits: bool
+    largest_micro_batch_size: int | None
+
+
+@dataclass(frozen=True)
+class RecomputePlan(Fit):
+    """With one kind of recomputation."""
 
     activations: int
     flops_per_token: int
-    peak: int
-    fits: bool
-    largest_micro_batch_size: int | None
 
 
 @dataclass(frozen=True)
-class StagePlan:
-    """A rank's memory, in bytes, at one ZeRO stage."""
+class StagePlan(Fit):
+    """At one ZeRO stage."""
 
     model_states: int
-    peak: int
-    fits: bool
-    largest_micro_batch_size: int | None
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """A rank's memory in bytes: items, and alternatives. largest_micro_batch_size: None if none fits."""
+class MemoryPlan(Fit):
+    """With the configured settings: items, and alternatives."""
 
     gpu: str
     gpu_bytes: int
@@ -49,9 +52,6 @@ class MemoryPlan:
     recompute: str
     items: list[MemoryItem]
     phases: dict[Phase, int]
-    peak: int
-    fits: bool
-    largest_micro_batch_size: int | None
     by_recompute: dict[Recompute, RecomputePlan]
     by_stage: dict[str, StagePlan]
     host_bytes_at_start: int
@@ -132,14 +132,11 @@ def _section(title: str, rows: Sequence[Cells], notes: Sequence[str] = ()) -> st
 
 
 def _model(plan: Plan) -> list[Cells]:
+    counted = "|a multiply-add is 2, causal attention half; recomputation is not counted"
     return [
         ("parameters", f"{plan.parameters:,}"),
         *((f"  {part}", f"{count:,}") for part, count in plan.parameters_by_part.items()),
-        (
-            "training FLOPs per token",
-            f"{plan.flops_per_token:,}",
-            "|a multiply-add is 2, causal attention half; recomputation is not counted",
-        ),
+        ("training FLOPs per token", f"{plan.flops_per_token:,}", counted),
         ("training FLOPs", f"{plan.flops:.4g}"),
     ]
 
@@ -158,10 +155,9 @@ def _batch(plan: Plan) -> list[Cells]:
 
 
 def _memory_title(memory: MemoryPlan) -> str:
-    precision = "bf16" if memory.bf16 else "fp32"
     return (
-        f"memory of a rank, GB of 10^9 bytes: ZeRO stage {memory.zero_stage}, {precision}, {memory.attention} "
-        f"attention, recomputing {memory.recompute}"
+        f"memory of a rank, GB of 10^9 bytes: ZeRO stage {memory.zero_stage}, {'bf16' if memory.bf16 else 'fp32'}, "
+        f"{memory.attention} attention, recomputing {memory.recompute}"
     )
 
 
@@ -198,7 +194,7 @@ def _stages(memory: MemoryPlan) -> list[Cells]:
 _JUDGED = ("a rank needs", "fits", "largest micro-batch")
 
 
-def _judged(choice: RecomputePlan | StagePlan) -> Cells:
+def _judged(choice: Fit) -> Cells:
     rows = choice.largest_micro_batch_size
     return (_size(choice.peak), "yes" if choice.fits else "no", "none" if rows is None else str(rows))
 
@@ -208,12 +204,8 @@ def _communication(plan: Plan) -> list[Cells]:
     if not found:
         return [("none: there is one rank",)]
     rows = [(each.kind, _size(each.tensors), _size(each.sent), "|at the most" * each.at_most) for each in found]
-    total = (
-        "over a whole step",
-        "",
-        f"{_size(plan.sent_bytes_per_second)}/s",
-        "|a rank's rate, were it sent all the step long",
-    )
+    rate = f"{_size(plan.sent_bytes_per_second)}/s"
+    total = ("over a whole step", "", rate, "|a rank's rate, were it sent all the step long")
     return [("", "tensors", "sent by a rank in a ring"), *rows, total]
 
 
@@ -237,12 +229,7 @@ def _data(rates: DataRates) -> list[Cells]:
     return [
         ("a rank trains on", f"{rates.rank:,.0f}", "tokens/s"),
         ("a rank encodes, at most", encoded[0], "tokens/s", f"|streaming: {encoded[1]}"),
-        (
-            "all ranks read",
-            f"{rates.blocks / 1e6:,.3g}",
-            "MB/s",
-            "|of ready rows (data.cache_dir), and encode nothing",
-        ),
+        ("all ranks read", f"{rates.blocks / 1e6:,.3g}", "MB/s", "|of ready rows (data.cache_dir), and encode nothing"),
     ]
 
 
@@ -268,17 +255,17 @@ def _interval(interval: CheckpointInterval, *, steps: int) -> list[Cells]:
         return (name, _duration(seconds), f"{count:,} steps", comment)
 
     return [
-        ("between failures", _duration(interval.seconds_between_failures), _rate(interval)),
+        (
+            "between failures",
+            _duration(interval.seconds_between_failures),
+            f"|one in {interval.gpu_hours_a_failure:,} GPU-hours, as Llama 3's training",
+        ),
         ("a save", _duration(interval.save_seconds), "|assumed; set --save-seconds"),
         every("best", interval.best_seconds, interval.best_steps, interval.best_lost_share),
         every(
             "checkpoint.every", interval.configured_seconds, interval.configured_steps, interval.configured_lost_share
         ),
     ]
-
-
-def _rate(interval: CheckpointInterval) -> str:
-    return f"|one in {interval.gpu_hours_a_failure:,} GPU-hours, as Llama 3's training"
 
 
 def _size(count: float) -> str:
