@@ -38,11 +38,7 @@ class Launch:
         stream = log.open("ab") if log else None
         try:
             self._process = subprocess.Popen(
-                command,
-                env={**os.environ, MARK: identity},
-                stdout=stream,
-                stderr=stream,
-                start_new_session=True,
+                command, env={**os.environ, MARK: identity}, stdout=stream, stderr=stream, start_new_session=True
             )
         except OSError as error:
             raise UserError(f"{command[0]}: cannot be started ({error.strerror})") from error

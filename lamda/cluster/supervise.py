@@ -7,8 +7,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lamda.cluster.restarts import MAX_RESTARTS, USER_ERROR_EXIT, Outcome, outco
 from lamda.config.errors import UserError
 from lamda.config.loading import DEPRECATED, KEYS, load_config
 from lamda.storage.run_directory import RunDirectory
-from lamda.training.stop_requests import STOP_EXIT, heeded_signals
+from lamda.training.stop_requests import STOP_EXIT, handling_signals
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 ORPHAN_SECONDS = 30.0
@@ -35,10 +35,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """`[--run DIR] -- COMMAND ...`; 0 finished, 75 stopped and can resume, 1 gave up, 2 user error.
-
-    Raises UserError.
-    """
+    """`[--run DIR] -- COMMAND ...`; 0 finished, 75 stopped and can resume, 1 gave up, 2 a user's mistake."""
     run, command = _parse(argv)
     console.outlive()
     return supervise(command, RunDirectory(run))
@@ -46,7 +43,8 @@ def main(argv: list[str]) -> int:
 
 def supervise(command: Sequence[str], directory: RunDirectory) -> int:
     """Supervise a training command, as `main` does."""
-    with recorded_signals(heeded_signals()) as signals:
+    signals: list[int] = []
+    with handling_signals(lambda number, _: signals.append(number)):
         return Supervisor(command, directory, signals).supervise()
 
 
@@ -84,7 +82,12 @@ class Supervisor:
             if now > saved:
                 saved, fruitless = now, 0
             if fruitless == MAX_RESTARTS:
-                _say(self._gave_up(saved, ended.reason), to=sys.stderr)
+                _say(
+                    f"gave up: {MAX_RESTARTS} restarts in a row without a checkpoint newer than step {saved}. Last "
+                    f"failure: {ended.reason}. See {self._directory.log}, and {self._directory.path}/hang for stack "
+                    "traces if the run hung",
+                    to=sys.stderr,
+                )
                 return 1
             restarts, fruitless = restarts + 1, fruitless + 1
             pause = min(LONGEST_PAUSE, self._pause * 2 ** (restarts - 1))
@@ -148,13 +151,6 @@ class Supervisor:
         while not self._signals and (time.monotonic() < deadline or self._directory.writer_elsewhere()):
             time.sleep(POLL_SECONDS)
 
-    def _gave_up(self, step: int, reason: str) -> str:
-        path = self._directory.path
-        return (
-            f"gave up: {MAX_RESTARTS} restarts in a row without a checkpoint newer than step {step}. Last failure: "
-            f"{reason}. See {self._directory.log}, and {path / 'hang'} for stack traces if the run hung"
-        )
-
 
 def _parse(argv: list[str]) -> tuple[Path, list[str]]:
     """The run directory and the command."""
@@ -175,18 +171,6 @@ def _run_of(command: list[str]) -> Path:
             "supervise --run DIR -- COMMAND ..."
         )
     return Path(load_config(command[first:]).run.dir)
-
-
-@contextmanager
-def recorded_signals(numbers: Sequence[int]) -> Iterator[list[int]]:
-    """Record signals instead of handling them."""
-    received: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _say(text: str, *, to: Any = None) -> None:
