@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 import lamda
-from lamda.cluster.checks.environment import SKEW_FAILURE, SKEW_WARNING
+from lamda.cluster.checks.environment import judge_skew
 from lamda.cluster.checks.finding import Finding, Subject, failure, ok, warning
 from lamda.cluster.checks.hardware import driver_version, gpu_name, nccl_version
 from lamda.cluster.checks.software import installed, requirements
@@ -59,13 +59,8 @@ def clocks(times: Sequence[float], places: Sequence[str]) -> Finding:
     middle = median(times)
     skews = [(moment - middle, place) for moment, place in zip(times, places, strict=True)]
     worst, place = max(skews, key=lambda skew: abs(skew[0]))
-    message = f"{place} differs by {worst:+.1f} s from the others" if len(times) > 1 else "one clock"
-    advice = "synchronize all clocks with NTP or chrony"
-    if abs(worst) > SKEW_FAILURE:
-        return failure(message, advice)
-    if abs(worst) > SKEW_WARNING:
-        return warning(message, advice)
-    return ok(f"all within {max(times) - min(times):.1f} s")
+    finding = judge_skew(worst, f"{place} differs by {worst:+.1f} s from the others")
+    return finding or ok(f"all within {max(times) - min(times):.1f} s")
 
 
 def shared(seen: Sequence[bool], places: Sequence[str], run: str) -> Finding:
