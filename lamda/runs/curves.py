@@ -50,9 +50,13 @@ def read_metrics_of(path: Path, columns: set[str] | None = None) -> MetricsReade
     metrics = MetricsReader(RunDirectory(path).metrics, keep=columns)
     metrics.update()
     if not metrics.rows:
-        near = nearest(path.name, (run.name for run in find_runs(path.parent, depth=1))) if path.parent.is_dir() else ""
-        raise UserError(f"{path}: no run with a finished step here{near}")
+        raise UserError(f"{path}: no run with a finished step here{similar_run(path)}")
     return metrics
+
+
+def similar_run(path: Path) -> str:
+    """A hint that names the run beside `path` with the most similar name, or an empty string."""
+    return nearest(path.name, (run.name for run in find_runs(path.parent, depth=1)))
 
 
 def labels_of(runs: Sequence[Path]) -> dict[Path, str]:
