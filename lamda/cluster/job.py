@@ -9,10 +9,9 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lamda.cluster.plan import Machine, plan
 from lamda.cluster.site import Site
@@ -25,6 +24,14 @@ from lamda.storage.run_directory import RunDirectory
 
 TRAINING, DOCTOR = "lamda.launch.pretrain", "lamda.cluster.doctor"
 PASSED_ON = ("NCCL_*", "GLOO_*", "HF_*", "WANDB_*", "OMP_*", "TORCH_*", "PYTHONPATH", "*_proxy", "*_PROXY")
+_TEMPLATES = Environment(
+    loader=PackageLoader("lamda.cluster", "templates"),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+    undefined=StrictUndefined,
+)
+_TEMPLATES.filters["quote"] = lambda value: shlex.quote(str(value))
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 
 
@@ -104,10 +111,7 @@ class Job:
 
     def render(self, script: str, **values: object) -> str:
         """A shell script for this job from its template."""
-        template = files("lamda.cluster").joinpath("templates", f"{script}.jinja").read_text("utf-8")
-        shell = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
-        shell.filters["quote"] = lambda value: shlex.quote(str(value))
-        return shell.from_string(template).render(values, job=self, cluster=self.site.cluster)
+        return _TEMPLATES.get_template(f"{script}.jinja").render(values, job=self, cluster=self.site.cluster)
 
     def check(self) -> None:
         """Raises UserError, which names everything that would end the job after its wait in the queue."""

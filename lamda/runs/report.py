@@ -14,7 +14,6 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 
 from lamda import __version__
 from lamda.config.errors import UserError
@@ -22,7 +21,7 @@ from lamda.console import NONE, duration, figure, of_total, one_line
 from lamda.runs.checkpoints import CheckpointInfo, all_checkpoints, inspect_checkpoint, read_config
 from lamda.runs.curves import Curve, curve_of, labels_of, read_metrics_of, short
 from lamda.runs.panels import GROUPS, Panel, panel_of
-from lamda.runs.svg_chart import color_class, draw_chart
+from lamda.runs.svg_chart import TEMPLATES, color_class, draw_chart
 from lamda.storage.metrics import Metrics, MetricsReader, last_lines
 from lamda.storage.run_directory import RunDirectory, RunStatus, read_run_status
 
@@ -217,12 +216,9 @@ def _shown(value: float | None, form: str) -> str:
 def page(runs: Sequence[RunReport]) -> str:
     """The HTML page of one run, or of several side by side."""
     static = files("lamda.runs").joinpath("static")
-    template, style, script = (
-        static.joinpath(f"report.{suffix}").read_text("utf-8") for suffix in ("html.jinja", "css", "js")
-    )
+    style, script = (static.joinpath(name).read_text("utf-8") for name in ("report.css", "report.js"))
     figures, tokens = [dict(run.figures()) for run in runs], max(run.last["tokens"] for run in runs)
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    return environment.from_string(template).render(
+    return TEMPLATES.get_template("report.html.jinja").render(
         style=style,
         script=script,
         hash=_hash,
