@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 from lamda.cluster import estimates
@@ -235,19 +236,12 @@ def _candidates(setting: MemorySetting, *, batch: int, limit: int) -> Iterator[M
 
 
 def _smaller_or_wider(setting: MemorySetting, *, batch: int, limit: int) -> Iterator[MemorySetting]:
-    """Unchanged; with fewer rows; on more GPUs; and both: the first of each that fits."""
-    rows, ranks = setting.rows, setting.sharding.ranks
-    wider = [replace(setting.sharding, ranks=more) for more in range(ranks + 1, batch + 1) if batch % more == 0]
-    here = [each for each in _micro_batches(setting, batch=batch) if each.rows <= rows]
+    """With as many rows or fewer; with as many on more GPUs; with fewer on more GPUs: the first of each that fits."""
+    wider = (replace(setting.sharding, ranks=more) for more in range(setting.sharding.ranks + 1, batch + 1))
     on_more = [each for more in wider for each in _micro_batches(replace(setting, sharding=more), batch=batch)]
-    ways = (
-        [each for each in here if each.rows == rows],
-        here,
-        [each for each in on_more if each.rows == rows],
-        [each for each in on_more if each.rows <= rows],
-    )
-    for way in ways:
-        yield from [each for each in way if peak(each) <= limit][:1]
+    same_rows = [each for each in on_more if each.rows == setting.rows]
+    for way in (_micro_batches(setting, batch=batch), same_rows, on_more):
+        yield from islice((each for each in way if each.rows <= setting.rows and peak(each) <= limit), 1)
 
 
 def _micro_batches(setting: MemorySetting, *, batch: int) -> list[MemorySetting]:

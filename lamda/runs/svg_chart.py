@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
+from lamda.config.resources import templates
 from lamda.runs.curves import Curve, short, smoothed
 from lamda.runs.panels import Panel
 
@@ -24,13 +24,7 @@ FEW = 40
 COLORS = 8
 """Colors in the style sheet; further curves repeat them, dashed."""
 
-TEMPLATES = Environment(
-    loader=PackageLoader("lamda.runs", "static"),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=StrictUndefined,
-)
+TEMPLATES = templates("runs/static", is_html=True)
 TEMPLATES.filters["place"] = "{:.1f}".format
 
 
