@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -10,8 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Literal
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+import yaml
 
 from lamda.cluster.plan import Machine, plan
 from lamda.cluster.site import Site
@@ -19,19 +21,12 @@ from lamda.config import ds_config
 from lamda.config.batches import micro_batches_per_rank
 from lamda.config.errors import UserError, all_of
 from lamda.config.help import to_yaml
+from lamda.config.resources import templates
 from lamda.config.schema import Config
 from lamda.storage.run_directory import RunDirectory
 
 TRAINING, DOCTOR = "lamda.launch.pretrain", "lamda.cluster.doctor"
 PASSED_ON = ("NCCL_*", "GLOO_*", "HF_*", "WANDB_*", "OMP_*", "TORCH_*", "PYTHONPATH", "*_proxy", "*_PROXY")
-_TEMPLATES = Environment(
-    loader=PackageLoader("lamda.cluster", "templates"),
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-    undefined=StrictUndefined,
-)
-_TEMPLATES.filters["quote"] = lambda value: shlex.quote(str(value))
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 
 
@@ -109,9 +104,9 @@ class Job:
         for name, text in {"config.yaml": to_yaml(self.config), **files}.items():
             (self.folder / name).write_text(text, "utf-8")
 
-    def render(self, script: str, **values: object) -> str:
-        """A shell script for this job from its template."""
-        return _TEMPLATES.get_template(f"{script}.jinja").render(values, job=self, cluster=self.site.cluster)
+    def render(self, name: str, /, **values: object) -> str:
+        """A script or manifest for this job from its template."""
+        return _TEMPLATES.get_template(f"{name}.jinja").render(values, job=self, cluster=self.site.cluster)
 
     def check(self) -> None:
         """Raises UserError, which names everything that would end the job after its wait in the queue."""
@@ -164,3 +159,11 @@ def passed_on(environment: Mapping[str, str], more: Iterable[str] = ()) -> dict[
 def is_secret(name: str, value: str) -> bool:
     """Whether a variable must stay out of files and command lines: by its name, or as a URL with a password."""
     return any(word in name.upper() for word in _SECRET) or re.search("://[^/]*@", value) is not None
+
+
+def _yaml_scalar(text: str, style: Literal['"', "|"] = '"') -> str:
+    return yaml.safe_dump(text, default_style=style, width=math.inf).rstrip("\n")
+
+
+_TEMPLATES = templates("cluster/templates")
+_TEMPLATES.filters |= {"quote": lambda value: shlex.quote(str(value)), "yaml": _yaml_scalar}
