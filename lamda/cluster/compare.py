@@ -111,15 +111,14 @@ def _distances(mine: Tensors, theirs: Tensors) -> list[float]:
     if mine.keys() != theirs.keys():
         return [math.inf]
     pairs = ((read(), theirs[name]()) for name, read in mine.items())
-    return [_distance(one, other) for one, other in pairs if not _has_same_bits(one, other)]
+    return [distance for one, other in pairs if (distance := _distance(one, other)) is not None]
 
 
-def _has_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
-
-
-def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    largest = compare_tensors(one, other)[0] if one.shape == other.shape else None
+def _distance(one: torch.Tensor, other: torch.Tensor) -> float | None:
+    """None if all bits are the same."""
+    if one.shape != other.shape:
+        return math.inf
+    if one.dtype == other.dtype and torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)):
+        return None
+    largest, _ = compare_tensors(one, other)
     return math.inf if largest is None else largest

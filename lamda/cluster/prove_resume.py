@@ -71,10 +71,10 @@ def main(argv: list[str]) -> int:
             shutil.rmtree(proof.folder, ignore_errors=True)
         raise
     is_exact = all(trial.is_exact for trial in trials)
-    if is_exact and not options.keep:
+    kept = str(proof.folder) if options.keep or not is_exact else None
+    if kept is None:
         shutil.rmtree(proof.folder)
-    kept = None if is_exact and not options.keep else proof.folder
-    result = {"steps": options.steps, "seed": seed, "exact": is_exact, "kept": str(kept) if kept else None}
+    result = {"steps": options.steps, "seed": seed, "exact": is_exact, "kept": kept}
     if options.json:
         print(json.dumps({**result, "killed_on": ranks, "resumed": [asdict(trial) for trial in trials]}, indent=2))
     else:

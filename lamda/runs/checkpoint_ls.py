@@ -26,7 +26,8 @@ def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     if not options.run.is_dir():
         raise UserError(f"{options.run}: there is no such folder; `lamda list DIR` lists the runs below one")
-    every = _kept_every(RunDirectory(options.run))
+    config = RunDirectory(options.run).config
+    every = read_config(config).get("checkpoint.keep_every") if config.exists() else None
     infos = map(inspect_checkpoint, all_checkpoints(options.run))
     found = [(info, bool(every and info.step is not None and info.step % every == 0)) for info in infos]
     if options.json:
@@ -37,11 +38,6 @@ def main(argv: list[str]) -> int:
         header = ("checkpoint", "step", "size", "ranks", "ZeRO", "age", "state")
         show_table(header, [_cells(info, kept=kept) for info, kept in found], left=(0, 6))
     return 0
-
-
-def _kept_every(directory: RunDirectory) -> int | None:
-    """`checkpoint.keep_every` of the run: checkpoints at multiples of it are never pruned."""
-    return read_config(directory.config).get("checkpoint.keep_every") if directory.config.exists() else None
 
 
 def _cells(info: CheckpointInfo, *, kept: bool) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from lamda.config.errors import UserError
 from lamda.config.loading import KEYS
 from lamda.config.presets import PRESETS
 from lamda.console import duration, size_of
+from lamda.durable import read_object
 from lamda.runs.checkpoints import NAME, NAME_HELP, find_checkpoint, inspect_checkpoint, read_config, read_manifest
 
 
@@ -50,8 +51,7 @@ def describe(path: Path) -> dict[str, Any]:
 def read_state(path: Path) -> dict[str, Any]:
     """run_state.json of a checkpoint of any version. Raises UserError."""
     try:
-        state: dict[str, Any] = json.loads((path / "run_state.json").read_text("utf-8"))
-        return state
+        return read_object(path / "run_state.json")
     except (OSError, ValueError) as error:
         raise UserError(f"{path / 'run_state.json'}: cannot be read ({error})") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 SPECIAL = ("eval/loss", "eval/bits_per_byte", "eval/perplexity")
 """Metrics of held-out text; every other `eval/...` column belongs to a task or to an attribute."""
@@ -26,7 +27,8 @@ class Panel:
 
     def of(self, names: Iterable[str]) -> list[str]:
         """The columns among `names` that this panel shows."""
-        return [name for name in names if any(_matches(name, column) for column in self.columns)]
+        found = [name for name in names if any(fnmatchcase(name, column) for column in self.columns)]
+        return [name for name in found if self.columns != ("eval/*",) or not is_held_out(name)]
 
 
 class PanelGroup:
@@ -34,13 +36,6 @@ class PanelGroup:
 
     def __init__(self, title: str, question: str, *panels: Panel) -> None:
         self.title, self.question, self.panels = title, question, panels
-
-
-def _matches(name: str, column: str) -> bool:
-    if not column.endswith("/*"):
-        return name == column
-    below = column.removesuffix("*")
-    return name.startswith(below) and not (below == "eval/" and is_held_out(name))
 
 
 def is_held_out(name: str) -> bool:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 from urllib.error import HTTPError
@@ -156,10 +157,7 @@ def writing_rate(folder: Path) -> float:
 
 def reach(address: str) -> None:
     """Raises OSError if no server answers; any HTTP answer counts."""
-    try:
-        with urlopen(address, timeout=TIMEOUT_SECONDS):
-            pass
-    except HTTPError:
+    with suppress(HTTPError), urlopen(address, timeout=TIMEOUT_SECONDS):
         pass
 
 
