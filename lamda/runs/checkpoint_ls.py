@@ -41,5 +41,5 @@ def main(argv: list[str]) -> int:
 
 
 def _cells(info: CheckpointInfo, *, kept: bool) -> tuple[str, ...]:
-    *cells, state = info.cells()
-    return info.path.name, str(info.step), *cells, state + ", kept for good" * (kept and info.problem is None)
+    name, *cells, state = info.cells
+    return name, str(info.step), *cells, state + ", kept for good" * (kept and info.problem is None)

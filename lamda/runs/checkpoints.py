@@ -49,12 +49,12 @@ class CheckpointInfo:
             return "complete"
         return f"{'spoilt' if self.path.suffix == '.spoilt' else 'damaged'}, {self.problem}"
 
+    @property
     def cells(self) -> tuple[str, ...]:
-        """Size, ranks, ZeRO stage or framework, age and state, for people."""
-        age = NONE if self.age_seconds is None else duration(self.age_seconds)
+        """Name, size, ranks, ZeRO stage or framework, age and state, for people."""
         stage = self.zero_stage if self.framework == "deepspeed" else self.framework
         ranks, stage = (NONE if value is None else str(value) for value in (self.ranks, stage))
-        return size_of(self.bytes), ranks, stage, age, self.state
+        return self.path.name, size_of(self.bytes), ranks, stage, duration(self.age_seconds), self.state
 
 
 def find_checkpoint(name: str) -> Path:

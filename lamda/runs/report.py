@@ -94,7 +94,7 @@ class RunReport:
         held_out = next((row for row in reversed(self.metrics.rows) if row.get("eval/loss") is not None), None)
         yield "step", of_total(self.last["step"], self.status.steps)
         yield "tokens", short_of(self.last.get("tokens"))
-        yield "loss", _shown(self._recent("loss"), ".4f")
+        yield "loss", NONE if (loss := self._recent("loss")) is None else f"{loss:.4f}"
         evaluated = "eval/full/" if held_out and "eval/full/loss" in held_out else "eval/"
         yield "held-out loss", figure(held_out, f"{evaluated}loss", ".4f")
         if held_out and "eval/bits_per_byte" in held_out:
@@ -108,10 +108,6 @@ class RunReport:
             yield "time left", duration(left)
         yield "skipped steps", figure(self.last, "skipped_steps", "d")
         yield "rollbacks", figure(self.last, "rollbacks", "d")
-
-    def checkpoint_rows(self) -> list[tuple[str, ...]]:
-        """The checkpoints in a table."""
-        return [(info.path.name, *info.cells()) for info in self.checkpoints]
 
     def _recent(self, name: str) -> float | None:
         """The mean over the recent steps that have a value."""
@@ -207,10 +203,6 @@ def differences(runs: Sequence[RunReport]) -> list[tuple[str, list[str]]]:
 def short_of(value: float | None) -> str:
     """`1.23M`; `-` for None."""
     return NONE if value is None else short(float(f"{value:.3g}"))
-
-
-def _shown(value: float | None, form: str) -> str:
-    return NONE if value is None else format(value, form)
 
 
 def page(runs: Sequence[RunReport]) -> str:
