@@ -61,8 +61,7 @@ def compare_checkpoints(one: Path, other: Path, read: Callable[[Path], Tensors])
     if not common:
         raise UserError(f"{one} and {other} have no checkpoint in common")
     for name in common:
-        distances = _distances(read(one / name), read(other / name))
-        if distances:
+        if distances := _distances(read(one / name), read(other / name)):
             largest = max(distances)
             return FirstDifference(step_of(one / name), largest if math.isfinite(largest) else None)
     return None

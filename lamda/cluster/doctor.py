@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from statistics import median
 
+from lamda import distributed
 from lamda.cluster.checks.finding import LEVELS, Check, Finding, Level, Subject, failure, warning
 from lamda.config.errors import RunError, UserError
 from lamda.config.help import ConfigParser
@@ -61,7 +62,6 @@ def alone(subject: Subject) -> dict[str, Finding]:
 
 def together(subject: Subject) -> dict[str, Finding]:
     """The merged findings of all ranks, on every rank."""
-    from lamda import distributed
     from lamda.cluster.checks import ranks
 
     world = subject.world
@@ -129,8 +129,6 @@ def _slowest(found: Sequence[tuple[str, Finding]]) -> Finding | None:
 
 def _leave(world: World) -> None:
     """Exit together: a launcher kills the other ranks when the first one exits with a code other than 0."""
-    from lamda import distributed
-
     if world.world_size > 1:
         distributed.barrier()
         distributed.stop()

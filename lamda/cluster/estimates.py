@@ -19,21 +19,18 @@ from lamda.model.counts import PEAK_FLOPS, parameters
 
 RESERVE = 0.05
 """Share of GPU memory for the CUDA context, NCCL and fragmentation: an assumption, not a measurement."""
-
 EDGE_ROWS = 2
 """Rows of a batch by which a rank's part shifts over the lanes at its edges (`lamda.data.loader`)."""
 ID, ROW_ID = 2, 4
 """Bytes per id in prepared rows of at most 65,536 pieces, and in memory."""
 DOCUMENT_BYTES, DOCUMENT_TOKENS = 300, 300
 """Assumed host memory of a document besides its ids, and tokens per document."""
-
 OPTIMIZER = 12
 """Bytes per parameter in the optimizer files: fp32 weight and two moments."""
 NARROW = 1 << 16
 """Prepared rows store ids of vocabularies up to this size in 2 bytes each."""
 SPAN = blocks.SPAN.itemsize
 """Bytes of a span in prepared rows."""
-
 GPU_HOURS_A_FAILURE = 50_700
 """Llama 3 405B: 419 unexpected interruptions in 54 days on 16,384 GPUs (arXiv 2407.21783, section 3.3.4)."""
 

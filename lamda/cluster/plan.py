@@ -139,7 +139,9 @@ def _plan_memory(config: Config, machine: Machine, setting: MemorySetting) -> Me
     flops = flops_per_token(config.model, length)
 
     def fit(setting: MemorySetting) -> tuple[int, bool, int | None]:
-        return (needed := peak(setting)), needed <= limit, largest_rows(setting, batch=batch, limit=limit)
+        needed = peak(setting)
+        largest = next((each.rows for each in _micro_batches(setting, batch=batch) if peak(each) <= limit), None)
+        return needed, needed <= limit, largest
 
     by_recompute, by_stage = {}, {}
     for recompute in RECOMPUTE:
@@ -206,11 +208,6 @@ def _too_large(memory: MemoryPlan, ways: list[str]) -> str:
     if start > limit:
         return f"{message}; every rank makes the whole model first, {start:.1f} GB in fp32, whatever the settings"
     return f"{message}, and no setting of this batch does; take a GPU with more memory or a smaller model"
-
-
-def largest_rows(setting: MemorySetting, *, batch: int, limit: int) -> int | None:
-    """The largest micro-batch that divides a rank's part of `batch` rows and fits; None if none does."""
-    return next((each.rows for each in _micro_batches(setting, batch=batch) if peak(each) <= limit), None)
 
 
 def nearest_that_fit(setting: MemorySetting, *, batch: int, limit: int) -> list[str]:

@@ -139,8 +139,8 @@ def _misplaced(contents: Contents, scheduler: str) -> list[Problem]:
         for key in _NEEDED.get(scheduler, ())
         if key not in contents.settings
     ]
-    for key, setting in contents.settings.items():
-        section = key.split(".")[0]
-        if section not in ("cluster", scheduler):
-            found.append(Problem(setting.place, key, f"is not read for scheduler {scheduler}; remove it"))
-    return found
+    return found + [
+        Problem(setting.place, key, f"is not read for scheduler {scheduler}; remove it")
+        for key, setting in contents.settings.items()
+        if key.split(".")[0] not in ("cluster", scheduler)
+    ]

@@ -16,8 +16,6 @@ from lamda.storage.run_directory import RunDirectory, find_runs
 
 SCALES = {"step": ("step", "step"), "tokens": ("tokens", "tokens"), "time": ("step_seconds", "hours in steps")}
 """Values of `--x`: the column and the label of the axis."""
-
-
 LARGEST = 1e300
 """Larger numbers count as not finite: the length of an axis over them would overflow."""
 

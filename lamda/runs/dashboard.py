@@ -42,7 +42,12 @@ def main(argv: list[str]) -> int:
     """As `lamda dashboard --help` says; raises UserError."""
     options = parser().parse_args(argv)
     project, entity = _address(options)
-    _require()
+    try:
+        import wandb_workspaces  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"lamda dashboard needs wandb-workspaces ({error}); pip install 'lamda-pytorch[dashboard]'"
+        ) from error
     if options.dry_run or options.json:
         workspace = build(entity=entity or "ENTITY", project=project)
         print(json.dumps(specification(workspace), indent=1) if options.json else "\n".join(outline(workspace)))
@@ -73,15 +78,6 @@ def _address(options: argparse.Namespace) -> tuple[str, str | None]:
         raise UserError(f"{options.run}: no run here")
     ours = load_config(["--config", str(file)]).wandb
     return options.project or ours.project, options.entity or ours.entity
-
-
-def _require() -> None:
-    try:
-        import wandb_workspaces  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"lamda dashboard needs wandb-workspaces ({error}); pip install 'lamda-pytorch[dashboard]'"
-        ) from error
 
 
 def build(*, entity: str, project: str) -> Workspace:

@@ -131,19 +131,16 @@ class LinePrinter:
         else:
             new = snapshot.new
             if new < self._known:
-                self._say(f"rolled back to step {snapshot.rows[new - 1]['step'] if new else 0}")
+                print(f"rolled back to step {snapshot.rows[new - 1]['step'] if new else 0}", flush=True)
         for row in snapshot.rows[new:]:
             step = of_total(row["step"], snapshot.status.steps)
-            self._say(f"step {step}  {_figures(row)}  ETA {snapshot.remaining()}")
+            print(f"step {step}  {_figures(row)}  ETA {snapshot.remaining()}", flush=True)
         self._known = len(snapshot.rows)
         if snapshot.state() != self._state:
             self._state = snapshot.state()
             if EXITS.get(snapshot.status.state) == 1:
-                self._say("\n".join(snapshot.log()))
-            self._say(self._state + (f": {snapshot.status.reason}" if snapshot.status.reason else ""))
-
-    def _say(self, text: str) -> None:
-        print(text, flush=True)
+                print("\n".join(snapshot.log()), flush=True)
+            print(self._state + (f": {snapshot.status.reason}" if snapshot.status.reason else ""), flush=True)
 
 
 def render(snapshot: Snapshot, *, width: int, height: int) -> Group:
