@@ -90,7 +90,7 @@ def build(*, entity: str, project: str) -> Workspace:
         layout = SectionLayoutSettings(columns=columns, rows=-(-len(panels) // columns))
         return Section(name=title, panels=[*panels], is_open=True, layout_settings=layout)
 
-    system = [LinePlot(title=title, x="RelativeTime(Process)", y=names) for title, names in SYSTEM.items()]
+    system = [LinePlot(title=title, x="RelativeTime(Process)", y=[*names]) for title, names in SYSTEM.items()]
     sections = [section(each.title, [_plot(panel) for panel in each.panels]) for each in GROUPS]
     return Workspace(
         entity=entity,
