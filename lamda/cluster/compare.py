@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,8 +61,7 @@ def compare_checkpoints(one: Path, other: Path, read: Callable[[Path], Tensors])
     if not common:
         raise UserError(f"{one} and {other} have no checkpoint in common")
     for name in common:
-        distances = _distances(read(one / name), read(other / name))
-        if distances:
+        if distances := _distances(read(one / name), read(other / name)):
             largest = max(distances)
             return FirstDifference(step_of(one / name), largest if math.isfinite(largest) else None)
     return None
@@ -70,9 +69,7 @@ def compare_checkpoints(one: Path, other: Path, read: Callable[[Path], Tensors])
 
 def weights_of(checkpoint: Path) -> Tensors:
     """The weights that the model computes with."""
-    path = checkpoint / "model.safetensors"
-    with safe_open(path, "pt") as file:
-        return {name: partial(_tensor, path, name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    return _whole_tensors([checkpoint / "model.safetensors"])
 
 
 def optimizer_state_of(checkpoint: Path) -> Tensors:
@@ -80,14 +77,20 @@ def optimizer_state_of(checkpoint: Path) -> Tensors:
 
     Raises UserError if a framework other than DeepSpeed wrote them.
     """
+    tensors = _whole_tensors(sorted(checkpoint.glob("optimizer-*.safetensors")))
+    if not tensors:
+        raise UserError(f"{checkpoint}: has no optimizer state of DeepSpeed ({framework_of(read(checkpoint))})")
+    return tensors
+
+
+def _whole_tensors(files: Sequence[Path]) -> Tensors:
+    """Tensors by name; of one that the files hold in pieces, the key `NAME|START` says where a piece starts."""
     pieces: defaultdict[str, list[tuple[int, Path, str]]] = defaultdict(list)
-    for path in sorted(checkpoint.glob("optimizer-*.safetensors")):
+    for path in files:
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                name, start = key.rsplit("|", 1)
+                name, start = key.rsplit("|", 1) if "|" in key else (key, "0")
                 pieces[name].append((int(start), path, key))
-    if not pieces:
-        raise UserError(f"{checkpoint}: has no optimizer state of DeepSpeed ({framework_of(read(checkpoint))})")
     return {name: partial(_joined, sorted(found)) for name, found in pieces.items()}
 
 
@@ -97,13 +100,9 @@ def _joined(pieces: list[tuple[int, Path, str]]) -> torch.Tensor:
     for start, path, key in pieces:
         if start != sum(part.numel() for part in parts):
             raise UserError(f"{path.parent}: the piece before {key} is not in the checkpoint")
-        parts.append(_tensor(path, key))
+        with safe_open(path, "pt") as file:
+            parts.append(file.get_tensor(key))
     return torch.cat(parts)
-
-
-def _tensor(path: Path, name: str) -> torch.Tensor:
-    with safe_open(path, "pt") as file:
-        return file.get_tensor(name)
 
 
 def _distances(mine: Tensors, theirs: Tensors) -> list[float]:
@@ -111,17 +110,14 @@ def _distances(mine: Tensors, theirs: Tensors) -> list[float]:
     if mine.keys() != theirs.keys():
         return [math.inf]
     pairs = ((read(), theirs[name]()) for name, read in mine.items())
-    return [_distance(one, other) for one, other in pairs if not _has_same_bits(one, other)]
+    return [distance for one, other in pairs if (distance := _distance(one, other)) is not None]
 
 
-def _has_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
-
-
-def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+def _distance(one: torch.Tensor, other: torch.Tensor) -> float | None:
+    """None if all bits are the same."""
     if one.shape != other.shape:
         return math.inf
+    if one.dtype == other.dtype and torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)):
+        return None
     largest, _ = compare_tensors(one, other)
     return math.inf if largest is None else largest

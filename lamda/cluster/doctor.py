@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from statistics import median
 
+from lamda import distributed
 from lamda.cluster.checks.finding import LEVELS, Check, Finding, Level, Subject, failure, warning
 from lamda.config.errors import RunError, UserError
 from lamda.config.help import ConfigParser
@@ -28,10 +29,7 @@ def parser() -> ConfigParser:
 
 
 def main(argv: list[str]) -> int:
-    """`[--json] [--config FILE] [--section.key VALUE ...]`, the tiny run by default.
-
-    Returns 0 if there is no problem, 1 for warnings, 2 for failures. Raises UserError.
-    """
+    """As `lamda doctor --help` says, for the tiny run by default. Raises UserError."""
     options, flags = parser().parse_known_args(argv)
     if not any(flag.partition("=")[0] == "--config" for flag in flags):
         flags = ["--config", "tiny", *flags]
@@ -44,7 +42,8 @@ def main(argv: list[str]) -> int:
     findings = alone(subject) if world.world_size == 1 else together(subject)
     worst = max((finding.level for finding in findings.values()), key=LEVELS.index)
     if world.is_main_process:
-        print(as_json(worst, findings) if options.json else as_text(findings), flush=True)
+        content = {"worst": worst, "checks": {name: vars(each) for name, each in findings.items()}}
+        print(json.dumps(content, indent=2) if options.json else as_text(findings), flush=True)
     _leave(world)
     return EXITS[worst]
 
@@ -63,13 +62,13 @@ def alone(subject: Subject) -> dict[str, Finding]:
 
 def together(subject: Subject) -> dict[str, Finding]:
     """The merged findings of all ranks, on every rank."""
-    from lamda import distributed
     from lamda.cluster.checks import ranks
 
     world = subject.world
     distributed.start(world, threads=1)
     places = distributed.gather(f"rank {world.rank} (host {socket.gethostname()})")
-    local = {check.name: run(check, subject) if _runs_here(check, world) else None for check in checks()}
+    runs_here = {"rank": True, "node": world.local_rank == 0, "main": world.is_main_process}
+    local = {check.name: run(check, subject) if runs_here[check.who] else None for check in checks()}
     with distributed.exit_after("to compare with the others", world):
         everyone = distributed.gather(local)
         across = ranks.look(subject)
@@ -113,15 +112,6 @@ def as_text(findings: Mapping[str, Finding]) -> str:
     return "\n".join(lines)
 
 
-def as_json(worst: Level, findings: Mapping[str, Finding]) -> str:
-    """The findings as JSON."""
-    return json.dumps({"worst": worst, "checks": {name: vars(each) for name, each in findings.items()}}, indent=2)
-
-
-def _runs_here(check: Check, world: World) -> bool:
-    return {"rank": True, "node": world.local_rank == 0, "main": world.is_main_process}[check.who]
-
-
 def _slowest(found: Sequence[tuple[str, Finding]]) -> Finding | None:
     """A warning about a rank that is much slower than the others, if there is one."""
     rated = [(finding.rate, place, finding.text) for place, finding in found if finding.rate is not None]
@@ -139,8 +129,6 @@ def _slowest(found: Sequence[tuple[str, Finding]]) -> Finding | None:
 
 def _leave(world: World) -> None:
     """Exit together: a launcher kills the other ranks when the first one exits with a code other than 0."""
-    from lamda import distributed
-
     if world.world_size > 1:
         distributed.barrier()
         distributed.stop()

@@ -7,32 +7,30 @@ from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 
-from lamda.config.errors import UserError, nearest
+from lamda.config.errors import nearest
 from lamda.config.schema import Config
+from lamda.data import blocks
 from lamda.data.card import load_card
+from lamda.data.corpus import WINDOW_ROWS
+from lamda.data.partitioning import MOST as MAX_LANES
+from lamda.data.partitioning import WHOLE_FILES as MIN_LANES
+from lamda.data.windows import FIRST_TOKENS
 from lamda.model.counts import PEAK_FLOPS, parameters
 
 RESERVE = 0.05
 """Share of GPU memory for the CUDA context, NCCL and fragmentation: an assumption, not a measurement."""
-
-MIN_LANES, MAX_LANES = 8, 64
-"""Lanes of a large source: of one compressed file, and of many files or of plain text (`lamda.data.lanes`)."""
 EDGE_ROWS = 2
 """Rows of a batch by which a rank's part shifts over the lanes at its edges (`lamda.data.loader`)."""
-FIRST_TOKENS, WINDOW_ROWS = 1 << 17, 16384
-"""Tokens of the smallest window (`lamda.data.windows`), and rows per window of `none` (`lamda.data.corpus`)."""
 ID, ROW_ID = 2, 4
 """Bytes per id in prepared rows of at most 65,536 pieces, and in memory."""
 DOCUMENT_BYTES, DOCUMENT_TOKENS = 300, 300
 """Assumed host memory of a document besides its ids, and tokens per document."""
-
 OPTIMIZER = 12
 """Bytes per parameter in the optimizer files: fp32 weight and two moments."""
 NARROW = 1 << 16
 """Prepared rows store ids of vocabularies up to this size in 2 bytes each."""
-SPAN = 24
-"""Bytes of a span in prepared rows (`lamda.data.blocks.SPAN`)."""
-
+SPAN = blocks.SPAN.itemsize
+"""Bytes of a span in prepared rows."""
 GPU_HOURS_A_FAILURE = 50_700
 """Llama 3 405B: 419 unexpected interruptions in 54 days on 16,384 GPUs (arXiv 2407.21783, section 3.3.4)."""
 
@@ -70,11 +68,9 @@ DEVICES = {
 }
 
 
-def device_called(name: str) -> Device:
-    """The GPU of a name. Raises UserError, which lists all names."""
-    if name not in DEVICES:
-        raise UserError(f"--gpu: there is no {name!r} among {', '.join(DEVICES)}{nearest(name, DEVICES)}")
-    return DEVICES[name]
+def unknown_device(name: str) -> str:
+    """The problem of a name that DEVICES lacks."""
+    return f"there is no {name!r} among {', '.join(DEVICES)}{nearest(name, DEVICES)}"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -83,9 +82,18 @@ def _ssh_options(job: Job) -> list[str]:
 
 def _check_hosts(job: Job) -> None:
     """Raises UserError if a host is not reachable, does not see the run directory, or has no suitable Python."""
+    reasons = {
+        255: "cannot be reached over ssh without a password; try `ssh HOST true`",
+        NOT_SHARED: f"does not see {Path.cwd()} or {job.folder}; both must be on a shared file system",
+        NO_PYTHON: f"`{job.python}` cannot import deepspeed and lamda there; install them, or name another "
+        "interpreter as cluster.python",
+    }
     with ThreadPoolExecutor(max_workers=32) as pool:
         probes = dict(zip(hosts(job), pool.map(lambda host: _probe(job, host), hosts(job)), strict=True))
-    problems = list(_problems(job, {host: probe.returncode for host, probe in probes.items()}))
+    codes = {host: probe.returncode for host, probe in probes.items() if probe.returncode}
+    problems = [
+        f"{host}: {reasons.get(code, f'the check ended with exit code {code}')}" for host, code in codes.items()
+    ]
     if problems:
         raise UserError("\n".join(problems))
     for host, probe in probes.items():
@@ -108,15 +116,3 @@ def _probe(job: Job, host: str) -> subprocess.CompletedProcess[str]:
     ]
     command = ["ssh", *shlex.split(" ".join(_ssh_options(job))), host, "\n".join(commands)]
     return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False)
-
-
-def _problems(job: Job, codes: dict[str, int]) -> Iterator[str]:
-    reasons = {
-        255: "cannot be reached over ssh without a password; try `ssh {host} true`",
-        NOT_SHARED: f"does not see {Path.cwd()} or {job.folder}; both must be on a shared file system",
-        NO_PYTHON: f"`{job.python}` cannot import deepspeed and lamda there; install them, or name another "
-        "interpreter as cluster.python",
-    }
-    for host, code in codes.items():
-        if code:
-            yield f"{host}: {reasons.get(code, f'the check ended with exit code {code}').format(host=host)}"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Literal
+
+import yaml
 
 from lamda.cluster.plan import Machine, plan
 from lamda.cluster.site import Site
@@ -16,6 +21,7 @@ from lamda.config import ds_config
 from lamda.config.batches import micro_batches_per_rank
 from lamda.config.errors import UserError, all_of
 from lamda.config.help import to_yaml
+from lamda.config.resources import templates
 from lamda.config.schema import Config
 from lamda.storage.run_directory import RunDirectory
 
@@ -98,9 +104,17 @@ class Job:
         for name, text in {"config.yaml": to_yaml(self.config), **files}.items():
             (self.folder / name).write_text(text, "utf-8")
 
+    def render(self, name: str, /, **values: object) -> str:
+        """A script or manifest for this job from its template."""
+        return _TEMPLATES.get_template(f"{name}.jinja").render(values, job=self, cluster=self.site.cluster)
+
     def check(self) -> None:
         """Raises UserError, which names everything that would end the job after its wait in the queue."""
-        all_of(self._check_batch, self._check_deepspeed, RunDirectory(self.run).require_no_writer)
+        all_of(
+            self._check_batch,
+            lambda: ds_config.build(self.config, world_size=1),  # _check_batch checks the batch
+            RunDirectory(self.run).require_no_writer,
+        )
 
     def _check_batch(self) -> None:
         if self.nodes < 1:
@@ -124,9 +138,6 @@ class Job:
         if not planned.memory.fits:
             raise UserError("\n".join(planned.warnings))
 
-    def _check_deepspeed(self) -> None:
-        ds_config.build(self.config, world_size=1)  # _check_batch checks the batch
-
     def _nodes_that_work(self) -> list[int]:
         """The two nearest numbers of nodes whose ranks can share the batch."""
         train, per_node = self.config.train, self.site.cluster.ranks_per_node
@@ -148,3 +159,11 @@ def passed_on(environment: Mapping[str, str], more: Iterable[str] = ()) -> dict[
 def is_secret(name: str, value: str) -> bool:
     """Whether a variable must stay out of files and command lines: by its name, or as a URL with a password."""
     return any(word in name.upper() for word in _SECRET) or re.search("://[^/]*@", value) is not None
+
+
+def _yaml_scalar(text: str, style: Literal['"', "|"] = '"') -> str:
+    return yaml.safe_dump(text, default_style=style, width=math.inf).rstrip("\n")
+
+
+_TEMPLATES = templates("cluster/templates")
+_TEMPLATES.filters |= {"quote": lambda value: shlex.quote(str(value)), "yaml": _yaml_scalar}

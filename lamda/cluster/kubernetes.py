@@ -1,79 +1,35 @@
 """Kubernetes: a TrainJob of Kubeflow Trainer v2, with its own TrainingRuntime.
 
-The runtime sets what a TrainJob cannot: the number of restarts, the volume, shared memory. The Trainer's torch
-plugin gives each pod its rank and the first pod's address (PET_*).
+The Trainer's torch plugin gives each pod its rank and the first pod's address (PET_*).
 """
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import subprocess
 from datetime import datetime
-from typing import Any
-
-import yaml
 
 from lamda.cluster.job import Job, Submitted
 from lamda.config.errors import UserError
 from lamda.config.help import to_yaml
 from lamda.training.stop_requests import STOP_EXIT
 
-API = "trainer.kubeflow.org/v1alpha1"
-STEP_LABEL = "trainer.kubeflow.org/trainjob-ancestor-step"
-GRACE_SECONDS = 300
-"""Time from SIGTERM until a pod is killed: enough for a step and a save."""
-SCRIPT = r"""{setup}run={run}
-work=$(mktemp -d)
-cat > "$work/config.yaml" <<'END_OF_CONFIG'
-{config}END_OF_CONFIG
-for node in $(seq 0 $((PET_NNODES - 1))); do echo "node-$node slots={ranks}"; done > "$work/hosts"
-
-asked= again=yes
-trap 'asked=yes again=yes; touch "$run/STOP"' TERM
-{python} -m deepspeed.launcher.runner --no_ssh --node_rank "$PET_NODE_RANK" --hostfile "$work/hosts" \
-    --master_addr "$PET_MASTER_ADDR" --master_port "$PET_MASTER_PORT" --quiet --module {module} \
-    --config "$work/config.yaml" &
-step=$!
-while [ "$again" ]; do again=; code=0; wait "$step" || code=$?; done
-# A run that stopped although no pod got a signal was stopped by hand: that ends the job.
-[ "$code" = {stopped} ] && [ -z "$asked" ] && exit 0
-exit "$code"
-"""
-
-
-class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # yaml has no types
-    """Writes multi-line strings as blocks."""
-
-    def represent_text(self, text: str) -> yaml.Node:
-        """Represent a string, as a block if it has several lines."""
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_Dumper.add_representer(str, _Dumper.represent_text)
-
 
 def script(job: Job) -> str:
-    """The manifest as YAML."""
-    return _as_yaml(manifest(job))
+    """The manifest as YAML: a TrainingRuntime and a TrainJob, without secrets."""
+    return _manifest(job)[1]
 
 
-def manifest(job: Job) -> list[dict[str, Any]]:
-    """The TrainingRuntime and the TrainJob, without secrets."""
+def _manifest(job: Job) -> tuple[str, str]:
+    """The name of the TrainJob, and the manifest."""
     name = f"{job.name}-{datetime.now():%m%d-%H%M%S}"
-    about = {"name": name, "namespace": job.site.kubernetes.namespace}
-    runtime = {"apiVersion": API, "kind": "TrainingRuntime", "metadata": about, "spec": _runtime(job)}
-    trainer: dict[str, Any] = {
-        "image": job.site.kubernetes.image,
-        "command": ["bash", "-c", _shell(job)],
-        "numNodes": job.nodes,
-        "numProcPerNode": job.site.cluster.ranks_per_node,
-        "env": [{"name": name, "value": value} for name, value in job.variables.items() if name != "PYTHONPATH"],
-    }
-    if job.site.cluster.gpu is not None:
-        trainer["resourcesPerNode"] = {"limits": {"nvidia.com/gpu": job.site.cluster.ranks_per_node}}
-    spec = {"runtimeRef": {"apiGroup": API.split("/")[0], "kind": "TrainingRuntime", "name": name}, "trainer": trainer}
-    return [runtime, {"apiVersion": API, "kind": "TrainJob", "metadata": about, "spec": spec}]
+    return name, job.render(
+        "kubernetes.yaml",
+        name=name,
+        site=job.site.kubernetes,
+        variables={name: value for name, value in job.variables.items() if name != "PYTHONPATH"},
+        script=job.render("kubernetes.sh", config=to_yaml(job.config), stopped=STOP_EXIT),
+    )
 
 
 def check(job: Job) -> None:
@@ -98,58 +54,10 @@ def submit(job: Job) -> Submitted:
     """Pass the manifest to kubectl. Raises UserError."""
     if not shutil.which("kubectl"):
         raise UserError("there is no kubectl on this machine; see the manifest with --dry-run, and create it elsewhere")
-    documents = manifest(job)
+    name, manifest = _manifest(job)
     answer = subprocess.run(
-        ["kubectl", "create", "-f", "-"], input=_as_yaml(documents), capture_output=True, text=True, check=False
+        ["kubectl", "create", "-f", "-"], input=manifest, capture_output=True, text=True, check=False
     )
     if answer.returncode:
         raise UserError(f"kubectl rejected the job: {answer.stderr.strip()}")
-    return Submitted(documents[-1]["metadata"]["name"], answer.stdout.strip())
-
-
-def _as_yaml(documents: list[dict[str, Any]]) -> str:
-    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=120)
-
-
-def _runtime(job: Job) -> dict[str, Any]:
-    site = job.site.kubernetes
-    node = {
-        "name": "node",
-        "image": site.image,
-        "envFrom": [{"secretRef": {"name": secret}} for secret in site.secrets],
-        "volumeMounts": [{"name": "run", "mountPath": site.mount}, {"name": "shared-memory", "mountPath": "/dev/shm"}],
-    }
-    pod = {
-        "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": GRACE_SECONDS,
-        "containers": [node],
-        "volumes": [
-            {"name": "run", "persistentVolumeClaim": {"claimName": site.claim}},
-            {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},
-        ],
-    }
-    # A failed pod ends its job immediately, and all pods restart together.
-    nodes = {
-        "name": "node",
-        "template": {
-            "metadata": {"labels": {STEP_LABEL: "trainer"}},
-            "spec": {"backoffLimit": 0, "template": {"spec": pod}},
-        },
-    }
-    restarts = site.restarts if job.is_training else 0
-    return {
-        "mlPolicy": {"numNodes": job.nodes, "torch": {}},
-        "template": {"spec": {"failurePolicy": {"maxRestarts": restarts}, "replicatedJobs": [nodes]}},
-    }
-
-
-def _shell(job: Job) -> str:
-    return SCRIPT.format(
-        setup="".join(f"{line}\n" for line in job.site.cluster.setup),
-        config=to_yaml(job.config),
-        ranks=job.site.cluster.ranks_per_node,
-        python=shlex.quote(job.site.cluster.python or "python"),
-        module=job.module,
-        run=shlex.quote(str(job.run)),
-        stopped=STOP_EXIT,
-    )
+    return Submitted(name, answer.stdout.strip())

@@ -93,18 +93,6 @@ class MemorySetting:
         optimizer = config.train.optimizer
         return cls(config.model, sharding, rows, length, accumulation, recompute, has_documents, optimizer)
 
-    @property
-    def activations(self) -> Activations:
-        """Activations of a micro-batch."""
-        return activations(
-            self.model,
-            rows=self.rows,
-            length=self.length,
-            width=self.sharding.weight,
-            recompute=self.recompute,
-            has_documents=self.has_documents,
-        )
-
 
 def parameter_sizes(model: ModelConfig) -> list[int]:
     """Elements of every parameter, in the order of the module."""
@@ -215,28 +203,27 @@ def _buffers(sizes: Sequence[int], setting: MemorySetting) -> Iterator[MemoryIte
 
 
 def _activations(setting: MemorySetting) -> Iterator[MemoryItem]:
-    found = setting.activations
+    found = activations(setting)
     yield MemoryItem("activations", found.kept, COMPUTING)
     yield MemoryItem("logits and their gradient", found.logits, ("loss",))
     yield MemoryItem("a block's backward pass", found.block, ("backward",))
 
 
-def activations(
-    model: ModelConfig, *, rows: int, length: int, width: int, recompute: Recompute, has_documents: bool
-) -> Activations:
-    """Activations of `rows` rows of `length` tokens, with `width` bytes per element."""
+def activations(setting: MemorySetting) -> Activations:
+    """Activations of a micro-batch."""
+    model, width = setting.model, setting.sharding.weight
     D, F, V, HK = model.d_model, model.d_ff, model.vocab_size, model.n_heads * model.d_head
-    scores, attention_backward = _attention(model, length=length, width=width)
+    scores, attention_backward = _attention(model, length=setting.length, width=width)
     norm = D * width + 4  # its input, and 1 / rms in fp32
     attention = norm + D * width + 4 * HK * width + scores
     feed_forward = norm + D * width + 4 * F * width
-    layer = {"none": attention + feed_forward, "ffn": attention + D * width, "block": D * width}[recompute]
+    layer = {"none": attention + feed_forward, "ffn": attention + D * width, "block": D * width}[setting.recompute]
     ends = norm + D * width + 8 + 8 + 4  # the final norm, its output, token, target, logsumexp
-    mask = length if has_documents and model.attention in ("math", "sdpa") else 0
+    mask = setting.length if setting.has_documents and model.attention in ("math", "sdpa") else 0
     # The feed-forward half runs backward first, and its activations are freed before attention's backward pass.
     block = max(feed_forward + 2 * F * width, attention_backward)
-    block += {"none": -feed_forward, "ffn": 0, "block": attention}[recompute]
-    tokens = rows * length
+    block += {"none": -feed_forward, "ffn": 0, "block": attention}[setting.recompute]
+    tokens = setting.rows * setting.length
     return Activations(
         kept=tokens * (model.n_layers * layer + ends + mask),
         logits=tokens * 2 * V * width + 3 * min(WIDE_ROWS, tokens) * V * 4,

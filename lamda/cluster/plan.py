@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 from lamda.cluster import estimates
-from lamda.cluster.estimates import Device
+from lamda.cluster.estimates import DEVICES, Device, unknown_device
 from lamda.cluster.memory import (
     RECOMPUTE,
     MemorySetting,
+    activations,
     by_phase,
     items,
     model_states,
@@ -50,25 +52,19 @@ class Machine:
 
     @property
     def device(self) -> Device:
-        """The kind of GPU. Raises UserError."""
-        return estimates.device_called(self.gpu)
+        """The kind of GPU."""
+        return DEVICES[self.gpu]
 
     def check(self) -> None:
         """Raises UserError with a line for every invalid value."""
-        problems = []
-        if self.gpus < 1:
-            problems.append(f"--gpus: a run needs at least 1 rank, not {self.gpus}")
-        if not 0 < self.mfu <= 1:
-            problems.append(f"--mfu: a share of the peak rate is above 0 and at most 1, not {self.mfu:g}")
-        if self.price is not None and self.price < 0:
-            problems.append(f"--price: a GPU-hour costs at least 0, not {self.price:g}")
-        if self.save_seconds <= 0:
-            problems.append(f"--save-seconds: a checkpoint takes more than 0 seconds, not {self.save_seconds:g}")
-        try:
-            _ = self.device
-        except UserError as error:
-            problems.append(str(error))
-        if problems:
+        checks = (
+            (self.gpus >= 1, f"--gpus: a run needs at least 1 rank, not {self.gpus}"),
+            (0 < self.mfu <= 1, f"--mfu: a share of the peak rate is above 0 and at most 1, not {self.mfu:g}"),
+            ((self.price or 0) >= 0, f"--price: a GPU-hour costs at least 0, not {self.price or 0:g}"),
+            (self.save_seconds > 0, f"--save-seconds: a checkpoint takes more than 0 s, not {self.save_seconds:g}"),
+            (self.gpu in DEVICES, f"--gpu: {unknown_device(self.gpu)}"),
+        )
+        if problems := [problem for is_right, problem in checks if not is_right]:
             raise UserError("\n".join(problems))
 
 
@@ -77,7 +73,7 @@ def parser() -> ConfigParser:
     parser = ConfigParser("lamda plan", epilog="exit code: 0 if the run fits, 1 if it does not")
     add = parser.add_argument
     add("--gpus", type=int, default=Machine.gpus, metavar="N", help="ranks, one per GPU; default %(default)s")
-    add("--gpu", default=Machine.gpu, metavar="NAME", help=f"{', '.join(estimates.DEVICES)}; default %(default)s")
+    add("--gpu", default=Machine.gpu, metavar="NAME", help=f"{', '.join(DEVICES)}; default %(default)s")
     add("--mfu", type=float, default=Machine.mfu, metavar="SHARE", help="assumed MFU; default %(default)s")
     add("--price", type=float, default=Machine.price, metavar="P", help="price of a GPU-hour, for the cost")
     add(
@@ -89,10 +85,7 @@ def parser() -> ConfigParser:
 
 
 def main(argv: list[str]) -> int:
-    """`[--gpus N] [--gpu NAME] [--mfu SHARE] [--price P] [--save-seconds S] [--json] --config FILE ...`.
-
-    Returns 1 if the run does not fit. Raises UserError.
-    """
+    """As `lamda plan --help` says; 1 if the run does not fit. Raises UserError."""
     options, rest = parser().parse_known_args(argv)
     as_json = vars(options).pop("json")
     planned = plan(load_config(rest), Machine(**vars(options)))
@@ -146,18 +139,20 @@ def _plan_memory(config: Config, machine: Machine, setting: MemorySetting) -> Me
     flops = flops_per_token(config.model, length)
 
     def fit(setting: MemorySetting) -> tuple[int, bool, int | None]:
-        return (needed := peak(setting)), needed <= limit, largest_rows(setting, batch=batch, limit=limit)
+        needed = peak(setting)
+        largest = next((each.rows for each in _micro_batches(setting, batch=batch) if peak(each) <= limit), None)
+        return needed, needed <= limit, largest
 
     by_recompute, by_stage = {}, {}
     for recompute in RECOMPUTE:
         other = replace(setting, recompute=recompute)
         extra = recomputed_flops(config.model, length=length, recompute=recompute)
-        by_recompute[recompute] = RecomputePlan(other.activations.peak, flops + extra, *fit(other))
+        by_recompute[recompute] = RecomputePlan(*fit(other), activations(other).peak, flops + extra)
     for stage in range(4):
         other = replace(setting, sharding=setting.sharding.at_stage(stage))
-        by_stage[str(stage)] = StagePlan(model_states(items(other)), *fit(other))
-    needed, fits, largest = fit(setting)
+        by_stage[str(stage)] = StagePlan(*fit(other), model_states(items(other)))
     return MemoryPlan(
+        *fit(setting),
         gpu=machine.gpu,
         gpu_bytes=round(machine.device.gigabytes * 1e9),
         usable_bytes=limit,
@@ -168,9 +163,6 @@ def _plan_memory(config: Config, machine: Machine, setting: MemorySetting) -> Me
         recompute=setting.recompute,
         items=items(setting),
         phases=by_phase(items(setting)),
-        peak=needed,
-        fits=fits,
-        largest_micro_batch_size=largest,
         by_recompute=by_recompute,
         by_stage=by_stage,
         host_bytes_at_start=4 * parameters(config.model),
@@ -218,11 +210,6 @@ def _too_large(memory: MemoryPlan, ways: list[str]) -> str:
     return f"{message}, and no setting of this batch does; take a GPU with more memory or a smaller model"
 
 
-def largest_rows(setting: MemorySetting, *, batch: int, limit: int) -> int | None:
-    """The largest micro-batch that divides a rank's part of `batch` rows and fits; None if none does."""
-    return next((each.rows for each in _micro_batches(setting, batch=batch) if peak(each) <= limit), None)
-
-
 def nearest_that_fit(setting: MemorySetting, *, batch: int, limit: int) -> list[str]:
     """The settings that fit with the fewest changes, as lists of changes; empty if none does."""
     counts: dict[str, int] = {}
@@ -246,19 +233,12 @@ def _candidates(setting: MemorySetting, *, batch: int, limit: int) -> Iterator[M
 
 
 def _smaller_or_wider(setting: MemorySetting, *, batch: int, limit: int) -> Iterator[MemorySetting]:
-    """Unchanged; with fewer rows; on more GPUs; and both: the first of each that fits."""
-    rows, ranks = setting.rows, setting.sharding.ranks
-    wider = [replace(setting.sharding, ranks=more) for more in range(ranks + 1, batch + 1) if batch % more == 0]
-    here = [each for each in _micro_batches(setting, batch=batch) if each.rows <= rows]
+    """With as many rows or fewer; with as many on more GPUs; with fewer on more GPUs: the first of each that fits."""
+    wider = (replace(setting.sharding, ranks=more) for more in range(setting.sharding.ranks + 1, batch + 1))
     on_more = [each for more in wider for each in _micro_batches(replace(setting, sharding=more), batch=batch)]
-    ways = (
-        [each for each in here if each.rows == rows],
-        here,
-        [each for each in on_more if each.rows == rows],
-        [each for each in on_more if each.rows <= rows],
-    )
-    for way in ways:
-        yield from [each for each in way if peak(each) <= limit][:1]
+    same_rows = [each for each in on_more if each.rows == setting.rows]
+    for way in (_micro_batches(setting, batch=batch), same_rows, on_more):
+        yield from islice((each for each in way if each.rows <= setting.rows and peak(each) <= limit), 1)
 
 
 def _micro_batches(setting: MemorySetting, *, batch: int) -> list[MemorySetting]:

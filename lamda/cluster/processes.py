@@ -9,7 +9,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from lamda.config.errors import UserError
@@ -35,20 +35,14 @@ class Launch:
         self._mark = f"{MARK}={identity}".encode()
         self._run = run
         self._began = time.time()
-        stream = log.open("ab") if log else None
-        try:
-            self._process = subprocess.Popen(
-                command,
-                env={**os.environ, MARK: identity},
-                stdout=stream,
-                stderr=stream,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise UserError(f"{command[0]}: cannot be started ({error.strerror})") from error
-        finally:
-            if stream:
-                stream.close()
+        environment = {**os.environ, MARK: identity}
+        with log.open("ab") if log else nullcontext() as out:
+            try:
+                self._process = subprocess.Popen(
+                    command, env=environment, stdout=out, stderr=out, start_new_session=True
+                )
+            except OSError as error:
+                raise UserError(f"{command[0]}: cannot be started ({error.strerror})") from error
 
     def poll(self) -> int | None:
         """The command's exit code (negative: a signal), None while it runs; its ranks may outlive it."""

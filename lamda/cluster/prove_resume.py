@@ -10,24 +10,27 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from lamda.cluster.processes import Launch
+from lamda.cluster.restarts import exit_text
 from lamda.config.batches import micro_batches_per_rank
 from lamda.config.errors import UserError
 from lamda.config.help import ConfigParser
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
+from lamda.console import show_table
 from lamda.storage.metrics import last_row, read_metrics
 from lamda.storage.run_directory import RunDirectory
-from lamda.training.stop_requests import interrupting_signals
+from lamda.training.stop_requests import handling_signals
 
 if TYPE_CHECKING:
     from lamda.cluster.compare import FirstDifference
@@ -61,21 +64,21 @@ def main(argv: list[str]) -> int:
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
     proof = Proof(flags, config, folder=_make_folder(config), steps=options.steps, seed=seed, keep=options.keep)
     try:
-        with interrupting_signals():
+        with handling_signals(signal.default_int_handler):
             trials = proof.run(ranks, others)
     except KeyboardInterrupt:
         if not options.keep:
             shutil.rmtree(proof.folder, ignore_errors=True)
         raise
     is_exact = all(trial.is_exact for trial in trials)
-    if is_exact and not options.keep:
+    kept = str(proof.folder) if options.keep or not is_exact else None
+    if kept is None:
         shutil.rmtree(proof.folder)
-    kept = None if is_exact and not options.keep else proof.folder
-    result = {"steps": options.steps, "seed": seed, "exact": is_exact, "kept": str(kept) if kept else None}
+    result = {"steps": options.steps, "seed": seed, "exact": is_exact, "kept": kept}
     if options.json:
-        print(json.dumps({**result, "killed_on": ranks, "resumed": [trial.as_dict() for trial in trials]}, indent=2))
+        print(json.dumps({**result, "killed_on": ranks, "resumed": [asdict(trial) for trial in trials]}, indent=2))
     else:
-        print(table(ranks, trials))
+        show_trials(ranks, trials)
         print(f"{'nothing differs' if is_exact else 'it differs'}{f'; everything is in {kept}' if kept else ''}")
         if hint := rounding_hint(config, ranks, trials):
             print(hint)
@@ -95,11 +98,6 @@ class Trial:
     def is_exact(self) -> bool:
         """Whether nothing differs from the uninterrupted run."""
         return not any(self.differences.values())
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON: each difference is null, or its step and size."""
-        found = {name: each and vars(each) for name, each in self.differences.items()}
-        return {**vars(self), "differences": found}
 
 
 class Proof:
@@ -168,13 +166,9 @@ class Proof:
 
     def _finish(self, run: RunDirectory, ranks: int) -> None:
         """Train to the last step."""
-        launch = self._launch(run, ranks)
-        try:
-            self._watch(launch, run, until=lambda step: False)
-        finally:
-            launch.kill()
+        ended = self._train(run, ranks)
         if run.read_status().get("status") != "finished":
-            self._fail(run, f"failed ({_exit(launch.exit_code())})")
+            self._fail(run, f"failed ({ended})")
 
     def _kill(self, run: RunDirectory, ranks: int) -> int:
         """Send SIGKILL to all ranks at a random time between the first checkpoint and the last step.
@@ -183,47 +177,42 @@ class Proof:
         """
         goal = self._draw.randint(self._every, self._steps - self._every)
         share = self._draw.random()
-        launch = self._launch(run, ranks)
         latest = run.checkpoints / "LATEST"
-        try:
-            if self._watch(launch, run, until=lambda step: step >= goal and latest.exists()):
-                time.sleep(share * read_metrics(run.metrics)[-1]["step_seconds"])
-        finally:
-            launch.kill()
+        ended = self._train(run, ranks, until=lambda step: step >= goal and latest.exists(), share=share)
         last = _last_step(run)
         if last >= self._steps:
             raise UserError(f"{run.path}: finished before it could be killed; give more --steps than {self._steps}")
         if not latest.exists():
-            self._fail(run, f"ended before it could be killed ({_exit(launch.exit_code())})")
+            self._fail(run, f"ended before it could be killed ({ended})")
         return last
 
-    def _watch(self, launch: Launch, run: RunDirectory, *, until: Callable[[int], bool]) -> bool:
-        """Show the steps of a run; returns True as soon as `until` holds for the last step, False when the run ends."""
-        shown, shown_at = _last_step(run), time.monotonic()
-        while launch.poll() is None:
-            step = _last_step(run)
-            if until(step):
-                return True
-            if step != shown and (step == self._steps or time.monotonic() - shown_at >= 1):
-                shown, shown_at = step, time.monotonic()
-                _say(f"{self._label}: step {step} of {self._steps}")
-            time.sleep(POLL_SECONDS)
-        return False
+    def _train(
+        self, run: RunDirectory, ranks: int, *, until: Callable[[int], bool] = lambda step: False, share: float = 0.0
+    ) -> str:
+        """Train until the run ends, or kill it in the step after one for which `until` holds; returns how it ended.
 
-    def _launch(self, run: RunDirectory, ranks: int) -> Launch:
+        share: the part of that step's time that passes before.
+        """
         settings: dict[str, object] = {"run.dir": run.path}
         if self._tokenizer:
             settings["tokenizer.path"] = self._tokenizer
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", *_devices(ranks)]
-        command += [
-            "--master_port",
-            _free_port(),
-            "--module",
-            "lamda.launch.pretrain",
-            *self._flags,
-            *_flags_of(settings),
-        ]
-        return Launch(command, run=run.path, log=self._log(run))
+        command += ["--master_port", _free_port(), "--module", "lamda.launch.pretrain"]
+        launch = Launch([*command, *self._flags, *_flags_of(settings)], run=run.path, log=self._log(run))
+        try:
+            shown, shown_at = _last_step(run), time.monotonic()
+            while launch.poll() is None:
+                step = _last_step(run)
+                if until(step):
+                    time.sleep(share * read_metrics(run.metrics)[-1]["step_seconds"])
+                    break
+                if step != shown and (step == self._steps or time.monotonic() - shown_at >= 1):
+                    shown, shown_at = step, time.monotonic()
+                    _say(f"{self._label}: step {step} of {self._steps}")
+                time.sleep(POLL_SECONDS)
+        finally:
+            launch.kill()
+        return exit_text(launch.exit_code())
 
     def _log(self, run: RunDirectory) -> Path:
         return self.folder / f"{run.path.name}.log"
@@ -270,13 +259,11 @@ def rounding_hint(config: Config, ranks: int, trials: list[Trial]) -> str:
     )
 
 
-def table(ranks: int, trials: list[Trial]) -> str:
-    """One line per comparison, one column per resumed run."""
-    head = f"killed on {_ranks(ranks)}, resumed"
-    lines = [[head, *(f"on {_ranks(trial.ranks)}" for trial in trials)]]
-    lines += [[name, *(_describe(trial.differences[name]) for trial in trials)] for name in trials[0].differences]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+def show_trials(ranks: int, trials: list[Trial]) -> None:
+    """Print one line per comparison, one column per resumed run."""
+    header = [f"killed on {_ranks(ranks)}, resumed", *(f"on {_ranks(trial.ranks)}" for trial in trials)]
+    rows = [[name, *(_describe(trial.differences[name]) for trial in trials)] for name in trials[0].differences]
+    show_table(header, rows, left=range(len(header)))
 
 
 def _describe(difference: FirstDifference | None) -> str:
@@ -288,10 +275,6 @@ def _describe(difference: FirstDifference | None) -> str:
 
 def _ranks(number: int) -> str:
     return f"{number} rank{'s' if number > 1 else ''}"
-
-
-def _exit(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _make_folder(config: Config) -> Path:

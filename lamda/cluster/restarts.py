@@ -145,12 +145,16 @@ def signal_name(number: int) -> str:
     return signal.Signals(number).name if number in set(signal.Signals) else str(number)
 
 
+def exit_text(code: int) -> str:
+    """How a process ended, by its exit code (negative: a signal)."""
+    return f"signal {signal_name(-code)}" if code < 0 else f"exit code {code}"
+
+
 def _reason(code: int, status: Mapping[str, Any]) -> str:
     """Why the run ended, in one line."""
-    exit = f"signal {signal_name(-code)}" if code < 0 else f"exit code {code}"
     if "reason" in status:
-        return f"{shorten(str(status['reason']), width=200, placeholder=' ...')} ({exit})"
-    return f"ended without a reason, {exit}" if status else f"the command ended before the run began, {exit}"
+        return f"{shorten(str(status['reason']), width=200, placeholder=' ...')} ({exit_text(code)})"
+    return f"{'ended without a reason' if status else 'the command ended before the run began'}, {exit_text(code)}"
 
 
 if __name__ == "__main__":

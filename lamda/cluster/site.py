@@ -7,13 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
-from lamda.cluster.estimates import DEVICES
-from lamda.config.errors import nearest
+from lamda.cluster.estimates import DEVICES, unknown_device
 from lamda.config.schema import Positive, Section
 from lamda.config.settings import Contents, Problem, Schema
 
 Texts = tuple[str, ...]
-_TIME = re.compile(r"((?P<days>\d+)-)?(?P<first>\d+)(:(?P<second>\d+))?(:(?P<third>\d+))?")
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _NAME = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 """A valid Kubernetes name."""
 OWN_OPTIONS = (
@@ -28,12 +27,9 @@ def seconds(time: str) -> int:
     found = _TIME.fullmatch(time)
     if not found:
         raise ValueError(f"{time!r} is not a SLURM time; write minutes, hours:minutes:seconds or days-hours")
-    days, numbers = int(found["days"] or 0), [int(found[part] or 0) for part in ("first", "second", "third")]
-    if found["days"] is not None or found["third"] is not None:
-        units = (3600, 60, 1)
-    else:
-        units = (60, 1, 0)
-    return days * 86400 + sum(number * unit for number, unit in zip(numbers, units, strict=True))
+    days, *parts = found.groups()
+    units = (60, 1, 0) if days is None and parts[2] is None else (3600, 60, 1)
+    return int(days or 0) * 86400 + sum(int(part or 0) * unit for part, unit in zip(parts, units, strict=True))
 
 
 def _time(time: str) -> str:
@@ -57,7 +53,7 @@ class ClusterConfig(Section):
     @classmethod
     def _known(cls, gpu: str | None) -> str | None:
         if gpu is not None and gpu not in DEVICES:
-            raise ValueError(f"there is no {gpu!r} among {', '.join(DEVICES)}{nearest(gpu, DEVICES)}")
+            raise ValueError(unknown_device(gpu))
         return gpu
 
 
@@ -143,8 +139,8 @@ def _misplaced(contents: Contents, scheduler: str) -> list[Problem]:
         for key in _NEEDED.get(scheduler, ())
         if key not in contents.settings
     ]
-    for key, setting in contents.settings.items():
-        section = key.split(".")[0]
-        if section not in ("cluster", scheduler):
-            found.append(Problem(setting.place, key, f"is not read for scheduler {scheduler}; remove it"))
-    return found
+    return found + [
+        Problem(setting.place, key, f"is not read for scheduler {scheduler}; remove it")
+        for key, setting in contents.settings.items()
+        if key.split(".")[0] not in ("cluster", scheduler)
+    ]

@@ -8,7 +8,6 @@ means that SLURM cancels, requeues or preempts the job: the script only waits fo
 from __future__ import annotations
 
 import math
-import shlex
 import shutil
 import subprocess
 
@@ -18,73 +17,16 @@ from lamda.cluster.site import seconds
 from lamda.config.errors import UserError
 from lamda.training.stop_requests import STOP_EXIT
 
-FIRST_PORT, PORTS = 20000, 10000
-
-TRAINING = r"""
-# USR1: the time limit or preemption is near. TERM: SLURM ends the job, and restarts it itself if needed.
-"$python" -m lamda.cluster.restarts begin "$run" "$state" "${{SLURM_RESTART_COUNT:-0}}" || exit 2
-
-warned= ended= again=yes
-trap 'warned=--warned again=yes; touch "$run/STOP"' USR1
-trap 'ended=yes again=yes' TERM
-{step} &
-step=$!
-while [ "$again" ]; do again=; code=0; wait "$step" || code=$?; done
-
-# Finished, user error, stopped by hand, or too many failures: the job ends. Otherwise it is requeued.
-[ "$ended" ] && exit "$code"
-verdict=0
-"$python" -m lamda.cluster.restarts end "$run" "$state" "$code" $warned || verdict=$?
-[ "$verdict" = {requeue} ] || exit "$verdict"
-trap - TERM
-scontrol requeue "$SLURM_JOB_ID" && exec sleep infinity  # until SLURM ends this shell
-exit {stopped}
-"""
-SCRIPT = r"""#!/bin/bash
-# Written by `lamda submit`. To start again use `lamda submit`, which first checks that the run can start.
-{options}
-set -u
-run={run}
-state={folder}/$SLURM_JOB_ID
-python={python}
-{setup}mkdir -p "$state"
-
-# The nodes, and the address of rank 0.
-scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 's/$/ slots={ranks}/' > "$state/hosts"
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
-port=$(({first_port} + SLURM_JOB_ID % {ports}))
-export python state address port
-{start}"""
-STEP = r"""srun --export=ALL --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 {cpus}--cpu-bind=none \
-    --kill-on-bad-exit=1 --output="${{state//%/%%}}/node-%n.log" --open-mode=append bash -c '
-  trap "" TERM  # otherwise the launcher exits before the ranks have saved
-  "$python" -m deepspeed.launcher.runner --no_ssh --node_rank "$SLURM_NODEID" --hostfile "$state/hosts" \
-      --master_addr "$address" --master_port "$port" --quiet --module {module} --config "$0"
-  code=$?
-  echo "$code" > "$state/exit-$SLURM_NODEID"
-  exit "$code"' {config}"""
-
 
 def script(job: Job) -> str:
     """The batch script. It contains no values of environment variables."""
     cpus = job.site.slurm.cpus_per_node
-    step = STEP.format(
-        module=job.module,
-        config=shlex.quote(str(job.config_file)),
+    return job.render(
+        "slurm.sh",
+        options=options(job),
         cpus=f"--cpus-per-task={cpus} " if cpus else "",
-    )
-    start = TRAINING.format(step=step, requeue=REQUEUE_EXIT, stopped=STOP_EXIT) if job.is_training else f"{step}\n"
-    return SCRIPT.format(
-        options="\n".join(f"#SBATCH {shlex.quote(option)}" for option in options(job)),
-        run=shlex.quote(str(job.run)),
-        folder=shlex.quote(str(job.folder)),
-        python=shlex.quote(job.python),
-        setup="".join(f"{line}\n" for line in job.site.cluster.setup),
-        ranks=job.site.cluster.ranks_per_node,
-        first_port=FIRST_PORT,
-        ports=PORTS,
-        start=start,
+        requeue=REQUEUE_EXIT,
+        stopped=STOP_EXIT,
     )
 
 

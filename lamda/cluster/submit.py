@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from lamda.cluster import hostfile, kubernetes, slurm
 from lamda.cluster.job import DOCTOR, TRAINING, Job
@@ -12,7 +13,6 @@ from lamda.cluster.site import Site, load_site
 from lamda.config.errors import UserError, all_of
 from lamda.config.help import ConfigParser
 from lamda.config.loading import load_config
-from lamda.config.schema import Config
 
 SCHEDULERS = {"slurm": slurm, "hostfile": hostfile, "kubernetes": kubernetes}
 
@@ -35,7 +35,9 @@ def parser() -> ConfigParser:
 def main(argv: list[str]) -> int:
     """Arguments as in the table of commands; 0, or for a hostfile the run's exit code. Raises UserError."""
     options, flags = parser().parse_known_args(argv)
-    site, config = _read(options.cluster, flags)
+    loaded: list[Any] = []
+    all_of(lambda: loaded.append(_load_site(options.cluster)), lambda: loaded.append(load_config(flags)))
+    site, config = loaded
     job = Job(
         site=site,
         config=config,
@@ -64,15 +66,7 @@ def _check_json(job: Job, *, is_asked: bool) -> None:
         )
 
 
-def _read(cluster: str | None, flags: list[str]) -> tuple[Site, Config]:
-    """Read the site and the configuration; raises UserError with the problems of both."""
-    sites: list[Site] = []
-    configs: list[Config] = []
-
-    def read_site() -> None:
-        if cluster is None:
-            raise UserError("--cluster: no file given; write --cluster configs/cluster/slurm.yaml, or a copy of it")
-        sites.append(load_site(cluster))
-
-    all_of(read_site, lambda: configs.append(load_config(flags)))
-    return sites[0], configs[0]
+def _load_site(file: str | None) -> Site:
+    if file is None:
+        raise UserError("--cluster: no file given; write --cluster configs/cluster/slurm.yaml, or a copy of it")
+    return load_site(file)

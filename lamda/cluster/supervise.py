@@ -7,8 +7,9 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lamda.cluster.restarts import MAX_RESTARTS, USER_ERROR_EXIT, Outcome, outco
 from lamda.config.errors import UserError
 from lamda.config.loading import DEPRECATED, KEYS, load_config
 from lamda.storage.run_directory import RunDirectory
-from lamda.training.stop_requests import STOP_EXIT, heeded_signals
+from lamda.training.stop_requests import STOP_EXIT, handling_signals
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 ORPHAN_SECONDS = 30.0
@@ -35,10 +36,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """`[--run DIR] -- COMMAND ...`; 0 finished, 75 stopped and can resume, 1 gave up, 2 user error.
-
-    Raises UserError.
-    """
+    """`[--run DIR] -- COMMAND ...`; 0 finished, 75 stopped and can resume, 1 gave up, 2 a user's mistake."""
     run, command = _parse(argv)
     console.outlive()
     return supervise(command, RunDirectory(run))
@@ -46,10 +44,12 @@ def main(argv: list[str]) -> int:
 
 def supervise(command: Sequence[str], directory: RunDirectory) -> int:
     """Supervise a training command, as `main` does."""
-    with recorded_signals(heeded_signals()) as signals:
+    signals: list[int] = []
+    with handling_signals(lambda number, _: signals.append(number)):
         return Supervisor(command, directory, signals).supervise()
 
 
+@dataclass
 class Supervisor:
     """Runs `command` until the run in `directory` finishes, stops, or fails too often.
 
@@ -57,103 +57,95 @@ class Supervisor:
     one. orphan_seconds: time for ranks without a launcher to exit.
     """
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        directory: RunDirectory,
-        signals: Sequence[int],
-        *,
-        pause: float = FIRST_PAUSE,
-        orphan_seconds: float = ORPHAN_SECONDS,
-    ) -> None:
-        self._command, self._directory, self._signals = command, directory, signals
-        self._pause, self._orphan_seconds = pause, orphan_seconds
-        self._passed_on = 0
+    command: Sequence[str]
+    directory: RunDirectory
+    signals: Sequence[int]
+    pause: float = FIRST_PAUSE
+    orphan_seconds: float = ORPHAN_SECONDS
+    _passed_on: int = 0
 
     def supervise(self) -> int:
         """Start and restart the run; returns the exit code."""
         restarts = fruitless = 0
-        saved = saved_step(self._directory)
+        saved = saved_step(self.directory)
         while True:
-            before = self._directory.read_status()
+            before = self.directory.read_status()
             code = self._run()
-            ended = outcome(code, before=before, after=self._directory.read_status())
+            ended = outcome(code, before=before, after=self.directory.read_status())
             if (verdict := self._verdict(ended)) is not None:
                 return verdict
-            now = saved_step(self._directory)
+            now = saved_step(self.directory)
             if now > saved:
                 saved, fruitless = now, 0
             if fruitless == MAX_RESTARTS:
-                _say(self._gave_up(saved, ended.reason), to=sys.stderr)
+                _say(
+                    f"gave up: {MAX_RESTARTS} restarts in a row without a checkpoint newer than step {saved}. Last "
+                    f"failure: {ended.reason}. See {self.directory.log}, and {self.directory.path}/hang for stack "
+                    "traces if the run hung",
+                    to=sys.stderr,
+                )
                 return 1
             restarts, fruitless = restarts + 1, fruitless + 1
-            pause = min(LONGEST_PAUSE, self._pause * 2 ** (restarts - 1))
+            pause = min(LONGEST_PAUSE, self.pause * 2 ** (restarts - 1))
             place = f"from step {now}" if now else "from the beginning"
             _say(f"restart {restarts} {place} in {pause:g} s: {ended.reason}")
             self._rest(pause)
-            if self._signals:
-                _say(f"{signal_name(self._signals[0])}: not restarted")
+            if self.signals:
+                _say(f"{signal_name(self.signals[0])}: not restarted")
                 return STOP_EXIT
 
     def _run(self) -> int:
         """Run the command once, until all of its processes have ended; returns its exit code."""
-        launch = Launch(self._command, run=self._directory.path)
-        _say(f"{self._directory.path}: {shlex.join(self._command)}")
+        launch = Launch(self.command, run=self.directory.path)
+        _say(f"{self.directory.path}: {shlex.join(self.command)}")
         try:
             while launch.poll() is None:
                 self._pass_on(launch)
                 time.sleep(POLL_SECONDS)
-            deadline = time.monotonic() + self._orphan_seconds
-            while launch.living() and (self._signals or time.monotonic() < deadline):
+            deadline = time.monotonic() + self.orphan_seconds
+            while launch.living() and (self.signals or time.monotonic() < deadline):
                 self._pass_on(launch)
                 time.sleep(POLL_SECONDS)
         finally:
             launch.kill()
-            if self._signals:  # a stop request that the run did not live to handle must not stop the next one
-                self._directory.stop.unlink(missing_ok=True)
+            if self.signals:  # a stop request that the run did not live to handle must not stop the next one
+                self.directory.stop.unlink(missing_ok=True)
         return launch.exit_code()
 
     def _pass_on(self, launch: Launch) -> None:
         """Ask the run to stop once per signal; a second Ctrl-C kills it."""
-        for number in self._signals[self._passed_on :]:
+        for number in self.signals[self._passed_on :]:
             self._passed_on += 1
-            if number == signal.SIGINT and self._signals[: self._passed_on].count(number) > 1:
+            if number == signal.SIGINT and self.signals[: self._passed_on].count(number) > 1:
                 _say("Ctrl-C again: killing the run")
                 launch.kill()
                 return
             _say(f"{signal_name(number)}: asked the run to save and exit; Ctrl-C twice kills it")
             with suppress(OSError):  # no run directory yet, or no disk: the signal still reaches the run
-                self._directory.stop.touch()
+                self.directory.stop.touch()
             launch.forward(number)
 
     def _verdict(self, ended: Outcome) -> int | None:
         """The exit code, or None if the run should be restarted."""
         if ended.kind == "finished":
-            _say(f"finished, {self._directory.read_status().get('step')} steps")
+            _say(f"finished, {self.directory.read_status().get('step')} steps")
             return 0
         if ended.kind == "mistake":
             _say(f"not restarted, it would fail again: {ended.reason}", to=sys.stderr)
             return USER_ERROR_EXIT
-        if not self._signals and ended.kind != "stopped":
+        if not self.signals and ended.kind != "stopped":
             return None
-        saved = saved_step(self._directory)
+        saved = saved_step(self.directory)
         _say(f"stopped: {ended.reason}; the newest checkpoint is of step {saved}; the same command resumes")
         return STOP_EXIT
 
     def _rest(self, seconds: float) -> None:
         """Wait, also for rank 0 on another machine, whose lock would block the next start."""
         deadline = time.monotonic() + seconds
-        if host := self._directory.writer_elsewhere():
+        if host := self.directory.writer_elsewhere():
             _say(f"waiting for rank 0 on {host} to end")
-        while not self._signals and (time.monotonic() < deadline or self._directory.writer_elsewhere()):
+        while not self.signals and (time.monotonic() < deadline or self.directory.writer_elsewhere()):
             time.sleep(POLL_SECONDS)
-
-    def _gave_up(self, step: int, reason: str) -> str:
-        path = self._directory.path
-        return (
-            f"gave up: {MAX_RESTARTS} restarts in a row without a checkpoint newer than step {step}. Last failure: "
-            f"{reason}. See {self._directory.log}, and {path / 'hang'} for stack traces if the run hung"
-        )
 
 
 def _parse(argv: list[str]) -> tuple[Path, list[str]]:
@@ -175,18 +167,6 @@ def _run_of(command: list[str]) -> Path:
             "supervise --run DIR -- COMMAND ..."
         )
     return Path(load_config(command[first:]).run.dir)
-
-
-@contextmanager
-def recorded_signals(numbers: Sequence[int]) -> Iterator[list[int]]:
-    """Record signals instead of handling them."""
-    received: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _say(text: str, *, to: Any = None) -> None:

@@ -1,8 +1,14 @@
 """Search for configs, dataset cards and DeepSpeed files: the working directory, then the package's copies."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lamda.config.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -41,3 +47,17 @@ def card_path(name: str) -> Path:
     Raises `UserError` with the cards that exist.
     """
     return find(name if name.endswith(".yaml") else f"data/{name}.yaml", among="data/*.yaml")
+
+
+def templates(folder: str, *, is_html: bool = False) -> Environment:
+    """The templates in a folder of the package. is_html: values are escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
+        loader=FileSystemLoader(_PACKAGE / folder),
+        autoescape=is_html,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+    )

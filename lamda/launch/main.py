@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from lamda import console
 from lamda.config.errors import DataUnavailableError, RunError, UserError, refused_by_system
+from lamda.config.help import help_text
 from lamda.config.loading import load_config, wants_help
-from lamda.distributed import ReportedElsewhereError
+from lamda.distributed import FailedElsewhereError, ReportedElsewhereError
 from lamda.storage.reading import UnreadableError
 from lamda.training.stop_requests import Signals
 
@@ -32,61 +33,49 @@ def launch(
     """
     console.outlive()  # before a library takes the streams
     with Signals() as signals:
-        return _launch(argv, task, framework, open_benchmarks, signals)
+        try:
+            return _run(sys.argv[1:] if argv is None else argv, task, framework, open_benchmarks, signals)
+        except (UserError, RunError) as error:
+            if not isinstance(error, ReportedElsewhereError | FailedElsewhereError):
+                print(error, file=sys.stderr, flush=True)
+            return 2 if isinstance(error, UserError) else 1
+        except OSError as error:
+            if (message := refused_by_system(error)) is None:
+                raise
+            print(message, file=sys.stderr, flush=True)
+            return 1
+        except KeyboardInterrupt:
+            return 130
 
 
-def _launch(
-    argv: Sequence[str] | None,
+def _run(
+    arguments: Sequence[str],
     task: Callable[[], Task],
     framework: Framework,
     open_benchmarks: OpenBenchmarks,
     signals: Signals,
 ) -> int:
-    try:
-        world = framework.world()
-    except UserError as error:
-        return _report(error, quiet=False)
+    """Train, or print the help. Other ranks than rank 0 raise its errors as ReportedElsewhere and FailedElsewhere."""
+    world = framework.world()
     if world.is_main_process:
         signals.leave_at_once(report=lambda name: print(f"{name}: nothing has begun", file=sys.stderr, flush=True))
     else:
         logging.getLogger("lamda.config").setLevel(logging.ERROR)  # rank 0 reports deprecated keys
-    arguments = sys.argv[1:] if argv is None else argv
+    if wants_help(arguments):
+        print(help_text())
+        return 0
     try:
-        if wants_help(arguments):
-            return _print_help()
         config = load_config(arguments)
         framework.check(config, world)
     except UserError as error:
-        return _report(error, quiet=not world.is_main_process)
+        if world.is_main_process:
+            raise
+        raise ReportedElsewhereError(str(error)) from error
     from lamda.training.setup import train
 
     try:
         return train(config, world, task(), framework, open_benchmarks, signals)
-    except UserError as error:
-        return _report(error, quiet=isinstance(error, ReportedElsewhereError))
     except RunError as error:
-        # Every rank raises it, unless only this one cannot read something.
-        _report(
-            error, quiet=not world.is_main_process and not isinstance(error, DataUnavailableError | UnreadableError)
-        )
-        return 1
-    except OSError as error:
-        if (message := refused_by_system(error)) is None:
-            raise
-        print(message, file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-
-
-def _print_help() -> int:
-    from lamda.config.help import help_text
-
-    print(help_text())
-    return 0
-
-
-def _report(error: Exception, *, quiet: bool) -> int:
-    if not quiet:
-        print(error, file=sys.stderr, flush=True)
-    return 2
+        if world.is_main_process or isinstance(error, DataUnavailableError | UnreadableError):
+            raise  # perhaps only this rank cannot read something
+        raise FailedElsewhereError(str(error)) from error

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lamda.config.errors import UserError
-from lamda.console import NONE, duration, show_table, size_of
+from lamda.console import show_table
 from lamda.runs.checkpoints import CheckpointInfo, all_checkpoints, inspect_checkpoint, read_config
 from lamda.storage.run_directory import RunDirectory
 
@@ -26,7 +26,8 @@ def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     if not options.run.is_dir():
         raise UserError(f"{options.run}: there is no such folder; `lamda list DIR` lists the runs below one")
-    every = _kept_every(RunDirectory(options.run))
+    config = RunDirectory(options.run).config
+    every = read_config(config).get("checkpoint.keep_every") if config.exists() else None
     infos = map(inspect_checkpoint, all_checkpoints(options.run))
     found = [(info, bool(every and info.step is not None and info.step % every == 0)) for info in infos]
     if options.json:
@@ -39,14 +40,6 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _kept_every(directory: RunDirectory) -> int | None:
-    """`checkpoint.keep_every` of the run: checkpoints at multiples of it are never pruned."""
-    return read_config(directory.config).get("checkpoint.keep_every") if directory.config.exists() else None
-
-
 def _cells(info: CheckpointInfo, *, kept: bool) -> tuple[str, ...]:
-    state = info.state + ", kept for good" * (kept and info.problem is None)
-    age = NONE if info.age_seconds is None else duration(info.age_seconds)
-    stage = info.zero_stage if info.framework == "deepspeed" else info.framework
-    ranks, stage = (NONE if value is None else str(value) for value in (info.ranks, stage))
-    return info.path.name, str(info.step), size_of(info.bytes), ranks, stage, age, state
+    name, *cells, state = info.cells
+    return name, str(info.step), *cells, state + ", kept for good" * (kept and info.problem is None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from lamda.config.errors import UserError
 from lamda.config.loading import KEYS
 from lamda.config.presets import PRESETS
+from lamda.config.resources import templates
 from lamda.console import duration, size_of
+from lamda.durable import read_object
 from lamda.runs.checkpoints import NAME, NAME_HELP, find_checkpoint, inspect_checkpoint, read_config, read_manifest
 
 
@@ -29,9 +32,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """`CHECKPOINT_OR_RUN [--json]`; raises UserError."""
     options = parser().parse_args(argv)
-    path = find_checkpoint(options.name)
-    content = describe(path)
-    print(json.dumps(content, indent=1) if options.json else "\n".join(_lines(path, content)))
+    content = describe(find_checkpoint(options.name))
+    print(json.dumps(content, indent=1) + "\n" if options.json else _text(content), end="")
     return 0
 
 
@@ -50,8 +52,7 @@ def describe(path: Path) -> dict[str, Any]:
 def read_state(path: Path) -> dict[str, Any]:
     """run_state.json of a checkpoint of any version. Raises UserError."""
     try:
-        state: dict[str, Any] = json.loads((path / "run_state.json").read_text("utf-8"))
-        return state
+        return read_object(path / "run_state.json")
     except (OSError, ValueError) as error:
         raise UserError(f"{path / 'run_state.json'}: cannot be read ({error})") from error
 
@@ -77,43 +78,19 @@ def default_of(key: str, config: dict[str, Any]) -> Any:
     return preset[name] if name in preset else KEYS[key].default if key in KEYS else None
 
 
-def _lines(path: Path, content: dict[str, Any]) -> list[str]:
-    info, manifest, state = inspect_checkpoint(path), content["manifest"], content["state"]
-    problem = f"; {info.problem}" if info.problem else ""
-    ranks = f"{manifest['ranks']} rank" + "s" * (manifest["ranks"] != 1)
-    framework = info.framework if manifest.get("zero_stage") is None else f"ZeRO stage {manifest['zero_stage']}"
-    skipped = ", ".join(f"{first} to {last - 1}" for first, last in state["skipped"]) or "none"
-    count = sum(prod(tensor["shape"]) for tensor in content["tensors"].values())
-    figures = {
-        "checkpoint": str(path),
-        "saved": f"{duration(info.age_seconds)} ago by {ranks}, {framework}",
-        "size": f"{size_of(info.bytes)} in {len(manifest['files'])} files{problem}",
-        "step": f"{state['step']:,}",
-        "updates": f"{state['updates']:,} ({state['step'] - state['updates']:,} steps skipped)",
-        "samples": f"{state['samples']:,}",
-        "tokens": f"{state['tokens']:,}",
-        "skipped samples": skipped,
-        "parameters": f"{count:,} in {len(content['tensors'])} tensors",
-    }
-    return [
-        *(f"{name:<17}{value}" for name, value in figures.items()),
-        "",
-        *_tensor_lines(content["tensors"]),
-        "",
-        "non-default configuration:",
-        *(f"  {key}: {json.dumps(value)}" for key, value in content["configuration"].items()),
-    ]
-
-
-def _tensor_lines(tensors: dict[str, dict[str, Any]]) -> list[str]:
-    """One line per tensor name, with equal tensors of all layers in one."""
-    groups: dict[tuple[str, str, str], int] = {}
-    for name, tensor in tensors.items():
-        shape = " x ".join(map(str, tensor["shape"]))
-        group = (re.sub(r"^layers\.\d+\.", "layers.*.", name), shape, tensor["dtype"])
-        groups[group] = groups.get(group, 0) + 1
-    widths = [max((len(group[column]) for group in groups), default=0) for column in (0, 1)]
-    return [
-        f"  {name:<{widths[0]}}  {shape:<{widths[1]}}  {dtype}" + (f", {count} times" if count > 1 else "")
-        for (name, shape, dtype), count in groups.items()
-    ]
+def _text(content: dict[str, Any]) -> str:
+    """The content for people; equal tensors of all layers share a line."""
+    tensors = content["tensors"]
+    groups = Counter(
+        (re.sub(r"^layers\.\d+\.", "layers.*.", name), " x ".join(map(str, tensor["shape"])), tensor["dtype"])
+        for name, tensor in tensors.items()
+    )
+    text = templates("runs/static")
+    text.filters |= {"count": "{:,}".format, "duration": duration, "json": json.dumps, "size": size_of}
+    return text.get_template("checkpoint.txt.jinja").render(
+        content,
+        info=inspect_checkpoint(Path(content["checkpoint"])),
+        parameters=sum(prod(tensor["shape"]) for tensor in tensors.values()),
+        groups=groups,
+        widths=[max((len(group[column]) for group in groups), default=0) for column in (0, 1)],
+    )

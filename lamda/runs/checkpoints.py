@@ -12,6 +12,7 @@ import yaml
 
 from lamda.config.errors import UserError
 from lamda.config.loading import DEPRECATED
+from lamda.console import NONE, duration, size_of
 from lamda.durable import read_regular
 from lamda.storage import manifest
 from lamda.storage.reading import UnreadableError
@@ -47,6 +48,13 @@ class CheckpointInfo:
         if self.problem is None:
             return "complete"
         return f"{'spoilt' if self.path.suffix == '.spoilt' else 'damaged'}, {self.problem}"
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Name, size, ranks, ZeRO stage or framework, age and state, for people."""
+        stage = self.zero_stage if self.framework == "deepspeed" else self.framework
+        ranks, stage = (NONE if value is None else str(value) for value in (self.ranks, stage))
+        return self.path.name, size_of(self.bytes), ranks, stage, duration(self.age_seconds), self.state
 
 
 def find_checkpoint(name: str) -> Path:

@@ -16,8 +16,6 @@ from lamda.storage.run_directory import RunDirectory, find_runs
 
 SCALES = {"step": ("step", "step"), "tokens": ("tokens", "tokens"), "time": ("step_seconds", "hours in steps")}
 """Values of `--x`: the column and the label of the axis."""
-
-
 LARGEST = 1e300
 """Larger numbers count as not finite: the length of an axis over them would overflow."""
 
@@ -50,9 +48,13 @@ def read_metrics_of(path: Path, columns: set[str] | None = None) -> MetricsReade
     metrics = MetricsReader(RunDirectory(path).metrics, keep=columns)
     metrics.update()
     if not metrics.rows:
-        near = nearest(path.name, (run.name for run in find_runs(path.parent, depth=1))) if path.parent.is_dir() else ""
-        raise UserError(f"{path}: no run with a finished step here{near}")
+        raise UserError(f"{path}: no run with a finished step here{similar_run(path)}")
     return metrics
+
+
+def similar_run(path: Path) -> str:
+    """A hint that names the run beside `path` with the most similar name, or an empty string."""
+    return nearest(path.name, (run.name for run in find_runs(path.parent, depth=1)))
 
 
 def labels_of(runs: Sequence[Path]) -> dict[Path, str]:

@@ -22,16 +22,16 @@ NAME = "LaMDA"
 GPUS = 8
 """GPUs of rank 0's machine, which W&B monitors; missing ones draw nothing."""
 SYSTEM = {
-    "GPU utilization": "gpu.{}.gpu",
-    "GPU memory": "gpu.{}.memoryAllocated",
-    "GPU power": "gpu.{}.powerWatts",
-    "GPU temperature": "gpu.{}.temp",
-    "CPU": "cpu",
-    "Memory": "memory_percent",
-    "Disk": "disk./.usageGB",
-    "Network": "network.{}",
+    "GPU utilization": [f"system/gpu.{gpu}.gpu" for gpu in range(GPUS)],
+    "GPU memory": [f"system/gpu.{gpu}.memoryAllocated" for gpu in range(GPUS)],
+    "GPU power": [f"system/gpu.{gpu}.powerWatts" for gpu in range(GPUS)],
+    "GPU temperature": [f"system/gpu.{gpu}.temp" for gpu in range(GPUS)],
+    "CPU": ["system/cpu"],
+    "Memory": ["system/memory_percent"],
+    "Disk": ["system/disk./.usageGB"],
+    "Network": ["system/network.sent", "system/network.recv"],
 }
-"""W&B's system metrics by title; `{}` stands for a GPU number, or for `sent` and `recv`."""
+"""W&B's system metrics by title."""
 TASKS = "^eval/([^fl]|l[^o]|lo[^s]|los[^s]|loss[^/]|f[^u]|fu[^l]|ful[^l]|full[^/])[^/]*/."
 """`eval/<task>/<metric>`, without `eval/loss/<domain>` and `eval/full/...`: W&B's server has no lookahead."""
 SMOOTHING = 20
@@ -42,7 +42,12 @@ def main(argv: list[str]) -> int:
     """As `lamda dashboard --help` says; raises UserError."""
     options = parser().parse_args(argv)
     project, entity = _address(options)
-    _require()
+    try:
+        import wandb_workspaces  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"lamda dashboard needs wandb-workspaces ({error}); pip install 'lamda-pytorch[dashboard]'"
+        ) from error
     if options.dry_run or options.json:
         workspace = build(entity=entity or "ENTITY", project=project)
         print(json.dumps(specification(workspace), indent=1) if options.json else "\n".join(outline(workspace)))
@@ -75,17 +80,9 @@ def _address(options: argparse.Namespace) -> tuple[str, str | None]:
     return options.project or ours.project, options.entity or ours.entity
 
 
-def _require() -> None:
-    try:
-        import wandb_workspaces  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"lamda dashboard needs wandb-workspaces ({error}); pip install 'lamda-pytorch[dashboard]'"
-        ) from error
-
-
 def build(*, entity: str, project: str) -> Workspace:
     """The workspace, without sending it."""
+    from wandb_workspaces.reports.v2.interface import LinePlot
     from wandb_workspaces.workspaces import Section, SectionLayoutSettings, Workspace, WorkspaceSettings
 
     def section(title: str, panels: Sequence[LinePlot]) -> Section:
@@ -93,12 +90,13 @@ def build(*, entity: str, project: str) -> Workspace:
         layout = SectionLayoutSettings(columns=columns, rows=-(-len(panels) // columns))
         return Section(name=title, panels=[*panels], is_open=True, layout_settings=layout)
 
+    system = [LinePlot(title=title, x="RelativeTime(Process)", y=[*names]) for title, names in SYSTEM.items()]
     sections = [section(each.title, [_plot(panel) for panel in each.panels]) for each in GROUPS]
     return Workspace(
         entity=entity,
         project=project,
         name=NAME,
-        sections=[*sections, section("System", _system())],
+        sections=[*sections, section("System", system)],
         settings=WorkspaceSettings(x_axis="tokens"),
     )
 
@@ -106,37 +104,13 @@ def build(*, entity: str, project: str) -> Workspace:
 def _plot(panel: Panel) -> LinePlot:
     from wandb_workspaces.reports.v2.interface import LinePlot
 
-    names = [column for column in panel.columns if not column.endswith("/*")]
-    # Names of domains and tasks depend on the run, so they are matched by a regex.
-    regexes = [_regex(column) for column in panel.columns if column.endswith("/*")]
-    options: dict[str, Any] = {"metric_regex": "|".join(regexes)} if regexes else {"y": names}
+    first = panel.columns[0]
+    options: dict[str, Any] = {"y": [*panel.columns]}
+    if first.endswith("/*"):  # the names of domains and tasks depend on the run
+        options = {"metric_regex": TASKS if first == "eval/*" else f"^{re.escape(first.removesuffix('*'))}."}
     if panel.is_noisy:
         options |= {"smoothing_type": "average", "smoothing_factor": SMOOTHING, "smoothing_show_original": True}
     return LinePlot(title=panel.title, x="tokens", title_x="tokens", title_y=panel.unit, **options)
-
-
-def _regex(column: str) -> str:
-    """A regex for the columns that `column`, which ends in `/*`, stands for."""
-    return TASKS if column == "eval/*" else f"^{re.escape(column.removesuffix('*'))}."
-
-
-def _system() -> list[LinePlot]:
-    from wandb_workspaces.reports.v2.interface import LinePlot
-
-    return [
-        LinePlot(
-            title=title,
-            x="RelativeTime(Process)",
-            y=[f"system/{name.format(part)}" for part in _parts(name)],
-        )
-        for title, name in SYSTEM.items()
-    ]
-
-
-def _parts(name: str) -> list[object]:
-    if "{}" not in name:
-        return [""]
-    return ["sent", "recv"] if name.startswith("network") else list(range(GPUS))
 
 
 def specification(workspace: Workspace) -> dict[str, Any]:
@@ -148,13 +122,10 @@ def outline(workspace: Workspace) -> list[str]:
     """Sections and panels as text."""
     lines = [f"{workspace.entity}/{workspace.project}: workspace {workspace.name!r}"]
     for section in workspace.sections:
-        plots = (cast("LinePlot", panel) for panel in section.panels)
-        lines += [section.name, *(f"  {each.title}: {each.metric_regex or _columns(each)}" for each in plots)]
+        lines.append(section.name)
+        for plot in (cast("LinePlot", panel) for panel in section.panels):
+            lines.append(f"  {plot.title}: {plot.metric_regex or ', '.join(map(str, cast('list[str]', plot.y)))}")
     return lines
-
-
-def _columns(plot: LinePlot) -> str:
-    return ", ".join(map(str, plot.y if isinstance(plot.y, list) else [plot.y]))
 
 
 def save(*, entity: str | None, project: str) -> str:

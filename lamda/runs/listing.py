@@ -39,14 +39,8 @@ class RunSummary:
 def parser() -> argparse.ArgumentParser:
     """The options of `lamda list`."""
     parser = argparse.ArgumentParser(prog="lamda list", allow_abbrev=False)
-    parser.add_argument(
-        "folder",
-        type=Path,
-        metavar="DIR",
-        nargs="?",
-        default=Path("runs"),
-        help=f"search for runs here and up to {DEPTH} folders deep; default: runs",
-    )
+    about = f"search for runs here and up to {DEPTH} folders deep; default: runs"
+    parser.add_argument("folder", type=Path, metavar="DIR", nargs="?", default=Path("runs"), help=about)
     parser.add_argument("--json", action="store_true", help="a JSON array, one object per run")
     return parser
 

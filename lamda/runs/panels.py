@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 SPECIAL = ("eval/loss", "eval/bits_per_byte", "eval/perplexity")
 """Metrics of held-out text; every other `eval/...` column belongs to a task or to an attribute."""
@@ -26,23 +27,15 @@ class Panel:
 
     def of(self, names: Iterable[str]) -> list[str]:
         """The columns among `names` that this panel shows."""
-        return [name for name in names if any(_matches(name, column) for column in self.columns)]
+        found = [name for name in names if any(fnmatchcase(name, column) for column in self.columns)]
+        return [name for name in found if self.columns != ("eval/*",) or not is_held_out(name)]
 
 
-@dataclass(frozen=True)
 class PanelGroup:
     """Panels that answer one question."""
 
-    title: str
-    question: str
-    panels: tuple[Panel, ...]
-
-
-def _matches(name: str, column: str) -> bool:
-    if not column.endswith("/*"):
-        return name == column
-    below = column.removesuffix("*")
-    return name.startswith(below) and not (below == "eval/" and is_held_out(name))
+    def __init__(self, title: str, question: str, *panels: Panel) -> None:
+        self.title, self.question, self.panels = title, question, panels
 
 
 def is_held_out(name: str) -> bool:
@@ -54,64 +47,45 @@ GROUPS = (
     PanelGroup(
         "Loss",
         "Does it learn?",
-        (
-            Panel("Training loss", ("loss",), "nats per token", is_noisy=True),
-            Panel("Training loss by domain", ("loss/*",), "nats per token", is_noisy=True),
-            Panel("Learning rate", ("lr",), "peak rate of the step", from_zero=True),
-        ),
+        Panel("Training loss", ("loss",), "nats per token", is_noisy=True),
+        Panel("Training loss by domain", ("loss/*",), "nats per token", is_noisy=True),
+        Panel("Learning rate", ("lr",), "peak rate of the step", from_zero=True),
     ),
     PanelGroup(
         "Throughput",
         "Is the machine busy?",
-        (
-            Panel(
-                "Throughput", ("tokens_per_second",), "tokens per second", is_large=True, is_noisy=True, from_zero=True
-            ),
-            Panel("MFU", ("mfu",), "share of the peak FLOPs", is_noisy=True, from_zero=True),
-            Panel(
-                "Model FLOPs",
-                ("model_flops_per_second",),
-                "FLOP/s per rank",
-                is_large=True,
-                is_noisy=True,
-                from_zero=True,
-            ),
-            Panel("Step time", ("step_seconds",), "seconds per step", is_noisy=True, from_zero=True),
+        Panel("Throughput", ("tokens_per_second",), "tokens per second", is_large=True, is_noisy=True, from_zero=True),
+        Panel("MFU", ("mfu",), "share of the peak FLOPs", is_noisy=True, from_zero=True),
+        Panel(
+            "Model FLOPs", ("model_flops_per_second",), "FLOP/s per rank", is_large=True, is_noisy=True, from_zero=True
         ),
+        Panel("Step time", ("step_seconds",), "seconds per step", is_noisy=True, from_zero=True),
     ),
     PanelGroup(
         "Data",
         "Does it wait for text?",
-        (
-            Panel("Data wait", ("data_wait_seconds",), "seconds waited in a step", is_noisy=True, from_zero=True),
-            Panel("Tokens by domain", ("tokens/*",), "targets in a step", is_large=True, is_noisy=True, from_zero=True),
-        ),
+        Panel("Data wait", ("data_wait_seconds",), "seconds waited in a step", is_noisy=True, from_zero=True),
+        Panel("Tokens by domain", ("tokens/*",), "targets in a step", is_large=True, is_noisy=True, from_zero=True),
     ),
     PanelGroup(
         "Health",
         "Is it stable?",
-        (
-            Panel("Gradient norm", ("grad_norm",), "global norm before clipping", is_noisy=True, from_zero=True),
-            Panel(
-                "Skipped steps", ("skipped_steps", "rollbacks"), "skipped steps and rollbacks so far", from_zero=True
-            ),
-        ),
+        Panel("Gradient norm", ("grad_norm",), "global norm before clipping", is_noisy=True, from_zero=True),
+        Panel("Skipped steps", ("skipped_steps", "rollbacks"), "skipped steps and rollbacks so far", from_zero=True),
     ),
     PanelGroup(
         "Checkpoints",
         "What do saves cost?",
-        (Panel("Checkpoint stall time", ("save_seconds",), "seconds of stall in a step", from_zero=True),),
+        Panel("Checkpoint stall time", ("save_seconds",), "seconds of stall in a step", from_zero=True),
     ),
     PanelGroup(
         "Evaluation",
         "How good is it on unseen text?",
-        (
-            Panel("Held-out loss", ("eval/loss",), "nats per token"),
-            Panel("Held-out bits per byte", ("eval/bits_per_byte",), "bits per byte"),
-            Panel("Held-out loss by domain", ("eval/loss/*",), "nats per token"),
-            Panel("Perplexity of responses", ("eval/perplexity",), "perplexity"),
-            Panel("Tasks and ratings", ("eval/*",), "figure of the task"),
-        ),
+        Panel("Held-out loss", ("eval/loss",), "nats per token"),
+        Panel("Held-out bits per byte", ("eval/bits_per_byte",), "bits per byte"),
+        Panel("Held-out loss by domain", ("eval/loss/*",), "nats per token"),
+        Panel("Perplexity of responses", ("eval/perplexity",), "perplexity"),
+        Panel("Tasks and ratings", ("eval/*",), "figure of the task"),
     ),
 )
 

@@ -6,9 +6,8 @@ import argparse
 import base64
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
@@ -18,11 +17,11 @@ import numpy as np
 
 from lamda import __version__
 from lamda.config.errors import UserError
-from lamda.console import NONE, duration, figure, of_total, one_line, size_of
+from lamda.console import NONE, duration, figure, of_total, one_line
 from lamda.runs.checkpoints import CheckpointInfo, all_checkpoints, inspect_checkpoint, read_config
 from lamda.runs.curves import Curve, curve_of, labels_of, read_metrics_of, short
-from lamda.runs.panels import GROUPS, PANELS, Panel
-from lamda.runs.svg_chart import COLORS, draw_chart
+from lamda.runs.panels import GROUPS, Panel, panel_of
+from lamda.runs.svg_chart import TEMPLATES, color_class, draw_chart
 from lamda.storage.metrics import Metrics, MetricsReader, last_lines
 from lamda.storage.run_directory import RunDirectory, RunStatus, read_run_status
 
@@ -41,12 +40,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lamda report", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument(
-        "-o",
-        dest="file",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="a self-contained .html page to send or keep",
+        "-o", dest="file", type=Path, required=True, metavar="FILE", help="a self-contained .html page to send or keep"
     )
     return parser
 
@@ -100,7 +94,7 @@ class RunReport:
         held_out = next((row for row in reversed(self.metrics.rows) if row.get("eval/loss") is not None), None)
         yield "step", of_total(self.last["step"], self.status.steps)
         yield "tokens", short_of(self.last.get("tokens"))
-        yield "loss", _shown(self._recent("loss"), ".4f")
+        yield "loss", NONE if (loss := self._recent("loss")) is None else f"{loss:.4f}"
         evaluated = "eval/full/" if held_out and "eval/full/loss" in held_out else "eval/"
         yield "held-out loss", figure(held_out, f"{evaluated}loss", ".4f")
         if held_out and "eval/bits_per_byte" in held_out:
@@ -194,7 +188,7 @@ def _label(run: RunReport, name: str, runs: Sequence[RunReport], *, task: bool) 
 
 def _short_name(name: str) -> str:
     """A column without the prefix of its panel: `FreeLaw` for `loss/FreeLaw`, `task/acc` for `eval/task/acc`."""
-    panel = next((each for each in PANELS if each.of([name])), None)
+    panel = panel_of(name)
     below = next((column.removesuffix("*") for column in panel.columns if column.endswith("/*")), "") if panel else ""
     return name.removeprefix(below) if below else NAMES.get(name, name)
 
@@ -211,120 +205,28 @@ def short_of(value: float | None) -> str:
     return NONE if value is None else short(float(f"{value:.3g}"))
 
 
-def _shown(value: float | None, form: str) -> str:
-    return NONE if value is None else format(value, form)
-
-
 def page(runs: Sequence[RunReport]) -> str:
     """The HTML page of one run, or of several side by side."""
     static = files("lamda.runs").joinpath("static")
     style, script = (static.joinpath(name).read_text("utf-8") for name in ("report.css", "report.js"))
-    tokens = max(run.last["tokens"] for run in runs)
-    # Nothing is fetched, and only this style and script run, whatever a run's files contain.
-    policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
-    title = ", ".join(run.label for run in runs)
-    parts = [_head(runs[0]) if len(runs) == 1 else _heads(runs)]
-    for name, question, charts in charts_of(runs):
-        drawn = "".join(_figure(each, tokens=tokens) for each in charts)
-        parts.append(f'<h2>{escape(name)}<small>{escape(question)}</small></h2><div class="charts">{drawn}</div>')
-    parts += [_rest(run, is_only=len(runs) == 1) for run in runs]
-    made = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>{escape(title)} · LaMDA</title><style>{style}</style></head><body>\n"
-        + "\n".join([*parts, f"<footer>lamda report, version {escape(__version__)}, {made}</footer>"])
-        + f"<script>{script}</script></body></html>\n"
+    figures, tokens = [dict(run.figures()) for run in runs], max(run.last["tokens"] for run in runs)
+    return TEMPLATES.get_template("report.html.jinja").render(
+        style=style,
+        script=script,
+        hash=_hash,
+        runs=runs,
+        figures=figures,
+        columns=dict.fromkeys(name for each in figures for name in each),
+        differences=[(key, *values) for key, values in differences(runs)],
+        groups=charts_of(runs),
+        color=color_class,
+        draw=lambda chart: draw_chart(chart.curves, title=chart.title, panel=chart.panel, tokens=tokens),
+        divider=DIVIDER,
+        dash=NONE,
+        version=__version__,
+        made=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     )
 
 
 def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _status(run: RunReport) -> str:
-    return f'<span class="status {escape(run.status.state)}">{escape(run.status.state)}</span>'
-
-
-def _reason(run: RunReport) -> str:
-    return f'<p class="reason">{escape(run.status.reason)}</p>' if run.status.reason else ""
-
-
-def _head(run: RunReport) -> str:
-    """Name, status, progress and key figures."""
-    tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in run.figures())
-    bar = ""
-    if run.share is not None:
-        bar = f'<progress max="1" value="{run.share:.4f}" aria-label="share of all steps"></progress>'
-    return (
-        f"<header><h1>{escape(run.label)}</h1>{_status(run)}<p>{escape(str(run.path.resolve()))}</p></header>"
-        f'{_reason(run)}{bar}<dl class="tiles">{tiles}</dl>'
-    )
-
-
-def _heads(runs: Sequence[RunReport]) -> str:
-    """The runs in a table, one color each, and the settings that differ."""
-    columns = dict.fromkeys(name for run in runs for name, _ in run.figures())
-    rows = []
-    for number, run in enumerate(runs):
-        figures = dict(run.figures())
-        name = f'<ul class="legend"><li class="{_color(number)}">{escape(run.label)}</li></ul>'
-        rows.append([name, _status(run), *(escape(figures.get(column, NONE)) for column in columns)])
-    parts = [f"<header><h1>{len(runs)} runs</h1></header>", _table(["run", "status", *columns], rows)]
-    parts += [f"<h3>{escape(run.label)}</h3>{_reason(run)}" for run in runs if run.status.reason]
-    if different := differences(runs):
-        rows = [[escape(key), *map(escape, values)] for key, values in different]
-        parts.append("<h2>Settings<small>Where do they differ?</small></h2>")
-        parts.append(_table(["key", *(run.label for run in runs)], rows))
-    return "".join(parts)
-
-
-def _figure(drawn: Chart, *, tokens: float) -> str:
-    """A chart with title, legend, and space for the values under the pointer."""
-    legend = ""
-    if len(drawn.curves) > 1:
-        items = (f'<li class="{_color(number)}">{escape(curve.run)}</li>' for number, curve in enumerate(drawn.curves))
-        legend = f'<ul class="legend">{"".join(items)}</ul>'
-    svg = draw_chart(drawn.curves, title=drawn.title, panel=drawn.panel, tokens=tokens)
-    return (
-        f"<figure><figcaption><h3>{escape(drawn.title)}</h3><span>{escape(drawn.panel.unit)}</span></figcaption>"
-        f'{legend}{svg}<p class="values" aria-live="off"></p></figure>'
-    )
-
-
-def _color(number: int) -> str:
-    return f"c{number % COLORS}" + (" dashed" if number >= COLORS else "")
-
-
-def _rest(run: RunReport, *, is_only: bool) -> str:
-    """Sample, checkpoints, warnings and configuration; collapsed if there are several runs."""
-    parts = [f"<h2>{'Details' if is_only else escape(run.label)}</h2>"]
-    opened = " open" if is_only else ""
-    if run.sample is not None:
-        name, text = run.sample
-        prompt, divider, generated = text.partition(DIVIDER)
-        body = f"{escape(prompt)}<mark>{divider}</mark>{escape(generated)}" if divider else escape(text)
-        parts.append(f"<details{opened}><summary>A sample, {escape(name)}</summary><pre>{body}</pre></details>")
-    if run.checkpoints:
-        table = _table(["checkpoint", "size", "ranks", "ZeRO", "age", "state"], map(_checkpoint_row, run.checkpoints))
-        parts.append(f"<details{opened}><summary>Checkpoints</summary>{table}</details>")
-    if run.warnings:
-        lines = escape("\n".join(run.warnings))
-        parts.append(f"<details{opened}><summary>Warnings in train.log</summary><pre>{lines}</pre></details>")
-    if run.config_text:
-        parts.append(f"<details><summary>Configuration</summary><pre>{escape(run.config_text)}</pre></details>")
-    return "".join(parts)
-
-
-def _checkpoint_row(info: CheckpointInfo) -> list[str]:
-    age = NONE if info.age_seconds is None else duration(info.age_seconds)
-    ranks, stage = (NONE if value is None else str(value) for value in (info.ranks, info.zero_stage))
-    return [escape(each) for each in (info.path.name, size_of(info.bytes), ranks, stage, age, info.state)]
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table that scrolls if it is too wide; rows contain markup, the header plain text."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -6,23 +6,26 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lamda.config.resources import templates
 from lamda.runs.curves import Curve, short, smoothed
 from lamda.runs.panels import Panel
 
 WIDTH, HEIGHT = 460, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 36
-"""Room for the labels of the axes."""
+LEFT, RIGHT, TOP, BOTTOM = 52, WIDTH - 10, 8, HEIGHT - 36
+"""Edges of the plot, with room for the labels of the axes."""
 BINS = 320
 """Points of a drawn curve."""
 FEW = 40
 """Up to this many points each one gets a marker, without averaging."""
 COLORS = 8
 """Colors in the style sheet; further curves repeat them, dashed."""
+
+TEMPLATES = templates("runs/static", is_html=True)
+TEMPLATES.filters["place"] = "{:.1f}".format
 
 
 @dataclass(frozen=True)
@@ -75,25 +78,26 @@ class Axis:
 
 def draw_chart(curves: Sequence[Curve], *, title: str, panel: Panel, tokens: float) -> str:
     """An SVG of curves over tokens, from 0 to `tokens`."""
-    binned = [Bins.of(curve) for curve in curves]
-    x_axis, y_axis = Axis(0.0, max(tokens, 1.0), LEFT, WIDTH - RIGHT), _vertical(binned, from_zero=panel.from_zero)
-    parts = [_grid(x_axis, y_axis, is_large=panel.is_large)]
-    for number, (curve, bins) in enumerate(zip(curves, binned, strict=True)):
-        parts.append(_curve(curve, bins, x_axis, y_axis, number, is_noisy=panel.is_noisy))
-    data = [
-        {"name": curve.run, "x": _rounded(bins.x), "y": _rounded(bins.mean)}
-        for curve, bins in zip(curves, binned, strict=True)
-    ]
-    frame = {"low": x_axis.low, "high": x_axis.high, "left": LEFT, "right": WIDTH - RIGHT, "width": WIDTH}
-    ends = "; ".join(
-        f"{curve.run} ends at {_number(bins.mean[-1])}" for curve, bins in zip(curves, binned, strict=True)
-    )
-    content = escape(json.dumps({"curves": data, **frame}, separators=(",", ":")))
-    label = escape(f"{title}, {panel.unit}, over tokens: {ends}")
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}" '
-        f'data-chart="{content}">'
-        f'{"".join(parts)}<line class="pointer" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/></svg>'
+    pairs = [(curve, Bins.of(curve)) for curve in curves]
+    x_axis = Axis(0.0, max(tokens, 1.0), LEFT, RIGHT)
+    y_axis = _vertical([bins for _, bins in pairs], from_zero=panel.from_zero)
+    y_label = short if panel.is_large else _number
+    ends = "; ".join(f"{curve.run} ends at {_number(bins.mean[-1])}" for curve, bins in pairs)
+    named = [{"name": curve.run, "x": _rounded(bins.x), "y": _rounded(bins.mean)} for curve, bins in pairs]
+    frame = {"low": x_axis.low, "high": x_axis.high, "left": LEFT, "right": RIGHT, "width": WIDTH}
+    return TEMPLATES.get_template("chart.svg.jinja").render(
+        **frame,
+        height=HEIGHT,
+        top=TOP,
+        bottom=BOTTOM,
+        label=f"{title}, {panel.unit}, over tokens: {ends}",
+        data=json.dumps({"curves": named, **frame}, separators=(",", ":")),
+        x_ticks=[(x_axis.position(value), short(value)) for value in x_axis.ticks(5)],
+        y_ticks=[(y_axis.position(value), y_label(value)) for value in y_axis.ticks(5)],
+        curves=[
+            {"color": color_class(number), **_shapes(curve, bins, x_axis, y_axis, is_noisy=panel.is_noisy)}
+            for number, (curve, bins) in enumerate(pairs)
+        ],
     )
 
 
@@ -103,55 +107,35 @@ def _vertical(binned: Sequence[Bins], *, from_zero: bool) -> Axis:
     lowest, highest = np.nanmin(low), np.nanmax(high)
     lowest = min(0.0, lowest) if from_zero else lowest
     margin = (highest - lowest) * 0.05 or abs(highest) * 0.1 or 1.0
-    return Axis(float(lowest if from_zero else lowest - margin), float(highest + margin), HEIGHT - BOTTOM, TOP)
+    return Axis(float(lowest if from_zero else lowest - margin), float(highest + margin), BOTTOM, TOP)
 
 
-def _grid(x_axis: Axis, y_axis: Axis, *, is_large: bool) -> str:
-    parts = []
-    for value in y_axis.ticks(5):
-        y = y_axis.position(value)
-        label = short(value) if is_large else _number(value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-    for value in x_axis.ticks(5):
-        x = x_axis.position(value)
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{short(value)}</text>')
-    parts.append(
-        f'<text class="unit" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">tokens</text>'
-    )
-    return "".join(parts)
+def color_class(number: int) -> str:
+    """The CSS classes of a curve."""
+    return f"c{number % COLORS}" + (" dashed" if number >= COLORS else "")
 
 
-def _curve(curve: Curve, bins: Bins, x_axis: Axis, y_axis: Axis, number: int, *, is_noisy: bool) -> str:
-    """The band or the points, the line over it, and a cross at the top where a value was not finite."""
-    color = f"c{number % COLORS}" + (" dashed" if number >= COLORS else "")
+def _shapes(curve: Curve, bins: Bins, x_axis: Axis, y_axis: Axis, *, is_noisy: bool) -> dict[str, object]:
+    """The band or the points, the line over it, and the crosses at the top where a value was not finite."""
     few = len(curve.x) <= FEW
     mean = smoothed(bins.mean, max(1, len(bins.mean) // FEW)) if is_noisy and not few else bins.mean
-    parts = []
-    if len(curve.x) > BINS or (is_noisy and not few):  # the line shows means: show the range of the points too
-        parts.append(f'<path class="band {color}" d="{_band(bins, x_axis, y_axis)}"/>')
-    parts.append(f'<path class="line {color}" d="{_path(bins.x, mean, x_axis, y_axis)}"/>')
-    if few:
-        points = [(x, y) for x, y in zip(bins.x, mean, strict=True) if math.isfinite(y)]
-        parts += [
-            f'<circle class="{color}" cx="{x_axis.position(x):.1f}" cy="{y_axis.position(y):.1f}" r="2.5"/>'
-            for x, y in points
-        ]
-    not_finite = curve.x[~np.isfinite(curve.y)]
-    parts += [
-        f'<text class="not-finite" x="{x_axis.position(x):.1f}" y="{TOP + 9}" text-anchor="middle">×</text>'
-        for x in not_finite[:99]
-    ]
-    return "".join(parts)
+    shows_means = len(curve.x) > BINS or (is_noisy and not few)
+    points = [(x_axis.position(x), y_axis.position(y)) for x, y in zip(bins.x, mean, strict=True)]
+    return {
+        "band": _band(bins, x_axis, y_axis) if shows_means else "",
+        "line": _path(points),
+        "points": [point for point in points if few and math.isfinite(point[1])],
+        "crosses": [x_axis.position(x) for x in curve.x[~np.isfinite(curve.y)][:99]],
+    }
 
 
-def _path(x: NDArray[np.float64], y: NDArray[np.float64], x_axis: Axis, y_axis: Axis) -> str:
+def _path(points: Sequence[tuple[float, float]]) -> str:
     """A line with gaps where values are not finite."""
     parts, pen = [], "M"
-    for place, value in zip(x, y, strict=True):
-        if math.isfinite(value):
-            parts.append(f"{pen}{x_axis.position(place):.1f} {y_axis.position(value):.1f}")
-        pen = "L" if math.isfinite(value) else "M"
+    for x, y in points:
+        if math.isfinite(y):
+            parts.append(f"{pen}{x:.1f} {y:.1f}")
+        pen = "L" if math.isfinite(y) else "M"
     return "".join(parts)
 
 
@@ -159,12 +143,8 @@ def _band(bins: Bins, x_axis: Axis, y_axis: Axis) -> str:
     """The area between the minima and the maxima."""
     finite = np.isfinite(bins.low)
     x, low, high = bins.x[finite], bins.low[finite], bins.high[finite]
-    if not x.size:
-        return ""
     corners = [*zip(x, high, strict=True), *zip(x[::-1], low[::-1], strict=True)]
-    return (
-        "M" + "L".join(f"{x_axis.position(place):.1f} {y_axis.position(value):.1f}" for place, value in corners) + "Z"
-    )
+    return f"{_path([(x_axis.position(x), y_axis.position(y)) for x, y in corners])}Z" if corners else ""
 
 
 def _rounded(values: NDArray[np.float64]) -> list[float | None]:

@@ -15,8 +15,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lamda.config.errors import UserError, nearest
+from lamda.config.errors import UserError
 from lamda.console import STYLES, duration, figure, of_total
+from lamda.runs.curves import similar_run
 from lamda.storage.manifest import complete
 from lamda.storage.metrics import Metrics, MetricsReader, last_lines
 from lamda.storage.run_directory import RunDirectory, RunStatus, find_runs, modified_at, read_run_status
@@ -42,11 +43,8 @@ CLIPPED = 0.05
 
 def parser() -> argparse.ArgumentParser:
     """The options of `lamda watch`."""
-    parser = argparse.ArgumentParser(
-        prog="lamda watch",
-        allow_abbrev=False,
-        epilog="exit code: the run's: 0 finished, 75 preempted, 1 failed or died",
-    )
+    epilog = "exit code: the run's: 0 finished, 75 preempted, 1 failed or died"
+    parser = argparse.ArgumentParser(prog="lamda watch", allow_abbrev=False, epilog=epilog)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, which may not exist yet")
     return parser
 
@@ -56,7 +54,7 @@ def main(argv: list[str]) -> int:
     directory = RunDirectory(parser().parse_args(argv).run)
     runs = find_runs(directory.path, depth=1)
     if not runs:
-        print(f"{directory.path}: no run here yet{_did_you_mean(directory.path)}; waiting for it (Ctrl-C quits)")
+        print(f"{directory.path}: no run here yet{similar_run(directory.path)}; waiting for it (Ctrl-C quits)")
     elif runs != [directory.path]:
         names = ", ".join(path.name for path in runs)
         raise UserError(f"{directory.path}: is a folder of runs; watch one of {names}")
@@ -64,10 +62,11 @@ def main(argv: list[str]) -> int:
     if not console.is_terminal:
         return watch(directory, LinePrinter())
     with Live(console=console, auto_refresh=False) as live:
-        return watch(
-            directory,
-            lambda snapshot: live.update(render(snapshot, width=console.width, height=console.height), refresh=True),
-        )
+
+        def show(snapshot: Snapshot) -> None:
+            live.update(render(snapshot, width=console.width, height=console.height), refresh=True)
+
+        return watch(directory, show)
 
 
 @dataclass(frozen=True)
@@ -132,19 +131,16 @@ class LinePrinter:
         else:
             new = snapshot.new
             if new < self._known:
-                self._say(f"rolled back to step {snapshot.rows[new - 1]['step'] if new else 0}")
+                print(f"rolled back to step {snapshot.rows[new - 1]['step'] if new else 0}", flush=True)
         for row in snapshot.rows[new:]:
             step = of_total(row["step"], snapshot.status.steps)
-            self._say(f"step {step}  {_figures(row)}  ETA {snapshot.remaining()}")
+            print(f"step {step}  {_figures(row)}  ETA {snapshot.remaining()}", flush=True)
         self._known = len(snapshot.rows)
         if snapshot.state() != self._state:
             self._state = snapshot.state()
             if EXITS.get(snapshot.status.state) == 1:
-                self._say("\n".join(snapshot.log()))
-            self._say(self._state + (f": {snapshot.status.reason}" if snapshot.status.reason else ""))
-
-    def _say(self, text: str) -> None:
-        print(text, flush=True)
+                print("\n".join(snapshot.log()), flush=True)
+            print(self._state + (f": {snapshot.status.reason}" if snapshot.status.reason else ""), flush=True)
 
 
 def render(snapshot: Snapshot, *, width: int, height: int) -> Group:
@@ -205,13 +201,6 @@ def _curve(rows: list[Metrics], *, width: int, height: int) -> list[Text]:
     lines.append(first + last.rjust(width - MARGIN - len(first)))
     scale = [f"{high:.3f}", "loss", *[""] * (height - 3), f"{low:.3f}", "step"]
     return [Text(f"{mark:>{MARGIN - 2}} {line}", no_wrap=True) for mark, line in zip(scale, lines, strict=True)]
-
-
-def _did_you_mean(path: Path) -> str:
-    """A hint that names the most similar run beside it."""
-    if not path.parent.is_dir():
-        return ""
-    return nearest(path.name, (run.name for run in find_runs(path.parent, depth=1)))
 
 
 def draw_curve(values: NDArray[np.float64], *, width: int, height: int) -> tuple[list[str], float, float]:

@@ -39,13 +39,9 @@ def heeded_signals() -> tuple[signal.Signals, ...]:
 
 
 @contextmanager
-def interrupting_signals() -> Iterator[None]:
-    """Every signal that asks to stop becomes a KeyboardInterrupt, for commands that must end their child processes."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in heeded_signals()}
+def handling_signals(handle: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Every signal that asks to stop calls `handle`, for commands that have started a run."""
+    before = {number: signal.signal(number, handle) for number in heeded_signals()}
     try:
         yield
     finally:

@@ -6,7 +6,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lamda.cluster.memory import RECOMPUTE, TILE, WIDE_ROWS, activations, recomputed_flops
+from lamda.cluster.memory import RECOMPUTE, TILE, WIDE_ROWS, MemorySetting, activations, recomputed_flops
+from lamda.cluster.zero import Sharding
 from lamda.config import ModelConfig
 from lamda.model import LaMDA, decoder
 from lamda.model.attention import sdpa
@@ -68,9 +69,9 @@ def run(monkeypatch):
 
 
 def expected(model, *, recompute="none", dtype=torch.bfloat16, documents=False):
-    return activations(
-        model.config, rows=B, length=L, width=dtype.itemsize, recompute=recompute, has_documents=documents
-    )
+    width = dtype.itemsize
+    sharding = Sharding(stage=0, ranks=1, weight=width, accumulated=width, sent=width)
+    return activations(MemorySetting(model.config, sharding, B, L, 1, recompute, has_documents=documents))
 
 
 @pytest.mark.parametrize("documents", [False, True])

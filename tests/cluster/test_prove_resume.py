@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import asdict
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from lamda.cluster.compare import FirstDifference, compare_checkpoints, compare_runs, optimizer_state_of, weights_of
-from lamda.cluster.prove_resume import Proof, Trial, choose_ranks, main, rounding_hint, table
+from lamda.cluster.prove_resume import Proof, Trial, choose_ranks, main, rounding_hint, show_trials
 from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.storage.run_directory import RunDirectory
@@ -217,17 +218,18 @@ def test_mistakes_are_reported_before_anything_is_made(tmp_path, flags, message)
     assert not (tmp_path / "folder").exists()
 
 
-def test_the_table_has_a_line_for_each_thing_and_a_column_for_each_resumed_run():
+def test_the_table_has_a_line_for_each_thing_and_a_column_for_each_resumed_run(capsys):
     found = {"loss": None, "weights": FirstDifference(6, 1.25e-7), "samples": FirstDifference(3)}
     trials = [Trial(2, 4, "step-00000003", dict.fromkeys(found)), Trial(1, 7, "step-00000006", found)]
-    assert table(2, trials).splitlines() == [
+    show_trials(2, trials)
+    assert capsys.readouterr().out.splitlines() == [
         "killed on 2 ranks, resumed  on 2 ranks  on 1 rank",
         "loss                        equal       equal",
         "weights                     equal       differs from step 6 by 1.25e-07 at most",
         "samples                     equal       differs from step 3",
     ]
     assert [trial.is_exact for trial in trials] == [True, False]
-    assert json.loads(json.dumps(trials[1].as_dict()))["differences"]["weights"] == {"step": 6, "largest": 1.25e-07}
+    assert json.loads(json.dumps(asdict(trials[1])))["differences"]["weights"] == {"step": 6, "largest": 1.25e-07}
 
 
 def trial_of(ranks, **differences):

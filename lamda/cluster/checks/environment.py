@@ -7,11 +7,14 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+from lamda.cluster import estimates
 from lamda.cluster.checks.finding import Check, Finding, Subject, failure, ok, warning
 from lamda.config import ds_config
 from lamda.config.batches import micro_batches_per_rank
@@ -76,10 +79,14 @@ def file_clock(subject: Subject) -> Finding:
     skew = probe.stat().st_mtime - time.time()
     probe.unlink()
     message = f"the file server's clock differs by {skew:+.1f} s from this node's"
-    advice = "synchronize all clocks with NTP or chrony"
-    if abs(skew) > SKEW_FAILURE:
-        return failure(message, advice)
-    return warning(message, advice) if abs(skew) > SKEW_WARNING else ok(message)
+    return judge_skew(skew, message) or ok(message)
+
+
+def judge_skew(skew: float, message: str) -> Finding | None:
+    """The finding about a clock that differs by `skew` seconds, None if that is no problem."""
+    if abs(skew) <= SKEW_WARNING:
+        return None
+    return (failure if abs(skew) > SKEW_FAILURE else warning)(message, "synchronize all clocks with NTP or chrony")
 
 
 def data(subject: Subject) -> Finding:
@@ -129,9 +136,9 @@ def weights_and_biases(subject: Subject) -> Finding:
 
 
 def checkpoint_bytes(subject: Subject) -> int:
-    """Bytes of a checkpoint: model weights, and three fp32 numbers per parameter of the optimizer."""
+    """Bytes of a checkpoint."""
     deepspeed = ds_config.build(subject.config, world_size=subject.world.world_size)
-    return parameters(subject.config.model) * ((2 if ds_config.is_bf16(deepspeed) else 4) + 12)
+    return estimates.checkpoint_bytes(parameters(subject.config.model), width=2 if ds_config.is_bf16(deepspeed) else 4)
 
 
 def writing_rate(folder: Path) -> float:
@@ -150,31 +157,24 @@ def writing_rate(folder: Path) -> float:
 
 def reach(address: str) -> None:
     """Raises OSError if no server answers; any HTTP answer counts."""
-    try:
-        with urlopen(address, timeout=TIMEOUT_SECONDS):
-            pass
-    except HTTPError:
+    with suppress(HTTPError), urlopen(address, timeout=TIMEOUT_SECONDS):
         pass
 
 
 def _in_time(look: Callable[[], T]) -> T:
     """Run `look`, which may hang. Raises TimeoutError after TIMEOUT_SECONDS, and what `look` raises."""
-    result: list[T | BaseException] = []
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
-            result.append(look())
+            future.set_result(look())
         except BaseException as error:
-            result.append(error)
+            future.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(TIMEOUT_SECONDS)
-    if not result:
+    threading.Thread(target=run, daemon=True).start()  # an executor would wait for it at exit
+    if not wait([future], TIMEOUT_SECONDS).done:
         raise TimeoutError(f"no answer for {TIMEOUT_SECONDS:g} s")
-    if isinstance(result[0], BaseException):
-        raise result[0]
-    return result[0]
+    return future.result()
 
 
 CHECKS = (

@@ -7,13 +7,14 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from statistics import median
 
 import lamda
-from lamda.cluster.checks.environment import SKEW_FAILURE, SKEW_WARNING
+from lamda.cluster.checks.environment import judge_skew
 from lamda.cluster.checks.finding import Finding, Subject, failure, ok, warning
 from lamda.cluster.checks.hardware import driver_version, gpu_name, nccl_version
 from lamda.cluster.checks.software import installed, requirements
@@ -59,13 +60,8 @@ def clocks(times: Sequence[float], places: Sequence[str]) -> Finding:
     middle = median(times)
     skews = [(moment - middle, place) for moment, place in zip(times, places, strict=True)]
     worst, place = max(skews, key=lambda skew: abs(skew[0]))
-    message = f"{place} differs by {worst:+.1f} s from the others" if len(times) > 1 else "one clock"
-    advice = "synchronize all clocks with NTP or chrony"
-    if abs(worst) > SKEW_FAILURE:
-        return failure(message, advice)
-    if abs(worst) > SKEW_WARNING:
-        return warning(message, advice)
-    return ok(f"all within {max(times) - min(times):.1f} s")
+    finding = judge_skew(worst, f"{place} differs by {worst:+.1f} s from the others")
+    return finding or ok(f"all within {max(times) - min(times):.1f} s")
 
 
 def shared(seen: Sequence[bool], places: Sequence[str], run: str) -> Finding:
@@ -116,13 +112,14 @@ def all_reduce(subject: Subject) -> tuple[float, bool]:
     import torch.distributed as dist
 
     on_gpu, size, spent = subject.device.type == "cuda", subject.world.world_size, 0.0
+    settle: Callable[[], object] = partial(torch.cuda.synchronize, subject.device) if on_gpu else lambda: None
     tensor = torch.empty((GPU_BYTES if on_gpu else CPU_BYTES) // 4, device=subject.device)
     for repeat in range(REPEATS + 1):
         tensor.fill_(subject.world.rank + 1)
-        _settle(subject)
+        settle()
         began = time.perf_counter()
         dist.all_reduce(tensor)
-        _settle(subject)
+        settle()
         if repeat:  # the first one sets up connections
             spent += time.perf_counter() - began
     right = bool((tensor == size * (size + 1) / 2).all())
@@ -135,13 +132,6 @@ def code_digest() -> str:
     for file in sorted(root.rglob("*.py")):
         digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def _settle(subject: Subject) -> None:
-    if subject.device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(subject.device)
 
 
 def _sees_the_file(subject: Subject) -> bool:
