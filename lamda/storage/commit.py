@@ -22,24 +22,13 @@ from lamda.storage.manifest import (
     DAMAGED,
     MANIFEST,
     complete,
-    framework_of,
     is_checkpoint_name,
     name_of,
-    named,
     problem_of,
-    read,
-    read_state,
     sealed,
     set_aside,
-    step_in,
     step_of,
 )
-
-__all__ = [
-    "MANIFEST", "commit", "complete", "find_valid", "framework_of", "free_name", "make_fresh", "named", "problem_of",
-    "read", "read_state", "remove", "require_none", "seal", "sealed", "step_in", "step_of", "sweep",
-    "sync_and_describe", "verify",
-]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
