@@ -76,15 +76,10 @@ def _records(batches: Iterator[pa.RecordBatch], number: int, *, first: int) -> I
 def _records_of(batch: pa.RecordBatch) -> list[Any]:
     try:
         return batch.to_pylist()
-    except (ValueError, OverflowError):  # text that is not UTF-8, or a date outside of Python's range
-        return [_record(batch.slice(row, 1)) for row in range(batch.num_rows)]
-
-
-def _record(row: pa.RecordBatch) -> Any:
-    try:
-        return row.to_pylist()[0]
-    except (ValueError, OverflowError) as error:
-        return ValueError(f"cannot be decoded ({error})")
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, or a date outside of Python's range
+        if batch.num_rows == 1:
+            return [ValueError(f"cannot be decoded ({error})")]
+        return [record for row in range(batch.num_rows) for record in _records_of(batch.slice(row, 1))]
 
 
 @contextmanager

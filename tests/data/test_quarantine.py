@@ -19,7 +19,7 @@ from lamda.data.corpus import open_corpus, require_a_batch
 from lamda.data.documents import Document
 from lamda.data.files import DataError, File, read_lines
 from lamda.data.held_out import require_documents
-from lamda.data.lanes import RAW_TEXT, Cursor, read_lane
+from lamda.data.lanes import RAW_TEXT, Cursor
 from lamda.data.partitioning import cut_into_lanes
 from lamda.data.quarantine import BadLine, Quarantined, few, first_of, write_first
 from tests.conftest import make_text
@@ -51,7 +51,7 @@ def cut(*paths: Path, count=1, limit=1.0):
 
 
 def entries(lane):
-    return list(read_lane(lane, Cursor()))
+    return list(lane.read(Cursor()))
 
 
 @pytest.mark.parametrize(
@@ -322,9 +322,7 @@ def test_any_ranks_and_stops_find_the_same_bad_lines(tmp_path, tokenizer, monkey
 
 def test_only_the_first_hundred_are_kept():
     found = [
-        Quarantined(lane, quarantine.bad_line(f"f, line {line}", "r", b"x" * 900))
-        for lane in range(30)
-        for line in range(1, 10)
+        Quarantined(lane, BadLine.of(f"f, line {line}", "r", b"x" * 900)) for lane in range(30) for line in range(1, 10)
     ]
     kept = first_of([*reversed(found), *found])
     assert kept == found[:100]
