@@ -113,13 +113,9 @@ class Plan(NamedTuple):
     until: int
     starts: tuple[Cursor, ...]
 
-    def target(self, length: int) -> int | None:
-        """The end of a lane of this length, on its axis; None: the end of the lane."""
-        return None if self.until == ONE else self.until * length >> 32
-
     def part(self, lane: int, length: int) -> Part:
         """The part of a lane of this length on the axis."""
-        return Part(self.epoch, self.starts[lane], self.target(length))
+        return Part(self.epoch, self.starts[lane], None if self.until == ONE else self.until * length >> 32)
 
 
 @dataclass(frozen=True)
@@ -215,14 +211,11 @@ class SourceOrder:
 
     def without_digests(self) -> SourceOrder:
         """The same without checks that the documents at the cursors are unchanged."""
-        windows = (
-            replace(
-                window,
-                starts=tuple(replace(cursor, digest=None) for cursor in window.starts),
-                afters=tuple(replace(cursor, digest=None) for cursor in window.afters),
-            )
-            for window in self.windows
-        )
+
+        def plain(cursors: Sequence[Cursor]) -> tuple[Cursor, ...]:
+            return tuple(replace(cursor, digest=None) for cursor in cursors)
+
+        windows = (replace(each, starts=plain(each.starts), afters=plain(each.afters)) for each in self.windows)
         return replace(self, windows=tuple(windows))
 
     def to_json(self) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def test_spans_and_documents_say_where_every_token_came_from(tmp_path, tokenizer
     (lane,) = lanes_of([write_shard(tmp_path / "0.jsonl", texts)], most=1)
     for _, (block, *_) in parts_of(lane, tokenizer, Packing(28, method), [0.4]):
         assert np.array_equal(block.spans, np.sort(block.spans, order=("row", "start")))
-        assert block.segment_ids.shape == block.ids.shape
+        assert block.spans["length"].sum() == block.ids.size
         for span in block.spans:
             shown = block.ids[span["row"], span["start"] : span["start"] + span["length"]].tolist()
             if span["document"] >= 0:

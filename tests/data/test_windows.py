@@ -82,7 +82,7 @@ def test_windows_grow_to_their_size_and_end_each_epoch_exactly(lengths, share, l
         plan = order.plan(shape)
         assert (plan.number, plan.epoch, plan.since) == (number, epochs, until)
         assert plan.since < plan.until <= ONE
-        assert (plan.target(lengths[0]) is None) == (plan.until == ONE)
+        assert (plan.part(0, lengths[0]).target is None) == (plan.until == ONE)
         assert all(start == Cursor() for start in plan.starts) or plan.since > 0
         tokens = int((plan.until - plan.since) / ONE * sum(lengths) / bytes_per_token / len(lengths))
         order = order.add(plan, announced([number + 1] * len(lengths), tokens), shape)
