@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 from contextlib import AbstractContextManager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -167,9 +167,9 @@ def _content(path: Path, part: Part, rows: PartRows, *, narrow: bool) -> bytes:
     index = {
         "place": _place(path),
         "epoch": part.epoch,
-        "start": asdict(part.start),
+        "start": part.start._asdict(),
         "target": part.target,
-        "after": asdict(rows.after),
+        "after": rows.after._asdict(),
         "tokens": rows.tokens,
         "length": size,
         "sha256": sha256(data).hexdigest(),

@@ -40,8 +40,7 @@ RAW_TEXT = RawText()
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True)
-class Cursor:
+class Cursor(NamedTuple):
     """The position of the next token of a lane in an epoch.
 
     token: index in the document at (`file`, `line`). byte: decompressed offset of that line, for seeking. lines, bad:

@@ -96,7 +96,7 @@ class _Extent(NamedTuple):
         return cls(file, file.size * RATIO, None)
 
     def shares(self, begin: int, *, count: int, total: int, ways: int) -> Iterator[tuple[int, Share]]:
-        """The shares of this file, which begins at `begin`, each with its lane. ways: their number if it cannot be cut."""
+        """The shares of this file, which begins at `begin`, with lanes. ways: their number if it cannot be cut."""
         if self.units is None:
             ways = 1 if self.file.url.endswith(".txt") else ways
             for way in range(ways):

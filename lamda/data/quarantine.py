@@ -59,28 +59,23 @@ def first_of(found: Iterable[Quarantined]) -> list[Quarantined]:
     return sorted(set(found))[:KEPT]
 
 
-def write_first(path: Path, found: Iterable[Quarantined]) -> list[Quarantined]:
-    """Merge new bad lines into `path` (JSON lines), keeping the first; returns those that are new."""
-    lines = map(json.loads, path.read_text("utf-8").splitlines() if path.exists() else ())
-    known = [Quarantined(values.pop("lane"), BadLine(**values)) for values in lines]
-    kept = first_of([*known, *found])
-    if kept != known:
-        lines_kept = (json.dumps({"lane": each.lane, **each.bad._asdict()}) for each in kept)
-        replace_file(path, "".join(f"{line}\n" for line in lines_kept))
-    return sorted(set(kept) - set(known))
-
-
 class QuarantineFile:
-    """The file of the first bad lines of a run. Write errors are ignored: it is for information only."""
+    """The first bad lines of a run, as JSON lines. Errors of the file are ignored: it is for information only."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._keeping = BestEffort(f"{path} cannot be updated", errors=(OSError, ValueError, KeyError, TypeError))
 
     def add(self, found: Iterable[Quarantined]) -> list[Quarantined]:
-        """Add bad lines as `write_first`; returns those that are new."""
+        """Add bad lines, and keep the first; returns those that are new."""
         with self._keeping:
-            return write_first(self._path, found)
+            lines = map(json.loads, self._path.read_text("utf-8").splitlines() if self._path.exists() else ())
+            known = [Quarantined(values.pop("lane"), BadLine(**values)) for values in lines]
+            kept = first_of([*known, *found])
+            if kept != known:
+                texts = (json.dumps({"lane": each.lane, **each.bad._asdict()}) for each in kept)
+                replace_file(self._path, "".join(f"{text}\n" for text in texts))
+            return sorted(set(kept) - set(known))
         return []
 
 

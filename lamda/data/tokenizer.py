@@ -65,15 +65,10 @@ _WORDS_PER_LINE = 64
 
 
 class Tokenizer:
-    """A trained vocabulary.
+    """A trained vocabulary of V = `vocab_size` ids.
 
-    Attributes:
-        vocab_size: V, the number of ids.
-        sha256: hex digest of the model file.
-        symbols: id of each control symbol by name.
-        end_of_document: id of the end symbol after each document.
-        padding: id of the padding symbol.
-        token_bytes: int64 [V], number of UTF-8 bytes of each id; 0 for control symbols.
+    sha256: hex digest of the model file. symbols: id of each control symbol by name. end_of_document: id of the end
+    symbol after each document. token_bytes: int64 [V], number of UTF-8 bytes of each id; 0 for control symbols.
     """
 
     def __init__(self, model: bytes) -> None:

@@ -12,7 +12,7 @@ ranks know the same order. A `SourceOrder` is saved in checkpoints, so that a re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,14 +88,9 @@ class Window:
         share = (row - self.base) / max(1, self.rows)
         return self.epoch + (self.since + share * (self.until - self.since)) / ONE
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
-        cursors = {name: [list(astuple(cursor)) for cursor in getattr(self, name)] for name in ("starts", "afters")}
-        return {**{name: getattr(self, name) for name in self.__dataclass_fields__}, **cursors}
-
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Window:
-        """The inverse of `to_json`. Raises TypeError, ValueError or KeyError for other values."""
+        """The inverse of `dataclasses.asdict`. Raises TypeError, ValueError or KeyError for other values."""
         lanes = {"counts": _count, "starts": _cursor, "afters": _cursor}
         of_lanes: dict[str, Any] = {name: tuple(map(of, values[name])) for name, of in lanes.items()}
         if len({len(each) for each in of_lanes.values()}) > 1:
@@ -188,15 +183,11 @@ class SourceOrder:
     def add(self, plan: Plan, announced: Sequence[Announcement], shape: Shape) -> SourceOrder:
         """This order with the next window, from the announcements of all lanes."""
         window = Window(
-            number=plan.number,
-            epoch=plan.epoch,
             base=self.end,
             epoch_base=self.end if plan.since == 0 else self.windows[-1].epoch_base,
-            since=plan.since,
-            until=plan.until,
-            starts=plan.starts,
             counts=tuple(each.rows for each in announced),
             afters=tuple(each.after for each in announced),
+            **plan._asdict(),
         )
         bytes_ = self.measured[0] + ((plan.until - plan.since) * sum(shape.lengths) >> 32)
         tokens = self.measured[1] + sum(each.tokens for each in announced)
@@ -213,14 +204,14 @@ class SourceOrder:
         """The same without checks that the documents at the cursors are unchanged."""
 
         def plain(cursors: Sequence[Cursor]) -> tuple[Cursor, ...]:
-            return tuple(replace(cursor, digest=None) for cursor in cursors)
+            return tuple(cursor._replace(digest=None) for cursor in cursors)
 
         windows = (replace(each, starts=plain(each.starts), afters=plain(each.afters)) for each in self.windows)
         return replace(self, windows=tuple(windows))
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"windows": [window.to_json() for window in self.windows], "measured": list(self.measured)}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> SourceOrder:
@@ -234,10 +225,9 @@ class SourceOrder:
 def _cursor(values: Any) -> Cursor:
     """A cursor from its stored fields. Raises TypeError or ValueError."""
     *numbers, digest = values
-    if not isinstance(digest, str | None):
+    if not isinstance(digest, str | None) or len(values) != len(Cursor._fields):
         raise ValueError(f"{values!r} is not a cursor")
-    content: list[Any] = [*map(_count, numbers), digest]
-    return Cursor(**dict(zip(Cursor.__dataclass_fields__, content, strict=True)))
+    return Cursor(*map(_count, numbers), digest)
 
 
 def _count(value: Any) -> int:

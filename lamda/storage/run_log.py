@@ -26,7 +26,7 @@ def run_log(path: Path, *, is_main: bool) -> Iterator[None]:
     if is_main:
         with BestEffort(f"{path} cannot be written"):
             handlers.append(_file_handler(path))
-    bad_lines = each_bad_line_once() if is_main else _bad_lines_through(_none)
+    bad_lines = each_bad_line_once() if is_main else _bad_lines_through(lambda record: False)
     loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [(logger, logger.handlers, logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
@@ -86,11 +86,6 @@ class _EachOnce(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the message is new."""
         return self._known.setdefault(record.getMessage(), record) is record  # in one step: threads read side by side
-
-
-def _none(record: logging.LogRecord) -> bool:
-    del record
-    return False
 
 
 class _StandardError(logging.StreamHandler[TextIO]):
