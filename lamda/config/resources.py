@@ -36,8 +36,5 @@ def find(path: str, *, among: str | None = None) -> Path:
 
 
 def card_path(name: str) -> Path:
-    """The dataset card `data/<name>.yaml`, or the file `name` if that ends in `.yaml`.
-
-    Raises `UserError` with the cards that exist.
-    """
+    """The card `data/<name>.yaml`, or the file `name` if it ends in `.yaml`. Raises `UserError` with known cards."""
     return find(name if name.endswith(".yaml") else f"data/{name}.yaml", among="data/*.yaml")

@@ -36,10 +36,7 @@ DOCUMENT = np.dtype([("file", "<i4"), ("line", "<i8"), ("byte", "<i8"), ("domain
 
 @dataclass(frozen=True)
 class BlockFolder:
-    """The cached rows of one fingerprint under `data.cache_dir`.
-
-    keeping: context manager around every access to the folder, which handles OSError.
-    """
+    """The cached rows of one fingerprint. keeping: context around every access to the folder, which handles OSError."""
 
     path: Path
     keeping: AbstractContextManager[object]
@@ -48,10 +45,7 @@ class BlockFolder:
     def of(
         cls, folder: str, fingerprint: dict[str, Any], *, keeping: AbstractContextManager[object] | None = None
     ) -> BlockFolder:
-        """The subfolder of `folder` for everything that blocks depend on: the fingerprint without the weights.
-
-        keeping: handles OSError; the default raises UserError.
-        """
+        """The folder for a fingerprint without its weights. keeping: handles OSError; the default raises UserError."""
         parts = {key: value for key, value in fingerprint.items() if key != "weights"}
         name = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
         path, keeping = Path(folder) / name, keeping or _Required(folder)

@@ -34,10 +34,7 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Corpus:
-    """The training text of a run, resolved and cut into lanes.
-
-    length: L, targets per row. shuffle: rows per window at full size, or `none` or `epoch`.
-    """
+    """The training text of a run, cut into lanes. length: L, targets per row. shuffle: as `data.shuffle`."""
 
     card: Card
     lanes: tuple[Lane, ...]

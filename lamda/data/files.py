@@ -75,10 +75,7 @@ class File:
 
 
 class Line(NamedTuple):
-    """A line without its newline and its number.
-
-    byte: offset of its first byte in the decompressed file. stored: approximate offset in the stored file.
-    """
+    """A line without its newline. byte, stored: its offset in the decompressed and, about, in the stored file."""
 
     number: int
     byte: int

@@ -49,10 +49,7 @@ class EvalRow:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The validation text of a run.
-
-    document_mask: limit attention to a document. on_wait: called while waiting for a server.
-    """
+    """The validation text of a run. document_mask: as for the loader. on_wait: called while waiting for a server."""
 
     sources: tuple[Source, ...]
     tokenizer: Tokenizer

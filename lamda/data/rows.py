@@ -19,10 +19,7 @@ from lamda.data.windows import Announcement
 
 
 class LaneRows(NamedTuple):
-    """The rows of a lane in a window, the domain of each of their documents [n + 1], and the announcement.
-
-    The last domain is for document -1.
-    """
+    """The rows of a lane in a window. domains: [n + 1], of each of their documents, and at last of document -1."""
 
     block: RowBlock
     domains: NDArray[np.int16]
