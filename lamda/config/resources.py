@@ -7,13 +7,6 @@ from lamda.config.errors import UserError, nearest
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def _roots() -> list[Path]:
-    """The working directory, a wheel's copies, and the repository of an editable install."""
-    repository = _PACKAGE.parent
-    is_checkout = (repository / "pyproject.toml").is_file()
-    return [Path(), _PACKAGE / "_resources", *([repository] if is_checkout else [])]
-
-
 def find(path: str, *, among: str | None = None) -> Path:
     """The file called `path`: absolute, from the working directory, or among the package's copies.
 
@@ -21,7 +14,9 @@ def find(path: str, *, among: str | None = None) -> Path:
     `configs/tiny.yaml`, `finetune/tiny` for `configs/finetune/tiny.yaml`.
     Raises `UserError` with the places searched, the known files and the nearest name.
     """
-    roots = _roots()
+    roots = [Path(), _PACKAGE / "_resources"]  # the working directory, and a wheel's copies
+    if (_PACKAGE.parent / "pyproject.toml").is_file():  # the repository of an editable install
+        roots.append(_PACKAGE.parent)
     is_name = not Path(path).suffix and not Path(path).is_absolute()
     names = [path, among.replace("*", path)] if among and is_name else [path]
     candidates = [root / name for name in names for root in roots]

@@ -82,7 +82,7 @@ class RawText:
 
     def keys_of(self, source: Source) -> tuple[str, ...]:
         """See `Form`."""
-        return (first_key(source.text),)
+        return (source.text.partition(".")[0],)
 
     def text_of(self, record: Any, source: Source) -> str:
         """See `Form`."""
@@ -121,8 +121,3 @@ def get_path(record: Any, path: str) -> Any:
     for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     return value
-
-
-def first_key(path: str) -> str:
-    """The first key of a dotted path."""
-    return path.split(".", 1)[0]

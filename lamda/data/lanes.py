@@ -20,7 +20,7 @@ import orjson
 
 from lamda.config.errors import DataError
 from lamda.data.card import Source
-from lamda.data.documents import Document, Form, RawText, first_key, get_path
+from lamda.data.documents import Document, Form, RawText, get_path
 from lamda.data.files import LONGEST_LINE, File, read_all, read_lines
 from lamda.data.open_files import allow_open_files
 from lamda.data.parquet import read_rows
@@ -110,7 +110,7 @@ class Lane:
     def columns(self) -> tuple[str, ...] | None:
         """The keys of a record that are read if the file has columns; None: all."""
         keys = self.form.keys_of(self.source)
-        domain = () if self.source.domain is None else (first_key(self.source.domain),)
+        domain = () if self.source.domain is None else (self.source.domain.partition(".")[0],)
         return None if keys is None else (*keys, *domain)
 
     def read(self, start: Cursor) -> Generator[Document | BadLine]:

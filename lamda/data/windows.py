@@ -12,7 +12,7 @@ ranks know the same order. A `SourceOrder` is saved in checkpoints, so that a re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -209,13 +209,9 @@ class SourceOrder:
         windows = (replace(each, starts=plain(each.starts), afters=plain(each.afters)) for each in self.windows)
         return replace(self, windows=tuple(windows))
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> SourceOrder:
-        """The inverse of `to_json`. Raises TypeError, ValueError or KeyError for other values."""
+        """The inverse of `dataclasses.asdict`. Raises TypeError, ValueError or KeyError for other values."""
         bytes_, tokens = values["measured"]
         if not _count(tokens):
             raise ValueError("an order without measured tokens")
