@@ -24,7 +24,7 @@ from lamda.data.order import next_samples
 from lamda.data.quarantine import Quarantined
 from lamda.data.rows import LaneRows, RowReader
 from lamda.data.tokenizer import Tokenizer
-from lamda.data.windows import Announcement, Plan, SourceOrder, Window, places
+from lamda.data.windows import Announcement, SourceOrder, Window, places
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,7 @@ class Loader:
         before = corpus.mixture.rows_before(consumed).tolist()
         known = order or [SourceOrder() for _ in corpus.sources]
         self._order = [each.without(row) for each, row in zip(known, before, strict=True)]
-        # By source and window; the second also by lane.
-        self._places: dict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
-        self._found: dict[tuple[int, int], dict[int, LaneRows]] = {}
+        self._places: dict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]] = {}  # by source and window
         self._stage = -1
         self._enter_stage(corpus.mixture.stage(consumed))
 
@@ -188,7 +186,7 @@ class Loader:
             for lane in sorted(self._own[source]):
                 self._rows.begin(*self._part(source, lane, plan))
 
-    def _part(self, source: int, lane: int, window: Window | Plan) -> tuple[int, int, Part]:
+    def _part(self, source: int, lane: int, window: Window) -> tuple[int, int, Part]:
         """A lane's part of a window, as the row reader takes it: index of the lane, number of the window, and part."""
         of = self._corpus.sources[source][lane]
         return of.index, window.number, window.part(lane, of.length)
@@ -240,7 +238,7 @@ class Loader:
         windows = self._order[source].windows
         return not windows or row >= windows[-1].base + 3 * windows[-1].rows // 4
 
-    def _add(self, source: int, plan: Plan, announced: Mapping[tuple[int, int], Announcement]) -> None:
+    def _add(self, source: int, plan: Window, announced: Mapping[tuple[int, int], Announcement]) -> None:
         shape = self._corpus.shapes[source]
         self._order[source] = self._order[source].add(
             plan, [announced[source, lane] for lane in range(len(shape.lengths))], shape
@@ -264,7 +262,6 @@ class Loader:
             self._rows.drop(lane.index, before=windows[0].number)
         for number in {window.number for window in before.windows} - {window.number for window in windows}:
             self._places.pop((source, number), None)
-            self._found.pop((source, number), None)
         self._begin_next(source)
 
     def _places_of(
@@ -288,11 +285,8 @@ class Loader:
         }
 
     def _rows_of(self, source: int, number: int, lane: int) -> LaneRows:
-        found = self._found.setdefault((source, number), {})
-        if lane not in found:
-            window = next(window for window in self._order[source].windows if window.number == number)
-            found[lane] = self._rows.get(*self._part(source, lane, window))
-        return found[lane]
+        window = next(window for window in self._order[source].windows if window.number == number)
+        return self._rows.get(*self._part(source, lane, window))
 
     def _micro_batch_of(self, found: Sequence[tuple[LaneRows, int]]) -> MicroBatch:
         shape = len(found), self._packing.length

@@ -47,10 +47,11 @@ class Announcement(NamedTuple):
 
 @dataclass(frozen=True)
 class Window:
-    """A window of a source whose lanes have all been announced.
+    """A window of a source.
 
     number: counted over the run. base, epoch_base: rows of the source before the window and before its epoch. since,
-    until: interval of the epoch, as fractions of ONE. starts, afters: cursors of each lane. counts: rows of each lane.
+    until: interval of the epoch, as fractions of ONE. starts, afters: cursors of each lane. counts: rows of each lane;
+    without afters and counts, the window is a plan, whose lanes have not been announced.
     """
 
     number: int
@@ -60,8 +61,8 @@ class Window:
     since: int
     until: int
     starts: tuple[Cursor, ...]
-    counts: tuple[int, ...]
-    afters: tuple[Cursor, ...]
+    counts: tuple[int, ...] = ()
+    afters: tuple[Cursor, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -80,8 +81,10 @@ class Window:
 
     def part(self, lane: int, length: int) -> Part:
         """The part of a lane of this length on the axis."""
-        target, stop = (None, None) if self.is_last else (self.until * length >> 32, self.afters[lane])
-        return Part(self.epoch, self.starts[lane], target, stop, self.counts[lane])
+        part = Part(self.epoch, self.starts[lane], None if self.is_last else self.until * length >> 32)
+        if not self.counts:
+            return part
+        return part._replace(stop=None if self.is_last else self.afters[lane], rows=self.counts[lane])
 
     def epoch_at(self, row: int) -> float:
         """Epochs of the source completed at its row `row`, which is in this window, as a fraction."""
@@ -97,20 +100,6 @@ class Window:
             raise ValueError("a window with different numbers of counts and cursors")
         of_window = {name: _count(value) for name, value in values.items() if name not in lanes}
         return cls(**{**of_window, **of_lanes})
-
-
-class Plan(NamedTuple):
-    """The next window of a source, before its lanes are read."""
-
-    number: int
-    epoch: int
-    since: int
-    until: int
-    starts: tuple[Cursor, ...]
-
-    def part(self, lane: int, length: int) -> Part:
-        """The part of a lane of this length on the axis."""
-        return Part(self.epoch, self.starts[lane], None if self.until == ONE else self.until * length >> 32)
 
 
 @dataclass(frozen=True)
@@ -164,15 +153,15 @@ class SourceOrder:
                 return window.epoch_at(max(row, window.base))
         return self.windows[-1].epoch_at(self.end) if self.windows else 0.0
 
-    def plan(self, shape: Shape) -> Plan:
-        """The window after the last known one."""
-        last = self.windows[-1] if self.windows else None
+    def plan(self, shape: Shape) -> Window:
+        """The window after the last known one, before its lanes are read."""
+        last, base = self.windows[-1] if self.windows else None, self.end
         number = last.number + 1 if last else 0
         if last is None or last.is_last:
-            epoch, since, starts = (last.epoch + 1 if last else 0), 0, (Cursor(),) * len(shape.lengths)
-        else:
-            epoch, since, starts = last.epoch, last.until, last.afters
-        return Plan(number, epoch, since, self._until(number, since, shape), starts)
+            until, starts = self._until(number, 0, shape), (Cursor(),) * len(shape.lengths)
+            return Window(number, last.epoch + 1 if last else 0, base, base, 0, until, starts)
+        until = self._until(number, last.until, shape)
+        return Window(number, last.epoch, base, last.epoch_base, last.until, until, last.afters)
 
     def _until(self, number: int, since: int, shape: Shape) -> int:
         """The end of a window. The last one of an epoch may be up to 1.5 times its planned size."""
@@ -180,15 +169,10 @@ class SourceOrder:
         step = ONE if shape.is_epoch else max(1, shape.tokens(number) * bytes_ * ONE // (tokens * total))
         return ONE if since + step + step // 2 >= ONE else since + step
 
-    def add(self, plan: Plan, announced: Sequence[Announcement], shape: Shape) -> SourceOrder:
-        """This order with the next window, from the announcements of all lanes."""
-        window = Window(
-            base=self.end,
-            epoch_base=self.end if plan.since == 0 else self.windows[-1].epoch_base,
-            counts=tuple(each.rows for each in announced),
-            afters=tuple(each.after for each in announced),
-            **plan._asdict(),
-        )
+    def add(self, plan: Window, announced: Sequence[Announcement], shape: Shape) -> SourceOrder:
+        """This order with the planned window, from the announcements of all lanes."""
+        counts, afters = tuple(each.rows for each in announced), tuple(each.after for each in announced)
+        window = replace(plan, counts=counts, afters=afters)
         bytes_ = self.measured[0] + ((plan.until - plan.since) * sum(shape.lengths) >> 32)
         tokens = self.measured[1] + sum(each.tokens for each in announced)
         if tokens > MEASURED_TOKENS:
