@@ -188,7 +188,12 @@ def _message(path: Path, root: yaml.Node | None, error: Mapping[str, Any]) -> st
 
 def _part_at(place: tuple[str | int, ...]) -> type[_CardSection]:
     """The section of a card that a location belongs to."""
-    parts = {"sources": Source, "validation": Source, "changes": Change, "dataset": HubDataset}
+    parts: dict[str, type[_CardSection]] = {
+        "sources": Source,
+        "validation": Source,
+        "changes": Change,
+        "dataset": HubDataset,
+    }
     if len(place) > 1 and place[-2] == "checksums":
         return Checksum
     return next((parts[name] for name in reversed(place) if isinstance(name, str) and name in parts), Card)

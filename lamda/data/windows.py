@@ -207,7 +207,8 @@ def _cursor(values: Any) -> Cursor:
     *numbers, digest = values
     if not isinstance(digest, str | None) or len(values) != len(Cursor._fields):
         raise ValueError(f"{values!r} is not a cursor")
-    return Cursor(*map(_count, numbers), digest)
+    content: list[Any] = [*map(_count, numbers), digest]
+    return Cursor(*content)
 
 
 def _count(value: Any) -> int:
