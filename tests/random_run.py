@@ -13,7 +13,8 @@ from lamda.config.schema import Config
 from lamda.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
 from lamda.model import LaMDA
 from lamda.model.initialization import initialize_weights
-from lamda.storage.commit import MANIFEST, seal, sync_and_describe
+from lamda.storage.commit import seal, sync_and_describe
+from lamda.storage.manifest import MANIFEST
 
 
 def write_run(path: Path, tokenizer_path: Path, *, dtype: torch.dtype = torch.float32, packing: str = "concat") -> Path:

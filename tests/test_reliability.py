@@ -2,7 +2,7 @@
 
 import pytest
 
-from lamda.storage.commit import complete, problem_of
+from lamda.storage.manifest import complete, problem_of
 from tests.faults.harness import Place
 
 

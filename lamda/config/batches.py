@@ -7,10 +7,7 @@ from lamda.config.schema import TrainConfig
 
 
 def micro_batches_per_rank(train: TrainConfig, *, world_size: int) -> int:
-    """Micro-batches per rank and step: the gradient accumulation steps.
-
-    Raises UserError with the nearest settings that work, where the batch does not divide evenly.
-    """
+    """The accumulation steps. Raises UserError with the nearest settings that work if the batch is not divisible."""
     batch, micro = train.global_batch_size, train.micro_batch_size
     count, left = divmod(batch // micro, world_size)
     if left == 0:
@@ -24,11 +21,8 @@ def micro_batches_per_rank(train: TrainConfig, *, world_size: int) -> int:
 def _ways(batch: int, micro: int, world_size: int) -> list[str]:
     """The ways to fix it by one setting, or by two where there are more ranks than rows."""
     ranks = _nearest(world_size, _divisors(batch // micro))
-    multiples = [
-        micro * world_size * times
-        for times in (batch // (micro * world_size), batch // (micro * world_size) + 1)
-        if times
-    ]
+    unit = micro * world_size
+    multiples = [times * unit for times in (batch // unit, batch // unit + 1) if times]
     ways = [f"{ranks} rank{'s' * (ranks != '1')}", f"train.global_batch_size {_nearest(batch, multiples)}"]
     if batch % world_size == 0:
         ways.append(f"train.micro_batch_size {_nearest(micro, _divisors(batch // world_size))}")

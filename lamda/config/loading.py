@@ -13,9 +13,7 @@ from typing import Any
 import yaml
 
 from lamda.config.schema import Config
-from lamda.config.settings import ConfigError, Contents, Kind, Problem, Schema, Setting, flag_place, kind, value_of
-
-__all__ = ["DEPRECATED", "KEYS", "SECTIONS", "ConfigError", "load_config", "wants_help"]
+from lamda.config.settings import Contents, Kind, Problem, Schema, Setting, flag_place, kind, value_of
 
 REMOVED = frozenset({"data.lanes", "data.block_rows"})
 """Keys of earlier versions, ignored in files: a checkpoint keeps the config.yaml that it was made with."""

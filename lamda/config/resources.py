@@ -13,13 +13,6 @@ if TYPE_CHECKING:
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def _roots() -> list[Path]:
-    """The working directory, a wheel's copies, and the repository of an editable install."""
-    repository = _PACKAGE.parent
-    is_checkout = (repository / "pyproject.toml").is_file()
-    return [Path(), _PACKAGE / "_resources", *([repository] if is_checkout else [])]
-
-
 def find(path: str, *, among: str | None = None) -> Path:
     """The file called `path`: absolute, from the working directory, or among the package's copies.
 
@@ -27,7 +20,9 @@ def find(path: str, *, among: str | None = None) -> Path:
     `configs/tiny.yaml`, `finetune/tiny` for `configs/finetune/tiny.yaml`.
     Raises `UserError` with the places searched, the known files and the nearest name.
     """
-    roots = _roots()
+    roots = [Path(), _PACKAGE / "_resources"]  # the working directory, and a wheel's copies
+    if (_PACKAGE.parent / "pyproject.toml").is_file():  # the repository of an editable install
+        roots.append(_PACKAGE.parent)
     is_name = not Path(path).suffix and not Path(path).is_absolute()
     names = [path, among.replace("*", path)] if among and is_name else [path]
     candidates = [root / name for name in names for root in roots]
@@ -42,10 +37,7 @@ def find(path: str, *, among: str | None = None) -> Path:
 
 
 def card_path(name: str) -> Path:
-    """The dataset card `data/<name>.yaml`, or the file `name` if that ends in `.yaml`.
-
-    Raises `UserError` with the cards that exist.
-    """
+    """The card `data/<name>.yaml`, or the file `name` if it ends in `.yaml`. Raises `UserError` with known cards."""
     return find(name if name.endswith(".yaml") else f"data/{name}.yaml", among="data/*.yaml")
 
 

@@ -23,10 +23,8 @@ FEWEST_LOSSES = 8
 """Smallest window in which the spread of losses means anything."""
 
 
-def _path(path: str | None) -> str | None:
+def _path(path: str) -> str:
     """Expand `~`; a control character would break lines of scripts and logs."""
-    if path is None:
-        return None
     if any(unicodedata.category(character) == "Cc" for character in path):
         raise ValueError("should hold no line break or other control character")
     return os.path.expanduser(path)  # noqa: PTH111 - Path raises where there is no such home
@@ -44,6 +42,7 @@ def _without_password(pattern: str) -> str:
 _Parts = BeforeValidator(lambda value: [part.strip() for part in value.split(",")] if isinstance(value, str) else value)
 Patterns = Annotated[tuple[Annotated[str, AfterValidator(_without_password)], ...], _Parts, Field(min_length=1)]
 Names = Annotated[tuple[str, ...], _Parts, Field(min_length=1)]
+FilePath = Annotated[str, AfterValidator(_path)]
 Recompute = Literal["none", "ffn", "block"]
 Shuffle = Positive | Literal["none", "epoch"]
 
@@ -57,7 +56,7 @@ class Section(BaseModel):
 class RunConfig(Section):
     """The run directory, and how a run is watched and stopped."""
 
-    dir: str = Field("runs/default", description="directory of everything that belongs to the run")
+    dir: FilePath = Field("runs/default", description="directory of everything that belongs to the run")
     seed: int = Field(0, ge=0, description="seed of initialization and data order")
     threads: Positive | None = Field(None, description="CPU threads per rank; default: available cores / local ranks")
     hang_timeout_seconds: float = Field(
@@ -69,8 +68,6 @@ class RunConfig(Section):
     weight_check_every: Positive | None = Field(
         200, description="steps between checks that all ranks hold the same weights, bit for bit"
     )
-
-    _as_path = field_validator("dir")(_path)
 
 
 class ModelConfig(Section):
@@ -86,12 +83,10 @@ class ModelConfig(Section):
     bias_per_layer: bool = Field(
         default=True, description="one relative-bias table per layer (Google's 137B shape) or one shared by all (T5)"
     )
-    weights: str | None = Field(None, description="start from this model.safetensors, without optimizer state")
+    weights: FilePath | None = Field(None, description="start from this model.safetensors, without optimizer state")
     attention: Literal["math", "sdpa", "flex", "fused", "split"] = Field(
         "math", description="attention backend; all compute the same function (docs/performance.md)"
     )
-
-    _as_path = field_validator("weights")(_path)
 
     @property
     def dimensions(self) -> dict[str, int | bool]:
@@ -115,12 +110,10 @@ class ModelConfig(Section):
 class TokenizerConfig(Section):
     """The SentencePiece model; by default one is trained from the run's own files."""
 
-    path: str | None = Field(None, description="a SentencePiece model; default RUN/tokenizer.model")
+    path: FilePath | None = Field(None, description="a SentencePiece model; default RUN/tokenizer.model")
     train_bytes: Positive = Field(
         200_000_000, description="bytes of text to train a new tokenizer on, drawn evenly from all files"
     )
-
-    _as_path = field_validator("path")(_path)
 
 
 class DataConfig(Section):
@@ -143,7 +136,7 @@ class DataConfig(Section):
         description="how documents fill rows: in order; with few cuts; or whole and padded, with attention inside them "
         "(dialogues)",
     )
-    cache_dir: str | None = Field(None, description="folder of tokenized rows, read and filled (`lamda prepare`)")
+    cache_dir: FilePath | None = Field(None, description="folder of tokenized rows, read and filled (`lamda prepare`)")
     document_mask: bool = Field(
         default=False,
         description="keep attention and loss inside each document of a packed row, which begins with an end symbol",
@@ -152,8 +145,6 @@ class DataConfig(Section):
         0.001, ge=0, le=1, description="largest share of lines without a document, checked from 10,000 lines on"
     )
     threads: Positive = Field(2, description="tokenizer and loader threads per rank; never changes the data")
-
-    _as_path = field_validator("cache_dir")(_path)
 
     @model_validator(mode="after")
     def _epoch_needs_a_folder(self) -> Self:
@@ -294,9 +285,7 @@ class EvalConfig(Section):
         None, description="steps between evaluations on eval.tasks; default: only at the end"
     )
     tasks_limit: Positive | None = Field(None, description="examples per task; default: all")
-    tasks_path: str | None = Field(None, description="folder of additional task files (YAML, in lm-eval's format)")
-
-    _as_path = field_validator("tasks_path")(_path)
+    tasks_path: FilePath | None = Field(None, description="folder of additional task files (YAML, in lm-eval's format)")
 
 
 class WandbConfig(Section):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin
 
@@ -208,32 +207,22 @@ class _Reading:
         self._schema, self._problems = schema, problems
         self.settings: dict[str, Setting] = {}
         self.sections: dict[str, Place] = {}
-        self._path: Path | None = None
-        root = self._open(name)
-        if self._path is not None:
-            self.sections = dict.fromkeys(schema.sections, Place(0, 0, f"{self._path}: "))
-        if root is not None:
-            self._read(root)
-
-    def _open(self, name: str) -> yaml.Node | None:
-        """The file's root; `_path` is set where there is one that can be read."""
-        at_flag = flag_place(-1), self._schema.flag
+        at_flag = flag_place(-1), schema.flag
         try:
-            path = find(name, among=self._schema.among)
-            root = yaml.compose(path.read_text("utf-8"), Loader=yaml.SafeLoader)
+            self._path = find(name, among=schema.among)
+            root = yaml.compose(self._path.read_text("utf-8"), Loader=yaml.SafeLoader)
         except UserError as error:
-            self._problems.append(Problem(*at_flag, str(error)))
+            problems.append(Problem(*at_flag, str(error)))
         except (OSError, UnicodeDecodeError) as error:
-            self._problems.append(Problem(*at_flag, f"{name} cannot be read: {error}"))
+            problems.append(Problem(*at_flag, f"{name} cannot be read: {error}"))
         except (yaml.YAMLError, RecursionError) as error:
             mark = getattr(error, "problem_mark", None)
-            place = _line(path, mark.line + 1 if mark else 1)
             message = f"this is not YAML: {getattr(error, 'problem', None) or error}"
-            self._problems.append(Problem(place, "", message))
+            problems.append(Problem(self._line(mark.line + 1 if mark else 1), "", message))
         else:
-            self._path = path
-            return root
-        return None
+            self.sections = dict.fromkeys(schema.sections, Place(0, 0, f"{self._path}: "))
+            if root is not None:
+                self._read(root)
 
     def _read(self, root: yaml.Node) -> None:
         schema = self._schema
@@ -260,7 +249,7 @@ class _Reading:
             return
         if not isinstance(node, yaml.MappingNode):
             holds = "a section holds" if section else f"a {self._schema.flag} holds sections, each with"
-            place = _line(self._path, node.start_mark.line + 1)
+            place = self._line(node.start_mark.line + 1)
             self._problems.append(Problem(place, section, f"{holds} `key: value` lines"))
             return
         lines: dict[str, int] = {}
@@ -269,10 +258,13 @@ class _Reading:
             if name in lines:
                 dotted = f"{section}.{name}" if section else name
                 message = f"stands in line {lines[name]} already; remove one"
-                self._problems.append(Problem(_line(self._path, line), dotted, message))
+                self._problems.append(Problem(self._line(line), dotted, message))
             else:
                 lines[name] = line
-                yield name, value, _line(self._path, line)
+                yield name, value, self._line(line)
+
+    def _line(self, line: int) -> Place:
+        return Place(0, line, f"{self._path}:{line}: ")
 
     def _unknown_section(self, name: str, body: yaml.Node) -> str:
         schema = self._schema
@@ -282,10 +274,6 @@ class _Reading:
         if isinstance(body, yaml.MappingNode):
             return f"there is no such section{nearest(name, schema.sections)}"
         return f"there is no such section, and keys stand in sections{schema.nearest_key(name)}"
-
-
-def _line(path: Path | None, line: int) -> Place:
-    return Place(0, line, f"{path}:{line}: ")
 
 
 def _plain(error: Mapping[str, Any]) -> str:

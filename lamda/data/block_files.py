@@ -13,10 +13,9 @@ import fcntl
 import json
 import os
 from contextlib import AbstractContextManager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -37,10 +36,7 @@ DOCUMENT = np.dtype([("file", "<i4"), ("line", "<i8"), ("byte", "<i8"), ("domain
 
 @dataclass(frozen=True)
 class BlockFolder:
-    """The cached rows of one fingerprint under `data.cache_dir`.
-
-    keeping: context manager around every access to the folder, which handles OSError.
-    """
+    """The cached rows of one fingerprint. keeping: context around every access to the folder, which handles OSError."""
 
     path: Path
     keeping: AbstractContextManager[object]
@@ -49,10 +45,7 @@ class BlockFolder:
     def of(
         cls, folder: str, fingerprint: dict[str, Any], *, keeping: AbstractContextManager[object] | None = None
     ) -> BlockFolder:
-        """The subfolder of `folder` for everything that blocks depend on: the fingerprint without the weights.
-
-        keeping: handles OSError; the default raises UserError.
-        """
+        """The folder for a fingerprint without its weights. keeping: handles OSError; the default raises UserError."""
         parts = {key: value for key, value in fingerprint.items() if key != "weights"}
         name = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
         path, keeping = Path(folder) / name, keeping or _Required(folder)
@@ -73,7 +66,8 @@ class BlockFolder:
     def keep(self, lane: int, window: int, part: Part, rows: PartRows, *, narrow: bool) -> None:
         """Write the rows of a lane in a window. narrow: ids fit into 16 bits."""
         with self.keeping:
-            _write(self._path(lane, window), part, rows, narrow=narrow)
+            path = self._path(lane, window)
+            _write(path, _content(path, part, rows, narrow=narrow))
 
     def _path(self, lane: int, window: int) -> Path:
         return self.path / f"lane-{lane:04}" / f"{window:08}.rows"
@@ -88,14 +82,12 @@ class _Required:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(value, OSError):
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
             raise UserError(
-                f"data.cache_dir {self.folder}: cannot be read or written ({reason_of(value)}); complete files "
+                f"data.cache_dir {self.folder}: cannot be read or written ({reason_of(error)}); complete files "
                 "are kept, and the same command continues"
-            ) from value
+            ) from error
 
 
 def _read(path: Path, part: Part) -> PartRows | None:
@@ -150,8 +142,8 @@ def _damaged(path: Path) -> DataError:
     return DataError(f"{path}: damaged; delete it, and its rows are made again")
 
 
-def _write(path: Path, part: Part, rows: PartRows, *, narrow: bool) -> None:
-    """Write a file atomically. Raises OSError."""
+def _content(path: Path, part: Part, rows: PartRows, *, narrow: bool) -> bytes:
+    """The bytes of a file."""
     block, domains = rows.block, dict[str, int]()
     documents = np.array(
         [(d.file, d.line, d.byte, domains.setdefault(d.domain, len(domains))) for d in block.documents], DOCUMENT
@@ -169,9 +161,9 @@ def _write(path: Path, part: Part, rows: PartRows, *, narrow: bool) -> None:
     index = {
         "place": _place(path),
         "epoch": part.epoch,
-        "start": asdict(part.start),
+        "start": part.start._asdict(),
         "target": part.target,
-        "after": asdict(rows.after),
+        "after": rows.after._asdict(),
         "tokens": rows.tokens,
         "length": size,
         "sha256": sha256(data).hexdigest(),
@@ -180,6 +172,11 @@ def _write(path: Path, part: Part, rows: PartRows, *, narrow: bool) -> None:
         "quarantined": block.quarantined,
     }
     end = json.dumps(index).encode()
+    return data + end + len(end).to_bytes(8, "little") + sha256(end).digest() + MAGIC
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file atomically, locked meanwhile. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(".*.tmp"):
         _delete_if_abandoned(leftover)
@@ -188,7 +185,7 @@ def _write(path: Path, part: Part, rows: PartRows, *, narrow: bool) -> None:
         with temporary.open("wb") as stream:
             with suppress(OSError):  # a file system without locks, on which no file counts as abandoned
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stream.write(data + end + len(end).to_bytes(8, "little") + sha256(end).digest() + MAGIC)
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
             temporary.replace(path)

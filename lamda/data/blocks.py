@@ -52,11 +52,6 @@ class RowBlock:
     quarantined: tuple[BadLine, ...] = ()
     loss_mask: NDArray[np.bool_] | None = None
 
-    @cached_property
-    def segment_ids(self) -> NDArray[np.int32]:
-        """The span of every token, [R, L+1], as an index into `spans`: attention can be limited to it."""
-        return np.repeat(np.arange(len(self.spans), dtype=np.int32), self.spans["length"]).reshape(self.ids.shape)
-
     def spans_of(self, row: int) -> slice:
         """The spans of a row, as a slice of `spans`."""
         return slice(int(self._edges[row]), int(self._edges[row + 1]))

@@ -14,10 +14,10 @@ from lamda.data.blocks import Packing
 from lamda.data.card import Card, load_card
 from lamda.data.documents import Document, Form, RawText
 from lamda.data.files import File, nothing
-from lamda.data.lanes import RAW_TEXT, Cursor, Lane, read_lane
+from lamda.data.lanes import RAW_TEXT, Cursor, Lane, in_turn
 from lamda.data.order import Mixture, make_mixture
 from lamda.data.partitioning import MOST, cut_into_lanes
-from lamda.data.quarantine import BadLine, few
+from lamda.data.quarantine import BadLine, examples, few
 from lamda.data.resolving import resolve
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.windows import Shape
@@ -34,10 +34,7 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Corpus:
-    """The training text of a run, resolved and cut into lanes.
-
-    length: L, targets per row. shuffle: rows per window at full size, or `none` or `epoch`.
-    """
+    """The training text of a run, cut into lanes. length: L, targets per row. shuffle: as `data.shuffle`."""
 
     card: Card
     lanes: tuple[Lane, ...]
@@ -101,20 +98,11 @@ class Corpus:
 
     def documents_once(self) -> Iterator[Document]:
         """The documents of an epoch, one from each lane in turn."""
-        for entry in self.entries_once():
-            if isinstance(entry, Document):
-                yield entry
+        return (entry for entry in self.entries_once() if isinstance(entry, Document))
 
     def entries_once(self) -> Iterator[Document | BadLine]:
         """The documents and bad lines of an epoch, one from each lane in turn."""
-        readers = [iter(read_lane(lane, Cursor())) for lane in self.lanes]
-        while readers:
-            unfinished = []
-            for reader in readers:
-                if (entry := next(reader, None)) is not None:
-                    yield entry
-                    unfinished.append(reader)
-            readers = unfinished
+        return in_turn([lane.read(Cursor()) for lane in self.lanes])
 
 
 def open_corpus(config: DataConfig, *, form: Form = RAW_TEXT, on_wait: Callable[[], object] = nothing) -> Corpus:
@@ -199,8 +187,7 @@ def require_a_batch(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> Non
     if bad and not found:
         other = ". Text under another key needs a card whose `text:` names it (data/README.md)"
         raise UserError(
-            f"none of {len(bad):,} lines holds a document. "
-            + "; ".join(f"{each.place}: {each.reason}" for each in bad[:3])
+            f"none of {len(bad):,} lines holds a document. {examples(bad)}"
             + (other if isinstance(corpus.form, RawText) else "")
         )
     if not found:

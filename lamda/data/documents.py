@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,33 +50,26 @@ class Form(Protocol):
     @property
     def packings(self) -> tuple[Method, ...]:
         """The supported values of `data.packing`."""
-        ...
 
     @property
     def identity(self) -> dict[str, Any]:
         """Further entries of the fingerprint, by name."""
-        ...
 
     @property
     def domains(self) -> tuple[str, ...]:
         """The domains of its examples, if they replace those of the documents."""
-        ...
 
     def keys_of(self, source: Source) -> tuple[str, ...] | None:
         """The keys of a record that are read; None: all."""
-        ...
 
     def text_of(self, record: Any, source: Source) -> str:
         """The text of a record. Raises ValueError with the reason if there is none."""
-        ...
 
     def pieces(self, document: Document, tokenizer: Tokenizer) -> list[Document]:
         """The document cut into pieces that can be encoded separately, with the same ids."""
-        ...
 
     def encode(self, documents: Sequence[Document], tokenizer: Tokenizer) -> list[list[Encoded]]:
         """The ids or examples of each document or piece; a pure function of it."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -85,21 +78,18 @@ class RawText:
 
     packings: tuple[Method, ...] = ("concat", "best_fit")
     domains: tuple[str, ...] = ()
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Empty: the rules of a source are part of the fingerprint anyway."""
-        return {}
+    identity: ClassVar[dict[str, Any]] = {}  # the rules of a source are part of the fingerprint anyway
 
     def keys_of(self, source: Source) -> tuple[str, ...]:
         """See `Form`."""
-        return (first_key(source.text),)
+        return (source.text.partition(".")[0],)
 
     def text_of(self, record: Any, source: Source) -> str:
         """See `Form`."""
         text = get_path(record, source.text)
         if not isinstance(text, str):
-            found = f"nothing{_keys_beside(record)}" if text is None else type(text).__name__
+            keys = f"; its keys are {few(map(str, record))}" if isinstance(record, dict) and record else ""
+            found = f"nothing{keys}" if text is None else type(text).__name__
             raise ValueError(f"no text at {source.text!r} (found {found})")
         return text
 
@@ -131,13 +121,3 @@ def get_path(record: Any, path: str) -> Any:
     for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     return value
-
-
-def _keys_beside(record: Any) -> str:
-    """The keys of a record, for a message about a wrong key."""
-    return f"; its keys are {few(map(str, record))}" if isinstance(record, dict) and record else ""
-
-
-def first_key(path: str) -> str:
-    """The first key of a dotted path."""
-    return path.split(".", 1)[0]

@@ -75,10 +75,7 @@ class File:
 
 
 class Line(NamedTuple):
-    """A line without its newline and its number.
-
-    byte: offset of its first byte in the decompressed file. stored: approximate offset in the stored file.
-    """
+    """A line without its newline. byte, stored: its offset in the decompressed and, about, in the stored file."""
 
     number: int
     byte: int
@@ -266,16 +263,12 @@ def remote_file(file: File) -> RemoteFile | None:
     address = file.address or address_of(file.url)
     if address is None:
         return None
-    return RemoteFile(file.url, address, _headers(file), version=file.version, on_wait=file.on_wait)
+    headers: dict[str, str] = {}
+    if file.url.startswith("hf://"):  # the token of the user, for the hub only
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-
-def _headers(file: File) -> dict[str, str]:
-    """The token of the user, for the hub only."""
-    if not file.url.startswith("hf://"):
-        return {}
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
-
-    return build_hf_headers()
+        headers = build_hf_headers()
+    return RemoteFile(file.url, address, headers, version=file.version, on_wait=file.on_wait)
 
 
 def address_of(url: str) -> str | None:

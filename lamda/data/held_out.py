@@ -17,14 +17,17 @@ from lamda.config.errors import DataError
 from lamda.data.card import Source
 from lamda.data.documents import Document, Form
 from lamda.data.files import File
-from lamda.data.lanes import RAW_TEXT, Cursor, read_lane
+from lamda.data.lanes import RAW_TEXT, Cursor, in_turn
 from lamda.data.partitioning import whole_lane
-from lamda.data.quarantine import BadLine
+from lamda.data.quarantine import BadLine, examples
 from lamda.data.resolving import resolve
 from lamda.data.tokenizer import Tokenizer
 
 MOST_SHARES = 64
 """Files that are read concurrently, approximately."""
+
+_TOKEN = np.dtype([("id", "<u4"), ("is_first", "?"), ("domain", "<i4")])
+"""A token of a domain; is_first: whether it begins a document."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,7 @@ class EvalRow:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The validation text of a run.
-
-    document_mask: limit attention to a document. on_wait: called while waiting for a server.
-    """
+    """The validation text of a run. document_mask: as for the loader. on_wait: called while waiting for a server."""
 
     sources: tuple[Source, ...]
     tokenizer: Tokenizer
@@ -68,15 +68,7 @@ class HeldOut:
 
         So the first rows represent all text. New domain names are appended to `domains`.
         """
-        streams = [self._rows_of(documents, domains) for documents in self._shares()]
-        while streams:
-            unfinished = []
-            for stream in streams:
-                row = next(stream, None)
-                if row is not None:
-                    yield row
-                    unfinished.append(stream)
-            streams = unfinished
+        yield from in_turn([self._rows_of(documents, domains) for documents in self._shares()])
 
     def _shares(self) -> Iterator[Iterator[Document]]:
         """The documents of each file, or of each group of files if a source has many, to limit open files."""
@@ -87,71 +79,46 @@ class HeldOut:
 
     def _documents_in(self, source: Source, files: Sequence[File]) -> Iterator[Document]:
         for file in files:
-            entries = read_lane(whole_lane(source, file, form=self.form), Cursor())
+            entries = whole_lane(source, file, form=self.form).read(Cursor())
             yield from (entry for entry in entries if isinstance(entry, Document))
 
     def _rows_of(self, documents: Iterator[Document], domains: list[str]) -> Iterator[EvalRow]:
         length = self.sequence_length
-        stream = _Stream.of_end(self.tokenizer.end_of_document)
-        for chunk in self._encoded(documents, domains):
-            stream = stream + chunk
-            while len(stream.ids) > length:
+        stream = np.array([(self.tokenizer.end_of_document, False, 0)], _TOKEN)
+        for tokens in self._encoded(documents, domains):
+            stream = np.concatenate([stream, tokens])
+            while len(stream) > length:
                 yield self._row(stream[: length + 1], len(domains))
                 stream = stream[length:]
-        if len(stream.ids) > 1:
+        if len(stream) > 1:
             yield self._row(stream, len(domains))
 
-    def _encoded(self, documents: Iterator[Document], domains: list[str]) -> Iterator[_Stream]:
+    def _encoded(self, documents: Iterator[Document], domains: list[str]) -> Iterator[NDArray[np.void]]:
         for document in documents:
             if document.domain not in domains:
                 domains.append(document.domain)
             (ids,) = self.tokenizer.encode_documents([document.text], threads=1)
-            ids = np.append(ids, np.uint32(self.tokenizer.end_of_document))
-            first = np.zeros(len(ids), bool)
-            first[0] = True
-            yield _Stream(ids, first, np.full(len(ids), domains.index(document.domain), np.int32))
+            tokens = np.zeros(len(ids) + 1, _TOKEN)
+            tokens["id"] = np.append(ids, np.uint32(self.tokenizer.end_of_document))
+            tokens["is_first"][0] = True
+            tokens["domain"] = domains.index(document.domain)
+            yield tokens
 
-    def _row(self, stream: _Stream, known: int) -> EvalRow:
-        sizes = self.tokenizer.token_bytes[stream.ids[1:]]
-        shown = np.bincount(stream.domains[1:], weights=sizes, minlength=known)
-        missing = self.sequence_length + 1 - len(stream.ids)
+    def _row(self, stream: NDArray[np.void], known: int) -> EvalRow:
+        targets = stream[1:]
+        missing = self.sequence_length - len(targets)
+        sizes = self.tokenizer.token_bytes[targets["id"]]
+        documents = None
+        if self.document_mask:  # that of an input's target, so an end symbol begins the next one; padding has none
+            number = np.cumsum(stream["is_first"], dtype=np.int32)
+            documents = np.pad(number[1:], (0, missing), constant_values=len(stream) + 1)
         return EvalRow(
-            ids=np.pad(stream.ids, (0, missing), constant_values=self.tokenizer.padding),
-            loss_mask=np.pad(np.ones(len(stream.ids) - 1, bool), (0, missing)),
-            domains=np.pad(stream.domains[1:], (0, missing)),
-            utf8_bytes=shown.astype(np.int64),
-            documents=self._documents_of_inputs(stream, missing) if self.document_mask else None,
+            ids=np.pad(stream["id"], (0, missing), constant_values=self.tokenizer.padding),
+            loss_mask=np.pad(np.ones(len(targets), bool), (0, missing)),
+            domains=np.pad(targets["domain"], (0, missing)),
+            utf8_bytes=np.bincount(targets["domain"], weights=sizes, minlength=known).astype(np.int64),
+            documents=documents,
         )
-
-    @staticmethod
-    def _documents_of_inputs(stream: _Stream, missing: int) -> NDArray[np.int32]:
-        """The document of an input is that of its target, so an end symbol begins the next one; padding has none."""
-        number = np.cumsum(stream.first, dtype=np.int32)
-        return np.pad(number[1:], (0, missing), constant_values=len(stream.ids) + 1)
-
-
-@dataclass(frozen=True)
-class _Stream:
-    """Consecutive tokens, whether each begins a document, and its domain."""
-
-    ids: NDArray[np.uint32]
-    first: NDArray[np.bool_]
-    domains: NDArray[np.int32]
-
-    @staticmethod
-    def of_end(end: int) -> _Stream:
-        """The end symbol before the first document."""
-        return _Stream(np.array([end], np.uint32), np.zeros(1, bool), np.zeros(1, np.int32))
-
-    def __add__(self, other: _Stream) -> _Stream:
-        return _Stream(
-            np.concatenate([self.ids, other.ids]),
-            np.concatenate([self.first, other.first]),
-            np.concatenate([self.domains, other.domains]),
-        )
-
-    def __getitem__(self, part: slice) -> _Stream:
-        return _Stream(self.ids[part], self.first[part], self.domains[part])
 
 
 def require_documents(source: Source, *, form: Form, on_wait: Callable[[], object]) -> None:
@@ -161,15 +128,13 @@ def require_documents(source: Source, *, form: Form, on_wait: Callable[[], objec
     """
     for file in resolve(source, on_wait=on_wait)[:MOST_SHARES]:
         bad: list[BadLine] = []
-        with closing(read_lane(whole_lane(source, file, form=form), Cursor())) as entries:
+        with closing(whole_lane(source, file, form=form).read(Cursor())) as entries:
             for entry in entries:
                 if isinstance(entry, Document):
                     break
                 bad.append(entry)
             else:
-                raise DataError(
-                    f"{file.url}: holds no document. {'; '.join(f'{b.place}: {b.reason}' for b in bad[:3])}"
-                )
+                raise DataError(f"{file.url}: holds no document. {examples(bad)}")
 
 
 def micro_batches(rows: Iterator[EvalRow], *, size: int, rank: int, world_size: int) -> Iterator[Sequence[EvalRow]]:

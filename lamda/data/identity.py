@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from hashlib import file_digest, sha256
+from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -78,16 +79,11 @@ def verify_some(stated: Sequence[tuple[str, int, str]]) -> list[str]:
 
     stated: (path, size, sha256). Raises DataError, naming a file that differs.
     """
-    chosen, left, total = [], [], 0
-    for path, size, expected in sorted(stated, key=lambda each: each[1]):
-        total += size
-        if total <= VERIFIED_AT_START:
-            chosen.append((path, expected))
-        else:
-            left.append(path)
+    smallest_first = sorted(stated, key=lambda each: each[1])
+    count = sum(total <= VERIFIED_AT_START for total in accumulate(size for _, size, _ in smallest_first))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        list(pool.map(lambda each: require_sha256(*each), chosen))
-    return left
+        list(pool.map(lambda each: require_sha256(each[0], each[2]), smallest_first[:count]))
+    return [path for path, _, _ in smallest_first[count:]]
 
 
 TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOMEM)

@@ -10,20 +10,21 @@ token.
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from itertools import cycle, islice
+from typing import Any, NamedTuple, TypeVar
 
 import orjson
 
 from lamda.config.errors import DataError
 from lamda.data.card import Source
-from lamda.data.documents import Document, Form, RawText, first_key, get_path
+from lamda.data.documents import Document, Form, RawText, get_path
 from lamda.data.files import LONGEST_LINE, File, read_all, read_lines
 from lamda.data.open_files import allow_open_files
 from lamda.data.parquet import read_rows
-from lamda.data.quarantine import BadLine, Tally, bad_line
+from lamda.data.quarantine import BadLine, Tally
 
 BYTES_PER_TOKEN = 4
 """Assumed until the first window has been read."""
@@ -36,10 +37,10 @@ OPEN_FILES = 1 << 16
 
 UNKNOWN_DOMAIN = "unknown"
 RAW_TEXT = RawText()
+Item = TypeVar("Item")
 
 
-@dataclass(frozen=True)
-class Cursor:
+class Cursor(NamedTuple):
     """The position of the next token of a lane in an epoch.
 
     token: index in the document at (`file`, `line`). byte: decompressed offset of that line, for seeking. lines, bad:
@@ -109,36 +110,37 @@ class Lane:
     def columns(self) -> tuple[str, ...] | None:
         """The keys of a record that are read if the file has columns; None: all."""
         keys = self.form.keys_of(self.source)
-        domain = () if self.source.domain is None else (first_key(self.source.domain),)
+        domain = () if self.source.domain is None else (self.source.domain.partition(".")[0],)
         return None if keys is None else (*keys, *domain)
 
-    def read(self, start: Cursor) -> Iterator[Document | BadLine]:
-        """See `read_lane`."""
-        return read_lane(self, start)
+    def read(self, start: Cursor) -> Generator[Document | BadLine]:
+        """The documents of an epoch and the bad lines between them, from the line of the cursor on.
+
+        Raises DataError if too many lines are bad or a file cannot be read.
+        """
+        allow_open_files(OPEN_FILES)
+        tally = Tally(self.index, self.max_bad_line_fraction, start.lines, start.bad)
+        begin = sum(share.length for share in self.shares[: start.file])
+        for position, share in enumerate(self.shares[start.file :], start=start.file):
+            line, byte = (start.line, start.byte) if position == start.file else (0, 0)
+            for entry in _read_share(share, self, line=line, byte=byte):
+                if isinstance(entry.content, _Bad):
+                    bad = BadLine.of(share.place(entry.line, entry.byte), *entry.content)
+                    tally.quarantine(bad)
+                    yield bad
+                    continue
+                tally.good()
+                ends = begin + min(share.length, entry.begin), begin + min(share.length, entry.end)
+                yield Document(*entry.content, position, entry.line, entry.byte, *ends)
+            begin += share.length
 
 
-def read_lane(lane: Lane, start: Cursor) -> Generator[Document | BadLine]:
-    """The documents of an epoch and the bad lines between them, from the line of the cursor on.
-
-    Raises DataError if too many lines are bad or a file cannot be read.
-    """
-    allow_open_files(OPEN_FILES)
-    tally = Tally(lane.index, lane.max_bad_line_fraction, start.lines, start.bad)
-    begin = sum(share.length for share in lane.shares[: start.file])
-    for position in range(start.file, len(lane.shares)):
-        share = lane.shares[position]
-        line, byte = (start.line, start.byte) if position == start.file else (0, 0)
-        for entry in _read_share(share, lane, line=line, byte=byte):
-            if isinstance(entry.content, _Bad):
-                reason, data = entry.content
-                bad = bad_line(share.place(entry.line, entry.byte), reason, data)
-                tally.quarantine(bad)
-                yield bad
-                continue
-            tally.good()
-            ends = begin + min(share.length, entry.begin), begin + min(share.length, entry.end)
-            yield Document(*entry.content, position, entry.line, entry.byte, *ends)
-        begin += share.length
+def in_turn(streams: Sequence[Iterator[Item]]) -> Iterator[Item]:
+    """One item of each stream in turn until all have ended: `roundrobin` of Python's documentation of itertools."""
+    left: Iterable[Iterator[Item]] = streams
+    for count in range(len(streams), 0, -1):
+        left = cycle(islice(left, count))
+        yield from map(next, left)
 
 
 class _Good(NamedTuple):
@@ -180,7 +182,8 @@ def _read_rows(share: Share, lane: Lane, *, first: int) -> Iterator[_Entry]:
             return
         if number % share.modulus == share.residue:
             begin, end = ((number + n - share.start) * share.length // (stop - share.start) for n in (0, 1))
-            yield _Entry(number, 0, begin, end, _of_row(record, lane))
+            content = _Bad(str(record), b"") if isinstance(record, ValueError) else _of_record(record, lane, None)
+            yield _Entry(number, 0, begin, end, content)
 
 
 def _read_lines(share: Share, lane: Lane, *, line: int, byte: int) -> Iterator[_Entry]:
@@ -219,12 +222,6 @@ def _with_nan(data: bytes) -> Any:
     except (ValueError, RecursionError):
         return None
     return record
-
-
-def _of_row(record: Any, lane: Lane) -> _Good | _Bad:
-    if isinstance(record, ValueError):
-        return _Bad(str(record), b"")
-    return _of_record(record, lane, None)
 
 
 def _of_record(record: Any, lane: Lane, data: bytes | None) -> _Good | _Bad:

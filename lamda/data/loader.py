@@ -20,12 +20,11 @@ from lamda.config.errors import DataError
 from lamda.data.block_files import BlockFolder
 from lamda.data.blocks import Packing, Part, RowBlock
 from lamda.data.corpus import Corpus
-from lamda.data.lanes import Lane
 from lamda.data.order import next_samples
 from lamda.data.quarantine import Quarantined
 from lamda.data.rows import LaneRows, RowReader
 from lamda.data.tokenizer import Tokenizer
-from lamda.data.windows import Announcement, Plan, SourceOrder, Window, places
+from lamda.data.windows import Announcement, SourceOrder, Window, places
 
 
 @dataclass(frozen=True)
@@ -117,9 +116,7 @@ class Loader:
         before = corpus.mixture.rows_before(consumed).tolist()
         known = order or [SourceOrder() for _ in corpus.sources]
         self._order = [each.without(row) for each, row in zip(known, before, strict=True)]
-        # By source and window; the second also by lane.
-        self._places: dict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
-        self._found: dict[tuple[int, int], dict[int, LaneRows]] = {}
+        self._places: dict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]] = {}  # by source and window
         self._stage = -1
         self._enter_stage(corpus.mixture.stage(consumed))
 
@@ -180,21 +177,19 @@ class Loader:
         for window in self._order[source].windows:
             for lane in sorted(self._own[source] | self._near[source]):
                 if window.counts[lane]:
-                    self._rows.begin(self._lane(source, lane).index, window.number, self._part(source, window, lane))
+                    self._rows.begin(*self._part(source, lane, window))
 
     def _begin_next(self, source: int) -> None:
         """Start reading this rank's lanes of the next window, unless two windows are in memory already."""
         if len(self._order[source].windows) < 2:
             plan = self._order[source].plan(self._corpus.shapes[source])
             for lane in sorted(self._own[source]):
-                of = self._lane(source, lane)
-                self._rows.begin(of.index, plan.number, plan.part(lane, of.length))
+                self._rows.begin(*self._part(source, lane, plan))
 
-    def _lane(self, source: int, lane: int) -> Lane:
-        return self._corpus.sources[source][lane]
-
-    def _part(self, source: int, window: Window, lane: int) -> Part:
-        return window.part(lane, self._lane(source, lane).length)
+    def _part(self, source: int, lane: int, window: Window) -> tuple[int, int, Part]:
+        """A lane's part of a window, as the row reader takes it: index of the lane, number of the window, and part."""
+        of = self._corpus.sources[source][lane]
+        return of.index, window.number, window.part(lane, of.length)
 
     def _next_step(self) -> StepBatch:
         samples, consumed = next_samples(self._consumed, self._batch, self._skipped)
@@ -230,7 +225,7 @@ class Loader:
         while due := [source for source, rows in needed.items() if self._is_due(source, int(rows.max()))]:
             plans = {source: self._order[source].plan(self._corpus.shapes[source]) for source in due}
             own = {
-                (source, lane): self._own_part(source, lane, plan)
+                (source, lane): self._rows.get(*self._part(source, lane, plan)).announcement
                 for source, plan in plans.items()
                 for lane in sorted(self._own[source])
             }
@@ -243,18 +238,15 @@ class Loader:
         windows = self._order[source].windows
         return not windows or row >= windows[-1].base + 3 * windows[-1].rows // 4
 
-    def _own_part(self, source: int, lane: int, plan: Plan) -> Announcement:
-        of = self._lane(source, lane)
-        return self._rows.get(of.index, plan.number, plan.part(lane, of.length)).announcement
-
-    def _add(self, source: int, plan: Plan, announced: Mapping[tuple[int, int], Announcement]) -> None:
+    def _add(self, source: int, plan: Window, announced: Mapping[tuple[int, int], Announcement]) -> None:
         shape = self._corpus.shapes[source]
         self._order[source] = self._order[source].add(
             plan, [announced[source, lane] for lane in range(len(shape.lengths))], shape
         )
         window = self._order[source].windows[-1]
         if window.ends_an_empty_epoch:
-            raise DataError(f"source {self._lane(source, 0).source.name!r}: none of its lines holds a document")
+            name = self._corpus.sources[source][0].source.name
+            raise DataError(f"source {name!r}: none of its lines holds a document")
         self._on_window(source, self._order[source])
         self._begin_known(source)
         self._begin_next(source)
@@ -270,7 +262,6 @@ class Loader:
             self._rows.drop(lane.index, before=windows[0].number)
         for number in {window.number for window in before.windows} - {window.number for window in windows}:
             self._places.pop((source, number), None)
-            self._found.pop((source, number), None)
         self._begin_next(source)
 
     def _places_of(
@@ -294,11 +285,8 @@ class Loader:
         }
 
     def _rows_of(self, source: int, number: int, lane: int) -> LaneRows:
-        found = self._found.setdefault((source, number), {})
-        if lane not in found:
-            window = next(window for window in self._order[source].windows if window.number == number)
-            found[lane] = self._rows.get(self._lane(source, lane).index, number, self._part(source, window, lane))
-        return found[lane]
+        window = next(window for window in self._order[source].windows if window.number == number)
+        return self._rows.get(*self._part(source, lane, window))
 
     def _micro_batch_of(self, found: Sequence[tuple[LaneRows, int]]) -> MicroBatch:
         shape = len(found), self._packing.length

@@ -21,14 +21,7 @@ GROUP = 256
 
 
 def arrange_groups(method: Method, lengths: NDArray[np.int64], *, row_length: int) -> NDArray[np.void]:
-    """As `arrange`, for any number of tokens, GROUP rows at a time; the remainder begins a last, shorter row.
-
-    Args:
-        method, lengths, row_length: as in `arrange`.
-
-    Returns:
-        [pieces] PIECE.
-    """
+    """As `arrange`, for any number of tokens, GROUP rows at a time; the remainder begins a last, shorter row."""
     ends = np.cumsum(lengths)
     begins, total = ends - lengths, int(lengths.sum())
     if method == "concat":
@@ -65,22 +58,12 @@ def first_fit(lengths: Sequence[int], *, row_length: int) -> list[int]:
 
 
 def arrange(method: Method, lengths: NDArray[np.int64], *, rows: int, row_length: int) -> NDArray[np.void]:
-    """The pieces of a block's spans, by row and start, under a packing method; a pure function.
+    """The pieces of a block's spans, [pieces] PIECE by row and start; a pure function.
 
-    A span is consecutive tokens of one document. Every row is filled, every token of every
-    span used once, and of two pieces of a span the one in the earlier row holds the earlier tokens.
-
-    Args:
-        method: `concat` or `best_fit`, as the functions of these names.
-        lengths: [n] tokens of each span, at least one, in the stream's order.
-        rows: R, rows of the block.
-        row_length: tokens per row.
-
-    Returns:
-        [pieces] PIECE.
-
-    Raises:
-        ValueError: a span is empty, or the total is not that of the rows.
+    A span is consecutive tokens of one document; lengths: [n] tokens of each, in the order of the stream. Every row is
+    filled, every token of every span used once, and of two pieces of a span the one in the earlier row holds the
+    earlier tokens. method: `concat` or `best_fit`, as the functions of these names. Raises ValueError if a span is
+    empty, or the total is not that of the rows.
     """
     lengths = np.asarray(lengths, np.int64)
     if (lengths < 1).any() or lengths.sum() != rows * row_length:
@@ -124,11 +107,6 @@ def best_fit(lengths: NDArray[np.int64], *, rows: int, row_length: int) -> NDArr
         row_length=row_length,
     )
     return min(concat(lengths, rows=rows, row_length=row_length), fitted, key=len)
-
-
-def cuts(pieces: NDArray[np.void]) -> int:
-    """The number of cuts: pieces that do not begin their span."""
-    return int(np.count_nonzero(pieces["offset"]))
 
 
 def _pieces(

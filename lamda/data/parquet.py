@@ -41,7 +41,9 @@ def read_rows(file: File, *, first: int, columns: Sequence[str] | None) -> Itera
             # A remote column is read in one request; a local one is buffered.
             table = pq.ParquetFile(source, buffer_size=0 if file.is_remote else CHUNK)
             names = table.schema_arrow.names
-            missing = _without(columns, names) if columns and not {*columns} & {*names} else None
+            missing = None  # in place of every record of a file that has none of the columns
+            if columns and not {*columns} & {*names}:
+                missing = ValueError(f"no column {' or '.join(map(repr, columns))} (the file has {few(names)})")
             number, rows_in_all = 0, table.metadata.num_rows
             for group in range(table.num_row_groups):
                 length = table.metadata.row_group(group).num_rows
@@ -59,11 +61,6 @@ def _unreadable(file: File, error: Exception) -> DataError:
     return DataError(f"{file.url}: cannot be read as parquet ({str(error).splitlines()[0]})")
 
 
-def _without(columns: Sequence[str], names: Sequence[str]) -> ValueError:
-    """In place of every record of a file that has none of the columns."""
-    return ValueError(f"no column {' or '.join(map(repr, columns))} (the file has {few(names)})")
-
-
 def _records(batches: Iterator[pa.RecordBatch], number: int, *, first: int) -> Iterator[tuple[int, Any]]:
     """The records from row `first` on, numbered; the batches begin at row `number`."""
     for batch in batches:
@@ -76,15 +73,10 @@ def _records(batches: Iterator[pa.RecordBatch], number: int, *, first: int) -> I
 def _records_of(batch: pa.RecordBatch) -> list[Any]:
     try:
         return batch.to_pylist()
-    except (ValueError, OverflowError):  # text that is not UTF-8, or a date outside of Python's range
-        return [_record(batch.slice(row, 1)) for row in range(batch.num_rows)]
-
-
-def _record(row: pa.RecordBatch) -> Any:
-    try:
-        return row.to_pylist()[0]
-    except (ValueError, OverflowError) as error:
-        return ValueError(f"cannot be decoded ({error})")
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, or a date outside of Python's range
+        if batch.num_rows == 1:
+            return [ValueError(f"cannot be decoded ({error})")]
+        return [record for row in range(batch.num_rows) for record in _records_of(batch.slice(row, 1))]
 
 
 @contextmanager

@@ -27,10 +27,10 @@ WHOLE_FILES = 8
 """Minimum number of lanes for files that cannot be cut, so that several ranks and threads have work."""
 
 
-def whole_lane(source: Source, file: File, *, form: Form = RAW_TEXT, max_bad_line_fraction: float = 0.001) -> Lane:
+def whole_lane(source: Source, file: File, *, form: Form = RAW_TEXT) -> Lane:
     """A whole file as one lane."""
     share = Share(file, file.size * (RATIO if file.is_compressed else 1), is_estimated=file.is_compressed)
-    return Lane(0, source, (share,), max_bad_line_fraction, form)
+    return Lane(0, source, (share,), max_bad_line_fraction=0.001, form=form)
 
 
 def cut_into_lanes(
@@ -57,18 +57,10 @@ def cut_into_lanes(
     most = min(most, _most_in_row_groups(extents, total))
     count = max(1, min(most, total // (LEAST_ROWS * row_length * BYTES_PER_TOKEN)))
     parts: list[list[Share]] = [[] for _ in range(count)]
-    begin = 0
+    begin, ways = 0, min(count, -(-WHOLE_FILES // len(files)))
     for extent in extents:
-        if extent.units is None:
-            ways = 1 if extent.file.url.endswith(".txt") else min(count, -(-WHOLE_FILES // len(files)))
-            for way in range(ways):
-                middle = begin + extent.length * (2 * way + 1) // (2 * ways)
-                part = min(count - 1, middle * count // max(1, total))
-                length, is_estimated = extent.length // ways, extent.file.is_compressed
-                parts[part].append(Share(extent.file, length, 0, None, way, ways, is_estimated))
-        else:
-            for part, share in extent.cuts(begin, count=count, total=total):
-                parts[part].append(share)
+        for part, share in extent.shares(begin, count=count, total=total, ways=ways):
+            parts[part].append(share)
         begin += extent.length
     kept = [tuple(part) for part in parts if part]
     if not kept:
@@ -103,9 +95,15 @@ class _Extent(NamedTuple):
             return cls(file, size, size)
         return cls(file, file.size * RATIO, None)
 
-    def cuts(self, begin: int, *, count: int, total: int) -> Iterator[tuple[int, Share]]:
-        """The lane (of `count`) and the share of each lane that overlaps this file, which begins at `begin`."""
-        assert self.units is not None
+    def shares(self, begin: int, *, count: int, total: int, ways: int) -> Iterator[tuple[int, Share]]:
+        """The shares of this file, which begins at `begin`, with lanes. ways: their number if it cannot be cut."""
+        if self.units is None:
+            ways = 1 if self.file.url.endswith(".txt") else ways
+            for way in range(ways):
+                middle = begin + self.length * (2 * way + 1) // (2 * ways)
+                part = min(count - 1, middle * count // max(1, total))
+                yield part, Share(self.file, self.length // ways, 0, None, way, ways, self.file.is_compressed)
+            return
         if self.length == 0:
             return
         for part in range(begin * count // total, (begin + self.length - 1) * count // total + 1):

@@ -21,9 +21,10 @@ from lamda.config.loading import load_config
 from lamda.config.schema import Config
 from lamda.console import Progress
 from lamda.data.block_files import BlockFolder
-from lamda.data.blocks import LaneReader, Packing, Part, RowBlock
+from lamda.data.blocks import Packing, Part, RowBlock
 from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of
 from lamda.data.lanes import Lane
+from lamda.data.rows import PartReader
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.tokenizer_training import ensure_tokenizer
 from lamda.data.windows import Announcement, SourceOrder
@@ -166,36 +167,18 @@ def _result(job: Future[tuple[Announcement, BlockStats]]) -> tuple[Announcement,
         ) from error
 
 
-@dataclass(frozen=True)
-class _Worker:
-    """State of a worker process between its jobs."""
-
-    corpus: Corpus
-    folder: BlockFolder
-    packing: Packing
-    tokenizer: Tokenizer
-    readers: dict[int, LaneReader] = field(default_factory=dict)
-
-    def fill(self, lane: int, number: int, part: Part) -> tuple[Announcement, BlockStats]:
-        """Write a lane's part of a window to the folder, unless it is cached."""
-        rows = self.folder.find(lane, number, part)
-        if rows is None:
-            if lane not in self.readers:
-                self.readers[lane] = LaneReader(self.corpus.lanes[lane], self.tokenizer, self.packing)
-            rows = self.readers[lane].read(part)
-            self.folder.keep(lane, number, part, rows, narrow=self.tokenizer.vocab_size <= 1 << 16)
-        stats = BlockStats()
-        stats.add(rows.block, self.tokenizer.token_bytes)
-        return Announcement(len(rows.block.ids), rows.tokens, rows.after), stats
-
-
-_worker: list[_Worker] = []
+_worker: list[tuple[PartReader, Tokenizer]] = []
 """The state of this worker process: a pool offers no other place for it."""
 
 
-def _begin(corpus: Corpus, folder: BlockFolder, packing: Packing, tokenizer: Path) -> None:
-    _worker.append(_Worker(corpus, folder, packing, Tokenizer.load(tokenizer)))
+def _begin(corpus: Corpus, folder: BlockFolder, packing: Packing, model: Path) -> None:
+    tokenizer = Tokenizer.load(model)
+    _worker.append((PartReader(corpus.lanes, tokenizer, packing, ready=folder), tokenizer))
 
 
 def _fill(lane: int, number: int, part: Part) -> tuple[Announcement, BlockStats]:
-    return _worker[0].fill(lane, number, part)
+    """Write a lane's part of a window to the folder, unless it is cached."""
+    reader, tokenizer = _worker[0]
+    rows, stats = reader.read(lane, number, part), BlockStats()
+    stats.add(rows.block, tokenizer.token_bytes)
+    return Announcement(len(rows.block.ids), rows.tokens, rows.after), stats

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -30,6 +30,11 @@ class BadLine(NamedTuple):
     reason: str
     beginning: str
 
+    @classmethod
+    def of(cls, place: str, reason: str, data: bytes) -> BadLine:
+        """From the line's bytes, which need not be text."""
+        return cls(place, reason, data[:800].decode("utf-8", "backslashreplace")[:200])
+
 
 class Quarantined(NamedTuple):
     """A bad line and its lane."""
@@ -38,15 +43,15 @@ class Quarantined(NamedTuple):
     bad: BadLine
 
 
-def bad_line(place: str, reason: str, data: bytes) -> BadLine:
-    """A `BadLine` from bytes, which need not be valid text."""
-    return BadLine(place, reason, data[:800].decode("utf-8", "backslashreplace")[:200])
-
-
 def few(names: Iterable[str]) -> str:
     """The first names, shortened, for a message: they come from unknown data, and may be many or long."""
     first = [name if len(name) <= 40 else f"{name[:40]}..." for name in islice(names, 9)]
     return ", ".join([*map(repr, first[:8]), *(["..."] if len(first) > 8 else [])])
+
+
+def examples(bad: Sequence[BadLine]) -> str:
+    """The first bad lines, for a message."""
+    return "; ".join(f"{line.place}: {line.reason}" for line in bad[:3])
 
 
 def first_of(found: Iterable[Quarantined]) -> list[Quarantined]:
@@ -54,36 +59,24 @@ def first_of(found: Iterable[Quarantined]) -> list[Quarantined]:
     return sorted(set(found))[:KEPT]
 
 
-def write_first(path: Path, found: Iterable[Quarantined]) -> list[Quarantined]:
-    """Merge new bad lines into `path` (JSON lines), keeping the first; returns those that are new."""
-    known = [_from_json(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
-    kept = first_of([*known, *found])
-    if kept != known:
-        replace_file(path, "".join(_to_json(each) + "\n" for each in kept))
-    return sorted(set(kept) - set(known))
-
-
 class QuarantineFile:
-    """The file of the first bad lines of a run. Write errors are ignored: it is for information only."""
+    """The first bad lines of a run, as JSON lines. Errors of the file are ignored: it is for information only."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._keeping = BestEffort(f"{path} cannot be updated", errors=(OSError, ValueError, KeyError, TypeError))
 
     def add(self, found: Iterable[Quarantined]) -> list[Quarantined]:
-        """Add bad lines as `write_first`; returns those that are new."""
+        """Add bad lines, and keep the first; returns those that are new."""
         with self._keeping:
-            return write_first(self._path, found)
+            lines = map(json.loads, self._path.read_text("utf-8").splitlines() if self._path.exists() else ())
+            known = [Quarantined(values.pop("lane"), BadLine(**values)) for values in lines]
+            kept = first_of([*known, *found])
+            if kept != known:
+                texts = (json.dumps({"lane": each.lane, **each.bad._asdict()}) for each in kept)
+                replace_file(self._path, "".join(f"{text}\n" for text in texts))
+            return sorted(set(kept) - set(known))
         return []
-
-
-def _to_json(each: Quarantined) -> str:
-    return json.dumps({"lane": each.lane, **each.bad._asdict()})
-
-
-def _from_json(line: str) -> Quarantined:
-    values = json.loads(line)
-    return Quarantined(values.pop("lane"), BadLine(**values))
 
 
 @dataclass
@@ -109,13 +102,9 @@ class Tally:
             log.warning("lane %d: %s quarantined: %s", self.lane, line.place, line.reason)
         self._check()
 
-    def examples(self) -> str:
-        """The first bad lines, for a message."""
-        return "; ".join(f"{line.place}: {line.reason}" for line in self.first)
-
     def _check(self) -> None:
         if self.lines >= CHECKED_FROM and self.bad > self.limit * self.lines:
             raise DataError(
                 f"lane {self.lane}: {self.bad:,} of {self.lines:,} lines hold no document, more than "
-                f"data.max_bad_line_fraction {self.limit:g}: fix the text, or raise the limit. {self.examples()}"
+                f"data.max_bad_line_fraction {self.limit:g}: fix the text, or raise the limit. {examples(self.first)}"
             )

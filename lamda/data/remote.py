@@ -80,10 +80,6 @@ class Version(NamedTuple):
         found = (f"{name} {old}, now {new}" for name, old, new in pairs if None not in (old, new) and old != new)
         return next(found, None)
 
-    def with_missing_of(self, other: Version) -> Version:
-        """This version, with missing parts from `other`."""
-        return Version(self.etag or other.etag, self.modified or other.modified)
-
 
 @dataclass(frozen=True)
 class RemoteFile:
@@ -198,7 +194,7 @@ class RemoteFile:
         now = _version(response)
         if (difference := before.difference(now)) is not None:
             raise DataError(f"{self.name}: was changed on the server ({difference}); put the former file back")
-        return now.with_missing_of(before)
+        return Version(now.etag or before.etag, now.modified or before.modified)
 
 
 def _version(response: HTTPResponse) -> Version:

@@ -70,28 +70,22 @@ def _matching(pattern: str, source: str) -> list[str]:
 def local_files(pattern: str) -> list[str]:
     """Absolute paths of the files that match a pattern: a file of exactly this name, or a glob.
 
-    `~` is the home folder. Broken links are included, and fail when opened. Hidden files, and folders with names like
-    `__this__`, match only if the pattern names such.
+    `~` is the home folder. Hidden files, and folders with names like `__this__`, match only if the pattern names such.
+    Broken links (to an unmounted disk, or a store that was not downloaded) are included, so that opening them fails:
+    otherwise their text would be missing silently.
     """
     pattern = os.path.expanduser(pattern)  # noqa: PTH111 - a pattern is not a path
     if Path(pattern).is_file():
         return [os.path.abspath(pattern)]  # noqa: PTH100 - a link stays a link
     wants_special = any(part.startswith("__") for part in Path(pattern).parts)
+    hits = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207 - may be absolute
     return [
         os.path.abspath(hit)  # noqa: PTH100
-        for hit in glob.glob(pattern, recursive=True)  # noqa: PTH207 - may be absolute
-        if (Path(hit).is_file() or _is_broken_link(Path(hit)))
-        and Path(hit).name not in _NO_TEXT
-        and (wants_special or not any(part.startswith("__") for part in Path(hit).parent.parts))
+        for hit in hits
+        if (hit.is_file() or (hit.is_symlink() and not hit.exists()))
+        and hit.name not in _NO_TEXT
+        and (wants_special or not any(part.startswith("__") for part in hit.parent.parts))
     ]
-
-
-def _is_broken_link(path: Path) -> bool:
-    """Whether it is a broken link, for example to an unmounted disk or a store that was not downloaded.
-
-    Such links are kept, so that opening them fails: otherwise their text would be missing silently.
-    """
-    return path.is_symlink() and not path.exists()
 
 
 _NO_TEXT = {"README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}

@@ -19,14 +19,38 @@ from lamda.data.windows import Announcement
 
 
 class LaneRows(NamedTuple):
-    """The rows of a lane in a window, the domain of each of their documents [n + 1], and the announcement.
-
-    The last domain is for document -1.
-    """
+    """The rows of a lane in a window. domains: [n + 1], of each of their documents, and at last of document -1."""
 
     block: RowBlock
     domains: NDArray[np.int16]
     announcement: Announcement
+
+
+class PartReader:
+    """Reads parts of lanes, by way of the row cache if there is one. Threads may share it."""
+
+    def __init__(
+        self, lanes: tuple[Lane, ...], tokenizer: Tokenizer, packing: Packing, *, ready: BlockFolder | None
+    ) -> None:
+        self._lanes, self._tokenizer, self._packing, self._ready = lanes, tokenizer, packing, ready
+        self._readers: dict[int, tuple[Lock, LaneReader]] = {}
+
+    def read(self, lane: int, window: int, part: Part) -> PartRows:
+        """The rows of a lane in a window. Raises DataError if the text cannot be read."""
+        if self._ready is None:
+            return self._made(lane, part)
+        rows = self._ready.find(lane, window, part)
+        if rows is None:
+            rows = self._made(lane, part)
+            self._ready.keep(lane, window, part, rows, narrow=self._tokenizer.vocab_size <= 1 << 16)
+            rows = self._ready.find(lane, window, part) or rows  # memory-mapped: a window may be an epoch
+        return rows
+
+    def _made(self, lane: int, part: Part) -> PartRows:
+        new = (Lock(), LaneReader(self._lanes[lane], self._tokenizer, self._packing))
+        lock, reader = self._readers.setdefault(lane, new)
+        with lock:
+            return reader.read(part)
 
 
 class RowReader:
@@ -45,10 +69,8 @@ class RowReader:
         domains: Mapping[str, int],
         ready: BlockFolder | None,
     ) -> None:
-        self._lanes, self._tokenizer, self._packing = lanes, tokenizer, packing
-        self._domains, self._ready = domains, ready
+        self._parts, self._domains = PartReader(lanes, tokenizer, packing, ready=ready), domains
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lane")
-        self._readers: dict[int, tuple[Lock, LaneReader]] = {}
         self._coming: dict[int, dict[int, Future[LaneRows]]] = {}  # by lane and window
         self._quarantined: list[Quarantined] = []
 
@@ -78,24 +100,10 @@ class RowReader:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, lane: int, window: int, part: Part) -> LaneRows:
-        rows = self._ready.find(lane, window, part) if self._ready is not None else None
-        if rows is None:
-            rows = self._made(lane, part)
-            if self._ready is not None:
-                self._ready.keep(lane, window, part, rows, narrow=self._tokenizer.vocab_size <= 1 << 16)
-                rows = self._ready.find(lane, window, part) or rows  # memory-mapped: a window may be an epoch
+        rows = self._parts.read(lane, window, part)
         if len(self._quarantined) < KEPT:
             self._quarantined += [Quarantined(lane, bad) for bad in rows.block.quarantined]
         announcement = Announcement(len(rows.block.ids), rows.tokens, rows.after)
-        return LaneRows(rows.block, self._domains_of(rows.block), announcement)
-
-    def _made(self, lane: int, part: Part) -> PartRows:
-        new = (Lock(), LaneReader(self._lanes[lane], self._tokenizer, self._packing))
-        lock, reader = self._readers.setdefault(lane, new)
-        with lock:
-            return reader.read(part)
-
-    def _domains_of(self, block: RowBlock) -> NDArray[np.int16]:
         other = len(self._domains)
-        names = [self._domains.get(document.domain, other) for document in block.documents]
-        return np.array([*names, other], np.int16)
+        domains = [self._domains.get(document.domain, other) for document in rows.block.documents]
+        return LaneRows(rows.block, np.array([*domains, other], np.int16), announcement)

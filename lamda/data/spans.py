@@ -28,8 +28,8 @@ class TokenSpan(NamedTuple):
     """Consecutive tokens of a document, or of an example made of it.
 
     document: the document, or the piece of it that was encoded separately. token: index of the first id in the
-    document. first, total: index of the first token of the piece, and number of its tokens. lines, bad_lines: lines of
-    the lane before this document. bad: the bad lines just before it, if it begins here. text: of the whole document.
+    document. first, total: index of the first token of the piece, and number of its tokens. bad: the bad lines just
+    before the document, if it begins here.
     """
 
     document: Document
@@ -38,15 +38,14 @@ class TokenSpan(NamedTuple):
     token: int
     first: int
     total: int
-    lines: int
-    bad_lines: int
     bad: tuple[BadLine, ...]
-    text: str
+    piece: _Piece
 
     def cursor(self, taken: int) -> Cursor:
         """The position after the first `taken` ids."""
-        place, digest = self.document, _digest(self.text)
-        return Cursor(place.file, place.line, place.byte, self.token + taken, self.lines, self.bad_lines, digest)
+        file, line, byte = self.document[2:5]
+        lines, bad, digest = self.piece.lines, self.piece.bad_lines, _digest(self.piece.text)
+        return Cursor(file, line, byte, self.token + taken, lines, bad, digest)
 
     def cut(self, count: int) -> tuple[TokenSpan, TokenSpan]:
         """The first `count` ids, and the others."""
@@ -64,7 +63,10 @@ class TokenSpan(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Text that is encoded separately, the bad lines before it, and the counts that cursors need."""
+    """Text that is encoded separately, and the bad lines before it.
+
+    lines, bad_lines: of the lane before its document. text: of the whole document.
+    """
 
     document: Document
     bad: tuple[BadLine, ...]
@@ -126,18 +128,8 @@ class SpanReader:
             document, bad = piece.document._replace(text=""), piece.bad
             total, first = sum(len(part.ids) for part in parts), self._token
             for part in parts:
-                span = TokenSpan(
-                    document if part.domain is None else document._replace(domain=part.domain),
-                    part.ids,
-                    part.loss_mask,
-                    self._token,
-                    first,
-                    total,
-                    piece.lines,
-                    piece.bad_lines,
-                    bad,
-                    piece.text,
-                )
+                place = document if part.domain is None else document._replace(domain=part.domain)
+                span = TokenSpan(place, part.ids, part.loss_mask, self._token, first, total, bad, piece)
                 self._token, bad = self._token + len(part.ids), ()
                 if count := min(self._skip, len(part.ids)):
                     skipped, span = span.cut(count)

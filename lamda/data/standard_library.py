@@ -28,14 +28,8 @@ def write_corpus(folder: str | Path, *, shards: int = 8) -> None:
     """Write `train/00.jsonl.zst` and so on, `val.jsonl.zst` and `manifest.json` into `folder`.
 
     The folder is created atomically; an existing one is kept, whatever interpreter wrote it. Several processes may call
-    this concurrently; the first to finish creates the folder.
-
-    Args:
-        folder: a new path, or an existing corpus.
-        shards: number of training files, of similar size and content.
-
-    Raises:
-        UserError: `folder` is something else, or this interpreter has no sources.
+    this concurrently; the first to finish creates the folder. shards: number of training files, of similar size and
+    content. Raises UserError if `folder` is something else, or this interpreter has no sources.
     """
     folder = Path(folder)
     if (folder / "manifest.json").exists():

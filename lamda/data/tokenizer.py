@@ -65,15 +65,10 @@ _WORDS_PER_LINE = 64
 
 
 class Tokenizer:
-    """A trained vocabulary.
+    """A trained vocabulary of V = `vocab_size` ids.
 
-    Attributes:
-        vocab_size: V, the number of ids.
-        sha256: hex digest of the model file.
-        symbols: id of each control symbol by name.
-        end_of_document: id of the end symbol after each document.
-        padding: id of the padding symbol.
-        token_bytes: int64 [V], number of UTF-8 bytes of each id; 0 for control symbols.
+    sha256: hex digest of the model file. symbols: id of each control symbol by name. end_of_document: id of the end
+    symbol after each document. token_bytes: int64 [V], number of UTF-8 bytes of each id; 0 for control symbols.
     """
 
     def __init__(self, model: bytes) -> None:
@@ -86,18 +81,13 @@ class Tokenizer:
         self.padding = self.symbols["padding"]
         self._utf8 = [_source_bytes(id, piece) for id, piece in enumerate(self._pieces())]
         self.token_bytes = np.array([len(utf8) for utf8 in self._utf8], np.int64)
-        first_byte = RESERVED_PIECES.index(BYTE_PIECES[0])
-        self._space_piece_ids = np.array([first_byte + byte for byte in _SPACE_PIECE_UTF8], np.int32)
+        self._space_piece_ids = np.array([RESERVED_PIECES.index(BYTE_PIECES[byte]) for byte in _SPACE_PIECE_UTF8])
         self._word = self._finest_words()
         self._words, self._cached = self._white_space(), 0
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Load a model file written by `train_tokenizer`.
-
-        Raises:
-            UserError: the file cannot be read, is not a SentencePiece model, or does not have the layout above.
-        """
+        """Load a model file written by `train_tokenizer`. Raises UserError if it is not one, or cannot be read."""
         remedy = "set tokenizer.path to a model that `lamda tokenizer train` wrote"
         try:
             model = Path(path).read_bytes()
@@ -113,19 +103,9 @@ class Tokenizer:
         return tokenizer
 
     def encode_documents(self, texts: Sequence[str], *, threads: int) -> list[np.ndarray]:
-        """Encode documents in a batch, without end symbols.
+        """The ids of each text (uint32), without end symbols; the same in any batch, on any number of CPU threads.
 
-        Ids do not depend on the size of the batch or the number of threads.
-
-        Args:
-            texts: documents without lone surrogates.
-            threads: number of CPU threads.
-
-        Returns:
-            The ids of each text (uint32).
-
-        Raises:
-            UnicodeEncodeError: a text has a lone surrogate, which UTF-8 cannot express.
+        Raises UnicodeEncodeError for a lone surrogate, which UTF-8 cannot express.
         """
         if self._word is not None and not any(SPACE_PIECE in text for text in texts):
             return self._encode_words(self._word, texts, threads=threads)

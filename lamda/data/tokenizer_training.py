@@ -95,18 +95,11 @@ def _checked(tokenizer: Tokenizer, config: Config, path: Path) -> Tokenizer:
 def train_tokenizer(
     texts: Iterable[str], path: str | Path, *, vocab_size: int, progress: Callable[[], object] = lambda: None
 ) -> None:
-    """Train a tokenizer on `texts` and write it to `path` atomically.
+    """Train a tokenizer on `texts` (without lone surrogates) and write it to `path` atomically, with its folder.
 
-    The same texts in the same order give the same file, byte for byte.
-
-    Args:
-        texts: documents without lone surrogates. They are read once; SentencePiece keeps them in memory.
-        path: of the model file; its folder is created if missing.
-        vocab_size: V, with the reserved symbols.
-        progress: called while SentencePiece computes.
-
-    Raises:
-        UserError: there is no text, too little text for so many pieces, or too few pieces for its characters.
+    The same texts in the same order give the same file, byte for byte. They are read once; SentencePiece keeps them in
+    memory. vocab_size: V, with the reserved symbols. progress: called while SentencePiece computes. Raises UserError if
+    there is no text, too little text for so many pieces, or too few pieces for its characters.
     """
     if vocab_size <= len(RESERVED_PIECES):
         raise UserError(f"model.vocab_size: {vocab_size} is too small, {len(RESERVED_PIECES)} symbols are reserved")

@@ -12,7 +12,7 @@ ranks know the same order. A `SourceOrder` is saved in checkpoints, so that a re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,10 +47,11 @@ class Announcement(NamedTuple):
 
 @dataclass(frozen=True)
 class Window:
-    """A window of a source whose lanes have all been announced.
+    """A window of a source.
 
     number: counted over the run. base, epoch_base: rows of the source before the window and before its epoch. since,
-    until: interval of the epoch, as fractions of ONE. starts, afters: cursors of each lane. counts: rows of each lane.
+    until: interval of the epoch, as fractions of ONE. starts, afters: cursors of each lane. counts: rows of each lane;
+    without afters and counts, the window is a plan, whose lanes have not been announced.
     """
 
     number: int
@@ -60,8 +61,8 @@ class Window:
     since: int
     until: int
     starts: tuple[Cursor, ...]
-    counts: tuple[int, ...]
-    afters: tuple[Cursor, ...]
+    counts: tuple[int, ...] = ()
+    afters: tuple[Cursor, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -80,46 +81,25 @@ class Window:
 
     def part(self, lane: int, length: int) -> Part:
         """The part of a lane of this length on the axis."""
-        target, stop = (None, None) if self.is_last else (self.until * length >> 32, self.afters[lane])
-        return Part(self.epoch, self.starts[lane], target, stop, self.counts[lane])
+        part = Part(self.epoch, self.starts[lane], None if self.is_last else self.until * length >> 32)
+        if not self.counts:
+            return part
+        return part._replace(stop=None if self.is_last else self.afters[lane], rows=self.counts[lane])
 
     def epoch_at(self, row: int) -> float:
         """Epochs of the source completed at its row `row`, which is in this window, as a fraction."""
         share = (row - self.base) / max(1, self.rows)
         return self.epoch + (self.since + share * (self.until - self.since)) / ONE
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
-        cursors = {name: [list(astuple(cursor)) for cursor in getattr(self, name)] for name in ("starts", "afters")}
-        return {**{name: getattr(self, name) for name in self.__dataclass_fields__}, **cursors}
-
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Window:
-        """The inverse of `to_json`. Raises TypeError, ValueError or KeyError for other values."""
+        """The inverse of `dataclasses.asdict`. Raises TypeError, ValueError or KeyError for other values."""
         lanes = {"counts": _count, "starts": _cursor, "afters": _cursor}
         of_lanes: dict[str, Any] = {name: tuple(map(of, values[name])) for name, of in lanes.items()}
         if len({len(each) for each in of_lanes.values()}) > 1:
             raise ValueError("a window with different numbers of counts and cursors")
         of_window = {name: _count(value) for name, value in values.items() if name not in lanes}
         return cls(**{**of_window, **of_lanes})
-
-
-class Plan(NamedTuple):
-    """The next window of a source, before its lanes are read."""
-
-    number: int
-    epoch: int
-    since: int
-    until: int
-    starts: tuple[Cursor, ...]
-
-    def target(self, length: int) -> int | None:
-        """The end of a lane of this length, on its axis; None: the end of the lane."""
-        return None if self.until == ONE else self.until * length >> 32
-
-    def part(self, lane: int, length: int) -> Part:
-        """The part of a lane of this length on the axis."""
-        return Part(self.epoch, self.starts[lane], self.target(length))
 
 
 @dataclass(frozen=True)
@@ -173,15 +153,15 @@ class SourceOrder:
                 return window.epoch_at(max(row, window.base))
         return self.windows[-1].epoch_at(self.end) if self.windows else 0.0
 
-    def plan(self, shape: Shape) -> Plan:
-        """The window after the last known one."""
-        last = self.windows[-1] if self.windows else None
+    def plan(self, shape: Shape) -> Window:
+        """The window after the last known one, before its lanes are read."""
+        last, base = self.windows[-1] if self.windows else None, self.end
         number = last.number + 1 if last else 0
         if last is None or last.is_last:
-            epoch, since, starts = (last.epoch + 1 if last else 0), 0, (Cursor(),) * len(shape.lengths)
-        else:
-            epoch, since, starts = last.epoch, last.until, last.afters
-        return Plan(number, epoch, since, self._until(number, since, shape), starts)
+            until, starts = self._until(number, 0, shape), (Cursor(),) * len(shape.lengths)
+            return Window(number, last.epoch + 1 if last else 0, base, base, 0, until, starts)
+        until = self._until(number, last.until, shape)
+        return Window(number, last.epoch, base, last.epoch_base, last.until, until, last.afters)
 
     def _until(self, number: int, since: int, shape: Shape) -> int:
         """The end of a window. The last one of an epoch may be up to 1.5 times its planned size."""
@@ -189,19 +169,10 @@ class SourceOrder:
         step = ONE if shape.is_epoch else max(1, shape.tokens(number) * bytes_ * ONE // (tokens * total))
         return ONE if since + step + step // 2 >= ONE else since + step
 
-    def add(self, plan: Plan, announced: Sequence[Announcement], shape: Shape) -> SourceOrder:
-        """This order with the next window, from the announcements of all lanes."""
-        window = Window(
-            number=plan.number,
-            epoch=plan.epoch,
-            base=self.end,
-            epoch_base=self.end if plan.since == 0 else self.windows[-1].epoch_base,
-            since=plan.since,
-            until=plan.until,
-            starts=plan.starts,
-            counts=tuple(each.rows for each in announced),
-            afters=tuple(each.after for each in announced),
-        )
+    def add(self, plan: Window, announced: Sequence[Announcement], shape: Shape) -> SourceOrder:
+        """This order with the planned window, from the announcements of all lanes."""
+        counts, afters = tuple(each.rows for each in announced), tuple(each.after for each in announced)
+        window = replace(plan, counts=counts, afters=afters)
         bytes_ = self.measured[0] + ((plan.until - plan.since) * sum(shape.lengths) >> 32)
         tokens = self.measured[1] + sum(each.tokens for each in announced)
         if tokens > MEASURED_TOKENS:
@@ -215,23 +186,16 @@ class SourceOrder:
 
     def without_digests(self) -> SourceOrder:
         """The same without checks that the documents at the cursors are unchanged."""
-        windows = (
-            replace(
-                window,
-                starts=tuple(replace(cursor, digest=None) for cursor in window.starts),
-                afters=tuple(replace(cursor, digest=None) for cursor in window.afters),
-            )
-            for window in self.windows
-        )
-        return replace(self, windows=tuple(windows))
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {"windows": [window.to_json() for window in self.windows], "measured": list(self.measured)}
+        def plain(cursors: Sequence[Cursor]) -> tuple[Cursor, ...]:
+            return tuple(cursor._replace(digest=None) for cursor in cursors)
+
+        windows = (replace(each, starts=plain(each.starts), afters=plain(each.afters)) for each in self.windows)
+        return replace(self, windows=tuple(windows))
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> SourceOrder:
-        """The inverse of `to_json`. Raises TypeError, ValueError or KeyError for other values."""
+        """The inverse of `dataclasses.asdict`. Raises TypeError, ValueError or KeyError for other values."""
         bytes_, tokens = values["measured"]
         if not _count(tokens):
             raise ValueError("an order without measured tokens")
@@ -241,10 +205,10 @@ class SourceOrder:
 def _cursor(values: Any) -> Cursor:
     """A cursor from its stored fields. Raises TypeError or ValueError."""
     *numbers, digest = values
-    if not isinstance(digest, str | None):
+    if not isinstance(digest, str | None) or len(values) != len(Cursor._fields):
         raise ValueError(f"{values!r} is not a cursor")
     content: list[Any] = [*map(_count, numbers), digest]
-    return Cursor(**dict(zip(Cursor.__dataclass_fields__, content, strict=True)))
+    return Cursor(*content)
 
 
 def _count(value: Any) -> int:

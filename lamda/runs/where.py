@@ -26,7 +26,7 @@ from lamda.data.lanes import RAW_TEXT, Lane, Share
 from lamda.data.loader import batch_digest, row_digest
 from lamda.data.order import consumed_after, next_samples
 from lamda.data.tokenizer import Tokenizer
-from lamda.data.windows import Announcement, Plan, SourceOrder, Window, places
+from lamda.data.windows import Announcement, SourceOrder, Window, places
 from lamda.dialog.examples import form_of
 from lamda.storage.manifest import STATE, complete, problem_of, read_state
 from lamda.storage.metrics import read_metrics
@@ -207,7 +207,7 @@ class _Source:
             raise UserError(f"source {self._lanes[0].source.name!r} has no documents any more")
         return order
 
-    def _read(self, lane: int, window: Window | Plan) -> PartRows:
+    def _read(self, lane: int, window: Window) -> PartRows:
         text, of = self._text, self._lanes[lane]
         part = window.part(lane, of.length)
         if text.ready is not None and (rows := text.ready.find(of.index, window.number, part)) is not None:

@@ -22,24 +22,13 @@ from lamda.storage.manifest import (
     DAMAGED,
     MANIFEST,
     complete,
-    framework_of,
     is_checkpoint_name,
     name_of,
-    named,
     problem_of,
-    read,
-    read_state,
     sealed,
     set_aside,
-    step_in,
     step_of,
 )
-
-__all__ = [
-    "MANIFEST", "commit", "complete", "find_valid", "framework_of", "free_name", "make_fresh", "named", "problem_of",
-    "read", "read_state", "remove", "require_none", "seal", "sealed", "step_in", "step_of", "sweep",
-    "sync_and_describe", "verify",
-]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -129,10 +118,7 @@ def find_valid(folder: Path, *, world: World, progress: Progress = lambda: None)
 
 
 def require_none(folder: Path, *, noted: int | None) -> None:
-    """Raises UserError if an empty checkpoint folder shows that it had checkpoints.
-
-    noted: the step of the last checkpoint that the run recorded.
-    """
+    """Raises UserError if an empty folder had checkpoints. noted: the step of the last one that the run recorded."""
     if aside := [path for path in set_aside(folder) if path.suffix == DAMAGED]:
         _raise_all_damaged(folder, [(aside[-1], "it was set aside by an earlier start")])
     problem = "is a link to a missing folder" if folder.is_symlink() and not folder.exists() else None

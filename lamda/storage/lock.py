@@ -63,13 +63,13 @@ class Owner:
             return cls(path)
         return cls(path, **fields, holds=path.name == "lock.json" or b'{"holds": true}' in lines)
 
-    def lives(self, *, now: float | None = None) -> bool:
-        """Whether the process is alive. now: the file server's time; default: this machine's."""
+    def lives(self) -> bool:
+        """Whether the process is alive, by this machine's clock."""
         known = self.seen_from_here()
-        return self.age(now) < STALE_SECONDS if known is None else known
+        return self.age() < STALE_SECONDS if known is None else known
 
     def age(self, now: float | None = None) -> float:
-        """Absolute seconds since the last heartbeat; infinite if the file is gone."""
+        """Absolute seconds since the last heartbeat; infinite if the file is gone. now: default this machine's time."""
         try:
             return abs((time.time() if now is None else now) - self.path.stat().st_mtime)
         except OSError:

@@ -168,13 +168,12 @@ def sealed(manifest: dict[str, object]) -> str:
 def _manifest_text(path: Path) -> str | None:
     """The content of manifest.json, None if it is missing."""
     try:
-        return read_regular(path / MANIFEST).decode()
+        with reading(path / MANIFEST):
+            return read_regular(path / MANIFEST).decode()
     except FileNotFoundError:
         if path.is_symlink() and not path.exists():
             raise unreadable(path, "a broken link") from None
         return None
-    except OSError as error:
-        raise unreadable(path / MANIFEST, error.strerror or str(error)) from error
 
 
 def _check(path: Path, name: str, entry: Any, progress: Progress) -> str | None:

@@ -117,29 +117,26 @@ def _discard_after(
         if row is not None and row["step"] <= step:
             firsts.setdefault(row["step"], index)
     kept = {*firsts.values()}
-    good = [index in kept for index in range(len(lines))]
-    discarded_lines = [
-        line.rstrip(b"\n") + b"\n" for (line, _), is_good in zip(lines, good, strict=True) if not is_good
-    ]
+    discarded_lines = [line.rstrip(b"\n") + b"\n" for index, (line, _) in enumerate(lines) if index not in kept]
     broken = [number for number, (_, row) in enumerate(lines[:-1], start=1) if row is None]
     if broken:
         log.warning("%s, line %s: no row of metrics; moved to %s", path, ", ".join(map(str, broken)), discarded.name)
     if discarded_lines:
         with keeping or nullcontext(), discarded.open("ab") as stream:
             stream.writelines(discarded_lines)
-        _keep(path, [line for line, _ in lines], good)
+        _keep(path, [line for line, _ in lines], sorted(kept))
     _report_gaps(path, {row["step"] for _, row in lines if row is not None}, step)
 
 
-def _keep(path: Path, lines: Sequence[bytes], good: Sequence[bool]) -> None:
-    """Keep the good lines, in a new inode: readers then see that the file was replaced.
+def _keep(path: Path, lines: Sequence[bytes], kept: Sequence[int]) -> None:
+    """Keep lines by their index, in a new inode: readers then see that the file was replaced.
 
     On a full disk only the discarded end is cut off, which takes no space; readers skip bad lines before it.
     """
     try:
-        replace_file(path, b"".join(line for line, is_good in zip(lines, good, strict=True) if is_good))
+        replace_file(path, b"".join(lines[index] for index in kept))
     except OSError:
-        end = max((number for number, is_good in enumerate(good, start=1) if is_good), default=0)
+        end = kept[-1] + 1 if kept else 0
         os.truncate(path, sum(map(len, lines[:end])))
         sync_file(path)
 

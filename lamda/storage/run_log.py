@@ -26,7 +26,7 @@ def run_log(path: Path, *, is_main: bool) -> Iterator[None]:
     if is_main:
         with BestEffort(f"{path} cannot be written"):
             handlers.append(_file_handler(path))
-    bad_lines = each_bad_line_once() if is_main else _bad_lines_through(_none)
+    bad_lines = each_bad_line_once() if is_main else _bad_lines_through(lambda record: False)
     loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [(logger, logger.handlers, logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
@@ -48,12 +48,14 @@ def run_log(path: Path, *, is_main: bool) -> Iterator[None]:
 
 
 def each_bad_line_once() -> AbstractContextManager[None]:
-    """Inside this context, each bad line causes one warning, even if it is read again."""
-    return _bad_lines_through(_EachOnce())
+    """Inside this context, each bad line causes one warning: training a tokenizer and rollbacks read it again."""
+    known: dict[str, logging.LogRecord] = {}
+    # In one step: threads read side by side.
+    return _bad_lines_through(lambda record: known.setdefault(record.getMessage(), record) is record)
 
 
 @contextmanager
-def _bad_lines_through(only: logging.Filter | Callable[[logging.LogRecord], bool]) -> Iterator[None]:
+def _bad_lines_through(only: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
     bad_lines = logging.getLogger(quarantine.__name__)
     bad_lines.addFilter(only)
     try:
@@ -74,23 +76,6 @@ def _console_handler() -> logging.Handler:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     handler.addFilter(lambda record: record.name != SHOWN)
     return handler
-
-
-class _EachOnce(logging.Filter):
-    """A bad line is read by tokenizer training, by the run, and again after a rollback."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._known: dict[str, logging.LogRecord] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the message is new."""
-        return self._known.setdefault(record.getMessage(), record) is record  # in one step: threads read side by side
-
-
-def _none(record: logging.LogRecord) -> bool:
-    del record
-    return False
 
 
 class _StandardError(logging.StreamHandler[TextIO]):

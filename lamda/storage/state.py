@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,8 @@ class RunState:
 
     def after(self, *, consumed: int, rows: int, updated: bool) -> RunState:
         """The state one step later; `with_targets` adds its tokens once they are known."""
-        return replace(
-            self,
-            step=self.step + 1,
-            updates=self.updates + updated,
-            consumed=consumed,
-            samples=self.samples + rows,
-        )
+        step, updates, samples = self.step + 1, self.updates + updated, self.samples + rows
+        return replace(self, step=step, updates=updates, consumed=consumed, samples=samples)
 
     def with_targets(self, targets: int) -> RunState:
         """The state plus the target tokens of a step."""
@@ -50,8 +45,7 @@ class RunState:
 
     def write(self, path: Path) -> None:
         """Save as JSON."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        path.write_text(json.dumps({**values, "order": [each.to_json() for each in self.order]}), "utf-8")
+        path.write_text(json.dumps(asdict(self)), "utf-8")
 
     @classmethod
     def read(cls, path: Path) -> RunState:

@@ -6,6 +6,7 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from lamda.best_effort import BestEffort
@@ -34,7 +35,7 @@ class WindowLog:
 
     def _append(self, source: int, order: SourceOrder) -> None:
         with self._keeping, self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"source": source, **order.to_json()}, separators=(",", ":")) + "\n")
+            stream.write(json.dumps({"source": source, **asdict(order)}, separators=(",", ":")) + "\n")
 
 
 class KeptWindows:

@@ -18,7 +18,7 @@ from lamda.config.errors import RunError, UserError
 from lamda.config.schema import FEWEST_LOSSES, TrainConfig
 from lamda.distributed import World, on_main
 from lamda.durable import replace_file
-from lamda.storage import commit
+from lamda.storage import commit, manifest
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
 
@@ -121,10 +121,10 @@ def set_spoilt_aside(directory: RunDirectory) -> None:
         return
     spoilt = [path for path, state in _states(directory) if _is_spoilt(state, windows)]
     for path in spoilt:
-        target = commit.free_name(path, suffix=".spoilt")
+        target = commit.free_name(path, suffix=manifest.SPOILT)
         path.rename(target)
         log.warning("checkpoint %s has seen samples that the run skips; it is now %s", path, target.name)
-    if spoilt and (left := commit.complete(directory.checkpoints)):
+    if spoilt and (left := manifest.complete(directory.checkpoints)):
         replace_file(directory.checkpoints / "LATEST", left[-1].name)
 
 
@@ -146,9 +146,9 @@ def _by_soundness(directory: RunDirectory, *, first: int) -> list[str]:
 def _states(directory: RunDirectory) -> list[tuple[Path, RunState]]:
     """The complete checkpoints that hold a state of this version, oldest first. Raises UnreadableError."""
     found = []
-    for path in commit.complete(directory.checkpoints):
+    for path in manifest.complete(directory.checkpoints):
         try:
-            found.append((path, commit.read_state(path)))
+            found.append((path, manifest.read_state(path)))
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
             log.warning("checkpoint %s: its run_state.json cannot be read (%s)", path, error)
     return found

@@ -16,7 +16,7 @@ from lamda.config.schema import Config
 from lamda.data.corpus import changed_files, differences
 from lamda.distributed import World, on_main
 from lamda.durable import Progress, read_regular
-from lamda.storage import commit
+from lamda.storage import commit, manifest
 from lamda.storage.reading import reading
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
@@ -97,7 +97,7 @@ def find_resume_point(
         return ResumePoint(None, RunState())
 
     def check() -> RunState:
-        state = commit.read_state(path)
+        state = manifest.read_state(path)
         _check_framework(framework, path)
         _check_model(config, path)
         _check_optimizer(config, path)
@@ -113,13 +113,13 @@ def find_resume_point(
 def settings_of(path: Path) -> Config | None:
     """The configuration of a checkpoint; None where this version rejects it."""
     try:
-        return load_config(["--config", str(commit.named(path, "config.yaml"))])
+        return load_config(["--config", str(manifest.named(path, "config.yaml"))])
     except UserError:
         return None
 
 
 def _check_wish(config: Config, directory: RunDirectory) -> None:
-    wish, here = config.checkpoint.resume, commit.complete(directory.checkpoints)
+    wish, here = config.checkpoint.resume, manifest.complete(directory.checkpoints)
     if wish == "never" and directory.holds_a_run:
         raise UserError(f"checkpoint.resume never: {directory.path} already holds a run; choose another run.dir")
     if wish == "required" and not here:
@@ -128,10 +128,10 @@ def _check_wish(config: Config, directory: RunDirectory) -> None:
         return
     if not Path(wish).is_dir():
         raise UserError(f"checkpoint.resume {wish}: no such checkpoint (nor one of auto, required, never)")
-    if there := commit.complete(RunDirectory(Path(wish)).checkpoints):
+    if there := manifest.complete(RunDirectory(Path(wish)).checkpoints):
         raise UserError(f"checkpoint.resume {wish}: is a run; name one of its checkpoints, such as {there[-1]}")
-    step = commit.step_in(Path(wish))
-    newer = [path.name for path in here if step is not None and commit.step_of(path) > step]
+    step = manifest.step_in(Path(wish))
+    newer = [path.name for path in here if step is not None and manifest.step_of(path) > step]
     if newer:
         raise UserError(
             f"checkpoint.resume {wish}: {directory.path} holds newer checkpoints ({newer[-1]}), which continuing from "
@@ -140,7 +140,7 @@ def _check_wish(config: Config, directory: RunDirectory) -> None:
 
 
 def _check_framework(name: str, path: Path) -> None:
-    there = commit.framework_of(commit.read(path))
+    there = manifest.framework_of(manifest.read(path))
     if there != name:
         raise UserError(
             f"{path} was written by {there}; {name} cannot resume from it. Continue with {there}, or start from the "
@@ -150,7 +150,7 @@ def _check_framework(name: str, path: Path) -> None:
 
 def _check_model(config: Config, path: Path) -> None:
     wanted = config.model.dimensions
-    there = commit.read(path)["model"]
+    there = manifest.read(path)["model"]
     problems = [
         f"{key} is {there.get(key)}, the configuration says {value}"
         for key, value in wanted.items()
@@ -163,7 +163,7 @@ def _check_model(config: Config, path: Path) -> None:
 
 
 def _check_optimizer(config: Config, path: Path) -> None:
-    there = commit.read(path).get("optimizer", "adamw")  # before there were others, none was named
+    there = manifest.read(path).get("optimizer", "adamw")  # before there were others, none was named
     if there != config.train.optimizer:
         raise UserError(
             f"{path} holds the state of {there}, which train.optimizer {config.train.optimizer} cannot resume from. "
@@ -173,7 +173,7 @@ def _check_optimizer(config: Config, path: Path) -> None:
 
 
 def _check_adapters(config: Config, path: Path) -> None:
-    there = commit.read(path).get("lora_rank", 0)  # before there were adapters, none was named
+    there = manifest.read(path).get("lora_rank", 0)  # before there were adapters, none was named
     if there != config.train.lora_rank:
         held = f"adapters of rank {there}" if there else "no adapters"
         raise UserError(
@@ -201,7 +201,7 @@ def _report_changes(config: Config, path: Path) -> None:
     now = _settings(config.model_dump(mode="json"))
     try:
         with reading(path / "config.yaml"):
-            text = read_regular(commit.named(path, "config.yaml"))
+            text = read_regular(manifest.named(path, "config.yaml"))
         saved = _settings(yaml.safe_load(text))
         before = {key: float(saved[key]) if isinstance(now[key], float) else saved[key] for key in now if key in saved}
     except (FileNotFoundError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:

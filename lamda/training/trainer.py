@@ -17,7 +17,7 @@ from lamda.data.quarantine import Quarantined, QuarantineFile
 from lamda.data.windows import SourceOrder
 from lamda.distributed import World, broadcast, gather, on_main
 from lamda.engines.protocol import Engine
-from lamda.storage import commit
+from lamda.storage import manifest
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
@@ -223,7 +223,7 @@ class Trainer:
     def rollback(self, error: RollbackError) -> None:
         """Return to a sound checkpoint; the samples since then are never used again."""
         path = find_sound(self.directory, first=error.first, world=self.world)
-        there, here = commit.read_state(path), self.state
+        there, here = manifest.read_state(path), self.state
         window = (there.consumed, here.consumed)
         on_main(self.world, lambda: self.directory.note_skipped(window, step=error.step, reason=error.reason))
         on_main(self.world, lambda: set_spoilt_aside(self.directory))
@@ -243,7 +243,7 @@ class Trainer:
         if self.state.rollbacks >= self.config.train.max_rollbacks:
             return f"train.max_rollbacks is {self.config.train.max_rollbacks}"
         self.report_save(self.saver.finish())
-        has_checkpoint = on_main(self.world, lambda: bool(commit.complete(self.directory.checkpoints)))
+        has_checkpoint = on_main(self.world, lambda: bool(manifest.complete(self.directory.checkpoints)))
         return None if has_checkpoint else "there is no checkpoint yet"
 
     def loss_history(self) -> AnomalyDetector:
@@ -293,7 +293,7 @@ class Trainer:
 
     def _resume_point(self) -> str:
         """What the same command would continue from, as a sentence, on rank 0."""
-        found = commit.complete(self.directory.checkpoints) if self.world.is_main_process else []
+        found = manifest.complete(self.directory.checkpoints) if self.world.is_main_process else []
         if not found:
             return "No checkpoint is complete yet: the same command would begin with step 1"
         return f"{found[-1].name} is complete: the same command would continue from it"

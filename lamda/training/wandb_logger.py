@@ -27,7 +27,7 @@ from typing import Any, Literal
 from lamda.best_effort import BestEffort, reason_of
 from lamda.config.schema import Config
 from lamda.durable import replace_file
-from lamda.storage import commit
+from lamda.storage import manifest
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
 
@@ -247,7 +247,7 @@ def _log_checkpoint(run: Any, path: Path, *, way: Literal["reference", "upload"]
     """
     import wandb
 
-    content = commit.read(path)
+    content = manifest.read(path)
     artifact = wandb.Artifact(
         f"{run.id}-checkpoint", type="model", metadata={"step": content["step"], "files": content["files"]}
     )
@@ -256,7 +256,7 @@ def _log_checkpoint(run: Any, path: Path, *, way: Literal["reference", "upload"]
         artifact.add_dir(str(path), policy="immutable", skip_cache=True)
     else:
         # Unlike the addresses, the manifest differs between two checkpoints of one name.
-        artifact.add_file(str(path / commit.MANIFEST), policy="immutable", skip_cache=True)
+        artifact.add_file(str(path / manifest.MANIFEST), policy="immutable", skip_cache=True)
         artifact.add_reference(path.resolve().as_uri(), name=path.name, checksum=False)
     run.log_artifact(artifact, aliases=["latest", path.name, *(["best"] if best else [])])
 

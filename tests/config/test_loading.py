@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from lamda.config.help import to_yaml
-from lamda.config.loading import DEPRECATED, KEYS, ConfigError, load_config
+from lamda.config.loading import DEPRECATED, KEYS, load_config
 from lamda.config.presets import PRESETS
+from lamda.config.settings import ConfigError
 from lamda.runs.checkpoints import read_config
 
 REPOSITORY = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Barrier, Thread
 from typing import Any
@@ -193,4 +193,4 @@ def _add(run: Run, parts: Sequence[StepBatch], *, batch: int, skipped: Sequence[
 
 def saved(order: SourceOrder) -> SourceOrder:
     """As a checkpoint brings it back."""
-    return SourceOrder.from_json(json.loads(json.dumps(order.to_json())))
+    return SourceOrder.from_json(json.loads(json.dumps(asdict(order))))

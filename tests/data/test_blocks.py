@@ -13,7 +13,7 @@ from lamda.data import partitioning
 from lamda.data.blocks import LaneReader, Packing, Part
 from lamda.data.card import Source
 from lamda.data.files import File
-from lamda.data.lanes import Cursor, read_lane
+from lamda.data.lanes import Cursor
 from lamda.data.partitioning import cut_into_lanes
 from tests.conftest import make_text, write_shard
 
@@ -92,7 +92,7 @@ def test_spans_and_documents_say_where_every_token_came_from(tmp_path, tokenizer
     (lane,) = lanes_of([write_shard(tmp_path / "0.jsonl", texts)], most=1)
     for _, (block, *_) in parts_of(lane, tokenizer, Packing(28, method), [0.4]):
         assert np.array_equal(block.spans, np.sort(block.spans, order=("row", "start")))
-        assert block.segment_ids.shape == block.ids.shape
+        assert block.spans["length"].sum() == block.ids.size
         for span in block.spans:
             shown = block.ids[span["row"], span["start"] : span["start"] + span["length"]].tolist()
             if span["document"] >= 0:
@@ -154,7 +154,7 @@ def test_a_text_file_is_one_document_and_has_no_byte_order_mark(tmp_path, tokeni
     assert tokenizer.decode(rows.block.ids[0]) == "of the\nand to\n"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     (marked,) = lanes_of([path], most=64)
-    assert next(read_lane(marked, Cursor())).text == "of the\nand to\n"
+    assert next(marked.read(Cursor())).text == "of the\nand to\n"
 
 
 def test_parquet_is_cut_by_rows_and_resumed(tmp_path, tokenizer):

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -152,10 +151,10 @@ def test_a_cursor_without_a_digest_still_wants_a_document_at_its_line(tmp_path, 
     cursor = LaneReader(lane, tokenizer, PACKING).read(Part(0, Cursor(), lane.length // 2)).after
     assert cursor.line > 0
     assert cursor.digest is not None
-    plain = replace(cursor, digest=None)
+    plain = cursor._replace(digest=None)
     assert LaneReader(lane, tokenizer, PACKING).read(Part(0, plain, None)).tokens
     with pytest.raises(DataError, match=rf"0\.jsonl, line {cursor.line + 1}: the document there is not"):
-        LaneReader(lane, tokenizer, PACKING).read(Part(0, replace(plain, byte=cursor.byte - 3), None))
+        LaneReader(lane, tokenizer, PACKING).read(Part(0, plain._replace(byte=cursor.byte - 3), None))
 
 
 def test_a_file_that_is_written_to_while_it_is_read_is_refused(tmp_path):

@@ -17,7 +17,7 @@ from lamda.data import files, parquet, partitioning
 from lamda.data.card import Source
 from lamda.data.documents import Document
 from lamda.data.files import File
-from lamda.data.lanes import Cursor, read_lane
+from lamda.data.lanes import Cursor
 from lamda.data.partitioning import cut_into_lanes
 from tests.conftest import make_text, write_shard
 from tests.data.ranks import BAD, BLANK, write_file
@@ -62,14 +62,14 @@ def test_lanes_hold_every_document_once_and_each_in_its_place(tmp_path_factory, 
         assert len(made) <= most
         found = []
         for lane in made:
-            documents = [entry for entry in read_lane(lane, Cursor()) if isinstance(entry, Document)]
+            documents = [entry for entry in lane.read(Cursor()) if isinstance(entry, Document)]
             found += [document.text for document in documents]
             ends = [0] + [place for document in documents for place in (document.begin, document.end)]
             assert ends == sorted(ends) or any(share.is_estimated or share.modulus > 1 for share in lane.shares)
             for document in documents:
                 share = lane.shares[document.file]
                 assert 0 <= document.begin <= document.end <= lane.length
-                again = read_lane(lane, Cursor(file=document.file, line=document.line, byte=document.byte))
+                again = lane.read(Cursor(file=document.file, line=document.line, byte=document.byte))
                 assert next(again) == document, share
         assert sorted(found) == sorted(texts)
         if all(share.modulus == 1 for lane in made for share in lane.shares):
@@ -113,9 +113,9 @@ def test_lanes_in_parquet_are_few_for_its_row_groups_and_begin_with_their_own_ro
     found = cut([tmp_path / "a.parquet"])
     assert len(found) == expected
     for lane in found:
-        next(read_lane(lane, Cursor()))
+        next(lane.read(Cursor()))
     assert made <= expected * parquet.BATCH
-    lengths = [sum(1 for _ in read_lane(lane, Cursor())) for lane in found]
+    lengths = [sum(1 for _ in lane.read(Cursor())) for lane in found]
     assert max(lengths) - min(lengths) <= 1
     assert sum(lengths) == rows
 
@@ -141,10 +141,10 @@ def test_a_lane_reads_its_part_alone_of_a_file_with_a_sha256(tmp_path, monkeypat
     monkeypatch.setattr(files, "CHUNK", 1 << 12)
     found = cut_into_lanes(SOURCE, [wrong], row_length=1)
     assert len(found) == 64
-    assert sum(1 for lane in found for _ in read_lane(lane, Cursor())) == 9000
+    assert sum(1 for lane in found for _ in lane.read(Cursor())) == 9000
     assert read <= path.stat().st_size + 64 * (2 << 12)
     with pytest.raises(DataError, match="its sha256 is"):
-        list(read_lane(cut_into_lanes(SOURCE, [wrong], row_length=1, most=1)[0], Cursor()))
+        list(cut_into_lanes(SOURCE, [wrong], row_length=1, most=1)[0].read(Cursor()))
 
 
 def test_files_that_are_not_cut_give_their_lines_in_turn_to_eight_lanes(tmp_path, monkeypatch):
@@ -167,7 +167,7 @@ def test_the_places_of_lines_in_a_large_compressed_file_are_by_its_stored_bytes(
     pack = gzip.compress if suffix == ".jsonl.gz" else zstandard.compress
     (tmp_path / f"a{suffix}").write_bytes(pack(plain.read_bytes()))
     (lane,) = cut([tmp_path / f"a{suffix}"], most=1)
-    places = [document.begin / lane.length for document in read_lane(lane, Cursor())]
+    places = [document.begin / lane.length for document in lane.read(Cursor())]
     assert places == sorted(places)
     assert max(abs(place - n / 3000) for n, place in enumerate(places)) < 0.15
 
@@ -191,7 +191,7 @@ def test_a_document_is_named_by_its_line_or_by_its_byte_where_its_lane_begins_in
     found = cut([path], most=20)
     assert len(found) == 20
     for lane in found:
-        for document in islice(read_lane(lane, Cursor()), 3):
+        for document in islice(lane.read(Cursor()), 3):
             share = lane.shares[document.file]
             shown = share.place(document.line, document.byte)
             assert shown == f"{path}, " + (f"byte {document.byte:,}" if share.start else f"line {document.line + 1}")
@@ -203,4 +203,4 @@ def test_local_text_needs_no_cache_that_can_be_written(tmp_path, monkeypatch, su
     path, texts = tmp_path / f"0.{suffix}", [make_text(n, 9) for n in range(5)]
     write_shard(path, texts) if suffix == "jsonl" else pq.write_table(pa.table({"text": texts}), path)
     (lane,) = cut([path], most=1)
-    assert [entry.text for entry in read_lane(lane, Cursor())] == texts
+    assert [entry.text for entry in lane.read(Cursor())] == texts

@@ -19,9 +19,9 @@ from lamda.data.corpus import open_corpus, require_a_batch
 from lamda.data.documents import Document
 from lamda.data.files import DataError, File, read_lines
 from lamda.data.held_out import require_documents
-from lamda.data.lanes import RAW_TEXT, Cursor, read_lane
+from lamda.data.lanes import RAW_TEXT, Cursor
 from lamda.data.partitioning import cut_into_lanes
-from lamda.data.quarantine import BadLine, Quarantined, few, first_of, write_first
+from lamda.data.quarantine import BadLine, Quarantined, QuarantineFile, few, first_of
 from tests.conftest import make_text
 from tests.data.ranks import read
 
@@ -51,7 +51,7 @@ def cut(*paths: Path, count=1, limit=1.0):
 
 
 def entries(lane):
-    return list(read_lane(lane, Cursor()))
+    return list(lane.read(Cursor()))
 
 
 @pytest.mark.parametrize(
@@ -322,9 +322,7 @@ def test_any_ranks_and_stops_find_the_same_bad_lines(tmp_path, tokenizer, monkey
 
 def test_only_the_first_hundred_are_kept():
     found = [
-        Quarantined(lane, quarantine.bad_line(f"f, line {line}", "r", b"x" * 900))
-        for lane in range(30)
-        for line in range(1, 10)
+        Quarantined(lane, BadLine.of(f"f, line {line}", "r", b"x" * 900)) for lane in range(30) for line in range(1, 10)
     ]
     kept = first_of([*reversed(found), *found])
     assert kept == found[:100]
@@ -334,13 +332,13 @@ def test_only_the_first_hundred_are_kept():
 def test_the_file_holds_the_first_ones_once_whatever_the_order_of_finding(tmp_path):
     found = [Quarantined(n % 3, BadLine(f"f, line {n:03}", "not JSON", "{x")) for n in range(150)]
     straight, restarted = tmp_path / "straight.jsonl", tmp_path / "restarted.jsonl"
-    write_first(straight, found)
+    QuarantineFile(straight).add(found)
     for part in (found[90:], found[:100], found[40:60]):
-        write_first(restarted, part)
+        QuarantineFile(restarted).add(part)
     assert restarted.read_bytes() == straight.read_bytes()
     rows = [json.loads(line) for line in straight.read_text().splitlines()]
     assert len(rows) == 100
     assert rows == sorted(rows, key=lambda row: (row["lane"], row["place"]))
     assert rows[0] == {"lane": 0, "place": "f, line 000", "reason": "not JSON", "beginning": "{x"}
-    assert write_first(straight, found) == []
+    assert QuarantineFile(straight).add(found) == []
     assert not list(tmp_path.glob(".*"))

@@ -1,6 +1,7 @@
 """Windows are planned from what was announced, spread over all lanes, and come back from a file as they were."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def test_windows_grow_to_their_size_and_end_each_epoch_exactly(lengths, share, l
         plan = order.plan(shape)
         assert (plan.number, plan.epoch, plan.since) == (number, epochs, until)
         assert plan.since < plan.until <= ONE
-        assert (plan.target(lengths[0]) is None) == (plan.until == ONE)
+        assert (plan.part(0, lengths[0]).target is None) == (plan.until == ONE)
         assert all(start == Cursor() for start in plan.starts) or plan.since > 0
         tokens = int((plan.until - plan.since) / ONE * sum(lengths) / bytes_per_token / len(lengths))
         order = order.add(plan, announced([number + 1] * len(lengths), tokens), shape)
@@ -133,7 +134,7 @@ def test_only_windows_that_are_still_asked_for_are_kept_and_they_come_back_from_
     assert [window.number for window in order.without(order.end).windows] == [3]
     with pytest.raises(KeyError):
         order.without(6).at(0)
-    assert SourceOrder.from_json(json.loads(json.dumps(order.to_json()))) == order
+    assert SourceOrder.from_json(json.loads(json.dumps(asdict(order)))) == order
     assert all(cursor.digest is None for window in order.without_digests().windows for cursor in window.afters)
 
 

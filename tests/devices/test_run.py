@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lamda.storage import commit
+from lamda.storage import manifest
 from lamda.storage.metrics import read_metrics
 from tests.faults.harness import Place
 from tests.launch import ENVIRONMENT, ROOT
@@ -84,9 +84,9 @@ def test_killed_in_a_save_it_continues_to_the_same_bits(place):
 
 def test_its_checkpoint_is_whole_and_has_the_pytorch_runs_names(place):
     there = place.folder / "straight" / LAST
-    assert commit.problem_of(there) is None
-    message = commit.read(there)
-    assert commit.framework_of(message) == "flax"
+    assert manifest.problem_of(there) is None
+    message = manifest.read(there)
+    assert manifest.framework_of(message) == "flax"
     assert message["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
     assert any(name.startswith("state/") for name in message["files"])
     shapes = [

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lamda.storage import commit
+from lamda.storage import commit, manifest
 from tests.faults.harness import IS_FULL
 
 KILLS, DAMAGES = (200, 1000) if IS_FULL else (20, 100)
@@ -19,7 +19,8 @@ KILLS, DAMAGES = (200, 1000) if IS_FULL else (20, 100)
 ENDLESS_SAVES = """
 import sys
 from pathlib import Path
-from lamda.storage.commit import commit, complete, make_fresh, step_of, sweep, sync_and_describe
+from lamda.storage.commit import commit, make_fresh, sweep, sync_and_describe
+from lamda.storage.manifest import complete, step_of
 folder = Path(sys.argv[1])
 sweep(folder)
 step = max(map(step_of, complete(folder)), default=0)
@@ -49,7 +50,7 @@ def test_a_killed_save_leaves_complete_checkpoints_alone(tmp_path):
         process.wait()
         there = _complete(tmp_path)
         assert len(there) >= 2, "two are kept; each crash may leave one that was about to go"
-        assert [commit.problem_of(path) for path in there] == [None] * len(there)
+        assert [manifest.problem_of(path) for path in there] == [None] * len(there)
         named = int((tmp_path / "LATEST").read_text().removeprefix("step-"))
         assert named in (_newest(tmp_path), _newest(tmp_path) - 1), "a crash may come before LATEST, never between"
         assert _newest(tmp_path) > newest
@@ -113,8 +114,8 @@ def _vanish(draw: random.Random, contents: dict[Path, bytes]) -> str:
 
 
 def _complete(folder: Path) -> list[Path]:
-    return commit.complete(folder)
+    return manifest.complete(folder)
 
 
 def _newest(folder: Path) -> int:
-    return max((commit.step_of(path) for path in _complete(folder)), default=0)
+    return max((manifest.step_of(path) for path in _complete(folder)), default=0)

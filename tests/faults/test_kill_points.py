@@ -6,7 +6,7 @@ rank 0 at the moments of the commit as well.
 
 import pytest
 
-from lamda.storage.commit import complete, problem_of
+from lamda.storage.manifest import complete, problem_of
 from lamda.training.fault_injection import COMMIT_POINTS, SAVE_POINTS, STEP_POINTS
 from tests.faults.harness import IS_FULL
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from lamda.runs.where import where
-from lamda.storage import commit
+from lamda.storage import manifest
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
@@ -66,7 +66,7 @@ def test_where_knows_the_windows_that_no_checkpoint_tells_of_yet(place):
     ended = train(place, "ended", *SPIKES, "--checkpoint.every", "6", fault="forward:exception:0:12", spoilt_after="9")
     assert ended.returncode == 1, ended.stderr[-3000:]
     directory = RunDirectory(place.folder / "ended")
-    assert not any(RunState.read(path / "run_state.json").skipped for path in commit.complete(directory.checkpoints))
+    assert not any(RunState.read(path / "run_state.json").skipped for path in manifest.complete(directory.checkpoints))
     assert directory.skipped()
     newest = read_metrics(directory.metrics)[-1]["step"]
     assert len(list(where(directory, step=newest, row=None))) == BATCH

@@ -30,7 +30,7 @@ from lamda.interop.huggingface.card import model_card
 from lamda.interop.huggingface.export import export
 from lamda.interop.huggingface.importing import import_folder
 from lamda.interop.huggingface.source import ExportSource
-from lamda.storage import commit
+from lamda.storage import manifest
 from lamda.storage.metrics import MetricsFile
 from lamda.storage.state import RunState
 from lamda.training.inputs import check_initial_weights
@@ -127,7 +127,7 @@ def test_weights_come_back_byte_for_byte(saved, exported, tmp_path):
     import_folder(exported, tmp_path / "back")
     for name in ("model.safetensors", "tokenizer.model"):
         assert (tmp_path / "back" / name).read_bytes() == (saved / name).read_bytes()
-    assert commit.problem_of(tmp_path / "back") is None
+    assert manifest.problem_of(tmp_path / "back") is None
 
 
 def test_what_transformers_saved_comes_in(saved, exported, tmp_path):
@@ -209,7 +209,7 @@ def test_the_card_tells_data_license_metrics_and_hashes(run, saved, exported):
     card = (exported / "README.md").read_text("utf-8")
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "# ship\n" in card
-    for message in ("standard_library", "PSF-2.0", "2 of 9", "192", "U+2581", commit.read(saved)["sha256"]):
+    for message in ("standard_library", "PSF-2.0", "2 of 9", "192", "U+2581", manifest.read(saved)["sha256"]):
         assert message in card
     loss = json.loads((run / "metrics.jsonl").read_text("utf-8").split("\n")[1])["loss"]
     assert f"| loss (nats per token) | {loss:.4f} |" in card

@@ -106,7 +106,7 @@ def test_a_checkpoint_of_another_framework_is_reported_by_its_name(tmp_path, wei
         content = json.loads((path / "manifest.json").read_text())
         content["files"]["state/d/0"] = commit.sync_and_describe(path / "state" / "d" / "0")
         del content["zero_stage"], content["sha256"]
-        (path / "manifest.json").write_text(commit.sealed({**content, "ranks": 1, "framework": "flax"}))
+        (path / "manifest.json").write_text(manifest.sealed({**content, "ranks": 1, "framework": "flax"}))
     assert checkpoint_ls.main([str(tmp_path / "a")]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[-4:-2] == ["1", "flax"]
     (found,) = message(capsys, checkpoint_ls, tmp_path / "a")

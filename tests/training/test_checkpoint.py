@@ -16,7 +16,7 @@ from lamda.engines.deepspeed.engine import Engine
 from lamda.engines.deepspeed.optimizer import make_optimizer, set_learning_rate
 from lamda.model import LaMDA
 from lamda.model.initialization import initialize_weights
-from lamda.storage import commit
+from lamda.storage import commit, manifest
 from lamda.storage.state import RunState
 from lamda.training.saver import Saver
 from tests.distributed.engine_worker import BATCH, LENGTH, batch, config, tokens
@@ -63,11 +63,11 @@ def copied(saved, tmp_path):
 
 def seal(path):
     """A manifest that vouches for what lies there: an attacker would write one too."""
-    content = commit.read(path)
+    content = manifest.read(path)
     del content["sha256"]
     content["files"] = {name: commit.sync_and_describe(path / name) for name in content["files"]}
-    (path / commit.MANIFEST).write_text(commit.sealed(content))
-    assert commit.problem_of(path) is None
+    (path / manifest.MANIFEST).write_text(manifest.sealed(content))
+    assert manifest.problem_of(path) is None
 
 
 def change(path, edit):

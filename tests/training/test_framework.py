@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lamda.storage import commit
+from lamda.storage import manifest
 from lamda.storage.metrics import read_metrics
 from tests.faults.harness import Place
 from tests.launch import ENVIRONMENT, ROOT
@@ -64,9 +64,9 @@ def test_another_framework_trains_evaluates_saves_and_shows_a_sample_in_the_same
     assert rows[-1]["eval/loss"] < rows[4]["eval/loss"]
     assert rows[0]["model_flops_per_second"] == pytest.approx(1e12 * rows[0]["mfu"])
     newest = place.folder / "straight" / "checkpoints" / "step-00000010"
-    assert commit.problem_of(newest) is None
-    message = commit.read(newest)
-    assert commit.framework_of(message) == "plain"
+    assert manifest.problem_of(newest) is None
+    message = manifest.read(newest)
+    assert manifest.framework_of(message) == "plain"
     assert sorted(message["files"]) == [
         "config.yaml", "model.safetensors", "run_state.json", "state/moments.safetensors", "tokenizer.model",
     ]  # fmt: skip

@@ -16,20 +16,8 @@ from hypothesis import strategies as st
 from lamda.config.errors import UserError
 from lamda.distributed import World
 from lamda.storage import commit as checkpoints
-from lamda.storage.commit import (
-    MANIFEST,
-    commit,
-    complete,
-    find_valid,
-    make_fresh,
-    read,
-    read_state,
-    require_none,
-    sweep,
-    sync_and_describe,
-    verify,
-)
-from lamda.storage.manifest import sealed
+from lamda.storage.commit import commit, find_valid, make_fresh, require_none, sweep, sync_and_describe, verify
+from lamda.storage.manifest import MANIFEST, complete, read, read_state, sealed
 from lamda.storage.reading import UnreadableError
 from lamda.storage.state import RunState
 

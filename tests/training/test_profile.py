@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.profiler import record_function
 
-from lamda.config.loading import ConfigError, load_config
+from lamda.config.loading import load_config
+from lamda.config.settings import ConfigError
 from lamda.training.loggers import Profile
 
 

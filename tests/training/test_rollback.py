@@ -3,7 +3,7 @@
 import pytest
 
 from lamda.config.errors import UserError
-from lamda.storage import commit
+from lamda.storage import commit, manifest
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
 from lamda.training.anomalies import find_sound, set_spoilt_aside
@@ -54,7 +54,7 @@ def test_a_run_rolls_back_to_the_newest_checkpoint_that_nothing_speaks_against(
         save(directory, step)
     for window in noted:
         directory.note_skipped(window, step=first, reason="a test")
-    assert commit.step_of(find_sound(directory, first=first, world=world)) == expected
+    assert manifest.step_of(find_sound(directory, first=first, world=world)) == expected
 
 
 def test_a_damaged_checkpoint_is_passed_over(directory, world):

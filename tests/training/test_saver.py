@@ -15,7 +15,7 @@ from lamda.distributed import World
 from lamda.engines.deepspeed import checkpoint
 from lamda.engines.deepspeed.checkpoint import local_state
 from lamda.engines.deepspeed.engine import Engine
-from lamda.storage import commit
+from lamda.storage import commit, manifest
 from lamda.storage.lock import LostLockError
 from lamda.storage.state import RunState
 from lamda.training import saver as saving
@@ -92,7 +92,7 @@ def test_a_write_that_fails_is_reported_leaves_nothing_and_the_next_save_is_whol
     assert sorted(path.name for path in failed.path.parent.iterdir()) == ["LATEST", "step-00000001"]
     away.rename(tmp_path / "tokenizer.model")
     assert saver.begin(RunState(step=3)) is None
-    assert commit.problem_of(saver.finish().path) is None
+    assert manifest.problem_of(saver.finish().path) is None
 
 
 def test_a_defect_of_our_own_in_the_thread_is_reported_too(saver, monkeypatch):
@@ -121,10 +121,10 @@ def test_files_in_subfolders_are_part_of_the_checkpoint(saver, engine, monkeypat
     monkeypatch.setattr(engine, "snapshot", copy)
     assert saver.begin(RunState(step=1)) is None
     path = saver.finish().path
-    assert commit.read(path)["files"]["state/deep/numbers"]["size"] == 3
-    assert commit.problem_of(path) is None
+    assert manifest.read(path)["files"]["state/deep/numbers"]["size"] == 3
+    assert manifest.problem_of(path) is None
     (path / "state" / "deep" / "numbers").write_bytes(b"124")
-    assert commit.problem_of(path) == "state/deep/numbers has changed since it was written (sha256)"
+    assert manifest.problem_of(path) == "state/deep/numbers has changed since it was written (sha256)"
 
 
 def test_nothing_is_copied_before_there_is_room(saver, engine, monkeypatch):
@@ -179,7 +179,7 @@ def test_a_run_that_another_process_has_taken_over_saves_no_more(tmp_path, engin
     assert saver.begin(RunState(step=3)) is None
     with pytest.raises(LostLockError):
         saver.finish()
-    assert [path.name for path in commit.complete(tmp_path / "checkpoints")] == ["step-00000001"]
+    assert [path.name for path in manifest.complete(tmp_path / "checkpoints")] == ["step-00000001"]
 
 
 def test_a_save_that_is_waited_for_tells_its_progress_while_its_files_grow_alone(tmp_path, engine, monkeypatch, held):

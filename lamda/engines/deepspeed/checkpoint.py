@@ -23,7 +23,7 @@ from lamda.engines.deepspeed import lora
 from lamda.engines.deepspeed.fragments import Fragment, fragments, gathered_parameters, publish_weights, reset_state
 from lamda.engines.deepspeed.optimizer import fresh_state
 from lamda.model.weights import is_matrix, weight_shapes
-from lamda.storage import commit
+from lamda.storage import manifest
 from lamda.storage.state import RunState
 
 Sizes = dict[tuple[str, str], int]
@@ -32,7 +32,7 @@ Sizes = dict[tuple[str, str], int]
 
 def load(path: Path, engine: DeepSpeedEngine, *, config: Config, progress: Progress = lambda: None) -> RunState:
     """Fill the engine from a verified checkpoint; every rank calls it. Raises UserError before anything is changed."""
-    state = commit.read_state(path)
+    state = manifest.read_state(path)
     saved = SavedState(path, state_sizes(config))
     reset_state(engine, optimizer=config.train.optimizer, updates=state.updates)
     with torch.no_grad():
@@ -104,7 +104,7 @@ class SavedState:
     def __init__(self, path: Path, sizes: Sizes) -> None:
         self._path = path
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = {}
-        for name in sorted(commit.read(path)["files"]):
+        for name in sorted(manifest.read(path)["files"]):
             if name.startswith("optimizer-") and name.endswith(".safetensors"):
                 self._index(path / name, sizes)
         self._require_each_element_once(sizes)
