@@ -8,16 +8,13 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
+from lamda.distributed import minority_ranks
 from lamda.engines.flax.sharding import AXES, weight_sharding
 from lamda.engines.flax.weights import Weights
-from lamda.engines.weight_check import minority_ranks
 
 
 def corrupted_processes(weights: Weights, mesh: Mesh) -> list[int]:
-    """The processes with a device whose copy is in the minority; every process calls it.
-
-    Copies lie along the mesh's data axis; where it has one device, there is nothing to compare.
-    """
+    """The processes with a device whose copy (along the mesh's data axis) is in the minority; all processes call it."""
     if mesh.shape["data"] == 1:
         return []
     specs = {name: weight_sharding(name, mesh).spec for name in weights}
