@@ -24,8 +24,7 @@ from lamda.storage.state import RunState
 
 log = logging.getLogger(__name__)
 
-NORMAL = 1.4826
-"""Standard deviation of a normal distribution / its median absolute deviation."""
+NORMAL = 1.4826  # standard deviation of a normal distribution / its median absolute deviation
 
 
 class Anomaly(NamedTuple):
@@ -37,11 +36,7 @@ class Anomaly(NamedTuple):
 
 
 class AnomalyDetector:
-    """Checks the losses of consecutive steps.
-
-    history: (loss, number of skipped steps so far) of previous steps, so that a resumed run decides as the
-    uninterrupted one would have.
-    """
+    """Checks the losses of consecutive steps. history: (loss, number of skipped steps so far) of the previous steps."""
 
     def __init__(self, train: TrainConfig, history: Iterable[tuple[float | None, int]] = ()) -> None:
         self._train = train
@@ -84,8 +79,7 @@ class AnomalyDetector:
         return (loss - middle) / spread if spread else math.inf if loss > middle else 0.0
 
 
-Window = tuple[int, int]
-"""Samples [from, to) of the order."""
+Window = tuple[int, int]  # samples [from, to) of the order
 
 
 class RollbackError(Exception):
