@@ -79,9 +79,6 @@ class AnomalyDetector:
         return (loss - middle) / spread if spread else math.inf if loss > middle else 0.0
 
 
-Window = tuple[int, int]  # samples [from, to) of the order
-
-
 class RollbackError(Exception):
     """The run has to roll back. step: the one with the anomaly. first: the first bad step in a row."""
 
@@ -113,17 +110,17 @@ def set_spoilt_aside(directory: RunDirectory) -> None:
     """
     if not (windows := directory.skipped()):
         return
-    spoilt = [path for path, state in _states(directory) if _is_spoilt(state, windows)]
+    spoilt = [
+        path
+        for path, state in _states(directory)
+        if any(first < state.consumed and (first, last) not in state.skipped for first, last in windows)
+    ]
     for path in spoilt:
         target = commit.free_name(path, suffix=".spoilt")
         path.rename(target)
         log.warning("checkpoint %s has seen samples that the run skips; it is now %s", path, target.name)
     if spoilt and (left := commit.complete(directory.checkpoints)):
         replace_file(directory.checkpoints / "LATEST", left[-1].name)
-
-
-def _is_spoilt(state: RunState, windows: Iterable[Window]) -> bool:
-    return any(first < state.consumed and (first, last) not in state.skipped for first, last in windows)
 
 
 def _by_soundness(directory: RunDirectory, *, first: int) -> list[str]:

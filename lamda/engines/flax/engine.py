@@ -150,17 +150,17 @@ class FlaxEngine:
 
     def _with_fresh_optimizer(self, weights: Weights) -> TrainState:
         init, shapes = self._optimizer.init, stacked_shapes(self.config.model)
-        lies = shardings_like(jax.eval_shape(init, weights), self.mesh, shapes)
-        return TrainState(weights, jax.jit(init, out_shardings=lies)(weights))
+        shardings = shardings_like(jax.eval_shape(init, weights), self.mesh, shapes)
+        return TrainState(weights, jax.jit(init, out_shardings=shardings)(weights))
 
     def _placed_batch(self, step: StepBatch) -> Batch:
         """This rank's micro-batches as its part of the step's arrays."""
-        lies = NamedSharding(self.mesh, PartitionSpec(None, ROWS))
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, ROWS))
 
         def placed(name: str, dtype: type[np.generic]) -> Array:
             parts = np.stack([getattr(each, name) for each in step.micro_batches]).astype(dtype)
             local = parts.reshape(self.micro_batches, -1, parts.shape[-1])
-            return jax.make_array_from_process_local_data(lies, local)
+            return jax.make_array_from_process_local_data(sharding, local)
 
         documents = None if step.micro_batches[0].documents is None else placed("documents", np.int32)
         return Batch(placed("ids", np.int32), placed("loss_mask", np.bool_), placed("domains", np.int32), documents)

@@ -33,13 +33,13 @@ PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 
 class Placement:
-    """One device, where everything lies; `lamda.engines.flax.sharding` has that of a mesh."""
+    """One device; `lamda.engines.flax.sharding` has the placement on a mesh."""
 
-    def rows(self, x_BLD: Array) -> Array:
-        """The residual stream, cut by rows."""
+    def shard_rows(self, x_BLD: Array) -> Array:
+        """The residual stream, sharded by rows."""
         return x_BLD
 
-    def everywhere(self, logits_BV: Array) -> Array:
+    def replicate(self, logits_BV: Array) -> Array:
         """Logits that every process reads."""
         return logits_BV
 
@@ -111,7 +111,7 @@ class LaMDA(nnx.Module):
 
         x_BLD, after = through(self.layers, embedding(tokens_BL), (cache.keys_SBMHK, cache.values_SBMHK))
         last_B1D = jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)
-        logits_BV = place.everywhere(embedding.logits(self._scaled(last_B1D))[:, 0])
+        logits_BV = place.replicate(embedding.logits(self._scaled(last_B1D))[:, 0])
         return logits_BV, KeyValues(*after, cache.lengths_B + last_B + 1)
 
     def _hidden(self, tokens_BL: Array, documents_BL: Array | None) -> Array:
@@ -123,9 +123,11 @@ class LaMDA(nnx.Module):
 
         @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
         def through(block: Block, x_BLD: Array) -> Array:
-            return place.rows(block(x_BLD, seen))
+            return place.shard_rows(block(x_BLD, seen))
 
-        return self._scaled(through(self.layers, place.rows(place.gather(self.embedding, "embedding")(tokens_BL))))
+        return self._scaled(
+            through(self.layers, place.shard_rows(place.gather(self.embedding, "embedding")(tokens_BL)))
+        )
 
     def _scaled(self, x_BLD: Array) -> Array:
         return self.final_norm(x_BLD) * self.config.d_model**-0.5
@@ -143,7 +145,7 @@ class Block(nnx.Module):
 
     def __call__(self, x_BLD: Array, seen: _Row) -> Array:
         """The residual stream [B, L, D] after this block."""
-        forward = _again(Block._forward) if self.recompute == "block" else Block._forward
+        forward = _remat(Block._forward) if self.recompute == "block" else Block._forward
         return forward(self, x_BLD, seen)
 
     def extend(self, x_BLD: Array, seen: _Cached, before: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
@@ -159,8 +161,8 @@ class Block(nnx.Module):
 
     def _forward(self, x_BLD: Array, seen: _Row) -> Array:
         # Where such functions are nested JAX heeds the outermost alone, so the halves stand beside each other.
-        mixed = _again(Block._mixed, keep=PRODUCTS)
-        gated = _again(Block._gated, keep=None if self.recompute == "ffn" else PRODUCTS)
+        mixed = _remat(Block._mixed, keep=PRODUCTS)
+        gated = _remat(Block._gated, keep=None if self.recompute == "ffn" else PRODUCTS)
         x_BLD = x_BLD + mixed(self, x_BLD, seen)
         return x_BLD + gated(self, x_BLD)
 
@@ -305,9 +307,9 @@ def _bias_table(config: ModelConfig, dtype: DTypeLike) -> nnx.Param[Array]:  # [
     return nnx.Param(jnp.full((BUCKETS, config.n_heads), jnp.nan, dtype))
 
 
-def _again(method: Callable[..., Array], keep: Callable[..., bool] | None = None) -> Callable[..., Array]:
-    """The same, whose backward pass computes all again but what `keep` says; its weights come together again as well.
+def _remat(method: Callable[..., Array], keep: Callable[..., bool] | None = None) -> Callable[..., Array]:
+    """The same with activation checkpointing: the backward pass recomputes all but what `keep` says, and gathers again.
 
-    Inside a scan nothing could be merged with the forward pass, which prevent_cse is against.
+    Inside a scan nothing could be merged with the forward pass, so prevent_cse is not needed.
     """
     return nnx.remat(method, policy=keep, prevent_cse=False)

@@ -1,4 +1,4 @@
-"""Where arrays lie on the mesh (data, fsdp, tensor).
+"""How arrays are sharded over the mesh (data, fsdp, tensor).
 
     data    replicas of the model, each with different rows
     fsdp    different rows as well, but weights and optimizer state are sharded over its devices (ZeRO-3)
@@ -53,13 +53,13 @@ def make_mesh(config: FlaxConfig, model: ModelConfig) -> Mesh:
             f"flax.tensor {config.tensor} does not divide the {jax.local_device_count()} devices of a process: the "
             "parts of a row must lie in one"
         )
-    if problems := [*_uncut(model, config)]:
+    if problems := [*_misfits(model, config)]:
         raise UserError("\n".join(problems))
     shape = (len(devices) // each, config.fsdp, config.tensor)
     return Mesh(np.array(devices).reshape(shape), AXES)
 
 
-def _uncut(model: ModelConfig, config: FlaxConfig) -> Iterable[str]:
+def _misfits(model: ModelConfig, config: FlaxConfig) -> Iterable[str]:
     for key, size, axis, parts in (
         ("n_heads", model.n_heads, "tensor", config.tensor),
         ("d_ff", model.d_ff, "tensor", config.tensor),
@@ -76,10 +76,10 @@ class MeshPlacement(Placement):
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
 
-    def rows(self, x_BLD: Array) -> Array:  # noqa: D102 - as above
+    def shard_rows(self, x_BLD: Array) -> Array:  # noqa: D102 - as above
         return jax.lax.with_sharding_constraint(x_BLD, NamedSharding(self._mesh, PartitionSpec(ROWS)))
 
-    def everywhere(self, logits_BV: Array) -> Array:  # noqa: D102 - as above
+    def replicate(self, logits_BV: Array) -> Array:  # noqa: D102 - as above
         return jax.lax.with_sharding_constraint(logits_BV, NamedSharding(self._mesh, PartitionSpec()))
 
     def gather(self, module: Module, name: str) -> Module:  # noqa: D102 - as above

@@ -60,8 +60,8 @@ def make_step(
 ) -> Step:
     """(state, batch, rate) -> (state, figures); the input state is donated. dtype: of the computation, not the sums."""
     losses = partial(_losses, config, MeshPlacement(mesh), domains)
-    lies = shardings_like(state, mesh, stacked_shapes(config.model))
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    state_sharding = shardings_like(state, mesh, stacked_shapes(config.model))
+    replicated = NamedSharding(mesh, PartitionSpec())
 
     def step(state: TrainState, batch: Batch, rate: Array) -> tuple[TrainState, Figures]:
         narrow = jax.tree.map(lambda weight: weight.astype(dtype), state.weights)
@@ -77,13 +77,18 @@ def make_step(
         (gradients, loss, sums), _ = jax.lax.scan(add, start, batch)
         norm = optax.tree.norm(gradients)
         is_finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        moved = _update(optimizer, state, _clipped(gradients, norm, limit=config.train.gradient_clipping), rate)
+        clipped = _clipped(gradients, norm, limit=config.train.gradient_clipping)
+        updates, kept = optimizer.update(clipped, state.optimizer, state.weights, rate=rate)
+        moved = TrainState(optax.apply_updates(state.weights, updates), kept)
         after = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), moved, state)
         return after, Figures(sums, norm, is_finite)
 
-    batch_lies = NamedSharding(mesh, PartitionSpec(None, ROWS))
+    batch_sharding = NamedSharding(mesh, PartitionSpec(None, ROWS))
     return jax.jit(
-        step, in_shardings=(lies, batch_lies, everywhere), out_shardings=(lies, everywhere), donate_argnums=0
+        step,
+        in_shardings=(state_sharding, batch_sharding, replicated),
+        out_shardings=(state_sharding, replicated),
+        donate_argnums=0,
     )
 
 
@@ -98,13 +103,6 @@ def _losses(
     of_domain_dN = jax.nn.one_hot(part.domains.reshape(-1), domains, axis=0) * part.loss_mask.reshape(-1)
     sums = jnp.stack([of_domain_dN @ nll_BL.reshape(-1), of_domain_dN.sum(axis=1)])
     return (losses_BL * part.loss_mask).sum() / targets, sums
-
-
-def _update(
-    optimizer: optax.GradientTransformationExtraArgs, state: TrainState, gradients: Weights, rate: Array
-) -> TrainState:
-    updates, kept = optimizer.update(gradients, state.optimizer, state.weights, rate=rate)
-    return TrainState(optax.apply_updates(state.weights, updates), kept)
 
 
 def _clipped(gradients: Weights, norm: Array, *, limit: float) -> Weights:

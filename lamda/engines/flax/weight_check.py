@@ -19,8 +19,8 @@ def corrupted_processes(weights: Weights, mesh: Mesh) -> list[int]:
         return []
     specs = {name: weight_sharding(name, mesh).spec for name in weights}
     hashed = jax.shard_map(_hash, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(AXES), check_vma=False)
-    everywhere = jax.sharding.NamedSharding(mesh, PartitionSpec())
-    hashes = np.asarray(jax.jit(hashed, out_shardings=everywhere)(weights)).reshape(mesh.devices.shape)
+    replicated = jax.sharding.NamedSharding(mesh, PartitionSpec())
+    hashes = np.asarray(jax.jit(hashed, out_shardings=replicated)(weights)).reshape(mesh.devices.shape)
     corrupted = {
         mesh.devices[copy, fsdp, tensor].process_index
         for fsdp, tensor in np.ndindex(hashes.shape[1:])
