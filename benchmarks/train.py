@@ -29,7 +29,7 @@ from lamda.config.schema import Config
 from lamda.data.loader import StepBatch
 from lamda.dialog.examples import form_of
 from lamda.distributed import World
-from lamda.engines.deepspeed.engine import Engine
+from lamda.engines.deepspeed.engine import DeepSpeedEngine
 from lamda.model.counts import flops_per_token, parameters, peak_flops
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
@@ -65,7 +65,7 @@ def measure(config: Config, world: World, *, steps: int, seconds: float, plain: 
         stack.callback(distributed.stop)
         folder = Path(distributed.broadcast(stack.enter_context(tempfile.TemporaryDirectory())))
         inputs = Inputs.open(config, _directory(folder, world), world, form=form_of(config))
-        engine = Engine(config, world=world, device=device, domains=len(inputs.domains) + 1)
+        engine = DeepSpeedEngine(config, world=world, device=device, domains=len(inputs.domains) + 1)
         dtype = torch.bfloat16 if engine.is_bf16 else torch.float32
         rows = config.train.micro_batch_size * config.data.sequence_length
         before = _allocated(device)
@@ -86,7 +86,7 @@ def _directory(folder: Path, world: World) -> RunDirectory:
 
 
 def _rounds(
-    engine: Engine,
+    engine: DeepSpeedEngine,
     batches: Iterator[StepBatch],
     products: gemm.MatrixRate,
     *,
@@ -134,7 +134,7 @@ class Clock:
         self.mark("begin")
 
     def mark(self, point: str, _: torch.Tensor | None = None) -> None:
-        """Record the time of `point`; called by `Engine.step`."""
+        """Record the time of `point`; called by `DeepSpeedEngine.train_step`."""
         if self._on_gpu:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -170,7 +170,7 @@ def _peak_memory(device: torch.device) -> int:
 
 
 def _report(
-    config: Config, engine: Engine, products: gemm.MatrixRate, rounds: list[dict[str, float]]
+    config: Config, engine: DeepSpeedEngine, products: gemm.MatrixRate, rounds: list[dict[str, float]]
 ) -> dict[str, Any]:
     train, length, ranks = config.train, config.data.sequence_length, engine.world.world_size
     counted = rounds[WARM_UP:]

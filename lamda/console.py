@@ -29,29 +29,21 @@ from rich.text import Text
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-SHOWN = "lamda.console"
-"""Logger of what the console shows. Its records are for a log file, which keeps what the console loses."""
-WRITE_TIMEOUT_SECONDS = 10.0
-"""How long a console that takes no text, such as a paused terminal, may block the work."""
-COUNT_TIMEOUT_SECONDS = 5.0
-"""How long a finished job waits for the thread that counts its total, which a network may block."""
-LINE_SECONDS = 10.0
-"""Between two lines of progress where standard error is no terminal."""
-BUSY_SHARE = 0.1
-"""Processor seconds per second above which a process counts as computing; threads that only watch use less."""
+SHOWN = "lamda.console"  # logger of what the console shows, for a log file, which keeps what the console loses
+WRITE_TIMEOUT_SECONDS = 10.0  # how long a console that takes no text, such as a paused terminal, may block the work
+COUNT_TIMEOUT_SECONDS = 5.0  # for the thread that counts the total of a finished job, which a network may block
+LINE_SECONDS = 10.0  # between two lines of progress where standard error is no terminal
+BUSY_SHARE = 0.1  # processor seconds per second from which a process counts as computing; watching uses less
 
 STYLES = {
     "running": "green", "starting": "green", "finished": "blue", "preempted": "yellow",
     "failed": "red", "died": "red", "damaged": "red",
 }  # fmt: skip
 NONE = "-"
-LONG = 1e15
-"""From here on a figure is written with an exponent."""
+LONG = 1e15  # from here on a figure is written with an exponent
 
-_KEPT = {"\n", "\t", "\u200c", "\u200d"}
-"""Lines, tabs, and the joiners that emoji and Persian need."""
-_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-"""Categories of characters that a terminal obeys instead of drawing: escapes, direction overrides, separators."""
+_KEPT = {"\n", "\t", "\u200c", "\u200d"}  # lines, tabs, and the joiners that emoji and Persian need
+_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # categories that a terminal obeys: escapes, direction overrides, ...
 
 log = logging.getLogger(SHOWN)
 
@@ -81,10 +73,7 @@ def end_with_output() -> None:
 
 
 def outlive() -> None:
-    """Prepare a long-running process: it outlives its console.
-
-    Text that standard output or standard error does not take is lost, and the log has a warning.
-    """
+    """Prepare a long-running process: text that its console does not take is lost, and the log warns."""
     sys.stdout = _console(sys.stdout, "standard output", outlives=True)
     sys.stderr = _console(sys.stderr, "standard error", outlives=True)
 
@@ -238,45 +227,50 @@ def waiting(name: str) -> Iterator[None]:
             bar.add_task(name, total=None)
             yield
         return
-    ended = threading.Event()
-    teller = threading.Thread(target=_show_time, args=[name, ended])
-    teller.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        teller.join()
-
-
-def _show_time(name: str, ended: threading.Event) -> None:
     began = time.monotonic()
-    while not ended.wait(LINE_SECONDS):
+
+    def show_time() -> None:
         so_far = timedelta(seconds=round(time.monotonic() - began))
         print(f"{name}: {so_far} so far", file=sys.stderr, flush=True)
 
+    with _every(LINE_SECONDS, show_time):
+        yield
+
 
 @contextmanager
-def computing(progress: Callable[[], object], *, seconds: float = 1.0) -> Iterator[None]:
-    """Call `progress` about every `seconds` seconds while the process computes.
+def computing(progress: Callable[[], object]) -> Iterator[None]:
+    """Call `progress` about every second while the process computes.
 
     For a library's long silent call: one that waits for a disk, a network or a lock uses no processor time.
     """
+    used = time.process_time()
+
+    def look() -> None:
+        nonlocal used
+        before, used = used, time.process_time()
+        if used - before >= BUSY_SHARE:
+            progress()
+
+    with _every(1.0, look):
+        yield
+
+
+@contextmanager
+def _every(seconds: float, action: Callable[[], object]) -> Iterator[None]:
+    """Call `action` every `seconds` seconds, from a thread."""
     ended = threading.Event()
-    watcher = threading.Thread(target=_watch_processor, args=[progress, seconds, ended], daemon=True)
-    watcher.start()
+
+    def repeat() -> None:
+        while not ended.wait(seconds):
+            action()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
     try:
         yield
     finally:
         ended.set()
-        watcher.join()
-
-
-def _watch_processor(progress: Callable[[], object], seconds: float, ended: threading.Event) -> None:
-    used = time.process_time()
-    while not ended.wait(seconds):
-        before, used = used, time.process_time()
-        if used - before >= BUSY_SHARE * seconds:
-            progress()
+        thread.join()
 
 
 def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> None:

@@ -10,8 +10,9 @@ import os
 import socket
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-JOIN_SECONDS = 600.0
-"""How long a rank waits for the others to join; PyTorch's default is half an hour."""
+JOIN_SECONDS = 600.0  # how long a rank waits for the others to join; PyTorch's default is half an hour
 
 
 class ReportedElsewhereError(UserError):
@@ -38,10 +38,7 @@ class FailedElsewhereError(RunError):
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of the run.
-
-    launched: whether a launcher started it. ends_at: the scheduler's time limit, in seconds of the epoch.
-    """
+    """This process among all of the run. ends_at: the scheduler's time limit, in seconds of the epoch."""
 
     rank: int = 0
     local_rank: int = 0
@@ -105,8 +102,9 @@ class Launcher:
             return cls()
         parent = os.getppid()
         links = [(os.getpid(), parent)]
-        if b"deepspeed.launcher.launch" in _command_line(parent):
-            links.append((parent, _parent_of(parent)))
+        with suppress(OSError):
+            if b"deepspeed.launcher.launch" in Path(f"/proc/{parent}/cmdline").read_bytes():
+                links.append((parent, _parent_of(parent)))
         return cls(tuple(links))
 
     def is_gone(self) -> bool:
@@ -123,13 +121,6 @@ def _parent_of(pid: int) -> int:
     return int(text.rpartition(")")[2].split()[1])
 
 
-def _command_line(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
 def choose_accelerator() -> None:
     """Set DeepSpeed's accelerator to the CPU if there is no GPU: otherwise it warns on every rank."""
     import torch
@@ -139,10 +130,7 @@ def choose_accelerator() -> None:
 
 
 def start(world: World, *, threads: int | None) -> torch.device:
-    """Join the process group and return this rank's device.
-
-    threads: CPU threads of this rank; by default the usable cores over the ranks of this machine.
-    """
+    """Join the process group; returns this rank's device. threads: CPU threads, by default a share of the cores."""
     # Its C++ operator is only for inference, and building it takes a minute at the first start.
     import deepspeed.ops
     import torch
@@ -150,10 +138,7 @@ def start(world: World, *, threads: int | None) -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     import deepspeed
 
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world.local_world_size))
-    for name, value in _defaults(world).items():
-        os.environ.setdefault(name, value)
-    with _joining(world):
+    with _joining(world, threads):
         deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=30), dist_init_required=True)
     if torch.cuda.is_available():
         _keep_segments()
@@ -168,13 +153,9 @@ def start_hosts(world: World, *, threads: int | None, address: str | None = None
 
     address: `host:port` where rank 0 listens; by default what the launcher says.
     """
-    import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world.local_world_size))
-    for name, value in _defaults(world).items():
-        os.environ.setdefault(name, value)
-    with _joining(world):
+    with _joining(world, threads):
         dist.init_process_group(
             "gloo",
             init_method=f"tcp://{address}" if address else "env://",
@@ -192,9 +173,13 @@ def free_address() -> str:
             host = way.getsockname()[0]
         except OSError:
             host = "127.0.0.1"
+    return f"{host}:{_free_port(host)}"
+
+
+def _free_port(host: str) -> int:
     with socket.socket() as free:
         free.bind((host, 0))
-        return f"{host}:{free.getsockname()[1]}"
+        return int(free.getsockname()[1])
 
 
 def _keep_segments() -> None:
@@ -238,10 +223,16 @@ def exit_after(waiting: str, world: World, *, seconds: float = JOIN_SECONDS) -> 
 
 
 @contextmanager
-def _joining(world: World) -> Iterator[None]:
+def _joining(world: World, threads: int | None) -> Iterator[None]:
     """The ranks join within JOIN_SECONDS. Raises RunError if they cannot: another attempt may succeed."""
+    import torch
     import torch.distributed as dist
 
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world.local_world_size))
+    if world.world_size == 1:  # perhaps without a launcher, which would set these
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**alone, "MASTER_PORT": str(_free_port("127.0.0.1"))}.items():
+            os.environ.setdefault(name, value)
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         with exit_after("for all ranks to come", world):
@@ -253,18 +244,6 @@ def _joining(world: World) -> Iterator[None]:
                 "port (deepspeed --master_port PORT, torchrun --master_port PORT), or end that process"
             ) from error
         raise RunError(f"the ranks cannot meet at {place}: {str(error).splitlines()[0]}") from error
-
-
-def _defaults(world: World) -> dict[str, str]:
-    """The variables that a launcher would set, for a run without one."""
-    if world.world_size > 1:
-        return {}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return {
-        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
 
 
 def stop() -> None:
@@ -302,14 +281,8 @@ def gather(value: T) -> list[T]:
 
 def on_main(world: World, action: Callable[[], T]) -> T:
     """Run `action` on rank 0 alone; every rank gets its result, or ends with its UserError or RunError."""
-    failure: UserError | RunError | None = None
-    result = None
-    if world.is_main_process:
-        try:
-            result = action()
-        except (UserError, RunError) as error:
-            failure = error
-    result, elsewhere = broadcast((result, _elsewhere(failure)))
+    result, failure = _attempt(action) if world.is_main_process else (None, None)
+    result, elsewhere = broadcast((result, None if failure is None else _elsewhere(failure)))
     if failure is not None:
         raise failure
     if elsewhere is not None:
@@ -319,23 +292,30 @@ def on_main(world: World, action: Callable[[], T]) -> T:
 
 def agree(world: World, action: Callable[[], T]) -> T:
     """Run `action` on every rank; a UserError or RunError on any of them ends all ranks and is reported once."""
-    failure: UserError | RunError | None = None
-    result = None
-    try:
-        result = action()
-    except (UserError, RunError) as error:
-        failure = error
-    elsewhere = _elsewhere(failure)
-    mine = None if failure is None or elsewhere is None else (elsewhere, type(failure), str(failure))
-    first = next((each for each in gather(mine) if each is not None), None)
+    result, failure = _attempt(action)
+    local = None if failure is None else (_elsewhere(failure), type(failure), str(failure))
+    first = next((each for each in gather(local) if each is not None), None)
     if first is None:
         return cast("T", result)
     elsewhere, kind, message = first
     raise (kind if world.is_main_process else elsewhere)(message)
 
 
-def _elsewhere(failure: UserError | RunError | None) -> type[ReportedElsewhereError | FailedElsewhereError] | None:
+def _attempt(action: Callable[[], T]) -> tuple[T | None, UserError | RunError | None]:
+    try:
+        return action(), None
+    except (UserError, RunError) as error:
+        return None, error
+
+
+def _elsewhere(failure: UserError | RunError) -> type[ReportedElsewhereError | FailedElsewhereError]:
     """The exception of the ranks that do not report a failure."""
-    if failure is None:
-        return None
     return ReportedElsewhereError if isinstance(failure, UserError) else FailedElsewhereError
+
+
+def minority_ranks(copies: list[int]) -> list[int]:
+    """The ranks whose hash is not the most frequent one; all ranks where two hashes are equally frequent."""
+    (most, votes), *others = Counter(copies).most_common()
+    if others and others[0][1] == votes:
+        return list(range(len(copies)))
+    return [rank for rank, copy in enumerate(copies) if copy != most]

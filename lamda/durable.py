@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-Progress = Callable[[], object]
-"""Called while a long job runs."""
+Progress = Callable[[], object]  # called while a long job runs
 
 SYNC_BYTES = 1 << 26
 HASH_BYTES = 1 << 20
@@ -110,10 +109,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def umask_mode(path: Path) -> Iterator[None]:
-    """Give a file that a library writes in this context the mode of the umask instead of the library's.
-
-    Raises OSError.
-    """
+    """Give a file that a library writes in this context the mode of the umask, not the library's. Raises OSError."""
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
     yield

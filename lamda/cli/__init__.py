@@ -22,8 +22,7 @@ class Command(NamedTuple):
 
     def run(self, argv: list[str]) -> int | None:
         """Run it; returns the exit code, None for 0."""
-        code: int | None = importlib.import_module(self.module).main(argv)
-        return code
+        return importlib.import_module(self.module).main(argv)
 
     def parser(self) -> argparse.ArgumentParser:
         """The parser of its options, with the summary."""

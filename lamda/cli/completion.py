@@ -20,8 +20,7 @@ bash: lamda completion bash > ~/.local/share/bash-completion/completions/lamda
 zsh:  lamda completion zsh > ~/.lamda-completion && echo 'source ~/.lamda-completion' >> ~/.zshrc
 fish: lamda completion fish > ~/.config/fish/completions/lamda.fish"""
 
-Parsers = Mapping[str, argparse.ArgumentParser]
-"""The parser of each command, with its summary as description."""
+Parsers = Mapping[str, argparse.ArgumentParser]  # the parser of each command, with its summary as description
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,7 +55,6 @@ def options(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def _words() -> dict[str, list[str]]:
-    """The values of a key, by flag."""
     booleans = {f"--{key}": ["true", "false"] for key, field in KEYS.items() if kind(field) == "boolean"}
     return booleans | {f"--{key}": list(choices(field)) for key, field in KEYS.items() if kind(field) == "choice"}
 

@@ -9,18 +9,17 @@ from lamda.model.weights import ParamGroup
 
 PARTS: tuple[ParamGroup, ...] = get_args(ParamGroup)
 
-MUON_MOMENTUM = 0.95
-"""Muon's momentum, Nesterov (Jordan et al., kellerjordan.github.io/posts/muon)."""
+MUON_MOMENTUM = 0.95  # Muon's momentum, Nesterov (Jordan et al., kellerjordan.github.io/posts/muon)
 
-ADAMW_RMS = 0.2
-"""The RMS that Muon's updates are scaled to, the usual one of AdamW (Liu et al., arXiv 2502.16982, section 2.2)."""
+ADAMW_RMS = 0.2  # the usual RMS of AdamW's updates, for Muon's (Liu et al., arXiv 2502.16982, section 2.2)
 
 
 ADAFACTOR_EPS = (2.0**-63, 1e-3)
-"""PyTorch's two epsilons of Adafactor. The first bounds a row's mean square, and its square, the least normal number
+"""PyTorch's two epsilons of Adafactor.
 
-of fp32, bounds the variance: updates are alike for gradients down to 1e-9, and a gradient of 0 changes nothing.
-PyTorch's default, fp32's resolution, stops weights with gradients below 1e-7; the paper's 1e-30 has no square in fp32.
+The first bounds a row's mean square; its square, the least normal number of fp32, bounds the variance. So updates are
+alike for gradients down to 1e-9, and a gradient of 0 changes nothing. PyTorch's default, fp32's resolution, stops
+weights with gradients below 1e-7; the paper's 1e-30 has no square in fp32.
 """
 
 

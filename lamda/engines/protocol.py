@@ -56,11 +56,9 @@ class PendingStep(Protocol):
     @property
     def skipped(self) -> bool:
         """Whether the loss or the gradient was not finite on any rank, so that no rank changed its weights."""
-        ...
 
     def wait(self) -> StepMetrics:
         """Wait for the step and copy its metrics to the host."""
-        ...
 
 
 class Scorer(Protocol):
@@ -68,118 +66,74 @@ class Scorer(Protocol):
 
     def logits(self, inputs_BL: torch.Tensor) -> torch.Tensor:
         """[B, L, V] for token ids [B, L]."""
-        ...
 
     def nll(
         self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor, documents_BL: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[B, L], the cross-entropy of each target; the logits may stay on the device.
-
-        documents: [B, L], the document id of each input, where attention stays inside a document.
-        """
-        ...
+        """[B, L], the cross-entropy of each target. documents_BL: ids of documents, if attention stays inside."""
 
 
 class Engine(Scorer, Protocol):
-    """A model, its optimizer and the devices that share them. Every rank has one and makes the same calls."""
+    """A model, its optimizer and the devices that share them. Every rank has one and makes the same calls.
 
-    @property
-    def config(self) -> Config:
-        """The run's configuration."""
-        ...
+    device: of the host's collectives and of a `Scorer`'s inputs. is_compiled: whether the first step compiles.
+    peak_flops: FLOP/s of one device; None where it is not known (then there is no MFU). num_devices: those of all
+    ranks that share the work of a batch.
+    """
 
-    @property
-    def world(self) -> World:
-        """This rank among all."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the host's collectives and of a `Scorer`'s inputs."""
-        ...
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether the first step compiles."""
-        ...
-
-    @property
-    def peak_flops(self) -> float | None:
-        """FLOP/s of one device; None where it is not known (then there is no MFU)."""
-        ...
-
-    @property
-    def num_devices(self) -> int:
-        """Devices of all ranks that share the work of a batch."""
-        ...
+    config: Config
+    world: World
+    device: torch.device
+    is_compiled: bool
+    peak_flops: float | None
+    num_devices: int
 
     def train_step(self, batch: StepBatch, *, lr: float, counters: Sequence[int], on_phase: PhaseHook) -> PendingStep:
-        """Train on this rank's micro-batches of a step.
-
-        counters: integers of this rank, to be summed over the ranks. on_phase: called at each phase of the step.
-        """
-        ...
+        """Train on a step's micro-batches. counters: integers to be summed over the ranks. on_phase: as PhaseHook."""
 
     def eval_mode(self) -> AbstractContextManager[None]:
-        """Wraps calls of `logits` and `nats`: no gradients; training mode afterwards."""
-        ...
+        """Wraps calls of `logits` and `nll`: no gradients; training mode afterwards."""
 
     def generate(self, ids: Sequence[int], sampling: Sampling) -> list[int]:
         """Continue `ids`; the same result on every rank."""
-        ...
 
     def load_checkpoint(self, path: Path) -> None:
-        """Load weights and optimizer state from a verified checkpoint.
-
-        Raises UserError before anything is changed.
-        """
-        ...
+        """Load weights and optimizer state from a verified checkpoint. Raises UserError before anything is changed."""
 
     def load_weights(self, path: Path) -> None:
         """Load the weights of a safetensors file by plain name and reset the optimizer state."""
-        ...
 
     def corrupted_ranks(self) -> list[int]:
         """Ranks whose weights do not match what the optimizer computed."""
-        ...
 
     def checkpoint_bytes(self) -> int:
         """Bytes that this rank would write."""
-        ...
 
     def snapshot(self, folder: Path) -> Callable[[], list[Path]]:
-        """Copy this rank's state to host memory; afterwards the next steps may change it.
+        """Copy this rank's state to host memory; the next steps may then change it. A copy is valid until the next one.
 
-        Returns a function that writes the copy into `folder`, which must exist and have room, and returns the files
-        that this rank wrote, possibly in subfolders. A thread calls it while training continues. Among all ranks'
-        files, `model.safetensors` has the weights that the model computes with. A copy is valid until the next one.
+        Returns a function, for a thread, that writes the copy into `folder`, which must exist and have room,
+        and returns the files that this rank wrote, possibly in subfolders. Among all ranks' files,
+        `model.safetensors` has the weights that the model computes with.
         """
-        ...
 
     def manifest_entries(self) -> dict[str, Any]:
         """The engine's entries in a checkpoint's manifest: "framework", its name, and its own settings."""
-        ...
 
 
 class Framework(Protocol):
-    """Makes the engine of a run. It imports its libraries only where it needs them."""
+    """Makes the engine of a run. It imports its libraries only where it needs them. name: in checkpoints' manifests."""
 
-    @property
-    def name(self) -> str:
-        """The name in checkpoints' manifests."""
-        ...
+    name: str
 
     def world(self) -> World:
         """This process among all of the run. Raises UserError where the launcher's variables are wrong."""
-        ...
 
     def check(self, config: Config, world: World) -> None:
         """Raise UserError for mistakes that show before anything heavy is imported."""
-        ...
 
     def start(self, config: Config, world: World) -> torch.device:
         """Join the process group (`lamda.distributed`) and return this rank's `Engine.device`. Raises UserError."""
-        ...
 
     def engine(self, config: Config, *, world: World, device: torch.device, domains: int, progress: Progress) -> Engine:
         """An engine with fresh weights. Raises UserError.
@@ -187,4 +141,3 @@ class Framework(Protocol):
         domains: number of domains with a loss of their own. progress: called as weights are made or loaded, and for
         each generated token.
         """
-        ...

@@ -15,8 +15,7 @@ PEAK_FLOPS = {
 }  # fmt: skip
 """Dense bf16 peak in FLOP/s from data sheets, by a part of the device name; the first match counts."""
 
-OTHER_CHIPS = ("Laptop", "MIG", "RTX 4090 D", "TPU v4 lite")
-"""Parts of names of devices that match an entry above but are slower: a smaller chip, or a slice of one."""
+OTHER_CHIPS = ("Laptop", "MIG", "RTX 4090 D", "TPU v4 lite")  # slower chips, or slices, that match above
 
 
 def parameters_by_part(config: ModelConfig) -> dict[str, int]:

@@ -21,7 +21,7 @@ from lamda.config.schema import Recompute
 from lamda.model.attention import Attention, KeyValues, View
 from lamda.model.layers import Embedding, Linear, RMSNorm, bias_table
 from lamda.model.loss import head_losses, token_losses
-from lamda.model.weights import export_weights, load_weights
+from lamda.model.weights import check_shapes
 
 
 class LaMDA(nn.Module):
@@ -78,11 +78,15 @@ class LaMDA(nn.Module):
 
         Raises UserError naming every missing, unexpected and misshapen weight, before anything is changed.
         """
-        load_weights(self, weights)
+        parameters = self.export_weights()
+        wanted, found = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (parameters, weights))
+        check_shapes(wanted, found)
+        for name, tensor in parameters.items():
+            tensor.copy_(weights[name])
 
     def export_weights(self) -> dict[str, Tensor]:
         """The weights by plain name, as views of the parameters."""
-        return export_weights(self)
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
 
 class Block(nn.Module):

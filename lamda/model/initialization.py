@@ -24,8 +24,7 @@ from lamda.model.weights import weight_shapes
 
 EMBEDDING_STD = 0.5
 
-Draw = Callable[[Tensor, torch.Generator], Tensor]
-"""Fills a tensor from a generator."""
+Draw = Callable[[Tensor, torch.Generator], Tensor]  # fills a tensor from a generator
 
 
 @torch.no_grad()

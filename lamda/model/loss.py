@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ROWS = 256
-"""Rows of logits converted to fp32 at a time."""
+ROWS = 256  # rows of logits converted to fp32 at a time
 
-HEAD_ROWS = 4096
-"""Rows whose logits `head_losses` keeps in memory at a time."""
+HEAD_ROWS = 4096  # rows whose logits `head_losses` keeps in memory at a time
 
 
 def token_nll(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
@@ -43,9 +41,9 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_nats_N: Tensor, d_partition_N: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, d_nll_N: Tensor, d_log_z_N: Tensor) -> tuple[Tensor, None]:
         logits_NV, targets_N, log_z_N = ctx.saved_tensors
-        return _d_logits(logits_NV, targets_N, log_z_N, d_nats_N, d_partition_N), None
+        return _d_logits(logits_NV, targets_N, log_z_N, d_nll_N, d_log_z_N), None
 
 
 class _Head(torch.autograd.Function):
@@ -61,16 +59,14 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_nats_N: Tensor, d_partition_N: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, d_nll_N: Tensor, d_log_z_N: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x_ND, weight_VD, targets_N, log_z_N = ctx.saved_tensors
         d_x_ND = torch.empty_like(x_ND)
         is_trained = ctx.needs_input_grad[1]
         d_weight_VD = torch.zeros_like(weight_VD, dtype=log_z_N.dtype) if is_trained else None
-        parts = (x_ND, targets_N, log_z_N, d_nats_N, d_partition_N, d_x_ND)
-        for x, targets, partition, d_nats, d_partition, d_x in zip(
-            *(part.split(HEAD_ROWS) for part in parts), strict=True
-        ):
-            d_logits = _d_logits(x @ weight_VD.T, targets, partition, d_nats, d_partition)
+        parts = (x_ND, targets_N, log_z_N, d_nll_N, d_log_z_N, d_x_ND)
+        for x, targets, log_z, d_nll, d_log_z, d_x in zip(*(part.split(HEAD_ROWS) for part in parts), strict=True):
+            d_logits = _d_logits(x @ weight_VD.T, targets, log_z, d_nll, d_log_z)
             torch.mm(d_logits, weight_VD, out=d_x)
             if d_weight_VD is not None:
                 d_weight_VD += d_logits.T @ x
@@ -83,13 +79,13 @@ def _losses(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
     return log_z_N - logits_NV.gather(-1, targets_N[:, None])[:, 0], log_z_N
 
 
-def _d_logits(logits_NV: Tensor, targets_N: Tensor, log_z_N: Tensor, d_nats_N: Tensor, d_partition_N: Tensor) -> Tensor:
+def _d_logits(logits_NV: Tensor, targets_N: Tensor, log_z_N: Tensor, d_nll_N: Tensor, d_log_z_N: Tensor) -> Tensor:
     """The gradient of log Z is the softmax; that of the nats is the softmax minus 1 at the target."""
     d_logits_NV = torch.empty_like(logits_NV)
-    parts = (logits_NV, targets_N, log_z_N, d_nats_N, d_nats_N + d_partition_N, d_logits_NV)
-    for logits, targets, partition, d_target, d_softmax, d_logits in zip(
+    parts = (logits_NV, targets_N, log_z_N, d_nll_N, d_nll_N + d_log_z_N, d_logits_NV)
+    for logits, targets, log_z, d_target, d_softmax, d_logits in zip(
         *(part.split(ROWS) for part in parts), strict=True
     ):
-        wide = (logits.to(partition.dtype) - partition[:, None]).exp_().mul_(d_softmax[:, None])
+        wide = (logits.to(log_z.dtype) - log_z[:, None]).exp_().mul_(d_softmax[:, None])
         d_logits.copy_(wide.scatter_add_(-1, targets[:, None], -d_target[:, None]))
     return d_logits_NV

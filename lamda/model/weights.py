@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal, cast
 
 from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
 BUCKETS = 32
 ParamGroup = Literal["embedding", "query", "matrices", "norms", "final_norm", "bias"]
 
-_MAX_NAMED = 8
-"""Weights that an error names, per problem."""
+_MAX_NAMED = 8  # weights that an error names, per problem
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -34,20 +30,6 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes |= {f"{layer}.feed_forward.{name}.weight": (F, D) for name in ("gate", "up")}
         shapes[f"{layer}.feed_forward.down.weight"] = (D, F)
     return shapes | {"final_norm.scale": (D,)}
-
-
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """See `LaMDA.load_weights`."""
-    parameters = export_weights(model)
-    wanted, found = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (parameters, weights))
-    check_shapes(wanted, found)
-    for name, tensor in parameters.items():
-        tensor.copy_(weights[name])
-
-
-def export_weights(model: nn.Module) -> dict[str, Tensor]:
-    """See `LaMDA.export_weights`."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def check_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:

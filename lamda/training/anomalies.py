@@ -24,8 +24,7 @@ from lamda.storage.state import RunState
 
 log = logging.getLogger(__name__)
 
-NORMAL = 1.4826
-"""Standard deviation of a normal distribution / its median absolute deviation."""
+NORMAL = 1.4826  # standard deviation of a normal distribution / its median absolute deviation
 
 
 class Anomaly(NamedTuple):
@@ -37,11 +36,7 @@ class Anomaly(NamedTuple):
 
 
 class AnomalyDetector:
-    """Checks the losses of consecutive steps.
-
-    history: (loss, number of skipped steps so far) of previous steps, so that a resumed run decides as the
-    uninterrupted one would have.
-    """
+    """Checks the losses of consecutive steps. history: (loss, number of skipped steps so far) of the previous steps."""
 
     def __init__(self, train: TrainConfig, history: Iterable[tuple[float | None, int]] = ()) -> None:
         self._train = train
@@ -84,10 +79,6 @@ class AnomalyDetector:
         return (loss - middle) / spread if spread else math.inf if loss > middle else 0.0
 
 
-Window = tuple[int, int]
-"""Samples [from, to) of the order."""
-
-
 class RollbackError(Exception):
     """The run has to roll back. step: the one with the anomaly. first: the first bad step in a row."""
 
@@ -119,17 +110,17 @@ def set_spoilt_aside(directory: RunDirectory) -> None:
     """
     if not (windows := directory.skipped()):
         return
-    spoilt = [path for path, state in _states(directory) if _is_spoilt(state, windows)]
+    spoilt = [
+        path
+        for path, state in _states(directory)
+        if any(first < state.consumed and (first, last) not in state.skipped for first, last in windows)
+    ]
     for path in spoilt:
         target = commit.free_name(path, suffix=manifest.SPOILT)
         path.rename(target)
         log.warning("checkpoint %s has seen samples that the run skips; it is now %s", path, target.name)
     if spoilt and (left := manifest.complete(directory.checkpoints)):
         replace_file(directory.checkpoints / "LATEST", left[-1].name)
-
-
-def _is_spoilt(state: RunState, windows: Iterable[Window]) -> bool:
-    return any(first < state.consumed and (first, last) not in state.skipped for first, last in windows)
 
 
 def _by_soundness(directory: RunDirectory, *, first: int) -> list[str]:

@@ -28,8 +28,7 @@ Nats = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """(inputs_BL, targets_BL, documents_BL) -> nll_BL on the model's device."""
 
 
-Sum = Callable[[NDArray[np.float64]], NDArray[np.float64]]
-"""Adds an array up over all ranks."""
+Sum = Callable[[NDArray[np.float64]], NDArray[np.float64]]  # adds an array up over all ranks
 
 
 class ScoreOptions(TypedDict, total=False):
@@ -86,10 +85,7 @@ class Scores:
     utf8_bytes: NDArray[np.int64]
 
     def metrics(self) -> dict[str, float]:
-        """`eval/loss`, `eval/bits_per_byte` and `eval/loss/<domain>`, as in metrics.jsonl.
-
-        NaN where there is nothing to score.
-        """
+        """`eval/loss`, `eval/bits_per_byte`, `eval/loss/<domain>`, as in metrics.jsonl; NaN where nothing is scored."""
         rows = {"eval/loss": self.loss(), "eval/bits_per_byte": self.bits_per_byte()}
         if len(self.domains) > 1:
             rows.update(
@@ -166,14 +162,7 @@ def evaluate(
 
 
 def _score(
-    batch: Sequence[EvalRow],
-    nats: Nats,
-    *,
-    device: torch.device,
-    size: int,
-    length: int,
-    domains: int,
-    separated: bool,
+    batch: Sequence[EvalRow], nats: Nats, *, device: torch.device, size: int, length: int, domains: int, separated: bool
 ) -> NDArray[np.float64]:
     """[3, domains]: nats, number of target tokens and bytes of a micro-batch, padded with empty rows to `size`."""
     ids = np.zeros((size, length + 1), np.int64)

@@ -23,14 +23,10 @@ from lamda.config.errors import UserError, nearest
 if TYPE_CHECKING:
     import torch
 
-STEP_POINTS = ("fetch", "forward", "loss", "backward", "update", "report")
-"""Moments of a step, reached on every rank."""
+STEP_POINTS = ("fetch", "forward", "loss", "backward", "update", "report")  # moments of a step, reached on every rank
 SAVE_POINTS = ("save.begin", "save.copied", "save.written", "save.synced", "save.settled", "save.done")
-"""Moments of a save, reached on every rank."""
-COMMIT_POINTS = ("commit.manifest", "commit.renamed", "commit.latest", "commit.pruned")
-"""Moments between a checkpoint's last file and its end, reached on rank 0."""
-WORK_POINTS = ("save", "evaluate", "finish")
-"""The beginning of long work between two steps or after the last one, reached on every rank."""
+COMMIT_POINTS = ("commit.manifest", "commit.renamed", "commit.latest", "commit.pruned")  # of a save, on rank 0
+WORK_POINTS = ("save", "evaluate", "finish")  # long work between two steps, or after the last one
 POINTS = (*STEP_POINTS, *SAVE_POINTS, *COMMIT_POINTS, *WORK_POINTS)
 
 SLOW_SECONDS = 3.0
@@ -53,10 +49,7 @@ class Fault(NamedTuple):
 def maybe_inject(
     point: str, *, rank: int, step: int, tensor: torch.Tensor | None = None, path: Path | None = None
 ) -> None:
-    """Inject the faults requested for this point, if any.
-
-    tensor: changed by `nan` and `flip`. path: cut by `truncate`. Raises what the kind raises.
-    """
+    """Inject the faults requested for this point; some change the tensor or the file. Raises what the kind raises."""
     if os.environ.get("LAMDA_ALLOW_FAULTS") != "1":
         return
     for fault in parse(os.environ.get("LAMDA_FAULT", "")):
@@ -156,4 +149,3 @@ KINDS: dict[str, Act] = {
     "truncate": _truncate,
     "cut": _cut_network,
 }
-"""Kinds of faults."""

@@ -35,10 +35,7 @@ from lamda.storage.state import RunState
 
 @dataclass(frozen=True)
 class Inputs:
-    """The training text and its tokenizer.
-
-    domains: names of those with a loss of their own. fingerprint: everything that the order of samples depends on.
-    """
+    """The training text and its tokenizer. domains: with a loss of their own. fingerprint: what samples depend on."""
 
     config: Config
     world: World
@@ -65,31 +62,17 @@ class Inputs:
         while a server is waited for, now and when the text is read, from any thread.
         Raises UserError for everything that the run would fail on later.
         """
-
-        def open_all() -> Corpus:
-            corpus = open_corpus(config.data, form=form, on_wait=on_wait)
-            for source in validation(config):
-                require_documents(source, form=form, on_wait=on_wait)
-            if config.model.weights is not None:
-                check_initial_weights(Path(config.model.weights), config.model)
-            return corpus.waiting(nothing)  # sent to the other ranks, which have an on_wait of their own
-
-        def prepare() -> tuple[list[str], dict[str, Any]]:
-            tokenizer = Tokenizer.load(directory.tokenizer)
-            require_a_batch(corpus, config, tokenizer)
-            return corpus.domains(), fingerprint(corpus, config, tokenizer)
-
         on_phase("corpus")
-        corpus = distributed.on_main(world, open_all).waiting(on_wait)
+        corpus = distributed.on_main(world, lambda: _open_corpus(config, form, on_wait)).waiting(on_wait)
         distributed.agree(world, lambda: require_here(corpus.files))
         on_phase("tokenizer")
+        path = directory.tokenizer
         distributed.on_main(
-            world,
-            lambda: ensure_tokenizer(config, target=directory.tokenizer, corpus=corpus, progress=progress) and None,
+            world, lambda: ensure_tokenizer(config, target=path, corpus=corpus, progress=progress) and None
         )
         on_phase("text")
-        domains, found = distributed.on_main(world, prepare)
-        tokenizer = distributed.agree(world, lambda: Tokenizer.load(directory.tokenizer))
+        domains, found = distributed.on_main(world, lambda: _describe(corpus, config, Tokenizer.load(path)))
+        tokenizer = distributed.agree(world, lambda: Tokenizer.load(path))
         return cls(config, world, corpus, tokenizer, tuple(domains), found)
 
     def loader(
@@ -125,6 +108,20 @@ class Inputs:
             f"data.cache_dir {folder}: not all blocks are kept", then="training continues without them"
         )
         return BlockFolder.of(folder, state.fingerprint, keeping=keeping)
+
+
+def _open_corpus(config: Config, form: Form, on_wait: Progress) -> Corpus:
+    corpus = open_corpus(config.data, form=form, on_wait=on_wait)
+    for source in validation(config):
+        require_documents(source, form=form, on_wait=on_wait)
+    if config.model.weights is not None:
+        check_initial_weights(Path(config.model.weights), config.model)
+    return corpus.waiting(nothing)  # sent to the other ranks, which have an on_wait of their own
+
+
+def _describe(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> tuple[list[str], dict[str, Any]]:
+    require_a_batch(corpus, config, tokenizer)
+    return corpus.domains(), fingerprint(corpus, config, tokenizer)
 
 
 def validation(config: Config) -> tuple[Source, ...]:

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -33,27 +33,22 @@ from lamda.training.wandb_logger import HANG_SECONDS, WandbMirror
 from lamda.training.watchdog import HANG_EXIT
 
 LINE_SECONDS = 10.0
-OTHER = "other"
-"""Stands for all domains whose names were not known at the start."""
+OTHER = "other"  # stands for all domains whose names were not known at the start
 
-Metrics = dict[str, Any]
-"""One step's metrics by name."""
+Metrics = dict[str, Any]  # one step's metrics by name
 
 log = logging.getLogger(__name__)
 shown = logging.getLogger(SHOWN)
 
 
 class RunLogger:
-    """Reports a run; enabled on rank 0 only. A context manager.
-
-    wandb_id: the id of the run in W&B. profile: a context manager of its own.
-    """
+    """Reports a run; enabled on rank 0 only. A context manager. wandb_id: the run's id in W&B."""
 
     def __init__(
         self, config: Config, directory: RunDirectory, state: RunState, progress: TrainingProgress, *, enabled: bool
     ) -> None:
         self.wandb_id: str | None = None
-        self._progress = progress
+        self.progress = progress
         self._file: MetricsFile | None = None
         self._wandb: WandbMirror | None = None
         self._best_loss, self._is_best = math.inf, False
@@ -83,7 +78,7 @@ class RunLogger:
         if self._file is not None and self._wandb is not None:
             self._file.write(metrics)
             self._wandb.log(metrics)
-            self._progress.show(metrics)
+            self.progress.show(metrics)
             self._note_best(metrics)
 
     def amend(self, step: int, metrics: Metrics) -> None:
@@ -92,10 +87,6 @@ class RunLogger:
             self._file.amend(step, metrics)
             self._wandb.amend(metrics)
             self._note_best(metrics)
-
-    def say(self, text: str) -> None:
-        """Print a line for the person who watches."""
-        self._progress.say(text)
 
     def warn(self, title: str, text: str) -> None:
         """Report something that a person should look at."""
@@ -112,15 +103,9 @@ class RunLogger:
     def checkpoint(self, path: Path) -> None:
         """A checkpoint is complete."""
         if self._wandb is not None:
-            self._progress.say(f"saved {path}")
+            self.progress.say(f"saved {path}")
             self._wandb.checkpoint(path, best=self._is_best)
             self._is_best = False
-
-    def long_job(
-        self, name: str, *, total: float | Iterable[object], unit: str
-    ) -> AbstractContextManager[Callable[[float], None]]:
-        """See `TrainingProgress.long_job`."""
-        return self._progress.long_job(name, total=total, unit=unit)
 
     def rewind(self, step: int) -> None:
         """Discard the metrics after `step`."""
@@ -211,13 +196,8 @@ class TrainingProgress:
         self._bar: Bar | None = None
         console = Console()
         if visible and console.is_terminal:
-            self._bar = Bar(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TextColumn("{task.fields[figures]}"),
-                console=console,
-            )
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[figures]}"))
+            self._bar = Bar(*columns, console=console)
             self._task = self._bar.add_task("train", total=steps, completed=done, figures="")
 
     def __enter__(self) -> TrainingProgress:
@@ -277,17 +257,11 @@ class TrainingProgress:
 
 
 class Profile:
-    """Traces steps `steps[0]` to `steps[1]` (`train.profile`) for ui.perfetto.dev. A context; writes at exit."""
+    """Traces steps `steps[0]` to `steps[1]` (`train.profile`) for ui.perfetto.dev."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path) -> None:
         self._steps, self._folder = steps, folder
         self._running: torch.profiler.profile | None = None
-
-    def __enter__(self) -> Profile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._write()
 
     def begin(self, step: int) -> None:
         """Called before step `step`."""
@@ -299,9 +273,10 @@ class Profile:
     def end(self, step: int) -> None:
         """Called after step `step`."""
         if self._steps is not None and step == self._steps[1]:
-            self._write()
+            self.write()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write the trace, also of a run that ends before its last step; once."""
         if self._running is None or self._steps is None:
             return
         first, last = self._steps

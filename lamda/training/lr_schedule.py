@@ -8,8 +8,7 @@ from math import cos, pi
 from lamda.config.schema import Config, TrainConfig
 from lamda.storage.state import RunState
 
-NOTABLE_CHANGE = 0.01
-"""Relative change of the rate, compared with the previous settings, below which there is no warning."""
+NOTABLE_CHANGE = 0.01  # relative change of the rate from the previous settings that is worth a warning
 
 RATE_KEYS = (
     "steps", "tokens", "global_batch_size", "lr", "schedule", "warmup_steps", "decay_fraction", "min_lr_ratio"
@@ -61,10 +60,7 @@ def next_learning_rate(config: Config, state: RunState) -> float:
 
 
 def remarks(config: Config, state: RunState, *, before: Config | None) -> Iterator[str]:
-    """Warnings about the rates to come: a peak that is never reached, a rate that jumps here.
-
-    before: the configuration of the checkpoint that the run continues from.
-    """
+    """Warnings about rates to come: a peak that is never reached, a jump from `before`, the checkpoint's settings."""
     train, steps = config.train, config.steps
     warmed = learning_rate(max(1, min(train.warmup_steps, steps)), train=train, steps=steps)
     if train.warmup_steps and warmed < train.lr * (1 - NOTABLE_CHANGE):

@@ -33,10 +33,9 @@ class ResumePoint:
     state: RunState
 
     def check_data(self, current: dict[str, Any], *, accepted: Sequence[str] = ()) -> RunState:
-        """The state to begin with, with `current` as its fingerprint.
+        """The state to begin with, with `current` as its fingerprint. Raises UserError if the samples would differ.
 
-        accepted: names of changed files whose text is accepted as unchanged. Raises UserError, naming all differences,
-        where the samples would not be those of the checkpoint.
+        accepted: names of changed files whose text is accepted as unchanged.
         """
         saved, state = self.state.fingerprint, replace(self.state, fingerprint=current)
         if self.path is None:
@@ -74,10 +73,10 @@ class ResumePoint:
 def find_resume_point(
     config: Config, directory: RunDirectory, world: World, *, framework: str, progress: Progress = lambda: None
 ) -> ResumePoint:
-    """The checkpoint that `checkpoint.resume` asks for, verified. Every rank calls it.
+    """The checkpoint that `checkpoint.resume` asks for, verified; every rank calls it.
 
-    framework: name of the framework that resumes. progress: called while files are hashed.
-    Raises UserError and UnreadableError.
+    framework: name of the framework that resumes. progress: called while files are hashed. Raises UserError and
+    UnreadableError.
     """
     wish = config.checkpoint.resume
     on_main(world, lambda: _check_wish(config, directory))
@@ -98,10 +97,7 @@ def find_resume_point(
 
     def check() -> RunState:
         state = manifest.read_state(path)
-        _check_framework(framework, path)
-        _check_model(config, path)
-        _check_optimizer(config, path)
-        _check_adapters(config, path)
+        _check_manifest(config, path, framework=framework)
         _report_changes(config, path)
         if path.parent == directory.checkpoints and not directory.metrics.exists():
             log.warning("%s is gone: the rows up to step %d are missing", directory.metrics, state.step)
@@ -139,48 +135,33 @@ def _check_wish(config: Config, directory: RunDirectory) -> None:
         )
 
 
-def _check_framework(name: str, path: Path) -> None:
-    there = manifest.framework_of(manifest.read(path))
-    if there != name:
+def _check_manifest(config: Config, path: Path, *, framework: str) -> None:
+    """Raise UserError where the state is that of another framework, model or optimizer, or of other adapters."""
+    saved, train = manifest.read(path), config.train
+    instead = f"start from the weights alone: model.weights {path / 'model.safetensors'} and another run.dir"
+    if (there := manifest.framework_of(saved)) != framework:
         raise UserError(
-            f"{path} was written by {there}; {name} cannot resume from it. Continue with {there}, or start from the "
-            f"weights alone: model.weights {path / 'model.safetensors'} and another run.dir"
+            f"{path} was written by {there}; {framework} cannot resume from it. Continue with {there}, or {instead}"
         )
-
-
-def _check_model(config: Config, path: Path) -> None:
-    wanted = config.model.dimensions
-    there = manifest.read(path)["model"]
-    problems = [
-        f"{key} is {there.get(key)}, the configuration says {value}"
-        for key, value in wanted.items()
-        if there.get(key) != value
-    ]
-    if problems:
+    model = saved["model"]
+    wanted = {key: value for key, value in config.model.dimensions.items() if model.get(key) != value}
+    if wanted:
+        problems = [f"{key} is {model.get(key)}, the configuration says {value}" for key, value in wanted.items()]
         raise UserError(
             f"{path} is a checkpoint of another model: {'; '.join(problems)}. Fix model.*, or choose another run.dir"
         )
-
-
-def _check_optimizer(config: Config, path: Path) -> None:
-    there = manifest.read(path).get("optimizer", "adamw")  # before there were others, none was named
-    if there != config.train.optimizer:
-        raise UserError(
-            f"{path} holds the state of {there}, which train.optimizer {config.train.optimizer} cannot resume from. "
-            f"Set train.optimizer {there}, or start from the weights alone: model.weights {path / 'model.safetensors'} "
-            "and another run.dir"
-        )
-
-
-def _check_adapters(config: Config, path: Path) -> None:
-    there = manifest.read(path).get("lora_rank", 0)  # before there were adapters, none was named
-    if there != config.train.lora_rank:
-        held = f"adapters of rank {there}" if there else "no adapters"
-        raise UserError(
-            f"{path} holds {held}, which train.lora_rank {config.train.lora_rank} cannot resume from. Set "
-            f"train.lora_rank {there}, or start from the weights alone: model.weights {path / 'model.safetensors'} and "
-            "another run.dir"
-        )
+    rank = saved.get("lora_rank", 0)
+    adapters = f"adapters of rank {rank}" if rank else "no adapters"
+    optimizer = saved.get("optimizer", "adamw")  # old ones name neither
+    for held, key, there, here in (
+        (f"the state of {optimizer}", "optimizer", optimizer, train.optimizer),
+        (adapters, "lora_rank", rank, train.lora_rank),
+    ):
+        if there != here:
+            raise UserError(
+                f"{path} holds {held}, which train.{key} {here} cannot resume from. Set train.{key} {there}, or "
+                f"{instead}"
+            )
 
 
 def _with_noted_windows(state: RunState, directory: RunDirectory) -> RunState:
@@ -222,8 +203,7 @@ def _settings(sections: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-_MAY_CHANGE = {"steps", "tokens", "micro_batch_size", "recompute", "compile", "profile"}
-"""Keys of `train` that a resumed run may change without a warning."""
+_MAY_CHANGE = {"steps", "tokens", "micro_batch_size", "recompute", "compile", "profile"}  # without a warning
 
 
 def _change(before: Any, now: Any) -> str:

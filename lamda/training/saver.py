@@ -29,10 +29,8 @@ from lamda.storage.lock import LostLockError
 from lamda.storage.state import RunState
 from lamda.training import fault_injection
 
-SPARE = 1.2
-"""Free disk space that a save needs / its size."""
-POLL_SECONDS, POLL_SECONDS_PER_RANK = 1.0, 0.02
-"""Polling interval of a save that is waited for; longer with more ranks, because each reads the sizes of all files."""
+SPARE = 1.2  # free disk space that a save needs / its size
+POLL_SECONDS, POLL_SECONDS_PER_RANK = 1.0, 0.02  # of a save that is waited for; every rank reads the sizes of all files
 
 
 @dataclass(frozen=True)
@@ -58,9 +56,10 @@ class Saver:
         note: Callable[[int], None] = lambda step: None,
         progress: Progress = lambda: None,
     ) -> None:
-        """require_lock: raises LostLockError on rank 0 if another process has taken over the run; then every rank
-        raises it. sync_rows: syncs the metrics up to a checkpoint to disk before the checkpoint is complete. note:
-        records the step of a complete one. progress: called while a save that is waited for makes progress.
+        """require_lock: raises LostLockError on rank 0 if another process has taken over the run; then every rank does.
+
+        sync_rows: syncs the metrics up to a checkpoint before it is complete. note: records the step of a
+        complete one. progress: called while a save that is waited for makes progress.
         """
         self._require_lock, self._sync_rows, self._note = require_lock, sync_rows, note
         self._folder, self._engine, self._tokenizer = folder, engine, tokenizer
@@ -77,10 +76,7 @@ class Saver:
         return self._jobs - (self._job is not None and not self._job.is_done)
 
     def begin(self, state: RunState) -> SaveResult | None:
-        """Copy the state and begin to write it; no other save is in progress.
-
-        Returns how the save ended if it cannot begin, because there is no room.
-        """
+        """Copy the state and begin to write it; no other save is in progress. Returns a failure for lack of room."""
         self._state, self._is_written = state, False
         self._mark("save.begin")
         size = sum(gather(self._engine.checkpoint_bytes()))
@@ -95,10 +91,7 @@ class Saver:
         return None
 
     def advance(self, completed_parts: int) -> SaveResult | None:
-        """Begin the next part if every rank has completed this one; returns once how the save ended.
-
-        completed_parts: sum over the ranks.
-        """
+        """Begin the next part if the sum over the ranks says that all are ready; returns once how the save ended."""
         if self._job is None or completed_parts < self._jobs * self._world.world_size:
             return None
         return self._next_part(self._job)
@@ -175,7 +168,6 @@ class Saver:
         return None
 
     def _write(self, write: Callable[[], list[Path]]) -> dict[str, Any]:
-        """Write this rank's files; returns their entries in the manifest."""
         folder, files = self._temporary, write()
         if self._world.is_main_process:
             self._state.write(folder / "run_state.json")

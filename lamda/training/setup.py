@@ -8,7 +8,7 @@ import signal
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lamda import distributed
 from lamda.best_effort import BestEffort
@@ -17,7 +17,7 @@ from lamda.config.help import to_yaml
 from lamda.config.schema import Config
 from lamda.console import computing
 from lamda.distributed import FailedElsewhereError, ReportedElsewhereError, World
-from lamda.durable import Progress, replace_file
+from lamda.durable import replace_file
 from lamda.engines.protocol import Engine, Framework
 from lamda.storage import commit
 from lamda.storage.lock import LostLockError, RunLock
@@ -41,8 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STOP_TIMEOUT_SECONDS = 20.0
-"""Seconds without progress of a step after a signal: then another rank is dead, and a launcher kills after 30."""
+STOP_TIMEOUT_SECONDS = 20.0  # of a step without progress after a signal: a rank is dead, and a launcher kills after 30
 
 TEXT_PHASES = ("corpus", "tokenizer", "text", "fetch", "evaluate", "finish")
 """Phases in which the main thread may wait for text, and so for a server."""
@@ -51,12 +50,7 @@ HIGHER_AGAIN = dict.fromkeys(("cosine", "wsd"), " (the learning rate then rises 
 
 
 def train(
-    config: Config,
-    world: World,
-    task: Task,
-    framework: Framework,
-    open_benchmarks: OpenBenchmarks,
-    signals: Signals,
+    config: Config, world: World, task: Task, framework: Framework, open_benchmarks: OpenBenchmarks, signals: Signals
 ) -> int:
     """Start or continue the run of `config` and train until it is finished or asked to stop.
 
@@ -74,28 +68,19 @@ def train(
         distributed.on_main(world, lambda: stack.enter_context(lock) and None)
         distributed.on_main(world, lambda: clear_heartbeats(directory.heartbeats))
         attempt = Attempt(directory, world)
-        signals.leave_at_once(report=attempt.leave_by_signal())
-        try:
-            attempt.begin()
-            start = _Start(config, world, task, framework, open_benchmarks, signals, directory, lock, attempt)
-            code = start.run(device)
-            distributed.barrier()  # a launcher whose first rank has exited kills the others, which may still upload
-            return code
-        except (LostLockError, ReportedElsewhereError, FailedElsewhereError):
-            raise  # another process, or rank 0, writes status.json
-        except (UserError, UnreadableError) as error:
-            if world.is_main_process and not attempt.is_training:
-                attempt.reject(str(error))
-            else:
-                attempt.end("failed", reason=f"rank {world.rank}: {error}")
-            raise
-        except BaseException as error:
-            other = None if isinstance(error, RunError) else attempt.exit_code()
-            if other is not None and other in (0, STOP_EXIT):
-                log.info("rank %d: another rank has ended the run", world.rank)
-                return other
-            attempt.end("failed", reason=f"rank {world.rank}: {type(error).__name__}: {error}")
-            raise
+        signals.leave_at_once(report=attempt.leave_by_signal)
+        start = _Start(config, world, task, framework, open_benchmarks, signals, directory, lock, attempt)
+        return start.run(device)
+
+
+class _Opened(NamedTuple):
+    """What a run trains with. checkpoint: the one that it continues from, if it does."""
+
+    engine: Engine
+    checkpoint: Path | None
+    state: RunState
+    inputs: Inputs
+    benchmarks: Benchmarks | None
 
 
 @dataclass
@@ -114,52 +99,76 @@ class _Start:
     logger: RunLogger | None = None
 
     def run(self, device: torch.device) -> int:
-        """Returns the exit code. Raises UserError and RunError."""
-        config, directory, world = self.config, self.directory, self.world
-        timeout = config.run.hang_timeout_seconds
-        with Watchdog(directory.heartbeats, world=world, seconds=timeout, report=self._report_hang) as watchdog:
-            margin = config.run.stop_margin_seconds
-            requests = StopRequests(directory.stop, world=world, margin=margin, signals=self.signals)
-            requests.discard_old()
+        """Returns the exit code, which status.json has too. Raises UserError and RunError."""
+        attempt, rank = self.attempt, self.world.rank
+        try:
+            attempt.begin()
+            code = self._open_and_train(device)
+            distributed.barrier()  # a launcher whose first rank has exited kills the others, which may still upload
+            return code
+        except (LostLockError, ReportedElsewhereError, FailedElsewhereError):
+            raise  # another process, or rank 0, writes status.json
+        except (UserError, UnreadableError) as error:
+            if self.world.is_main_process and not attempt.is_training:
+                attempt.reject(str(error))
+            else:
+                attempt.end("failed", reason=f"rank {rank}: {error}")
+            raise
+        except BaseException as error:
+            other = None if isinstance(error, RunError) else attempt.exit_code()
+            if other is not None and other in (0, STOP_EXIT):
+                log.info("rank %d: another rank has ended the run", rank)
+                return other
+            attempt.end("failed", reason=f"rank {rank}: {type(error).__name__}: {error}")
+            raise
 
-            def on_phase(phase: str) -> None:
-                watchdog.mark(phase, step=0)
-
+    def _open_and_train(self, device: torch.device) -> int:
+        directory, settings = self.directory, self.config.run
+        with Watchdog(
+            directory.heartbeats, world=self.world, seconds=settings.hang_timeout_seconds, report=self._report_hang
+        ) as watchdog:
+            margin = settings.stop_margin_seconds
+            requests = StopRequests(directory.stop, world=self.world, margin=margin, signals=self.signals)
+            requests.clear()
             # A GPU's collectives spin while they wait, so CPU time shows no progress there.
             with computing(watchdog.progress) if device.type == "cpu" else nullcontext():
-                on_phase("resume")
-                distributed.on_main(world, lambda: commit.sweep(directory.checkpoints))
-                start = find_resume_point(
-                    config, directory, world, framework=self.framework.name, progress=watchdog.progress
-                )
-                if start.state.step >= total_steps(config, start.state) and self._was_finished(start.state.step):
-                    self.signals.leave_at_once(exit_code=0)
-                    return 0
-                on_phase("benchmarks")
-                benchmarks = self.open_benchmarks(config, world)
-                inputs = Inputs.open(
-                    config,
-                    directory,
-                    world,
-                    form=self.task.form(config),
-                    on_phase=on_phase,
-                    progress=watchdog.progress,
-                    on_wait=lambda: watchdog.progress_during(TEXT_PHASES),
-                )
-                state = start.check_data(inputs.fingerprint, accepted=config.data.accept_changed or ())
-                on_phase("engine")
-                engine = self.framework.engine(
-                    config, world=world, device=device, domains=len(inputs.domains) + 1, progress=watchdog.progress
-                )
-                on_phase("load")
-                if start.path is not None:
-                    with reading(start.path):
-                        engine.load_checkpoint(start.path)
-                elif config.model.weights is not None:
-                    engine.load_weights(Path(config.model.weights))
-                on_phase("start")
-            guard = Guard(requests, watchdog, world=world)
-            return self._train(engine, start.path, state, inputs, benchmarks, guard)
+                opened = self._open(device, watchdog)
+            if opened is None:
+                return 0
+            return self._train(opened, Guard(requests, watchdog, world=self.world))
+
+    def _open(self, device: torch.device, watchdog: Watchdog) -> _Opened | None:
+        """Everything that training needs; None where the run is finished."""
+        config, directory, world, progress = self.config, self.directory, self.world, watchdog.progress
+        watchdog.mark("resume", step=0)
+        distributed.on_main(world, lambda: commit.sweep(directory.checkpoints))
+        start = find_resume_point(config, directory, world, framework=self.framework.name, progress=progress)
+        if start.state.step >= total_steps(config, start.state) and self._was_finished(start.state.step):
+            self.signals.leave_at_once(exit_code=0)
+            return None
+        watchdog.mark("benchmarks", step=0)
+        benchmarks = self.open_benchmarks(config, world)
+        inputs = Inputs.open(
+            config,
+            directory,
+            world,
+            form=self.task.form(config),
+            on_phase=lambda phase: watchdog.mark(phase, step=0),
+            progress=progress,
+            on_wait=lambda: watchdog.progress_during(TEXT_PHASES),
+        )
+        state = start.check_data(inputs.fingerprint, accepted=config.data.accept_changed or ())
+        watchdog.mark("engine", step=0)
+        domains = len(inputs.domains) + 1
+        engine = self.framework.engine(config, world=world, device=device, domains=domains, progress=progress)
+        watchdog.mark("load", step=0)
+        if start.path is not None:
+            with reading(start.path):
+                engine.load_checkpoint(start.path)
+        elif config.model.weights is not None:
+            engine.load_weights(Path(config.model.weights))
+        watchdog.mark("start", step=0)
+        return _Opened(engine, start.path, state, inputs, benchmarks)
 
     def _was_finished(self, step: int) -> bool:
         """Whether the run has finished at this step and status.json said so; then both are reported again."""
@@ -174,74 +183,59 @@ class _Start:
 
         return distributed.on_main(self.world, report_again)
 
-    def _train(
-        self,
-        engine: Engine,
-        checkpoint: Path | None,
-        state: RunState,
-        inputs: Inputs,
-        benchmarks: Benchmarks | None,
-        guard: Guard,
-    ) -> int:
-        config, world, directory, watchdog = self.config, self.world, self.directory, guard.watchdog
-        if world.is_main_process:
+    def _train(self, opened: _Opened, guard: Guard) -> int:
+        config, directory, watchdog = self.config, self.directory, guard.watchdog
+        state, is_main = opened.state, self.world.is_main_process
+        if is_main:
             with BestEffort(f"{directory.config} cannot be written"):
                 replace_file(directory.config, to_yaml(config))
         steps = total_steps(config, state)
         self.attempt.train(step=state.step, steps=steps)
         self.signals.note(lambda number: self._hurry(number, watchdog))
         with ExitStack() as stack:
-            progress = stack.enter_context(
-                TrainingProgress(done=state.step, steps=steps, visible=world.is_main_process)
-            )
-            if checkpoint is not None:
-                progress.say(f"continuing from {checkpoint}")
-            if engine.is_compiled:
+            progress = stack.enter_context(TrainingProgress(done=state.step, steps=steps, visible=is_main))
+            if opened.checkpoint is not None:
+                progress.say(f"continuing from {opened.checkpoint}")
+            if opened.engine.is_compiled:
                 progress.say("the first step compiles the model, a minute or so")
-            logger = RunLogger(config, directory, state, progress, enabled=world.is_main_process)
+            logger = RunLogger(config, directory, state, progress, enabled=is_main)
             self.logger = stack.enter_context(logger)
-            before = None if checkpoint is None else settings_of(checkpoint)
-            for remark in remarks(config, state, before=before) if world.is_main_process else ():
+            before = None if opened.checkpoint is None else settings_of(opened.checkpoint)
+            for remark in remarks(config, state, before=before) if is_main else ():
                 log.warning("%s", remark)
             stack.callback(watchdog.close)  # W&B's last uploads have a time limit of their own
-            stack.enter_context(logger.profile)
-            state = replace(state, wandb_id=logger.wandb_id)
-            evaluator = self._evaluator(engine, inputs, benchmarks, logger, guard)
-            saver = self._saver(engine, progress=watchdog.progress)
-            trainer = Trainer(directory, engine, inputs, evaluator, saver, logger, guard, state)
+            stack.callback(logger.profile.write)
+            trainer = self._trainer(opened, logger, guard)
             trainer.fit()
             return self._finish(trainer)
 
-    def _evaluator(
-        self, engine: Engine, inputs: Inputs, benchmarks: Benchmarks | None, logger: RunLogger, guard: Guard
-    ) -> Evaluator:
+    def _trainer(self, opened: _Opened, logger: RunLogger, guard: Guard) -> Trainer:
+        directory, watchdog, tokenizer = self.directory, guard.watchdog, opened.inputs.tokenizer
+        state = replace(opened.state, wandb_id=logger.wandb_id)
         held_out = self.task.open_evaluation(
-            self.config, inputs.tokenizer, on_wait=lambda: guard.watchdog.progress_during(TEXT_PHASES)
+            self.config, tokenizer, on_wait=lambda: watchdog.progress_during(TEXT_PHASES)
         )
-        return Evaluator(engine, self.task, inputs.tokenizer, held_out, benchmarks, logger, guard)
-
-    def _saver(self, engine: Engine, *, progress: Progress) -> Saver:
-        directory = self.directory
-        return Saver(
+        evaluator = Evaluator(opened.engine, self.task, tokenizer, held_out, opened.benchmarks, logger, guard)
+        saver = Saver(
             directory.checkpoints,
-            engine=engine,
+            engine=opened.engine,
             tokenizer=directory.tokenizer,
             require_lock=self.lock.require,
             sync_rows=directory.sync_metrics,
             note=directory.note_checkpoint,
-            progress=progress,
+            progress=watchdog.progress,
         )
+        return Trainer(directory, opened.engine, opened.inputs, evaluator, saver, logger, guard, state)
 
     def _finish(self, trainer: Trainer) -> int:
-        """Show the results, record how the run ended, and return its exit code."""
         steps = {"step": trainer.state.step, "steps": total_steps(self.config, trainer.state)}
         stopped = trainer.stopped or _show_results(trainer)
         if stopped is not None:
             rest = "; what is left to show is made then" if trainer.is_over else ""
-            trainer.logger.say(
+            trainer.logger.progress.say(
                 f"stopped after step {trainer.state.step}, all of it saved: {stopped}; the same command continues{rest}"
             )
-        trainer.guard.requests.obeyed()
+        trainer.guard.requests.clear()
         if self.world.is_main_process and stopped is None:
             self.attempt.end("finished", **steps)
         elif self.world.is_main_process:
@@ -265,7 +259,7 @@ class _Start:
 
 def _show_results(trainer: Trainer) -> str | None:
     """Show the last evaluation, a sample and the folder; returns the reason if a rank is asked to stop meanwhile."""
-    evaluator, guard, say = trainer.evaluator, trainer.guard, trainer.logger.say
+    evaluator, guard, say = trainer.evaluator, trainer.guard, trainer.logger.progress.say
     guard.mark("finish", step=trainer.state.step)
     then = "the run is complete without it"
     with BestEffort("the last table cannot be made", errors=Exception, then=then):

@@ -22,14 +22,10 @@ from lamda.best_effort import BestEffort
 from lamda.distributed import Launcher, World, on_main
 from lamda.storage.run_directory import STARTING, RunDirectory
 
-STOP_EXIT = 75
-"""Exit code of a run that stopped on request and can be continued (EX_TEMPFAIL)."""
-BY_FILE = "STOP was there"
-"""Reason of a stop requested by `touch RUN/STOP`."""
-INTERRUPT_EXIT = 130
-"""Exit code of a run that Ctrl-C ended before its first step, or for the second time."""
-ENDS = {"finished": 0, "preempted": STOP_EXIT, "failed": 1}
-"""How a start can end, and its exit code."""
+STOP_EXIT = 75  # exit code of a run that stopped on request and can be continued (EX_TEMPFAIL)
+BY_FILE = "STOP was there"  # reason of a stop requested by `touch RUN/STOP`
+INTERRUPT_EXIT = 130  # exit code of a run that Ctrl-C ended before its first step, or for the second time
+ENDS = {"finished": 0, "preempted": STOP_EXIT, "failed": 1}  # how a start can end, and its exit code
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
@@ -50,10 +46,7 @@ def handling_signals(handle: Callable[[int, FrameType | None], object]) -> Itera
 
 
 class Signals:
-    """Receives the signals that ask to stop, as a context manager around the process's work.
-
-    requested: name of the signal received since `note`.
-    """
+    """Receives the signals that ask to stop, while it is entered. requested: name of the one received since `note`."""
 
     def __init__(self) -> None:
         self.requested: str | None = None
@@ -117,8 +110,8 @@ class StopRequests:
         self._launcher = Launcher.of(world)
         self._looking = BestEffort(f"{file} cannot be looked for")
 
-    def discard_old(self) -> None:
-        """Delete a RUN/STOP that was meant for a run that has ended."""
+    def clear(self) -> None:
+        """Delete RUN/STOP, which was meant for a run that has ended, or which this run has obeyed."""
         if self._world.is_main_process:
             with self._looking:
                 self._file.unlink(missing_ok=True)
@@ -136,12 +129,6 @@ class StopRequests:
         if self._launcher.is_gone():
             return "the launcher is gone"
         return None
-
-    def obeyed(self) -> None:
-        """Delete RUN/STOP: the run has saved and exits."""
-        if self._world.is_main_process:
-            with self._looking:
-                self._file.unlink(missing_ok=True)
 
 
 class Attempt:
@@ -189,6 +176,6 @@ class Attempt:
         status = self._directory.read_status()
         return ENDS.get(status.get("status", "")) if status.get("time", 0.0) >= self._began else None
 
-    def leave_by_signal(self) -> Callable[[str], None]:
-        """A function that records the signal, by its name, that ended the start."""
-        return lambda name: self.end("preempted", reason=f"{name} before the first step: nothing has changed")
+    def leave_by_signal(self, name: str) -> None:
+        """Record that a signal ended the start."""
+        self.end("preempted", reason=f"{name} before the first step: nothing has changed")

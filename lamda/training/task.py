@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Protocol, Unpack
+from typing import Any, Protocol, Unpack
 
 import numpy as np
 import torch
@@ -26,19 +26,14 @@ from lamda.engines.protocol import Engine, Scorer
 from lamda.inference.sampling import Sampling
 from lamda.training.evaluation import HeldOutText, ScoreOptions, held_out_bytes, table
 from lamda.training.inputs import validation
+from lamda.training.loggers import RunLogger
+from lamda.training.watchdog import Guard
 
-if TYPE_CHECKING:
-    from lamda.training.loggers import RunLogger
-    from lamda.training.watchdog import Guard
+FULL = "eval/full/"  # prefix of the last step's metrics on all the held-out text; other `eval/...` are on some rows
 
-FULL = "eval/full/"
-"""Prefix of the last step's metrics on all the held-out text; other `eval/...` are on some rows."""
+COMPARED_BYTES = 32_000_000  # held-out text up to this size is also compressed, to compare its bits per byte
 
-COMPARED_BYTES = 32_000_000
-"""Held-out text up to this size is also compressed, to compare the bits per byte with something known."""
-
-Mark = Callable[[], None]
-"""Reports progress to the watchdog."""
+Mark = Callable[[], None]  # reports progress to the watchdog
 
 Shows = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """(name of a job, its size) -> callback for how many more are done."""
@@ -49,11 +44,9 @@ class Scores(Protocol):
 
     def metrics(self) -> dict[str, float]:
         """`eval/...`, as in metrics.jsonl."""
-        ...
 
     def report(self) -> dict[str, Any]:
         """All figures."""
-        ...
 
 
 class Evaluation(Protocol):
@@ -61,11 +54,9 @@ class Evaluation(Protocol):
 
     def rows(self, limit: int | None) -> Iterable[object]:
         """As many objects as `score` will report to `on_progress`, over all ranks."""
-        ...
 
     def score(self, model: Scorer, **options: Unpack[ScoreOptions]) -> Scores:
         """Score the model; every rank calls it. See `lamda.training.evaluation.evaluate`."""
-        ...
 
 
 class Task(Protocol):
@@ -73,21 +64,17 @@ class Task(Protocol):
 
     def form(self, config: Config) -> Form:
         """The kind of records in the corpus."""
-        ...
 
     def open_evaluation(
         self, config: Config, tokenizer: Tokenizer, *, on_wait: Callable[[], object] = lambda: None
     ) -> Evaluation | None:
         """The held-out data, if there is any. on_wait: called while a server is waited for."""
-        ...
 
     def summary(self, scores: Scores) -> Iterator[str]:
         """The last evaluation as lines for a person."""
-        ...
 
     def sample(self, engine: Engine, tokenizer: Tokenizer) -> str:
         """Text that the trained model generates; every rank calls it."""
-        ...
 
 
 class TaskError(Exception):
@@ -98,11 +85,7 @@ class Benchmarks(Protocol):
     """The tasks of `eval.tasks`, loaded."""
 
     def score(self, engine: Engine, tokenizer: Tokenizer, *, mark: Mark, shows: Shows) -> dict[str, float]:
-        """On rank 0 their `eval/<task>/<metric>`, as in metrics.jsonl; every rank calls it.
-
-        Raises TaskError on rank 0.
-        """
-        ...
+        """`eval/<task>/<metric>` as in metrics.jsonl, on rank 0; every rank calls it. Raises TaskError on rank 0."""
 
 
 OpenBenchmarks = Callable[[Config, World], Benchmarks | None]
@@ -115,10 +98,7 @@ class EvaluationInterruptedError(Exception):
 
 @dataclass
 class Evaluator:
-    """Evaluates a run on its task's held-out data and on the tasks of `eval.tasks`.
-
-    scores, task_metrics: of the last evaluation (the metrics on rank 0).
-    """
+    """Evaluates a run. scores, task_metrics: of the last evaluation (the metrics on rank 0)."""
 
     engine: Engine
     task: Task
@@ -178,7 +158,7 @@ class Evaluator:
             much = f"at most {limit:,} rows of the held-out text, {timedelta(seconds=round(limit * pace))} at the most"
         else:
             much = f"all of the held-out text, {timedelta(seconds=round(1000 * pace))} for each 1,000 rows"
-        self.logger.say(f"evaluating {much} (eval.full_batches bounds it)")
+        self.logger.progress.say(f"evaluating {much} (eval.full_batches bounds it)")
 
     def _num_rows(self, batches: int | None) -> int | None:
         return None if batches is None else batches * self.engine.config.train.global_batch_size
@@ -194,7 +174,7 @@ class Evaluator:
             done += local * world.world_size
             advance(local * world.world_size)
 
-        with self.logger.long_job("evaluating", total=total, unit="rows") as advance, self.engine.eval_mode():
+        with self.logger.progress.long_job("evaluating", total=total, unit="rows") as advance, self.engine.eval_mode():
             scores = self.held_out.score(
                 _Watched(self.engine, on_batch=self._on_batch),
                 device=self.engine.device,
@@ -219,12 +199,12 @@ class Evaluator:
             return {}
 
     def _shows(self, name: str, total: int) -> AbstractContextManager[Callable[[float], None]]:
-        return self.logger.long_job(f"eval.tasks, {name}", total=total, unit="requests")
+        return self.logger.progress.long_job(f"eval.tasks, {name}", total=total, unit="requests")
 
     def _on_batch(self) -> None:
         """Called before each batch, equally often on all ranks. Raises EvaluationInterruptedError."""
         self.guard.mark("evaluate", step=self._step)
-        if self._all_reduce(np.array([float(self.guard.stop_reason() is not None)]))[0]:
+        if self._all_reduce(np.array([float(self.guard.requests.reason() is not None)]))[0]:
             raise EvaluationInterruptedError
 
     def _all_reduce(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -52,6 +52,8 @@ class Trainer:
     guard: Guard
     state: RunState
     stopped: str | None = None
+    config: Config = field(init=False)
+    world: World = field(init=False)
     _anomalies: AnomalyDetector = field(init=False)
     _quarantine: QuarantineFile = field(init=False)
     _windows: WindowLog = field(init=False)
@@ -60,20 +62,11 @@ class Trainer:
     _save_seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        self.config, self.world = self.engine.config, self.engine.world
         self._quarantine = QuarantineFile(self.directory.quarantine)
         self._windows = WindowLog(self.directory.order)
         if self.world.is_main_process:
             self._windows.begin(self.state.order)
-
-    @property
-    def config(self) -> Config:
-        """The run's configuration."""
-        return self.engine.config
-
-    @property
-    def world(self) -> World:
-        """This rank among all."""
-        return self.engine.world
 
     @property
     def is_over(self) -> bool:
@@ -81,10 +74,7 @@ class Trainer:
         return self.state.step >= total_steps(self.config, self.state)
 
     def fit(self) -> None:
-        """Train to the last step, or until asked to stop; in both cases a checkpoint then holds everything.
-
-        Raises RunError where that is impossible.
-        """
+        """Train to the last step or a stop; a checkpoint then holds everything. Raises RunError if it cannot."""
         self._anomalies = self.loss_history()
         self.evaluate_if_missed()
         while not self.is_over and self.stopped is None:
@@ -95,10 +85,7 @@ class Trainer:
                 self.rollback(error)
 
     def train(self, loader: Loader) -> None:
-        """Train to the end or a stop. Raises RollbackError.
-
-        A step's metrics are read while the device computes the next one.
-        """
+        """Train, reading a step's metrics while the device computes the next one. Raises RollbackError."""
         previous: FinishedStep | None = None
         for batch in self.batches(loader):
             step = self.train_step(batch)
@@ -125,7 +112,7 @@ class Trainer:
         """One optimizer step; the device may still be computing it."""
         self.logger.profile.begin(self.state.step + 1)
         lr = next_learning_rate(self.config, self.state)
-        counters = (int(self.guard.stop_reason() is not None), self.saver.completed_parts)
+        counters = (int(self.guard.requests.reason() is not None), self.saver.completed_parts)
         pending = self.engine.train_step(batch.step, lr=lr, counters=counters, on_phase=self._mark)
         rows = self.config.train.global_batch_size
         self.state = self.state.after(consumed=batch.step.consumed, rows=rows, updated=not pending.skipped)
@@ -172,7 +159,9 @@ class Trainer:
             return self.evaluator.evaluate(self.state.step, is_last=self.is_over)
         except EvaluationInterruptedError:
             self._stop_is_agreed = self._evaluation_was_interrupted = True
-            self.logger.say(f"step {self.state.step}: the evaluation was left; the same command makes up for it")
+            self.logger.progress.say(
+                f"step {self.state.step}: the evaluation was left; the same command makes up for it"
+            )
             return {}
 
     def evaluate_if_missed(self) -> None:

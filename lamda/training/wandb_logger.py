@@ -33,23 +33,15 @@ from lamda.storage.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
-MODES = ("online", "offline", "disabled")
-"""W&B gets everything now, later, or nothing."""
-INIT_SECONDS = 30
-"""How long a start waits for W&B before it goes offline."""
-UPLOAD_SECONDS = 40
-"""How long the end waits for what is still to be sent."""
-END_SECONDS = 46
-"""Limit of the end of a run, whatever the library does."""
-HANG_SECONDS = 10
-"""The same for the end of a run that hangs: its other ranks wait for it to leave."""
+MODES = ("online", "offline", "disabled")  # W&B gets everything now, later, or nothing
+INIT_SECONDS = 30  # how long a start waits for W&B before it goes offline
+UPLOAD_SECONDS = 40  # how long the end waits for what is still to be sent
+END_SECONDS = 46  # limit of the end of a run, whatever the library does
+HANG_SECONDS = 10  # the same for the end of a run that hangs: its other ranks wait for it to leave
 
 
 class WandbMirror:
-    """One W&B run for the whole life of a run; each failure is reported once, and the run continues.
-
-    run_id: the run's id, kept in RUN/wandb/run-id too; None where W&B is disabled and was never used.
-    """
+    """The W&B run of a run; a failure is reported once, and the run continues. run_id: None if W&B was never used."""
 
     def __init__(self, config: Config, *, folder: Path, run_id: str | None, step: int) -> None:
         """Returns immediately. step: of the state; metrics.jsonl has no later rows."""
@@ -129,7 +121,6 @@ class WandbMirror:
         self._put(attempt)
 
     def _work(self) -> None:
-        """The thread: start, replay, then whatever the queue holds, until its end."""
         try:
             run = self._start()
             if self._seen < self._step:
@@ -165,7 +156,8 @@ class WandbMirror:
         logs = self._logs()
         if self._mode == "online":
             try:
-                run = self._start_online()
+                sign_in()
+                run = self._init("online")
             except Exception as error:
                 self._go_offline(reason_of(error), logs)
             else:
@@ -176,10 +168,6 @@ class WandbMirror:
                 return run
         self._seen = next((step for old in logs if (step := _last_step(old))), 0)
         return self._init("offline")
-
-    def _start_online(self) -> Any:
-        sign_in()
-        return self._init("online")
 
     def _go_offline(self, reason: str, logs: list[Path]) -> None:
         """Warn, and remove what the failed start left: it would keep the id and look like a run."""
@@ -262,10 +250,7 @@ def _log_checkpoint(run: Any, path: Path, *, way: Literal["reference", "upload"]
 
 
 def mirror_mode(config: Config) -> str:
-    """`online`, `offline` or `disabled`: whichever of wandb.mode and WANDB_MODE sends less.
-
-    A WANDB_MODE that is not known sends nothing.
-    """
+    """Whichever of wandb.mode and WANDB_MODE sends less; a WANDB_MODE that is not known sends nothing."""
     given = os.environ.get("WANDB_MODE", "").lower()
     known = {"": MODES[0], "run": "online", "shared": "online", "dryrun": "offline", **{mode: mode for mode in MODES}}
     if given not in known:

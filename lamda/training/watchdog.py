@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -29,21 +29,15 @@ from lamda.training.stop_requests import StopRequests
 if TYPE_CHECKING:
     import torch
 
-HANG_EXIT = 76
-"""Exit code of a run that the watchdog ended."""
+HANG_EXIT = 76  # exit code of a run that the watchdog ended
 LONGEST_BEAT = 30.0
-STACKS = signal.SIGUSR2
-"""Asks a process for its stack traces; works even while it holds the GIL."""
-OTHERS_SECONDS = 2.0
-"""How long the reporting rank waits for the others' stack traces."""
+STACKS = signal.SIGUSR2  # asks a process for its stack traces; works even while it holds the GIL
+OTHERS_SECONDS = 2.0  # how long the reporting rank waits for the others' stack traces
 
 
-@dataclass(frozen=True)
+@dataclass
 class Heartbeat:
-    """A rank's heartbeat. beat: grows with time. marks: number of phases reached, comparable between ranks.
-
-    progress: grows while a long phase makes progress.
-    """
+    """A rank's heartbeat. beat: grows with time. marks: phases reached. progress: grows during a long phase."""
 
     rank: int
     host: str
@@ -59,6 +53,11 @@ class Heartbeat:
         """The main thread's place at the time of the beat."""
         return f"step {self.step}, phase {self.phase}"
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """What changes with any progress."""
+        return self.marks, self.progress
+
     def __str__(self) -> str:
         return f"rank {self.rank} (host {self.host}, process {self.pid})"
 
@@ -72,11 +71,10 @@ class Watchdog:
 
     def __init__(self, folder: Path, *, world: World, seconds: float, report: Callable[[str], None]) -> None:
         self._folder, self._world, self._seconds, self._report = folder, world, seconds, report
-        self._marks, self._progress, self._phase, self._step = 0, 0, "start", 0
+        self._heart = Heartbeat(world.rank, socket.gethostname(), os.getpid(), beat=0, marks=0, phase="start", step=0)
         self._timeouts: Mapping[str, float] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._beats = 0
         self._writing = BestEffort(f"heartbeats/ and hang/ in {folder.parent} cannot be written")
 
     def __enter__(self) -> Watchdog:
@@ -99,28 +97,30 @@ class Watchdog:
         with self._writing:
             self._file.close()
             self._path(self._world.rank).unlink(missing_ok=True)
-            if not self._stacks.stat().st_size:
-                self._stacks.unlink()
+            stacks = self._stacks(self._world.rank)
+            if not stacks.stat().st_size:
+                stacks.unlink()
 
     def _open_stacks(self) -> IO[str]:
         with self._writing:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._stacks.parent.mkdir(exist_ok=True)
-            return self._stacks.open("w", encoding="utf-8")
+            stacks = self._stacks(self._world.rank)
+            stacks.parent.mkdir(exist_ok=True)
+            return stacks.open("w", encoding="utf-8")
         return os.fdopen(os.dup(2), "w", encoding="utf-8")  # stacks go to standard error
 
     def mark(self, phase: str, *, step: int) -> None:
         """The main thread is at `phase` of `step`."""
-        self._phase, self._step = phase, step
-        self._marks += 1
+        self._heart.phase, self._heart.step = phase, step
+        self._heart.marks += 1
 
     def progress(self) -> None:
         """The phase makes progress: more bytes are written, hashed or read, another attempt is made. For any thread."""
-        self._progress += 1
+        self._heart.progress += 1
 
     def progress_during(self, phases: Collection[str]) -> None:
         """The same, for work that counts only while the main thread may be waiting for it."""
-        if self._phase in phases:
+        if self._heart.phase in phases:
             self.progress()
 
     def hurry(self, seconds: float, *, during: Collection[str]) -> None:
@@ -128,37 +128,32 @@ class Watchdog:
         self._timeouts = dict.fromkeys(during, seconds)
 
     @property
-    def _stacks(self) -> Path:
-        return self._folder.parent / "hang" / f"rank-{self._world.rank:05d}.txt"
-
-    @property
     def _timeout(self) -> float:
-        return min(self._seconds, self._timeouts.get(self._phase, self._seconds))
+        return min(self._seconds, self._timeouts.get(self._heart.phase, self._seconds))
 
     @property
     def _interval(self) -> float:
         return min(self._timeout / 5, LONGEST_BEAT)
 
-    @property
-    def _place(self) -> tuple[int, int]:
-        return self._marks, self._progress
-
     def _path(self, rank: int) -> Path:
         return self._folder / f"rank-{rank:05d}.json"
 
+    def _stacks(self, rank: int) -> Path:
+        return self._folder.parent / "hang" / f"rank-{rank:05d}.txt"
+
     def _watch(self) -> None:
-        place, since = self._place, time.monotonic()
+        place, since = self._heart.place, time.monotonic()
         beaten = since
         while not self._ended.wait(min(self._interval, 1.0)):
             now = time.monotonic()
             if now - beaten >= self._interval:
                 self._beat()
                 beaten = now
-            if self._place != place:
-                place, since = self._place, now
+            if self._heart.place != place:
+                place, since = self._heart.place, now
             elif now - since >= self._timeout:
                 self._end_if_hanging(place)
-                place, since = self._place, time.monotonic()
+                place, since = self._heart.place, time.monotonic()
 
     def _end_if_hanging(self, place: tuple[int, int]) -> None:
         """Look at all ranks twice; end the process unless this rank or another has made progress in between."""
@@ -168,7 +163,8 @@ class Watchdog:
                 return
             self._beat()
         now = self._look()
-        if self._place != place or any(_has_moved(before.get(rank), heart) for rank, heart in now.items()):
+        has_moved = [now[rank].place != heart.place for rank, heart in before.items() if rank in now]
+        if self._heart.place != place or any(has_moved):
             return
         silent = [heart for rank, heart in now.items() if rank in before and heart.beat == before[rank].beat]
         try:
@@ -180,7 +176,7 @@ class Watchdog:
         """Write stack traces and the verdict before the process ends, and kill the silent processes of this host."""
         text = verdict(hearts, silent, seconds=self._timeout)
         faulthandler.dump_traceback(file=self._file, all_threads=True)
-        here = [heart for heart in silent if heart.host == socket.gethostname() and heart.rank != self._world.rank]
+        here = [heart for heart in silent if heart.host == self._heart.host and heart.rank != self._world.rank]
         living = [heart.rank for heart in hearts if heart not in silent]
         if self._world.rank == min(living, default=self._world.rank):
             for heart in here:
@@ -194,23 +190,11 @@ class Watchdog:
         else:
             time.sleep(2 * OTHERS_SECONDS)
 
-    def _heart(self) -> Heartbeat:
-        return Heartbeat(
-            rank=self._world.rank,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            beat=self._beats,
-            marks=self._marks,
-            phase=self._phase,
-            step=self._step,
-            progress=self._progress,
-        )
-
     def _beat(self) -> None:
-        self._beats += 1
+        self._heart.beat += 1
         temporary = self._path(self._world.rank).with_suffix(".tmp")
         with self._writing:
-            temporary.write_text(json.dumps(asdict(self._heart())), "utf-8")
+            temporary.write_text(json.dumps(asdict(self._heart)), "utf-8")
             temporary.replace(self._path(self._world.rank))
 
     def _look(self) -> dict[int, Heartbeat]:
@@ -218,12 +202,12 @@ class Watchdog:
         for rank in range(self._world.world_size):
             with suppress(OSError, ValueError):
                 found[rank] = Heartbeat(**json.loads(self._path(rank).read_text("utf-8")))
-        found[self._world.rank] = self._heart()  # even if it could not be written
+        found[self._world.rank] = replace(self._heart)  # even if it could not be written
         return found
 
     def _request_stacks(self, heart: Heartbeat) -> None:
         """Ask a silent process of this host for its stack traces; if nothing comes, write its state in the kernel."""
-        file = self._folder.parent / "hang" / f"rank-{heart.rank:05d}.txt"
+        file = self._stacks(heart.rank)
         before = file.stat().st_size if file.exists() else 0
         with suppress(ProcessLookupError):
             os.kill(heart.pid, STACKS)
@@ -238,10 +222,6 @@ def clear_heartbeats(folder: Path) -> None:
     for file in folder.glob("rank-*.json"):
         with BestEffort(f"{file} cannot be deleted"):
             file.unlink(missing_ok=True)
-
-
-def _has_moved(before: Heartbeat | None, now: Heartbeat) -> bool:
-    return before is not None and (before.marks, before.progress) != (now.marks, now.progress)
 
 
 def verdict(hearts: Sequence[Heartbeat], silent: Sequence[Heartbeat], *, seconds: float) -> str:
@@ -283,10 +263,6 @@ class Guard:
         self.watchdog.mark(phase, step=step)
         fault_injection.maybe_inject(phase, rank=self._world.rank, step=step, tensor=tensor)
 
-    def stop_reason(self) -> str | None:
-        """Why this rank was asked to stop, if it was."""
-        return self.requests.reason()
-
     def agreed_stop_reason(self) -> str | None:
         """Why a rank was asked to stop, the same on every rank; all ranks call it."""
-        return next(filter(None, gather(self.stop_reason())), None)
+        return next(filter(None, gather(self.requests.reason())), None)

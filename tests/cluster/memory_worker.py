@@ -16,7 +16,7 @@ import torch
 from lamda import distributed
 from lamda.config.schema import Config
 from lamda.data.loader import MicroBatch, StepBatch
-from lamda.engines.deepspeed.engine import Engine
+from lamda.engines.deepspeed.engine import DeepSpeedEngine
 from tests.cluster.storages import Storages
 
 LENGTH, ACCUMULATION = 8, 2
@@ -61,7 +61,7 @@ def measure(preset: str, case: dict, world: distributed.World, device: torch.dev
     there, found = known(), {}
     beside = {id(each) for each in there}
     with Storages() as storages:
-        engine = Engine(config(preset, file, ranks=world.world_size), world=world, device=device)
+        engine = DeepSpeedEngine(config(preset, file, ranks=world.world_size), world=world, device=device)
         base = engine.deepspeed.basic_optimizer
         found["weights"] = size(getattr(each, "ds_tensor", each) for each in engine.model.parameters())
         groups = [parameter for group in base.param_groups for parameter in group["params"]]

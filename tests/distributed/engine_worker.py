@@ -22,7 +22,8 @@ from lamda.config.schema import Config
 from lamda.data.loader import MicroBatch, StepBatch
 from lamda.data.windows import SourceOrder
 from lamda.engines.deepspeed import checkpoint
-from lamda.engines.deepspeed.engine import DeepSpeedStep, Engine
+from lamda.engines.deepspeed.checkpoint import model_weights
+from lamda.engines.deepspeed.engine import DeepSpeedEngine, DeepSpeedStep
 from lamda.inference.sampling import Sampling
 from lamda.interop.harness.in_training import RanksDecoder
 from lamda.interop.harness.scoring import Prompt, ScoredRow
@@ -108,7 +109,7 @@ def asked_prompts(count: int) -> list[Prompt]:
     ]
 
 
-def asked_after(engine: Engine, step: int, file: Path) -> Callable[..., DeepSpeedStep]:
+def asked_after(engine: DeepSpeedEngine, step: int, file: Path) -> Callable[..., DeepSpeedStep]:
     """`engine.train_step`, and after the step of that number what `eval.tasks` asks of the ranks."""
     compute, count = engine.train_step, itertools.count(1)
 
@@ -123,7 +124,7 @@ def asked_after(engine: Engine, step: int, file: Path) -> Callable[..., DeepSpee
                     file.write_text(json.dumps([scores, texts]))
                 else:
                     decoder.serve()
-            save = {name: weight.clone() for name, weight in engine.weights()}
+            save = {name: weight.clone() for name, weight in model_weights(engine.deepspeed)}
             if engine.world.is_main_process:
                 save_file(save, file.with_suffix(".weights"))
         return result
@@ -133,7 +134,7 @@ def asked_after(engine: Engine, step: int, file: Path) -> Callable[..., DeepSpee
 
 def run(job: dict, world: distributed.World, device: torch.device, out: Path) -> None:
     """Train from one step to another and save what `test_engine.py` looks at."""
-    engine = Engine(config(job, out, world.rank), world=world, device=device)
+    engine = DeepSpeedEngine(config(job, out, world.rank), world=world, device=device)
     state = RunState()
     if job.get("load"):
         state = checkpoint.load(out / job["load"] / f"step-{job['from']:08d}", engine.deepspeed, config=engine.config)
@@ -158,7 +159,7 @@ def run(job: dict, world: distributed.World, device: torch.device, out: Path) ->
         saver = Saver(out / job["save"], engine=engine, tokenizer=model)
         ended = saver.begin(RunState(**{**vars(state), **order})) or saver.finish()
         assert ended.problem is None, ended.problem
-    weights = {name: weight.clone() for name, weight in engine.weights()}
+    weights = {name: weight.clone() for name, weight in model_weights(engine.deepspeed)}
     if world.is_main_process:
         extra = {"losses": torch.tensor(losses, dtype=torch.float64), "norms": torch.tensor(norms, dtype=torch.float64)}
         save_file({**weights, **extra, "updates": torch.tensor(state.updates)}, out / f"{job['name']}.safetensors")

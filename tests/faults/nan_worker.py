@@ -9,18 +9,19 @@ import torch
 import torch.distributed as dist
 
 from lamda import distributed
-from lamda.engines.deepspeed.engine import Engine
+from lamda.engines.deepspeed.checkpoint import model_weights
+from lamda.engines.deepspeed.engine import DeepSpeedEngine
 from lamda.engines.deepspeed.fragments import fragments
 from tests.distributed.engine_worker import batch, config
 
 OUT, STEPS = Path(sys.argv[1]), int(sys.argv[2])
 
 
-def state(engine: Engine) -> list[torch.Tensor]:
+def state(engine: DeepSpeedEngine) -> list[torch.Tensor]:
     """Everything that an update would change on this rank."""
     own = [tensor.clone() for fragment in fragments(engine.deepspeed) for tensor in fragment.tensors.values()]
     counts = [kept["step"].clone() for kept in engine.deepspeed.basic_optimizer.state.values()]
-    return [*own, *counts, *(weight.clone() for _, weight in engine.weights())]
+    return [*own, *counts, *(weight.clone() for _, weight in model_weights(engine.deepspeed))]
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
     device = distributed.start(world, threads=1)
     message = {}
     for stage in (1, 2, 3):
-        engine = Engine(config({"stage": stage, "bf16": True}, OUT, world.rank), world=world, device=device)
+        engine = DeepSpeedEngine(config({"stage": stage, "bf16": True}, OUT, world.rank), world=world, device=device)
         engine.train_step(batch(0, world), lr=1e-2)
         before, draw = state(engine), random.Random(stage)
         updated = 0
@@ -60,7 +61,7 @@ def nothing(point: str, tensor: torch.Tensor | None) -> None:
     """A step as it should be."""
 
 
-def spoil(engine: Engine, place: str, draw: random.Random) -> list:
+def spoil(engine: DeepSpeedEngine, place: str, draw: random.Random) -> list:
     """One element that is not finite, in what the logits are made of or in the gradient of a random layer's output."""
     bad = draw.choice([float("nan"), float("inf"), -float("inf")])
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lamda.config import ModelConfig
-from lamda.engines.flax.bias import causal_buckets, row_bias
+from lamda.engines.flax.bias import bias_at, row_bias
 from lamda.engines.flax.weights import Weights, bind, load_weights, make_weights, plain_weights
 from lamda.model import LaMDA
 from lamda.model.attention import bias as reference
@@ -21,7 +21,9 @@ Losses = tuple[jax.Array, tuple[jax.Array, jax.Array]]
 
 
 def test_buckets_are_those_of_the_pytorch_model_at_every_distance():
-    assert causal_buckets(100_000).tolist() == reference.causal_buckets(100_000).tolist()
+    table_RH, distances_BLM = jnp.arange(32.0)[:, None], jnp.arange(100_000)[None, None]
+    buckets = bias_at(table_RH, distances_BLM, longest=100_000).squeeze()
+    assert buckets.tolist() == reference.causal_buckets(100_000).tolist()
 
 
 @pytest.mark.parametrize("length", [1, 2, 17, 130])

@@ -22,7 +22,7 @@ from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.distributed import World
 from lamda.engines.deepspeed import checkpoint
-from lamda.engines.deepspeed.engine import Engine
+from lamda.engines.deepspeed.engine import DeepSpeedEngine
 from lamda.inference.loading import find_checkpoint, load_run
 from lamda.interop.huggingface import export as export_module
 from lamda.interop.huggingface import weights as weights_module
@@ -59,7 +59,7 @@ def train(tmp_path_factory, device, tokenizer_path):
                 "data": {"corpus": "standard_library", "sequence_length": 12},
             }
         )
-        engine = Engine(own, world=World(), device=device)
+        engine = DeepSpeedEngine(own, world=World(), device=device)
         if weights is not None:
             checkpoint.load_weights(weights, engine.deepspeed)
         with MetricsFile(run / "metrics.jsonl", discarded=run / "metrics.discarded.jsonl", step=0) as metrics:

@@ -24,7 +24,7 @@ def test_from_the_first_moment_it_does_not_tell_of_the_run_before(directory, dev
 
 def test_a_signal_to_another_rank_is_not_overwritten_by_the_start(directory, device):
     attempt = Attempt(directory, World())
-    attempt.leave_by_signal()("SIGTERM")
+    attempt.leave_by_signal("SIGTERM")
     attempt.begin()
     assert directory.read_status()["status"] == "preempted"
 
@@ -62,6 +62,6 @@ def test_a_refused_start_changes_nothing(directory, device, before):
 
 def test_a_signal_says_that_nothing_has_changed(directory, device):
     attempt = Attempt(directory, World())
-    attempt.leave_by_signal()("SIGHUP")
+    attempt.leave_by_signal("SIGHUP")
     status = directory.read_status()
     assert (status["status"], status["reason"]) == ("preempted", "SIGHUP before the first step: nothing has changed")

@@ -12,7 +12,7 @@ from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.distributed import World
 from lamda.engines.deepspeed import checkpoint
-from lamda.engines.deepspeed.engine import Engine
+from lamda.engines.deepspeed.engine import DeepSpeedEngine
 from lamda.engines.deepspeed.optimizer import make_optimizer, set_learning_rate
 from lamda.model import LaMDA
 from lamda.model.initialization import initialize_weights
@@ -27,11 +27,11 @@ NEW = {"beta1": 0.5, "beta2": 0.7, "weight_decay": 3.0, "gradient_clipping": 0.0
 STATE = "optimizer-00000-of-00001.safetensors"
 
 
-def engine_of(folder, device, train) -> Engine:
+def engine_of(folder, device, train) -> DeepSpeedEngine:
     own = config({"stage": 1, "bf16": False}, folder, 0)
     changed = {**own.train.model_dump(exclude_unset=True), **train}
     own = Config.model_validate({**own.model_dump(exclude_unset=True), "train": changed})
-    return Engine(own, world=World(), device=device)
+    return DeepSpeedEngine(own, world=World(), device=device)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def replace(key, make):
 def test_the_state_of_another_optimizer_is_refused_before_anything_is_filled(saved, device, tmp_path):
     """`find_resume_point` reports it first, and what to do."""
     own = config({"stage": 0, "bf16": False, "optimizer": "adafactor"}, tmp_path, 0)
-    other = Engine(own, world=World(), device=device)
+    other = DeepSpeedEngine(own, world=World(), device=device)
     before = {key: tensor.clone() for key, tensor in checkpoint.local_state(other.deepspeed)}
     assert {tuple(key.split("|")[:2]): tensor.numel() for key, tensor in before.items()} == checkpoint.state_sizes(own)
     with pytest.raises(UserError, match=r"exp_avg.* which is no part of the state"):

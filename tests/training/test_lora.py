@@ -9,7 +9,8 @@ from lamda.config import Config, ds_config
 from lamda.config.errors import UserError
 from lamda.distributed import World
 from lamda.engines.deepspeed import checkpoint, lora
-from lamda.engines.deepspeed.engine import Engine
+from lamda.engines.deepspeed.checkpoint import model_weights
+from lamda.engines.deepspeed.engine import DeepSpeedEngine
 from lamda.engines.deepspeed.weight_check import corrupted_ranks
 from lamda.launch.pretrain import main
 from lamda.model import LaMDA
@@ -26,7 +27,7 @@ STAGES = [(0, False), (0, True), (1, False), (1, True)]
 of_each_stage = pytest.mark.parametrize(("stage", "bf16"), STAGES)
 
 
-def step(engine: Engine, number: int) -> float:
+def step(engine: DeepSpeedEngine, number: int) -> float:
     return engine.train_step(batch(number, World()), lr=RATE).wait().loss()
 
 
@@ -52,8 +53,8 @@ def config_of(base, tmp_path):
 
 @pytest.fixture
 def engine_of(config_of, base, device):
-    def make(stage: int, *, bf16: bool, loaded: bool = True, **train) -> Engine:
-        engine = Engine(config_of(stage, bf16=bf16, **train), world=World(), device=device)
+    def make(stage: int, *, bf16: bool, loaded: bool = True, **train) -> DeepSpeedEngine:
+        engine = DeepSpeedEngine(config_of(stage, bf16=bf16, **train), world=World(), device=device)
         if loaded:
             engine.load_weights(base)
         return engine
@@ -121,7 +122,7 @@ def test_what_is_saved_is_the_model_with_its_adapters_added(engine_of, base, dev
     engine, dtype = engine_of(stage, bf16=bf16), torch.bfloat16 if bf16 else torch.float32
     for number in (1, 2):
         step(engine, number)
-    found = {name: weight.clone() for name, weight in engine.weights()}
+    found = {name: weight.clone() for name, weight in model_weights(engine.deepspeed)}
     before, adapters = load_file(base), adapters_of(engine.model)
     assert found.keys() == before.keys()
     for name, weight in found.items():
@@ -159,7 +160,7 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(engine_of, tmp_path, stag
     assert moments == adapters_of(resumed.model).keys()
 
 
-def every_parameter(engine: Engine) -> dict[str, torch.Tensor]:
+def every_parameter(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     return dict(engine.model.named_parameters())
 
 

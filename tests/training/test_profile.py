@@ -13,12 +13,13 @@ from lamda.training.loggers import Profile
 
 
 def run(folder, steps, *, until):
-    with Profile(steps, folder) as profile:
-        for step in range(1, until + 1):
-            profile.begin(step)
-            with record_function(f"step {step}"):
-                torch.ones(3).sum()
-            profile.end(step)
+    profile = Profile(steps, folder)
+    for step in range(1, until + 1):
+        profile.begin(step)
+        with record_function(f"step {step}"):
+            torch.ones(3).sum()
+        profile.end(step)
+    profile.write()
 
 
 @pytest.mark.parametrize(("until", "traced"), [(5, ["step 2", "step 3"]), (2, ["step 2"])])

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from lamda import durable
 from lamda.distributed import World
 from lamda.engines.deepspeed import checkpoint
-from lamda.engines.deepspeed.checkpoint import local_state
-from lamda.engines.deepspeed.engine import Engine
+from lamda.engines.deepspeed.checkpoint import local_state, model_weights
+from lamda.engines.deepspeed.engine import DeepSpeedEngine
 from lamda.storage import commit, manifest
 from lamda.storage.lock import LostLockError
 from lamda.storage.state import RunState
@@ -27,7 +27,9 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory, device):
-    return Engine(config({"stage": 1, "bf16": True}, tmp_path_factory.mktemp("own"), 0), world=World(), device=device)
+    return DeepSpeedEngine(
+        config({"stage": 1, "bf16": True}, tmp_path_factory.mktemp("own"), 0), world=World(), device=device
+    )
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def copy(tensors):
 
 
 def test_steps_continue_while_it_is_written_and_it_holds_the_state_it_began_with(saver, engine, held):
-    before = copy(local_state(engine.deepspeed)), copy(engine.weights())
+    before = copy(local_state(engine.deepspeed)), copy(model_weights(engine.deepspeed))
     assert saver.begin(RunState(step=1)) is None
     for step in range(3):
         engine.train_step(batch(step, World()), lr=1e-2)
@@ -64,7 +66,9 @@ def test_steps_continue_while_it_is_written_and_it_holds_the_state_it_began_with
     saved = saver.finish()
     assert (saved.step, saved.problem) == (1, None)
     engine.load_checkpoint(saved.path)
-    for old, new in zip(before, (copy(local_state(engine.deepspeed)), copy(engine.weights())), strict=True):
+    for old, new in zip(
+        before, (copy(local_state(engine.deepspeed)), copy(model_weights(engine.deepspeed))), strict=True
+    ):
         assert old.keys() == new.keys()
         assert all(torch.equal(old[name], new[name]) for name in old)
 

@@ -71,9 +71,10 @@ def log(directory):
 
 
 def trace(directory):
-    with Profile((1, 2), directory.profile) as profile:
-        profile.begin(1)
-        profile.end(1)
+    profile = Profile((1, 2), directory.profile)
+    profile.begin(1)
+    profile.end(1)
+    profile.write()
 
 
 def heartbeats(directory):
@@ -84,9 +85,9 @@ def heartbeats(directory):
 def stop_requests(directory):
     with Signals() as signals:
         requests = StopRequests(directory.stop, world=World(), margin=0, signals=signals)
-        requests.discard_old()
+        requests.clear()
         assert requests.reason() is None
-        requests.obeyed()
+        requests.clear()
 
 
 def mirror(directory):

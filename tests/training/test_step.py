@@ -12,19 +12,22 @@ from lamda.config.errors import UserError
 from lamda.data.loader import MicroBatch
 from lamda.distributed import World
 from lamda.engines.deepspeed import compile
-from lamda.engines.deepspeed.engine import Engine
+from lamda.engines.deepspeed.checkpoint import model_weights
+from lamda.engines.deepspeed.engine import DeepSpeedEngine
 from lamda.model import decoder
 from tests.distributed.engine_worker import BATCH, LENGTH, batch, config
 
 
-def engine_of(folder, device, *, stage=1, **train) -> Engine:
+def engine_of(folder, device, *, stage=1, **train) -> DeepSpeedEngine:
     own = config({"stage": stage, "bf16": True}, folder, 0).model_dump(exclude_unset=True)
-    return Engine(Config.model_validate({**own, "train": own["train"] | train}), world=World(), device=device)
+    return DeepSpeedEngine(Config.model_validate({**own, "train": own["train"] | train}), world=World(), device=device)
 
 
 def steps(engine, count):
     results = [engine.train_step(batch(step, World()), lr=1e-2) for step in range(count)]
-    return [result.wait().loss() for result in results], [weight.clone() for _, weight in engine.weights()]
+    return [result.wait().loss() for result in results], [
+        weight.clone() for _, weight in model_weights(engine.deepspeed)
+    ]
 
 
 @pytest.fixture
@@ -46,7 +49,7 @@ def test_compiled_blocks_give_the_same_steps_and_compile_once(tmp_path, device, 
         compiled.model(torch.zeros(1, 5, dtype=torch.int64))
     losses = [first, *(compiled.train_step(batch(step, World()), lr=1e-2).wait().loss() for step in (1, 2))]
     assert losses == pytest.approx(expected, abs=2e-2)
-    for (name, weight), other in zip(compiled.weights(), weights, strict=True):
+    for (name, weight), other in zip(model_weights(compiled.deepspeed), weights, strict=True):
         torch.testing.assert_close(weight, other, rtol=0, atol=0.15 if name == "embedding.weight" else 0.05, msg=name)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "one graph for all blocks"
 
@@ -132,5 +135,5 @@ def test_a_processor_without_bf16_instructions_is_reported_of_fp32(
     if device.type != "cpu":
         pytest.skip("bf16 is asked of a CPU here; the test device is a GPU, which has its own")
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
-    Engine(config({"stage": 1, "bf16": bf16}, tmp_path, 0), world=World(), device=device)
+    DeepSpeedEngine(config({"stage": 1, "bf16": bf16}, tmp_path, 0), world=World(), device=device)
     assert ("no bf16 instructions" in caplog.text) == says

@@ -83,16 +83,16 @@ def test_the_stop_file_is_obeyed_by_rank_0_and_then_gone(tmp_path):
         (tmp_path / "STOP").touch()
         assert listening.reason() == "STOP was there"
         assert other.reason() is None, "the ranks agree by way of rank 0"
-        other.obeyed()
+        other.clear()
         assert (tmp_path / "STOP").exists()
-        listening.obeyed()
+        listening.clear()
         assert not (tmp_path / "STOP").exists()
 
 
 def test_a_stop_file_of_an_earlier_run_is_not_obeyed(tmp_path):
     (tmp_path / "STOP").touch()
     with requests(tmp_path) as listening:
-        listening.discard_old()
+        listening.clear()
         assert listening.reason() is None
         assert not (tmp_path / "STOP").exists()
 

@@ -5,18 +5,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamda.distributed import World
+from lamda.distributed import World, minority_ranks
 from lamda.engines.deepspeed import weight_check
-from lamda.engines.deepspeed.engine import Engine
+from lamda.engines.deepspeed.engine import DeepSpeedEngine
 from lamda.engines.deepspeed.fragments import fragments
 from lamda.engines.deepspeed.weight_check import corrupted_ranks
-from lamda.engines.weight_check import minority_ranks
 from tests.distributed.engine_worker import batch, config
 
 
 @pytest.mark.parametrize(("stage", "bf16"), [(0, True), (1, False), (1, True), (2, True)])
 def test_a_turned_bit_in_a_copy_or_behind_it_is_found(tmp_path, device, stage, bf16):
-    engine = Engine(config({"stage": stage, "bf16": bf16}, tmp_path, 0), world=World(), device=device)
+    engine = DeepSpeedEngine(config({"stage": stage, "bf16": bf16}, tmp_path, 0), world=World(), device=device)
     engine.train_step(batch(0, World()), lr=1e-2)
     assert corrupted_ranks(engine.deepspeed) == []
     copy = list(engine.model.parameters())[-2].detach().view(-1)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from pathlib import Path
 
+import deepspeed
 import torch
-from deepspeed import DeepSpeedEngine
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -26,11 +26,12 @@ from lamda.model.weights import is_matrix, weight_shapes
 from lamda.storage import manifest
 from lamda.storage.state import RunState
 
-Sizes = dict[tuple[str, str], int]
-"""Elements of each (name, kind) in a checkpoint."""
+Sizes = dict[tuple[str, str], int]  # elements of each (name, kind) in a checkpoint
 
 
-def load(path: Path, engine: DeepSpeedEngine, *, config: Config, progress: Progress = lambda: None) -> RunState:
+def load(
+    path: Path, engine: deepspeed.DeepSpeedEngine, *, config: Config, progress: Progress = lambda: None
+) -> RunState:
     """Fill the engine from a verified checkpoint; every rank calls it. Raises UserError before anything is changed."""
     state = manifest.read_state(path)
     saved = SavedState(path, state_sizes(config))
@@ -45,7 +46,7 @@ def load(path: Path, engine: DeepSpeedEngine, *, config: Config, progress: Progr
     return state
 
 
-def load_weights(path: Path, engine: DeepSpeedEngine, *, progress: Progress = lambda: None) -> None:
+def load_weights(path: Path, engine: deepspeed.DeepSpeedEngine, *, progress: Progress = lambda: None) -> None:
     """Fill the fp32 weights from a safetensors file (`model.weights`); adapters and optimizer state stay."""
     with safe_open(path, "pt") as file, torch.no_grad():
         for fragment in fragments(engine):
@@ -56,7 +57,7 @@ def load_weights(path: Path, engine: DeepSpeedEngine, *, progress: Progress = la
     publish_weights(engine)
 
 
-def local_state(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]]:
+def local_state(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]]:
     """This rank's optimizer state: (key, view) for each fragment and kind; the key contains the start."""
     for fragment in fragments(engine):
         if fragment.is_owner:
@@ -64,7 +65,7 @@ def local_state(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{name}|{kind}|{start}", tensor
 
 
-def model_weights(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]]:
+def model_weights(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]]:
     """On rank 0 the weights that the model computes with, by name; at stage 3 gathered one at a time.
 
     Adapters (`lamda.engines.deepspeed.lora`) are merged in. A view is valid until the next one is requested. Every rank
@@ -148,11 +149,11 @@ class SavedState:
 
 
 class Snapshots:
-    """Copies of this rank's state in host memory. All copies use the same memory."""
+    """Copies of this rank's state in host memory, which is allocated once: fresh memory costs more than the copy."""
 
-    def __init__(self, engine: DeepSpeedEngine, *, device: torch.device) -> None:
-        self._engine = engine
-        self._memory = _HostMemory(pinned=device.type == "cuda")
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, *, device: torch.device) -> None:
+        self._engine, self._is_pinned = engine, device.type == "cuda"
+        self._buffers: dict[str, torch.Tensor] = {}
 
     def size(self) -> int:
         """Bytes of this rank's tensors."""
@@ -164,13 +165,10 @@ class Snapshots:
         return size
 
     def take(self, folder: Path) -> Callable[[], list[Path]]:
-        """Copy this rank's state; returns a function that writes it into `folder`, from any thread.
-
-        The copy is valid until the next one is taken. Every rank calls it.
-        """
-        weights = self._memory.take(model_weights(self._engine))
-        local = self._memory.take(local_state(self._engine))
-        self._memory.wait()
+        """Copy this rank's state; returns a function that writes it, from any thread. Every rank calls it."""
+        weights, local = self._copy(model_weights(self._engine)), self._copy(local_state(self._engine))
+        if self._is_pinned:
+            torch.cuda.current_stream().synchronize()
         rank, world_size = self._engine.global_rank, self._engine.world_size
 
         def write() -> list[Path]:
@@ -184,24 +182,11 @@ class Snapshots:
 
         return write
 
-
-class _HostMemory:
-    """Copies of tensors in host memory, allocated once: fresh memory costs more than the copy."""
-
-    def __init__(self, *, pinned: bool) -> None:
-        self._pinned = pinned
-        self._buffers: dict[str, torch.Tensor] = {}
-
-    def take(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Copy each; valid until the next call with the same names, and on a GPU only after `wait`."""
-        taken = {}
+    def _copy(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Copies by name; on a GPU they are complete once the stream is synchronized."""
+        copies = {}
         for name, tensor in tensors:
             if name not in self._buffers:
-                self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
-            taken[name] = self._buffers[name].copy_(tensor, non_blocking=True)
-        return taken
-
-    def wait(self) -> None:
-        """Wait for the copies."""
-        if self._pinned:
-            torch.cuda.current_stream().synchronize()
+                self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._is_pinned)
+            copies[name] = self._buffers[name].copy_(tensor, non_blocking=True)
+        return copies

@@ -11,8 +11,7 @@ from lamda.config.schema import Config
 from lamda.model import LaMDA
 from lamda.model.counts import flops_per_token
 
-WORTH_FLOPS = {"cpu": 3e14, "cuda": 1e18}
-"""FLOPs of a run from which compiling pays: it costs most of a minute and saves a quarter of the time."""
+WORTH_FLOPS = {"cpu": 3e14, "cuda": 1e18}  # of a run; compiling costs most of a minute and saves a quarter of the time
 
 
 def is_worthwhile(config: Config, device: torch.device, *, stage: int) -> bool:

@@ -54,22 +54,15 @@ class DeepSpeedStep:
     skipped: bool
 
     def wait(self) -> StepMetrics:
-        """Wait for the step and copy its metrics to the host."""
         digest = batch_digest(self.rows.to(torch.uint8).cpu().numpy())
         return StepMetrics(self.sums.cpu().numpy(), float(self.grad_norm), digest, self.counters.tolist())
 
 
-class Engine:
+class DeepSpeedEngine:
     """See `lamda.engines.protocol.Engine`. The ranks share the model by ZeRO."""
 
     def __init__(
-        self,
-        config: Config,
-        *,
-        world: World,
-        device: torch.device,
-        domains: int = 1,
-        progress: Progress = lambda: None,
+        self, config: Config, *, world: World, device: torch.device, domains: int = 1, progress: Progress = lambda: None
     ) -> None:
         self._progress = progress
         self.config, self.world, self.device, self.domains = config, world, device, domains
@@ -86,16 +79,7 @@ class Engine:
         self._is_unguarded = self.stage == 0 and not self.is_bf16
         if self._is_unguarded:
             settings["gradient_clipping"] = 0.0
-        model = LaMDA(config.model, recompute=config.train.recompute)
-        initialize_weights(model, seed=config.run.seed, base_width=config.train.base_width, progress=progress)
-        if config.train.lora_rank:
-            lora.adapt(model, rank=config.train.lora_rank, seed=config.run.seed)
-            if self.is_bf16:
-                model.bfloat16()  # DeepSpeed does it too, but only after the device has held all of the model in fp32
-        model.to(device)
-        if config.train.fp8:
-            fp8.check(model, device)
-            fp8.convert(model)
+        model = self._make_model()
         self.is_compiled = compile.is_worthwhile(config, device, stage=self.stage)
         if self.is_compiled:
             compile.compile_blocks(model)
@@ -106,6 +90,20 @@ class Engine:
             )
         reset_state(self.deepspeed, optimizer=config.train.optimizer, updates=0)
         self._snapshots = checkpoint.Snapshots(self.deepspeed, device=device)
+
+    def _make_model(self) -> LaMDA:
+        config, train = self.config, self.config.train
+        model = LaMDA(config.model, recompute=train.recompute)
+        initialize_weights(model, seed=config.run.seed, base_width=train.base_width, progress=self._progress)
+        if train.lora_rank:
+            lora.adapt(model, rank=train.lora_rank, seed=config.run.seed)
+            if self.is_bf16:
+                model.bfloat16()  # DeepSpeed does it too, but only after the device has held all of the model in fp32
+        model.to(self.device)
+        if train.fp8:
+            fp8.check(model, self.device)
+            fp8.convert(model)
+        return model
 
     @property
     def model(self) -> LaMDA:
@@ -167,24 +165,20 @@ class Engine:
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
-        """The model without gradients; training mode afterwards."""
         self.model.eval()
         with torch.no_grad(), compile.force_eager(compiled=self.is_compiled):
             yield
         self.model.train()
 
     def logits(self, inputs_BL: torch.Tensor) -> torch.Tensor:
-        """[B, L, V]; every rank calls it."""
         return self.deepspeed(inputs_BL)
 
     def nll(
         self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor, documents_BL: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[B, L], the cross-entropy of each target; every rank calls it."""
         return token_nll(self.deepspeed(inputs_BL, documents_BL), targets_BL)
 
     def generate(self, ids: Sequence[int], sampling: Sampling) -> list[int]:
-        """Continue `ids`; every rank calls it."""
         with self.eval_mode(), self.gathered_parameters():
             written = sample(self.model, prefill(self.model, ids), sampling=sampling, on_token=self._on_token)
         return written.ids[0]
@@ -193,35 +187,25 @@ class Engine:
         self._progress()
 
     def gathered_parameters(self) -> AbstractContextManager[object]:
-        """All parameters whole on every rank (at ZeRO stage 3 each rank holds a part)."""
+        """The full parameters on every rank (at ZeRO stage 3 each rank holds a part)."""
         return gathered_parameters(self.deepspeed, list(self.model.parameters()))
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """See `lamda.engines.deepspeed.checkpoint.model_weights`."""
-        return checkpoint.model_weights(self.deepspeed)
-
     def load_checkpoint(self, path: Path) -> None:
-        """See `lamda.engines.deepspeed.checkpoint.load`."""
         checkpoint.load(path, self.deepspeed, config=self.config, progress=self._progress)
 
     def load_weights(self, path: Path) -> None:
-        """See `lamda.engines.deepspeed.checkpoint.load_weights`."""
         checkpoint.load_weights(path, self.deepspeed, progress=self._progress)
 
     def corrupted_ranks(self) -> list[int]:
-        """See `lamda.engines.deepspeed.weight_check`."""
         return weight_check.corrupted_ranks(self.deepspeed)
 
     def checkpoint_bytes(self) -> int:
-        """Bytes that this rank would write."""
         return self._snapshots.size()
 
     def snapshot(self, folder: Path) -> Callable[[], list[Path]]:
-        """See `lamda.engines.deepspeed.checkpoint.Snapshots.take`."""
         return self._snapshots.take(folder)
 
     def manifest_entries(self) -> dict[str, Any]:
-        """Framework and ZeRO stage."""
         return {"framework": "deepspeed", "zero_stage": self.stage}
 
     def _too_large(self, reason: str) -> str:
@@ -239,7 +223,6 @@ class Engine:
         return f"{problem}; {fitting} fits, or set train.recompute ffn or block"
 
     def _fits(self, rows: int) -> bool:
-        """Whether a forward and backward pass of that many rows fits beside everything already allocated."""
         self.model.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -280,7 +263,7 @@ def _or_nan(loss: torch.Tensor) -> torch.Tensor:
 class _DeviceBatch:
     """A micro-batch on the device.
 
-    inputs, targets: [b, L] int64. documents: [b, L], where attention stays inside a document. scored:
+    inputs, targets: [b, L] int64. documents: [b, L], where attention stays inside a document. loss_mask:
     [b, L] fp32, 1 where the target counts. domains: [b, L] int64, of the targets.
     """
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed import DeepSpeedEngine
 
 from lamda.engines.deepspeed.optimizer import State, fresh_state
 
@@ -25,7 +24,7 @@ class Fragment:
 
     tensors: "weight" and whatever state an element has, [numel] fp32 views of the optimizer's memory; for
     a parameter that is not trained only "frozen", a view of all of it in its own precision.
-    factors: state of the parameter as a whole (Adafactor's rows and columns), flat; the fragment is whole then.
+    factors: state of the full parameter (Adafactor's rows and columns), flat; the fragment is the full parameter then.
     is_owner: whether this rank saves it (rank 0 saves what every rank holds: all at stage 0, and what is frozen).
     """
 
@@ -40,13 +39,8 @@ class Fragment:
         """The elements of the parameter, without the state."""
         return self.tensors["weight" if "weight" in self.tensors else "frozen"]
 
-    @property
-    def numel(self) -> int:
-        """Elements of this piece."""
-        return self.weight.numel()
 
-
-def reset_state(engine: DeepSpeedEngine, *, optimizer: str, updates: int) -> None:
+def reset_state(engine: deepspeed.DeepSpeedEngine, *, optimizer: str, updates: int) -> None:
     """Give every parameter that this rank's optimizer sees fresh state, with `updates` steps counted."""
     base = engine.basic_optimizer
     for group, parameter in _flat_parameters(engine):
@@ -57,7 +51,7 @@ def reset_state(engine: DeepSpeedEngine, *, optimizer: str, updates: int) -> Non
         base.state[parameter] = {**counter, **fresh_state(parameter.detach(), optimizer=optimizer, is_muon=is_muon)}
 
 
-def fragments(engine: DeepSpeedEngine) -> Iterator[Fragment]:
+def fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[Fragment]:
     """This rank's fragments, frozen ones first, in the model's order; state must exist (`reset_state`)."""
     stage, named = engine.zero_optimization_stage(), []
     for name, parameter in engine.module.named_parameters():
@@ -74,15 +68,15 @@ def fragments(engine: DeepSpeedEngine) -> Iterator[Fragment]:
 
 
 def gathered_parameters(
-    engine: DeepSpeedEngine, parameters: Sequence[torch.nn.Parameter]
+    engine: deepspeed.DeepSpeedEngine, parameters: Sequence[torch.nn.Parameter]
 ) -> AbstractContextManager[object]:
-    """These parameters whole on every rank: at stage 3, where each rank holds a part, they are gathered."""
+    """The full parameters on every rank: at stage 3, where each rank holds a part, they are gathered."""
     if engine.zero_optimization_stage() != 3:
         return nullcontext()
     return deepspeed.zero.GatheredParameters(parameters)
 
 
-def publish_weights(engine: DeepSpeedEngine) -> None:
+def publish_weights(engine: deepspeed.DeepSpeedEngine) -> None:
     """After the fp32 weights were filled: bring them into the parameters that the model computes with."""
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage in (1, 2):
@@ -98,11 +92,11 @@ def publish_weights(engine: DeepSpeedEngine) -> None:
                 parameter.data.copy_(master.data)
 
 
-def _has_masters(engine: DeepSpeedEngine) -> bool:
+def _has_masters(engine: deepspeed.DeepSpeedEngine) -> bool:
     return hasattr(engine.optimizer, "fp32_groups")
 
 
-def _flat_parameters(engine: DeepSpeedEngine) -> list[tuple[dict[str, Any], torch.Tensor]]:
+def _flat_parameters(engine: deepspeed.DeepSpeedEngine) -> list[tuple[dict[str, Any], torch.Tensor]]:
     """What the optimizer updates, each with its group."""
     groups = engine.basic_optimizer.param_groups
     if engine.zero_optimization_stage() == 3:  # its pieces belong to no group; there is only AdamW
@@ -117,11 +111,12 @@ def _views(weight: torch.Tensor, state: State, *, start: int, numel: int) -> Sta
 
 
 def _factors(weight: torch.Tensor, state: State) -> State:
-    others = {kind: tensor.view(-1) for kind, tensor in state.items() if tensor.numel() != weight.numel()}
-    return {kind: tensor for kind, tensor in others.items() if kind != "step"}
+    return {
+        kind: tensor.view(-1) for kind, tensor in state.items() if tensor.numel() != weight.numel() and kind != "step"
+    }
 
 
-def _stage0(engine: DeepSpeedEngine, named: list[tuple[str, torch.nn.Parameter]]) -> Iterator[Fragment]:
+def _stage0(engine: deepspeed.DeepSpeedEngine, named: list[tuple[str, torch.nn.Parameter]]) -> Iterator[Fragment]:
     masters = {}
     if _has_masters(engine):
         for narrow, wide in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
@@ -133,25 +128,26 @@ def _stage0(engine: DeepSpeedEngine, named: list[tuple[str, torch.nn.Parameter]]
         yield Fragment(name, 0, tensors, _factors(weight, state), is_owner=engine.global_rank == 0)
 
 
-def _stage12(engine: DeepSpeedEngine, named: list[tuple[str, Any]]) -> Iterator[Fragment]:
+def _stage12(engine: deepspeed.DeepSpeedEngine, named: list[tuple[str, Any]]) -> Iterator[Fragment]:
     # Any: DeepSpeed adds attributes to the parameters.
     flat = [parameter for _, parameter in _flat_parameters(engine)]
+    state = engine.basic_optimizer.state
     for name, parameter in named:
         mapping = parameter._hp_mapping
         if mapping is not None:
-            whole = flat[mapping.param_group_index]
+            flat_parameter = flat[mapping.param_group_index]
             place = mapping.hp_fragment_address
-            tensors = _views(whole, engine.basic_optimizer.state[whole], start=place.start, numel=place.numel)
+            tensors = _views(flat_parameter, state[flat_parameter], start=place.start, numel=place.numel)
             yield Fragment(name, mapping.lp_fragment_address.start, tensors, {})
 
 
-def _stage3(engine: DeepSpeedEngine, named: list[tuple[str, Any]]) -> Iterator[Fragment]:
-    optimizer = engine.optimizer
+def _stage3(engine: deepspeed.DeepSpeedEngine, named: list[tuple[str, Any]]) -> Iterator[Fragment]:
+    optimizer, state = engine.optimizer, engine.basic_optimizer.state
     for name, parameter in named:
         group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = engine.global_rank * length
         numel = min(length, parameter.ds_numel - start)
         if numel > 0:
-            whole = optimizer.fp32_partitioned_groups_flat[group]
-            tensors = _views(whole, engine.basic_optimizer.state[whole], start=offset, numel=numel)
+            flat_parameter = optimizer.fp32_partitioned_groups_flat[group]
+            tensors = _views(flat_parameter, state[flat_parameter], start=offset, numel=numel)
             yield Fragment(name, start, tensors, {})

@@ -14,7 +14,7 @@ from lamda.durable import Progress
 if TYPE_CHECKING:
     import torch
 
-    from lamda.engines.deepspeed.engine import Engine
+    from lamda.engines.deepspeed.engine import DeepSpeedEngine
 
 
 class DeepSpeed:
@@ -23,16 +23,13 @@ class DeepSpeed:
     name = "deepspeed"
 
     def world(self) -> World:
-        """The place that the launcher gave this process."""
         return distributed.read_world()
 
     def check(self, config: Config, world: World) -> None:
-        """Check that the ranks can share a batch, and ds_config.json."""
         micro_batches_per_rank(config.train, world_size=world.world_size)
         ds_config.build(config, world_size=world.world_size)
 
     def start(self, config: Config, world: World) -> torch.device:
-        """Join the process group; the device is the one that trains."""
         from lamda.model.attention.backends import check_backend
 
         distributed.choose_accelerator()
@@ -41,15 +38,8 @@ class DeepSpeed:
         return device
 
     def engine(
-        self,
-        config: Config,
-        *,
-        world: World,
-        device: torch.device,
-        domains: int,
-        progress: Progress = lambda: None,
-    ) -> Engine:
-        """The model under DeepSpeed."""
-        from lamda.engines.deepspeed.engine import Engine
+        self, config: Config, *, world: World, device: torch.device, domains: int, progress: Progress = lambda: None
+    ) -> DeepSpeedEngine:
+        from lamda.engines.deepspeed.engine import DeepSpeedEngine
 
-        return Engine(config, world=world, device=device, domains=domains, progress=progress)
+        return DeepSpeedEngine(config, world=world, device=device, domains=domains, progress=progress)

@@ -19,8 +19,7 @@ from lamda.model import LaMDA
 from lamda.model.weights import ParamGroup, part_of
 
 State = dict[str, torch.Tensor]
-Group = dict[str, Any]
-"""One of `torch.optim.Optimizer.param_groups`."""
+Group = dict[str, Any]  # one of `torch.optim.Optimizer.param_groups`
 
 
 def make_optimizer(model: LaMDA, train: TrainConfig) -> torch.optim.Optimizer:

@@ -7,23 +7,18 @@ two. Without ZeRO and in fp32 there is no second copy, and the majority decides.
 
 from __future__ import annotations
 
+import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
 
-from lamda.distributed import gather
+from lamda.distributed import gather, minority_ranks
 from lamda.engines.deepspeed.fragments import fragments
-from lamda.engines.weight_check import minority_ranks
 
-CHUNK = 1 << 22
-"""Elements hashed together; each needs some 32 bytes."""
+CHUNK = 1 << 22  # elements hashed together; each needs some 32 bytes
 
 
-def corrupted_ranks(engine: DeepSpeedEngine) -> list[int]:
-    """The ranks whose weights do not match the fp32 weights. Every rank calls it.
-
-    At ZeRO stage 3 no rank holds a copy, and there is nothing to compare.
-    """
+def corrupted_ranks(engine: deepspeed.DeepSpeedEngine) -> list[int]:
+    """The ranks whose weights differ from the fp32 weights; every rank calls it. ZeRO stage 3 has no copies."""
     stage = engine.zero_optimization_stage()
     if stage == 3:
         return []

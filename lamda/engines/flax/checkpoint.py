@@ -27,8 +27,8 @@ STATE = "state"
 class Checkpointer:
     """Writes one checkpoint at a time, and reads them. Every process makes the same calls."""
 
-    def __init__(self, *, dtype: DTypeLike, is_main: bool) -> None:
-        self._dtype, self._is_main = dtype, is_main
+    def __init__(self, *, dtype: DTypeLike, is_main_process: bool) -> None:
+        self._dtype, self._is_main_process = dtype, is_main_process
         self._orbax = ocp.StandardCheckpointer()
 
     def size(self, state: TrainState) -> int:
@@ -40,18 +40,18 @@ class Checkpointer:
             if shard.replica_id == 0
         )
         narrow = jax.numpy.dtype(self._dtype).itemsize
-        return parts + self._is_main * sum(weight.size * narrow for weight in state.weights.values())
+        return parts + self._is_main_process * sum(weight.size * narrow for weight in state.weights.values())
 
     def take(self, state: TrainState, folder: Path) -> Callable[[], list[Path]]:
         """Copy the state to host memory; returns a function that writes it into `folder`, from any thread."""
         weights = {name: weight.astype(self._dtype) for name, weight in state.weights.items()}
-        plain = {name: whole for name, whole in plain_weights(weights) if self._is_main}
+        plain = {name: full for name, full in plain_weights(weights) if self._is_main_process}
         target = (folder / STATE).absolute()
         self._orbax.save(target, state)
 
         def write() -> list[Path]:
             self._orbax.wait_until_finished()
-            if not self._is_main:
+            if not self._is_main_process:
                 return []
             save_weights(plain, folder / WEIGHTS)
             return [folder / WEIGHTS, *(path for path in (folder / STATE).rglob("*") if path.is_file())]

@@ -24,14 +24,7 @@ from lamda.durable import Progress
 from lamda.engines.flax.checkpoint import Checkpointer
 from lamda.engines.flax.generation import generate
 from lamda.engines.flax.optimizer import make_optimizer
-from lamda.engines.flax.sharding import (
-    ROWS,
-    MeshPlacement,
-    make_mesh,
-    row_ranks,
-    shardings_like,
-    weight_sharding,
-)
+from lamda.engines.flax.sharding import ROWS, MeshPlacement, make_mesh, row_ranks, shardings_like, weight_sharding
 from lamda.engines.flax.step import Batch, Figures, TrainState, make_step
 from lamda.engines.flax.weight_check import corrupted_processes
 from lamda.engines.flax.weights import Weights, bind, load_weights, make_weights, stacked_shapes
@@ -51,20 +44,15 @@ class FlaxStep:
 
     @property
     def skipped(self) -> bool:
-        """Whether the weights are unchanged; waits for the step."""
         return not self.figures.updated
 
     def wait(self) -> StepMetrics:
-        """Wait for the step and copy its metrics to the host."""
         sums = np.asarray(self.figures.sums, np.float64)
         return StepMetrics(sums, float(self.figures.grad_norm), batch_digest(self.rows), self.counters)
 
 
 class FlaxEngine:
-    """See `lamda.engines.protocol.Engine`. A rank is a process, which may have many devices.
-
-    The state is fp32; the computation is bf16 where ds_config.json enables it.
-    """
+    """See `lamda.engines.protocol.Engine`; a rank is a process with any number of devices. The state is fp32."""
 
     def __init__(
         self, config: Config, *, world: World, is_bf16: bool, domains: int, progress: Progress = lambda: None
@@ -76,20 +64,16 @@ class FlaxEngine:
         self.peak_flops = peak_flops(jax.devices()[0].device_kind)
         self.micro_batches = micro_batches_per_rank(config.train, world_size=row_ranks(self.mesh))
         self._dtype = jnp.bfloat16 if is_bf16 else jnp.float32
-        optimizer = make_optimizer(config.train, config.model)
-        drawn: dict[str, torch.Tensor] = {}
-        for name, weight in initial_weights(config.model, seed=config.run.seed, base_width=config.train.base_width):
-            drawn[name] = weight
-            progress()
-        weights = self._placed(lambda name, index: drawn[name].numpy()[index])
-        self.state = self._with_fresh_optimizer(weights, optimizer.init)
-        self._optimizer = optimizer
-        self._step = make_step(config, optimizer, state=self.state, mesh=self.mesh, dtype=self._dtype, domains=domains)
-        self._checkpointer = Checkpointer(dtype=self._dtype, is_main=world.is_main_process)
+        self._optimizer = make_optimizer(config.train, config.model)
+        self.state = self._with_fresh_optimizer(self._initial_weights(progress))
+        self._step = make_step(
+            config, self._optimizer, state=self.state, mesh=self.mesh, dtype=self._dtype, domains=domains
+        )
+        self._checkpointer = Checkpointer(dtype=self._dtype, is_main_process=world.is_main_process)
         self._rows = NamedSharding(self.mesh, PartitionSpec(ROWS))
         self._narrow = jax.jit(lambda weights: {name: each.astype(self._dtype) for name, each in weights.items()})
         self._logits = jax.jit(self._logits_of, out_shardings=self._rows)
-        self._nats = jax.jit(self._nats_of, out_shardings=self._rows)
+        self._nll = jax.jit(self._nll_of, out_shardings=self._rows)
 
     def train_step(
         self,
@@ -120,66 +104,63 @@ class FlaxEngine:
             del self._eval_weights
 
     def logits(self, inputs_BL: torch.Tensor) -> torch.Tensor:
-        """[B, L, V] of this rank's rows."""
         return self._of_rows(self._logits, inputs_BL)
 
     def nll(
         self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor, documents_BL: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[B, L], the cross-entropy of each target of this rank's rows."""
         documents = () if documents_BL is None else (documents_BL,)
-        return self._of_rows(self._nats, inputs_BL, targets_BL, *documents)
+        return self._of_rows(self._nll, inputs_BL, targets_BL, *documents)
 
     def generate(self, ids: Sequence[int], sampling: Sampling) -> list[int]:
-        """Continue `ids`; the same result on every rank."""
         weights = self._narrow(self.state.weights)
         (new,) = generate(self.config.model, weights, [ids], sampling, placement=self._placement)
         return new
 
     def load_checkpoint(self, path: Path) -> None:
-        """Load a checkpoint's state, written on any mesh."""
         self.state = self._checkpointer.read(path, self.state)
 
     def load_weights(self, path: Path) -> None:
-        """Load the weights of a safetensors file and reset the optimizer state."""
         weights = load_weights(path, self.config.model, dtype=jnp.float32, shardings=self._shardings())
-        self.state = self._with_fresh_optimizer(weights, self._optimizer.init)
+        self.state = self._with_fresh_optimizer(weights)
 
     def corrupted_ranks(self) -> list[int]:
-        """See `lamda.engines.flax.weight_check`."""
         return corrupted_processes(self.state.weights, self.mesh)
 
     def checkpoint_bytes(self) -> int:
-        """Bytes that this rank would write."""
         return self._checkpointer.size(self.state)
 
     def snapshot(self, folder: Path) -> Callable[[], list[Path]]:
-        """See `lamda.engines.flax.checkpoint`."""
         return self._checkpointer.take(self.state, folder)
 
     def manifest_entries(self) -> dict[str, Any]:
-        """Framework and mesh."""
         return {"framework": "flax", "mesh": dict(self.mesh.shape)}
 
     def _shardings(self) -> dict[str, NamedSharding]:
         return {name: weight_sharding(name, self.mesh) for name in stacked_shapes(self.config.model)}
 
-    def _placed(self, read: Callable[[str, tuple[slice, ...]], NDArray[Any]]) -> Weights:
-        return make_weights(self.config.model, read, dtype=jnp.float32, shardings=self._shardings())
+    def _initial_weights(self, progress: Progress) -> Weights:
+        model, drawn = self.config.model, {}
+        for name, weight in initial_weights(model, seed=self.config.run.seed, base_width=self.config.train.base_width):
+            drawn[name] = weight.numpy()
+            progress()
+        return make_weights(
+            model, lambda name, index: drawn[name][index], dtype=jnp.float32, shardings=self._shardings()
+        )
 
-    def _with_fresh_optimizer(self, weights: Weights, init: Callable[[Weights], Any]) -> TrainState:
-        shapes = stacked_shapes(self.config.model)
-        lies = shardings_like(jax.eval_shape(init, weights), self.mesh, shapes)
-        return TrainState(weights, jax.jit(init, out_shardings=lies)(weights))
+    def _with_fresh_optimizer(self, weights: Weights) -> TrainState:
+        init, shapes = self._optimizer.init, stacked_shapes(self.config.model)
+        shardings = shardings_like(jax.eval_shape(init, weights), self.mesh, shapes)
+        return TrainState(weights, jax.jit(init, out_shardings=shardings)(weights))
 
     def _placed_batch(self, step: StepBatch) -> Batch:
         """This rank's micro-batches as its part of the step's arrays."""
-        lies = NamedSharding(self.mesh, PartitionSpec(None, ROWS))
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, ROWS))
 
         def placed(name: str, dtype: type[np.generic]) -> Array:
             parts = np.stack([getattr(each, name) for each in step.micro_batches]).astype(dtype)
             local = parts.reshape(self.micro_batches, -1, parts.shape[-1])
-            return jax.make_array_from_process_local_data(lies, local)
+            return jax.make_array_from_process_local_data(sharding, local)
 
         documents = None if step.micro_batches[0].documents is None else placed("documents", np.int32)
         return Batch(placed("ids", np.int32), placed("loss_mask", np.bool_), placed("domains", np.int32), documents)
@@ -197,9 +178,6 @@ class FlaxEngine:
     def _logits_of(self, weights: Weights, inputs_BL: Array) -> Array:
         return bind(self.config.model, weights, placement=self._placement)(inputs_BL)
 
-    def _nats_of(
-        self, weights: Weights, inputs_BL: Array, targets_BL: Array, documents_BL: Array | None = None
-    ) -> Array:
-        return bind(self.config.model, weights, placement=self._placement).losses(inputs_BL, targets_BL, documents_BL)[
-            0
-        ]
+    def _nll_of(self, weights: Weights, *rows: Array) -> Array:
+        nll_BL, _ = bind(self.config.model, weights, placement=self._placement).losses(*rows)
+        return nll_BL

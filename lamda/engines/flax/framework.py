@@ -89,15 +89,8 @@ class Flax:
         return torch.device("cpu")
 
     def engine(
-        self,
-        config: Config,
-        *,
-        world: World,
-        device: torch.device,
-        domains: int,
-        progress: Progress = lambda: None,
+        self, config: Config, *, world: World, device: torch.device, domains: int, progress: Progress = lambda: None
     ) -> FlaxEngine:
-        """The model on all devices that JAX has."""
         from lamda.engines.flax.engine import FlaxEngine
 
         del device

@@ -20,8 +20,7 @@ from lamda.engines.flax.model import KeyValues, Placement, empty_cache
 from lamda.engines.flax.weights import bind
 from lamda.inference.sampling import Sampler, Sampling
 
-STRIDE = 64
-"""Lengths are rounded up to multiples of this: each other shape is another program to compile."""
+STRIDE = 64  # lengths are rounded up to multiples of this: each other shape is another program to compile
 
 
 def generate(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,28 +23,28 @@ from jax.typing import DTypeLike
 
 from lamda.config import ModelConfig
 from lamda.config.schema import Recompute
-from lamda.engines.flax.bias import bias_at, row_bias
+from lamda.engines.flax.bias import bias_at, row_bias, wide
 from lamda.model.weights import BUCKETS
 
 Module = TypeVar("Module", bound=nnx.Module)
 
 PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-"""What a matrix of weights makes of activations: dear to compute, and small beside scores and shares, [B, H, L, M]."""
+"""Products of weights and activations: expensive to compute, and small beside scores and shares [B, H, L, M]."""
 
 
 class Placement:
-    """One device, where everything lies; `lamda.engines.flax.sharding` has that of a mesh."""
+    """One device; `lamda.engines.flax.sharding` has the placement on a mesh."""
 
-    def rows(self, x_BLD: Array) -> Array:
-        """The residual stream, cut by rows."""
+    def shard_rows(self, x_BLD: Array) -> Array:
+        """The residual stream, sharded by rows."""
         return x_BLD
 
-    def everywhere(self, logits_BV: Array) -> Array:
+    def replicate(self, logits_BV: Array) -> Array:
         """Logits that every process reads."""
         return logits_BV
 
-    def whole(self, module: Module, name: str) -> Module:
-        """A module whose weights are as whole as it computes with them. name: what their names begin with."""
+    def gather(self, module: Module, name: str) -> Module:
+        """A module with the full weights that it computes with. name: what their names begin with."""
         return module
 
 
@@ -87,7 +87,7 @@ class LaMDA(nnx.Module):
 
     def losses(self, tokens_BL: Array, targets_BL: Array, documents_BL: Array | None = None) -> tuple[Array, Array]:
         """Nats of each target and the logsumexp of its logits, [B, L] each, in fp32 or wider."""
-        x_BLD, embedding = self._hidden(tokens_BL, documents_BL), self.placement.whole(self.embedding, "embedding")
+        x_BLD, embedding = self._hidden(tokens_BL, documents_BL), self.placement.gather(self.embedding, "embedding")
 
         def of_head(embedding: Embedding, x_BLD: Array) -> tuple[Array, Array]:
             return token_losses(embedding.logits(x_BLD), targets_BL)
@@ -99,7 +99,7 @@ class LaMDA(nnx.Module):
 
         What comes after it in a row is padding, which does not count as cached.
         """
-        place, embedding = self.placement, self.placement.whole(self.embedding, "embedding")
+        place, embedding = self.placement, self.placement.gather(self.embedding, "embedding")
         places_BL = cache.lengths_B[:, None] + jnp.arange(tokens_BL.shape[1])
         seen = _Cached(cache.keys_SBMHK.shape[2], places_BL)
         if self.relative_bias is not None:
@@ -111,20 +111,23 @@ class LaMDA(nnx.Module):
 
         x_BLD, after = through(self.layers, embedding(tokens_BL), (cache.keys_SBMHK, cache.values_SBMHK))
         last_B1D = jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)
-        logits_BV = place.everywhere(embedding.logits(self._scaled(last_B1D))[:, 0])
+        logits_BV = place.replicate(embedding.logits(self._scaled(last_B1D))[:, 0])
         return logits_BV, KeyValues(*after, cache.lengths_B + last_B + 1)
 
     def _hidden(self, tokens_BL: Array, documents_BL: Array | None) -> Array:
         """What the output projection takes, [B, L, D]."""
-        place, seen = self.placement, _Row(tokens_BL.shape[1], _others(documents_BL))
+        hidden_BLM = None if documents_BL is None else documents_BL[:, :, None] != documents_BL[:, None, :]
+        place, seen = self.placement, _Row(tokens_BL.shape[1], hidden_BLM)
         if self.relative_bias is not None:
             seen = replace(seen, shared=seen.bias(self.relative_bias[...]))
 
         @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
         def through(block: Block, x_BLD: Array) -> Array:
-            return place.rows(block(x_BLD, seen))
+            return place.shard_rows(block(x_BLD, seen))
 
-        return self._scaled(through(self.layers, place.rows(place.whole(self.embedding, "embedding")(tokens_BL))))
+        return self._scaled(
+            through(self.layers, place.shard_rows(place.gather(self.embedding, "embedding")(tokens_BL)))
+        )
 
     def _scaled(self, x_BLD: Array) -> Array:
         return self.final_norm(x_BLD) * self.config.d_model**-0.5
@@ -142,12 +145,12 @@ class Block(nnx.Module):
 
     def __call__(self, x_BLD: Array, seen: _Row) -> Array:
         """The residual stream [B, L, D] after this block."""
-        whole = _again(Block._whole) if self.recompute == "block" else Block._whole
-        return whole(self, x_BLD, seen)
+        forward = _remat(Block._forward) if self.recompute == "block" else Block._forward
+        return forward(self, x_BLD, seen)
 
     def extend(self, x_BLD: Array, seen: _Cached, before: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         """The same of tokens that follow cached ones, and this layer's keys and values with them."""
-        attention = self.placement.whole(self.attention, "attention")
+        attention = self.placement.gather(self.attention, "attention")
         q_BLHK, k_BLHK, v_BLHK = attention.project(self.attention_norm(x_BLD))
         rows = jnp.arange(len(x_BLD))[:, None]
         k_BMHK, v_BMHK = (
@@ -156,18 +159,18 @@ class Block(nnx.Module):
         x_BLD = x_BLD + attention.mix(q_BLHK, k_BMHK, v_BMHK, seen)
         return x_BLD + self._gated(x_BLD), (k_BMHK, v_BMHK)
 
-    def _whole(self, x_BLD: Array, seen: _Row) -> Array:
+    def _forward(self, x_BLD: Array, seen: _Row) -> Array:
         # Where such functions are nested JAX heeds the outermost alone, so the halves stand beside each other.
-        mixed = _again(Block._mixed, keep=PRODUCTS)
-        gated = _again(Block._gated, keep=None if self.recompute == "ffn" else PRODUCTS)
+        mixed = _remat(Block._mixed, keep=PRODUCTS)
+        gated = _remat(Block._gated, keep=None if self.recompute == "ffn" else PRODUCTS)
         x_BLD = x_BLD + mixed(self, x_BLD, seen)
         return x_BLD + gated(self, x_BLD)
 
     def _mixed(self, x_BLD: Array, seen: _Row) -> Array:
-        return self.placement.whole(self.attention, "attention")(self.attention_norm(x_BLD), seen)
+        return self.placement.gather(self.attention, "attention")(self.attention_norm(x_BLD), seen)
 
     def _gated(self, x_BLD: Array) -> Array:
-        return self.placement.whole(self.feed_forward, "feed_forward")(self.feed_forward_norm(x_BLD))
+        return self.placement.gather(self.feed_forward, "feed_forward")(self.feed_forward_norm(x_BLD))
 
 
 class Attention(nnx.Module):
@@ -194,7 +197,7 @@ class Attention(nnx.Module):
         )
         return q_BLHK, k_BLHK, v_BLHK
 
-    def mix(self, q_BLHK: Array, k_BMHK: Array, v_BMHK: Array, seen: Seen) -> Array:
+    def mix(self, q_BLHK: Array, k_BMHK: Array, v_BMHK: Array, seen: _Row | _Cached) -> Array:
         """What the queries take from the values, [B, L, D]; scores and softmax in the bias's precision."""
         bias = seen.shared
         if bias is None:
@@ -254,37 +257,27 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x_BLD: Array) -> Array:
         """[B, L, D] to [B, L, D]."""
-        wide_BLD = _wide(x_BLD)
+        wide_BLD = wide(x_BLD)
         scale_BL1 = jax.lax.rsqrt(jnp.square(wide_BLD).mean(axis=-1, keepdims=True) + 1e-6)
         return (wide_BLD * scale_BL1 * self.scale[...]).astype(x_BLD.dtype)
 
 
-class Seen(Protocol):
-    """What tokens see of each other. shared: the bias, where all layers share one."""
-
-    shared: Array | None
-    hidden_BLM: Array | None
-
-    def bias(self, table_RH: Array) -> Array:
-        """The bias of a layer, -inf at future keys; broadcasts to [B, H, L, M]."""
-        ...
-
-
 @struct.dataclass
 class _Row:
-    """Whole rows. hidden_BLM: True at keys of other documents."""
+    """What tokens of full rows see. hidden_BLM: True at keys of other documents. shared: the bias of all layers."""
 
     length: int = struct.field(pytree_node=False)
     hidden_BLM: Array | None
     shared: Array | None = None
 
     def bias(self, table_RH: Array) -> Array:
+        """The bias of a layer, -inf at future keys; broadcasts to [B, H, L, M]."""
         return row_bias(table_RH, self.length)
 
 
 @struct.dataclass
 class _Cached:
-    """Tokens at some places of rows that are there in part. places_BL: of the new tokens; longest: of all rows."""
+    """The same for tokens after cached ones. places_BL: of the new tokens in their rows; longest: of all rows."""
 
     longest: int = struct.field(pytree_node=False)
     places_BL: Array
@@ -298,7 +291,7 @@ class _Cached:
 
 def token_losses(logits_BLV: Array, targets_BL: Array) -> tuple[Array, Array]:
     """Cross-entropy of each target in nats and the logsumexp of its logits, [B, L] each, in fp32 or wider."""
-    logits_BLV = _wide(logits_BLV)
+    logits_BLV = wide(logits_BLV)
     log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
     chosen_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
     return log_z_BL - chosen_BL, log_z_BL
@@ -310,22 +303,13 @@ def empty_cache(config: ModelConfig, *, rows: int, longest: int, dtype: DTypeLik
     return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(rows, jnp.int32))
 
 
-def _bias_table(config: ModelConfig, dtype: DTypeLike) -> nnx.Param[Array]:
-    """[R, H]: what a bucket of distance adds to a head's scores."""
+def _bias_table(config: ModelConfig, dtype: DTypeLike) -> nnx.Param[Array]:  # [R, H]
     return nnx.Param(jnp.full((BUCKETS, config.n_heads), jnp.nan, dtype))
 
 
-def _others(documents_BL: Array | None) -> Array | None:
-    return None if documents_BL is None else documents_BL[:, :, None] != documents_BL[:, None, :]
+def _remat(method: Callable[..., Array], keep: Callable[..., bool] | None = None) -> Callable[..., Array]:
+    """The same with activation checkpointing: the backward pass recomputes all but what `keep` says, and gathers again.
 
-
-def _again(method: Callable[..., Array], keep: Callable[..., bool] | None = None) -> Callable[..., Array]:
-    """The same, whose backward pass computes all again but what `keep` says; its weights come together again as well.
-
-    Inside a scan nothing could be merged with the forward pass, which prevent_cse is against.
+    Inside a scan nothing could be merged with the forward pass, so prevent_cse is not needed.
     """
     return nnx.remat(method, policy=keep, prevent_cse=False)
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,4 +1,4 @@
-"""Where arrays lie on the mesh (data, fsdp, tensor).
+"""How arrays are sharded over the mesh (data, fsdp, tensor).
 
     data    replicas of the model, each with different rows
     fsdp    different rows as well, but weights and optimizer state are sharded over its devices (ZeRO-3)
@@ -23,8 +23,7 @@ from lamda.config.schema import FlaxConfig, ModelConfig
 from lamda.engines.flax.model import Module, Placement
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")
-"""The axes that share a step's rows."""
+ROWS = ("data", "fsdp")  # the axes that share a step's rows
 
 WEIGHTS = {
     "embedding.weight": PartitionSpec("tensor", "fsdp"),
@@ -42,10 +41,7 @@ WEIGHTS = {
 
 
 def make_mesh(config: FlaxConfig, model: ModelConfig) -> Mesh:
-    """All devices, the ones that compute the same rows beside each other.
-
-    Raises UserError where fsdp and tensor do not fit the devices or the model's dimensions.
-    """
+    """All devices, those of the same rows side by side. Raises UserError if a parallel degree does not divide."""
     devices, each = jax.devices(), config.fsdp * config.tensor
     if len(devices) % each:
         raise UserError(
@@ -57,14 +53,13 @@ def make_mesh(config: FlaxConfig, model: ModelConfig) -> Mesh:
             f"flax.tensor {config.tensor} does not divide the {jax.local_device_count()} devices of a process: the "
             "parts of a row must lie in one"
         )
-    problems = [*_uncut(model, config)]
-    if problems:
+    if problems := [*_misfits(model, config)]:
         raise UserError("\n".join(problems))
     shape = (len(devices) // each, config.fsdp, config.tensor)
     return Mesh(np.array(devices).reshape(shape), AXES)
 
 
-def _uncut(model: ModelConfig, config: FlaxConfig) -> Iterable[str]:
+def _misfits(model: ModelConfig, config: FlaxConfig) -> Iterable[str]:
     for key, size, axis, parts in (
         ("n_heads", model.n_heads, "tensor", config.tensor),
         ("d_ff", model.d_ff, "tensor", config.tensor),
@@ -76,21 +71,18 @@ def _uncut(model: ModelConfig, config: FlaxConfig) -> Iterable[str]:
 
 
 class MeshPlacement(Placement):
-    """See `lamda.engines.flax.model`.
-
-    Rows lie by the axes that share them; a module's weights come together along fsdp.
-    """
+    """The placement on a mesh: rows are shared by the axes of ROWS, and a module's weights are gathered along fsdp."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
 
-    def rows(self, x_BLD: Array) -> Array:  # noqa: D102 - as above
+    def shard_rows(self, x_BLD: Array) -> Array:  # noqa: D102 - as above
         return jax.lax.with_sharding_constraint(x_BLD, NamedSharding(self._mesh, PartitionSpec(ROWS)))
 
-    def everywhere(self, logits_BV: Array) -> Array:  # noqa: D102 - as above
+    def replicate(self, logits_BV: Array) -> Array:  # noqa: D102 - as above
         return jax.lax.with_sharding_constraint(logits_BV, NamedSharding(self._mesh, PartitionSpec()))
 
-    def whole(self, module: Module, name: str) -> Module:  # noqa: D102 - as above
+    def gather(self, module: Module, name: str) -> Module:  # noqa: D102 - as above
         graph, state = nnx.split(module)
         gathered = [
             (path, weight.replace(self._gathered(".".join([name, *map(str, path)]), weight[...])))
@@ -115,10 +107,7 @@ def _spec(name: str) -> PartitionSpec:
 
 
 def shardings_like(tree: Any, mesh: Mesh, shapes: dict[str, tuple[int, ...]]) -> Any:
-    """The shardings of a tree such as an optimizer's state.
-
-    Arrays with a weight's name and shape are sharded as the weight; all others are replicated.
-    """
+    """The shardings of a tree: an array with a weight's name and shape is sharded as it, all others are replicated."""
 
     def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = next((key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -57,23 +58,10 @@ def make_step(
     dtype: DTypeLike,
     domains: int,
 ) -> Step:
-    """(state, batch, rate) -> (state, figures); the input state is donated.
-
-    state: arrays or their shapes. dtype: of the computation; gradients add up in the weights' precision.
-    """
-    placement = MeshPlacement(mesh)
-    lies = shardings_like(state, mesh, stacked_shapes(config.model))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def losses(narrow: Weights, part: Batch, targets: Array) -> tuple[Array, Array]:
-        """This micro-batch's share of the step's loss, and [2, domains]: nats and targets."""
-        model = bind(config.model, narrow, recompute=config.train.recompute, placement=placement)
-        documents_BL = None if part.documents is None else part.documents[:, :-1]
-        nll_BL, log_z_BL = model.losses(part.ids[:, :-1], part.ids[:, 1:], documents_BL)
-        losses_BL = nll_BL + config.train.z_loss * jnp.square(log_z_BL)
-        of_domain_dN = jax.nn.one_hot(part.domains.reshape(-1), domains, axis=0) * part.loss_mask.reshape(-1)
-        sums = jnp.stack([of_domain_dN @ nll_BL.reshape(-1), of_domain_dN.sum(axis=1)])
-        return (losses_BL * part.loss_mask).sum() / targets, sums
+    """(state, batch, rate) -> (state, figures); the input state is donated. dtype: of the computation, not the sums."""
+    losses = partial(_losses, config, MeshPlacement(mesh), domains)
+    state_sharding = shardings_like(state, mesh, stacked_shapes(config.model))
+    replicated = NamedSharding(mesh, PartitionSpec())
 
     def step(state: TrainState, batch: Batch, rate: Array) -> tuple[TrainState, Figures]:
         narrow = jax.tree.map(lambda weight: weight.astype(dtype), state.weights)
@@ -89,21 +77,32 @@ def make_step(
         (gradients, loss, sums), _ = jax.lax.scan(add, start, batch)
         norm = optax.tree.norm(gradients)
         is_finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        moved = _update(optimizer, state, _clipped(gradients, norm, limit=config.train.gradient_clipping), rate)
+        clipped = _clipped(gradients, norm, limit=config.train.gradient_clipping)
+        updates, kept = optimizer.update(clipped, state.optimizer, state.weights, rate=rate)
+        moved = TrainState(optax.apply_updates(state.weights, updates), kept)
         after = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), moved, state)
         return after, Figures(sums, norm, is_finite)
 
-    batch_lies = NamedSharding(mesh, PartitionSpec(None, ROWS))
+    batch_sharding = NamedSharding(mesh, PartitionSpec(None, ROWS))
     return jax.jit(
-        step, in_shardings=(lies, batch_lies, everywhere), out_shardings=(lies, everywhere), donate_argnums=0
+        step,
+        in_shardings=(state_sharding, batch_sharding, replicated),
+        out_shardings=(state_sharding, replicated),
+        donate_argnums=0,
     )
 
 
-def _update(
-    optimizer: optax.GradientTransformationExtraArgs, state: TrainState, gradients: Weights, rate: Array
-) -> TrainState:
-    updates, kept = optimizer.update(gradients, state.optimizer, state.weights, rate=rate)
-    return TrainState(optax.apply_updates(state.weights, updates), kept)
+def _losses(
+    config: Config, placement: MeshPlacement, domains: int, narrow: Weights, part: Batch, targets: Array
+) -> tuple[Array, Array]:
+    """This micro-batch's share of the step's loss, and [2, domains]: nats and targets."""
+    model = bind(config.model, narrow, recompute=config.train.recompute, placement=placement)
+    documents_BL = None if part.documents is None else part.documents[:, :-1]
+    nll_BL, log_z_BL = model.losses(part.ids[:, :-1], part.ids[:, 1:], documents_BL)
+    losses_BL = nll_BL + config.train.z_loss * jnp.square(log_z_BL)
+    of_domain_dN = jax.nn.one_hot(part.domains.reshape(-1), domains, axis=0) * part.loss_mask.reshape(-1)
+    sums = jnp.stack([of_domain_dN @ nll_BL.reshape(-1), of_domain_dN.sum(axis=1)])
+    return (losses_BL * part.loss_mask).sum() / targets, sums
 
 
 def _clipped(gradients: Weights, norm: Array, *, limit: float) -> Weights:

@@ -8,22 +8,19 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
+from lamda.distributed import minority_ranks
 from lamda.engines.flax.sharding import AXES, weight_sharding
 from lamda.engines.flax.weights import Weights
-from lamda.engines.weight_check import minority_ranks
 
 
 def corrupted_processes(weights: Weights, mesh: Mesh) -> list[int]:
-    """The processes with a device whose copy is in the minority; every process calls it.
-
-    Copies lie along the mesh's data axis; where it has one device, there is nothing to compare.
-    """
+    """The processes with a device whose copy (along the mesh's data axis) is in the minority; all processes call it."""
     if mesh.shape["data"] == 1:
         return []
     specs = {name: weight_sharding(name, mesh).spec for name in weights}
     hashed = jax.shard_map(_hash, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(AXES), check_vma=False)
-    everywhere = jax.sharding.NamedSharding(mesh, PartitionSpec())
-    hashes = np.asarray(jax.jit(hashed, out_shardings=everywhere)(weights)).reshape(mesh.devices.shape)
+    replicated = jax.sharding.NamedSharding(mesh, PartitionSpec())
+    hashes = np.asarray(jax.jit(hashed, out_shardings=replicated)(weights)).reshape(mesh.devices.shape)
     corrupted = {
         mesh.devices[copy, fsdp, tensor].process_index
         for fsdp, tensor in np.ndindex(hashes.shape[1:])

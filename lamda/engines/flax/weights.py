@@ -25,11 +25,9 @@ from lamda.durable import umask_mode
 from lamda.engines.flax.model import LaMDA, Placement
 from lamda.model.weights import check_shapes, weight_shapes
 
-Weights = dict[str, Array]
-"""Stacked weights by name."""
+Weights = dict[str, Array]  # stacked weights by name
 
-Read = Callable[[str, tuple[slice, ...]], NDArray[np.generic]]
-"""(plain name, what of it) -> its values."""
+Read = Callable[[str, tuple[slice, ...]], NDArray[np.generic]]  # (plain name, what of it) -> its values
 
 
 def stacked_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -73,10 +71,7 @@ def make_weights(
 def load_weights(
     path: Path, config: ModelConfig, *, dtype: DTypeLike | None = None, shardings: Mapping[str, Sharding] | None = None
 ) -> Weights:
-    """Stacked weights of a `model.safetensors`, in its precision unless `dtype` is given.
-
-    Raises UserError that names every missing, unexpected and mis-shaped one.
-    """
+    """Stacked weights of a `model.safetensors`; dtype: by default its own. Raises UserError naming all misfits."""
     with safe_open(path, "np") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
         check_shapes(weight_shapes(config), {name: tuple(each.get_shape()) for name, each in slices.items()})
@@ -89,9 +84,9 @@ def plain_weights(weights: Mapping[str, Array]) -> Iterator[tuple[str, NDArray[n
     for name, array in weights.items():
         if name.startswith("layers."):
             rest = name.removeprefix("layers.")
-            yield from ((f"layers.{layer}.{rest}", _whole(_layer(array, layer))) for layer in range(len(array)))
+            yield from ((f"layers.{layer}.{rest}", _full(_layer(array, layer))) for layer in range(len(array)))
         else:
-            yield name, _whole(array)
+            yield name, _full(array)
 
 
 def save_weights(weights: Mapping[str, NDArray[np.generic]], path: Path) -> None:
@@ -121,7 +116,7 @@ def _layer(array: Array, layer: int) -> Array:
     return array[layer]
 
 
-def _whole(array: Array) -> NDArray[np.generic]:
+def _full(array: Array) -> NDArray[np.generic]:
     """An array on the host, gathered from other processes where it lies there."""
     if array.is_fully_addressable:
         return np.asarray(array)

@@ -13,7 +13,7 @@ from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.data.tokenizer import Tokenizer
 from lamda.distributed import World, broadcast, gather, on_main
-from lamda.engines.deepspeed.engine import Engine as DeepSpeedEngine
+from lamda.engines.deepspeed.engine import DeepSpeedEngine
 from lamda.engines.protocol import Engine
 from lamda.interop.harness.scoring import Prompt, Score, ScoredRow, continue_prompts, score_rows
 from lamda.interop.harness.tasks import Tasks, task_metrics

@@ -27,7 +27,6 @@ class KeyValues(Protocol):
 
     def attend(self, q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, table_RH: Tensor | None) -> Tensor:
         """Add L tokens and return their attention [B, H, L, K] to all tokens so far. table_RH: as in `View.attend`."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from lamda.config.errors import UserError
 
 _KERNELS = ("fused", "split")
 
-OLDEST = (8, 0)
-"""The lowest compute capability that the kernels were compiled for; older GPUs have no bf16."""
+OLDEST = (8, 0)  # the lowest compute capability that the kernels were compiled for; older GPUs have no bf16
 
 
 class Backend(Protocol):
@@ -25,15 +24,12 @@ class Backend(Protocol):
 
     def bias(self, table_RH: Tensor, buckets_N: Tensor, *, queries: int, keys: int) -> Tensor:
         """The bias of the last `queries` of `keys` positions from a table and the buckets of all distances."""
-        ...
 
     def mask(self, tokens_BL: Tensor, documents_BL: Tensor | None) -> Any:
         """The mask that hides keys of other documents."""
-        ...
 
     def attend(self, q_BHLK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, bias: Tensor, mask: Any) -> Tensor:
         """Attention [B, H, L, K]."""
-        ...
 
 
 def backend_for(name: str, device: torch.device) -> Backend:

@@ -40,11 +40,11 @@ def causal_buckets(count: int, *, device: torch.device | None = None) -> Tensor:
 
 def relative_bias(table_RH: Tensor, buckets_M: Tensor, *, queries: int) -> Tensor:
     """The bias [H, L, M] of the last `queries` of M positions, -inf if the key is later; fp32 or wider."""
-    return _windows(functional.embedding(buckets_M, _wide(table_RH)).T, queries=queries)
+    return _Windows.apply(functional.embedding(buckets_M, _wide(table_RH)).T, queries)
 
 
-def bias_band(table_RH: Tensor, buckets_N: Tensor) -> Tensor:
-    """The band [H, BAND] of a table, contiguous, fp32 or wider. buckets_N: of the first BAND distances or more."""
+def bias_band(table_RH: Tensor, buckets_N: Tensor, *, queries: int, keys: int) -> Tensor:
+    """The band [H, BAND] of a table, contiguous, fp32 or wider: `bias` of all backends but `math`."""
     wide_RH = _wide(table_RH)
     return (functional.embedding(buckets_N[:BAND], wide_RH) - wide_RH[-1]).T.contiguous()
 
@@ -52,7 +52,7 @@ def bias_band(table_RH: Tensor, buckets_N: Tensor) -> Tensor:
 def band_bias(band_HN: Tensor, *, queries: int, keys: int) -> Tensor:
     """The bias [H, L, M] of the last `queries` of M = `keys` positions from its band, -inf if the key is later."""
     beyond = max(keys - BAND, 0)
-    return _windows(functional.pad(band_HN[:, :keys], (0, beyond)), queries=queries)
+    return _Windows.apply(functional.pad(band_HN[:, :keys], (0, beyond)), queries)
 
 
 def sum_by_distance(bias_HLM: Tensor, count: int) -> Tensor:
@@ -83,10 +83,6 @@ class _Windows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_bias_HLM: Tensor) -> tuple[Tensor, None]:
         return sum_by_distance(d_bias_HLM, ctx.distances), None
-
-
-def _windows(by_distance_HM: Tensor, *, queries: int) -> Tensor:
-    return _Windows.apply(by_distance_HM, queries)
 
 
 def _wide(table_RH: Tensor) -> Tensor:

@@ -17,15 +17,12 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 
 from lamda.config.errors import UserError
 from lamda.model.attention.backends import check_backend
-from lamda.model.attention.bias import BAND, bias_band
+from lamda.model.attention.bias import BAND
+from lamda.model.attention.bias import bias_band as bias
 
-MIN_WIDTH = 16
-"""The smallest K that the FlexAttention kernels for GPUs accept."""
+__all__ = ["attend", "bias", "mask"]
 
-
-def bias(table_RH: Tensor, buckets_N: Tensor, *, queries: int, keys: int) -> Tensor:
-    """The band [H, BAND]."""
-    return bias_band(table_RH, buckets_N)
+MIN_WIDTH = 16  # the smallest K that the FlexAttention kernels for GPUs accept
 
 
 def mask(tokens_BL: Tensor, documents_BL: Tensor | None) -> tuple[BlockMask, Tensor | None]:

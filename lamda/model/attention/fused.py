@@ -13,12 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lamda.model.attention import kernel_ops
-from lamda.model.attention.bias import bias_band
+from lamda.model.attention.bias import bias_band as bias
 
-
-def bias(table_RH: Tensor, buckets_N: Tensor, *, queries: int, keys: int) -> Tensor:
-    """The band [H, BAND]."""
-    return bias_band(table_RH, buckets_N)
+__all__ = ["attend", "bias", "mask", "with_band_gradient"]
 
 
 def mask(_: Tensor, documents_BL: Tensor | None) -> Tensor | None:

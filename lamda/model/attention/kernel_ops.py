@@ -16,11 +16,9 @@ from lamda.config.errors import UserError
 from lamda.model.attention import kernels
 from lamda.model.attention.bias import BAND, sum_by_distance
 
-SHARES = 8
-"""Programs among which the tiles of one head and place are divided, in the gradient of the band."""
+SHARES = 8  # programs among which the tiles of one head and place are divided, in the gradient of the band
 
-MAX_WIDTH = 128
-"""The largest K that the kernels were compiled for; 256 exceeds the shared memory of many GPUs."""
+MAX_WIDTH = 128  # the largest K that the kernels were compiled for; 256 exceeds the shared memory of many GPUs
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def band_attention(
 
 
 @band_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, band: Tensor, documents: Tensor | None, near: bool) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, band: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return _new_output(q, band)
 
 
@@ -110,17 +108,7 @@ def band_attention_backward(
 
 
 @band_attention_backward.register_fake
-def _(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    band: Tensor,
-    documents: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    near: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     d_q, d_k, d_v = (_new_output(q, band)[0] for _ in range(3))
     return d_q, d_k, d_v
 
@@ -146,14 +134,11 @@ def band_gradient(
 
 
 @band_gradient.register_fake
-def _(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, documents: Tensor | None, out: Tensor, lse: Tensor
-) -> Tensor:
+def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, *_: object) -> Tensor:
     return torch.empty_like(band, memory_format=torch.contiguous_format)
 
 
 def _tiles(q: Tensor) -> Tiles:
-    """Raises UserError if no kernel supports these queries."""
     if kernels.INTERPRETED:
         return tiles_for((9, 0), element_size=2)
     if q.shape[-1] > MAX_WIDTH or q.element_size() > 4:

@@ -21,21 +21,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from lamda.model.attention.bias import BAND, band_bias, bias_band, sum_by_distance
+from lamda.model.attention.bias import BAND, band_bias, sum_by_distance
+from lamda.model.attention.bias import bias_band as bias
 from lamda.model.attention.math import mask
 
 __all__ = ["attend", "bias", "mask"]
 
-TILE = 128
-"""Queries per tile."""
+TILE = 128  # queries per tile
 
-KERNEL_WIDENS_MASK = ("cpu",)
-"""Devices whose kernel accepts an fp32 mask with bf16 queries."""
-
-
-def bias(table_RH: Tensor, buckets_N: Tensor, *, queries: int, keys: int) -> Tensor:
-    """The band [H, BAND]."""
-    return bias_band(table_RH, buckets_N)
+KERNEL_WIDENS_MASK = ("cpu",)  # devices whose kernel accepts an fp32 mask with bf16 queries
 
 
 def attend(q_BHLK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, band_HN: Tensor, hidden_BLM: Tensor | None) -> Tensor:
@@ -105,7 +99,6 @@ def _near(band: Tensor) -> Tensor:
 
 
 def _mix_by_kernel(tile: _Tile, q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None) -> Tensor:
-    """The output of a tile by the SDPA kernel."""
     queries, seen = q[:, :, tile.rows], k[:, :, tile.seen]
     added = band_bias(band, queries=queries.shape[2], keys=seen.shape[2])[None]
     if hidden is not None:
@@ -151,7 +144,5 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(band)
+def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, *_: object) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(each) for each in (q, k, v, band))

@@ -71,7 +71,6 @@ class _Attention(torch.autograd.Function):
 
 
 def _check_plain(q: Tensor) -> None:
-    """Raise UserError if no plain kernel supports these queries."""
     K = q.shape[-1]
     if q.device.type == "cuda" and (q.element_size() != 2 or K % 8 or K > 128):
         raise UserError(
