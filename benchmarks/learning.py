@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="benchmark.py learning",
         allow_abbrev=False,
-        epilog="--config FILE (benchmarks/learning.yaml) and --section.key VALUE as in pretrain.py; --train.lr: lamda's",
+        epilog="--config FILE (benchmarks/learning.yaml), --section.key VALUE as in pretrain.py; --train.lr: lamda's",
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME", help=f"of {', '.join(MODELS)}; all")
     parser.add_argument("--tokens", metavar="N", type=int, default=512_000, help="of a run (%(default)s)")
