@@ -104,8 +104,7 @@ RECIPES = (
         changes={
             "lamda/training/loggers.py": [('"lr": self.lr,', '"lr": self.lr, "inverse_lr": 1 / self.lr,')],
             "lamda/runs/panels.py": [
-                ('            Panel("Learning rate",', '            Panel("Inverse", ("inverse_lr",), "1 / rate"),\n'
-                 '            Panel("Learning rate",')
+                ('Panel("Learning rate",', 'Panel("Inverse", ("inverse_lr",), "1 / rate"), Panel("Learning rate",')
             ],
         },
     ),
