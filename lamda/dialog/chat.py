@@ -18,7 +18,8 @@ from rich.console import Console
 
 from lamda.console import visible
 from lamda.dialog.conversation import Conversation, Message, to_record
-from lamda.dialog.options import add_options, add_sampling_options, reply_options_of, toolset_of, usable_tools
+from lamda.dialog.options import add_options, reply_options_of, toolset_of, usable_tools
+from lamda.inference.command import add_sampling_options
 
 if TYPE_CHECKING:
     from lamda.dialog.ranking import Scored

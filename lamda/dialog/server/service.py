@@ -43,46 +43,6 @@ class ChatResult:
     tokens: int
 
 
-class ChoiceText:
-    """The text of one choice as it is sampled, up to the first stop string; holds back a possible start of one.
-
-    Attributes:
-        text: the text so far, in whole characters.
-        stopped: whether a stop string ended it.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
-        self.text = ""
-        self.stopped = False
-        self._stream, self._stops, self._held = TextStream(tokenizer), stops, ""
-
-    def add(self, id: int) -> str:
-        """Add a token; the new text that is certain. Empty after a stop."""
-        return self._give(self._stream.add(id), final=False)
-
-    def end(self) -> str:
-        """The text that was held back."""
-        return self._give(self._stream.end(), final=True)
-
-    def _give(self, more: str, *, final: bool) -> str:
-        if self.stopped:
-            return ""
-        self._held += more
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        self.stopped = bool(places)
-        certain = min(places) if places else len(self._held) - (0 if final else self._doubtful())
-        given, self._held = self._held[:certain], self._held[certain:]
-        self.text += given
-        return given
-
-    def _doubtful(self) -> int:
-        """Length of the longest suffix that begins a stop string."""
-        longest = min(max(map(len, self._stops), default=0) - 1, len(self._held))
-        return next(
-            (size for size in range(longest, 0, -1) if any(s.startswith(self._held[-size:]) for s in self._stops)), 0
-        )
-
-
 class Service:
     """One model behind a scheduler. Its methods block and may be called from many threads.
 
@@ -130,14 +90,14 @@ class Service:
         ticket.reserve(max(map(len, prompts)) + request.n * sampling.max_new_tokens)
         choices: list[Choice] = []
         for ids in prompts:
-            texts = [ChoiceText(self._tokenizer, request.stop) for _ in range(request.n)]
+            texts = [TextStream(self._tokenizer, request.stop) for _ in range(request.n)]
             choices += self._choices(ids, texts, sampling, ticket, partial(_emit, on_text, len(choices)))
         return choices, sum(map(len, prompts))
 
     def _choices(
         self,
         ids: Sequence[int],
-        texts: Sequence[ChoiceText],
+        texts: Sequence[TextStream],
         sampling: Sampling,
         ticket: Ticket,
         emit: Callable[[int, str], None],
