@@ -41,13 +41,9 @@ class Tasks:
         _require()
         folder = None if folder is None else folder.absolute()  # loading changes the working directory
         manager = _manager(names, folder)
-        unknown = [
-            f"there is no task {name!r}{nearest(name, manager.all_tasks)}"
-            for name in names
-            if name not in manager.task_index
-        ]
-        if unknown:
-            raise UserError("\n".join([*unknown, "`lm-eval ls tasks` lists those of lm-eval"]))
+        if unknown := [name for name in names if name not in manager.task_index]:
+            problems = [f"there is no task {name!r}{nearest(name, manager.all_tasks)}" for name in unknown]
+            raise UserError("\n".join([*problems, "`lm-eval ls tasks` lists those of lm-eval"]))
         specs: list[Task | Group] = []
         all_of(*(lambda name=name: specs.extend(_load(manager, name, folder)) for name in names))
         try:
