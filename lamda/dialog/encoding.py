@@ -23,7 +23,6 @@ RESULT = "spare_12"
 
 _OF_ROLE = {"system": "SYSTEM", "user": "USER", "assistant": "ASSISTANT", "tool": RESULT}
 
-
 _FEW = 8
 """Minimum ids of a query or snippet; pairs that would be cut below it are left out."""
 
@@ -51,9 +50,8 @@ class Encoding:
         self._tokenizer = tokenizer
         symbols = tokenizer.symbols
         self.end = tokenizer.end_of_document
-        self.response_symbol, self.ts, self.user, self.result = (
-            symbols[name] for name in ("RESPONSE", "TS", "USER", RESULT)
-        )
+        self.response_symbol, self.ts = symbols["RESPONSE"], symbols["TS"]
+        self.user, self.result = symbols["USER"], symbols[RESULT]
         self.stop_ids = frozenset(symbols.values())
         self.rating_ids = (self._single("0"), self._single("1"))
 
@@ -76,19 +74,11 @@ class Encoding:
         one. If even these are too long, each of the two gets half, and what the other leaves: system messages keep
         their beginning, the last message keeps its end.
         """
-        if max_tokens is None:
-            pieces = [self._piece(message) for message in messages]
-        else:
-            pieces = self._fitting(messages, max_tokens - 2)
+        pieces = map(self._piece, messages) if max_tokens is None else self._fitting(messages, max_tokens - 2)
         return [self.end, *chain.from_iterable(pieces), self.response_symbol]
 
     def research_context(
-        self,
-        messages: Sequence[Message],
-        base: str,
-        steps: Sequence[tuple[str, str]],
-        *,
-        max_tokens: int | None = None,
+        self, messages: Sequence[Message], base: str, steps: Sequence[tuple[str, str]], *, max_tokens: int | None = None
     ) -> list[int]:
         """Ids up to the symbol that routes a research step: the context, the base answer and (query, snippet) pairs.
 
@@ -116,9 +106,8 @@ class Encoding:
         no end symbol.
         """
         targets = [*self.text(response), self.end]
-        return _fitted(
-            self.context(context, max_tokens=max(max_tokens - len(targets), max_tokens // 2)), targets, max_tokens
-        )
+        room = max(max_tokens - len(targets), max_tokens // 2)
+        return _fitted(self.context(context, max_tokens=room), targets, max_tokens)
 
     def discriminative(
         self, context: Sequence[Message], response: str, attribute: str, *, rating: bool, max_tokens: int
@@ -178,9 +167,7 @@ class Encoding:
     def _single(self, digit: str) -> int:
         ids = self._tokenizer.encode(digit)
         if len(ids) != 1:
-            raise UserError(
-                f"the tokenizer writes {digit!r} as {len(ids)} ids; ratings need one: use another tokenizer"
-            )
+            raise UserError(f"the tokenizer writes {digit!r} as {len(ids)} ids; ratings need one: use another one")
         return ids[0]
 
 

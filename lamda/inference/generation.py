@@ -152,10 +152,9 @@ def prefill_pieces(model: LaMDA, ids: Sequence[int]) -> Pieces[Prefix]:
 def sample(
     model: LaMDA, prefix: Prefix, *, count: int = 1, sampling: Sampling, on_token: OnToken | None = None
 ) -> Candidates:
-    """`count` independent continuations of a prefix.
+    """`count` independent continuations of a prefix. Raises UserError if count is less than 1.
 
     Candidate c depends only on the prefix, the sampling and c: the first 4 of 16 are the same as 4 of 4.
-    Raises UserError if count is less than 1.
     """
     candidates = Candidates(model, prefix, count=count, sampling=sampling, on_token=on_token)
     finish(model, [candidates])
