@@ -98,13 +98,9 @@ class Chat:
                 written.append(text)
                 print(visible(text), end="", flush=True)
 
-            if self._speaker.streams():
+            with nullcontext() if self._speaker.streams() else busy():
                 self.reply = self._speaker.reply(messages, on_text=write)
-            else:
-                with busy():
-                    self.reply = self._speaker.reply(messages)
-                write(self.reply.text)
-            if "".join(written).strip() != self.reply.text:  # nothing was streamed: the refusal
+            if "".join(written).strip() != self.reply.text:  # it was not streamed, or is the refusal
                 write(self.reply.text)
             print(flush=True)
             self.messages = [*messages, Message("assistant", self.reply.text, knowledge=self.reply.sources)]

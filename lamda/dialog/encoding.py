@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from sys import maxsize
 from typing import NamedTuple
 
 from lamda.config.errors import UserError
@@ -67,18 +68,17 @@ class Encoding:
         """The text of ids, without control symbols."""
         return self._tokenizer.decode(ids)
 
-    def context(self, messages: Sequence[Message], *, max_tokens: int | None = None) -> list[int]:
+    def context(self, messages: Sequence[Message], *, max_tokens: int = maxsize) -> list[int]:
         """Ids of the conversation so far, from the end symbol to RESPONSE.
 
         Beyond `max_tokens` (at least 4), the oldest messages are left out, but never system messages or the last
         one. If even these are too long, each of the two gets half, and what the other leaves: system messages keep
         their beginning, the last message keeps its end.
         """
-        pieces = map(self._piece, messages) if max_tokens is None else self._fitting(messages, max_tokens - 2)
-        return [self.end, *chain.from_iterable(pieces), self.response_symbol]
+        return [self.end, *chain.from_iterable(self._fitting(messages, max_tokens - 2)), self.response_symbol]
 
     def research_context(
-        self, messages: Sequence[Message], base: str, steps: Sequence[tuple[str, str]], *, max_tokens: int | None = None
+        self, messages: Sequence[Message], base: str, steps: Sequence[tuple[str, str]], *, max_tokens: int = maxsize
     ) -> list[int]:
         """Ids up to the symbol that routes a research step: the context, the base answer and (query, snippet) pairs.
 
@@ -89,8 +89,6 @@ class Encoding:
         pieces = [self.text(base)]
         for query, snippet in steps:
             pieces += [[self.ts, *self.text(query)], [self.result, *self.text(snippet)]]
-        if max_tokens is None:
-            return self.context(messages) + list(chain.from_iterable(pieces))
         room = max(max_tokens // 2, max_tokens - len(self.context(messages, max_tokens=max_tokens)))
         shares = _shares([len(piece) for piece in pieces], room)
         while len(pieces) > 3 and any(share < min(_FEW, len(p)) for share, p in zip(shares, pieces, strict=True)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import groupby
 from typing import Any, TypeVar
 
 import numpy as np
@@ -75,11 +75,11 @@ def examples_of(conversation: Conversation) -> tuple[list[Response | ResearchSte
     generative: list[Response | ResearchStep] = []
     ratings: list[Rating] = []
     seen: list[Message] = []
-    for turn in _turns(conversation.messages):
-        if turn[0].role not in ("assistant", "tool"):
-            seen += turn
+    for is_turn, group in groupby(conversation.messages, key=lambda message: message.role in ("assistant", "tool")):
+        if not is_turn:
+            seen += group
             continue
-        context = tuple(seen)
+        context, turn = tuple(seen), list(group)
         generative += _of_turn(context, turn)
         replies = [message for message in turn if message.role == "assistant" and message.to == "user"]
         ratings += [Rating(context, m.content, name, rating) for m in replies for name, rating in m.labels.items()]
@@ -90,15 +90,6 @@ def examples_of(conversation: Conversation) -> tuple[list[Response | ResearchSte
 def examples_in(document: Document) -> tuple[list[Response | ResearchStep], list[Rating]]:
     """The examples of the conversation whose record is the document's text."""
     return examples_of(parse_conversation(orjson.loads(document.text)))
-
-
-def _turns(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """The messages, grouping consecutive ones of the assistant and its tools."""
-    rest = list(messages)
-    while rest:
-        turn = list(takewhile(lambda message: message.role in ("assistant", "tool"), rest)) or rest[:1]
-        yield turn
-        rest = rest[len(turn) :]
 
 
 def _of_turn(context: tuple[Message, ...], turn: Sequence[Message]) -> Iterator[Response | ResearchStep]:

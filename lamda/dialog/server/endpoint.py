@@ -86,23 +86,16 @@ class Endpoint:
 
     async def _in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Run `work` in the pool. Raises only RequestError."""
-        outcome = await asyncio.get_running_loop().run_in_executor(self.pool, self._outcome, work, arguments)
+        outcome = await asyncio.get_running_loop().run_in_executor(self.pool, _outcome, work, arguments)
         if isinstance(outcome, RequestError):
             raise outcome
         return outcome
-
-    def _outcome(self, work: Callable[..., Result], arguments: tuple[Any, ...]) -> Result | RequestError:
-        """An error becomes a value: in a future, its traceback would hold keys and values until garbage collection."""
-        try:
-            return work(*arguments)
-        except Exception as error:
-            return _refusal(error)
 
     async def _stream(self, handler: Handler, slot: Slot, scope: Scope, receive: Receive, send: Send) -> None:
         """Server-sent events. An error before the first one becomes the response's status."""
         outbox = _Outbox()
         loop = asyncio.get_running_loop()
-        working = loop.run_in_executor(self.pool, self._outcome, handler, (slot, outbox.put))
+        working = loop.run_in_executor(self.pool, _outcome, handler, (slot, outbox.put))
         working.add_done_callback(lambda _: outbox.wake())
         has_begun = False
 
@@ -132,15 +125,18 @@ class Endpoint:
         await send({"type": "http.response.body", "body": b""})
 
 
-def _refusal(error: Exception) -> RequestError:
-    """The client's error; a defect of the server goes to the log."""
-    if isinstance(error, RequestError):
+def _outcome(work: Callable[..., Result], arguments: tuple[Any, ...]) -> Result | RequestError:
+    """The result, or the client's error: in a future, a traceback would hold keys and values until it is collected."""
+    try:
+        return work(*arguments)
+    except RequestError as error:
         return RequestError(error.status, error.message, param=error.param)
-    if isinstance(error, UserError):
+    except UserError as error:
         return RequestError(400, str(error))
-    if not isinstance(error, RunError):  # the scheduler logs those
-        log.error("a request failed\n%s", "".join(format_exception(error)))
-    return RequestError(500, "internal error; see the server's log")
+    except Exception as error:
+        if not isinstance(error, RunError):  # the scheduler logs those
+            log.error("a request failed\n%s", "".join(format_exception(error)))
+        return RequestError(500, "internal error; see the server's log")
 
 
 class _Outbox:

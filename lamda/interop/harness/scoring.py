@@ -41,12 +41,9 @@ class Prompt(NamedTuple):
 
 
 class Decoder(Protocol):
-    """A model for the harness."""
+    """A model for the harness. batch: rows or prompts per call."""
 
-    @property
-    def batch(self) -> int:
-        """Rows or prompts per call."""
-        ...
+    batch: int
 
     def score(self, rows: Sequence[ScoredRow]) -> list[Score]:
         """The score of each row."""
@@ -57,7 +54,7 @@ class Decoder(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class LocalDecoder:
     """A model in this process."""
 
