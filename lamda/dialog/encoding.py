@@ -83,8 +83,7 @@ class Encoding:
         """Ids up to the symbol that routes a research step: the context, the base answer and (query, snippet) pairs.
 
         Beyond `max_tokens`, base, queries and snippets get half, and what the context leaves. Short ones stay whole,
-        the others are cut at their ends to equal shares; if a share is below `_FEW` ids, the oldest pairs are left
-        out.
+        the others are cut at their ends to equal shares; if a share is below `_FEW` ids, the oldest pairs are left out.
         """
         pieces = [self.text(base)]
         for query, snippet in steps:
