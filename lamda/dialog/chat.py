@@ -13,12 +13,12 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import orjson
 from rich.console import Console
 
 from lamda.console import visible
-from lamda.dialog.conversation import Conversation, Message, to_record
-from lamda.dialog.options import add_options, add_sampling_options, reply_options_of, toolset_of, usable_tools
+from lamda.dialog.conversation import Conversation, Message, to_line
+from lamda.dialog.options import add_options, reply_options_of, toolset_of, usable_tools
+from lamda.inference.command import add_sampling_options
 
 if TYPE_CHECKING:
     from lamda.dialog.ranking import Scored
@@ -57,15 +57,11 @@ def main(argv: list[str]) -> int:
         assert isinstance(stream, TextIOWrapper)
         stream.reconfigure(encoding="utf-8", errors="replace")
     chat = Chat(speaker, system=options.system and options.system.encode(errors="replace").decode())
-    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if is_terminal:
-        if speaker.is_tuned:
-            mode = f"{reply_options.candidates} candidates per reply"
-        else:
-            mode = "pre-trained only, it continues lines"
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        candidates = f"{reply_options.candidates} candidates per reply"
+        mode = candidates if speaker.is_tuned else "pre-trained only, it continues lines"
         tools = ", ".join(tool.name for tool in toolset.tools) if toolset else "no tools"
         print(visible(f"{options.run}, {loaded.path.name}: {mode}; {tools}; /help lists commands"))
-    if is_terminal:
         chat.run(_typed(), busy=lambda: Console(stderr=True).status("..."))
     else:
         chat.run(sys.stdin, busy=nullcontext)
@@ -73,12 +69,7 @@ def main(argv: list[str]) -> int:
 
 
 class Chat:
-    """A conversation and its commands.
-
-    Attributes:
-        messages: the context of the next reply.
-        reply: the last reply, which /why explains.
-    """
+    """A conversation and its commands. messages: the context of the next reply. reply: the last one, for /why."""
 
     def __init__(self, speaker: Speaker, *, system: str | None = None) -> None:
         self._speaker = speaker
@@ -107,13 +98,9 @@ class Chat:
                 written.append(text)
                 print(visible(text), end="", flush=True)
 
-            if self._speaker.streams():
+            with nullcontext() if self._speaker.streams() else busy():
                 self.reply = self._speaker.reply(messages, on_text=write)
-            else:
-                with busy():
-                    self.reply = self._speaker.reply(messages)
-                write(self.reply.text)
-            if "".join(written).strip() != self.reply.text:  # nothing was streamed: the refusal
+            if "".join(written).strip() != self.reply.text:  # it was not streamed, or is the refusal
                 write(self.reply.text)
             print(flush=True)
             self.messages = [*messages, Message("assistant", self.reply.text, knowledge=self.reply.sources)]
@@ -154,10 +141,8 @@ def _step(step: ToolCall) -> list[str]:
     if step.to == "user":
         dropped = f" (dropped: {step.dropped}; the base answer is the reply)" if step.dropped else ""
         return [f"research: User, {_line(step.text)}{dropped}"]
-    found = [
-        f"          {_line(result.text)}{f' [{result.source}]' if result.source else ''}" for result in step.results
-    ]
-    return [f"research: TS, {_line(step.text)}", *(found or ["          (no results)"])]
+    found = [f"{_line(result.text)}{f' [{result.source}]' if result.source else ''}" for result in step.results]
+    return [f"research: TS, {_line(step.text)}", *(f"          {line}" for line in found or ["(no results)"])]
 
 
 def _line(text: str) -> str:
@@ -169,7 +154,7 @@ def _save(messages: Sequence[Message], name: str) -> str:
         return "give a file: /save FILE"
     try:
         with Path(name).expanduser().open("ab") as file:
-            file.write(orjson.dumps(to_record(Conversation(tuple(messages)))) + b"\n")
+            file.write(to_line(Conversation(tuple(messages))))
     except OSError as error:
         return visible(f"{name}: cannot be written ({error.strerror})")
     return visible(f"{name}: added a conversation of {len(messages)} messages")

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+import orjson
+
 from lamda.config.errors import nearest
 
 Attribute = Literal["sensible", "specific", "interesting", "unsafe", "grounded"]
@@ -50,10 +52,7 @@ class Conversation:
 
 
 def parse_conversation(record: object) -> Conversation:
-    """A conversation from its JSON record; a null value in a message means that the key is absent.
-
-    Raises ValueError that lists every problem.
-    """
+    """A conversation from its JSON record, where null means absent. Raises ValueError that lists every problem."""
     entries = record.get("messages") if isinstance(record, Mapping) else None
     if not isinstance(entries, list) or not entries:
         raise ValueError("it has no list of messages")
@@ -71,6 +70,11 @@ def parse_conversation(record: object) -> Conversation:
 def to_record(conversation: Conversation) -> dict[str, Any]:
     """The JSON record of a conversation; `parse_conversation` reads it back."""
     return {"messages": [_entry(message) for message in conversation.messages]}
+
+
+def to_line(conversation: Conversation) -> bytes:
+    """The record as a line of a JSON-lines file."""
+    return orjson.dumps(to_record(conversation), option=orjson.OPT_APPEND_NEWLINE)
 
 
 def _message(entry: Mapping[str, Any]) -> Message:
@@ -110,30 +114,24 @@ def _problems(entry: object, before: list[Message]) -> list[str]:
         problems.append(f"to is {to!r}; an assistant's message is to 'user' or to 'TS', others have no such key")
     if role == "tool" and not (before and (before[-1].to == "TS" or before[-1].role == "tool")):
         problems.append("a tool's message follows no query (no message to 'TS' before it)")
-    return problems + _label_problems(labels, role) + _knowledge_problems(entry.get("knowledge", []))
+    problems += _label_problems(labels, role)
+    knowledge = entry.get("knowledge", [])
+    if not (isinstance(knowledge, list) and all(map(_is_text, knowledge))):
+        problems.append("knowledge is no list of texts")
+    return problems
 
 
 def _label_problems(labels: object, role: object) -> list[str]:
     if not isinstance(labels, Mapping):
         return ["labels is no JSON object"]
     labels = {name: rating for name, rating in labels.items() if rating is not None}
-    problems = [
-        f"there is no attribute {name!r}{nearest(str(name), ATTRIBUTES)}" for name in labels if name not in ATTRIBUTES
-    ]
-    problems += [
-        f"label {name} is {rating!r}, not 0 or 1"
-        for name, rating in labels.items()
-        if name in ATTRIBUTES and rating not in (0, 1)
-    ]
+    unknown = [name for name in labels if name not in ATTRIBUTES]
+    wrong = [name for name in labels if name in ATTRIBUTES and labels[name] not in (0, 1)]
+    problems = [f"there is no attribute {name!r}{nearest(str(name), ATTRIBUTES)}" for name in unknown]
+    problems += [f"label {name} is {labels[name]!r}, not 0 or 1" for name in wrong]
     if labels and role != "assistant":
         problems.append(f"labels rate an assistant's message, not one of {role!r}")
     return problems
-
-
-def _knowledge_problems(knowledge: object) -> list[str]:
-    if isinstance(knowledge, list) and all(_is_text(item) for item in knowledge):
-        return []
-    return ["knowledge is no list of texts"]
 
 
 def _is_text(value: object) -> bool:

@@ -15,7 +15,7 @@ import zstandard
 
 from lamda.config.errors import DataError, UserError, nearest
 from lamda.data.files import File, read_all, read_lines
-from lamda.dialog.conversation import to_record
+from lamda.dialog.conversation import to_line
 from lamda.dialog.formats import FORMATS, Numbered
 from lamda.durable import replace_file
 
@@ -60,18 +60,17 @@ def convert(name: str, files: list[Path], target: Path) -> int:
             if isinstance(found, ValueError):
                 problems.append(f"{file}, line {number}: {found}")
             else:
-                lines.append(orjson.dumps(to_record(found), option=orjson.OPT_APPEND_NEWLINE))
+                lines.append(to_line(found))
     if problems:
         if len(problems) > SHOWN_PROBLEMS:
             problems[SHOWN_PROBLEMS:] = [f"and {len(problems) - SHOWN_PROBLEMS:,} more"]
         raise UserError("\n".join([*problems, "nothing was written: fix these records, or remove them"]))
     if not lines:
         raise UserError(f"{', '.join(map(str, files))}: there are no conversations")
-    data = b"".join(lines)
     packed = {".zst": zstandard.compress, ".gz": lambda data: gzip.compress(data, mtime=0)}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(target, packed.get(target.suffix, bytes)(data))
+        replace_file(target, packed.get(target.suffix, bytes)(b"".join(lines)))
     except OSError as error:
         raise UserError(f"-o {target}: cannot be written ({error.strerror})") from error
     return len(lines)
@@ -92,7 +91,7 @@ def read_records(path: Path) -> Iterator[Numbered]:
             if not isinstance(records, list):
                 why = f": {records}" if isinstance(records, ValueError) else ""
                 raise UserError(f"{path}: is neither a list nor an object of records{why}")
-            yield from (Numbered(number, record) for number, record in enumerate(records, start=1))
+            yield from map(Numbered._make, enumerate(records, start=1))
             return
         for line in read_lines(file):
             if line.data and not line.data.isspace():

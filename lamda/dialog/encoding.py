@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from sys import maxsize
 from typing import NamedTuple
 
 from lamda.config.errors import UserError
@@ -22,7 +23,6 @@ RESULT = "spare_12"
 """The symbol before a tool's message: a spare one, so that older tokenizers keep their piece names."""
 
 _OF_ROLE = {"system": "SYSTEM", "user": "USER", "assistant": "ASSISTANT", "tool": RESULT}
-
 
 _FEW = 8
 """Minimum ids of a query or snippet; pairs that would be cut below it are left out."""
@@ -51,9 +51,8 @@ class Encoding:
         self._tokenizer = tokenizer
         symbols = tokenizer.symbols
         self.end = tokenizer.end_of_document
-        self.response_symbol, self.ts, self.user, self.result = (
-            symbols[name] for name in ("RESPONSE", "TS", "USER", RESULT)
-        )
+        self.response_symbol, self.ts = symbols["RESPONSE"], symbols["TS"]
+        self.user, self.result = symbols["USER"], symbols[RESULT]
         self.stop_ids = frozenset(symbols.values())
         self.rating_ids = (self._single("0"), self._single("1"))
 
@@ -69,38 +68,26 @@ class Encoding:
         """The text of ids, without control symbols."""
         return self._tokenizer.decode(ids)
 
-    def context(self, messages: Sequence[Message], *, max_tokens: int | None = None) -> list[int]:
+    def context(self, messages: Sequence[Message], *, max_tokens: int = maxsize) -> list[int]:
         """Ids of the conversation so far, from the end symbol to RESPONSE.
 
         Beyond `max_tokens` (at least 4), the oldest messages are left out, but never system messages or the last
         one. If even these are too long, each of the two gets half, and what the other leaves: system messages keep
         their beginning, the last message keeps its end.
         """
-        if max_tokens is None:
-            pieces = [self._piece(message) for message in messages]
-        else:
-            pieces = self._fitting(messages, max_tokens - 2)
-        return [self.end, *chain.from_iterable(pieces), self.response_symbol]
+        return [self.end, *chain.from_iterable(self._fitting(messages, max_tokens - 2)), self.response_symbol]
 
     def research_context(
-        self,
-        messages: Sequence[Message],
-        base: str,
-        steps: Sequence[tuple[str, str]],
-        *,
-        max_tokens: int | None = None,
+        self, messages: Sequence[Message], base: str, steps: Sequence[tuple[str, str]], *, max_tokens: int = maxsize
     ) -> list[int]:
         """Ids up to the symbol that routes a research step: the context, the base answer and (query, snippet) pairs.
 
         Beyond `max_tokens`, base, queries and snippets get half, and what the context leaves. Short ones stay whole,
-        the others are cut at their ends to equal shares; if a share is below `_FEW` ids, the oldest pairs are left
-        out.
+        the others are cut at their ends to equal shares; if a share is below `_FEW` ids, the oldest pairs are left out.
         """
         pieces = [self.text(base)]
         for query, snippet in steps:
             pieces += [[self.ts, *self.text(query)], [self.result, *self.text(snippet)]]
-        if max_tokens is None:
-            return self.context(messages) + list(chain.from_iterable(pieces))
         room = max(max_tokens // 2, max_tokens - len(self.context(messages, max_tokens=max_tokens)))
         shares = _shares([len(piece) for piece in pieces], room)
         while len(pieces) > 3 and any(share < min(_FEW, len(p)) for share, p in zip(shares, pieces, strict=True)):
@@ -116,9 +103,8 @@ class Encoding:
         no end symbol.
         """
         targets = [*self.text(response), self.end]
-        return _fitted(
-            self.context(context, max_tokens=max(max_tokens - len(targets), max_tokens // 2)), targets, max_tokens
-        )
+        room = max(max_tokens - len(targets), max_tokens // 2)
+        return _fitted(self.context(context, max_tokens=room), targets, max_tokens)
 
     def discriminative(
         self, context: Sequence[Message], response: str, attribute: str, *, rating: bool, max_tokens: int
@@ -178,9 +164,7 @@ class Encoding:
     def _single(self, digit: str) -> int:
         ids = self._tokenizer.encode(digit)
         if len(ids) != 1:
-            raise UserError(
-                f"the tokenizer writes {digit!r} as {len(ids)} ids; ratings need one: use another tokenizer"
-            )
+            raise UserError(f"the tokenizer writes {digit!r} as {len(ids)} ids; ratings need one: use another one")
         return ids[0]
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
-from typing import Any
+
+import orjson
 
 from lamda.config.errors import UserError
 
@@ -30,17 +30,8 @@ def main(argv: list[str]) -> int:
     from lamda.dialog.evaluation import evaluate_checkpoint, table
     from lamda.inference.loading import find_checkpoint
 
-    report = evaluate_checkpoint(
-        find_checkpoint(options.path), files=options.files, examples=options.examples, length=options.length
-    )
-    print(json.dumps(_finite(report), indent=1, allow_nan=False) if options.json else "\n".join(table(report)))
+    path = find_checkpoint(options.path)
+    report = evaluate_checkpoint(path, files=options.files, examples=options.examples, length=options.length)
+    finite = orjson.loads(orjson.dumps(report))  # null for NaN and infinity, which JSON lacks
+    print(json.dumps(finite, indent=1) if options.json else "\n".join(table(report)))
     return 0
-
-
-def _finite(value: Any) -> Any:
-    """The report with null for NaN and infinity, which JSON lacks."""
-    if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

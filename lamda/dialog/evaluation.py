@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import torch
 from numpy.typing import NDArray
 
@@ -20,9 +19,9 @@ from lamda.data.card import load_card
 from lamda.data.hashing import permutation
 from lamda.data.held_out import HeldOut
 from lamda.data.tokenizer import Tokenizer
-from lamda.dialog.conversation import ATTRIBUTES, parse_conversation
+from lamda.dialog.conversation import ATTRIBUTES
 from lamda.dialog.encoding import Encoding, Example
-from lamda.dialog.examples import Conversations, Rating, examples_of
+from lamda.dialog.examples import Conversations, Rating, examples_in
 from lamda.engines.protocol import Scorer
 from lamda.inference.loading import load_model, saved_config
 from lamda.inference.sampling import check_finite
@@ -38,10 +37,7 @@ SAMPLES = 1000
 def evaluate_checkpoint(
     path: Path, *, files: str | None, examples: int | None, length: int | None = None
 ) -> dict[str, Any]:
-    """The report of `DialogScores` for a checkpoint, with its path.
-
-    Raises UserError if there are no dialogues, and NotFiniteError if the model has diverged.
-    """
+    """The report for a checkpoint. Raises UserError without dialogues, NotFiniteError if the model has diverged."""
     overrides = [] if files is None else ["--data.eval_files", files]
     overrides += ["--data.sequence_length", str(length)] if length else []
     config = saved_config(path, *overrides)
@@ -80,11 +76,8 @@ class Ratings:
 
     def metrics(self) -> dict[str, float]:
         """AUC, accuracy and expected calibration error."""
-        return {
-            "auc": auc(self.probabilities, self.positive),
-            "accuracy": accuracy(self.probabilities, self.positive),
-            "calibration_error": calibration_error(self.probabilities, self.positive),
-        }
+        measures = {"auc": auc, "accuracy": accuracy, "calibration_error": calibration_error}
+        return {name: measure(self.probabilities, self.positive) for name, measure in measures.items()}
 
     def report(self) -> dict[str, Any]:
         """`metrics`, the 95% interval of AUC, the share of the majority class, and the size of both classes."""
@@ -139,7 +132,7 @@ class HeldOutDialogues:
         """Every example of every conversation, in a fixed random order."""
         encoding, found = Encoding(self.text.tokenizer), []
         for number, document in enumerate(self.text.documents()):
-            generative, ratings = examples_of(parse_conversation(orjson.loads(document.text)))
+            generative, ratings = examples_in(document)
             for example in (*generative, *ratings):
                 encoded = example.encode(encoding, max_tokens=self.text.sequence_length + 1)
                 rating = isinstance(example, Rating) and example.rating
@@ -207,11 +200,8 @@ def _summed(examples: Sequence[EvalExample], found: NDArray[np.float64]) -> Dial
     labels = np.array([each.rating for each in examples])
     conversations = np.array([each.conversation for each in examples])
     generative = ~np.isin(kinds, ATTRIBUTES)
-    ratings: dict[str, Ratings] = {}
-    for name in ATTRIBUTES:
-        is_kind = kinds == name
-        if is_kind.any():
-            ratings[name] = Ratings(found[0, is_kind], labels[is_kind], conversations[is_kind])
+    places: dict[str, NDArray[np.bool_]] = {name: kinds == name for name in ATTRIBUTES if name in kinds}
+    ratings = {name: Ratings(found[0, at], labels[at], conversations[at]) for name, at in places.items()}
     return DialogScores(float(found[0, generative].sum()), int(found[1, generative].sum()), ratings)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import groupby
 from typing import Any, TypeVar
 
 import numpy as np
@@ -62,9 +62,8 @@ class Rating:
 
     def encode(self, encoding: Encoding, *, max_tokens: int) -> Example:
         """The example, in at most `max_tokens`."""
-        return encoding.discriminative(
-            self.context, self.response, self.kind, rating=self.rating, max_tokens=max_tokens
-        )
+        given = self.context, self.response, self.kind
+        return encoding.discriminative(*given, rating=self.rating, max_tokens=max_tokens)
 
 
 def examples_of(conversation: Conversation) -> tuple[list[Response | ResearchStep], list[Rating]]:
@@ -76,29 +75,21 @@ def examples_of(conversation: Conversation) -> tuple[list[Response | ResearchSte
     generative: list[Response | ResearchStep] = []
     ratings: list[Rating] = []
     seen: list[Message] = []
-    for turn in _turns(conversation.messages):
-        if turn[0].role not in ("assistant", "tool"):
-            seen += turn
+    for is_turn, group in groupby(conversation.messages, key=lambda message: message.role in ("assistant", "tool")):
+        if not is_turn:
+            seen += group
             continue
-        context = tuple(seen)
+        context, turn = tuple(seen), list(group)
         generative += _of_turn(context, turn)
         replies = [message for message in turn if message.role == "assistant" and message.to == "user"]
-        ratings += [
-            Rating(context, message.content, name, rating)
-            for message in replies
-            for name, rating in message.labels.items()
-        ]
+        ratings += [Rating(context, m.content, name, rating) for m in replies for name, rating in m.labels.items()]
         seen += replies[-1:]
     return generative, ratings
 
 
-def _turns(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """The messages, grouping consecutive ones of the assistant and its tools."""
-    rest = list(messages)
-    while rest:
-        turn = list(takewhile(lambda message: message.role in ("assistant", "tool"), rest)) or rest[:1]
-        yield turn
-        rest = rest[len(turn) :]
+def examples_in(document: Document) -> tuple[list[Response | ResearchStep], list[Rating]]:
+    """The examples of the conversation whose record is the document's text."""
+    return examples_of(parse_conversation(orjson.loads(document.text)))
 
 
 def _of_turn(context: tuple[Message, ...], turn: Sequence[Message]) -> Iterator[Response | ResearchStep]:
@@ -139,9 +130,8 @@ class Conversations:
     @classmethod
     def of(cls, config: Config) -> Conversations:
         """The form of a run's records."""
-        return cls(
-            config.data.sequence_length + 1, config.run.seed, config.dialog.generative, config.dialog.discriminative
-        )
+        data, dialog = config.data, config.dialog
+        return cls(data.sequence_length + 1, config.run.seed, dialog.generative, dialog.discriminative)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -169,11 +159,11 @@ class Conversations:
         return [[self._encoded(example, encoding) for example in self._chosen(document)] for document in documents]
 
     def _chosen(self, document: Document) -> list[Response | ResearchStep | Rating]:
-        generative, ratings = examples_of(parse_conversation(orjson.loads(document.text)))
-        place = (document.file, document.line)
+        generative, ratings = examples_in(document)
+        key = (self.seed, document.file, document.line)
         return [
-            *_turn_of(generative, self.generative, document.epoch, (self.seed, *place, 0)),
-            *_turn_of(ratings, self.discriminative, document.epoch, (self.seed, *place, 1)),
+            *_turn_of(generative, self.generative, document.epoch, (*key, 0)),
+            *_turn_of(ratings, self.discriminative, document.epoch, (*key, 1)),
         ]
 
     def _encoded(self, example: Response | ResearchStep | Rating, encoding: Encoding) -> Encoded:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import orjson
-
 from lamda.best_effort import BestEffort
 from lamda.config.schema import Config
 from lamda.data.documents import Form
 from lamda.data.held_out import HeldOut
 from lamda.data.tokenizer import Tokenizer
-from lamda.dialog.conversation import Message, parse_conversation
+from lamda.dialog.conversation import Message
 from lamda.dialog.encoding import Encoding
 from lamda.dialog.evaluation import HeldOutDialogues, table
-from lamda.dialog.examples import Conversations, Response, examples_of
+from lamda.dialog.examples import Conversations, Response, examples_in
 from lamda.distributed import on_main
 from lamda.engines.protocol import Engine
 from lamda.training.inputs import validation
@@ -59,8 +57,7 @@ class Finetuning:
     def _context(self) -> tuple[Message, ...]:
         with BestEffort("no held-out message to answer", then="nothing is answered", errors=Exception):
             for document in self._evaluation.text.documents() if self._evaluation is not None else ():
-                generative, _ = examples_of(parse_conversation(orjson.loads(document.text)))
-                for each in generative:
+                for each in examples_in(document)[0]:
                     if isinstance(each, Response) and each.context:
                         return each.context
         return ()

@@ -49,25 +49,18 @@ def _each(convert: Callable[[Any], Iterable[Conversation]]) -> Converter:
     def converter(records: Iterable[Numbered]) -> Iterator[tuple[int, Conversation | ValueError]]:
         for line, record in records:
             try:
-                yield from [(line, conversation) for conversation in convert(_checked(record))]
+                if isinstance(record, ValueError):
+                    raise record
+                yield from [(line, conversation) for conversation in convert(record)]
             except ValueError as error:
                 yield line, error
 
     return converter
 
 
-def _checked(record: Any) -> Any:
-    """The record. Raises it if it is a ValueError, which stands for a line that could not be parsed."""
-    if isinstance(record, ValueError):
-        raise record
-    return record
-
-
 def _topical_chat(record: Any) -> Iterator[Conversation]:
-    messages = [
-        _topical_message(entry, f"message {number}")
-        for number, entry in enumerate(_list(record, "messages", "content"), start=1)
-    ]
+    entries = enumerate(_list(record, "messages", "content"), start=1)
+    messages = [_topical_message(entry, f"message {number}") for number, entry in entries]
     for me in ("agent_1", "agent_2"):
         yield _joined([message if who == me else Message("user", message.content) for who, message in messages])
 

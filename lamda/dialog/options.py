@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lamda.config.loading import load_config
 from lamda.dialog.research import MAX_QUERIES
 from lamda.dialog.tools.toolset import Toolset, open_toolset
+from lamda.inference.command import sampling_of
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
 
@@ -48,28 +49,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--int8", action="store_true", help="quantize the weights to 8 bits")
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """How `lamda chat` samples; requests to a server carry these settings themselves."""
-    add = parser.add_argument
-    add("--temperature", type=float, default=1.0, metavar="T", help="default %(default)g")
-    add("--top-k", type=int, default=40, metavar="K", help="default %(default)s")
-    add("--top-p", type=float, default=1.0, metavar="P", help="default %(default)g")
-    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="default %(default)g")
-    add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same replies; default %(default)s")
-
-
 def reply_options_of(options: argparse.Namespace) -> ReplyOptions:
     """The reply options. Raises UserError for invalid ones."""
     from lamda.dialog.speaker import ReplyOptions
-    from lamda.inference.sampling import Sampling
 
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
     return ReplyOptions(
         candidates=options.candidates,
         threshold=options.threshold,
         max_queries=options.max_queries,
         refusal=options.refusal,
-        sampling=Sampling(**{name: value for name, value in vars(options).items() if name in names}),
+        sampling=sampling_of(options),
     )
 
 

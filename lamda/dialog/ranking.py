@@ -28,9 +28,8 @@ JUDGED = (*WEIGHTS, "unsafe")
 class Scored:
     """A candidate with its scores.
 
-    scores: P(attribute) by name, and `log_likelihood`, the mean over its tokens and its end.
-    A number that is not finite is None in `to_record`. value: the ranking score, higher is better. rank: from 1, the
-    best; None if dropped. dropped: the reason, or None.
+    scores: P(attribute) by name, and `log_likelihood`, the mean over its tokens and its end. value: the ranking score,
+    higher is better. rank: from 1, the best; None if dropped. dropped: the reason, or None.
     """
 
     text: str
@@ -40,37 +39,21 @@ class Scored:
     dropped: str | None = None
 
     def to_record(self) -> dict[str, Any]:
-        """As JSON."""
-        return {
-            "text": self.text,
-            "scores": {name: _number(value) for name, value in self.scores.items()},
-            "value": _number(self.value),
-            "rank": self.rank,
-            "dropped": self.dropped,
-        }
+        """As JSON, with None for a number that is not finite."""
+        scores = {name: _number(value) for name, value in self.scores.items()}
+        return vars(self) | {"scores": scores, "value": _number(self.value)}
 
 
 def rank_by_attributes(
     candidates: Candidates, encoding: Encoding, *, threshold: float, run: Run = whole
 ) -> tuple[Scored, ...]:
     """The kept candidates, best first, then the dropped ones."""
-    judged = []
-    judgements = run(_judgement_pieces(candidates, encoding))
-    for text, mean, judgement in zip(_texts(candidates, encoding), _means(candidates), judgements, strict=True):
-        value = sum(weight * judgement[name] for name, weight in WEIGHTS.items())
-        dropped = drop_reason(text, judgement, threshold=threshold)
-        judged.append(Scored(text, {**judgement, "log_likelihood": mean}, value, dropped=dropped))
-    return _ranked(judged)
+    return _ranked(candidates, run(_judgement_pieces(candidates, encoding)), encoding, threshold=threshold)
 
 
 def rank_by_likelihood(candidates: Candidates, encoding: Encoding) -> tuple[Scored, ...]:
     """The same by log-likelihood per token, for a model without fine-tuning; only empty ones are dropped."""
-    return _ranked(
-        [
-            Scored(text, {"log_likelihood": mean}, mean, dropped=drop_reason(text, {}, threshold=1.0))
-            for text, mean in zip(_texts(candidates, encoding), _means(candidates), strict=True)
-        ]
-    )
+    return _ranked(candidates, [{} for _ in candidates.ids], encoding, threshold=1.0)
 
 
 def drop_reason(text: str, judgement: Mapping[str, float], *, threshold: float) -> str | None:
@@ -105,24 +88,22 @@ def _judgement_pieces(candidates: Candidates, encoding: Encoding) -> Pieces[list
     return [dict(zip(JUDGED, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-def _texts(candidates: Candidates, encoding: Encoding) -> list[str]:
-    return [encoding.decode(ids).strip() for ids in candidates.ids]
-
-
-def _means(candidates: Candidates) -> list[float]:
-    """Log-likelihood per token, including the end if there is one."""
-    return [
-        total / (len(ids) + stopped)
-        for total, ids, stopped in zip(candidates.log_probabilities, candidates.ids, candidates.stopped, strict=True)
-    ]
-
-
 def _number(value: float) -> float | None:
     return round(value, 6) if isfinite(value) else None
 
 
-def _ranked(candidates: Sequence[Scored]) -> tuple[Scored, ...]:
-    best_first = sorted(candidates, key=lambda candidate: -candidate.value if isfinite(candidate.value) else inf)
+def _ranked(
+    candidates: Candidates, judgements: Sequence[Mapping[str, float]], encoding: Encoding, *, threshold: float
+) -> tuple[Scored, ...]:
+    """The scored candidates, best first, dropped ones last."""
+    scored = []
+    totals = zip(candidates.ids, candidates.log_probabilities, candidates.stopped, judgements, strict=True)
+    for ids, total, stopped, judgement in totals:
+        text, mean = encoding.decode(ids).strip(), total / (len(ids) + stopped)
+        value = sum(weight * judgement[name] for name, weight in WEIGHTS.items()) if judgement else mean
+        reason = drop_reason(text, judgement, threshold=threshold)
+        scored.append(Scored(text, {**judgement, "log_likelihood": mean}, value, dropped=reason))
+    best_first = sorted(scored, key=lambda candidate: -candidate.value if isfinite(candidate.value) else inf)
     kept = [candidate for candidate in best_first if candidate.dropped is None]
     dropped = [candidate for candidate in best_first if candidate.dropped is not None]
     return (*(replace(candidate, rank=rank) for rank, candidate in enumerate(kept, 1)), *dropped)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from lamda.dialog.tools.result import Result
 from lamda.dialog.tools.toolset import Toolset
@@ -20,10 +20,7 @@ MAX_QUERIES = 4
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A query to the toolset with its results, or, as the last step, the response to the user.
-
-    dropped: why the base answer replaces the response, or None.
-    """
+    """A query with its results, or, as the last step, the response. dropped: why the base answer replaces it."""
 
     to: Literal["TS", "user"]
     text: str
@@ -34,15 +31,6 @@ class ToolCall:
     def snippet(self) -> str:
         """The results as text for the model."""
         return "\n".join(result.text for result in self.results)
-
-    def to_record(self) -> dict[str, Any]:
-        """As JSON."""
-        return {
-            "to": self.to,
-            "text": self.text,
-            "results": [{"text": result.text, "source": result.source} for result in self.results],
-            "dropped": self.dropped,
-        }
 
 
 class Researcher(Protocol):

@@ -15,10 +15,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import orjson
-
 from lamda.config.errors import UserError
-from lamda.dialog.conversation import Conversation, Message, to_record
+from lamda.dialog.conversation import Conversation, Message, to_line
 from lamda.dialog.research import MAX_QUERIES
 from lamda.dialog.tools.result import Result
 from lamda.dialog.tools.retrieval import Passage, Retrieval, find_files
@@ -63,23 +61,19 @@ def main(argv: list[str]) -> int:
         raise UserError(f"-o {options.out}: is a file of the corpus; name another one")
     conversations = list(make_conversations(toolset, count=options.count, seed=options.seed))
     try:
-        replace_file(options.out, b"".join(orjson.dumps(to_record(each)) + b"\n" for each in conversations))
+        replace_file(options.out, b"".join(map(to_line, conversations)))
     except OSError as error:
         raise UserError(f"{options.out}: cannot be written ({error.strerror})") from error
     asking = [sum(message.to == "TS" for message in conversation.messages) for conversation in conversations]
-    made = {"conversations": len(asking), "queries": sum(asking), "without_queries": asking.count(0)}
-    if options.json:
-        print(json.dumps({"file": str(options.out), **made}))
-    else:
-        print(f"{options.out}: {len(asking)} conversations, {sum(asking)} queries, {asking.count(0)} without one")
+    made, queries, without = len(asking), sum(asking), asking.count(0)
+    report = {"file": str(options.out), "conversations": made, "queries": queries, "without_queries": without}
+    message = f"{options.out}: {made} conversations, {queries} queries, {without} without one"
+    print(json.dumps(report) if options.json else message)
     return 0
 
 
 def make_conversations(toolset: Toolset, *, count: int, seed: int) -> Iterator[Conversation]:
-    """`count` conversations, determined by corpus and seed. Questions repeat if the corpus is small.
-
-    Raises UserError if the corpus has nothing to ask about.
-    """
+    """`count` conversations, determined by corpus and seed. Raises UserError if there is nothing to ask about."""
     draw = random.Random(seed)
     (retrieval,) = (tool for tool in toolset.tools if isinstance(tool, Retrieval))
     questions = list(_questions(retrieval.passages))
@@ -87,8 +81,7 @@ def make_conversations(toolset: Toolset, *, count: int, seed: int) -> Iterator[C
         raise UserError(
             "the corpus has no Markdown heading and no sentence `X is ...` at a passage's beginning to ask about"
         )
-    unanswered = 0
-    made = 0
+    unanswered = made = 0
     while made < count:
         kind = made % 10
         if kind == 9:
@@ -100,9 +93,7 @@ def make_conversations(toolset: Toolset, *, count: int, seed: int) -> Iterator[C
             conversation = _lookup(toolset, draw.choice(questions))
             unanswered += conversation is None
             if unanswered > 10 * count:
-                raise UserError(
-                    "retrieval does not find the corpus's own passages by their headings; give another corpus"
-                )
+                raise UserError("retrieval does not find the corpus's own passages by their headings; give another one")
         if conversation is not None:
             made += 1
             yield conversation
@@ -116,11 +107,8 @@ def _questions(passages: Sequence[Passage]) -> Iterator[tuple[str, str, Passage]
             yield f"What do the documents say about {title}?", title, passage
         elif definition := _DEFINITION.match(passage.text):
             subject = definition[1]
-            yield (
-                f"What {definition[2]} {subject[0].lower() if ' ' in subject else subject[0]}{subject[1:]}?",
-                subject,
-                passage,
-            )
+            first = subject[0].lower() if " " in subject else subject[0]
+            yield f"What {definition[2]} {first}{subject[1:]}?", subject, passage
 
 
 def _lookup(toolset: Toolset, question: tuple[str, str, Passage]) -> Conversation | None:
@@ -142,16 +130,10 @@ def _lookup(toolset: Toolset, question: tuple[str, str, Passage]) -> Conversatio
 def _sum(toolset: Toolset, draw: random.Random) -> Conversation:
     """A sum, a guess near it, and the calculator's result."""
     sign, first, second = draw.choice("+-*"), draw.randint(2, 9999), draw.randint(2, 999)
-    expression = draw.choice(
-        (
-            f"{first} {sign} {second}",
-            f"{first}{sign}{second}",
-            f"{draw.randint(1, 99)}% of {10 * first}",
-            f"({first} + {second}) * 3",
-        )
-    )
-    results = [result for result in toolset(expression) if result.source is None]
-    exact = results[0].text
+    percentage = f"{draw.randint(1, 99)}% of {10 * first}"
+    sums = f"{first} {sign} {second}", f"{first}{sign}{second}", percentage, f"({first} + {second}) * 3"
+    expression = draw.choice(sums)
+    exact = next(result.text for result in toolset(expression) if result.source is None)
     guess = f"I think it is about {round(float(exact) * draw.uniform(0.9, 1.1))}."
     question = draw.choice(("What is {}?", "How much is {}?", "Can you work out {}?", "{} = ?"))
     return _conversation(question.format(expression), guess, [(expression, toolset(expression))], f"It is {exact}.", ())

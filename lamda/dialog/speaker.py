@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -74,7 +74,7 @@ class Reply:
         """All but the text, as JSON."""
         return {
             "candidates": [candidate.to_record() for candidate in self.candidates],
-            "steps": [step.to_record() for step in self.steps],
+            "steps": [asdict(step) for step in self.steps],
             "sources": list(self.sources),
             "refused": self.refused,
             "context": {
@@ -98,11 +98,8 @@ class Sample(Protocol):
 class Speaker:
     """Replies to conversations with one model. It keeps no state between calls.
 
-    Attributes:
-        encoding: of the conversations.
-        options: defaults for `reply`.
-        is_tuned: whether the model was fine-tuned on dialogues to score and to research (data.packing whole);
-            otherwise it continues lines of text, and candidates are ranked by likelihood.
+    options: defaults for `reply`. is_tuned: whether the model was fine-tuned on dialogues to score and to research
+    (data.packing whole); otherwise it continues lines of text, and candidates are ranked by likelihood.
     """
 
     def __init__(
@@ -121,26 +118,15 @@ class Speaker:
 
         run: runs all other work on the model. Raises UserError for tools with a model that is not fine-tuned.
         """
-        self.encoding = Encoding(tokenizer)
-        self.options = options or ReplyOptions()
-        self.is_tuned = is_tuned
-        self._model = model
-        self._tokenizer = tokenizer
-        self._sequence_length = sequence_length
-        self._toolset = toolset
-        self._sample = sample or partial(generation.sample, model)
-        self._run = run
         if toolset is not None and not is_tuned:
             raise UserError("tools need a model that was fine-tuned to use them; leave them out")
+        self.encoding, self.options, self.is_tuned = Encoding(tokenizer), options or ReplyOptions(), is_tuned
+        self._model, self._tokenizer, self._toolset = model, tokenizer, toolset
+        self._sequence_length = sequence_length
+        self._sample, self._run = sample or partial(generation.sample, model), run
 
     @classmethod
-    def of(
-        cls,
-        loaded: LoadedModel,
-        *,
-        toolset: Toolset | None = None,
-        options: ReplyOptions | None = None,
-    ) -> Speaker:
+    def of(cls, loaded: LoadedModel, *, toolset: Toolset | None = None, options: ReplyOptions | None = None) -> Speaker:
         """The speaker of a loaded run. Raises UserError for tools with a model that is not fine-tuned."""
         return cls(
             loaded.model,
@@ -162,26 +148,24 @@ class Speaker:
         *,
         on_text: Callable[[str], None] | None = None,
     ) -> Reply:
-        """Answer the last message; if the reply `streams`, `on_text` is called with each new text.
-
-        Raises UserError without a message.
-        """
+        """Answer the last message; `on_text` gets each new text if it `streams`. Raises UserError without a message."""
         if not messages:
             raise UserError("there is no message to answer")
         options = options or self.options
         ids, left_out, is_cut = self._context(messages, options)
         prefix = self._prefill(ids)
-        sampling = replace(options.sampling, stop_ids=self._stop_ids)
+        newline = () if self.is_tuned else self.encoding.text("\n")  # ends the line that another model continues
+        sampling = replace(options.sampling, stop_ids=self.encoding.stop_ids.union(newline))
         if on_text is None or not self.streams(options):
             candidates = self._sample(prefix, count=options.candidates, sampling=sampling)
         else:
             stream, emit = TextStream(self._tokenizer), on_text
             candidates = self._sample(prefix, count=1, sampling=sampling, on_token=lambda _, id: emit(stream.add(id)))
             emit(stream.end())
-        if not self.is_tuned:
-            ranked = rank_by_likelihood(candidates, self.encoding)
-        else:
+        if self.is_tuned:
             ranked = rank_by_attributes(candidates, self.encoding, threshold=options.threshold, run=self._run)
+        else:
+            ranked = rank_by_likelihood(candidates, self.encoding)
         del candidates  # frees keys and values, for research
         base = Reply(ranked[0].text, ranked, context_tokens=len(ids), left_out=left_out, cut=is_cut)
         if ranked[0].dropped is not None:
@@ -241,11 +225,6 @@ class Speaker:
     def _room(self, options: ReplyOptions) -> int:
         """Maximum tokens of a context, so that context and response fit a training row."""
         return max(self._sequence_length - options.sampling.max_new_tokens, self._sequence_length // 2, 8)
-
-    @property
-    def _stop_ids(self) -> frozenset[int]:
-        """Every control symbol, and the newline for a model that continues lines of text."""
-        return self.encoding.stop_ids if self.is_tuned else self.encoding.stop_ids | {*self.encoding.text("\n")}
 
 
 def _lines(messages: Iterable[Message]) -> str:

@@ -77,10 +77,7 @@ class Rows:
     def attend(
         self, layer: int, q_NHLK: Tensor, k_NHLK: Tensor, v_NHLK: Tensor, *, places: Places, by_bucket_HR: Tensor
     ) -> Tensor:
-        """Write keys and values; return the attention [N, H, L, K] of the queries.
-
-        by_bucket_HR: the bias of each bucket, and -inf for masked positions.
-        """
+        """Write keys and values; the attention [N, H, L, K] of the queries. by_bucket_HR: -inf for masked positions."""
         rows, length = q_NHLK.shape[0], q_NHLK.shape[2]
         own, numbers = self._own[layer], torch.arange(rows, device=q_NHLK.device)[:, None]
         for cached, new in zip(own, (k_NHLK, v_NHLK), strict=True):

@@ -102,6 +102,12 @@ def advance(model: LaMDA, groups: Sequence[Candidates]) -> None:
         group.take(logits_NV)
 
 
+def finish(model: LaMDA, groups: Sequence[Candidates]) -> None:
+    """Generate until all candidates of all groups have ended, in one batch."""
+    while running := [group for group in groups if not group.finished]:
+        advance(model, running)
+
+
 Pieces = Generator[None, None, Result]
 """Work on the model in pieces of at most CHUNK tokens per row; the caller may do other work, or stop, in between."""
 
@@ -143,41 +149,21 @@ def prefill_pieces(model: LaMDA, ids: Sequence[int]) -> Pieces[Prefix]:
     return rows.as_prefix(ids, logits_NV[0])
 
 
-@torch.no_grad()
 def sample(
     model: LaMDA, prefix: Prefix, *, count: int = 1, sampling: Sampling, on_token: OnToken | None = None
 ) -> Candidates:
-    """`count` independent continuations of a prefix.
+    """`count` independent continuations of a prefix. Raises UserError if count is less than 1.
 
     Candidate c depends only on the prefix, the sampling and c: the first 4 of 16 are the same as 4 of 4.
-    Raises UserError if count is less than 1.
     """
     candidates = Candidates(model, prefix, count=count, sampling=sampling, on_token=on_token)
-    while not candidates.finished:
-        advance(model, [candidates])
+    finish(model, [candidates])
     return candidates
 
 
 @torch.no_grad()
-def generate(model: LaMDA, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
-    """Continue prompts of any lengths in one batch: the new ids of each, the same as alone.
-
-    Raises UserError if a prompt is empty.
-    """
-    groups = [Candidates(model, prefill(model, ids), count=1, sampling=sampling) for ids in prompts]
-    while running := [group for group in groups if not group.finished]:
-        advance(model, running)
-    return [group.ids[0] for group in groups]
-
-
-def score(model: LaMDA, prefix: Prefix, continuations: Sequence[Sequence[int]]) -> list[float]:
-    """The log probability of each continuation after the prefix. Raises ValueError if one is empty."""
-    return whole(score_pieces(model, prefix, continuations))
-
-
-@torch.no_grad()
 def score_pieces(model: LaMDA, prefix: Prefix, continuations: Sequence[Sequence[int]]) -> Pieces[list[float]]:
-    """`score` in pieces."""
+    """The log probability of each continuation after the prefix. Raises ValueError if one is empty."""
     if not all(continuations):
         raise ValueError("a continuation without tokens has nothing to score")
     device, longest = prefix.logits_V.device, max(map(len, continuations)) - 1
@@ -199,16 +185,41 @@ def score_pieces(model: LaMDA, prefix: Prefix, continuations: Sequence[Sequence[
 
 
 class TextStream:
-    """Decodes ids one by one; the bytes of an incomplete character are held back until it is complete."""
+    """Decodes ids one by one, up to the first stop string.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    The bytes of an incomplete character and what may begin a stop string are held back until they are certain.
+
+    Attributes:
+        text: all text returned so far; at the end without a stop, the text of `Tokenizer.decode`.
+        stopped: whether a stop string ended it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        self.text, self.stopped = "", False
+        self._tokenizer, self._stops, self._held = tokenizer, stops, ""
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, id: int) -> str:
-        """The text that one more id completes; may be empty."""
-        return self._decoder.decode(self._tokenizer.utf8(id))
+        """The text that one more id makes certain; may be empty, and is after a stop."""
+        return self._release(self._decoder.decode(self._tokenizer.utf8(id)), is_last=False)
 
     def end(self) -> str:
-        """U+FFFD for an incomplete character, or nothing. All parts joined equal the text of `Tokenizer.decode`."""
-        return self._decoder.decode(b"", final=True)
+        """The text held back, with U+FFFD for an incomplete character."""
+        return self._release(self._decoder.decode(b"", final=True), is_last=True)
+
+    def _release(self, more: str, *, is_last: bool) -> str:
+        if self.stopped:
+            return ""
+        self._held += more
+        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        self.stopped = bool(places)
+        certain = min(places, default=len(self._held) - (0 if is_last else self._doubtful()))
+        released, self._held = self._held[:certain], self._held[certain:]
+        self.text += released
+        return released
+
+    def _doubtful(self) -> int:
+        """Length of the longest suffix that begins a stop string."""
+        longest = min(max(map(len, self._stops), default=0) - 1, len(self._held))
+        sizes = range(longest, 0, -1)
+        return next((size for size in sizes if any(s.startswith(self._held[-size:]) for s in self._stops)), 0)

@@ -61,10 +61,7 @@ def deleted(checkpoint: Path) -> str:
 
 
 def load_model(path: Path, config: ModelConfig) -> LaMDA:
-    """The model of a checkpoint, in the precision of its weights, ready to evaluate.
-
-    Raises UserError if they cannot be read.
-    """
+    """The model of a checkpoint, in its weights' precision and in eval mode. Raises UserError if it cannot be read."""
     try:
         weights = load_file(path / WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -76,10 +73,7 @@ def load_model(path: Path, config: ModelConfig) -> LaMDA:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A loaded checkpoint.
-
-    path: of the checkpoint. config: of its run.
-    """
+    """A loaded checkpoint. config: of its run."""
 
     path: Path
     config: Config

@@ -85,10 +85,7 @@ class Sampler:
         self._kept = torch.tensor(sorted(sampling.stop_ids), dtype=torch.long, device=logits.device)
 
     def choose(self, logits_NV: Tensor, step: int) -> tuple[list[int], list[float]]:
-        """The next id of each candidate, number `step`, and its log probability under the unmodified model.
-
-        Raises NotFiniteError if logits are not finite.
-        """
+        """Each candidate's id number `step`, and its log probability in the unmodified model. Raises NotFiniteError."""
         wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         chosen_N1 = self._choose(self._penalized(wide_NV), step)
         log_probabilities_N = wide_NV.gather(-1, chosen_N1)[:, 0] - wide_NV.logsumexp(-1)

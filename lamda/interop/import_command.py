@@ -20,7 +20,6 @@ def main(argv: list[str]) -> int:
     from lamda.interop.huggingface.importing import import_folder
 
     import_folder(options.path, options.to)
-    print(
-        f"{options.to}: set model.weights to {options.to / 'model.safetensors'}, or try `lamda generate {options.to}`"
-    )
+    weights = options.to / "model.safetensors"
+    print(f"{options.to}: set model.weights to {weights}, or try `lamda generate {options.to}`")
     return 0

@@ -8,10 +8,10 @@ from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 from lamda.engines.flax.generation import generate
 from lamda.engines.flax.weights import make_weights
-from lamda.inference.generation import generate as expected
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
 from lamda.model.initialization import initialize_weights
+from tests.generation import generate as expected
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], list(range(2, 50)) * 3]
 

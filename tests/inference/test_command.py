@@ -9,10 +9,11 @@ import pytest
 
 from lamda.cli import main
 from lamda.config.errors import UserError
-from lamda.inference.generation import TextStream, generate
+from lamda.inference.generation import TextStream
 from lamda.inference.loading import find_checkpoint, load_run
 from lamda.inference.sampling import Sampling
 from lamda.storage import manifest
+from tests.generation import generate
 from tests.random_run import write_run
 
 

@@ -7,8 +7,9 @@ import torch
 
 from lamda.config.errors import UserError
 from lamda.inference.cache import CHUNK, Rows, feed
-from lamda.inference.generation import Candidates, advance, forward, generate, prefill, sample, score
+from lamda.inference.generation import Candidates, advance, forward, prefill, sample
 from lamda.inference.sampling import Sampling
+from tests.generation import generate, score
 from tests.inference.conftest import make_model
 
 GREEDY = Sampling(max_new_tokens=12, temperature=0)

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from lamda.config import ModelConfig
-from lamda.inference.generation import generate, prefill, sample
+from lamda.inference.generation import prefill, sample
 from lamda.inference.int8 import Int8Matrix, to_int8
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
 from lamda.model.initialization import initialize_weights
+from tests.generation import generate
 
 
 def make():

@@ -14,13 +14,13 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrain
 
 from lamda.config import ModelConfig
 from lamda.config.errors import UserError
-from lamda.inference.generation import generate
 from lamda.inference.sampling import Sampling
 from lamda.interop.huggingface import LamdaConfig, LamdaForCausalLM, LamdaModel
 from lamda.interop.huggingface.tokenization import fast_tokenizer
 from lamda.model import LaMDA
 from lamda.model.initialization import initialize_weights
 from lamda.model.loss import token_nll
+from tests.generation import generate
 
 CLOSE = {"rtol": 0, "atol": 1e-9}
 """In float64; what float32 rounds has a test of its own."""

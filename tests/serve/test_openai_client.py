@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-from lamda.inference.generation import generate
 from lamda.inference.sampling import Sampling
+from tests.generation import generate
 from tests.serve.conftest import KEY, make_service, serving
 
 ASKED = {"model": "random", "prompt": "the of and", "max_tokens": 12, "seed": 3}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from lamda.data.loader import batch_digest
 from lamda.distributed import World
 from lamda.engines.protocol import StepMetrics
-from lamda.inference.generation import generate
+from lamda.inference.generation import prefill, sample
 from lamda.launch.main import launch
 from lamda.model import LaMDA
 from lamda.model.initialization import initialize_weights
@@ -111,7 +111,7 @@ class Engine:
 
     def generate(self, ids, sampling):
         with self.eval_mode():
-            return generate(self.model, [ids], sampling)[0]
+            return sample(self.model, prefill(self.model, ids), sampling=sampling).ids[0]
 
     def load_checkpoint(self, path):
         self.load_weights(path / "model.safetensors")

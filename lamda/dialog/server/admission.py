@@ -11,23 +11,32 @@ from lamda.dialog.server.limits import Limits
 from lamda.dialog.server.protocol import RequestError
 
 
-class ClientDisconnected(Exception):  # noqa: N818 - not an error: it ends a request whose client has left
+class ClientDisconnected(RequestError):  # noqa: N818 - not an error: it ends a request whose client has left
     """The client has disconnected."""
 
+    def __init__(self) -> None:
+        super().__init__(499, "the client has disconnected")
 
-class DeadlineExceeded(Exception):  # noqa: N818 - the client gets it as an answer
+
+class DeadlineExceeded(RequestError):  # noqa: N818
     """The request took longer than `Limits.seconds`."""
 
+    def __init__(self, seconds: float) -> None:
+        super().__init__(504, f"the request took longer than {seconds:g} seconds")
 
-class ShuttingDown(Exception):  # noqa: N818 - the client gets it as an answer
+
+class ShuttingDown(RequestError):  # noqa: N818
     """The server is shutting down."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "the server is shutting down: try again later")
 
 
 class Ticket:
     """A request's right to continue, until its deadline, its client's disconnection or the server's shutdown."""
 
     def __init__(self, *, seconds: float) -> None:
-        self._deadline = time.monotonic() + seconds
+        self._seconds, self._deadline = seconds, time.monotonic() + seconds
         self._reason: type[ClientDisconnected | ShuttingDown] | None = None
 
     def abandon(self) -> None:
@@ -43,26 +52,18 @@ class Ticket:
         if self._reason is not None:
             raise self._reason
         if time.monotonic() > self._deadline:
-            raise DeadlineExceeded
-
-    def reserve(self, tokens: int) -> None:
-        """Reserve memory for the keys and values of this many tokens; `Slot` enforces the limit."""
+            raise DeadlineExceeded(self._seconds)
 
 
 class Slot(Ticket):
-    """The ticket of an active request.
+    """The ticket of an active request. tokens: reserved; they are released when the request leaves."""
 
-    Attributes:
-        tokens: reserved; they are released when the request leaves.
-    """
-
-    def __init__(self, admission: Admission, limits: Limits) -> None:
-        super().__init__(seconds=limits.seconds)
-        self.tokens = 0
-        self._admission = admission
+    def __init__(self, admission: Admission, *, seconds: float) -> None:
+        super().__init__(seconds=seconds)
+        self.tokens, self._admission = 0, admission
 
     def reserve(self, tokens: int) -> None:
-        """Raises RequestError if the active requests hold too much already."""
+        """Reserve memory for the keys and values of tokens. Raises RequestError as `Admission.reserve`."""
         self._admission.reserve(tokens)
         self.tokens += tokens
 
@@ -70,9 +71,7 @@ class Slot(Ticket):
 class Admission:
     """The slots of a server. Call `enter` from the event loop only; tokens are reserved in the requests' threads.
 
-    Attributes:
-        active: requests that hold a slot.
-        tokens: reserved by them.
+    active: requests that hold a slot. tokens: reserved by them.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -85,10 +84,10 @@ class Admission:
     def enter(self) -> Iterator[Slot]:
         """Hold a slot. Raises RequestError if all are taken or the server is shutting down."""
         if self._is_ending:
-            raise shutting_down()
+            raise ShuttingDown
         if self.active >= self._limits.requests:
             raise RequestError(429, f"{self._limits.requests} requests are in progress: try again soon")
-        slot = Slot(self, self._limits)
+        slot = Slot(self, seconds=self._limits.seconds)
         self.active += 1
         self._slots.add(slot)
         try:
@@ -111,17 +110,9 @@ class Admission:
         """For `Slot`. Raises RequestError: 400 for what never fits, 429 for what does not fit now."""
         most = self._limits.total_tokens
         if tokens > most:
-            raise RequestError(
-                400,
-                f"prompt and max_tokens, times the choices or candidates, are {tokens:,} tokens: at most {most:,}",
-                param="max_tokens",
-            )
+            problem = f"prompt and max_tokens, times the choices or candidates, are {tokens:,} tokens: at most {most:,}"
+            raise RequestError(400, problem, param="max_tokens")
         with self._lock:
             if self.tokens + tokens > most:
                 raise RequestError(429, f"active requests may hold {most:,} tokens together: try again soon")
             self.tokens += tokens
-
-
-def shutting_down() -> RequestError:
-    """The answer to clients during shutdown."""
-    return RequestError(503, "the server is shutting down: try again later")

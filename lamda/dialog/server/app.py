@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,10 @@ class Metrics:
 
     def __init__(self, scheduler: Scheduler, admission: Admission) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter("lamda_requests", "requests by HTTP status", ["status"], registry=self.registry)
-        self.closed = Counter(
-            "lamda_connections_closed", "connections that a limit closed", ["limit"], registry=self.registry
-        )
-        self.tokens = Counter("lamda_tokens", "tokens by kind", ["kind"], registry=self.registry)
+        counter = partial(Counter, registry=self.registry)
+        self.requests = counter("lamda_requests", "requests by HTTP status", ["status"])
+        self.closed = counter("lamda_connections_closed", "connections that a limit closed", ["limit"])
+        self.tokens = counter("lamda_tokens", "tokens by kind", ["kind"])
         self.seconds = Histogram(
             "lamda_request_seconds",
             "from a request's acceptance to its end",
@@ -53,12 +53,7 @@ class Metrics:
 
 
 class App:
-    """The whole server as an ASGI application.
-
-    Attributes:
-        limits: of its service.
-        metrics: for Prometheus.
-    """
+    """The whole server as an ASGI application."""
 
     def __init__(self, service: Service, *, hosts: frozenset[str], key: str | None, chat_only: bool = False) -> None:
         """hosts, key: as `Guard`. chat_only: leave out /v1/completions, whose texts are not filtered."""
@@ -68,11 +63,11 @@ class App:
         self._pool = ThreadPoolExecutor(service.limits.requests, thread_name_prefix="request")
         self._started = int(time.time())
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=self._lifespan)
-        for path, kind, handler in (
-            ("/v1/chat/completions", ChatRequest, _Chat),
-            *([] if chat_only else [("/v1/completions", CompletionRequest, _Completion)]),
-        ):
-            app.routes.append(Route(path, self._endpoint(kind, handler), methods=["POST"]))
+        handlers: list[type[_Handler]] = [_Chat] if chat_only else [_Chat, _Completion]
+        for handler in handlers:
+            make = partial(handler, service, self.metrics)
+            endpoint = Endpoint(handler.body, make, self._admission, self._pool, self.metrics.seconds)
+            app.routes.append(Route(handler.path, endpoint, methods=["POST"]))
         for path, get in (
             ("/v1/models", self._models),
             ("/v1/models/{name:path}", self._one_model),
@@ -95,13 +90,6 @@ class App:
         self._guard.end()
         return self._admission.end()
 
-    def _endpoint(self, kind: Any, handler: Callable[[Service, Metrics, Any], _Handler]) -> Endpoint:
-        def make(request: Any) -> _Handler:
-            self._check_name(request.model)
-            return handler(self._service, self.metrics, request)
-
-        return Endpoint(kind, make, self._admission, self._pool, self.limits, self.metrics.seconds)
-
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Stop the scheduler with the server."""
@@ -113,7 +101,7 @@ class App:
         return {"object": "list", "data": [self._model()]}
 
     async def _one_model(self, name: str) -> dict[str, Any]:
-        self._check_name(name)
+        _check_name(name, self._service)
         return self._model()
 
     async def _health(self) -> dict[str, str]:
@@ -125,20 +113,24 @@ class App:
     def _model(self) -> dict[str, Any]:
         return {"id": self._service.name, "object": "model", "created": self._started, "owned_by": "open-lamda"}
 
-    def _check_name(self, name: str) -> None:
-        if name != self._service.name:
-            raise RequestError(
-                404, f"there is no model {shortened(name)}; this server has {self._service.name!r}", param="model"
-            )
+
+def _check_name(name: str, service: Service) -> None:
+    if name != service.name:
+        problem = f"there is no model {shortened(name)}; this server has {service.name!r}"
+        raise RequestError(404, problem, param="model")
 
 
 class _Handler(Handler):
-    """The common part of both kinds of requests."""
+    """The common part of both kinds of requests. prefix: of an answer's id."""
 
+    path: str
+    body: type[ChatRequest] | type[CompletionRequest]
     kind: str
     prefix: str
 
     def __init__(self, service: Service, metrics: Metrics, request: Any) -> None:
+        """Raises RequestError for the name of another model."""
+        _check_name(request.model, service)
         self.service, self.metrics, self.request = service, metrics, request
         self._head = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
@@ -162,8 +154,9 @@ class _Handler(Handler):
 
 
 class _Completion(_Handler):
-    """`POST /v1/completions`."""
+    """Continuations of prompts."""
 
+    path, body = "/v1/completions", CompletionRequest
     kind, prefix = "text_completion", "cmpl"
 
     def __call__(self, slot: Slot, on_text: OnText | None) -> Answer:
@@ -181,8 +174,9 @@ class _Completion(_Handler):
 
 
 class _Chat(_Handler):
-    """`POST /v1/chat/completions`; the field `lamda` has candidates, scores, steps, sources and the context."""
+    """A reply; the field `lamda` has candidates, scores, steps, sources and the context."""
 
+    path, body = "/v1/chat/completions", ChatRequest
     kind, prefix = "chat.completion", "chatcmpl"
 
     def __call__(self, slot: Slot, _: OnText | None) -> Answer:
@@ -221,6 +215,5 @@ async def _request_error(_: Request, error: Exception) -> Response:
 
 async def _http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {shortened(request.scope['path'])}: {error.detail}"
-    record = RequestError(error.status_code, message).to_record()
-    return JSONResponse(record, error.status_code, error.headers)  # the headers of a 405 name the allowed methods
+    answer = RequestError(error.status_code, f"{request.method} {shortened(request.scope['path'])}: {error.detail}")
+    return JSONResponse(answer.to_record(), answer.status, error.headers)  # those of a 405 name the allowed methods

@@ -193,9 +193,8 @@ class Connection(H11Protocol):
         if self in self._shared.waiting:
             del self._shared.waiting[self]
             limits = self._shared.limits
-            self._limit(
-                limits.body_seconds + limits.seconds + limits.delivery_seconds, partial(self.cut, "request_seconds")
-            )
+            seconds = limits.body_seconds + limits.seconds + limits.delivery_seconds
+            self._limit(seconds, partial(self.cut, "request_seconds"))
 
     def _limit(self, seconds: float, at_end: Callable[[], None]) -> None:
         if self._timer is not None:
@@ -209,9 +208,8 @@ class Connection(H11Protocol):
             self.cut("head_seconds")
 
     def _watch_reading(self) -> None:
-        self._reader = self.loop.call_later(
-            self._shared.limits.delivery_seconds, self._has_read, self.transport.get_write_buffer_size()
-        )
+        unread = self.transport.get_write_buffer_size()
+        self._reader = self.loop.call_later(self._shared.limits.delivery_seconds, self._has_read, unread)
 
     def _has_read(self, before: int) -> None:
         if self.transport.get_write_buffer_size() > max(before - READ_BYTES, 0):

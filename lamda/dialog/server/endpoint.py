@@ -17,16 +17,8 @@ from fastapi.responses import JSONResponse
 from prometheus_client import Histogram
 
 from lamda.config.errors import RunError, UserError
-from lamda.dialog.server.admission import (
-    Admission,
-    ClientDisconnected,
-    DeadlineExceeded,
-    ShuttingDown,
-    Slot,
-    shutting_down,
-)
+from lamda.dialog.server.admission import Admission, Slot
 from lamda.dialog.server.guard import OUTCOME, Receive, Scope, Send, send_error
-from lamda.dialog.server.limits import Limits
 from lamda.dialog.server.protocol import ChatRequest, CompletionRequest, RequestError, parse
 
 log = logging.getLogger(__name__)
@@ -67,7 +59,6 @@ class Endpoint:
     handler: Callable[[Any], Handler]
     admission: Admission
     pool: ThreadPoolExecutor
-    limits: Limits
     seconds: Histogram
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -95,39 +86,16 @@ class Endpoint:
 
     async def _in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Run `work` in the pool. Raises only RequestError."""
-        outcome = await asyncio.get_running_loop().run_in_executor(self.pool, self._outcome, work, arguments)
+        outcome = await asyncio.get_running_loop().run_in_executor(self.pool, _outcome, work, arguments)
         if isinstance(outcome, RequestError):
             raise outcome
         return outcome
-
-    def _outcome(self, work: Callable[..., Result], arguments: tuple[Any, ...]) -> Result | RequestError:
-        """An error becomes a value: in a future, its traceback would hold keys and values until garbage collection."""
-        try:
-            return work(*arguments)
-        except Exception as error:
-            return self._refusal(error)
-
-    def _refusal(self, error: Exception) -> RequestError:
-        """The client's error; a defect of the server goes to the log."""
-        if isinstance(error, RequestError):
-            return RequestError(error.status, error.message, param=error.param)
-        if isinstance(error, UserError):
-            return RequestError(400, str(error))
-        if isinstance(error, DeadlineExceeded):
-            return RequestError(504, f"the request took longer than {self.limits.seconds:g} seconds")
-        if isinstance(error, ClientDisconnected):
-            return RequestError(499, "the client has disconnected")
-        if isinstance(error, ShuttingDown):
-            return shutting_down()
-        if not isinstance(error, RunError):  # the scheduler logs those
-            log.error("a request failed\n%s", "".join(format_exception(error)))
-        return RequestError(500, "internal error; see the server's log")
 
     async def _stream(self, handler: Handler, slot: Slot, scope: Scope, receive: Receive, send: Send) -> None:
         """Server-sent events. An error before the first one becomes the response's status."""
         outbox = _Outbox()
         loop = asyncio.get_running_loop()
-        working = loop.run_in_executor(self.pool, self._outcome, handler, (slot, outbox.put))
+        working = loop.run_in_executor(self.pool, _outcome, handler, (slot, outbox.put))
         working.add_done_callback(lambda _: outbox.wake())
         has_begun = False
 
@@ -155,6 +123,20 @@ class Endpoint:
                 await event(record)
             await event("[DONE]")
         await send({"type": "http.response.body", "body": b""})
+
+
+def _outcome(work: Callable[..., Result], arguments: tuple[Any, ...]) -> Result | RequestError:
+    """The result, or the client's error: in a future, a traceback would hold keys and values until it is collected."""
+    try:
+        return work(*arguments)
+    except RequestError as error:
+        return RequestError(error.status, error.message, param=error.param)
+    except UserError as error:
+        return RequestError(400, str(error))
+    except Exception as error:
+        if not isinstance(error, RunError):  # the scheduler logs those
+            log.error("a request failed\n%s", "".join(format_exception(error)))
+        return RequestError(500, "internal error; see the server's log")
 
 
 class _Outbox:

@@ -14,7 +14,7 @@ from typing import Any
 
 from prometheus_client import Counter
 
-from lamda.dialog.server.admission import shutting_down
+from lamda.dialog.server.admission import ShuttingDown
 from lamda.dialog.server.limits import SMALL_BODY, Limits
 from lamda.dialog.server.protocol import RequestError, shortened
 
@@ -119,11 +119,9 @@ class Guard:
                 while await self._append(body, receive):
                     pass
         except TimeoutError:
-            raise (
-                shutting_down()
-                if self._is_ending
-                else RequestError(408, f"the body took longer than {self._limits.body_seconds:g} seconds")
-            ) from None
+            if self._is_ending:
+                raise ShuttingDown from None
+            raise RequestError(408, f"the body took longer than {self._limits.body_seconds:g} seconds") from None
         except ConnectionError:
             return None
         finally:
@@ -158,14 +156,10 @@ def _name(host: str) -> str:
 
 def _replay(body: bytes, receive: Receive) -> Receive:
     """The body that was read, then further messages: the client's disconnection."""
-    given = False
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> Message:
-        nonlocal given, body
-        if given:
-            return await receive()
-        given, read, body = True, body, b""
-        return {"type": "http.request", "body": read, "more_body": False}
+        return messages.pop() if messages else await receive()
 
     return again
 

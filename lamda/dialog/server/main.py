@@ -31,10 +31,13 @@ def main(argv: list[str]) -> int:
     if missing:
         raise UserError(f"the server needs {', '.join(missing)}: pip install 'lamda-pytorch[serve]'")
     key = read_key(options.key_file)
-    all_of(
-        lambda: check_exposure(options.host, key=key, is_meant=options.without_key),
-        lambda: _check_limits(options),
-    )
+    all_of(lambda: check_exposure(options.host, key=key, is_meant=options.without_key), lambda: _limits(options))
+    _serve(options, key)
+    return 0
+
+
+def _serve(options: argparse.Namespace, key: str | None) -> None:
+    """Load the model and answer requests until a signal ends the server."""
     from lamda.dialog.server.app import App
     from lamda.dialog.server.connections import Server
     from lamda.dialog.server.guard import LOOPBACK
@@ -53,14 +56,7 @@ def main(argv: list[str]) -> int:
         is_tuned=loaded.config.data.packing == "whole",
         toolset=usable_tools(toolset, loaded.path),
         options=reply_options,
-        limits=Limits(
-            tokens=options.max_tokens,
-            candidates=max(options.candidates, Limits.candidates),
-            seconds=options.seconds,
-            requests=options.requests,
-            total_tokens=options.total_tokens,
-            connections=options.connections,
-        ),
+        limits=_limits(options),
     )
     hosts = LOOPBACK | {options.host, *options.allow_host}
     app = App(service, hosts=hosts, key=key, chat_only=options.chat_only)
@@ -74,7 +70,6 @@ def main(argv: list[str]) -> int:
     print(f"{options.total_tokens:,} tokens of all requests take up to {gigabytes:.1f} GB", flush=True)
     message = "shutting down; active requests answered with 503"
     Server(app, on_end=lambda active: print(f"{message}: {active}", flush=True)).run(sockets=[listening])
-    return 0
 
 
 def read_key(file: Path | None) -> str | None:
@@ -114,19 +109,19 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        raise UserError(
-            f"cannot listen on {_address(host, port)} ({error}): choose another --host or --port"
-        ) from error
+        message = f"cannot listen on {_address(host, port)} ({error}): choose another --host or --port"
+        raise UserError(message) from error
 
 
-def _check_limits(options: argparse.Namespace) -> None:
-    problems = [
-        f"--{name.replace('_', '-')} is {value}: give at least 1"
-        for name in ("max_tokens", "requests", "seconds", "total_tokens", "connections")
-        if not (value := getattr(options, name)) >= 1
-    ]
-    if problems:
-        raise UserError("\n".join(problems))
+def _limits(options: argparse.Namespace) -> Limits:
+    """The limits that the options set. Raises UserError if one is less than 1."""
+    names = ("max_tokens", "requests", "seconds", "total_tokens", "connections")
+    given = {name: getattr(options, name) for name in names}
+    if wrong := {name: value for name, value in given.items() if not value >= 1}:
+        lines = (f"--{name.replace('_', '-')} is {value}: give at least 1" for name, value in wrong.items())
+        raise UserError("\n".join(lines))
+    tokens = given.pop("max_tokens")
+    return Limits(tokens=tokens, candidates=max(options.candidates, Limits.candidates), **given)
 
 
 def _address(host: str, port: int) -> str:

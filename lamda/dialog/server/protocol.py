@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -22,39 +21,17 @@ from lamda.dialog.server.limits import KEYS, MESSAGES, PARTS, PROBLEMS, STOPS, S
 from lamda.inference.sampling import PENALTIES, TEMPERATURES
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0, 0.0),
-    "function_call": ("none",),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "metadata": ({},),
-    "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
-    "prediction": (),
-    "presence_penalty": (0, 0.0),
-    "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "verbosity": (),
-    "web_search_options": (),
-}
+    "audio": (), "best_of": (1,), "echo": (False,), "frequency_penalty": (0, 0.0), "function_call": ("none",),
+    "functions": ([],), "logit_bias": ({},), "logprobs": (False,), "metadata": ({},), "modalities": (["text"],),
+    "parallel_tool_calls": (True, False), "prediction": (), "presence_penalty": (0, 0.0), "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},), "service_tier": ("auto", "default"), "store": (False,), "suffix": ("",),
+    "tool_choice": ("none", "auto"), "tools": ([],), "top_logprobs": (0,), "verbosity": (), "web_search_options": (),
+}  # fmt: skip
 """OpenAI's unsupported parameters, and the values of each that have no effect, like null."""
 
 _NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "refusal": (),
-    "tool_calls": ([],),
-}
+    "annotations": ([],), "audio": (), "function_call": (), "refusal": (), "tool_calls": ([],),
+}  # fmt: skip
 """The same inside a message: the official client sends them back with an answer."""
 
 
@@ -77,17 +54,6 @@ def shortened(text: str) -> str:
     return repr(text if len(text) <= 100 else text[:100] + "...")
 
 
-def _without_neutral_values(values: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
-    """The values that have an effect. 0 is not False: `logprobs: 0` has one. Raises ValueError."""
-    if len(values) > KEYS:
-        raise ValueError(f"has {len(values):,} keys: at most {KEYS}")
-
-    def asks(name: str, value: object) -> bool:
-        return not any(type(value) is type(none) and value == none for none in (None, *neutral.get(name, ())))
-
-    return {name: value for name, value in values.items() if asks(name, value)}
-
-
 def _at_most(most: int) -> BeforeValidator:
     """Reject a longer list before its elements are validated."""
 
@@ -107,6 +73,26 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class _Tolerant(_Strict):
+    """Null, and the `neutral` values of unsupported parameters, mean the default."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, values: Any) -> Any:
+        """The values that have an effect. 0 is not False: `logprobs: 0` has one. Raises ValueError."""
+        if not isinstance(values, dict):
+            return values
+        if len(values) > KEYS:
+            raise ValueError(f"has {len(values):,} keys: at most {KEYS}")
+
+        def asks(name: str, value: object) -> bool:
+            return not any(type(value) is type(none) and value == none for none in (None, *cls.neutral.get(name, ())))
+
+        return {name: value for name, value in values.items() if asks(name, value)}
+
+
 class StreamOptions(_Strict):
     """Options of a stream; `include_obfuscation` requests padding, which is not supported."""
 
@@ -114,9 +100,10 @@ class StreamOptions(_Strict):
     include_obfuscation: Literal[False] = False
 
 
-class _GenerationRequest(_Strict):
+class _GenerationRequest(_Tolerant):
     """The common parameters; those that name the end user or a cache have no effect."""
 
+    neutral = _NEUTRAL
     model: str
     max_tokens: int | None = Field(None, ge=1, lt=2**63)
     temperature: float = Field(1.0, ge=0, le=2)
@@ -131,12 +118,6 @@ class _GenerationRequest(_Strict):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_neutral(cls, values: Any) -> Any:
-        """Null and values without an effect mean the default."""
-        return _without_neutral_values(values, _NEUTRAL) if isinstance(values, dict) else values
 
     @field_validator("temperature")
     @classmethod
@@ -187,17 +168,13 @@ class TextPart(_Strict):
     text: str
 
 
-class ChatMessage(_Strict):
+class ChatMessage(_Tolerant):
     """A message; tools are the server's own, so no client can send their messages. `name` has no effect."""
 
+    neutral = _NEUTRAL_IN_MESSAGE
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[TextPart], FailFast(), _at_most(PARTS)]
     name: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_neutral(cls, values: Any) -> Any:
-        return _without_neutral_values(values, _NEUTRAL_IN_MESSAGE) if isinstance(values, dict) else values
 
     @field_validator("content", mode="before")
     @classmethod

@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from lamda.config.errors import RunError, UserError
-from lamda.dialog.server.admission import ClientDisconnected, DeadlineExceeded, ShuttingDown, Ticket
+from lamda.dialog.server.admission import ClientDisconnected, Ticket
 from lamda.dialog.server.memory import trim_memory
+from lamda.dialog.server.protocol import RequestError
 from lamda.inference.cache import Prefix
 from lamda.inference.generation import Candidates, OnToken, Pieces, forward
 from lamda.inference.sampling import Sampling
@@ -36,10 +37,9 @@ Result = TypeVar("Result")
 
 @dataclass(eq=False)
 class _Job:
-    """Work of a request for the thread: either `pieces`, run to their result, or `count` candidates to sample.
+    """Work of a request for the thread: either `pieces`, run to their result, or `count` candidates, made by `begin`.
 
-    begin: makes the candidates. The future holds no frames: a traceback in it would keep keys and values until
-    garbage collection.
+    The future holds no frames: a traceback in it would keep keys and values until garbage collection.
     """
 
     ticket: Ticket
@@ -57,20 +57,29 @@ class _Job:
 
     def fail(self, error: Exception) -> None:
         """Hold nothing but the error, which `Scheduler` raises in the request's own thread."""
-        if not isinstance(error, (ClientDisconnected, ShuttingDown, DeadlineExceeded, UserError)):
+        if not isinstance(error, RequestError | UserError):
             log.error("a request failed\n%s", "".join(format_exception(error)))  # text: a record would keep the frames
             error = RunError(f"{type(error).__name__}: {error}")
         self.pieces = self.begin = self.candidates = None
         self.done.set_exception(error.with_traceback(None))
 
+    def may_continue(self) -> bool:
+        """Whether its ticket lets it; otherwise it fails."""
+        try:
+            self.ticket.check()
+        except RequestError as error:
+            self.fail(error)
+        return not self.done.done()
+
+    def end_if_finished(self) -> bool:
+        """Whether it has ended, also by an error."""
+        if self.candidates is not None and self.candidates.finished:
+            self.end(self.candidates)
+        return self.done.done()
+
 
 class Scheduler:
-    """Owns the thread; `close` ends it.
-
-    Attributes:
-        rows: candidates in the last step.
-        steps: sampling steps so far.
-    """
+    """Owns the thread; `close` ends it. rows: candidates in the last step. steps: sampling steps so far."""
 
     def __init__(self, model: LaMDA) -> None:
         self.rows = self.steps = 0
@@ -120,7 +129,7 @@ class Scheduler:
     def _work(self) -> None:
         jobs: list[_Job] = []
         while self._receive(jobs):
-            jobs = [job for job in jobs if _may_continue(job)]
+            jobs = [job for job in jobs if job.may_continue()]
             self._piece(jobs)
             self._step([job for job in jobs if job.pieces is None and not job.done.done()])
             jobs = [job for job in jobs if not job.done.done()]
@@ -167,7 +176,7 @@ class Scheduler:
             except Exception as error:
                 job.fail(error)
             else:
-                _end_if_finished(job)
+                job.end_if_finished()
         self.steps += 1
 
     def _has_begun(self, job: _Job) -> bool:
@@ -178,7 +187,7 @@ class Scheduler:
             except Exception as error:
                 job.fail(error)
                 return False
-        return not _end_if_finished(job)
+        return not job.end_if_finished()
 
     def _forward(self, running: Sequence[_Job]) -> list[tuple[_Job, Tensor]]:
         """The logits of each job. If the batch fails (out of memory), each is tried alone, and fails alone."""
@@ -190,17 +199,3 @@ class Scheduler:
                 running[0].fail(error)
                 return []
         return [pair for job in running for pair in self._forward([job])]
-
-
-def _may_continue(job: _Job) -> bool:
-    try:
-        job.ticket.check()
-    except Exception as error:
-        job.fail(error)
-    return not job.done.done()
-
-
-def _end_if_finished(job: _Job) -> bool:
-    if job.candidates is not None and job.candidates.finished:
-        job.end(job.candidates)
-    return job.done.done()

@@ -10,7 +10,7 @@ from typing import Literal
 
 from lamda.data.tokenizer import Tokenizer
 from lamda.dialog.encoding import Encoding
-from lamda.dialog.server.admission import Ticket
+from lamda.dialog.server.admission import Slot
 from lamda.dialog.server.limits import Limits
 from lamda.dialog.server.protocol import ChatMessage, ChatRequest, CompletionRequest, RequestError
 from lamda.dialog.server.scheduler import Scheduler
@@ -43,54 +43,10 @@ class ChatResult:
     tokens: int
 
 
-class ChoiceText:
-    """The text of one choice as it is sampled, up to the first stop string; holds back a possible start of one.
-
-    Attributes:
-        text: the text so far, in whole characters.
-        stopped: whether a stop string ended it.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
-        self.text = ""
-        self.stopped = False
-        self._stream, self._stops, self._held = TextStream(tokenizer), stops, ""
-
-    def add(self, id: int) -> str:
-        """Add a token; the new text that is certain. Empty after a stop."""
-        return self._give(self._stream.add(id), final=False)
-
-    def end(self) -> str:
-        """The text that was held back."""
-        return self._give(self._stream.end(), final=True)
-
-    def _give(self, more: str, *, final: bool) -> str:
-        if self.stopped:
-            return ""
-        self._held += more
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        self.stopped = bool(places)
-        certain = min(places) if places else len(self._held) - (0 if final else self._doubtful())
-        given, self._held = self._held[:certain], self._held[certain:]
-        self.text += given
-        return given
-
-    def _doubtful(self) -> int:
-        """Length of the longest suffix that begins a stop string."""
-        longest = min(max(map(len, self._stops), default=0) - 1, len(self._held))
-        return next(
-            (size for size in range(longest, 0, -1) if any(s.startswith(self._held[-size:]) for s in self._stops)), 0
-        )
-
-
 class Service:
     """One model behind a scheduler. Its methods block and may be called from many threads.
 
-    Attributes:
-        name: what clients call the model.
-        limits: see `Limits`.
-        scheduler: runs the model.
-        token_bytes: of the keys and values of one token.
+    name: what clients call the model. scheduler: runs it. token_bytes: of the keys and values of one token.
     """
 
     def __init__(
@@ -119,27 +75,26 @@ class Service:
         )
 
     def complete(
-        self, request: CompletionRequest, *, ticket: Ticket, on_text: Callable[[int, str], None] | None = None
+        self, request: CompletionRequest, *, ticket: Slot, on_text: Callable[[int, str], None] | None = None
     ) -> tuple[list[Choice], int]:
         """The choices and the number of prompt tokens; calls `on_text(choice, text)` for each new text."""
-        self._check_count(
-            "prompt, times n," if len(request.prompt) > 1 else "n", request.n * len(request.prompt), param="n"
-        )
+        name = "prompt, times n," if len(request.prompt) > 1 else "n"
+        self._check_count(name, request.n * len(request.prompt), param="n")
         prompts = [self._ids(prompt) for prompt in request.prompt]
         sampling = replace(self._sampling(request, request.max_tokens), stop_ids=self._stop_ids)
         ticket.reserve(max(map(len, prompts)) + request.n * sampling.max_new_tokens)
         choices: list[Choice] = []
         for ids in prompts:
-            texts = [ChoiceText(self._tokenizer, request.stop) for _ in range(request.n)]
+            texts = [TextStream(self._tokenizer, request.stop) for _ in range(request.n)]
             choices += self._choices(ids, texts, sampling, ticket, partial(_emit, on_text, len(choices)))
         return choices, sum(map(len, prompts))
 
     def _choices(
         self,
-        ids: Sequence[int],
-        texts: Sequence[ChoiceText],
+        ids: list[int],
+        texts: list[TextStream],
         sampling: Sampling,
-        ticket: Ticket,
+        ticket: Slot,
         emit: Callable[[int, str], None],
     ) -> list[Choice]:
         """The choices of one prompt."""
@@ -160,12 +115,11 @@ class Service:
         ends = zip(texts, found.stopped, found.ids, strict=True)
         return [Choice(t.text, "stop" if s or t.stopped else "length", len(ids)) for t, s, ids in ends]
 
-    def reply(self, request: ChatRequest, *, ticket: Ticket) -> ChatResult:
+    def reply(self, request: ChatRequest, *, ticket: Slot) -> ChatResult:
         """The speaker's reply to the conversation."""
         if request.messages[-1].role == "assistant":
-            raise RequestError(
-                400, "messages: the last one is the assistant's own; end with the user's", param="messages"
-            )
+            problem = "messages: the last one is the assistant's own; end with the user's"
+            raise RequestError(400, problem, param="messages")
         count = request.candidates or self._options.candidates
         self._check_count("candidates", count, param="candidates")
         options = replace(
@@ -188,10 +142,8 @@ class Service:
 
         speaker = self._speaker(sample=sample, run=partial(self.scheduler.run, ticket=ticket))
         most = self._sequence_length * self._token_length  # characters of a message that can fit
-        messages = [
-            replace(each, content=each.content[-most:]) for each in map(ChatMessage.to_message, request.messages)
-        ]
-        reply = speaker.reply(messages, options)
+        messages = map(ChatMessage.to_message, request.messages)
+        reply = speaker.reply([replace(each, content=each.content[-most:]) for each in messages], options)
         if reply.refused:
             return ChatResult(reply, "content_filter", 0)
         stopped, tokens = ended[reply.text]
@@ -227,9 +179,8 @@ class Service:
         else:
             ids = prompt[1:] if prompt and prompt[0] == end else prompt
         if len(ids) >= self.limits.tokens:
-            raise RequestError(
-                400, f"prompt has {len(ids)} tokens: fewer than {self.limits.tokens} are allowed", param="prompt"
-            )
+            problem = f"prompt has {len(ids)} tokens: fewer than {self.limits.tokens} are allowed"
+            raise RequestError(400, problem, param="prompt")
         if not isinstance(prompt, str):
             for id in ids:
                 if not 0 <= id < self._tokenizer.vocab_size or id in self._stop_ids:

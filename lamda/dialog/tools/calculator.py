@@ -13,12 +13,8 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from lamda.dialog.tools.result import Result
-from lamda.dialog.tools.units import convert, show
+from lamda.dialog.tools.units import LARGEST, LONGEST, convert, show
 
-LONGEST = 200
-"""Maximum characters of a query."""
-LARGEST = 1024
-"""Maximum bits of a numerator or denominator, checked before each step."""
 _DEEPEST = 40
 
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+|0|[1-9]\d*)(?:\.\d+)?(?:e[+-]?\d{1,3})?|\.\d+"
@@ -39,10 +35,7 @@ class Calculator:
     name = "calculator"
 
     def __call__(self, query: str, *, again: int = 0) -> list[Result]:
-        """The value of an expression or the converted quantity; nothing for other queries.
-
-        Raises UserError if a conversion needs pint and it is not installed.
-        """
+        """The value or the converted quantity; nothing for other queries. Raises UserError if that needs pint."""
         value = calculate(query)
         text = convert(query) if value is None else show(value)
         return [] if text is None else [Result(text)]

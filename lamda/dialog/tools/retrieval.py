@@ -47,11 +47,9 @@ class Passage:
 
 
 def find_files(corpus: Path) -> list[Path]:
-    """The file itself, or the readable files of a folder, sorted.
+    """The file itself, or the readable files of a folder, sorted. Raises UserError if there are none.
 
     Hidden folders are left out, and so are links that lead there or out of the folder.
-
-    Raises UserError if there are no files, or a folder cannot be read.
     """
     if corpus.is_file():
         if corpus.suffix in (*TEXT, RECORDS):
@@ -67,12 +65,8 @@ def find_files(corpus: Path) -> list[Path]:
     if len(files) < len(shown):
         _log.warning("--corpus %s: %d links that lead out of it are skipped", corpus, len(shown) - len(files))
     if not files:
-        problem = (
-            "nothing in it ends in " + ", ".join((*TEXT, RECORDS))
-            if corpus.is_dir()
-            else "there is no such folder or file"
-        )
-        raise UserError(f"--corpus {corpus}: {problem}")
+        nothing = f"nothing in it ends in {', '.join((*TEXT, RECORDS))}"
+        raise UserError(f"--corpus {corpus}: {nothing if corpus.is_dir() else 'there is no such folder or file'}")
     return files
 
 
@@ -92,9 +86,7 @@ def name_of(path: Path) -> str:
 def read_passages(path: Path, data: bytes) -> Iterator[Passage]:
     """The passages of a file in order. Raises UserError for an invalid record, with file and line.
 
-    Args:
-        path: names the source; its suffix selects the format.
-        data: its bytes; invalid UTF-8 in a text becomes U+FFFD.
+    The path names the source, and its suffix selects the format. Invalid UTF-8 in a text becomes U+FFFD.
     """
     name = name_of(path)
     if path.suffix == RECORDS:
@@ -137,10 +129,7 @@ def _cut(lines: Iterable[str], *, headings: bool) -> Iterator[tuple[int, str]]:
 
 
 def _short(lines: list[str]) -> Iterator[tuple[int, str]]:
-    """The lines as one text, split after sentences or words if longer than two passages.
-
-    Each comes with the number of lines before it.
-    """
+    """The text of the lines, split after sentences or words if long; each part with the number of lines before it."""
     text, start = "\n".join(lines).rstrip(), 0
     while start < len(text):
         stop = len(text)
@@ -159,18 +148,14 @@ class Retrieval:
     name = "retrieval"
 
     def __init__(self, passages: Sequence[Passage], index: BM25) -> None:
-        """Take passages with their index; `open` builds them."""
-        self.passages = passages
-        self._index = index
+        self.passages, self._index = passages, index
 
     @classmethod
     def open(cls, corpus: Path) -> Retrieval:
-        """Read a corpus and build its index, or load the cached one.
+        """Read a corpus and build its index; that of a large corpus is cached in `.lamda-index` there.
 
-        The index of a large corpus is cached in `.lamda-index` in the folder, or beside the file, under a hash of
-        the files' names and contents; it is written atomically.
-
-        Raises UserError if there is no text, a record is invalid, or bm25s is not installed.
+        Its name has a hash of the files' names and contents; it is written atomically. Raises UserError if there is
+        no text, a record is invalid, or bm25s is not installed.
         """
         contents = _read(find_files(corpus))
         if sum(len(data) for _, data in contents) < CACHE_FROM:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import orjson
 
@@ -44,23 +44,13 @@ class Translator:
 
     def __call__(self, query: str, *, again: int = 0) -> list[Result]:
         """The translation; nothing for other queries. Raises UserError if the languages are not available."""
-        request = _parse(query)
-        if request is None or request.source == request.target:
-            return []
-        translation = self._model.translate(request.text, source=request.source, target=request.target)
+        text, source, target = _parse(query) or ("", "", "")
+        translation = None if source == target else self._model.translate(text, source=source, target=target)
         return [] if translation is None else [Result(translation)]
 
 
-class _Request(NamedTuple):
-    """A text and the codes of its language and of the target language."""
-
-    text: str
-    source: str
-    target: str
-
-
-def _parse(query: str) -> _Request | None:
-    """The request of a query, parsed from its end in linear time; None for other queries."""
+def _parse(query: str) -> tuple[str, str, str] | None:
+    """(text, source, target) of a query, parsed from its end in linear time; None for other queries."""
     text, preposition, target = _last_two(query.strip().removesuffix("?"))
     if preposition not in ("in", "to", "into") or target not in LANGUAGES:
         return None
@@ -73,7 +63,7 @@ def _parse(query: str) -> _Request | None:
     if rest and verb.lower() == "translate":
         text = rest[0]
     text = text.strip(_QUOTES)
-    return _Request(text, LANGUAGES[source], LANGUAGES[target]) if text else None
+    return (text, LANGUAGES[source], LANGUAGES[target]) if text else None
 
 
 def _last_two(text: str) -> tuple[str, str, str]:
@@ -120,11 +110,11 @@ class Glossary:
         for key in ("source", "target"):
             if entry[key] not in LANGUAGES.values():
                 return f"{key!r} is {entry[key]!r}, which is not a known language; give a code such as 'en' or 'fr'"
-        for one, other in (("source", "target"), ("target", "source")):
-            text, translation = ("text", "translation") if one == "source" else ("translation", "text")
-            pair = entry[one], entry[other]
-            self._pairs.add(pair)
-            self._words.setdefault((*pair, entry[text].strip().casefold()), entry[translation].strip())
+        source, target = entry["source"], entry["target"]
+        text, translation = entry["text"].strip(), entry["translation"].strip()
+        self._pairs |= {(source, target), (target, source)}
+        self._words.setdefault((source, target, text.casefold()), translation)
+        self._words.setdefault((target, source, translation.casefold()), text)
         return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from decimal import Decimal, Inexact, localcontext
 from fractions import Fraction
 from functools import cache
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 LONGEST = 200
 """Maximum characters of a query."""
 LARGEST = 1024
-"""Maximum bits of a result's numerator."""
+"""Maximum bits of a number's numerator or denominator, checked before each step of a calculation."""
 
 _WORD = r"°?[^\W\d_²³]+(?:(?:\^|\*\*)[1-9](?!\d)|[²³])?"
 """A unit and at most one power of one digit: pint computes any power exactly, `m^9^9^9` for hours."""
@@ -29,13 +30,9 @@ _ASKED = re.compile(
 _POWER_WORD = re.compile(r"(?:sq|square|cubic)(?= )|(?<= )(?:squared|cubed)", re.IGNORECASE)
 _POWER = re.compile(rf"{_POWER_WORD.pattern}|\^|\*\*|[²³]", re.IGNORECASE)
 _TEMPERATURES = {
-    name: unit
-    for unit, names in {
-        "degree_Celsius": ("c", "°c", "celsius", "degrees celsius", "degree celsius", "degc"),
-        "degree_Fahrenheit": ("f", "°f", "fahrenheit", "degrees fahrenheit", "degree fahrenheit", "degf"),
-        "kelvin": ("k", "kelvin"),
-    }.items()
-    for name in names
+    **dict.fromkeys(("c", "°c", "celsius", "degrees celsius", "degree celsius", "degc"), "degree_Celsius"),
+    **dict.fromkeys(("f", "°f", "fahrenheit", "degrees fahrenheit", "degree fahrenheit", "degf"), "degree_Fahrenheit"),
+    **dict.fromkeys(("k", "kelvin"), "kelvin"),
 }
 
 
@@ -101,10 +98,8 @@ def _parsed(name: str) -> Unit:
 
     *others, last = dict.fromkeys((name, name.lower(), name.lower().replace(" ", "_")))
     for spelling in others:
-        try:
+        with suppress(UndefinedUnitError):
             return _registry().parse_units(spelling)
-        except UndefinedUnitError:
-            continue
     return _registry().parse_units(last)
 
 

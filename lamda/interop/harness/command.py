@@ -31,9 +31,8 @@ def main(argv: list[str]) -> int:
         try:
             options.output.write_text(_json(report), "utf-8")
         except OSError as error:
-            raise UserError(
-                f"--output {options.output}: cannot be written ({error.strerror}); the results are above"
-            ) from error
+            problem = f"cannot be written ({error.strerror}); the results are above"
+            raise UserError(f"--output {options.output}: {problem}") from error
     return 0
 
 
@@ -47,10 +46,26 @@ def _on_text(path: Path, files: str | None) -> tuple[dict[str, Any], Iterable[st
 
 def _on_tasks(options: argparse.Namespace) -> tuple[dict[str, Any], Iterable[str]]:
     """The report, and its lines for a person."""
+    from lamda.inference.loading import load_run
+    from lamda.interop.harness.language_model import HarnessModel
+    from lamda.interop.harness.scoring import LocalDecoder
+
     tasks = Tasks.load(_names(options.tasks), folder=options.include_path)
-    report = evaluate_checkpoint(
-        options.path, tasks, batch=options.batch_size, limit=options.limit, num_fewshot=options.num_fewshot
-    )
+    loaded = load_run(options.path)
+    decoder = LocalDecoder(loaded.model, loaded.tokenizer, options.batch_size or loaded.config.train.micro_batch_size)
+    length = loaded.config.data.sequence_length
+    model = HarnessModel(decoder, loaded.tokenizer, sequence_length=length, shows=_progress)
+    results = tasks.run(model, limit=options.limit, num_fewshot=options.num_fewshot)
+    report = {
+        "checkpoint": str(loaded.path),
+        "lm_eval": version("lm-eval"),
+        "limit": options.limit,
+        "sequence_length": length,
+        "tasks": task_metrics(results),
+        "num_fewshot": dict(results["n-shot"]),
+        "examples": {task: counts["effective"] for task, counts in results["n-samples"].items()},
+        "versions": dict(results["versions"]),
+    }
     return report, table(report)
 
 
@@ -77,9 +92,7 @@ def parser() -> argparse.ArgumentParser:
     tasks.add_argument("--limit", type=int, metavar="N", help="the first N examples of each task")
     tasks.add_argument("--num-fewshot", type=int, metavar="N", help="examples in a prompt; default: the task's own")
     tasks.add_argument("--batch-size", type=int, metavar="N", help="default: the run's train.micro_batch_size")
-    tasks.add_argument(
-        "--include-path", type=Path, metavar="DIR", help="folder of additional task files, searched first"
-    )
+    tasks.add_argument("--include-path", type=Path, metavar="DIR", help="folder of more task files, searched first")
     return parser
 
 
@@ -96,52 +109,19 @@ def _check(options: argparse.Namespace) -> None:
     if options.output is not None and options.output.is_dir():
         problems.append(f"--output {options.output}: is a folder; name a file")
     if options.tasks is None:
-        names = ("limit", "num_fewshot", "batch_size", "include_path")
-        problems += [
-            f"--{name.replace('_', '-')}: give --tasks as well" for name in names if getattr(options, name) is not None
-        ]
+        given = [name for name in (*minimum, "include_path") if getattr(options, name) is not None]
+        problems += [f"--{name.replace('_', '-')}: give --tasks as well" for name in given]
     elif not _names(options.tasks):
         problems.append("--tasks is empty; `lm-eval ls tasks` lists the tasks of lm-eval")
     if problems:
         raise UserError("\n".join(problems))
 
 
-def _error(named: dict[str, float], name: str) -> float | None:
+def _error(named: dict[str, float], name: str) -> str:
     """The standard error of a metric, if there is one."""
     metric, slash, of_filter = name.partition("/")
-    return named.get(metric + ERROR + slash + of_filter)
-
-
-def evaluate_checkpoint(
-    path: Path, tasks: Tasks, *, batch: int | None, limit: int | None, num_fewshot: int | None
-) -> dict[str, Any]:
-    """The report of a checkpoint, or of a run's newest one.
-
-    batch: rows per batch, by default the run's micro-batch. Others: see `Tasks.run`. Raises UserError.
-    """
-    from lamda.inference.loading import load_run
-    from lamda.interop.harness.language_model import HarnessModel
-    from lamda.interop.harness.scoring import LocalDecoder
-
-    loaded = load_run(path)
-    batch = batch or loaded.config.train.micro_batch_size
-    model = HarnessModel(
-        LocalDecoder(loaded.model, loaded.tokenizer, batch),
-        loaded.tokenizer,
-        sequence_length=loaded.config.data.sequence_length,
-        shows=_progress,
-    )
-    results = tasks.run(model, limit=limit, num_fewshot=num_fewshot)
-    return {
-        "checkpoint": str(loaded.path),
-        "lm_eval": version("lm-eval"),
-        "limit": limit,
-        "sequence_length": loaded.config.data.sequence_length,
-        "tasks": task_metrics(results),
-        "num_fewshot": dict(results["n-shot"]),
-        "examples": {task: counts["effective"] for task, counts in results["n-samples"].items()},
-        "versions": dict(results["versions"]),
-    }
+    error = named.get(metric + ERROR + slash + of_filter)
+    return "" if error is None else f"± {error:.4f}"
 
 
 @contextmanager
@@ -153,7 +133,7 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 def table(report: dict[str, Any]) -> Iterator[str]:
     """The report as lines of text."""
     rows = [
-        (task, name, f"{value:.4f}", "" if (stderr := _error(named, name)) is None else f"± {stderr:.4f}")
+        (task, name, f"{value:.4f}", _error(named, name))
         for task, named in report["tasks"].items()
         for name, value in named.items()
         if ERROR not in name

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.data.tokenizer import Tokenizer
@@ -64,11 +62,8 @@ class TrainingBenchmarks:
         finally:
             if not decoder.is_computing:
                 decoder.dismiss()
-        return {
-            f"eval/{task}/{name}": value
-            for task, named in task_metrics(results).items()
-            for name, value in named.items()
-        }
+        by_task = task_metrics(results).items()
+        return {f"eval/{task}/{name}": value for task, named in by_task for name, value in named.items()}
 
 
 class RanksDecoder:
@@ -105,7 +100,7 @@ class RanksDecoder:
         broadcast(items)
         parts = gather(self._compute(items))
         self.is_computing = False
-        size = self._engine.world.world_size
+        size = len(parts)
         return [parts[place % size][place // size] for place in range(len(items))]
 
     def _compute(self, items: list[Any]) -> list[Score] | list[str]:
@@ -115,13 +110,9 @@ class RanksDecoder:
         local = items[world.rank :: world.world_size]
         if isinstance(items[0], ScoredRow):
             # The forward pass gathers weights at ZeRO stage 3: a rank without rows must run it too.
-            found = score_rows(self._logits, local or items[:1], device=self._engine.device)
-            return found[: len(local)]
+            return score_rows(self._engine.deepspeed, local or items[:1], device=self._engine.device)[: len(local)]
         if self._engine.stage < 3:
             return continue_prompts(self._engine.model, self._tokenizer, local) if local else []
         with self._engine.gathered_parameters():
             written = continue_prompts(self._engine.model, self._tokenizer, items)
         return written[world.rank :: world.world_size]
-
-    def _logits(self, inputs_BL: torch.Tensor) -> torch.Tensor:
-        return self._engine.deepspeed(inputs_BL)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TypeVar
 
 from lm_eval.api.instance import Instance
@@ -34,10 +34,6 @@ def _past_redirection(shows: Shows) -> Shows:
     return shown
 
 
-def _no_progress(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-    return nullcontext(lambda more: None)
-
-
 class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no types
     """The model that lm-eval calls. Every text begins a document, after an end symbol, as in training.
 
@@ -45,14 +41,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no types
     last ones. Rows are sorted, the longest first, so that a batch has little padding.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        tokenizer: Tokenizer,
-        *,
-        sequence_length: int,
-        shows: Shows = _no_progress,
-    ) -> None:
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, *, sequence_length: int, shows: Shows) -> None:
         super().__init__()
         self._decoder, self._tokenizer = decoder, tokenizer
         self._length, self._shows = sequence_length, _past_redirection(shows)

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from lamda.data.tokenizer import Tokenizer
-from lamda.inference.generation import Candidates, TextStream, advance, prefill
+from lamda.inference.generation import Candidates, TextStream, finish, prefill
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
 from lamda.model.loss import token_nll
@@ -41,12 +41,9 @@ class Prompt(NamedTuple):
 
 
 class Decoder(Protocol):
-    """A model for the harness."""
+    """A model for the harness. batch: rows or prompts per call."""
 
-    @property
-    def batch(self) -> int:
-        """Rows or prompts per call."""
-        ...
+    batch: int
 
     def score(self, rows: Sequence[ScoredRow]) -> list[Score]:
         """The score of each row."""
@@ -57,7 +54,7 @@ class Decoder(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class LocalDecoder:
     """A model in this process."""
 
@@ -104,28 +101,16 @@ def score_rows(logits: Logits, rows: Sequence[ScoredRow], *, device: torch.devic
 
 def continue_prompts(model: LaMDA, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
     """Continue prompts as one batch; each ends before its first stop string, or at the end of the document."""
-    writers = [_Writer(tokenizer, prompt.until) for prompt in prompts]
-    groups = [
-        Candidates(model, prefill(model, prompt.ids), count=1, sampling=prompt.sampling, on_token=writer.take)
-        for prompt, writer in zip(prompts, writers, strict=True)
-    ]
-    while running := [group for group in groups if not group.finished]:
-        advance(model, running)
-    return [writer.text() for writer in writers]
+    streams = [TextStream(tokenizer, prompt.until) for prompt in prompts]
 
+    def begin(prompt: Prompt, stream: TextStream) -> Candidates:
+        def on_token(_: int, id: int) -> bool:
+            stream.add(id)
+            return stream.stopped
 
-class _Writer:
-    """The text of a continuation while it is sampled."""
+        return Candidates(model, prefill(model, prompt.ids), count=1, sampling=prompt.sampling, on_token=on_token)
 
-    def __init__(self, tokenizer: Tokenizer, until: tuple[str, ...]) -> None:
-        self._stream, self._until, self._text = TextStream(tokenizer), until, ""
-
-    def take(self, number: int, id: int) -> bool:
-        """Add a token; whether the text contains a stop string."""
-        self._text += self._stream.add(id)
-        return any(end in self._text for end in self._until)
-
-    def text(self) -> str:
-        """The whole text, cut before the first stop string."""
-        whole = self._text + self._stream.end()
-        return whole[: min((place for end in self._until if (place := whole.find(end)) >= 0), default=len(whole))]
+    finish(model, list(map(begin, prompts, streams)))
+    for stream in streams:
+        stream.end()
+    return [stream.text for stream in streams]

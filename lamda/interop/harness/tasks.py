@@ -41,13 +41,9 @@ class Tasks:
         _require()
         folder = None if folder is None else folder.absolute()  # loading changes the working directory
         manager = _manager(names, folder)
-        unknown = [
-            f"there is no task {name!r}{nearest(name, manager.all_tasks)}"
-            for name in names
-            if name not in manager.task_index
-        ]
-        if unknown:
-            raise UserError("\n".join([*unknown, "`lm-eval ls tasks` lists those of lm-eval"]))
+        if unknown := [name for name in names if name not in manager.task_index]:
+            problems = [f"there is no task {name!r}{nearest(name, manager.all_tasks)}" for name in unknown]
+            raise UserError("\n".join([*problems, "`lm-eval ls tasks` lists those of lm-eval"]))
         specs: list[Task | Group] = []
         all_of(*(lambda name=name: specs.extend(_load(manager, name, folder)) for name in names))
         try:
@@ -60,9 +56,9 @@ class Tasks:
         return cls(manager, specs)
 
     def run(self, model: LM, *, limit: int | None, num_fewshot: int | None) -> dict[str, Any]:
-        """lm-eval's results with standard errors. limit: examples per task. num_fewshot: replaces the tasks' own.
+        """lm-eval's results with standard errors. Raises UserError if a task has too few examples.
 
-        Raises UserError if a task does not have so many examples.
+        limit: examples per task. num_fewshot: replaces the tasks' own.
         """
         from lm_eval import evaluator, simple_evaluate
 
@@ -102,10 +98,7 @@ class Tasks:
 
 
 def task_metrics(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """By task or group, its metrics by name; `metric/filter` if a task filters the output.
-
-    A standard error is named `metric_stderr`.
-    """
+    """Metrics by task or group and name: `metric`, `metric/filter` if a task filters the output, `metric_stderr`."""
     found: dict[str, dict[str, float]] = {}
     for task, values in results["results"].items():
         numbers = {key: value for key, value in values.items() if "," in key and isinstance(value, int | float)}

@@ -7,16 +7,15 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from lamda.config import Config
 from lamda.config.errors import UserError
-from lamda.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
+from lamda.data.tokenizer import CONTROL_SYMBOLS
 from lamda.inference.loading import deleted, find_checkpoint
 from lamda.inference.sampling import Sampling
 from lamda.interop.huggingface import LamdaConfig, LamdaForCausalLM
 from lamda.interop.huggingface.card import model_card
 from lamda.interop.huggingface.folders import new_folder
 from lamda.interop.huggingface.source import ExportSource
-from lamda.interop.huggingface.tokenization import save_tokenizer
+from lamda.interop.huggingface.tokenization import check_vocabulary, save_tokenizer
 from lamda.interop.huggingface.weights import StoredWeights, master_weights, write_shards
 from lamda.model.weights import weight_shapes
 
@@ -32,12 +31,18 @@ def export(path: Path, to: Path, *, dtype: str | None = None, max_shard_size: st
     dtype = dtype or stored.dtype
     takes_masters = dtype == "float32" and stored.dtype != dtype
     read = master_weights(source.path, source.config) if takes_masters else stored.read
-    _check_tokenizer(source)
+    check_vocabulary(source.path / "tokenizer.model", source.config.model)
     try:
         with new_folder(to, {"source": source.manifest.get("sha256"), "step": source.manifest.get("step")}) as folder:
             write_shards(folder, weight_shapes(source.config.model), read, dtype=dtype, max_shard_size=max_shard_size)
             save_tokenizer(source.path / "tokenizer.model", folder)
-            _configuration(source.config, dtype).save_pretrained(folder)
+            dimensions: dict[str, Any] = source.config.model.dimensions
+            LamdaConfig(
+                **dimensions,
+                max_position_embeddings=source.config.data.sequence_length,
+                architectures=[LamdaForCausalLM.__name__],
+                dtype=dtype,
+            ).save_pretrained(folder)
             _generation().save_pretrained(folder)
             (folder / "README.md").write_text(model_card(source, folder, dtype=dtype, masters=takes_masters), "utf-8")
     except UserError as error:
@@ -45,16 +50,6 @@ def export(path: Path, to: Path, *, dtype: str | None = None, max_shard_size: st
             raise UserError(f"{source.path}: cannot be read{gone}") from error
         raise
     return dtype
-
-
-def _configuration(config: Config, dtype: str) -> LamdaConfig:
-    dimensions: dict[str, Any] = config.model.dimensions
-    return LamdaConfig(
-        **dimensions,
-        max_position_embeddings=config.data.sequence_length,
-        architectures=[LamdaForCausalLM.__name__],
-        dtype=dtype,
-    )
 
 
 def _generation() -> GenerationConfig:
@@ -69,11 +64,3 @@ def _generation() -> GenerationConfig:
         eos_token_id=[*range(len(CONTROL_SYMBOLS))],
         pad_token_id=CONTROL_SYMBOLS.index("padding"),
     )
-
-
-def _check_tokenizer(source: ExportSource) -> None:
-    pieces = Tokenizer.load(source.path / "tokenizer.model").vocab_size
-    if pieces != source.config.model.vocab_size:
-        raise UserError(
-            f"{source.path}: the tokenizer has {pieces} pieces and the model {source.config.model.vocab_size} tokens"
-        )

@@ -12,10 +12,10 @@ from pydantic import ValidationError
 from lamda.config import Config, ModelConfig
 from lamda.config.errors import UserError
 from lamda.config.help import to_yaml
-from lamda.data.tokenizer import Tokenizer
 from lamda.durable import read_regular
 from lamda.interop.huggingface.configuration import LamdaConfig
 from lamda.interop.huggingface.folders import new_folder
+from lamda.interop.huggingface.tokenization import check_vocabulary
 from lamda.interop.huggingface.weights import StoredWeights, write_shards
 from lamda.model.weights import weight_shapes
 from lamda.storage import manifest
@@ -35,9 +35,7 @@ def import_folder(path: Path, to: Path) -> None:
     model, sequence_length = _configuration(path / "config.json")
     stored = StoredWeights(path, model)
     tokenizer = path / "tokenizer.model"
-    pieces = Tokenizer.load(tokenizer).vocab_size
-    if pieces != model.vocab_size:
-        raise UserError(f"{tokenizer}: has {pieces} pieces and the model {model.vocab_size} tokens: they do not match")
+    check_vocabulary(tokenizer, model)
     values = {
         "model": model.dimensions,
         "data": {"sequence_length": sequence_length},
@@ -65,11 +63,9 @@ def _configuration(path: Path) -> tuple[ModelConfig, int]:
         problems.append("tie_word_embeddings is not true: LaMDA's output projection is its embedding")
     if not problems:
         try:
-            given = {key: values[key] for key in ModelConfig().dimensions}
-            Config.model_validate(
-                {"train": {"steps": 1}, "data": {"sequence_length": values["max_position_embeddings"]}}
-            )
-            return ModelConfig.model_validate(given), values["max_position_embeddings"]
+            length = values["max_position_embeddings"]
+            Config.model_validate({"train": {"steps": 1}, "data": {"sequence_length": length}})
+            return ModelConfig.model_validate({key: values[key] for key in ModelConfig().dimensions}), length
         except ValidationError as error:
             problems = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
     raise UserError("\n".join(f"{path}: {problem}" for problem in problems))

@@ -142,9 +142,8 @@ class LamdaPreTrainedModel(PreTrainedModel):
         by_kind = draws(self.config.dimensions)
         for name, weight in module.named_parameters(recurse=False):
             kind = getattr(module, "kind", "embedding") if name == "weight" else name
-            initialization.copy_(
-                weight, by_kind[kind](torch.empty(weight.shape, device="cpu"), torch.default_generator)
-            )
+            drawn = by_kind[kind](torch.empty(weight.shape, device="cpu"), torch.default_generator)
+            initialization.copy_(weight, drawn)
 
     def _name_kinds(self) -> None:
         """Store each matrix's kind on its module, for `_init_weights`."""
@@ -187,7 +186,7 @@ class LamdaModel(LamdaPreTrainedModel):
         x_BLD = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         # With a caller's 4D mask a row may branch: then slots do not give the distances.
         has_branches = attention_mask is not None and attention_mask.ndim == 4 and past_key_values is None
-        branch_positions = position_ids if has_branches else None
+        branches_BL = position_ids if has_branches else None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         mask = create_causal_mask(
@@ -197,21 +196,12 @@ class LamdaModel(LamdaPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        if branch_positions is not None:
-            buckets_BLM = _buckets(branch_positions, branch_positions)
-        else:
-            buckets_BLM = _buckets(*_slots(x_BLD, past_key_values))
+        places = _slots(x_BLD, past_key_values) if branches_BL is None else (branches_BL, branches_BL)
+        buckets_BLM = _buckets(*places)
         shared_bias = None if self.relative_bias is None else position_bias(self.relative_bias, buckets_BLM)
+        cache = {"past_key_values": past_key_values, "use_cache": use_cache}
         for layer in self.layers:
-            x_BLD = layer(
-                x_BLD,
-                shared_bias,
-                buckets_BLM=buckets_BLM,
-                attention_mask=mask,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **kwargs,
-            )
+            x_BLD = layer(x_BLD, shared_bias, buckets_BLM=buckets_BLM, attention_mask=mask, **cache, **kwargs)
         # Scaled here and not in the head: fused losses (trl's, Liger's) multiply this by the head's weight.
         x_BLD = self.final_norm(x_BLD) * self.config.d_model**-0.5
         return BaseModelOutputWithPast(last_hidden_state=x_BLD, past_key_values=past_key_values)

@@ -22,7 +22,10 @@ import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from lamda.config import ModelConfig
+from lamda.config.errors import UserError
 from lamda.data.tokenizer import CONTROL_SYMBOLS, RESERVED_PIECES, SPACE_PIECE
+from lamda.data.tokenizer import Tokenizer as SentencePieceTokenizer
 
 SPELLINGS = tuple(f"<{SPACE_PIECE}{name}{SPACE_PIECE}>" for name in CONTROL_SYMBOLS)
 """Each control symbol's name in the fast tokenizer, by id."""
@@ -58,6 +61,13 @@ def fast_tokenizer(model: Path) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         chat_template=(resources.files(__package__) / TEMPLATE).read_text("utf-8"),
     )
+
+
+def check_vocabulary(file: Path, model: ModelConfig) -> None:
+    """Raises UserError if a model file of SentencePiece has not the vocabulary of this model."""
+    pieces = SentencePieceTokenizer.load(file).vocab_size
+    if pieces != model.vocab_size:
+        raise UserError(f"{file}: has {pieces} pieces and the model {model.vocab_size} tokens: they do not match")
 
 
 def save_tokenizer(model: Path, folder: Path) -> None:

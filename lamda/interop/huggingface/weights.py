@@ -63,11 +63,7 @@ def _save(weights: dict[str, Tensor], file: Path) -> None:
 
 
 class StoredWeights:
-    """The weights in a folder, in one file or in shards, read on request.
-
-    Attributes:
-        dtype: of all weights, a name of DTYPES.
-    """
+    """The weights in a folder, in one file or in shards, read on request. dtype: of all, a name of DTYPES."""
 
     def __init__(self, folder: Path, model: ModelConfig) -> None:
         """Check every file. Raises UserError if they are not this model's weights, or cannot be read."""
@@ -117,10 +113,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def master_weights(checkpoint: Path, config: Config) -> Read:
-    """The fp32 master weights of a checkpoint's optimizer, with adapters merged.
-
-    Raises UserError if they are missing.
-    """
+    """The optimizer's fp32 master weights, with adapters merged. Raises UserError if a checkpoint has none."""
     # These import DeepSpeed, which an export of the stored weights does not need.
     from lamda.engines.deepspeed.checkpoint import SavedState, state_sizes
     from lamda.storage import manifest
