@@ -8,10 +8,10 @@ import pytest
 import zstandard
 
 from lamda.config.loading import load_config
-from lamda.data.block_files import BlockFolder
 from lamda.data.corpus import fingerprint, open_corpus, packing_of
 from lamda.data.loader import Loader, batch_digest, row_digest
 from lamda.data.prepare import main as prepare_command
+from lamda.data.row_cache import RowCache
 from lamda.data.tokenizer import Tokenizer
 from lamda.interop.harness.command import main as evaluate_command
 from lamda.runs.where import main as where_command
@@ -223,8 +223,8 @@ def test_prepared_blocks_give_the_same_samples(place, straight, capsys):
     assert json.loads(capsys.readouterr().out)["rows"] > 0
     config = load_config(flags)
     corpus, tokenizer = open_corpus(config.data), Tokenizer.load(config.tokenizer.path)
-    ready = BlockFolder.of(config.data.cache_dir, fingerprint(corpus, config, tokenizer))
-    kept = {path.parent.name for path in ready.path.glob("*/*.rows")}
+    row_cache = RowCache.of(config.data.cache_dir, fingerprint(corpus, config, tokenizer))
+    kept = {path.parent.name for path in row_cache.path.glob("*/*.rows")}
     assert kept == {f"lane-{lane.index:04}" for lane in corpus.lanes}
     loader = Loader(
         corpus,
@@ -235,7 +235,7 @@ def test_prepared_blocks_give_the_same_samples(place, straight, capsys):
         micro_batch=8,
         rank=0,
         world_size=1,
-        ready=ready,
+        row_cache=row_cache,
     )
     with loader:
         found = [

@@ -12,8 +12,7 @@ from lamda.config.schema import Config
 from lamda.data import blocks
 from lamda.data.card import load_card
 from lamda.data.corpus import WINDOW_ROWS
-from lamda.data.partitioning import MOST as MAX_LANES
-from lamda.data.partitioning import WHOLE_FILES as MIN_LANES
+from lamda.data.partitioning import MAX_LANES, MIN_LANES
 from lamda.data.windows import FIRST_TOKENS
 from lamda.model.counts import PEAK_FLOPS, parameters
 

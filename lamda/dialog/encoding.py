@@ -69,7 +69,7 @@ class Encoding:
         return self._tokenizer.decode(ids)
 
     def context(self, messages: Sequence[Message], *, max_tokens: int = maxsize) -> list[int]:
-        """Ids of the conversation so far, from the end symbol to RESPONSE.
+        """Ids of the conversation so far, from EOS to RESPONSE.
 
         Beyond `max_tokens` (at least 4), the oldest messages are left out, but never system messages or the last
         one. If even these are too long, each of the two gets half, and what the other leaves: system messages keep
@@ -100,7 +100,7 @@ class Encoding:
         """A response and its end as targets after their context.
 
         The context shrinks to no less than half of `max_tokens`; a response that is still too long is cut and has
-        no end symbol.
+        no EOS.
         """
         targets = [*self.text(response), self.end]
         room = max(max_tokens - len(targets), max_tokens // 2)

@@ -18,15 +18,15 @@ from lamda.best_effort import BestEffort
 from lamda.config.errors import DataError, UserError
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
-from lamda.data.block_files import BlockFolder
 from lamda.data.blocks import LaneReader, Packing, PartRows, RowBlock
 from lamda.data.corpus import Corpus, differences, fingerprint, open_corpus, packing_of
 from lamda.data.files import read_lines
-from lamda.data.lanes import RAW_TEXT, Lane, Share
+from lamda.data.lanes import RAW_TEXT, FileSlice, Lane
 from lamda.data.loader import batch_digest, row_digest
 from lamda.data.order import consumed_after, next_samples
+from lamda.data.row_cache import RowCache
 from lamda.data.tokenizer import Tokenizer
-from lamda.data.windows import Announcement, SourceOrder, Window, places
+from lamda.data.windows import SourceOrder, Window, places
 from lamda.dialog.examples import form_of
 from lamda.storage.manifest import STATE, complete, problem_of, read_state
 from lamda.storage.metrics import read_metrics
@@ -106,7 +106,7 @@ def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
     samples, digest = _samples_of(directory, step, {*known, *directory.skipped()}, batch=config.train.global_batch_size)
     if row is not None and not 0 <= row < len(samples):
         raise UserError(f"--row {row}: step {step} has rows 0 to {len(samples) - 1}")
-    text = _Text(corpus, tokenizer, packing_of(config), config.run.seed, _ready_rows(config, current))
+    text = _Text(corpus, tokenizer, packing_of(config), config.run.seed, _row_cache(config, current))
     found, digests = _found(samples, row, text, KeptWindows(directory.order))
     if batch_digest(digests) != digest:
         raise UserError(
@@ -134,27 +134,27 @@ def _found(
     return pieces, digests
 
 
-def _ready_rows(config: Config, fingerprint: dict[str, Any]) -> BlockFolder | None:
-    """The run's prepared rows, if they exist. `BlockFolder.of` would create the folder; this reads only."""
+def _row_cache(config: Config, fingerprint: dict[str, Any]) -> RowCache | None:
+    """The run's cached rows, if they exist. `RowCache.of` would create the folder; this reads only."""
     folder, wanted = config.data.cache_dir, json.loads(json.dumps({**fingerprint, "weights": None}))
-    keeping = BestEffort(
+    guard = BestEffort(
         f"data.cache_dir {folder} cannot be read", then="the text is read", errors=(OSError, ValueError, DataError)
     )
-    with keeping:
+    with guard:
         for path in () if folder is None else Path(folder).glob("*/fingerprint.json"):
             if {**json.loads(path.read_text("utf-8")), "weights": None} == wanted:
-                return BlockFolder(path.parent, keeping)
+                return RowCache(path.parent, guard)
     return None
 
 
 class _Text(NamedTuple):
-    """The inputs of rows. ready: prepared rows."""
+    """The inputs of rows. row_cache: of the run, if it exists."""
 
     corpus: Corpus
     tokenizer: Tokenizer
     packing: Packing
     seed: int
-    ready: BlockFolder | None
+    row_cache: RowCache | None
 
 
 class _Source:
@@ -198,41 +198,39 @@ class _Source:
 
     def _with_next(self, order: SourceOrder) -> SourceOrder:
         """The order with its next window, which was not recorded: it is read as in training."""
-        plan, announcements = order.plan(self._shape), []
-        for lane in range(len(self._lanes)):
-            rows = self._read(lane, plan)
-            announcements.append(Announcement(len(rows.block.ids), rows.tokens, rows.after))
-        order = order.add(plan, announcements, self._shape)
+        plan = order.plan(self._shape)
+        progress = [self._read(lane, plan).progress for lane in range(len(self._lanes))]
+        order = order.add(plan, progress, self._shape)
         if order.windows[-1].ends_an_empty_epoch:
             raise UserError(f"source {self._lanes[0].source.name!r} has no documents any more")
         return order
 
     def _read(self, lane: int, window: Window) -> PartRows:
-        text, of = self._text, self._lanes[lane]
-        part = window.part(lane, of.length)
-        if text.ready is not None and (rows := text.ready.find(of.index, window.number, part)) is not None:
+        text, source_lane = self._text, self._lanes[lane]
+        part, cache = window.part(lane, axis_length=source_lane.axis_length), text.row_cache
+        if cache is not None and (rows := cache.find(source_lane.index, window.number, part)) is not None:
             return rows
         if lane not in self._readers:
-            self._readers[lane] = LaneReader(of, text.tokenizer, text.packing)
+            self._readers[lane] = LaneReader(source_lane, text.tokenizer, text.packing)
         return self._readers[lane].read(part)
 
 
 class _LineNumbers:
-    """Line numbers within files. A share counts from its first line; the lines before it are counted once per file."""
+    """Line numbers within files. A slice counts from its first line; the lines before it are counted once per file."""
 
     def __init__(self) -> None:
-        self._first: dict[str, dict[int, tuple[int, int]]] = {}  # by file and start of a share: line number and byte
+        self._first: dict[str, dict[int, tuple[int, int]]] = {}  # by file and start of a slice: line number and byte
 
-    def of(self, share: Share, line: int) -> int:
-        """The number in the file of a line of a share, both from 0."""
-        if share.start == 0 or share.file.url.endswith(".parquet"):
+    def in_file(self, file_slice: FileSlice, line: int) -> int:
+        """The number in the file of a line of a slice, both from 0."""
+        if file_slice.start == 0 or file_slice.file.format.is_indexed:
             return line
-        first = self._first.setdefault(share.file.url, {0: (0, 0)})
-        if share.start not in first:
-            number, byte = first[max(start for start in first if start < share.start)]
-            lines = read_lines(share.file, number=number, byte=byte)
-            first[share.start] = next((each.number, each.byte) for each in lines if each.byte >= share.start)
-        return first[share.start][0] + line
+        first = self._first.setdefault(file_slice.file.url, {0: (0, 0)})
+        if file_slice.start not in first:
+            number, byte = first[max(start for start in first if start < file_slice.start)]
+            lines = read_lines(file_slice.file, number=number, byte=byte)
+            first[file_slice.start] = next((each.number, each.byte) for each in lines if each.byte >= file_slice.start)
+        return first[file_slice.start][0] + line
 
 
 def _samples_of(
@@ -256,11 +254,11 @@ def _pieces(block: RowBlock, row: int, lane: Lane, tokenizer: Tokenizer, lines: 
         tokens = slice(span["start"], span["start"] + span["length"])
         ids = block.ids[row, tokens]
         mask = None if block.loss_mask is None else block.loss_mask[row, tokens]
-        share = lane.shares[document.file]
+        file_slice = lane.slices[document.file]
         pieces.append(
             Piece(
-                file=share.file.url,
-                line=lines.of(share, document.line) + 1,
+                file=file_slice.file.url,
+                line=lines.in_file(file_slice, document.line) + 1,
                 epoch=document.epoch,
                 domain=document.domain,
                 first=int(span["token"]),

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamda.data.blocks import LaneProgress
 from lamda.data.lanes import Cursor
-from lamda.data.windows import FIRST_TOKENS, ONE, Announcement, Shape, SourceOrder, Window, places, spread
+from lamda.data.windows import FIRST_TOKENS, ONE, Shape, SourceOrder, Window, places, spread
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=20)
 
@@ -20,7 +21,7 @@ def window_of(counts, *, number=0):
 
 
 def announced(counts, tokens=10):
-    return [Announcement(count, tokens, Cursor(line=count)) for count in counts]
+    return [LaneProgress(count, tokens, Cursor(line=count)) for count in counts]
 
 
 @given(st.integers(0, 3000), st.integers(0, 2**60), st.integers(0, 99))
@@ -83,7 +84,7 @@ def test_windows_grow_to_their_size_and_end_each_epoch_exactly(lengths, share, l
         plan = order.plan(shape)
         assert (plan.number, plan.epoch, plan.since) == (number, epochs, until)
         assert plan.since < plan.until <= ONE
-        assert (plan.part(0, lengths[0]).target is None) == (plan.until == ONE)
+        assert (plan.part(0, axis_length=lengths[0]).target is None) == (plan.until == ONE)
         assert all(start == Cursor() for start in plan.starts) or plan.since > 0
         tokens = int((plan.until - plan.since) / ONE * sum(lengths) / bytes_per_token / len(lengths))
         order = order.add(plan, announced([number + 1] * len(lengths), tokens), shape)

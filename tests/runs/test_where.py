@@ -8,12 +8,12 @@ import pytest
 
 from lamda.config.loading import load_config
 from lamda.data import windows
-from lamda.data.block_files import BlockFolder
 from lamda.data.blocks import LaneReader
 from lamda.data.corpus import fingerprint, open_corpus, packing_of
 from lamda.data.files import read_lines
 from lamda.data.loader import Loader, batch_digest
 from lamda.data.order import consumed_after, next_samples
+from lamda.data.row_cache import RowCache
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.windows import SourceOrder
 from lamda.runs import where as module
@@ -41,12 +41,12 @@ class Training:
         """Take steps, and log them and their windows."""
         config = load_config(["--config", str(self.directory.config)])
         corpus, tokenizer = open_corpus(config.data), Tokenizer.load(self.directory.tokenizer)
-        ready = config.data.cache_dir and BlockFolder.of(config.data.cache_dir, fingerprint(corpus, config, tokenizer))
+        row_cache = config.data.cache_dir and RowCache.of(config.data.cache_dir, fingerprint(corpus, config, tokenizer))
         log = WindowLog(self.directory.order)
         log.begin(self.order)
         loader = Loader(
             corpus, tokenizer, packing=packing_of(config), seed=config.run.seed, batch=BATCH, micro_batch=BATCH,
-            rank=0, world_size=1, consumed=self.consumed, order=self.order, ready=ready, on_window=log.add,
+            rank=0, world_size=1, consumed=self.consumed, order=self.order, row_cache=row_cache, on_window=log.add,
         )  # fmt: skip
         with loader, self.directory.metrics.open("a") as rows:
             for _, step in zip(range(steps), loader, strict=False):

@@ -96,9 +96,9 @@ def data(subject: Subject) -> Finding:
 
     def look() -> tuple[int, int, str]:
         lanes = open_corpus(subject.config.data).lanes
-        files = {share.file.url: share.file for lane in lanes for share in lane.shares}
+        files = {each.file.url: each.file for lane in lanes for each in lane.slices}
         first = next(iter(files.values()))
-        if not first.url.endswith(".parquet"):
+        if not first.format.is_indexed:
             next(read_lines(first))
         return len(files), sum(file.size for file in files.values()), first.url
 
