@@ -59,7 +59,7 @@ COMMANDS = {
         "lamda.runs.checkpoint_diff", "differences of two checkpoints: weights, optimizer, state, configuration"
     ),
     "test-resume": Command(
-        "lamda.cluster.prove_resume", "test that a killed and resumed run equals an uninterrupted one, bit for bit"
+        "lamda.cluster.resume_test", "test that a killed and resumed run equals an uninterrupted one, bit for bit"
     ),
     "supervise": Command("lamda.cluster.supervise", "run a training command, and restart it after failures"),
     "doctor": Command(

@@ -72,8 +72,8 @@ class FileSlice:
     """The documents of one file that a lane reads.
 
     These are the lines (in parquet, the rows) that begin in [start, stop), in decompressed bytes or rows, with
-    `line % modulus == residue`; to the end of the file if `stop` is None. axis_length: bytes of the axis. is_estimated:
-    these are estimated from stored bytes, since the size of the text is unknown.
+    `line % modulus == residue`; to the end of the file if `stop` is None. axis_length: bytes of the axis that these
+    cover. is_estimated: that number is estimated from stored bytes, since the size of the text is unknown.
     """
 
     file: File
@@ -112,7 +112,7 @@ class Lane:
 
     @cached_property
     def axis_length(self) -> int:
-        """Bytes of the axis of the source."""
+        """Bytes of the axis that it covers."""
         return sum(file_slice.axis_length for file_slice in self.slices)
 
     @property

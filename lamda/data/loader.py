@@ -148,9 +148,9 @@ class Loader:
         """
         found, begin = [], 0.0
         table = self._corpus.mixture.tables[self._stage]
-        for lanes, share in zip(self._corpus.sources, table.count / len(table.slots), strict=True):
+        for lanes, fraction in zip(self._corpus.sources, table.count / len(table.slots), strict=True):
             lengths = np.array([lane.axis_length for lane in lanes], np.float64)
-            ends = begin + share * np.cumsum(lengths) / max(1.0, lengths.sum())
+            ends = begin + fraction * np.cumsum(lengths) / max(1.0, lengths.sum())
             begins = np.concatenate([[begin], ends[:-1]])
             low, high = self._rank / self._world_size, (self._rank + 1) / self._world_size
             if margin:
@@ -159,7 +159,7 @@ class Loader:
                 rank = np.minimum(self._world_size - 1, ((begins + ends) / 2 * self._world_size).astype(int))
                 is_local = rank == self._rank
             found.append(frozenset(np.flatnonzero(is_local).tolist()))
-            begin += float(share)
+            begin += float(fraction)
         return found
 
     def _enter_stage(self, stage: int) -> None:

@@ -18,7 +18,7 @@ from lamda.data.tokenizer import Tokenizer
 
 
 class LaneRows(NamedTuple):
-    """The rows of a lane in a window. domains: [n + 1], of each of their documents, and last that of document -1."""
+    """The rows of a lane in a window. domains: [n + 1], of each of their documents; last, of document -1."""
 
     block: RowBlock
     domains: NDArray[np.int16]

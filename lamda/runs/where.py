@@ -106,8 +106,8 @@ def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
     samples, digest = _samples_of(directory, step, {*known, *directory.skipped()}, batch=config.train.global_batch_size)
     if row is not None and not 0 <= row < len(samples):
         raise UserError(f"--row {row}: step {step} has rows 0 to {len(samples) - 1}")
-    text = _Text(corpus, tokenizer, packing_of(config), config.run.seed, _row_cache(config, current))
-    found, digests = _found(samples, row, text, KeptWindows(directory.order))
+    inputs = _Inputs(corpus, tokenizer, packing_of(config), config.run.seed, _row_cache(config, current))
+    found, digests = _read_rows(samples, row, inputs, KeptWindows(directory.order))
     if batch_digest(digests) != digest:
         raise UserError(
             f"{directory.path}: the rows of step {step} do not match its batch_digest in {directory.metrics}: the "
@@ -116,21 +116,21 @@ def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
     yield from sorted(found.items())
 
 
-def _found(
-    samples: NDArray[np.int64], row: int | None, text: _Text, kept: KeptWindows
+def _read_rows(
+    samples: NDArray[np.int64], row: int | None, inputs: _Inputs, kept: KeptWindows
 ) -> tuple[dict[int, list[Piece]], NDArray[np.uint8]]:
     """The pieces of all rows of a step, or of one, and the digests of all rows, [B, 32]."""
     pieces: dict[int, list[Piece]] = {}
     digests = np.empty((len(samples), 32), np.uint8)
-    sources, numbers = text.corpus.mixture.rows(samples)
+    sources, numbers = inputs.corpus.mixture.rows(samples)
     lines = _LineNumbers()
     for source in np.unique(sources).tolist():
         indices = np.flatnonzero(sources == source)
-        for at, lane, block, block_row in _Source(source, text, kept).rows(numbers[indices]):
+        for at, lane, block, block_row in _SourceRows(source, inputs, kept).rows(numbers[indices]):
             index = int(indices[at])
             digests[index] = row_digest(block.ids[block_row])
             if row in (None, index):
-                pieces[index] = _pieces(block, block_row, lane, text.tokenizer, lines)
+                pieces[index] = _pieces(block, block_row, lane, inputs.tokenizer, lines)
     return pieces, digests
 
 
@@ -147,7 +147,7 @@ def _row_cache(config: Config, fingerprint: dict[str, Any]) -> RowCache | None:
     return None
 
 
-class _Text(NamedTuple):
+class _Inputs(NamedTuple):
     """The inputs of rows. row_cache: of the run, if it exists."""
 
     corpus: Corpus
@@ -157,12 +157,12 @@ class _Text(NamedTuple):
     row_cache: RowCache | None
 
 
-class _Source:
+class _SourceRows:
     """Finds rows of a source by the windows that the run recorded, and computes the other windows."""
 
-    def __init__(self, source: int, text: _Text, kept: KeptWindows) -> None:
-        self._source, self._text, self._kept = source, text, kept
-        self._lanes, self._shape = text.corpus.sources[source], text.corpus.shapes[source]
+    def __init__(self, source: int, inputs: _Inputs, kept: KeptWindows) -> None:
+        self._source, self._inputs, self._kept = source, inputs, kept
+        self._lanes, self._shape = inputs.corpus.sources[source], inputs.corpus.shapes[source]
         self._readers: dict[int, LaneReader] = {}
 
     def rows(self, numbers: NDArray[np.int64]) -> Iterator[tuple[int, Lane, RowBlock, int]]:
@@ -170,17 +170,17 @@ class _Source:
 
         In order of lane and window, so that one block is in memory at a time.
         """
-        corpus, table = self._text.corpus, list[tuple[int, int, int, int]]()
+        corpus, table = self._inputs.corpus, list[tuple[int, int, int, int]]()
         windows = self._windows(numbers)
         for age, window in enumerate(windows):
             indices = np.flatnonzero((numbers >= window.base) & (numbers < window.base + window.rows))
-            found = places(window, seed=self._text.seed, source=self._source, in_order=corpus.is_in_order)
+            found = places(window, seed=self._inputs.seed, source=self._source, in_order=corpus.is_in_order)
             lanes, rows = (each[numbers[indices] - window.base].tolist() for each in found)
             table += zip(lanes, repeat(age), indices.tolist(), rows, strict=False)
         for (lane, age), of_block in groupby(sorted(table), key=itemgetter(0, 1)):
             block = self._read(lane, windows[age]).block
-            for _, _, at, row in of_block:
-                yield at, self._lanes[lane], block, row
+            for _, _, index, row in of_block:
+                yield index, self._lanes[lane], block, row
 
     def _windows(self, numbers: NDArray[np.int64]) -> list[Window]:
         """The windows that contain the rows, oldest first."""
@@ -206,12 +206,12 @@ class _Source:
         return order
 
     def _read(self, lane: int, window: Window) -> PartRows:
-        text, source_lane = self._text, self._lanes[lane]
-        part, cache = window.part(lane, axis_length=source_lane.axis_length), text.row_cache
+        inputs, source_lane = self._inputs, self._lanes[lane]
+        part, cache = window.part(lane, axis_length=source_lane.axis_length), inputs.row_cache
         if cache is not None and (rows := cache.find(source_lane.index, window.number, part)) is not None:
             return rows
         if lane not in self._readers:
-            self._readers[lane] = LaneReader(source_lane, text.tokenizer, text.packing)
+            self._readers[lane] = LaneReader(source_lane, inputs.tokenizer, inputs.packing)
         return self._readers[lane].read(part)
 
 

@@ -130,7 +130,7 @@ def test_ratings_of_one_class_alone_are_null_for_a_program_and_named_for_a_perso
     assert evaluate(words) == 0
     shown = capsys.readouterr().out
     assert "responses: none" in shown
-    assert "one class alone" in shown
+    assert "only one class" in shown
     assert "nan" not in shown
 
 
