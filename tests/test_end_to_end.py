@@ -14,7 +14,7 @@ from lamda.data.prepare import main as prepare_command
 from lamda.data.row_cache import RowCache
 from lamda.data.tokenizer import Tokenizer
 from lamda.interop.harness.command import main as evaluate_command
-from lamda.runs.where import main as where_command
+from lamda.runs.trace import main as trace_command
 from lamda.storage.metrics import read_metrics
 from tests.conftest import make_text, write_shard
 from tests.interop.conftest import write_tasks
@@ -195,7 +195,7 @@ def test_evaluate_agrees_with_the_runs_last_evaluation(place, straight, capsys):
 
 
 def test_where_tells_the_text_of_a_row(place, straight, capsys):
-    assert where_command([str(place / "straight"), "--step", "7", "--json"]) == 0
+    assert trace_command([str(place / "straight"), "--step", "7", "--json"]) == 0
     message = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [each["row"] for each in message] == list(range(8))
     tokenizer = Tokenizer.load(place / "straight" / "tokenizer.model")

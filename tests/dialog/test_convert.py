@@ -101,8 +101,16 @@ def test_chat_keeps_what_is_in_our_format(tmp_path):
         ("chat", [], "no list of messages"),
         ("taskmaster", {"utterances": [{"speaker": ["USER"], "text": "x"}]}, "no text of a USER or ASSISTANT"),
         ("topical-chat", {"messages": [{"role": "agent_1", "content": "x", "rating": ["Good"]}]}, "rating is ['Good']"),
-        ("topical-chat", {"messages": [{"role": "agent_1", "content": "x", "knowledge": 5}]}, "knowledge is not a list of texts"),
-        ("topical-chat", {"messages": [{"role": "agent_1", "content": "x", "knowledge": "FS1"}]}, "knowledge is not a list of texts"),
+        (
+            "topical-chat",
+            {"messages": [{"role": "agent_1", "content": "x", "knowledge": 5}]},
+            "knowledge is not a list of texts",
+        ),
+        (
+            "topical-chat",
+            {"messages": [{"role": "agent_1", "content": "x", "knowledge": "FS1"}]},
+            "knowledge is not a list of texts",
+        ),
         ("oasst1", {"message_id": "1", "role": "prompter", "text": "y", "parent_id": ["x"]}, "parent_id is ['x']"),
         ("oasst1", {"message_id": "1", "role": "prompter", "text": "y", "rank": "1"}, "rank is '1', not int or float"),
         ("oasst1", {"message_id": "1", "role": "prompter", "text": "y", "deleted": 1}, "deleted is 1, not bool"),

@@ -16,8 +16,8 @@ from lamda.data.order import consumed_after, next_samples
 from lamda.data.row_cache import RowCache
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.windows import SourceOrder
-from lamda.runs import where as module
-from lamda.runs.where import where
+from lamda.runs import trace as module
+from lamda.runs.trace import trace
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.window_log import WindowLog
 from tests.conftest import make_text, write_shard
@@ -60,7 +60,7 @@ class Training:
 
     def rows(self, step):
         """All rows of a step; their text is compared with the step's digest."""
-        found = list(where(self.directory, step=step, row=None))
+        found = list(trace(self.directory, step=step, row=None))
         assert [row for row, _ in found] == list(range(BATCH))
         return found
 
@@ -179,7 +179,7 @@ def test_a_run_from_another_runs_checkpoint_knows_the_windows_that_came_with_it(
     calls.clear()
     second.rows(10)
     assert calls["read"] <= BATCH
-    assert second.rows(10) == [*where(first.train(1).directory, step=10, row=None)]
+    assert second.rows(10) == [*trace(first.train(1).directory, step=10, row=None)]
 
 
 @pytest.mark.parametrize("shuffle", ["epoch", 8])

@@ -35,7 +35,7 @@ from lamda.storage.window_log import KeptWindows
 
 
 @dataclass(frozen=True)
-class Part:
+class ExamplePart:
     """A part of a dialogue example: a control symbol with the text after it, or text where targets begin or end."""
 
     symbol: str | None
@@ -57,7 +57,7 @@ class Piece:
     first: int
     last: int
     text: str
-    parts: tuple[Part, ...] = ()
+    parts: tuple[ExamplePart, ...] = ()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """`RUN --step S [--row R] [--json]`; raises UserError."""
     options = parser().parse_args(argv)
-    for row, pieces in where(RunDirectory(options.run), step=options.step, row=options.row):
+    for row, pieces in trace(RunDirectory(options.run), step=options.step, row=options.row):
         if options.json:
             print(json.dumps({"step": options.step, "row": row, "pieces": [asdict(piece) for piece in pieces]}))
         else:
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tuple[int, list[Piece]]]:
+def trace(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tuple[int, list[Piece]]]:
     """The rows of a step, or one of them, each with its pieces.
 
     Raises UserError for a step that the run does not have, or if the text has changed since the run.
@@ -270,16 +270,16 @@ def _pieces(block: RowBlock, row: int, lane: Lane, tokenizer: Tokenizer, lines: 
     return pieces
 
 
-def _parts(ids: np.ndarray, is_target: np.ndarray, tokenizer: Tokenizer) -> Iterator[Part]:
+def _parts(ids: np.ndarray, is_target: np.ndarray, tokenizer: Tokenizer) -> Iterator[ExamplePart]:
     """Ids split at control symbols and where targets begin or end."""
     names = {id: name for name, id in tokenizer.symbols.items()}
     starts = [n for n, id in enumerate(ids) if n == 0 or int(id) in names or is_target[n] != is_target[n - 1]]
     for start, stop in pairwise([*starts, len(ids)]):
         symbol = names.get(int(ids[start]))
-        yield Part(symbol, tokenizer.decode(ids[start:stop]), bool(is_target[start]))
+        yield ExamplePart(symbol, tokenizer.decode(ids[start:stop]), bool(is_target[start]))
 
 
-def _line(part: Part) -> str:
+def _line(part: ExamplePart) -> str:
     """A part as text: `*` if it is a target, the symbol, and the text with continuation lines indented."""
     text = part.text.replace("\n", "\n" + " " * 18)
     return f"{'*' if part.is_target else ' '} {part.symbol or '':15} {text}".rstrip()
