@@ -82,7 +82,7 @@ def test_a_lane_gives_every_token_of_its_documents_once_whatever_the_windows(
             assert len(rows.block.ids) == -(-rows.tokens // length)
             assert rows.tokens % length == 0 or place == len(made) - 1
             assert_same(LaneReader(lane, tokenizer, packing).read(part), rows)
-            if place < len(made) - 1:  # what has been announced is read to its end, whatever is planned
+            if place < len(made) - 1:  # a known part is read to its end, whatever is planned
                 assert_same(LaneReader(lane, tokenizer, packing).read(part._replace(stop=rows.after)), rows)
     expected = [[*tokenizer.encode(text), tokenizer.end_of_document] for file in texts for text in file]
     assert stream == [token for document in expected for token in document]

@@ -1,4 +1,4 @@
-"""Ready rows are the same rows, kept once; a damaged or half-written file is never taken for one."""
+"""Cached rows are the same rows, kept once; a damaged or half-written file is never taken for one."""
 
 import subprocess
 import sys
@@ -52,7 +52,7 @@ def expected_of(lane, tokenizer):
 
 
 def take(lane, tokenizer, folder, parts):
-    """What a reader with the folder gives, and what it announces, of windows and their parts."""
+    """What a reader with the folder gives, and its progress, of windows and their parts."""
     reader = RowReader((lane,), tokenizer, PACKING, threads=1, domains={}, row_cache=folder)
     try:
         return [reader.get(0, window, part) for window, part in parts]
@@ -73,7 +73,7 @@ def assert_same(made, expected):
         assert of.loss_mask is None or np.array_equal(block.loss_mask, of.loss_mask)
 
 
-def test_ready_rows_are_those_that_the_lane_makes(lane, folder, tokenizer):
+def test_cached_rows_are_those_that_the_lane_makes(lane, folder, tokenizer):
     expected = expected_of(lane, tokenizer)
     assert any(rows.block.quarantined for _, rows in expected)
     assert any(rows.block.loss_mask is not None for _, rows in expected)
@@ -81,11 +81,11 @@ def test_ready_rows_are_those_that_the_lane_makes(lane, folder, tokenizer):
     for count in (5, WINDOWS, WINDOWS, 3):
         assert_same(take(lane, tokenizer, folder, parts[:count]), expected[:count])
     assert len(list((folder.path / "lane-0000").iterdir())) == WINDOWS
-    announced = [(n, part._replace(stop=expected[n][1].after)) for n, part in parts]
-    assert_same(take(lane, tokenizer, folder, announced), expected)
+    known = [(n, part._replace(stop=expected[n][1].after)) for n, part in parts]
+    assert_same(take(lane, tokenizer, folder, known), expected)
 
 
-def test_ready_rows_are_given_without_their_source(lane, folder, tokenizer):
+def test_cached_rows_are_given_without_their_source(lane, folder, tokenizer):
     expected = expected_of(lane, tokenizer)
     parts = list(enumerate(part for part, _ in expected))
     take(lane, tokenizer, folder, parts)

@@ -183,7 +183,7 @@ def test_a_run_from_another_runs_checkpoint_knows_the_windows_that_came_with_it(
 
 
 @pytest.mark.parametrize("shuffle", ["epoch", 8])
-def test_ready_rows_are_read_and_not_made(begin, calls, tmp_path, shuffle):
+def test_cached_rows_are_read_and_not_made(begin, calls, tmp_path, shuffle):
     folder = tmp_path / "blocks"
     run = begin(shuffle=shuffle, cache_dir=str(folder)).train(6)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
