@@ -111,16 +111,9 @@ RECIPES = (
     Recipe(
         "A file format for text",
         changes={
-            "lamda/data/resolving.py": [('".jsonl.gz", ', '".jsonl.gz", ".jsonl.bz2", ')],
-            "lamda/data/files.py": [
-                ("import codecs\n", "import bz2\nimport codecs\n"),
-                ('(".zst", ".gz")', '(".zst", ".gz", ".bz2")'),
-                (
-                    '    elif file.url.endswith(".gz"):',
-                    '    elif file.url.endswith(".bz2"):\n'
-                    "        chunks = _inflate(_raw(file), bz2.BZ2Decompressor, file)\n"
-                    '    elif file.url.endswith(".gz"):',
-                ),
+            "lamda/data/file_formats.py": [
+                ("import zlib\n", "import bz2\nimport zlib\n"),
+                ("FORMATS = (\n", 'FORMATS = (\n    FileFormat(".jsonl.bz2", "lines", bz2.BZ2Decompressor),\n'),
             ],
         },
     ),

@@ -8,13 +8,13 @@ import pytest
 import zstandard
 
 from lamda.config.loading import load_config
-from lamda.data.block_files import BlockFolder
 from lamda.data.corpus import fingerprint, open_corpus, packing_of
 from lamda.data.loader import Loader, batch_digest, row_digest
 from lamda.data.prepare import main as prepare_command
+from lamda.data.row_cache import RowCache
 from lamda.data.tokenizer import Tokenizer
 from lamda.interop.harness.command import main as evaluate_command
-from lamda.runs.where import main as where_command
+from lamda.runs.trace import main as trace_command
 from lamda.storage.metrics import read_metrics
 from tests.conftest import make_text, write_shard
 from tests.interop.conftest import write_tasks
@@ -195,7 +195,7 @@ def test_evaluate_agrees_with_the_runs_last_evaluation(place, straight, capsys):
 
 
 def test_where_tells_the_text_of_a_row(place, straight, capsys):
-    assert where_command([str(place / "straight"), "--step", "7", "--json"]) == 0
+    assert trace_command([str(place / "straight"), "--step", "7", "--json"]) == 0
     message = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [each["row"] for each in message] == list(range(8))
     tokenizer = Tokenizer.load(place / "straight" / "tokenizer.model")
@@ -223,8 +223,8 @@ def test_prepared_blocks_give_the_same_samples(place, straight, capsys):
     assert json.loads(capsys.readouterr().out)["rows"] > 0
     config = load_config(flags)
     corpus, tokenizer = open_corpus(config.data), Tokenizer.load(config.tokenizer.path)
-    ready = BlockFolder.of(config.data.cache_dir, fingerprint(corpus, config, tokenizer))
-    kept = {path.parent.name for path in ready.path.glob("*/*.rows")}
+    row_cache = RowCache.of(config.data.cache_dir, fingerprint(corpus, config, tokenizer))
+    kept = {path.parent.name for path in row_cache.path.glob("*/*.rows")}
     assert kept == {f"lane-{lane.index:04}" for lane in corpus.lanes}
     loader = Loader(
         corpus,
@@ -235,7 +235,7 @@ def test_prepared_blocks_give_the_same_samples(place, straight, capsys):
         micro_batch=8,
         rank=0,
         world_size=1,
-        ready=ready,
+        row_cache=row_cache,
     )
     with loader:
         found = [

@@ -39,7 +39,7 @@ COMMANDS = {
     "serve": Command("lamda.dialog.server.main", "serve a model over the OpenAI API, and a chat page"),
     "plan": Command("lamda.cluster.plan", "estimate memory, time, cost and disk of a run, and whether it fits"),
     "prepare": Command("lamda.data.prepare", "tokenize and pack a run's rows into data.cache_dir, on all cores"),
-    "trace": Command("lamda.runs.where", "the documents that a training row came from, and its text"),
+    "trace": Command("lamda.runs.trace", "the documents that a training row came from, and its text"),
     "list": Command("lamda.runs.listing", "the runs in a folder: status, step, loss, speed, last checkpoint"),
     "watch": Command("lamda.runs.watch", "follow a run until it ends: its metrics and loss curve"),
     "plot": Command("lamda.runs.plot", "plot curves of one or more runs, one panel per metric"),
@@ -59,7 +59,7 @@ COMMANDS = {
         "lamda.runs.checkpoint_diff", "differences of two checkpoints: weights, optimizer, state, configuration"
     ),
     "test-resume": Command(
-        "lamda.cluster.prove_resume", "test that a killed and resumed run equals an uninterrupted one, bit for bit"
+        "lamda.cluster.resume_test", "test that a killed and resumed run equals an uninterrupted one, bit for bit"
     ),
     "supervise": Command("lamda.cluster.supervise", "run a training command, and restart it after failures"),
     "doctor": Command(
@@ -68,7 +68,7 @@ COMMANDS = {
     "submit": Command("lamda.cluster.submit", "start a run on SLURM, Kubernetes or machines over ssh"),
     "chat": Command("lamda.dialog.chat", "talk with a model in the terminal; /why shows how a reply was chosen"),
     "dialog make-tool-data": Command(
-        "lamda.dialog.research_data", "make conversations that teach tool use, from a corpus and arithmetic"
+        "lamda.dialog.tool_data", "make conversations that teach tool use, from a corpus and arithmetic"
     ),
     "dialog convert": Command("lamda.dialog.convert", "convert published dialogue sets to conversations (JSON lines)"),
     "dialog evaluate": Command(

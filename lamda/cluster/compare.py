@@ -26,7 +26,7 @@ Tensors = Mapping[str, Callable[[], torch.Tensor]]
 class FirstDifference:
     """The first step at which two runs differ, and the largest difference of two numbers there.
 
-    `largest` is None if it is no finite number: text, a missing row, NaN, other names or shapes.
+    `largest` is None if it is not a finite number: text, a missing row, NaN, other names or shapes.
     """
 
     step: int

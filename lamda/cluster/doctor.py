@@ -16,9 +16,9 @@ from lamda.config.help import ConfigParser
 from lamda.config.loading import load_config
 from lamda.distributed import World, choose_accelerator, read_world
 
-EXITS: Mapping[Level, int] = {"ok": 0, "warning": 1, "failure": 2}
-SLOW_SHARE = 0.8
-"""Share of the median rate below which a rank slows down all others."""
+EXIT_CODES: Mapping[Level, int] = {"ok": 0, "warning": 1, "failure": 2}
+SLOW_FRACTION = 0.8
+"""Fraction of the median rate below which a rank slows down all others."""
 
 
 def parser() -> ConfigParser:
@@ -39,13 +39,13 @@ def main(argv: list[str]) -> int:
 
     device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     subject = Subject(config, world, device)
-    findings = alone(subject) if world.world_size == 1 else together(subject)
+    findings = check_one_rank(subject) if world.world_size == 1 else check_all_ranks(subject)
     worst = max((finding.level for finding in findings.values()), key=LEVELS.index)
     if world.is_main_process:
         content = {"worst": worst, "checks": {name: vars(each) for name, each in findings.items()}}
         print(json.dumps(content, indent=2) if options.json else as_text(findings), flush=True)
-    _leave(world)
-    return EXITS[worst]
+    _exit_together(world)
+    return EXIT_CODES[worst]
 
 
 def checks() -> list[Check]:
@@ -55,12 +55,12 @@ def checks() -> list[Check]:
     return [*software.CHECKS, *hardware.CHECKS, *environment.CHECKS]
 
 
-def alone(subject: Subject) -> dict[str, Finding]:
+def check_one_rank(subject: Subject) -> dict[str, Finding]:
     """The findings of one process."""
-    return {check.name: run(check, subject) for check in checks()}
+    return {check.name: run_check(check, subject) for check in checks()}
 
 
-def together(subject: Subject) -> dict[str, Finding]:
+def check_all_ranks(subject: Subject) -> dict[str, Finding]:
     """The merged findings of all ranks, on every rank."""
     from lamda.cluster.checks import ranks
 
@@ -68,17 +68,17 @@ def together(subject: Subject) -> dict[str, Finding]:
     distributed.start(world, threads=1)
     places = distributed.gather(f"rank {world.rank} (host {socket.gethostname()})")
     runs_here = {"rank": True, "node": world.local_rank == 0, "main": world.is_main_process}
-    local = {check.name: run(check, subject) if runs_here[check.who] else None for check in checks()}
+    local = {check.name: run_check(check, subject) if runs_here[check.runs_on] else None for check in checks()}
     with distributed.exit_after("to compare with the others", world):
         everyone = distributed.gather(local)
-        across = ranks.look(subject)
+        across = ranks.check(subject)
     return {name: merged([each[name] for each in everyone], places) for name in local} | across
 
 
-def run(check: Check, subject: Subject) -> Finding:
+def run_check(check: Check, subject: Subject) -> Finding:
     """Run a check; an exception becomes a failure, so that the other checks still run."""
     try:
-        return check.look(subject)
+        return check.find(subject)
     except (UserError, RunError, OSError) as error:
         return failure(str(error), "")
     except Exception as error:  # of any library; the other findings are still useful
@@ -119,7 +119,7 @@ def _slowest(found: Sequence[tuple[str, Finding]]) -> Finding | None:
         return None
     middle = median(rate for rate, _, _ in rated)
     slowest, place, text = min(rated, key=itemgetter(0))
-    if slowest >= SLOW_SHARE * middle:
+    if slowest >= SLOW_FRACTION * middle:
         return None
     return warning(
         f"{place} is slow, and all others wait for it: {text}; the median rank is {middle / slowest:.2f} times as fast",
@@ -127,7 +127,7 @@ def _slowest(found: Sequence[tuple[str, Finding]]) -> Finding | None:
     )
 
 
-def _leave(world: World) -> None:
+def _exit_together(world: World) -> None:
     """Exit together: a launcher kills the other ranks when the first one exits with a code other than 0."""
     if world.world_size > 1:
         distributed.barrier()

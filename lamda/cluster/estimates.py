@@ -12,26 +12,25 @@ from lamda.config.schema import Config
 from lamda.data import blocks
 from lamda.data.card import load_card
 from lamda.data.corpus import WINDOW_ROWS
-from lamda.data.partitioning import MOST as MAX_LANES
-from lamda.data.partitioning import WHOLE_FILES as MIN_LANES
+from lamda.data.partitioning import MAX_LANES, MIN_LANES
 from lamda.data.windows import FIRST_TOKENS
 from lamda.model.counts import PEAK_FLOPS, parameters
 
-RESERVE = 0.05
-"""Share of GPU memory for the CUDA context, NCCL and fragmentation: an assumption, not a measurement."""
+RESERVED_FRACTION = 0.05
+"""Fraction of GPU memory for the CUDA context, NCCL and fragmentation: an assumption, not a measurement."""
 EDGE_ROWS = 2
 """Rows of a batch by which a rank's part shifts over the lanes at its edges (`lamda.data.loader`)."""
-ID, ROW_ID = 2, 4
-"""Bytes per id in prepared rows of at most 65,536 pieces, and in memory."""
+CACHED_ID_BYTES, LOADED_ID_BYTES = 2, 4
+"""Bytes per id in cached rows of at most 65,536 pieces, and in memory."""
 DOCUMENT_BYTES, DOCUMENT_TOKENS = 300, 300
 """Assumed host memory of a document besides its ids, and tokens per document."""
-OPTIMIZER = 12
+OPTIMIZER_BYTES = 12
 """Bytes per parameter in the optimizer files: fp32 weight and two moments."""
-NARROW = 1 << 16
-"""Prepared rows store ids of vocabularies up to this size in 2 bytes each."""
-SPAN = blocks.SPAN.itemsize
-"""Bytes of a span in prepared rows."""
-GPU_HOURS_A_FAILURE = 50_700
+MAX_NARROW_VOCABULARY = 1 << 16
+"""Cached rows store ids of vocabularies up to this size in 2 bytes each."""
+SPAN_BYTES = blocks.SPAN.itemsize
+"""Bytes of a span in cached rows."""
+GPU_HOURS_PER_FAILURE = 50_700
 """Llama 3 405B: 419 unexpected interruptions in 54 days on 16,384 GPUs (arXiv 2407.21783, section 3.3.4)."""
 
 
@@ -47,7 +46,7 @@ class Device:
     @property
     def usable(self) -> int:
         """Bytes available to a run."""
-        return round(self.gigabytes * 1e9 * (1 - RESERVE))
+        return round(self.gigabytes * 1e9 * (1 - RESERVED_FRACTION))
 
     def peak(self, *, is_bf16: bool) -> float:
         """Peak FLOP/s of matrix products."""
@@ -75,7 +74,7 @@ def unknown_device(name: str) -> str:
 
 @dataclass(frozen=True)
 class DataRates:
-    """Rates per second. rank: tokens that a rank trains on. blocks: bytes of prepared rows that all ranks read.
+    """Rates per second. rank: tokens that a rank trains on. blocks: bytes of cached rows that all ranks read.
 
     encoded: most tokens that a rank encodes, with the most lanes and with the fewest.
     """
@@ -87,12 +86,12 @@ class DataRates:
 
 def data_rates(config: Config, *, ranks: int, tokens_per_second: float) -> DataRates:
     """Required data rates. A rank encodes whole lanes: with more ranks than lanes, several encode the same text."""
-    most, fewest = (tokens_per_second * share for share in _shares(config, ranks))
-    return DataRates(tokens_per_second / ranks, (most, fewest), tokens_per_second * ID)
+    most, fewest = (tokens_per_second * fraction for fraction in _encoded_fractions(config, ranks))
+    return DataRates(tokens_per_second / ranks, (most, fewest), tokens_per_second * CACHED_ID_BYTES)
 
 
 def loader_bytes(config: Config, *, ranks: int) -> int:
-    """Host memory of a rank's rows, with the most lanes: its part of two windows. Prepared rows are memory-mapped.
+    """Host memory of a rank's rows, with the most lanes: its part of two windows. Cached rows are memory-mapped.
 
     One of the two may be the last of an epoch, which is up to 1.5 times as long. Documents much shorter than
     DOCUMENT_TOKENS need more.
@@ -101,12 +100,12 @@ def loader_bytes(config: Config, *, ranks: int) -> int:
     if shuffle == "epoch":
         return 0
     rows = max(shuffle if isinstance(shuffle, int) else WINDOW_ROWS, FIRST_TOKENS // length, MAX_LANES)
-    bytes_per_token = ROW_ID + DOCUMENT_BYTES / DOCUMENT_TOKENS
-    return math.ceil(2.5 * rows * (length + 1) * bytes_per_token * _shares(config, ranks)[0])
+    bytes_per_token = LOADED_ID_BYTES + DOCUMENT_BYTES / DOCUMENT_TOKENS
+    return math.ceil(2.5 * rows * (length + 1) * bytes_per_token * _encoded_fractions(config, ranks)[0])
 
 
-def _shares(config: Config, ranks: int) -> tuple[float, float]:
-    """The largest share of the text that a rank encodes, with the most lanes and with the fewest."""
+def _encoded_fractions(config: Config, ranks: int) -> tuple[float, float]:
+    """The largest fraction of the text that a rank encodes, with the most lanes and with the fewest."""
     counts = (1, 1) if config.data.shuffle == "none" else (MAX_LANES, MIN_LANES)
     most, fewest = (_lanes_of_a_rank(count, ranks, config.train.global_batch_size) / count for count in counts)
     return most, fewest
@@ -148,7 +147,7 @@ def disk_use(config: Config, *, width: int) -> DiskUse:
 
 def checkpoint_bytes(parameters: int, *, width: int) -> int:
     """A checkpoint's tensors: `width` bytes per parameter in model.safetensors, and the optimizer files."""
-    return parameters * (width + OPTIMIZER)
+    return parameters * (width + OPTIMIZER_BYTES)
 
 
 def checkpoints(config: Config) -> int:
@@ -159,10 +158,10 @@ def checkpoints(config: Config) -> int:
 
 
 def block_bytes(config: Config) -> int:
-    """Prepared rows of the whole run (`data.cache_dir`), one span per row; each document adds about 50 bytes."""
-    width = 2 if config.model.vocab_size <= NARROW else 4
+    """Cached rows of the whole run (`data.cache_dir`), one span per row; each document adds about 50 bytes."""
+    width = 2 if config.model.vocab_size <= MAX_NARROW_VOCABULARY else 4
     rows = config.steps * config.train.global_batch_size
-    return rows * ((config.data.sequence_length + 1) * width + SPAN)
+    return rows * ((config.data.sequence_length + 1) * width + SPAN_BYTES)
 
 
 def text_bytes(config: Config) -> int | None:
@@ -192,7 +191,7 @@ def is_streamed(config: Config) -> bool:
 
 @dataclass(frozen=True)
 class CheckpointInterval:
-    """The best interval between checkpoints and the configured one, with the share of time that each loses."""
+    """The best interval between checkpoints and the configured one, with the fraction of time that each loses."""
 
     gpu_hours_a_failure: int
     seconds_between_failures: float
@@ -210,7 +209,7 @@ def checkpoint_interval(config: Config, *, gpus: int, save_seconds: float, step_
     configured = config.checkpoint.every * step_seconds
     best = best_interval(save_seconds=save_seconds, gpus=gpus)
     return CheckpointInterval(
-        gpu_hours_a_failure=GPU_HOURS_A_FAILURE,
+        gpu_hours_a_failure=GPU_HOURS_PER_FAILURE,
         seconds_between_failures=seconds_between_failures(gpus),
         save_seconds=save_seconds,
         best_seconds=best,
@@ -224,7 +223,7 @@ def checkpoint_interval(config: Config, *, gpus: int, save_seconds: float, step_
 
 def seconds_between_failures(gpus: int) -> float:
     """Mean time between failures of `gpus` GPUs and their nodes."""
-    return GPU_HOURS_A_FAILURE * 3600 / gpus
+    return GPU_HOURS_PER_FAILURE * 3600 / gpus
 
 
 def best_interval(*, save_seconds: float, gpus: int) -> float:
@@ -237,5 +236,5 @@ def best_interval(*, save_seconds: float, gpus: int) -> float:
 
 
 def lost_share(interval: float, *, save_seconds: float, gpus: int) -> float:
-    """Share of the time lost to saving every `interval` seconds and to recomputing after failures."""
+    """Fraction of the time lost to saving every `interval` seconds and to recomputing after failures."""
     return save_seconds / interval + interval / (2 * seconds_between_failures(gpus))

@@ -100,7 +100,7 @@ class Job:
         try:
             self.folder.mkdir(parents=True)
         except FileExistsError as error:
-            raise UserError(f"{self.folder}: something was submitted in this very second; try again") from error
+            raise UserError(f"{self.folder}: another job was submitted in the same second; try again") from error
         for name, text in {"config.yaml": to_yaml(self.config), **files}.items():
             (self.folder / name).write_text(text, "utf-8")
 

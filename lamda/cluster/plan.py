@@ -40,7 +40,7 @@ MAX_SUGGESTIONS = 5
 class Machine:
     """The GPUs and the assumptions about them.
 
-    mfu: share of the data sheet's FLOP/s that training reaches. price: of a GPU-hour. save_seconds: how long
+    mfu: fraction of the data sheet's FLOP/s that training reaches. price: of a GPU-hour. save_seconds: how long
     training waits for a checkpoint.
     """
 
@@ -156,7 +156,7 @@ def _plan_memory(config: Config, machine: Machine, setting: MemorySetting) -> Me
         gpu=machine.gpu,
         gpu_bytes=round(machine.device.gigabytes * 1e9),
         usable_bytes=limit,
-        reserve=estimates.RESERVE,
+        reserve=estimates.RESERVED_FRACTION,
         zero_stage=setting.sharding.stage,
         bf16=setting.sharding.is_bf16,
         attention=config.model.attention,
@@ -206,7 +206,7 @@ def _too_large(memory: MemoryPlan, ways: list[str]) -> str:
     if ways:
         return f"{message}; what would fit: {'; or '.join(ways)}"
     if start > limit:
-        return f"{message}; every rank makes the whole model first, {start:.1f} GB in fp32, whatever the settings"
+        return f"{message}; every rank first builds the whole model, {start:.1f} GB in fp32, whatever the settings"
     return f"{message}, and no setting of this batch does; take a GPU with more memory or a smaller model"
 
 

@@ -87,7 +87,7 @@ def end(directory: RunDirectory, state: Path, *, code: int, warned: bool) -> int
 
 
 def _decisive_code(state: Path, code: int) -> int:
-    """The exit code that decides: of a node that was killed because another one failed, the code means nothing."""
+    """The exit code that counts: the code of a node that was killed because another one failed says nothing."""
     codes = {int(file.read_text("utf-8")) for file in state.glob("exit-*")}
     return next((known for known in (USER_ERROR_EXIT, STOP_EXIT) if known in codes), code)
 

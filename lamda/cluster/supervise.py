@@ -89,7 +89,7 @@ class Supervisor:
             pause = min(LONGEST_PAUSE, self.pause * 2 ** (restarts - 1))
             place = f"from step {now}" if now else "from the beginning"
             _say(f"restart {restarts} {place} in {pause:g} s: {ended.reason}")
-            self._rest(pause)
+            self._wait(pause)
             if self.signals:
                 _say(f"{signal_name(self.signals[0])}: not restarted")
                 return STOP_EXIT
@@ -139,7 +139,7 @@ class Supervisor:
         _say(f"stopped: {ended.reason}; the newest checkpoint is of step {saved}; the same command resumes")
         return STOP_EXIT
 
-    def _rest(self, seconds: float) -> None:
+    def _wait(self, seconds: float) -> None:
         """Wait, also for rank 0 on another machine, whose lock would block the next start."""
         deadline = time.monotonic() + seconds
         if host := self.directory.writer_elsewhere():
@@ -150,14 +150,14 @@ class Supervisor:
 
 def _parse(argv: list[str]) -> tuple[Path, list[str]]:
     """The run directory and the command."""
-    own = argv.index("--") if "--" in argv else len(argv)
-    options, command = parser().parse_args(argv[:own]), argv[own + 1 :]
+    split = argv.index("--") if "--" in argv else len(argv)
+    options, command = parser().parse_args(argv[:split]), argv[split + 1 :]
     if not command:
         raise UserError("lamda supervise: no command; write it after --: lamda supervise -- COMMAND ...")
-    return options.run or _run_of(command), command
+    return options.run or _run_dir_of(command), command
 
 
-def _run_of(command: list[str]) -> Path:
+def _run_dir_of(command: list[str]) -> Path:
     """`run.dir` of a command that ends with the flags of a run, after any launcher."""
     flags = {"--config", *(f"--{key}" for key in (*KEYS, *DEPRECATED))}
     first = next((place for place, word in enumerate(command) if word.partition("=")[0] in flags), None)

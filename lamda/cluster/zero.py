@@ -85,7 +85,7 @@ def _width(key: str, values: dict[str, Any], *, default: int) -> int:
 def _elements(key: str, zero: dict[str, Any], *, default: int) -> int:
     count = zero.get(key, default)
     if not isinstance(count, int | float) or count < 0:
-        raise UserError(f"the DeepSpeed file: zero_optimization.{key}: {count!r} is no number of elements")
+        raise UserError(f"the DeepSpeed file: zero_optimization.{key}: {count!r} is not a number of elements")
     return int(count)
 
 

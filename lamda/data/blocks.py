@@ -24,15 +24,17 @@ from lamda.data.tokenizer import Tokenizer
 SPAN = np.dtype([("row", "<i4"), ("start", "<i4"), ("length", "<i4"), ("document", "<i4"), ("token", "<i8")])
 """A part of a row that comes from one document, or one example made of it: its tokens `token`, `token + 1`, ...
 
-If `document` is -1, the part is padding or the end symbol of another document.
+If `document` is -1, the part is padding or EOS of another document. A span at `start` 0 begins with a token that is
+only an input. In full rows it was a target of the row before, so a document whose first token ends a row has two spans
+with `token` 0.
 """
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How tokens become rows. length: L, targets per row. method: see `lamda.data.packing`."""
+    """How tokens become rows. sequence_length: L, targets per row. method: see `lamda.data.packing`."""
 
-    length: int
+    sequence_length: int
     method: Method = "concat"
 
 
@@ -41,9 +43,9 @@ class RowBlock:
     """R rows of a lane, and the origin of every token.
 
     ids: [R, L+1] uint32; the first id of a row is only an input: the token before its first target if both are of the
-    same document, otherwise the end symbol. spans: [n] SPAN, sorted by row and start; `document` indexes `documents`,
-    which has one entry per separately encoded piece. loss_mask: [R, L+1], the targets that count; None if all tokens
-    but the first of each row do. quarantined: bad lines between these documents.
+    same document, otherwise EOS. spans: [n] SPAN, sorted by row and start; `document` indexes `documents`,
+    which has one entry per document with tokens here, or per example packed whole. loss_mask: [R, L+1], the targets
+    that count; None if all tokens but the first of each row do. quarantined: bad lines between these documents.
     """
 
     ids: NDArray[np.uint32]
@@ -65,7 +67,7 @@ class Part(NamedTuple):
     """The part of a lane in a window: from a cursor to an end.
 
     target: the end on the axis of the lane; None: the end of the lane. stop, rows: the cursor at that end and the
-    number of rows, if they were announced.
+    number of rows, if the window is known.
     """
 
     epoch: int
@@ -75,12 +77,25 @@ class Part(NamedTuple):
     rows: int | None = None
 
 
+class LaneProgress(NamedTuple):
+    """How far a lane comes in a window: its rows, their tokens without padding, and the cursor after them."""
+
+    rows: int
+    tokens: int
+    after: Cursor
+
+
 class PartRows(NamedTuple):
     """The rows of a part, the number of their tokens without padding, and the cursor after them."""
 
     block: RowBlock
     tokens: int
     after: Cursor
+
+    @property
+    def progress(self) -> LaneProgress:
+        """What the ranks exchange about them."""
+        return LaneProgress(len(self.block.ids), self.tokens, self.after)
 
 
 class LaneReader:
@@ -100,20 +115,20 @@ class LaneReader:
         taken = _take(spans, part, is_whole=self._packing.method == "whole")
         tokens = sum(len(span.ids) for span in taken)
         if not is_last and self._packing.method != "whole":
-            tokens -= tokens % self._packing.length
+            tokens -= tokens % self._packing.sequence_length
         used, left = _split(taken, tokens)
         spans.put_back(left)
         bad = tuple(bad for span in used for bad in span.bad) + (spans.trailing if is_last else ())
         block = self._make_rows(used, context=spans.context, bad=bad)
         after = used[-1].cursor(len(used[-1].ids)) if used else part.start
-        self._require_announced(part, len(block.ids), after)
+        self._require_unchanged(part, len(block.ids), after)
         if used:
             spans.context = int(used[-1].ids[-1])
         self._spans, self._at = spans, after.place
         return PartRows(block, tokens, after)
 
-    def _require_announced(self, part: Part, rows: int, after: Cursor) -> None:
-        """Raise DataError if an announced part now has other rows."""
+    def _require_unchanged(self, part: Part, rows: int, after: Cursor) -> None:
+        """Raise DataError if a part of a known window now has other rows."""
         is_same = part.stop is None or after.place == part.stop.place
         if part.stop is not None and None not in (part.stop.digest, after.digest):
             is_same &= part.stop.digest == after.digest
@@ -139,10 +154,10 @@ def _take(spans: SpanReader, part: Part, *, is_whole: bool) -> list[TokenSpan]:
     while (span := spans.next(part.target)) is not None:
         count, is_end = len(span.ids), False
         if part.stop is not None:
-            if span.document[2:4] > part.stop.place[:2]:  # the text was changed: `read` reports it
+            if span.document.place > part.stop.document_place:  # the text was changed: `read` reports it
                 spans.put_back([span])
                 break
-            if span.document[2:4] == part.stop.place[:2]:
+            if span.document.place == part.stop.document_place:
                 count = min(count, part.stop.token - span.token)
                 is_end = span.token + count == part.stop.token
         elif part.target is not None:
@@ -179,7 +194,7 @@ def _full_rows(
     spans: Sequence[TokenSpan], packing: Packing, *, context: int, end: int, padding: int, bad: tuple[BadLine, ...]
 ) -> RowBlock:
     """Rows without gaps; only the last one may end in padding."""
-    length, spans = packing.length, _joined(spans)
+    length, spans = packing.sequence_length, _joined(spans)
     lengths = np.array([len(span.ids) for span in spans], np.int64)
     total = int(lengths.sum())
     rows = -(-total // length)
@@ -243,7 +258,7 @@ def _ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np
 
 def _whole_rows(spans: Sequence[TokenSpan], packing: Packing, *, padding: int, bad: tuple[BadLine, ...]) -> RowBlock:
     """Rows of whole spans, padded at the end."""
-    size = packing.length + 1
+    size = packing.sequence_length + 1
     row_of = first_fit([len(span.ids) for span in spans], row_length=size)
     rows = max(row_of, default=-1) + 1
     ids, loss_mask = np.full((rows, size), padding, np.uint32), np.zeros((rows, size), bool)

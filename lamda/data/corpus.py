@@ -13,10 +13,10 @@ from lamda.config.schema import Config, DataConfig, Shuffle
 from lamda.data.blocks import Packing
 from lamda.data.card import Card, load_card
 from lamda.data.documents import Document, Form, RawText
-from lamda.data.files import File, nothing
+from lamda.data.files import File, no_op
 from lamda.data.lanes import RAW_TEXT, Cursor, Lane, in_turn
 from lamda.data.order import Mixture, make_mixture
-from lamda.data.partitioning import MOST, cut_into_lanes
+from lamda.data.partitioning import MAX_LANES, cut_into_lanes
 from lamda.data.quarantine import BadLine, examples, few
 from lamda.data.resolving import resolve
 from lamda.data.tokenizer import Tokenizer
@@ -34,11 +34,11 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Corpus:
-    """The training text of a run, cut into lanes. length: L, targets per row. shuffle: as `data.shuffle`."""
+    """The training text of a run, cut into lanes. sequence_length: L, targets per row. shuffle: as `data.shuffle`."""
 
     card: Card
     lanes: tuple[Lane, ...]
-    length: int
+    sequence_length: int
     shuffle: Shuffle
 
     @property
@@ -49,15 +49,13 @@ class Corpus:
     @property
     def files(self) -> list[File]:
         """The files without duplicates, sorted by address."""
-        files = {share.file.url: share.file for lane in self.lanes for share in lane.shares}
+        files = {each.file.url: each.file for lane in self.lanes for each in lane.slices}
         return [files[url] for url in sorted(files)]
 
     def waiting(self, on_wait: Callable[[], object]) -> Corpus:
         """The same with a callback that is called while waiting for a server."""
         lanes = (
-            replace(
-                lane, shares=tuple(replace(share, file=replace(share.file, on_wait=on_wait)) for share in lane.shares)
-            )
+            replace(lane, slices=tuple(replace(each, file=replace(each.file, on_wait=on_wait)) for each in lane.slices))
             for lane in self.lanes
         )
         return replace(self, lanes=tuple(lanes))
@@ -75,10 +73,16 @@ class Corpus:
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
         """The window sizes of each source."""
-        full = self.length * (self.shuffle if isinstance(self.shuffle, int) else WINDOW_ROWS)
+        full = self.sequence_length * (self.shuffle if isinstance(self.shuffle, int) else WINDOW_ROWS)
         return tuple(
-            Shape(int(share), tuple(lane.length for lane in lanes), self.length, full, is_epoch=self.shuffle == "epoch")
-            for lanes, share in zip(self.sources, self.mixture.most, strict=True)
+            Shape(
+                int(slots),
+                tuple(lane.axis_length for lane in lanes),
+                self.sequence_length,
+                full,
+                is_epoch=self.shuffle == "epoch",
+            )
+            for lanes, slots in zip(self.sources, self.mixture.max_slots, strict=True)
         )
 
     @property
@@ -105,7 +109,7 @@ class Corpus:
         return in_turn([lane.read(Cursor()) for lane in self.lanes])
 
 
-def open_corpus(config: DataConfig, *, form: Form = RAW_TEXT, on_wait: Callable[[], object] = nothing) -> Corpus:
+def open_corpus(config: DataConfig, *, form: Form = RAW_TEXT, on_wait: Callable[[], object] = no_op) -> Corpus:
     """Resolve the card's files and cut them into lanes. Raises UserError if something is missing.
 
     on_wait: called while waiting for a server, now and when text is read, from any thread.
@@ -122,8 +126,8 @@ def open_corpus(config: DataConfig, *, form: Form = RAW_TEXT, on_wait: Callable[
         lanes += cut_into_lanes(
             source,
             files,
-            row_length=config.sequence_length,
-            most=1 if config.shuffle == "none" else MOST,
+            sequence_length=config.sequence_length,
+            max_lanes=1 if config.shuffle == "none" else MAX_LANES,
             first=len(lanes),
             max_bad_line_fraction=config.max_bad_line_fraction,
             form=form,
@@ -140,7 +144,7 @@ def fingerprint(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> dict[st
     """Everything that the order of samples depends on, by name. Batch sizes and ranks are not part of it."""
     return {
         "format": FORMAT,
-        "files": [[[*share.file.identity, *share.cut] for share in lane.shares] for lane in corpus.lanes],
+        "files": [[[*each.file.identity, *each.key] for each in lane.slices] for lane in corpus.lanes],
         "contents": [[file.name, file.content] for file in corpus.files],
         "text": [[source.text, source.domain] for source in corpus.card.sources],
         "weights": [[start, weights] for start, weights in corpus.card.stages],

@@ -32,6 +32,11 @@ class Document(NamedTuple):
     is_end: bool = True
     epoch: int = 0
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """File and line."""
+        return self.file, self.line
+
 
 class Encoded(NamedTuple):
     """A document, or an example made of it: [n] ids, not empty.
@@ -74,7 +79,7 @@ class Form(Protocol):
 
 @dataclass(frozen=True)
 class RawText:
-    """The text at the `text` path of the source, followed by the end symbol."""
+    """The text at the `text` path of the source, followed by EOS (`Tokenizer.end_of_document`)."""
 
     packings: tuple[Method, ...] = ("concat", "best_fit")
     domains: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Reading lines of files, local or remote, plain or compressed; truncated and changed files are errors.
+"""Reading files, local or remote, plain or compressed; truncated and changed files are errors.
 
 Bytes are read and decompressed here and in `remote`: a reader that retries or stops above the decompressor would lose
 text silently.
@@ -7,32 +7,28 @@ text silently.
 from __future__ import annotations
 
 import codecs
-import zlib
+import io
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
-
-import zstandard
+from typing import BinaryIO, NamedTuple
 
 from lamda.config.errors import DataError, DataUnavailableError, RunError, UserError
-from lamda.data.identity import Stored, cannot_open, content_of, wrong_sha256
+from lamda.data.file_formats import DECOMPRESSION_ERRORS, Decompressor, FileFormat, format_of
+from lamda.data.identity import Stored, cannot_open, content_of, require_sha256, wrong_sha256
 from lamda.data.remote import CHUNK, RemoteFile, Version
 
 LONGEST_LINE = 1 << 26
 HTTP = ("http://", "https://")
 BOM = codecs.BOM_UTF8
 
-MORSEL = 1 << 11
+INPUT_CHUNK = 1 << 11
 """Compressed bytes per call of a decompressor: 4 bytes of zstd can expand to 128 KiB, so these to at most 64 MiB."""
 
-MOST_WINDOW = 1 << 31
-"""Largest zstd window, as of `zstd --long=31`; memory is allocated for the window of the actual frame."""
 
-
-def nothing() -> None:
+def no_op() -> None:
     """The default `on_wait`; a named function, so that it can be pickled."""
 
 
@@ -51,7 +47,7 @@ class File:
     address: str | None = field(default=None, compare=False)
     content: str | None = field(default=None, compare=False)
     version: Version | None = field(default=None, compare=False)
-    on_wait: Callable[[], object] = field(default=nothing, compare=False, repr=False)
+    on_wait: Callable[[], object] = field(default=no_op, compare=False, repr=False)
 
     @property
     def is_remote(self) -> bool:
@@ -59,9 +55,14 @@ class File:
         return "://" in self.url
 
     @property
+    def format(self) -> FileFormat:
+        """What it holds, and how it is stored."""
+        return format_of(self.url)
+
+    @property
     def is_compressed(self) -> bool:
         """Whether it is stored compressed."""
-        return self.url.endswith((".zst", ".gz"))
+        return self.format.new_decompressor is not None
 
     @property
     def name(self) -> str:
@@ -137,41 +138,25 @@ class _Chunk(NamedTuple):
 
 def _decompressed(file: File, *, skip: int) -> Iterator[_Chunk]:
     """Chunks from decompressed offset `skip` on, none empty."""
-    if file.url.endswith(".zst"):
-        chunks = _inflate(_raw(file), _zstd, file)
-    elif file.url.endswith(".gz"):
-        chunks = _inflate(_raw(file), lambda: zlib.decompressobj(wbits=31), file, padding=b"\0")
-    else:
-        for data in _raw(file, start=skip):
+    if file.format.new_decompressor is None:
+        for data in stored_bytes(file, start=skip):
             yield _Chunk(data, skip, skip + len(data), len(data))
             skip += len(data)
         return
-    for chunk in chunks:
+    for chunk in _inflate(stored_bytes(file), file.format.new_decompressor, file, padding=file.format.padding):
         if skip < chunk.size:
             yield chunk._replace(data=chunk.data[skip:], skipped=skip) if skip else chunk
         skip = max(0, skip - chunk.size)
 
 
-def _zstd() -> _Decompressor:
-    return zstandard.ZstdDecompressor(max_window_size=MOST_WINDOW).decompressobj()
-
-
-class _Decompressor(Protocol):
-    @property
-    def eof(self) -> bool: ...
-    @property
-    def unused_data(self) -> bytes: ...
-    def decompress(self, data: bytes, /) -> bytes: ...
-
-
 def _inflate(
-    raw: Iterable[bytes], new: Callable[[], _Decompressor], file: File, *, padding: bytes = b""
+    stored: Iterable[bytes], new: Callable[[], Decompressor], file: File, *, padding: bytes
 ) -> Iterator[_Chunk]:
     """The content of all frames, in bounded chunks; `padding` may follow a frame, as gzip allows."""
-    frame: _Decompressor | None = None
+    frame: Decompressor | None = None
     begun, fed = False, 0
     try:
-        for compressed in _morsels(raw):
+        for compressed in _input_chunks(stored):
             while compressed:
                 if frame is None:
                     stripped = compressed.lstrip(padding) if begun else compressed
@@ -184,28 +169,28 @@ def _inflate(
                 fed, compressed = fed + len(compressed) - len(rest), rest
                 if found:
                     yield _Chunk(found, before, fed, len(found))
-    except (zstandard.ZstdError, zlib.error) as error:
+    except DECOMPRESSION_ERRORS as error:
         raise DataError(f"{file.url}: cannot be decompressed: damaged, or another format ({error})") from error
     if frame is not None:
         raise DataError(f"{file.url}: ends inside a compressed frame; the file is truncated")
 
 
-def _morsels(raw: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes, MORSEL at a time, whatever the sizes of the reads: chunks are a function of the file."""
+def _input_chunks(stored: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes, INPUT_CHUNK at a time, whatever the sizes of the reads: chunks are a function of the file."""
     rest = b""
-    for chunk in raw:
+    for chunk in stored:
         joined = rest + chunk
-        whole = len(joined) - len(joined) % MORSEL
-        yield from (joined[start : start + MORSEL] for start in range(0, whole, MORSEL))
+        whole = len(joined) - len(joined) % INPUT_CHUNK
+        yield from (joined[start : start + INPUT_CHUNK] for start in range(0, whole, INPUT_CHUNK))
         rest = joined[whole:]
     if rest:
         yield rest
 
 
-def _raw(file: File, *, start: int = 0) -> Iterator[bytes]:
+def stored_bytes(file: File, *, start: int = 0) -> Iterator[bytes]:
     """The stored bytes from `start` on; a whole file is checked against its sha256."""
     hashed, read, digest = file.sha256 is not None and start == 0, start, sha256()
-    for chunk in _stored(file, start):
+    for chunk in _read(file, start):
         if hashed:
             digest.update(chunk)
         read += len(chunk)
@@ -216,7 +201,7 @@ def _raw(file: File, *, start: int = 0) -> Iterator[bytes]:
         raise DataError(wrong_sha256(file.url, digest.hexdigest(), str(file.sha256)))
 
 
-def _stored(file: File, start: int) -> Iterator[bytes]:
+def _read(file: File, start: int) -> Iterator[bytes]:
     if not file.is_remote:
         with opened(file) as (stream, require_same):
             stream.seek(start)
@@ -229,7 +214,7 @@ def _stored(file: File, start: int) -> Iterator[bytes]:
         return
     import fsspec
 
-    with foreign(file.url), fsspec.open(file.url, "rb") as stream:
+    with wrap_library_errors(file.url), fsspec.open(file.url, "rb") as stream:
         stream.seek(start)
         while chunk := stream.read(CHUNK):
             yield chunk
@@ -258,6 +243,50 @@ def opened(file: File) -> Iterator[tuple[BinaryIO, Callable[[], None]]]:
         raise cannot_open(file.url, error) from error
 
 
+@contextmanager
+def open_seekable(file: File) -> Iterator[tuple[BinaryIO | io.RawIOBase, Callable[[], None]]]:
+    """Open a file, local or remote, for reading at any offset; the check that is also yielded is as in `opened`."""
+    if not file.is_remote:
+        if file.sha256 is not None:  # not read sequentially, so it cannot be hashed while reading
+            require_sha256(file.url, file.sha256)
+        with opened(file) as found:
+            yield found
+    elif (remote := remote_file(file)) is not None:
+        yield _RemoteStream(remote, file.size), no_op
+    else:
+        import fsspec
+
+        with wrap_library_errors(file.url), fsspec.open(file.url, "rb") as stream:
+            yield stream, no_op
+
+
+class _RemoteStream(io.RawIOBase):
+    """A seekable remote file; each read is one request."""
+
+    def __init__(self, file: RemoteFile, size: int) -> None:
+        self._file, self._size, self._position = file, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        stop = self._size if size < 0 else min(self._size, self._position + size)
+        found = b"".join(self._file.read(size=self._size, start=self._position, stop=stop))
+        self._position += len(found)
+        return found
+
+
 def remote_file(file: File) -> RemoteFile | None:
     """A file on an http(s) server, including the hub; None for other stores."""
     address = file.address or address_of(file.url)
@@ -276,13 +305,13 @@ def address_of(url: str) -> str | None:
     if url.startswith("hf://"):
         from huggingface_hub import HfFileSystem
 
-        with foreign(url):
+        with wrap_library_errors(url):
             return HfFileSystem().url(url)
     return url if url.startswith(HTTP) else None
 
 
 @contextmanager
-def foreign(what: str) -> Iterator[None]:
+def wrap_library_errors(name: str) -> Iterator[None]:
     """Convert exceptions of the libraries of the hub and other stores to DataError; they have no common base class."""
     try:
         yield
@@ -291,6 +320,6 @@ def foreign(what: str) -> Iterator[None]:
     except Exception as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"{what}: cannot be looked up ({type(error).__name__}: {cause}); look at the address, the network (behind "
+            f"{name}: cannot be looked up ({type(error).__name__}: {cause}); look at the address, the network (behind "
             "a proxy, https_proxy) and, for what is not public, `hf auth login`"
         ) from error

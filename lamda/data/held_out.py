@@ -1,7 +1,7 @@
 """Held-out text as rows: every document once, unshuffled; each row begins with the last token of the previous row.
 
-The first row begins with an end symbol, so every token is scored exactly once. The first token of a document is scored
-after the end symbol of the previous one, as in training and in the rolling log-likelihood of lm-eval.
+The first row begins with EOS, so every token is scored exactly once. The first token of a document is scored after EOS
+of the previous one, as in training and in the rolling log-likelihood of lm-eval.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lamda.data.quarantine import BadLine, examples
 from lamda.data.resolving import resolve
 from lamda.data.tokenizer import Tokenizer
 
-MOST_SHARES = 64
+MAX_OPEN_FILES = 64
 """Files that are read concurrently, approximately."""
 
 _TOKEN = np.dtype([("id", "<u4"), ("is_first", "?"), ("domain", "<i4")])
@@ -36,7 +36,7 @@ class EvalRow:
 
     ids: [L+1] uint32. loss_mask: [L] bool, the targets that count: all but the padding of the last row. domains: [L]
     int32, of the targets. utf8_bytes: [number of domains so far] int64, bytes of text of the targets. documents: [L]
-    int32, of the inputs, if attention is limited to a document; an end symbol is the first input of the next document,
+    int32, of the inputs, if attention is limited to a document; EOS is the first input of the next document,
     as in training.
     """
 
@@ -68,14 +68,14 @@ class HeldOut:
 
         So the first rows represent all text. New domain names are appended to `domains`.
         """
-        yield from in_turn([self._rows_of(documents, domains) for documents in self._shares()])
+        yield from in_turn([self._rows_of(documents, domains) for documents in self._file_groups()])
 
-    def _shares(self) -> Iterator[Iterator[Document]]:
+    def _file_groups(self) -> Iterator[Iterator[Document]]:
         """The documents of each file, or of each group of files if a source has many, to limit open files."""
         for source in self.sources:
             files = resolve(source, on_wait=self.on_wait)
-            count = min(len(files), max(1, MOST_SHARES // len(self.sources)))
-            yield from (self._documents_in(source, files[share::count]) for share in range(count))
+            count = min(len(files), max(1, MAX_OPEN_FILES // len(self.sources)))
+            yield from (self._documents_in(source, files[group::count]) for group in range(count))
 
     def _documents_in(self, source: Source, files: Sequence[File]) -> Iterator[Document]:
         for file in files:
@@ -109,7 +109,7 @@ class HeldOut:
         missing = self.sequence_length - len(targets)
         sizes = self.tokenizer.token_bytes[targets["id"]]
         documents = None
-        if self.document_mask:  # that of an input's target, so an end symbol begins the next one; padding has none
+        if self.document_mask:  # that of an input's target, so EOS begins the next one; padding has none
             number = np.cumsum(stream["is_first"], dtype=np.int32)
             documents = np.pad(number[1:], (0, missing), constant_values=len(stream) + 1)
         return EvalRow(
@@ -122,11 +122,11 @@ class HeldOut:
 
 
 def require_documents(source: Source, *, form: Form, on_wait: Callable[[], object]) -> None:
-    """Read the first document of each validation file (at most the first MOST_SHARES files).
+    """Read the first document of each validation file (at most the first MAX_OPEN_FILES files).
 
     Raises DataError if there is none: at the start of a run, not at its first evaluation.
     """
-    for file in resolve(source, on_wait=on_wait)[:MOST_SHARES]:
+    for file in resolve(source, on_wait=on_wait)[:MAX_OPEN_FILES]:
         bad: list[BadLine] = []
         with closing(whole_lane(source, file, form=form).read(Cursor())) as entries:
             for entry in entries:

@@ -1,10 +1,10 @@
 """Lanes: the logical shards of a source, and reading their documents.
 
-The files of a source, sorted by name and laid end to end, form its *axis*. A lane is one of at most 64 intervals of
-the axis (`lamda.data.partitioning`), so lanes depend on the text alone, not on the number of ranks. Positions on the
-axis are decompressed bytes if the size of the text is known before reading, and otherwise an estimate from the stored
-bytes. A document belongs to the lane in which its line begins. Reading starts at a `Cursor`, so it can resume at any
-token.
+The files of a source, sorted by name and concatenated, form one range of bytes, its *axis*. A lane is one of at most 64
+intervals of the axis (`lamda.data.partitioning`), so lanes depend on the text alone, not on the number of ranks.
+Positions on the axis are decompressed bytes if the size of the text is known before reading, and otherwise an estimate
+from the stored bytes. A document belongs to the lane in which its line begins. Reading starts at a `Cursor`, so it can
+resume at any token.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lamda.data.quarantine import BadLine, Tally
 BYTES_PER_TOKEN = 4
 """Assumed until the first window has been read."""
 
-RATIO = 3
+ASSUMED_COMPRESSION_RATIO = 3
 """Assumed compression ratio of a file that is not decompressed beforehand."""
 
 OPEN_FILES = 1 << 16
@@ -61,18 +61,23 @@ class Cursor(NamedTuple):
         """File, line and token."""
         return self.file, self.line, self.token
 
+    @property
+    def document_place(self) -> tuple[int, int]:
+        """File and line, as `Document.place`."""
+        return self.file, self.line
+
 
 @dataclass(frozen=True)
-class Share:
+class FileSlice:
     """The documents of one file that a lane reads.
 
     These are the lines (in parquet, the rows) that begin in [start, stop), in decompressed bytes or rows, with
-    `line % modulus == residue`; to the end of the file if `stop` is None. length: on the axis. is_estimated: the axis
-    is estimated from stored bytes, since the size of the text is unknown.
+    `line % modulus == residue`; to the end of the file if `stop` is None. axis_length: bytes of the axis that these
+    cover. is_estimated: that number is estimated from stored bytes, since the size of the text is unknown.
     """
 
     file: File
-    length: int
+    axis_length: int
     start: int = 0
     stop: int | None = None
     residue: int = 0
@@ -80,31 +85,35 @@ class Share:
     is_estimated: bool = False
 
     @property
-    def cut(self) -> tuple[int | None, ...]:
+    def key(self) -> tuple[int | None, ...]:
         """The part of the file, for a fingerprint."""
         return self.start, self.stop, self.residue, self.modulus
 
+    def holds(self, line: int) -> bool:
+        """Whether a line in [start, stop) is one of these."""
+        return line % self.modulus == self.residue
+
     def place(self, line: int, byte: int) -> str:
         """Where a line is, for messages; lines are counted from 1."""
-        if self.file.url.endswith(".parquet"):
+        if self.file.format.is_indexed:
             return f"{self.file.url}, line {line + 1}"
         return f"{self.file.url}, byte {byte:,}" if self.start else f"{self.file.url}, line {line + 1}"
 
 
 @dataclass(frozen=True)
 class Lane:
-    """A deterministic stream of documents. max_bad_line_fraction: share of bad lines that is accepted."""
+    """A deterministic stream of documents. max_bad_line_fraction: fraction of bad lines that is accepted."""
 
     index: int
     source: Source
-    shares: tuple[Share, ...]
+    slices: tuple[FileSlice, ...]
     max_bad_line_fraction: float
     form: Form = RAW_TEXT
 
     @cached_property
-    def length(self) -> int:
-        """Length on the axis of the source."""
-        return sum(share.length for share in self.shares)
+    def axis_length(self) -> int:
+        """Bytes of the axis that it covers."""
+        return sum(file_slice.axis_length for file_slice in self.slices)
 
     @property
     def columns(self) -> tuple[str, ...] | None:
@@ -120,19 +129,20 @@ class Lane:
         """
         allow_open_files(OPEN_FILES)
         tally = Tally(self.index, self.max_bad_line_fraction, start.lines, start.bad)
-        begin = sum(share.length for share in self.shares[: start.file])
-        for position, share in enumerate(self.shares[start.file :], start=start.file):
+        begin = sum(file_slice.axis_length for file_slice in self.slices[: start.file])
+        for position, file_slice in enumerate(self.slices[start.file :], start=start.file):
             line, byte = (start.line, start.byte) if position == start.file else (0, 0)
-            for entry in _read_share(share, self, line=line, byte=byte):
+            for entry in _read_slice(file_slice, self, line=line, byte=byte):
                 if isinstance(entry.content, _Bad):
-                    bad = BadLine.of(share.place(entry.line, entry.byte), *entry.content)
+                    bad = BadLine.of(file_slice.place(entry.line, entry.byte), *entry.content)
                     tally.quarantine(bad)
                     yield bad
                     continue
                 tally.good()
-                ends = begin + min(share.length, entry.begin), begin + min(share.length, entry.end)
+                length = file_slice.axis_length
+                ends = begin + min(length, entry.begin), begin + min(length, entry.end)
                 yield Document(*entry.content, position, entry.line, entry.byte, *ends)
-            begin += share.length
+            begin += file_slice.axis_length
 
 
 def in_turn(streams: Sequence[Iterator[Item]]) -> Iterator[Item]:
@@ -154,7 +164,7 @@ class _Bad(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A line of a share: its number, decompressed offset, interval on the axis of the share, and content."""
+    """A line of a slice: its number, decompressed offset, interval on the axis of the slice, and content."""
 
     line: int
     byte: int
@@ -163,41 +173,44 @@ class _Entry(NamedTuple):
     content: _Good | _Bad
 
 
-def _read_share(share: Share, lane: Lane, *, line: int, byte: int) -> Iterator[_Entry]:
-    """The entries of a share from a line on, without blank lines."""
-    file = share.file
-    if file.url.endswith(".txt"):
-        if line == 0:
-            yield _Entry(0, 0, 0, share.length, _Good(_decoded(read_all(file), file.url), lane.source.name))
-    elif file.url.endswith(".parquet"):
-        yield from _read_rows(share, lane, first=line)
-    else:
-        yield from _read_lines(share, lane, line=line, byte=byte)
+def _read_slice(file_slice: FileSlice, lane: Lane, *, line: int, byte: int) -> Iterator[_Entry]:
+    """The entries of a slice from a line on, without blank lines."""
+    records = file_slice.file.format.records
+    if records == "rows":
+        yield from _read_rows(file_slice, lane, first=line)
+    elif records == "lines":
+        yield from _read_lines(file_slice, lane, line=line, byte=byte)
+    elif line == 0:  # the only line: a cursor beyond it finds no document, so the text was changed
+        text = _decoded(read_all(file_slice.file), file_slice.file.url)
+        yield _Entry(0, 0, 0, file_slice.axis_length, _Good(text, lane.source.name))
 
 
-def _read_rows(share: Share, lane: Lane, *, first: int) -> Iterator[_Entry]:
-    for number, rows, record in read_rows(share.file, first=max(first, share.start), columns=lane.columns):
-        stop = rows if share.stop is None else share.stop
+def _read_rows(file_slice: FileSlice, lane: Lane, *, first: int) -> Iterator[_Entry]:
+    for number, rows, record in read_rows(file_slice.file, first=max(first, file_slice.start), columns=lane.columns):
+        stop = rows if file_slice.stop is None else file_slice.stop
         if number >= stop:
             return
-        if number % share.modulus == share.residue:
-            begin, end = ((number + n - share.start) * share.length // (stop - share.start) for n in (0, 1))
+        if file_slice.holds(number):
+            done, total = number - file_slice.start, stop - file_slice.start
+            begin, end = (row * file_slice.axis_length // total for row in (done, done + 1))
             content = _Bad(str(record), b"") if isinstance(record, ValueError) else _of_record(record, lane, None)
             yield _Entry(number, 0, begin, end, content)
 
 
-def _read_lines(share: Share, lane: Lane, *, line: int, byte: int) -> Iterator[_Entry]:
-    """A share that starts inside a file starts at the first line that begins in it, which may be at its first byte."""
-    is_inside = byte == 0 and share.start > 0
-    file = share.file if share.stop is None else replace(share.file, sha256=None)  # not read to its end
-    lines = read_lines(file, number=line - is_inside, byte=share.start - 1 if is_inside else byte)
+def _read_lines(file_slice: FileSlice, lane: Lane, *, line: int, byte: int) -> Iterator[_Entry]:
+    """A slice that starts inside a file starts at the first line that begins in it, which may be at its first byte."""
+    is_inside = byte == 0 and file_slice.start > 0
+    file = file_slice.file if file_slice.stop is None else replace(file_slice.file, sha256=None)  # not read to its end
+    lines = read_lines(file, number=line - is_inside, byte=file_slice.start - 1 if is_inside else byte)
     if is_inside:
         next(lines, None)
     for number, offset, data, stored in lines:
-        if share.stop is not None and offset >= share.stop:
+        if file_slice.stop is not None and offset >= file_slice.stop:
             return
-        if number % share.modulus == share.residue and data and not data.isspace():
-            begin = stored * RATIO // share.modulus if share.is_estimated else offset - share.start
+        if file_slice.holds(number) and data and not data.isspace():
+            begin = offset - file_slice.start
+            if file_slice.is_estimated:
+                begin = stored * ASSUMED_COMPRESSION_RATIO // file_slice.modulus
             yield _Entry(number, offset, begin, begin + len(data) + 1, _of_json(data, lane))
 
 

@@ -17,14 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamda.config.errors import DataError
-from lamda.data.block_files import BlockFolder
-from lamda.data.blocks import Packing, Part, RowBlock
+from lamda.data.blocks import LaneProgress, Packing, Part, RowBlock
 from lamda.data.corpus import Corpus
 from lamda.data.order import next_samples
 from lamda.data.quarantine import Quarantined
+from lamda.data.row_cache import RowCache
 from lamda.data.rows import LaneRows, RowReader
 from lamda.data.tokenizer import Tokenizer
-from lamda.data.windows import Announcement, SourceOrder, Window, places
+from lamda.data.windows import SourceOrder, Window, places
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,9 @@ class Loader:
     order: the known windows of each source, as `order` returned them; without them the samples are the same, but all
     text before `consumed` is read again. skipped: ranges of samples to skip. exchange: all-gather of a value; every
     rank calls it before the same steps. domains: names by number; all other names share one more number. document_mask:
-    limit attention to a document. The end symbol before a document is then its first input, as in inference, and other
-    targets in another document than their input do not count. ready: cache of rows. on_window: called with the number
-    of a source and its windows when a new one is known. Close the loader, or use it as a context manager, to end its
-    threads.
+    limit attention to a document. EOS before a document is then its first input, as in inference, and other targets in
+    another document than their input do not count. on_window: called with the number of a source and its windows when a
+    new one is known. Close the loader, or use it as a context manager, to end its threads.
     """
 
     def __init__(
@@ -101,18 +100,18 @@ class Loader:
         threads: int = 1,
         domains: Sequence[str] = (),
         document_mask: bool = False,
-        ready: BlockFolder | None = None,
+        row_cache: RowCache | None = None,
         on_window: Callable[[int, SourceOrder], object] = lambda source, order: None,
     ) -> None:
         self._corpus, self._tokenizer, self._packing, self._seed = corpus, tokenizer, packing, seed
         self._batch, self._micro_batch = batch, micro_batch
-        self._share = batch // world_size
-        self._rank, self._world = rank, world_size
+        self._rows_per_rank = batch // world_size
+        self._rank, self._world_size = rank, world_size
         self._consumed, self._skipped = consumed, tuple(skipped)
         self._exchange, self._on_window = exchange, on_window
         self._document_mask = document_mask
         numbers = {name: index for index, name in enumerate(domains)}
-        self._rows = RowReader(corpus.lanes, tokenizer, packing, threads=threads, domains=numbers, ready=ready)
+        self._rows = RowReader(corpus.lanes, tokenizer, packing, threads=threads, domains=numbers, row_cache=row_cache)
         before = corpus.mixture.rows_before(consumed).tolist()
         known = order or [SourceOrder() for _ in corpus.sources]
         self._order = [each.without(row) for each, row in zip(known, before, strict=True)]
@@ -149,25 +148,25 @@ class Loader:
         """
         found, begin = [], 0.0
         table = self._corpus.mixture.tables[self._stage]
-        for lanes, share in zip(self._corpus.sources, table.count / len(table.slots), strict=True):
-            lengths = np.array([lane.length for lane in lanes], np.float64)
-            ends = begin + share * np.cumsum(lengths) / max(1.0, lengths.sum())
+        for lanes, fraction in zip(self._corpus.sources, table.count / len(table.slots), strict=True):
+            lengths = np.array([lane.axis_length for lane in lanes], np.float64)
+            ends = begin + fraction * np.cumsum(lengths) / max(1.0, lengths.sum())
             begins = np.concatenate([[begin], ends[:-1]])
-            low, high = self._rank / self._world, (self._rank + 1) / self._world
+            low, high = self._rank / self._world_size, (self._rank + 1) / self._world_size
             if margin:
-                own = (ends > low - margin) & (begins < high + margin)
+                is_local = (ends > low - margin) & (begins < high + margin)
             else:
-                owner = np.minimum(self._world - 1, ((begins + ends) / 2 * self._world).astype(int))
-                own = owner == self._rank
-            found.append(frozenset(np.flatnonzero(own).tolist()))
-            begin += float(share)
+                rank = np.minimum(self._world_size - 1, ((begins + ends) / 2 * self._world_size).astype(int))
+                is_local = rank == self._rank
+            found.append(frozenset(np.flatnonzero(is_local).tolist()))
+            begin += float(fraction)
         return found
 
     def _enter_stage(self, stage: int) -> None:
         """Switch to the lanes of a new stage of weights; all ranks do so at the same step."""
         if stage != self._stage:
             self._stage = stage
-            self._own, self._near = self._lanes_of(margin=0.0), self._lanes_of(margin=2 / self._batch)
+            self._local_lanes, self._edge_lanes = self._lanes_of(margin=0.0), self._lanes_of(margin=2 / self._batch)
             for source in range(len(self._corpus.sources)):
                 self._begin_known(source)
                 self._begin_next(source)
@@ -175,7 +174,7 @@ class Loader:
     def _begin_known(self, source: int) -> None:
         """Start reading this rank's rows of the known windows, oldest first."""
         for window in self._order[source].windows:
-            for lane in sorted(self._own[source] | self._near[source]):
+            for lane in sorted(self._local_lanes[source] | self._edge_lanes[source]):
                 if window.counts[lane]:
                     self._rows.begin(*self._part(source, lane, window))
 
@@ -183,39 +182,40 @@ class Loader:
         """Start reading this rank's lanes of the next window, unless two windows are in memory already."""
         if len(self._order[source].windows) < 2:
             plan = self._order[source].plan(self._corpus.shapes[source])
-            for lane in sorted(self._own[source]):
+            for lane in sorted(self._local_lanes[source]):
                 self._rows.begin(*self._part(source, lane, plan))
 
     def _part(self, source: int, lane: int, window: Window) -> tuple[int, int, Part]:
         """A lane's part of a window, as the row reader takes it: index of the lane, number of the window, and part."""
-        of = self._corpus.sources[source][lane]
-        return of.index, window.number, window.part(lane, of.length)
+        source_lane = self._corpus.sources[source][lane]
+        return source_lane.index, window.number, window.part(lane, axis_length=source_lane.axis_length)
 
     def _next_step(self) -> StepBatch:
         samples, consumed = next_samples(self._consumed, self._batch, self._skipped)
         self._enter_stage(self._corpus.mixture.stage(int(samples[0])))
         sources, numbers = self._corpus.mixture.rows(samples)
         needed = {source: numbers[sources == source] for source in np.unique(sources).tolist()}
-        self._announce(needed)
+        self._exchange_windows(needed)
         windows, lanes, rows = (np.empty(self._batch, np.int64) for _ in range(3))
-        for source, own in needed.items():
-            of = sources == source
-            windows[of], lanes[of], rows[of] = self._places_of(source, own)
-        ranks = np.lexsort((lanes, sources))[self._rank * self._share : (self._rank + 1) * self._share]
-        own = zip(*(each[ranks].tolist() for each in (sources, windows, lanes, rows)), strict=True)
-        found = [(self._rows_of(source, window, lane), row) for source, window, lane, row in own]
+        for source, source_rows in needed.items():
+            is_here = sources == source
+            windows[is_here], lanes[is_here], rows[is_here] = self._places_of(source, source_rows)
+        first = self._rank * self._rows_per_rank
+        positions = np.lexsort((lanes, sources))[first : first + self._rows_per_rank]
+        local_rows = zip(*(each[positions].tolist() for each in (sources, windows, lanes, rows)), strict=True)
+        found = [(self._rows_of(source, window, lane), row) for source, window, lane, row in local_rows]
         self._consumed = consumed
         starts = range(0, len(found), self._micro_batch)
         micro_batches = tuple(self._micro_batch_of(found[start : start + self._micro_batch]) for start in starts)
         return StepBatch(
             micro_batches=micro_batches,
-            positions=ranks,
+            positions=positions,
             digests=np.stack([row_digest(ids) for each in micro_batches for ids in each.ids]),
             consumed=consumed,
             epochs=self._epochs(consumed),
         )
 
-    def _announce(self, needed: Mapping[int, NDArray[np.int64]]) -> None:
+    def _exchange_windows(self, needed: Mapping[int, NDArray[np.int64]]) -> None:
         """Exchange windows until the needed rows of each source are in the first three quarters of the last known one.
 
         All ranks know the same windows and need the same rows, so they exchange before the same steps.
@@ -224,24 +224,24 @@ class Loader:
             self._release(source, int(rows.min()))
         while due := [source for source, rows in needed.items() if self._is_due(source, int(rows.max()))]:
             plans = {source: self._order[source].plan(self._corpus.shapes[source]) for source in due}
-            own = {
-                (source, lane): self._rows.get(*self._part(source, lane, plan)).announcement
+            local = {
+                (source, lane): self._rows.get(*self._part(source, lane, plan)).progress
                 for source, plan in plans.items()
-                for lane in sorted(self._own[source])
+                for lane in sorted(self._local_lanes[source])
             }
-            announced = {key: value for part in self._exchange(own) for key, value in part.items()}
+            progress = {key: value for part in self._exchange(local) for key, value in part.items()}
             for source, plan in plans.items():
-                self._add(source, plan, announced)
+                self._add(source, plan, progress)
                 self._release(source, int(needed[source].min()))
 
     def _is_due(self, source: int, row: int) -> bool:
         windows = self._order[source].windows
         return not windows or row >= windows[-1].base + 3 * windows[-1].rows // 4
 
-    def _add(self, source: int, plan: Window, announced: Mapping[tuple[int, int], Announcement]) -> None:
+    def _add(self, source: int, plan: Window, progress: Mapping[tuple[int, int], LaneProgress]) -> None:
         shape = self._corpus.shapes[source]
         self._order[source] = self._order[source].add(
-            plan, [announced[source, lane] for lane in range(len(shape.lengths))], shape
+            plan, [progress[source, lane] for lane in range(len(shape.axis_lengths))], shape
         )
         window = self._order[source].windows[-1]
         if window.ends_an_empty_epoch:
@@ -270,11 +270,13 @@ class Loader:
         """Window, lane and row within the lane for each row of a source."""
         found = np.empty((3, len(rows)), np.int64)
         for window in self._order[source].windows:
-            key, own = (source, window.number), (rows >= window.base) & (rows < window.base + window.rows)
+            key, is_inside = (source, window.number), (rows >= window.base) & (rows < window.base + window.rows)
             if key not in self._places:
                 self._places[key] = places(window, seed=self._seed, source=source, in_order=self._corpus.is_in_order)
-            found[0, own] = window.number
-            found[1, own], found[2, own] = (each[rows[own] - window.base] for each in self._places[key])
+            found[0, is_inside] = window.number
+            found[1, is_inside], found[2, is_inside] = (
+                each[rows[is_inside] - window.base] for each in self._places[key]
+            )
         return found[0], found[1], found[2]
 
     def _epochs(self, consumed: int) -> dict[str, float]:
@@ -289,7 +291,7 @@ class Loader:
         return self._rows.get(*self._part(source, lane, window))
 
     def _micro_batch_of(self, found: Sequence[tuple[LaneRows, int]]) -> MicroBatch:
-        shape = len(found), self._packing.length
+        shape = len(found), self._packing.sequence_length
         ids, loss_mask = np.empty((shape[0], shape[1] + 1), np.uint32), np.ones(shape, bool)
         domains = np.empty(shape, np.int16)
         documents = np.empty(ids.shape, np.int32) if self._document_mask else None
@@ -313,8 +315,8 @@ def separated(
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """For a row: document id of each token as an input [L+1], and whether a target is in the document of its input [L].
 
-    The end symbol before the first token of a document is the first input of that document. Examples that are packed
-    whole have their own start symbol, if any.
+    EOS before the first token of a document is the first input of that document. Examples that are packed whole have
+    their own start symbol, if any.
     """
     spans = block.spans_of(place)
     ids = np.repeat(np.arange(spans.start, spans.stop, dtype=np.int32), block.spans["length"][spans])

@@ -62,7 +62,7 @@ class Mixture:
     starts: tuple[int, ...] = (0,)
 
     @property
-    def most(self) -> NDArray[np.int64]:
+    def max_slots(self) -> NDArray[np.int64]:
         """For each source, its largest number of slots in any table."""
         return np.max([table.count for table in self.tables], axis=0)
 
@@ -78,9 +78,9 @@ class Mixture:
         stages = np.searchsorted(self.starts, samples, side="right") - 1
         sources, rows = np.empty(len(samples), np.int32), np.empty(len(samples), np.int64)
         for stage in np.unique(stages):
-            own = stages == stage
-            sources[own], within = self.tables[stage].rows(samples[own] - self.starts[stage])
-            rows[own] = self._rows_at_start[stage][sources[own]] + within
+            is_here = stages == stage
+            sources[is_here], within = self.tables[stage].rows(samples[is_here] - self.starts[stage])
+            rows[is_here] = self._rows_at_start[stage][sources[is_here]] + within
         return sources, rows
 
     def stage(self, sample: int) -> int:
@@ -117,10 +117,10 @@ def make_table(weights: Mapping[str, float]) -> Table:
         )
     bits = len(count).bit_length()
     turns = np.array(sorted(range(len(count)), key=lambda number: f"{number:0{bits}b}"[::-1]))
-    own, given, slots = count[turns], np.zeros(len(count), np.int64), np.zeros(SLOTS, np.int32)
+    wanted, given, slots = count[turns], np.zeros(len(count), np.int64), np.zeros(SLOTS, np.int32)
     for slot in range(SLOTS if len(count) > 1 else 0):
-        is_due = given * SLOTS < own * (slot + 1)
-        chosen = int(np.argmin(np.where(is_due, (given + 1) / own, np.inf)))
+        is_due = given * SLOTS < wanted * (slot + 1)
+        chosen = int(np.argmin(np.where(is_due, (given + 1) / wanted, np.inf)))
         slots[slot] = turns[chosen]
         given[chosen] += 1
     return Table(slots, len(count))

@@ -30,11 +30,11 @@ def arrange_groups(method: Method, lengths: NDArray[np.int64], *, row_length: in
     edges = [*range(0, total // row_length, GROUP), total // row_length]
     for low, high in pairwise([row * row_length for row in edges] + [total] * (total % row_length > 0)):
         first, last = np.searchsorted(ends, low, side="right"), np.searchsorted(begins, high, side="left")
-        own = np.minimum(ends[first:last], high) - np.maximum(begins[first:last], low)
+        inside = np.minimum(ends[first:last], high) - np.maximum(begins[first:last], low)
         if (high - low) % row_length:
-            pieces = concat(own, rows=1, row_length=high - low)
+            pieces = concat(inside, rows=1, row_length=high - low)
         else:
-            pieces = arrange(method, own, rows=(high - low) // row_length, row_length=row_length)
+            pieces = arrange(method, inside, rows=(high - low) // row_length, row_length=row_length)
         pieces["row"] += low // row_length
         pieces["offset"] += np.maximum(low - begins[first:last], 0)[pieces["span"]]
         pieces["span"] += first

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lamda.config.errors import DataError
-from lamda.data.files import File, foreign, opened, remote_file
-from lamda.data.identity import require_sha256
+from lamda.data.files import File, open_seekable
 from lamda.data.quarantine import few
-from lamda.data.remote import CHUNK, RemoteFile
+from lamda.data.remote import CHUNK
 
 BATCH = 256
 """Rows per decoded batch."""
@@ -22,7 +19,7 @@ BATCH = 256
 
 def row_groups(file: File) -> tuple[int, ...]:
     """The number of rows of each row group. Raises DataError if the file is not parquet."""
-    with _seekable(file) as (source, _):
+    with open_seekable(file) as (source, _):
         try:
             footer = pq.ParquetFile(source).metadata
             return tuple(footer.row_group(group).num_rows for group in range(footer.num_row_groups))
@@ -36,7 +33,7 @@ def read_rows(file: File, *, first: int, columns: Sequence[str] | None) -> Itera
     A record that cannot be decoded is replaced by a ValueError. columns: keys to read, of those that the file has;
     None: all. Raises DataError if the file is not parquet, or not the one that was resolved.
     """
-    with _seekable(file) as (source, require_same):
+    with open_seekable(file) as (source, require_same):
         try:
             # A remote column is read in one request; a local one is buffered.
             table = pq.ParquetFile(source, buffer_size=0 if file.is_remote else CHUNK)
@@ -44,14 +41,14 @@ def read_rows(file: File, *, first: int, columns: Sequence[str] | None) -> Itera
             missing = None  # in place of every record of a file that has none of the columns
             if columns and not {*columns} & {*names}:
                 missing = ValueError(f"no column {' or '.join(map(repr, columns))} (the file has {few(names)})")
-            number, rows_in_all = 0, table.metadata.num_rows
+            number, total = 0, table.metadata.num_rows
             for group in range(table.num_row_groups):
                 length = table.metadata.row_group(group).num_rows
                 if number + length > first:
                     rows = table.iter_batches(BATCH, row_groups=[group], columns=columns, use_threads=False)
                     for place, record in _records(rows, number, first=first):
                         require_same()
-                        yield place, rows_in_all, missing or record
+                        yield place, total, missing or record
                 number += length
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(file, error) from error
@@ -77,46 +74,3 @@ def _records_of(batch: pa.RecordBatch) -> list[Any]:
         if batch.num_rows == 1:
             return [ValueError(f"cannot be decoded ({error})")]
         return [record for row in range(batch.num_rows) for record in _records_of(batch.slice(row, 1))]
-
-
-@contextmanager
-def _seekable(file: File) -> Iterator[tuple[BinaryIO | io.RawIOBase, Callable[[], None]]]:
-    if not file.is_remote:
-        if file.sha256 is not None:  # not read sequentially, so it cannot be hashed while reading
-            require_sha256(file.url, file.sha256)
-        with opened(file) as found:
-            yield found
-    elif (remote := remote_file(file)) is not None:
-        yield _RemoteStream(remote, file.size), lambda: None
-    else:
-        import fsspec
-
-        with foreign(file.url), fsspec.open(file.url, "rb") as stream:
-            yield stream, lambda: None
-
-
-class _RemoteStream(io.RawIOBase):
-    """A seekable remote file; each read is one request."""
-
-    def __init__(self, file: RemoteFile, size: int) -> None:
-        self._file, self._size, self._position = file, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = start + offset
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        stop = self._size if size < 0 else min(self._size, self._position + size)
-        found = b"".join(self._file.read(size=self._size, start=self._position, stop=stop))
-        self._position += len(found)
-        return found

@@ -9,59 +9,60 @@ from lamda.config.errors import UserError
 from lamda.data.card import Source
 from lamda.data.documents import Form
 from lamda.data.files import File, decompressed_size
-from lamda.data.lanes import BYTES_PER_TOKEN, RATIO, RAW_TEXT, Lane, Share
+from lamda.data.lanes import ASSUMED_COMPRESSION_RATIO, BYTES_PER_TOKEN, RAW_TEXT, FileSlice, Lane
 from lamda.data.parquet import row_groups
 from lamda.data.quarantine import few
 
-MOST = 64
-"""Lanes per source. They mix a sorted file: with 8, batches are further from the corpus than random draws."""
+MAX_LANES = 64
+"""Lanes per source, at most. They mix a sorted file: with 8, batches are further from the corpus than random draws."""
 
-LEAST_ROWS = 64
+MIN_ROWS_PER_LANE = 64
 """Minimum rows per lane, approximately, since the last row of each epoch is padded."""
 
 CUT_COMPRESSED = (8 << 20, 64 << 20)
 """Largest compressed file, and total of compressed files per source, that is cut, in stored bytes: a lane that begins
 inside a file decompresses everything before it."""
 
-WHOLE_FILES = 8
+MIN_LANES = 8
 """Minimum number of lanes for files that cannot be cut, so that several ranks and threads have work."""
 
 
 def whole_lane(source: Source, file: File, *, form: Form = RAW_TEXT) -> Lane:
     """A whole file as one lane."""
-    share = Share(file, file.size * (RATIO if file.is_compressed else 1), is_estimated=file.is_compressed)
-    return Lane(0, source, (share,), max_bad_line_fraction=0.001, form=form)
+    size = file.size * (ASSUMED_COMPRESSION_RATIO if file.is_compressed else 1)
+    whole = FileSlice(file, size, is_estimated=file.is_compressed)
+    return Lane(0, source, (whole,), max_bad_line_fraction=0.001, form=form)
 
 
 def cut_into_lanes(
     source: Source,
     files: list[File],
     *,
-    row_length: int,
-    most: int = MOST,
+    sequence_length: int,
+    max_lanes: int = MAX_LANES,
     first: int = 0,
     max_bad_line_fraction: float = 0.001,
     form: Form = RAW_TEXT,
 ) -> list[Lane]:
-    """Lanes `first`, `first + 1`, ... of a source: its axis cut into up to `most` equal parts.
+    """Lanes `first`, `first + 1`, ... of a source: its axis cut into up to `max_lanes` equal parts.
 
-    A file that cannot be cut goes to the lane of its midpoint; if there are fewer than WHOLE_FILES files, its lines are
-    dealt to several lanes by their number modulo the count. row_length: targets per row. Raises UserError if there is
-    no file or all are empty, DataError if one is damaged.
+    A file that cannot be cut goes to the lane of its midpoint; if there are fewer than MIN_LANES files, its lines are
+    dealt to several lanes by their number modulo the count. sequence_length: targets per row. Raises UserError if there
+    is no file or all are empty, DataError if one is damaged.
     """
     if not files:
         raise UserError(f"source {source.name!r} has no file")
     is_small = sum(file.size for file in files if file.is_compressed) <= CUT_COMPRESSED[1]
-    extents = [_Extent.of(file, cut_compressed=is_small and most > 1) for file in files]
-    total = sum(extent.length for extent in extents)
-    most = min(most, _most_in_row_groups(extents, total))
-    count = max(1, min(most, total // (LEAST_ROWS * row_length * BYTES_PER_TOKEN)))
-    parts: list[list[Share]] = [[] for _ in range(count)]
-    begin, ways = 0, min(count, -(-WHOLE_FILES // len(files)))
+    extents = [_Extent.of(file, cut_compressed=is_small and max_lanes > 1) for file in files]
+    total = sum(extent.axis_length for extent in extents)
+    max_lanes = min(max_lanes, _max_lanes_of_row_groups(extents, total))
+    count = max(1, min(max_lanes, total // (MIN_ROWS_PER_LANE * sequence_length * BYTES_PER_TOKEN)))
+    parts: list[list[FileSlice]] = [[] for _ in range(count)]
+    begin, ways = 0, min(count, -(-MIN_LANES // len(files)))
     for extent in extents:
-        for part, share in extent.shares(begin, count=count, total=total, ways=ways):
-            parts[part].append(share)
-        begin += extent.length
+        for part, file_slice in extent.slices(begin, count=count, total=total, ways=ways):
+            parts[part].append(file_slice)
+        begin += extent.axis_length
     kept = [tuple(part) for part in parts if part]
     if not kept:
         where = few(file.name for file in files)
@@ -72,20 +73,20 @@ def cut_into_lanes(
 class _Extent(NamedTuple):
     """A file on the axis.
 
-    units: bytes or rows, in which a share's start and stop are counted; None if the file cannot be cut. groups: rows of
+    units: bytes or rows, in which a slice's start and stop are counted; None if the file cannot be cut. groups: rows of
     each parquet row group.
     """
 
     file: File
-    length: int
+    axis_length: int
     units: int | None
     groups: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, file: File, *, cut_compressed: bool) -> _Extent:
-        if file.url.endswith(".txt"):
+        if file.format.records == "document":
             return cls(file, file.size, None)
-        if file.url.endswith(".parquet"):
+        if file.format.records == "rows":
             groups = () if file.is_remote else row_groups(file)
             return cls(file, file.size, None if file.is_remote else sum(groups), groups)
         if not file.is_compressed:
@@ -93,32 +94,34 @@ class _Extent(NamedTuple):
         if cut_compressed and not file.is_remote and file.size <= CUT_COMPRESSED[0]:
             size = decompressed_size(file)
             return cls(file, size, size)
-        return cls(file, file.size * RATIO, None)
+        return cls(file, file.size * ASSUMED_COMPRESSION_RATIO, None)
 
-    def shares(self, begin: int, *, count: int, total: int, ways: int) -> Iterator[tuple[int, Share]]:
-        """The shares of this file, which begins at `begin`, with lanes. ways: their number if it cannot be cut."""
+    def slices(self, begin: int, *, count: int, total: int, ways: int) -> Iterator[tuple[int, FileSlice]]:
+        """The slices of this file, which begins at `begin`, with lanes. ways: their number if it cannot be cut."""
         if self.units is None:
-            ways = 1 if self.file.url.endswith(".txt") else ways
+            ways = 1 if self.file.format.records == "document" else ways
             for way in range(ways):
-                middle = begin + self.length * (2 * way + 1) // (2 * ways)
+                middle = begin + self.axis_length * (2 * way + 1) // (2 * ways)
                 part = min(count - 1, middle * count // max(1, total))
-                yield part, Share(self.file, self.length // ways, 0, None, way, ways, self.file.is_compressed)
+                yield part, FileSlice(self.file, self.axis_length // ways, 0, None, way, ways, self.file.is_compressed)
             return
-        if self.length == 0:
+        if self.axis_length == 0:
             return
-        for part in range(begin * count // total, (begin + self.length - 1) * count // total + 1):
+        for part in range(begin * count // total, (begin + self.axis_length - 1) * count // total + 1):
             low, high = (max(0, -(-edge * total // count) - begin) for edge in (part, part + 1))
-            low, high = min(low, self.length), min(high, self.length)
-            start, stop = (place * self.units // self.length for place in (low, high))
+            low, high = min(low, self.axis_length), min(high, self.axis_length)
+            start, stop = (place * self.units // self.axis_length for place in (low, high))
             if start < stop:
-                yield part, Share(self.file, high - low, start, None if high == self.length else stop)
+                yield part, FileSlice(self.file, high - low, start, None if high == self.axis_length else stop)
 
 
-def _most_in_row_groups(extents: list[_Extent], total: int) -> int:
-    """The number of lanes up to which decoding wasted on row groups stays below WHOLE_FILES / 2 times the source.
+def _max_lanes_of_row_groups(extents: list[_Extent], total: int) -> int:
+    """The number of lanes up to which decoding wasted on row groups stays below MIN_LANES / 2 times the source.
 
     A lane that begins inside a row group first decodes half of it, on average. Over n lanes this is
     n / total * (sum of squared groups) / 2.
     """
-    squares = sum((each.length * rows // each.units) ** 2 for each in extents if each.units for rows in each.groups)
-    return max(1, WHOLE_FILES * total**2 // squares) if squares else MOST
+    squares = sum(
+        (each.axis_length * rows // each.units) ** 2 for each in extents if each.units for rows in each.groups
+    )
+    return max(1, MIN_LANES * total**2 // squares) if squares else MAX_LANES

@@ -20,14 +20,14 @@ from lamda.config.help import ConfigParser
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
 from lamda.console import Progress
-from lamda.data.block_files import BlockFolder
-from lamda.data.blocks import Packing, Part, RowBlock
+from lamda.data.blocks import LaneProgress, Packing, Part, RowBlock
 from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of
 from lamda.data.lanes import Lane
+from lamda.data.row_cache import RowCache
 from lamda.data.rows import PartReader
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.tokenizer_training import ensure_tokenizer
-from lamda.data.windows import Announcement, SourceOrder
+from lamda.data.windows import SourceOrder
 
 
 @dataclass
@@ -95,38 +95,38 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         raise UserError(f"run.dir {config.run.dir}: cannot be created ({error.strerror})") from error
     tokenizer = ensure_tokenizer(config, target=target, corpus=corpus)
-    folder = BlockFolder.of(config.data.cache_dir, fingerprint(corpus, config, tokenizer))
-    summary = prepare(corpus, folder, config=config, tokenizer=target)
+    cache = RowCache.of(config.data.cache_dir, fingerprint(corpus, config, tokenizer))
+    summary = prepare(corpus, cache, config=config, tokenizer=target)
     if options.json:
-        print(json.dumps({"folder": str(folder.path), **vars(summary)}, indent=1))
+        print(json.dumps({"folder": str(cache.path), **vars(summary)}, indent=1))
     else:
         print("\n".join(summary.table()))
-        print(f"ready in {folder.path}")
+        print(f"ready in {cache.path}")
     return 0
 
 
-def prepare(corpus: Corpus, folder: BlockFolder, *, config: Config, tokenizer: Path) -> BlockStats:
-    """Fill `folder` with all rows of the run's steps, with one process per core and disjoint lanes per process."""
+def prepare(corpus: Corpus, cache: RowCache, *, config: Config, tokenizer: Path) -> BlockStats:
+    """Fill the row cache with all rows of the run's steps, with one process per core and disjoint lanes per process."""
     samples = config.steps * config.train.global_batch_size
     needed = corpus.mixture.rows_before(samples).tolist()
     total = BlockStats()
     with (
-        _Workers(corpus, folder, packing_of(config), tokenizer) as workers,
+        _Workers(corpus, cache, packing_of(config), tokenizer) as workers,
         Progress("making rows", total=sum(needed), unit="rows") as shown,
     ):
         for lanes, shape, rows in zip(corpus.sources, corpus.shapes, needed, strict=True):
             order = SourceOrder()
             while order.end < rows:
                 plan = order.plan(shape)
-                parts = [plan.part(place, lane.length) for place, lane in enumerate(lanes)]
+                parts = [plan.part(place, axis_length=lane.axis_length) for place, lane in enumerate(lanes)]
                 found = workers.fill(lanes, plan.number, parts)
                 for _, stats in found:
                     total.merge(stats)
-                order = order.add(plan, [announcement for announcement, _ in found], shape)
+                order = order.add(plan, [progress for progress, _ in found], shape)
                 if order.windows[-1].ends_an_empty_epoch:
                     raise DataError(f"source {lanes[0].source.name!r}: none of its lines holds a document")
                 order = order.without(order.end)
-                shown.advance(sum(announcement.rows for announcement, _ in found))
+                shown.advance(sum(progress.rows for progress, _ in found))
     return total
 
 
@@ -147,8 +147,8 @@ class _Workers:
         for pool in self._pools:
             pool.shutdown(cancel_futures=True)
 
-    def fill(self, lanes: Sequence[Lane], number: int, parts: Sequence[Part]) -> list[tuple[Announcement, BlockStats]]:
-        """Write the lanes' parts of a window to the folder. Raises RunError if a process was killed, and DataError."""
+    def fill(self, lanes: Sequence[Lane], number: int, parts: Sequence[Part]) -> list[tuple[LaneProgress, BlockStats]]:
+        """Write the lanes' parts of a window to the cache. Raises RunError if a process was killed, and DataError."""
         jobs = [
             self._pools[lane.index % len(self._pools)].submit(_fill, lane.index, number, part)
             for lane, part in zip(lanes, parts, strict=True)
@@ -156,7 +156,7 @@ class _Workers:
         return [_result(job) for job in jobs]
 
 
-def _result(job: Future[tuple[Announcement, BlockStats]]) -> tuple[Announcement, BlockStats]:
+def _result(job: Future[tuple[LaneProgress, BlockStats]]) -> tuple[LaneProgress, BlockStats]:
     """The result of `_fill`. Raises RunError if its process was killed, and as `_fill`."""
     try:
         return job.result()
@@ -171,14 +171,14 @@ _worker: list[tuple[PartReader, Tokenizer]] = []
 """The state of this worker process: a pool offers no other place for it."""
 
 
-def _begin(corpus: Corpus, folder: BlockFolder, packing: Packing, model: Path) -> None:
+def _begin(corpus: Corpus, cache: RowCache, packing: Packing, model: Path) -> None:
     tokenizer = Tokenizer.load(model)
-    _worker.append((PartReader(corpus.lanes, tokenizer, packing, ready=folder), tokenizer))
+    _worker.append((PartReader(corpus.lanes, tokenizer, packing, row_cache=cache), tokenizer))
 
 
-def _fill(lane: int, number: int, part: Part) -> tuple[Announcement, BlockStats]:
-    """Write a lane's part of a window to the folder, unless it is cached."""
+def _fill(lane: int, number: int, part: Part) -> tuple[LaneProgress, BlockStats]:
+    """Write a lane's part of a window to the cache, unless it is cached."""
     reader, tokenizer = _worker[0]
     rows, stats = reader.read(lane, number, part), BlockStats()
     stats.add(rows.block, tokenizer.token_bytes)
-    return Announcement(len(rows.block.ids), rows.tokens, rows.after), stats
+    return rows.progress, stats

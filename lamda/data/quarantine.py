@@ -17,7 +17,7 @@ from lamda.durable import replace_file
 log = logging.getLogger(__name__)
 
 CHECKED_FROM = 10_000
-"""Lines of a lane after which its share of bad lines is checked."""
+"""Lines of a lane after which its fraction of bad lines is checked."""
 
 KEPT = 100
 """Bad lines that a run reports."""
@@ -81,7 +81,7 @@ class QuarantineFile:
 
 @dataclass
 class Tally:
-    """Counts lines and bad lines of a lane; raises DataError if the share of bad ones exceeds `limit`."""
+    """Counts lines and bad lines of a lane; raises DataError if the fraction of bad ones exceeds `limit`."""
 
     lane: int
     limit: float

@@ -19,32 +19,32 @@ from typing import Any
 
 from lamda.config.errors import DataError, UserError
 from lamda.data.card import HubDataset, Source
-from lamda.data.files import HTTP, File, address_of, foreign, nothing
+from lamda.data.file_formats import SUFFIXES
+from lamda.data.files import HTTP, File, address_of, no_op, wrap_library_errors
 from lamda.data.identity import Stored, cannot_open, content_of, verify_some
 from lamda.data.remote import RemoteFile
 from lamda.data.standard_library import write_corpus
 
-SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".txt")
 OPENED_TOGETHER = 16
 
 log = logging.getLogger(__name__)
 
 
-def resolve(source: Source, *, on_wait: Callable[[], object] = nothing) -> list[File]:
+def resolve(source: Source, *, on_wait: Callable[[], object] = no_op) -> list[File]:
     """All files of a source, sorted by address, with the identity of their content.
 
     on_wait: called while waiting for a server, now and when the files are read. Raises UserError if a pattern matches
     no file, DataError if a size or sha256 differs from the card.
     """
     if source.dataset is not None:
-        return _checked(_looked_up(_hub_files(source.dataset, source.name), on_wait), source)
+        return apply_checksums(resolve_files(_hub_files(source.dataset, source.name), on_wait), source)
     if source.standard_library is not None:
         write_corpus(Path(source.standard_library))
     found = set(chain.from_iterable(_matching(pattern, source.name) for pattern in source.files))
     unknown = sorted(url for url in found if not url.endswith(SUFFIXES))
     if unknown:
         raise UserError(f"source {source.name!r}: cannot read {unknown[0]}; files end in {', '.join(SUFFIXES)}")
-    return _checked(_looked_up(sorted(found), on_wait), source)
+    return apply_checksums(resolve_files(sorted(found), on_wait), source)
 
 
 def _matching(pattern: str, source: str) -> list[str]:
@@ -56,7 +56,7 @@ def _matching(pattern: str, source: str) -> list[str]:
     else:
         from datasets.data_files import resolve_pattern
 
-        with foreign(f"source {source!r}: {pattern}"):
+        with wrap_library_errors(f"source {source!r}: {pattern}"):
             try:
                 found = resolve_pattern(pattern, base_path="")
             except FileNotFoundError:
@@ -95,7 +95,7 @@ _NO_TEXT = {"README.md", "config.json", "dataset_info.json", "dataset_infos.json
 def _hub_files(dataset: HubDataset, source: str) -> list[str]:
     from datasets import load_dataset_builder
 
-    with foreign(f"source {source!r}: data set {dataset.path}"):
+    with wrap_library_errors(f"source {source!r}: data set {dataset.path}"):
         builder = load_dataset_builder(dataset.path, name=dataset.name, revision=dataset.revision)
         files = builder.config.data_files
     if dataset.split not in files:
@@ -103,8 +103,8 @@ def _hub_files(dataset: HubDataset, source: str) -> list[str]:
     return sorted(files[dataset.split])
 
 
-def _looked_up(urls: list[str], on_wait: Callable[[], object]) -> list[File]:
-    """The files with their sizes and content identities, looked up concurrently."""
+def resolve_files(urls: list[str], on_wait: Callable[[], object]) -> list[File]:
+    """The files at these addresses, with their sizes and content identities, looked up concurrently."""
     has_left = Event()
 
     def waiting() -> None:
@@ -114,7 +114,7 @@ def _looked_up(urls: list[str], on_wait: Callable[[], object]) -> list[File]:
 
     pool = ThreadPoolExecutor(OPENED_TOGETHER)
     try:
-        files = [replace(file, on_wait=on_wait) for file in pool.map(lambda url: _look_up(url, waiting), urls)]
+        files = [replace(file, on_wait=on_wait) for file in pool.map(lambda url: stat_file(url, waiting), urls)]
     finally:  # on Ctrl-C or an error of another file, no thread keeps retrying
         has_left.set()
         pool.shutdown(wait=False, cancel_futures=True)
@@ -145,12 +145,13 @@ def require_here(files: Iterable[File]) -> None:
             raise DataError(f"{file.url}: has {size} bytes here, but {file.size} where rank 0 runs")
 
 
-def _look_up(url: str, on_wait: Callable[[], object]) -> File:
+def stat_file(url: str, on_wait: Callable[[], object]) -> File:
+    """A file with its size and content identity. Raises DataError if there is none."""
     if url.startswith(HTTP):
         size, version = RemoteFile(url, url, on_wait=on_wait).look_up()
         return File(url, size, address=url, content=version.tag, version=version)
     if "://" in url:
-        return _in_a_store(url)
+        return _stat_in_store(url)
     try:
         with Path(url).open("rb") as stream:
             size = Stored.of(stream).size
@@ -159,10 +160,10 @@ def _look_up(url: str, on_wait: Callable[[], object]) -> File:
         raise cannot_open(url, error) from error
 
 
-def _in_a_store(url: str) -> File:
+def _stat_in_store(url: str) -> File:
     import fsspec
 
-    with foreign(url):
+    with wrap_library_errors(url):
         try:
             info: dict[str, Any] = fsspec.core.url_to_fs(url)[0].info(url)
         except FileNotFoundError as error:
@@ -184,23 +185,22 @@ def _tag(url: str, info: dict[str, Any]) -> str | None:
     return next((f"{name} {info[name]}" for name in names if info.get(name)), None)
 
 
-def _checked(files: list[File], source: Source) -> list[File]:
+def apply_checksums(files: list[File], source: Source) -> list[File]:
     """The files with the sha256 of the card; checks their sizes, and hashes as far as that is fast."""
-    known = dict.fromkeys(files)
+    by_url = {file.url: file for file in files}
     for name, stated in source.checksums.items():
-        named = [file for file in known if f"/{file.url}".endswith(f"/{name}")]
+        named = [file for url, file in by_url.items() if f"/{url}".endswith(f"/{name}")]
         if len(named) != 1:
             raise UserError(f"source {source.name!r}: checksum {name!r} matches {len(named)} of its files, not one")
         (file,) = named
         if file.size != stated.size:
             raise DataError(f"{file.url}: has {file.size} bytes, but the card says {stated.size}")
-        known[file] = replace(file, sha256=stated.sha256)
-    checked = [checked or file for file, checked in known.items()]
-    _verify(checked)
-    return checked
+        by_url[file.url] = replace(file, sha256=stated.sha256)
+    verify_checksums(by_url.values())
+    return list(by_url.values())
 
 
-def _verify(files: list[File]) -> None:
+def verify_checksums(files: Iterable[File]) -> None:
     """Check the sha256 of local files, and log the files that are not checked yet."""
     stated = [file for file in files if file.sha256 is not None]
     left = [file.url for file in stated if file.is_remote]

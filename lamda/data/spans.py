@@ -43,9 +43,16 @@ class TokenSpan(NamedTuple):
 
     def cursor(self, taken: int) -> Cursor:
         """The position after the first `taken` ids."""
-        file, line, byte = self.document[2:5]
-        lines, bad, digest = self.piece.lines, self.piece.bad_lines, _digest(self.piece.text)
-        return Cursor(file, line, byte, self.token + taken, lines, bad, digest)
+        document, piece = self.document, self.piece
+        return Cursor(
+            document.file,
+            document.line,
+            document.byte,
+            self.token + taken,
+            piece.lines,
+            piece.bad_lines,
+            _digest(piece.text),
+        )
 
     def cut(self, count: int) -> tuple[TokenSpan, TokenSpan]:
         """The first `count` ids, and the others."""
@@ -146,15 +153,16 @@ def _digest(text: str) -> str:
 
 def _require_same(lane: Lane, cursor: Cursor, document: Document | None) -> None:
     """Raise DataError if the document at a cursor is no longer there."""
-    is_there = document is not None and document[2:4] == cursor.place[:2]
+    is_there = document is not None and document.place == cursor.document_place
     if document is not None and is_there and cursor.digest in (None, _digest(document.text)):
         return
     raise text_changed(lane, cursor, "the document there is not the one at which the checkpoint stopped")
 
 
-def text_changed(lane: Lane, cursor: Cursor, what: str) -> DataError:
+def text_changed(lane: Lane, cursor: Cursor, reason: str) -> DataError:
     """The error for a lane whose text differs from what the checkpoint was made of."""
+    place = lane.slices[cursor.file].place(cursor.line, cursor.byte)
     return DataError(
-        f"{lane.shares[cursor.file].place(cursor.line, cursor.byte)}: {what}: the file was changed. Restore the former "
-        "file, or use a new run.dir from the weights alone (model.weights)"
+        f"{place}: {reason}: the file was changed. Restore the former file, or use a new run.dir from the weights "
+        "alone (model.weights)"
     )

@@ -103,7 +103,7 @@ class Tokenizer:
         return tokenizer
 
     def encode_documents(self, texts: Sequence[str], *, threads: int) -> list[np.ndarray]:
-        """The ids of each text (uint32), without end symbols; the same in any batch, on any number of CPU threads.
+        """The ids of each text (uint32), without EOS; the same in any batch, on any number of CPU threads.
 
         Raises UnicodeEncodeError for a lone surrogate, which UTF-8 cannot express.
         """
@@ -122,7 +122,7 @@ class Tokenizer:
         return [piece.decode() for piece in _cut(text.encode())] or [text]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one text, without an end symbol; equal to those of `encode_documents`."""
+        """Ids of one text, without EOS; equal to those of `encode_documents`."""
         return self.encode_documents([text], threads=1)[0].tolist()
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -4,21 +4,21 @@ An epoch of a source is divided into windows. In each window, every lane advance
 length, so all lanes finish the epoch together, whatever their sizes and compression. The rows that the lanes produce in
 a window are shuffled: `places` interleaves the lanes evenly, by a scrambled bit reversal.
 
-The number of rows of a lane is known only after reading it. The rank that reads a lane announces that number and the
-cursor after it; ranks exchange these announcements, and everything else follows from them deterministically, so all
-ranks know the same order. A `SourceOrder` is saved in checkpoints, so that a resumed run continues in the same order.
+The number of rows of a lane is known only after reading it. The ranks exchange these numbers, and the cursor after each
+lane's rows (`LaneProgress`); everything else follows from them deterministically, so all ranks know the same order. A
+`SourceOrder` is saved in checkpoints, so that a resumed run continues in the same order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lamda.data.blocks import Part
+from lamda.data.blocks import LaneProgress, Part
 from lamda.data.hashing import mixed, permutation, splitmix64
 from lamda.data.lanes import BYTES_PER_TOKEN, Cursor
 from lamda.data.order import SLOTS
@@ -37,21 +37,13 @@ MEASURED_TOKENS = 1 << 21
 often begins with a gap, since documents belong to the lane in which they begin."""
 
 
-class Announcement(NamedTuple):
-    """The number of rows of one lane in a window, of tokens without padding, and the cursor after them."""
-
-    rows: int
-    tokens: int
-    after: Cursor
-
-
 @dataclass(frozen=True)
 class Window:
     """A window of a source.
 
     number: counted over the run. base, epoch_base: rows of the source before the window and before its epoch. since,
     until: interval of the epoch, as fractions of ONE. starts, afters: cursors of each lane. counts: rows of each lane;
-    without afters and counts, the window is a plan, whose lanes have not been announced.
+    without afters and counts, the window is a plan, whose lanes have not been read.
     """
 
     number: int
@@ -79,17 +71,17 @@ class Window:
         """Whether it ends an epoch without any row."""
         return self.is_last and self.base + self.rows == self.epoch_base
 
-    def part(self, lane: int, length: int) -> Part:
-        """The part of a lane of this length on the axis."""
-        part = Part(self.epoch, self.starts[lane], None if self.is_last else self.until * length >> 32)
+    def part(self, lane: int, *, axis_length: int) -> Part:
+        """The part of a lane in this window."""
+        part = Part(self.epoch, self.starts[lane], None if self.is_last else self.until * axis_length >> 32)
         if not self.counts:
             return part
         return part._replace(stop=None if self.is_last else self.afters[lane], rows=self.counts[lane])
 
     def epoch_at(self, row: int) -> float:
         """Epochs of the source completed at its row `row`, which is in this window, as a fraction."""
-        share = (row - self.base) / max(1, self.rows)
-        return self.epoch + (self.since + share * (self.until - self.since)) / ONE
+        fraction = (row - self.base) / max(1, self.rows)
+        return self.epoch + (self.since + fraction * (self.until - self.since)) / ONE
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Window:
@@ -106,22 +98,22 @@ class Window:
 class Shape:
     """The size of the windows of a source.
 
-    share: slots of the source, of SLOTS. lengths: of its lanes, on the axis. length: L, targets per row. full: tokens
-    of the windows of all sources together, at full size. is_epoch: one window holds a whole epoch.
+    slots: of the source, of SLOTS. axis_lengths: of its lanes. sequence_length: L, targets per row. full: tokens of the
+    windows of all sources together, at full size. is_epoch: one window holds a whole epoch.
     """
 
-    share: int
-    lengths: tuple[int, ...]
-    length: int
+    slots: int
+    axis_lengths: tuple[int, ...]
+    sequence_length: int
     full: int
     is_epoch: bool = False
 
     def tokens(self, number: int) -> int:
         """Tokens of window `number`, at least one row per lane."""
-        tokens, full = (part * self.share // SLOTS for part in (FIRST_TOKENS, max(self.full, FIRST_TOKENS)))
+        tokens, full = (tokens * self.slots // SLOTS for tokens in (FIRST_TOKENS, max(self.full, FIRST_TOKENS)))
         while number and tokens < full:
             tokens, number = tokens * GROWTH[0] // GROWTH[1] + 1, number - 1
-        return max(min(tokens, full), self.length * len(self.lengths))
+        return max(min(tokens, full), self.sequence_length * len(self.axis_lengths))
 
 
 @dataclass(frozen=True)
@@ -158,23 +150,23 @@ class SourceOrder:
         last, base = self.windows[-1] if self.windows else None, self.end
         number = last.number + 1 if last else 0
         if last is None or last.is_last:
-            until, starts = self._until(number, 0, shape), (Cursor(),) * len(shape.lengths)
+            until, starts = self._until(number, 0, shape), (Cursor(),) * len(shape.axis_lengths)
             return Window(number, last.epoch + 1 if last else 0, base, base, 0, until, starts)
         until = self._until(number, last.until, shape)
         return Window(number, last.epoch, base, last.epoch_base, last.until, until, last.afters)
 
     def _until(self, number: int, since: int, shape: Shape) -> int:
         """The end of a window. The last one of an epoch may be up to 1.5 times its planned size."""
-        total, (bytes_, tokens) = max(1, sum(shape.lengths)), self.measured
+        total, (bytes_, tokens) = max(1, sum(shape.axis_lengths)), self.measured
         step = ONE if shape.is_epoch else max(1, shape.tokens(number) * bytes_ * ONE // (tokens * total))
         return ONE if since + step + step // 2 >= ONE else since + step
 
-    def add(self, plan: Window, announced: Sequence[Announcement], shape: Shape) -> SourceOrder:
-        """This order with the planned window, from the announcements of all lanes."""
-        counts, afters = tuple(each.rows for each in announced), tuple(each.after for each in announced)
+    def add(self, plan: Window, progress: Sequence[LaneProgress], shape: Shape) -> SourceOrder:
+        """This order with the planned window, from the progress of each lane."""
+        counts, afters = tuple(each.rows for each in progress), tuple(each.after for each in progress)
         window = replace(plan, counts=counts, afters=afters)
-        bytes_ = self.measured[0] + ((plan.until - plan.since) * sum(shape.lengths) >> 32)
-        tokens = self.measured[1] + sum(each.tokens for each in announced)
+        bytes_ = self.measured[0] + ((plan.until - plan.since) * sum(shape.axis_lengths) >> 32)
+        tokens = self.measured[1] + sum(each.tokens for each in progress)
         if tokens > MEASURED_TOKENS:
             bytes_, tokens = max(1, bytes_ * MEASURED_TOKENS // tokens), MEASURED_TOKENS
         return SourceOrder((*self.windows, window), (bytes_, tokens))

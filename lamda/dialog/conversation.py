@@ -102,14 +102,14 @@ def _entry(message: Message) -> dict[str, Any]:
 
 def _problems(entry: object, before: list[Message]) -> list[str]:
     if not isinstance(entry, Mapping):
-        return ["is no JSON object"]
+        return ["is not a JSON object"]
     entry = {key: value for key, value in entry.items() if value is not None}
     problems = [f"there is no key {key!r}{nearest(str(key), _KEYS)}" for key in entry if key not in _KEYS]
     role, to, labels = entry.get("role"), entry.get("to", "user"), entry.get("labels", {})
     if role not in ROLES:
         problems.append(f"role is {role!r}, not one of {', '.join(ROLES)}")
     if not _is_text(entry.get("content")):
-        problems.append("content is no text")
+        problems.append("content is not text")
     if to not in get_args(Addressee) or (to == "TS" and role != "assistant"):
         problems.append(f"to is {to!r}; an assistant's message is to 'user' or to 'TS', others have no such key")
     if role == "tool" and not (before and (before[-1].to == "TS" or before[-1].role == "tool")):
@@ -117,13 +117,13 @@ def _problems(entry: object, before: list[Message]) -> list[str]:
     problems += _label_problems(labels, role)
     knowledge = entry.get("knowledge", [])
     if not (isinstance(knowledge, list) and all(map(_is_text, knowledge))):
-        problems.append("knowledge is no list of texts")
+        problems.append("knowledge is not a list of texts")
     return problems
 
 
 def _label_problems(labels: object, role: object) -> list[str]:
     if not isinstance(labels, Mapping):
-        return ["labels is no JSON object"]
+        return ["labels is not a JSON object"]
     labels = {name: rating for name, rating in labels.items() if rating is not None}
     unknown = [name for name in labels if name not in ATTRIBUTES]
     wrong = [name for name in labels if name in ATTRIBUTES and labels[name] not in (0, 1)]

@@ -22,9 +22,9 @@ from lamda.dialog.conversation import Message
 RESULT = "spare_12"
 """The symbol before a tool's message: a spare one, so that older tokenizers keep their piece names."""
 
-_OF_ROLE = {"system": "SYSTEM", "user": "USER", "assistant": "ASSISTANT", "tool": RESULT}
+_SYMBOLS = {"system": "SYSTEM", "user": "USER", "assistant": "ASSISTANT", "tool": RESULT}
 
-_FEW = 8
+_MIN_IDS = 8
 """Minimum ids of a query or snippet; pairs that would be cut below it are left out."""
 
 
@@ -54,7 +54,7 @@ class Encoding:
         self.response_symbol, self.ts = symbols["RESPONSE"], symbols["TS"]
         self.user, self.result = symbols["USER"], symbols[RESULT]
         self.stop_ids = frozenset(symbols.values())
-        self.rating_ids = (self._single("0"), self._single("1"))
+        self.rating_ids = (self._rating_id("0"), self._rating_id("1"))
 
     def attribute(self, name: str) -> int:
         """The symbol of an attribute (a name of `conversation.ATTRIBUTES`)."""
@@ -69,7 +69,7 @@ class Encoding:
         return self._tokenizer.decode(ids)
 
     def context(self, messages: Sequence[Message], *, max_tokens: int = maxsize) -> list[int]:
-        """Ids of the conversation so far, from the end symbol to RESPONSE.
+        """Ids of the conversation so far, from EOS to RESPONSE.
 
         Beyond `max_tokens` (at least 4), the oldest messages are left out, but never system messages or the last
         one. If even these are too long, each of the two gets half, and what the other leaves: system messages keep
@@ -83,16 +83,17 @@ class Encoding:
         """Ids up to the symbol that routes a research step: the context, the base answer and (query, snippet) pairs.
 
         Beyond `max_tokens`, base, queries and snippets get half, and what the context leaves. Short ones stay whole,
-        the others are cut at their ends to equal shares; if a share is below `_FEW` ids, the oldest pairs are left out.
+        the others are cut at their ends to equal shares; if a share is below `_MIN_IDS` ids, the oldest pairs are left
+        out.
         """
         pieces = [self.text(base)]
         for query, snippet in steps:
             pieces += [[self.ts, *self.text(query)], [self.result, *self.text(snippet)]]
         room = max(max_tokens // 2, max_tokens - len(self.context(messages, max_tokens=max_tokens)))
-        shares = _shares([len(piece) for piece in pieces], room)
-        while len(pieces) > 3 and any(share < min(_FEW, len(p)) for share, p in zip(shares, pieces, strict=True)):
+        shares = _divided([len(piece) for piece in pieces], room)
+        while len(pieces) > 3 and any(share < min(_MIN_IDS, len(p)) for share, p in zip(shares, pieces, strict=True)):
             del pieces[1:3]
-            shares = _shares([len(piece) for piece in pieces], room)
+            shares = _divided([len(piece) for piece in pieces], room)
         research = [id for piece, share in zip(pieces, shares, strict=True) for id in piece[:share]]
         return self.context(messages, max_tokens=max_tokens - len(research)) + research
 
@@ -100,7 +101,7 @@ class Encoding:
         """A response and its end as targets after their context.
 
         The context shrinks to no less than half of `max_tokens`; a response that is still too long is cut and has
-        no end symbol.
+        no EOS.
         """
         targets = [*self.text(response), self.end]
         room = max(max_tokens - len(targets), max_tokens // 2)
@@ -158,17 +159,17 @@ class Encoding:
         return kept
 
     def _piece(self, message: Message) -> list[int]:
-        symbol = "TS" if message.to == "TS" else _OF_ROLE[message.role]
+        symbol = "TS" if message.to == "TS" else _SYMBOLS[message.role]
         return [self._tokenizer.symbols[symbol], *self.text(message.content)]
 
-    def _single(self, digit: str) -> int:
+    def _rating_id(self, digit: str) -> int:
         ids = self._tokenizer.encode(digit)
         if len(ids) != 1:
             raise UserError(f"the tokenizer writes {digit!r} as {len(ids)} ids; ratings need one: use another one")
         return ids[0]
 
 
-def _shares(needs: Sequence[int], room: int) -> list[int]:
+def _divided(needs: Sequence[int], room: int) -> list[int]:
     """Divide the room: each need in full, or an equal share of what smaller ones leave; later ones get the rest."""
     shares = [0] * len(needs)
     for rank, number in enumerate(sorted(range(len(needs)), key=lambda number: (needs[number], number))):

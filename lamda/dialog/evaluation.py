@@ -80,7 +80,7 @@ class Ratings:
         return {name: measure(self.probabilities, self.positive) for name, measure in measures.items()}
 
     def report(self) -> dict[str, Any]:
-        """`metrics`, the 95% interval of AUC, the share of the majority class, and the size of both classes."""
+        """`metrics`, the 95% interval of AUC, the fraction of the majority class, and the size of both classes."""
         positives = int(self.positive.sum())
         majority = max(positives, len(self.positive) - positives) / len(self.positive)
         interval = auc_interval(self.probabilities, self.positive, self.conversations)
@@ -238,12 +238,12 @@ def auc_interval(
 
 
 def accuracy(probabilities: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
-    """The share of labels that the likelier class predicts."""
+    """The fraction of labels that the likelier class predicts."""
     return float(((probabilities > 0.5) == positive).mean())
 
 
 def calibration_error(probabilities: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
-    """Expected calibration error: |mean probability - share of positives| over BINS equal bins, weighted by size."""
+    """Expected calibration error: |mean probability - fraction of positives| over BINS equal bins, weighted by size."""
     place = np.minimum((probabilities * BINS).astype(int), BINS - 1)
     gaps = (abs(probabilities[place == bin].sum() - positive[place == bin].sum()) for bin in range(BINS))
     return float(sum(gap / len(positive) for gap in gaps))
@@ -261,7 +261,7 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         yield f"{'rating':14}" + "".join(f"{head:>{width}}" for head, width in heads.items())
     for name, part in report["attributes"].items():
         low, high = part["auc_interval"]
-        area, without = ("-", "one class alone") if math.isnan(part["auc"]) else (f"{part['auc']:.3f}", "too few")
+        area, without = ("-", "only one class") if math.isnan(part["auc"]) else (f"{part['auc']:.3f}", "too few")
         interval = without if math.isnan(low) else f"{low:.3f} to {high:.3f}"
         yield (
             f"{name:14}{area:>7}{interval:>18}{part['accuracy']:10.3f}"

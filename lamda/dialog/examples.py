@@ -20,7 +20,7 @@ from lamda.data.tokenizer import Tokenizer
 from lamda.dialog.conversation import ATTRIBUTES, Conversation, Message, parse_conversation, to_record
 from lamda.dialog.encoding import Encoding, Example
 
-Items = TypeVar("Items")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def examples_of(conversation: Conversation) -> tuple[list[Response | ResearchSte
             seen += group
             continue
         context, turn = tuple(seen), list(group)
-        generative += _of_turn(context, turn)
+        generative += _generative_examples(context, turn)
         replies = [message for message in turn if message.role == "assistant" and message.to == "user"]
         ratings += [Rating(context, m.content, name, rating) for m in replies for name, rating in m.labels.items()]
         seen += replies[-1:]
@@ -92,7 +92,7 @@ def examples_in(document: Document) -> tuple[list[Response | ResearchStep], list
     return examples_of(parse_conversation(orjson.loads(document.text)))
 
 
-def _of_turn(context: tuple[Message, ...], turn: Sequence[Message]) -> Iterator[Response | ResearchStep]:
+def _generative_examples(context: tuple[Message, ...], turn: Sequence[Message]) -> Iterator[Response | ResearchStep]:
     base, research = (turn[0].content, turn[1:]) if turn[0].to == "user" else ("", turn)
     if turn[0].to == "user" and _is_good(turn[0]):
         yield Response(context, base)
@@ -162,8 +162,8 @@ class Conversations:
         generative, ratings = examples_in(document)
         key = (self.seed, document.file, document.line)
         return [
-            *_turn_of(generative, self.generative, document.epoch, (*key, 0)),
-            *_turn_of(ratings, self.discriminative, document.epoch, (*key, 1)),
+            *_items_of_epoch(generative, self.generative, document.epoch, (*key, 0)),
+            *_items_of_epoch(ratings, self.discriminative, document.epoch, (*key, 1)),
         ]
 
     def _encoded(self, example: Response | ResearchStep | Rating, encoding: Encoding) -> Encoded:
@@ -176,7 +176,7 @@ def form_of(config: Config) -> Form:
     return Conversations.of(config) if config.data.packing in Conversations.packings else RAW_TEXT
 
 
-def _turn_of(items: list[Items], count: int, epoch: int, key: tuple[int, ...]) -> list[Items]:
+def _items_of_epoch(items: list[T], count: int, epoch: int, key: tuple[int, ...]) -> list[T]:
     """The `count` items of an epoch, or all: a permutation, read cyclically."""
     if not items:
         return []

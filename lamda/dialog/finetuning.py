@@ -39,7 +39,7 @@ class Finetuning:
         return self._evaluation
 
     def summary(self, scores: Scores) -> Iterator[str]:
-        """Perplexity, and how well ratings are predicted."""
+        """Perplexity of responses, and AUC, accuracy and calibration of ratings."""
         yield from table(scores.report())
 
     def sample(self, engine: Engine, tokenizer: Tokenizer) -> str:

@@ -79,7 +79,7 @@ def _topical_message(entry: Mapping[str, Any], place: str) -> tuple[str, Message
         raise ValueError(f"{place}: rating is {rating!r}, not one of {', '.join(_RATINGS)}")
     sources = _given(entry, "knowledge", "knowledge_source")
     if sources is not None and not (isinstance(sources, list) and all(isinstance(each, str) for each in sources)):
-        raise ValueError(f"{place}: knowledge is no list of texts")
+        raise ValueError(f"{place}: knowledge is not a list of texts")
     labels["grounded"] = any(_READING_SET.fullmatch(source) for source in sources or ())
     return who, Message("assistant", text, labels=labels)
 

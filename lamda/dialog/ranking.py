@@ -21,7 +21,7 @@ from lamda.inference.generation import Candidates, Pieces, Run, score_pieces, wh
 from lamda.model import LaMDA
 
 WEIGHTS: Mapping[str, float] = MappingProxyType({"sensible": 3.0, "specific": 1.0, "interesting": 1.0})
-JUDGED = (*WEIGHTS, "unsafe")
+RATED_ATTRIBUTES = (*WEIGHTS, "unsafe")
 
 
 @dataclass(frozen=True)
@@ -70,22 +70,24 @@ def judge(
     model: LaMDA, prefix: Prefix, response: Sequence[int], encoding: Encoding, *, run: Run = whole
 ) -> dict[str, float]:
     """P(attribute) of a given response (not empty) after its context."""
-    continuations = [[*response, encoding.attribute(name), rating] for name in JUDGED for rating in encoding.rating_ids]
+    continuations = [
+        [*response, encoding.attribute(name), rating] for name in RATED_ATTRIBUTES for rating in encoding.rating_ids
+    ]
     scores = run(score_pieces(model, prefix, continuations), tokens=sum(map(len, continuations)))
-    logs = torch.tensor(scores, dtype=torch.float64).view(len(JUDGED), 2)
-    return dict(zip(JUDGED, (logs[:, 1] - logs[:, 0]).sigmoid().tolist(), strict=True))
+    logs = torch.tensor(scores, dtype=torch.float64).view(len(RATED_ATTRIBUTES), 2)
+    return dict(zip(RATED_ATTRIBUTES, (logs[:, 1] - logs[:, 0]).sigmoid().tolist(), strict=True))
 
 
 def _judgement_pieces(candidates: Candidates, encoding: Encoding) -> Pieces[list[dict[str, float]]]:
     """P(attribute) of each candidate: the probability of "1" against "0" after the attribute's symbol."""
     zero, one = encoding.rating_ids
     columns = []
-    for number, name in enumerate(JUDGED):
+    for number, name in enumerate(RATED_ATTRIBUTES):
         if number:
             yield
         logits_NV = candidates.next_logits([encoding.attribute(name)]).double()
         columns.append((logits_NV[:, one] - logits_NV[:, zero]).sigmoid().tolist())
-    return [dict(zip(JUDGED, row, strict=True)) for row in zip(*columns, strict=True)]
+    return [dict(zip(RATED_ATTRIBUTES, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _number(value: float) -> float | None:

@@ -210,7 +210,7 @@ class Speaker:
         encoding, room = self.encoding, self._room(options)
         if self.is_tuned:
             ids = encoding.context(messages, max_tokens=room)
-            # Of the end symbol, of each message's symbol and of RESPONSE.
+            # Of EOS, of each message's symbol and of RESPONSE.
             _, *places = (place for place, id in enumerate(ids) if id in encoding.stop_ids)
             kept = len(places) - 1
             is_cut = places[-1] - places[-2] - 1 < len(encoding.text(messages[-1].content))

@@ -20,11 +20,11 @@ from lamda.runs.checkpoints import NAME_HELP, find_checkpoint, read_config, read
 if TYPE_CHECKING:
     import torch
 
-NAMES = ("run.dir", "wandb.name", "wandb_id")
-"""Names of a run, which are not compared."""
-ELEMENTS = 1 << 22
-"""Elements per chunk, so that a large tensor is never copied whole to fp64."""
-SHOWN = 30
+NOT_COMPARED = ("run.dir", "wandb.name", "wandb_id")
+"""Keys that name a run, which are not compared."""
+CHUNK_ELEMENTS = 1 << 22
+"""So many at a time, so that a large tensor is never copied whole to fp64."""
+MAX_LINES = 30
 """Lines per section; --json has all."""
 
 
@@ -65,7 +65,7 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     """
     weights = [each._asdict() for each in compare_weights(first, second)]
     optimizer = _compare_optimizers(read_manifest(first), read_manifest(second))
-    state = _compare_values(*(_flat(read_state(path)) for path in (first, second)))
+    state = _compare_values(*(_flattened(read_state(path)) for path in (first, second)))
     configuration = _compare_values(_configuration(first), _configuration(second))
     return {
         "same": not (weights or state or configuration or optimizer == "different"),
@@ -102,12 +102,12 @@ def compare_weights(first: Path, second: Path) -> list[TensorDifference]:
 
 
 def compare_tensors(a: torch.Tensor, b: torch.Tensor) -> tuple[float | None, float]:
-    """The largest absolute difference (None if not finite) and the share of differing elements; NaN equals NaN.
+    """The largest absolute difference (None if not finite) and the fraction of differing elements; NaN equals NaN.
 
     The tensors have the same shape. The differences are taken in fp64.
     """
     largest, count = 0.0, 0
-    for x, y in zip(a.flatten().split(ELEMENTS), b.flatten().split(ELEMENTS), strict=True):
+    for x, y in zip(a.flatten().split(CHUNK_ELEMENTS), b.flatten().split(CHUNK_ELEMENTS), strict=True):
         x, y = x.double(), y.double()
         unequal = (x != y) & ~(x.isnan() & y.isnan())
         count += int(unequal.sum())
@@ -135,15 +135,15 @@ def _configuration(path: Path) -> dict[str, Any]:
 
 def _compare_values(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[Any]]:
     """Both values of every key that differs, None for a missing key."""
-    names = (name for name in dict.fromkeys((*a, *b)) if name not in NAMES)
+    names = (name for name in dict.fromkeys((*a, *b)) if name not in NOT_COMPARED)
     return {name: [a.get(name), b.get(name)] for name in names if a.get(name) != b.get(name)}
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flattened(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested objects by dotted key."""
     flat: dict[str, Any] = {}
     for name, part in value.items():
-        flat |= _flat(part, f"{prefix}{name}.") if isinstance(part, dict) else {f"{prefix}{name}": part}
+        flat |= _flattened(part, f"{prefix}{name}.") if isinstance(part, dict) else {f"{prefix}{name}": part}
     return flat
 
 
@@ -153,21 +153,21 @@ def _show(found: dict[str, Any]) -> None:
     print(f"weights: {len(weights)} tensors differ" if weights else "weights: the same")
     if weights:
         rows = [(each["tensor"], each["what"], _number(each["largest"]), _number(each["share"])) for each in weights]
-        show_table(("tensor", "by", "largest difference", "share of elements"), rows[:SHOWN], left=(0, 1))
+        show_table(("tensor", "by", "largest difference", "share of elements"), rows[:MAX_LINES], left=(0, 1))
         _show_rest(rows)
     reason = " (not compared: another number of ranks or ZeRO stage, or not DeepSpeed)"
     print(f"optimizer state: {found['optimizer']}{reason if found['optimizer'] == 'unknown' else ''}")
     for part in ("state", "configuration"):
         different = found[part]
         print(f"{part}: " + (f"{len(different)} keys differ" if different else "the same"))
-        for name, (a, b) in list(different.items())[:SHOWN]:
+        for name, (a, b) in list(different.items())[:MAX_LINES]:
             print(f"  {name}: {_short(a)} and {_short(b)}")
         _show_rest(different)
 
 
 def _show_rest(lines: Sized) -> None:
-    if len(lines) > SHOWN:
-        print(f"  and {len(lines) - SHOWN} more (--json has all)")
+    if len(lines) > MAX_LINES:
+        print(f"  and {len(lines) - MAX_LINES} more (--json has all)")
 
 
 def _number(value: float | None) -> str:

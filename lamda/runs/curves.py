@@ -16,7 +16,7 @@ from lamda.storage.run_directory import RunDirectory, find_runs
 
 SCALES = {"step": ("step", "step"), "tokens": ("tokens", "tokens"), "time": ("step_seconds", "hours in steps")}
 """Values of `--x`: the column and the label of the axis."""
-LARGEST = 1e300
+MAX_FINITE = 1e300
 """Larger numbers count as not finite: the length of an axis over them would overflow."""
 
 
@@ -70,11 +70,11 @@ def curve_of(run: str, metrics: MetricsReader, metric: str, *, x: str) -> Curve:
     column = SCALES[x][0]
     if column not in metrics.names:
         raise UserError(f"--x {x}: {run} has no column {column}")
-    places = _numbers([row.get(column) for row in metrics.rows], column)
+    x_values = _numbers([row.get(column) for row in metrics.rows], column)
     if x == "time":
-        places = np.nancumsum(places) / 3600
-    has = np.array([metric in row for row in metrics.rows])
-    return Curve(run, places[has], _numbers([row[metric] for row in metrics.rows if metric in row], metric))
+        x_values = np.nancumsum(x_values) / 3600
+    is_recorded = np.array([metric in row for row in metrics.rows])
+    return Curve(run, x_values[is_recorded], _numbers([row[metric] for row in metrics.rows if metric in row], metric))
 
 
 def _numbers(values: list[object], name: str) -> NDArray[np.float64]:
@@ -85,7 +85,7 @@ def _numbers(values: list[object], name: str) -> NDArray[np.float64]:
         numbers = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
     except OverflowError as error:
         raise UserError(f"--metric {name}: has a number too large for a float") from error
-    return np.where(np.abs(numbers) < LARGEST, numbers, np.nan)
+    return np.where(np.abs(numbers) < MAX_FINITE, numbers, np.nan)
 
 
 def smoothed(values: NDArray[np.float64], count: int) -> NDArray[np.float64]:

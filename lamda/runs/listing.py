@@ -17,7 +17,7 @@ from lamda.storage.metrics import Metrics, last_row
 from lamda.storage.reading import UnreadableError
 from lamda.storage.run_directory import DEPTH, RunDirectory, find_runs, modified_at, read_run_status
 
-REASON = 80
+REASON_WIDTH = 80
 """Characters of a reason in the table; --json has the whole text."""
 
 
@@ -94,5 +94,5 @@ def _cells(summary: RunSummary, row: Metrics | None) -> tuple[str, ...]:
         figure(row, "tokens_per_second", ",.0f"),
         NONE if summary.age_seconds is None else f"{duration(summary.age_seconds)} ago",
         summary.checkpoint or NONE,
-        shorten(summary.reason or "", REASON, placeholder="..."),
+        shorten(summary.reason or "", REASON_WIDTH, placeholder="..."),
     )

@@ -22,8 +22,8 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#00
 """Okabe and Ito's colorblind-safe palette without its yellow, which is too pale on white."""
 DASHES = ("-", "--", "-.", ":")
 """Runs differ in dashes too, so that overlapping curves both stay visible."""
-FEW = 40
-"""Up to this many points each one gets a marker, without averaging."""
+MAX_MARKERS = 40
+"""Up to this many points, each gets a marker and none is averaged."""
 EACH_POINT, NOT_FINITE = "each point", "not finite"
 """Group ids: the raw line behind a mean, and the crosses at the top where a value was NaN or infinite."""
 
@@ -99,14 +99,14 @@ def save(figure: Figure, file: Path) -> None:
 def _draw_curve(panel: Axes, curve: Curve, style: dict[str, str], *, smooth: int) -> None:
     from matplotlib.colors import to_rgb
 
-    few = len(curve.x) <= FEW
+    has_markers = len(curve.x) <= MAX_MARKERS
     color = style["color"]
-    if smooth > 1 and not few:
+    if smooth > 1 and not has_markers:
         # Pale rather than transparent: long paths are drawn in chunks, whose ends overlap.
         pale = [1 - 0.35 * (1 - part) for part in to_rgb(color)]
         panel.plot(curve.x, curve.y, color=pale, linewidth=0.8, zorder=1, gid=EACH_POINT)
-    values = curve.y if few else smoothed(curve.y, smooth)
-    (line,) = panel.plot(curve.x, values, color=color, linewidth=1.5, marker="o" if few else None, markersize=3)
+    values = curve.y if has_markers else smoothed(curve.y, smooth)
+    (line,) = panel.plot(curve.x, values, color=color, linewidth=1.5, marker="o" if has_markers else None, markersize=3)
     line.set(linestyle=style["linestyle"], label=_escape(curve.run))
     not_finite = curve.x[~np.isfinite(curve.y)]
     at_top = panel.get_xaxis_transform()

@@ -26,10 +26,10 @@ from lamda.storage.metrics import Metrics, MetricsReader, last_lines
 from lamda.storage.run_directory import RunDirectory, RunStatus, read_run_status
 
 SUFFIXES = (".html", ".htm")
-RECENT = 100
+RECENT_STEPS = 100
 """Steps averaged for the current figures."""
-WARNINGS = 30
-NAMES = {"skipped_steps": "skipped steps"}
+MAX_WARNINGS = 30
+DISPLAY_NAMES = {"skipped_steps": "skipped steps"}
 """Display names of columns."""
 DIVIDER = "⟫"
 """Separates the prompt of a sample from the generated text."""
@@ -85,8 +85,8 @@ class RunReport:
         return self.metrics.rows[-1]
 
     @property
-    def share(self) -> float | None:
-        """The completed share of the run, 0 to 1."""
+    def progress(self) -> float | None:
+        """The completed fraction of the run, 0 to 1."""
         return min(1.0, self.last["step"] / self.status.steps) if self.status.steps else None
 
     def figures(self) -> Iterator[tuple[str, str]]:
@@ -111,7 +111,7 @@ class RunReport:
 
     def _recent(self, name: str) -> float | None:
         """The mean over the recent steps that have a value."""
-        values = [row[name] for row in self.metrics.rows[-RECENT:] if row.get(name) is not None]
+        values = [row[name] for row in self.metrics.rows[-RECENT_STEPS:] if row.get(name) is not None]
         return fmean(values) if values else None
 
 
@@ -122,6 +122,7 @@ def read_run(path: Path, *, label: str) -> RunReport:
         config, text = read_config(directory.config), directory.config.read_text("utf-8")
     except (UserError, OSError):
         config, text = {}, ""
+    warnings = [line for line in last_lines(directory.log) if " WARNING " in line or " ERROR " in line]
     samples = sorted(directory.samples.glob("*.txt")) if directory.samples.is_dir() else []
     return RunReport(
         label=label,
@@ -132,7 +133,7 @@ def read_run(path: Path, *, label: str) -> RunReport:
         config=config,
         config_text=text,
         sample=(samples[-1].name, samples[-1].read_text("utf-8", "replace")) if samples else None,
-        warnings=[line for line in last_lines(directory.log) if " WARNING " in line or " ERROR " in line][-WARNINGS:],
+        warnings=warnings[-MAX_WARNINGS:],
     )
 
 
@@ -190,7 +191,7 @@ def _short_name(name: str) -> str:
     """A column without the prefix of its panel: `FreeLaw` for `loss/FreeLaw`, `task/acc` for `eval/task/acc`."""
     panel = panel_of(name)
     below = next((column.removesuffix("*") for column in panel.columns if column.endswith("/*")), "") if panel else ""
-    return name.removeprefix(below) if below else NAMES.get(name, name)
+    return name.removeprefix(below) if below else DISPLAY_NAMES.get(name, name)
 
 
 def differences(runs: Sequence[RunReport]) -> list[tuple[str, list[str]]]:

@@ -19,8 +19,8 @@ LEFT, RIGHT, TOP, BOTTOM = 52, WIDTH - 10, 8, HEIGHT - 36
 """Edges of the plot, with room for the labels of the axes."""
 BINS = 320
 """Points of a drawn curve."""
-FEW = 40
-"""Up to this many points each one gets a marker, without averaging."""
+MAX_MARKERS = 40
+"""Up to this many points, each gets a marker and none is averaged."""
 COLORS = 8
 """Colors in the style sheet; further curves repeat them, dashed."""
 
@@ -117,14 +117,14 @@ def color_class(number: int) -> str:
 
 def _shapes(curve: Curve, bins: Bins, x_axis: Axis, y_axis: Axis, *, is_noisy: bool) -> dict[str, object]:
     """The band or the points, the line over it, and the crosses at the top where a value was not finite."""
-    few = len(curve.x) <= FEW
-    mean = smoothed(bins.mean, max(1, len(bins.mean) // FEW)) if is_noisy and not few else bins.mean
-    shows_means = len(curve.x) > BINS or (is_noisy and not few)
+    has_markers = len(curve.x) <= MAX_MARKERS
+    mean = smoothed(bins.mean, max(1, len(bins.mean) // MAX_MARKERS)) if is_noisy and not has_markers else bins.mean
+    shows_means = len(curve.x) > BINS or (is_noisy and not has_markers)
     points = [(x_axis.position(x), y_axis.position(y)) for x, y in zip(bins.x, mean, strict=True)]
     return {
         "band": _band(bins, x_axis, y_axis) if shows_means else "",
         "line": _path(points),
-        "points": [point for point in points if few and math.isfinite(point[1])],
+        "points": [point for point in points if has_markers and math.isfinite(point[1])],
         "crosses": [x_axis.position(x) for x in curve.x[~np.isfinite(curve.y)][:99]],
     }
 

@@ -23,12 +23,12 @@ from lamda.storage.metrics import Metrics, MetricsReader, last_lines
 from lamda.storage.run_directory import RunDirectory, RunStatus, find_runs, modified_at, read_run_status
 from lamda.training.stop_requests import STOP_EXIT
 
-SECONDS = 1.0
+UPDATE_SECONDS = 1.0
 """Between two updates."""
 RECENT_STEPS = 100
 """Steps whose mean duration gives the ETA."""
 LOG_LINES = 6
-EXITS = {"finished": 0, "preempted": STOP_EXIT, "failed": 1, "died": 1}
+EXIT_CODES = {"finished": 0, "preempted": STOP_EXIT, "failed": 1, "died": 1}
 COLUMNS = (
     "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "step_seconds", "skipped_steps", "rollbacks",
     "eval/loss",
@@ -38,7 +38,7 @@ MARGIN = 10
 _DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
 """Bits of the 4 x 2 dots of a braille character, from the top."""
 CLIPPED = 0.05
-"""Share of the highest values cut off at the top: a run's first losses would flatten all others."""
+"""Fraction of the highest values cut off at the top: a run's first losses would flatten all others."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,7 +81,7 @@ class Snapshot:
     @property
     def ended(self) -> bool:
         """Whether the run has ended."""
-        return self.status.state in EXITS
+        return self.status.state in EXIT_CODES
 
     def progress(self) -> str:
         """`200/1000`."""
@@ -103,7 +103,7 @@ class Snapshot:
         return "not started" if self.status.state == "unknown" and not self.rows else self.status.state
 
 
-def watch(directory: RunDirectory, show: Callable[[Snapshot], None], *, seconds: float = SECONDS) -> int:
+def watch(directory: RunDirectory, show: Callable[[Snapshot], None], *, seconds: float = UPDATE_SECONDS) -> int:
     """Show a run every `seconds` until it ends; returns its exit code."""
     metrics = MetricsReader(directory.metrics, keep=COLUMNS)
     while True:
@@ -113,7 +113,7 @@ def watch(directory: RunDirectory, show: Callable[[Snapshot], None], *, seconds:
         snapshot = Snapshot(directory, status, metrics.rows, new)
         show(snapshot)
         if snapshot.ended:
-            return EXITS[status.state]
+            return EXIT_CODES[status.state]
         time.sleep(seconds)
 
 
@@ -138,7 +138,7 @@ class LinePrinter:
         self._known = len(snapshot.rows)
         if snapshot.state() != self._state:
             self._state = snapshot.state()
-            if EXITS.get(snapshot.status.state) == 1:
+            if EXIT_CODES.get(snapshot.status.state) == 1:
                 print("\n".join(snapshot.log()), flush=True)
             print(self._state + (f": {snapshot.status.reason}" if snapshot.status.reason else ""), flush=True)
 

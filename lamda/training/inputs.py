@@ -14,14 +14,14 @@ from lamda.best_effort import BestEffort
 from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
-from lamda.data.block_files import BlockFolder
 from lamda.data.card import Source, load_card
 from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of, require_a_batch
 from lamda.data.documents import Form
-from lamda.data.files import nothing
+from lamda.data.files import no_op
 from lamda.data.held_out import require_documents
 from lamda.data.loader import Loader, alone
 from lamda.data.resolving import require_here
+from lamda.data.row_cache import RowCache
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.tokenizer_training import ensure_tokenizer
 from lamda.data.windows import SourceOrder
@@ -96,18 +96,18 @@ class Inputs:
             threads=config.data.threads,
             domains=self.domains,
             document_mask=config.data.separates_documents,
-            ready=self._ready_blocks(state),
+            row_cache=self._ready_blocks(state),
             on_window=on_window,
         )
 
-    def _ready_blocks(self, state: RunState) -> BlockFolder | None:
+    def _ready_blocks(self, state: RunState) -> RowCache | None:
         folder = self.config.data.cache_dir
         if folder is None:
             return None
         keeping = BestEffort(
             f"data.cache_dir {folder}: not all blocks are kept", then="training continues without them"
         )
-        return BlockFolder.of(folder, state.fingerprint, keeping=keeping)
+        return RowCache.of(folder, state.fingerprint, guard=keeping)
 
 
 def _open_corpus(config: Config, form: Form, on_wait: Progress) -> Corpus:
@@ -116,7 +116,7 @@ def _open_corpus(config: Config, form: Form, on_wait: Progress) -> Corpus:
         require_documents(source, form=form, on_wait=on_wait)
     if config.model.weights is not None:
         check_initial_weights(Path(config.model.weights), config.model)
-    return corpus.waiting(nothing)  # sent to the other ranks, which have an on_wait of their own
+    return corpus.waiting(no_op)  # sent to the other ranks, which have an on_wait of their own
 
 
 def _describe(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> tuple[list[str], dict[str, Any]]:

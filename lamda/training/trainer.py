@@ -39,6 +39,16 @@ class FetchedBatch(NamedTuple):
     began: float
 
 
+class RankCounters(NamedTuple):
+    """What a rank tells the others with each step; the engine sums it over the ranks.
+
+    stop_requests: 1 if the rank was asked to stop. completed_parts: parts of the save in progress that it has written.
+    """
+
+    stop_requests: int
+    completed_parts: int
+
+
 @dataclass
 class Trainer:
     """A run in progress. state: what the next checkpoint saves. stopped: why the run stopped early, if it did."""
@@ -112,7 +122,9 @@ class Trainer:
         """One optimizer step; the device may still be computing it."""
         self.logger.profile.begin(self.state.step + 1)
         lr = next_learning_rate(self.config, self.state)
-        counters = (int(self.guard.requests.reason() is not None), self.saver.completed_parts)
+        counters = RankCounters(
+            stop_requests=int(self.guard.requests.reason() is not None), completed_parts=self.saver.completed_parts
+        )
         pending = self.engine.train_step(batch.step, lr=lr, counters=counters, on_phase=self._mark)
         rows = self.config.train.global_batch_size
         self.state = self.state.after(consumed=batch.step.consumed, rows=rows, updated=not pending.skipped)
@@ -137,9 +149,9 @@ class Trainer:
         number, skipped = step.state.step, step.pending.skipped
         self.logger.log(step.metrics(self.engine, self.inputs.domains))
         self._mark("report", step=number)
-        stops, completed_parts = step.measured.counters
-        self._stop_is_agreed |= stops > 0
-        self.report_save(self.saver.advance(int(completed_parts)))
+        totals = RankCounters(*map(int, step.measured.counters))
+        self._stop_is_agreed |= totals.stop_requests > 0
+        self.report_save(self.saver.advance(totals.completed_parts))
         if skipped and not self._anomalies.last_was_skipped:
             self.logger.warn(
                 "step skipped", f"step {number} skipped: its loss or gradient is not finite; weights unchanged"

@@ -17,14 +17,14 @@ def a_config(batch, **data):
 
 
 def test_the_constants_are_those_of_the_data():
-    assert (estimates.MIN_LANES, estimates.MAX_LANES) == (partitioning.WHOLE_FILES, partitioning.MOST)
+    assert (estimates.MIN_LANES, estimates.MAX_LANES) == (partitioning.MIN_LANES, partitioning.MAX_LANES)
     assert (estimates.FIRST_TOKENS, estimates.WINDOW_ROWS) == (windows.FIRST_TOKENS, corpus.WINDOW_ROWS)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7, 128])
 def test_no_rank_reads_more_lanes_than_that(tmp_path, tokenizer, ranks, monkeypatch):
     """64 equal lanes, and the lanes that each rank's loader reads."""
-    monkeypatch.setattr(partitioning, "LEAST_ROWS", 1)
+    monkeypatch.setattr(partitioning, "MIN_ROWS_PER_LANE", 1)
     line = f'{{"text": "{make_text(1, 200)[:99].ljust(99, "x")}"}}\n'
     (tmp_path / "text.jsonl").write_text(line * 64)
     config = a_config(4 * ranks, files=str(tmp_path / "text.jsonl"), sequence_length=8)
@@ -36,7 +36,7 @@ def test_no_rank_reads_more_lanes_than_that(tmp_path, tokenizer, ranks, monkeypa
             corpus, tokenizer, packing=packing_of(config), seed=0, batch=4 * ranks, micro_batch=1, rank=rank,
             world_size=ranks, exchange=lambda own: [own],
         ) as loader:  # fmt: skip
-            read.append(len(loader._own[0] | loader._near[0]))
+            read.append(len(loader._local_lanes[0] | loader._edge_lanes[0]))
     rates = data_rates(config, ranks=ranks, tokens_per_second=64e6)
     assert rates.encoded[0] == max(read) * 1e6
     assert (rates.rank, rates.blocks) == (64e6 / ranks, 128e6)

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamda.cluster.estimates import SPAN, block_bytes, checkpoint_bytes, checkpoints, is_streamed, text_bytes
+from lamda.cluster.estimates import SPAN_BYTES, block_bytes, checkpoint_bytes, checkpoints, is_streamed, text_bytes
 from lamda.config import Config
 from lamda.data import blocks
 from tests.conftest import make_text, write_shard
@@ -34,10 +34,10 @@ def test_no_run_holds_more_checkpoints_than_that(steps, every, keep, keep_every)
 
 
 def test_ready_rows_hold_narrow_ids_and_a_span_a_row():
-    assert blocks.SPAN.itemsize == SPAN
+    assert blocks.SPAN.itemsize == SPAN_BYTES
     sections = {"data": {"sequence_length": 100}, "train": {"steps": 3, "global_batch_size": 8}}
-    assert block_bytes(a_config(**sections)) == 24 * (101 * 2 + SPAN)
-    assert block_bytes(a_config(model={"vocab_size": 70_000}, **sections)) == 24 * (101 * 4 + SPAN)
+    assert block_bytes(a_config(**sections)) == 24 * (101 * 2 + SPAN_BYTES)
+    assert block_bytes(a_config(model={"vocab_size": 70_000}, **sections)) == 24 * (101 * 4 + SPAN_BYTES)
 
 
 def test_the_text_is_that_of_the_files_here_or_not_known(tmp_path):

@@ -133,7 +133,7 @@ def test_the_room_for_checkpoints_is_judged_by_their_size(subject, monkeypatch):
     size = environment.checkpoint_bytes(subject)
     for share, level in ((0.9, "failure"), (2, "warning"), (5, "ok")):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=share * size: SimpleNamespace(free=free))
-        assert environment.space(subject).level == level
+        assert environment.free_space(subject).level == level
 
 
 def test_the_size_of_a_checkpoint_is_that_of_a_real_one(subject):
@@ -151,11 +151,11 @@ def _model(subject):
 
 
 def test_a_disk_too_slow_for_the_time_limit_is_a_warning(subject, monkeypatch):
-    assert environment.speed(subject).level == "ok"
+    assert environment.write_speed(subject).level == "ok"
     size = environment.checkpoint_bytes(subject)
     monkeypatch.setattr(environment, "writing_rate", lambda _: size / 4 / 200)  # four ranks write
-    assert "a checkpoint takes 200.0 s" in environment.speed(subject).text
-    assert environment.speed(subject).level == "warning"
+    assert "a checkpoint takes 200.0 s" in environment.write_speed(subject).text
+    assert environment.write_speed(subject).level == "warning"
     assert not list(Path(subject.config.run.dir).iterdir())
 
 
@@ -190,7 +190,7 @@ def test_a_check_that_fails_with_anything_costs_no_other_finding(subject, monkey
 
     checks = [Check("first", "main", look), Check("second", "main", lambda subject: ok("fine"))]
     monkeypatch.setattr(doctor, "checks", lambda: checks)
-    found = doctor.alone(subject)
+    found = doctor.check_one_rank(subject)
     assert found["first"] == failure("the check itself failed (ConnectError: no route)", "")
     assert found["second"].level == "ok"
 
@@ -228,14 +228,14 @@ def test_wandb_is_asked_only_where_the_run_will_and_never_fails_it(subject, monk
 def test_ranks_that_cannot_share_the_batch_are_reported_by_the_doctor_as_well(subject):
     (check,) = (check for check in doctor.checks() if check.name == "batch")
     odd = Subject(subject.config, World(world_size=3), subject.device)
-    assert doctor.run(check, subject).level == "ok"
-    assert doctor.run(check, odd).text.startswith("3 ranks cannot share 16 micro-batches")
+    assert doctor.run_check(check, subject).level == "ok"
+    assert doctor.run_check(check, odd).text.startswith("3 ranks cannot share 16 micro-batches")
 
 
 def test_the_odd_rank_is_named():
     same = {"code": "c0de", "torch": "2.13.0"}
-    assert ranks.alike([same] * 4, PLACES).level == "ok"
-    found = ranks.alike([same, same, {**same, "torch": "2.12.0"}, same], PLACES)
+    assert ranks.same_facts([same] * 4, PLACES).level == "ok"
+    found = ranks.same_facts([same, same, {**same, "torch": "2.12.0"}, same], PLACES)
     assert found.level == "failure"
     assert found.text == "torch: rank 2 (host h1) has 2.12.0, 3 of 4 ranks 2.13.0"
 
@@ -248,8 +248,8 @@ def test_a_clock_that_is_off_is_named():
 
 
 def test_ranks_that_do_not_see_the_run_directory_are_named():
-    assert ranks.shared([True] * 4, PLACES, "run").level == "ok"
-    message = ranks.shared([True, True, False, False], PLACES, "run").text
+    assert ranks.shared_directory([True] * 4, PLACES, "run").level == "ok"
+    message = ranks.shared_directory([True, True, False, False], PLACES, "run").text
     assert message.startswith("rank 2 (host h1), rank 3 (host h1) did not see a file that rank 0 (host h0) wrote")
 
 

@@ -83,7 +83,7 @@ def test_the_log_takes_what_the_command_says(tmp_path):
 PROOF = """
 import sys, time
 from pathlib import Path
-from lamda.cluster import prove_resume
+from lamda.cluster import resume_test
 from lamda.cluster.processes import Launch
 from lamda.cli import main
 folder = Path(sys.argv[1])
@@ -98,7 +98,7 @@ def run(self, ranks, others):
     finally:
         launch.kill()
 
-prove_resume.Proof.run = run
+resume_test.ResumeTest.run = run
 sys.exit(main(["prove-resume", "--ranks", "1", "--config", "configs/tiny.yaml", "--run.dir", str(folder / "mine")]))
 """
 

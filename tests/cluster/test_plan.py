@@ -168,7 +168,7 @@ def test_a_run_that_does_not_fit_names_settings_that_do(planned, tmp_path, argum
 
 def test_a_model_that_no_setting_makes_fit_is_said_to_be_one(planned):
     (warning,) = planned("--config", "configs/lamda_137b.yaml", "--gpus", "256", code=1)["warnings"]
-    assert "every rank makes the whole model first, 550.8 GB in fp32" in warning
+    assert "every rank first builds the whole model, 550.8 GB in fp32" in warning
 
 
 def test_offloading_is_said_not_to_be_counted(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from lamda.cluster.compare import FirstDifference, compare_checkpoints, compare_runs, optimizer_state_of, weights_of
-from lamda.cluster.prove_resume import Proof, Trial, choose_ranks, main, rounding_hint, show_trials
+from lamda.cluster.resume_test import ResumeTest, Trial, choose_ranks, main, rounding_hint, show_trials
 from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.storage.run_directory import RunDirectory
@@ -261,7 +261,7 @@ def test_only_what_another_order_of_sums_explains_is_explained_by_it(micro_batch
     ],
 )
 def test_what_differs_is_kept_and_ends_with_1(tmp_path, monkeypatch, capfd, difference, more, code, kept):
-    monkeypatch.setattr(Proof, "run", lambda *_: [trial_of(1, weights=difference)])
+    monkeypatch.setattr(ResumeTest, "run", lambda *_: [trial_of(1, weights=difference)])
     flags = ["--config", "configs/tiny.yaml", "--run.dir", str(tmp_path / "run"), "--ranks", "2"]
     assert main([*flags, *more]) == code
     message = capfd.readouterr().out

@@ -18,11 +18,11 @@ import zstandard
 from numpy.typing import NDArray
 
 from lamda.config.schema import Config
-from lamda.data.block_files import BlockFolder
 from lamda.data.corpus import Corpus, packing_of
 from lamda.data.loader import Loader, StepBatch, batch_digest
 from lamda.data.order import next_samples
 from lamda.data.quarantine import Quarantined, first_of
+from lamda.data.row_cache import RowCache
 from lamda.data.windows import SourceOrder, Window
 
 
@@ -123,7 +123,7 @@ def read(
     after: Run | None = None,
     skipped: Sequence[tuple[int, int]] = (),
     threads: int = 1,
-    ready: BlockFolder | None = None,
+    row_cache: RowCache | None = None,
     with_order: bool = True,
     domains: Sequence[str] = (),
 ) -> Run:
@@ -137,7 +137,7 @@ def read(
             micro_batch=config.train.micro_batch_size, rank=rank, world_size=world_size, consumed=consumed,
             skipped=skipped,
             order=[saved(each) for each in order] if with_order else (), exchange=exchange.of(rank), threads=threads,
-            domains=domains, document_mask=config.data.separates_documents, ready=ready,
+            domains=domains, document_mask=config.data.separates_documents, row_cache=row_cache,
             on_window=lambda source, known, rank=rank: rank or windows.append((source, known.windows[-1])),
         )
         for rank in range(world_size)

@@ -23,14 +23,16 @@ SOURCE = Source(name="s", license="none", files=("x.jsonl",), domain="meta.pile_
 
 def lanes_of(paths, *, most):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partitioning, "LEAST_ROWS", 1)
-        return cut_into_lanes(SOURCE, [File(str(path), path.stat().st_size) for path in paths], row_length=1, most=most)
+        patch.setattr(partitioning, "MIN_ROWS_PER_LANE", 1)
+        return cut_into_lanes(
+            SOURCE, [File(str(path), path.stat().st_size) for path in paths], sequence_length=1, max_lanes=most
+        )
 
 
 def parts_of(lane, tokenizer, packing, ends, *, epoch=0):
     """What a lane gives to windows that end at these fractions of it, and at its end: each with its part."""
     reader, start, made = LaneReader(lane, tokenizer, packing), Cursor(), []
-    for target in [*(int(end * lane.length) for end in sorted(ends)), None]:
+    for target in [*(int(end * lane.axis_length) for end in sorted(ends)), None]:
         part = Part(epoch, start, target)
         made.append((part, reader.read(part)))
         start = made[-1][1].after
@@ -80,7 +82,7 @@ def test_a_lane_gives_every_token_of_its_documents_once_whatever_the_windows(
             assert len(rows.block.ids) == -(-rows.tokens // length)
             assert rows.tokens % length == 0 or place == len(made) - 1
             assert_same(LaneReader(lane, tokenizer, packing).read(part), rows)
-            if place < len(made) - 1:  # what has been announced is read to its end, whatever is planned
+            if place < len(made) - 1:  # a known part is read to its end, whatever is planned
                 assert_same(LaneReader(lane, tokenizer, packing).read(part._replace(stop=rows.after)), rows)
     expected = [[*tokenizer.encode(text), tokenizer.end_of_document] for file in texts for text in file]
     assert stream == [token for document in expected for token in document]
@@ -137,8 +139,8 @@ def test_a_book_is_read_window_by_window_and_never_encoded_at_once(tmp_path, tok
         lambda texts, **more: encoded.append(sum(map(len, texts))) or encode(texts, **more),
     )
     reader = LaneReader(lane, tokenizer, Packing(64))
-    first = reader.read(Part(0, Cursor(), lane.length // 10))
-    assert sum(encoded) < lane.length / 4
+    first = reader.read(Part(0, Cursor(), lane.axis_length // 10))
+    assert sum(encoded) < lane.axis_length / 4
     assert first.tokens / len(expected) == pytest.approx(0.1, abs=0.02)
     rest = reader.read(Part(0, first.after, None))
     ids = np.concatenate([first.block.ids[:, 1:], rest.block.ids[:, 1:]]).ravel()

@@ -26,7 +26,7 @@ def test_ranks_read_their_lanes_ahead_after_the_weights_have_changed(tmp_path, m
     corpus, late, get = open_corpus(config.data), [], RowReader.get
 
     def counted(reader, lane, window, part):
-        if window not in reader._coming.get(lane, {}):
+        if window not in reader._pending.get(lane, {}):
             late.append((lane, window))
         return get(reader, lane, window, part)
 

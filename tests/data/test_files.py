@@ -69,7 +69,7 @@ def test_where_a_line_is_stored_depends_on_the_file_alone(tmp_path, monkeypatch,
     data, draw = Path(file.url).read_bytes(), random.Random(0)
     cuts = [0, *sorted(draw.sample(range(1, file.size), 60)), file.size]
     pieces = [data[start:stop] for start, stop in pairwise(cuts)]
-    monkeypatch.setattr(files, "_stored", lambda file, start: iter(pieces))
+    monkeypatch.setattr(files, "_read", lambda file, start: iter(pieces))
     assert list(read_lines(file)) == whole
 
 

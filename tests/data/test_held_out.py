@@ -1,4 +1,4 @@
-"""Held-out text is read once, in order; every token is scored once, a document's first after an end symbol."""
+"""Held-out text is read once, in order; every token is scored once, a document's first after EOS."""
 
 import itertools
 from dataclasses import replace
@@ -50,7 +50,7 @@ def test_rows_come_from_all_files_in_turn(held_out):
 
 
 def test_many_files_are_shared_out_and_read_once(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("lamda.data.held_out.MOST_SHARES", 3)
+    monkeypatch.setattr("lamda.data.held_out.MAX_OPEN_FILES", 3)
     for number in range(8):
         write_shard(tmp_path / f"{number}.jsonl", [make_text(number, 60)], domain=str(number))
     source = Source(name="s", license="none", files=f"{tmp_path}/*.jsonl", domain="meta.pile_set_name")
@@ -80,7 +80,7 @@ def test_under_a_document_mask_an_input_is_of_its_targets_document(held_out, tok
         assert np.array_equal(row.loss_mask, other.loss_mask)
         ends = row.ids[1:-1] == tokenizer.end_of_document
         changes = row.documents[1:] != row.documents[:-1]
-        assert np.array_equal(changes, ends), "the end symbol is the first input of the next document, or of padding"
+        assert np.array_equal(changes, ends), "EOS is the first input of the next document, or of padding"
     assert all(row.documents is None for row in plain)
 
 

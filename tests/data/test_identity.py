@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from lamda.config.errors import DataError, UserError
 from lamda.config.schema import Config
 from lamda.data import identity
-from lamda.data.block_files import BlockFolder
 from lamda.data.blocks import LaneReader, Packing, Part
 from lamda.data.card import Source
 from lamda.data.corpus import changed_files, differences, fingerprint, open_corpus
@@ -20,6 +19,7 @@ from lamda.data.files import File, read_lines
 from lamda.data.lanes import Cursor
 from lamda.data.partitioning import cut_into_lanes
 from lamda.data.resolving import require_here, resolve
+from lamda.data.row_cache import RowCache
 from lamda.data.windows import SourceOrder, Window
 from lamda.storage.state import RunState
 from lamda.training.resume import ResumePoint
@@ -50,7 +50,7 @@ def shards(folder: Path, *, seed: int = 0) -> Path:
 def lane_of(path: Path, **fields):
     file = File(str(path), path.stat().st_size, **fields)
     source = Source(name="s", license="none", files="x")
-    return cut_into_lanes(source, [file], row_length=14, most=1, max_bad_line_fraction=1)[0]
+    return cut_into_lanes(source, [file], sequence_length=14, max_lanes=1, max_bad_line_fraction=1)[0]
 
 
 def order_of(*cursors: Cursor) -> SourceOrder:
@@ -130,7 +130,7 @@ def test_a_cursor_lands_in_its_document_or_the_file_is_refused(tmp_path, tokeniz
     texts = [make_text(n, length) for n, length in enumerate(lengths)]
     path = write_shard(tmp_path / f"0{suffix}", texts)
     lane = lane_of(path)
-    first = LaneReader(lane, tokenizer, PACKING).read(Part(0, Cursor(), int(end * lane.length)))
+    first = LaneReader(lane, tokenizer, PACKING).read(Part(0, Cursor(), int(end * lane.axis_length)))
     cursor, rest = first.after, Part(0, first.after, None)
     unbroken = LaneReader(lane, tokenizer, PACKING).read(rest)
     write_shard(path, [texts[place] for place in order])
@@ -148,7 +148,7 @@ def test_a_cursor_lands_in_its_document_or_the_file_is_refused(tmp_path, tokeniz
 def test_a_cursor_without_a_digest_still_wants_a_document_at_its_line(tmp_path, tokenizer):
     path = write_shard(tmp_path / "0.jsonl", [make_text(n, 20) for n in range(9)])
     lane = lane_of(path)
-    cursor = LaneReader(lane, tokenizer, PACKING).read(Part(0, Cursor(), lane.length // 2)).after
+    cursor = LaneReader(lane, tokenizer, PACKING).read(Part(0, Cursor(), lane.axis_length // 2)).after
     assert cursor.line > 0
     assert cursor.digest is not None
     plain = cursor._replace(digest=None)
@@ -191,9 +191,7 @@ def test_ready_blocks_of_other_text_with_the_same_names_and_sizes_are_not_taken(
         folder.mkdir()
         write_shard(folder / "c.jsonl", [f"{text} {n:03}" for n in range(50)])
     assert (english / "c.jsonl").stat().st_size == (german / "c.jsonl").stat().st_size
-    folders = {
-        BlockFolder.of(str(tmp_path / "ready"), print_of(folder, tokenizer)).path for folder in (english, german)
-    }
+    folders = {RowCache.of(str(tmp_path / "ready"), print_of(folder, tokenizer)).path for folder in (english, german)}
     assert len(folders) == 2
 
 

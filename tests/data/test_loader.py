@@ -14,10 +14,10 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from lamda.config.errors import DataError
-from lamda.data.block_files import BlockFolder
 from lamda.data.corpus import open_corpus
 from lamda.data.documents import Encoded, RawText
 from lamda.data.lanes import RAW_TEXT
+from lamda.data.row_cache import RowCache
 from tests.data.ranks import BAD, BLANK, Numbers, Run, config_of, read, write_file
 
 BATCH = 12
@@ -70,8 +70,8 @@ def opened(case, *, form=RAW_TEXT):
         patch("lamda.data.order.SLOTS", 256),
         patch("lamda.data.windows.SLOTS", 256),
         patch("lamda.data.windows.FIRST_TOKENS", case.first_tokens),
-        patch("lamda.data.corpus.MOST", case.most),
-        patch("lamda.data.partitioning.LEAST_ROWS", case.least_rows),
+        patch("lamda.data.corpus.MAX_LANES", case.most),
+        patch("lamda.data.partitioning.MIN_ROWS_PER_LANE", case.least_rows),
         patch("lamda.data.partitioning.CUT_COMPRESSED", (case.cut_compressed, 1 << 24)),
     ):
         folder, last, texts = Path(place), 1, []
@@ -148,8 +148,8 @@ def test_any_ranks_threads_and_kept_rows_give_the_same_samples(case, world, thre
         straight = read(config, corpus, Numbers(), until=lambda step: two_epochs(step) or step.consumed >= 600)
         count = len(straight.digests)
         for kept in ("made", "found") if keeps else ("nowhere",):
-            ready = BlockFolder.of(config.data.cache_dir, {}) if keeps else None
-            run = read(config, corpus, Numbers(), count=count, world_size=world, threads=threads, ready=ready)
+            row_cache = RowCache.of(config.data.cache_dir, {}) if keeps else None
+            run = read(config, corpus, Numbers(), count=count, world_size=world, threads=threads, row_cache=row_cache)
             assert run.digests == straight.digests, kept
             assert (run.order, run.epochs) == (straight.order, straight.epochs)
             assert all(map(np.array_equal, run.loss_mask, straight.loss_mask))

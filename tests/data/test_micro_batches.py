@@ -37,7 +37,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(config):
-    with patch("lamda.data.partitioning.LEAST_ROWS", 20):
+    with patch("lamda.data.partitioning.MIN_ROWS_PER_LANE", 20):
         corpus = open_corpus(config.data)
     assert len(corpus.lanes) > 4
     return corpus
@@ -71,7 +71,7 @@ def test_under_a_document_mask_the_end_symbol_begins_the_next_document(config, c
     end, kinds = tokenizer.end_of_document, set()
     for lane in corpus.lanes:
         block = LaneReader(lane, tokenizer, packing).read(Part(0, Cursor(), None)).block
-        origin = [[None] * (packing.length + 1) for _ in block.ids]
+        origin = [[None] * (packing.sequence_length + 1) for _ in block.ids]
         for span in block.spans[block.spans["document"] >= 0]:
             for place in range(span["length"]):
                 line = block.documents[span["document"]][2:4]
@@ -90,7 +90,7 @@ def test_under_a_document_mask_the_end_symbol_begins_the_next_document(config, c
 
 
 def _opens_another(origin, ids, place, end):
-    """Whether the token at `place` is the end symbol before a document's first one."""
+    """Whether the token at `place` is EOS before a document's first one."""
     if place + 1 == len(origin) or ids[place] != end or origin[place + 1] is None:
         return False
     return (origin[place] is None or origin[place + 1][0] != origin[place][0]) and origin[place + 1][1] == 0
@@ -114,7 +114,7 @@ def test_a_document_mask_changes_no_token_and_leaves_every_target_of_the_usual_p
 def test_targets_carry_their_domain_and_unknown_ones_count_as_one(tmp_path, config, tokenizer):
     for number, domain in enumerate(["b", "a", "new"]):
         write_shard(tmp_path / f"{number}.jsonl", [make_text(n, 30 + 9 * number) for n in range(9)], domain=domain)
-    with patch("lamda.data.partitioning.LEAST_ROWS", 15):
+    with patch("lamda.data.partitioning.MIN_ROWS_PER_LANE", 15):
         corpus = open_corpus(config.data.model_copy(update={"files": (f"{tmp_path}/*",)}))
     assert len(corpus.lanes) > 2
     assert corpus.domains() == ["a", "b", "new"]

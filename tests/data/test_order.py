@@ -115,7 +115,7 @@ def test_weights_that_change_at_a_sample_lose_and_repeat_no_row(stages, first, s
     for sample in (first - 1, first, first + 1, 65_432):
         assert np.array_equal(mixture.rows_before(sample), np.bincount(sources[:sample], minlength=count))
     assert np.array_equal(sources[:first], unchanged.rows(np.arange(first))[0])
-    assert np.array_equal(mixture.most, np.max([table.count for table in mixture.tables], axis=0))
+    assert np.array_equal(mixture.max_slots, np.max([table.count for table in mixture.tables], axis=0))
 
 
 def test_a_mixture_has_its_shares_exactly_in_every_round():

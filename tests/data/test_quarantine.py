@@ -46,8 +46,8 @@ def lanes_of(folder: Path, contents, *, count=1, limit=1.0):
 def cut(*paths: Path, count=1, limit=1.0):
     found = [File(str(path), path.stat().st_size) for path in paths]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partitioning, "LEAST_ROWS", 1)
-        return cut_into_lanes(SOURCE, found, row_length=1, most=count, max_bad_line_fraction=limit)
+        patch.setattr(partitioning, "MIN_ROWS_PER_LANE", 1)
+        return cut_into_lanes(SOURCE, found, sequence_length=1, max_lanes=count, max_bad_line_fraction=limit)
 
 
 def entries(lane):
@@ -236,7 +236,7 @@ def test_counters_and_bad_lines_are_a_function_of_the_place(tmp_path_factory, to
             if isinstance(entry, Document)
         ]
         reader, start, made = LaneReader(lane, tokenizer, Packing(length)), Cursor(), []
-        for target in [*(int(end * lane.length) for end in sorted(ends)), None]:
+        for target in [*(int(end * lane.axis_length) for end in sorted(ends)), None]:
             part = Part(0, start, target)
             made.append((part, reader.read(part)))
             start = made[-1][1].after
@@ -258,7 +258,7 @@ def test_too_many_bad_lines_stop_the_run_from_any_cursor(tmp_path, tokenizer, mo
     message = r"lane 0: 5 of 100 lines .* data\.max_bad_line_fraction 0\.04"
     reader = LaneReader(strict, tokenizer, Packing(8))
     monkeypatch.setattr("lamda.data.spans.ENCODE_CHARACTERS", 100)
-    first = reader.read(Part(0, Cursor(), strict.length // 8))
+    first = reader.read(Part(0, Cursor(), strict.axis_length // 8))
     assert first.after.bad == 5
     with pytest.raises(DataError, match=rf"{message}.*0\.jsonl, line 31: not JSON.*line 32: no text"):
         LaneReader(strict, tokenizer, Packing(8)).read(Part(0, Cursor(), None))
@@ -288,7 +288,7 @@ def test_a_file_with_a_broken_end_is_still_an_error(tmp_path, monkeypatch):
 
 
 def test_any_ranks_and_stops_find_the_same_bad_lines(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(partitioning, "LEAST_ROWS", 20)
+    monkeypatch.setattr(partitioning, "MIN_ROWS_PER_LANE", 20)
     monkeypatch.setattr("lamda.data.windows.FIRST_TOKENS", 300)
     for number in range(3):
         lines = [BAD if n % 5 == number else good(make_text(n, n)) for n in range(40)]

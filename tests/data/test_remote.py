@@ -440,9 +440,9 @@ def test_ctrl_c_leaves_no_thread_asking_a_server_that_wants_patience(monkeypatch
         finally:
             ended.set()
 
-    monkeypatch.setattr(resolving, "_look_up", look_up)
+    monkeypatch.setattr(resolving, "stat_file", look_up)
     with pytest.raises(KeyboardInterrupt):
-        resolving._looked_up(["interrupted", "patient"], lambda: None)
+        resolving.resolve_files(["interrupted", "patient"], lambda: None)
     assert ended.wait(60)
 
 

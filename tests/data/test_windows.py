@@ -1,4 +1,4 @@
-"""Windows are planned from what was announced, spread over all lanes, and come back from a file as they were."""
+"""Windows are planned from their lanes' progress, spread over all lanes, and come back from a file as they were."""
 
 import json
 from dataclasses import asdict
@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamda.data.blocks import LaneProgress
 from lamda.data.lanes import Cursor
-from lamda.data.windows import FIRST_TOKENS, ONE, Announcement, Shape, SourceOrder, Window, places, spread
+from lamda.data.windows import FIRST_TOKENS, ONE, Shape, SourceOrder, Window, places, spread
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=20)
 
@@ -19,8 +20,8 @@ def window_of(counts, *, number=0):
     return Window(number, 0, 0, 0, 0, ONE, cursors, tuple(counts), cursors)
 
 
-def announced(counts, tokens=10):
-    return [Announcement(count, tokens, Cursor(line=count)) for count in counts]
+def progress(counts, tokens=10):
+    return [LaneProgress(count, tokens, Cursor(line=count)) for count in counts]
 
 
 @given(st.integers(0, 3000), st.integers(0, 2**60), st.integers(0, 99))
@@ -83,10 +84,10 @@ def test_windows_grow_to_their_size_and_end_each_epoch_exactly(lengths, share, l
         plan = order.plan(shape)
         assert (plan.number, plan.epoch, plan.since) == (number, epochs, until)
         assert plan.since < plan.until <= ONE
-        assert (plan.part(0, lengths[0]).target is None) == (plan.until == ONE)
+        assert (plan.part(0, axis_length=lengths[0]).target is None) == (plan.until == ONE)
         assert all(start == Cursor() for start in plan.starts) or plan.since > 0
         tokens = int((plan.until - plan.since) / ONE * sum(lengths) / bytes_per_token / len(lengths))
-        order = order.add(plan, announced([number + 1] * len(lengths), tokens), shape)
+        order = order.add(plan, progress([number + 1] * len(lengths), tokens), shape)
         until, epochs = (0, epochs + 1) if plan.until == ONE else (plan.until, epochs)
     window = order.windows[-1]
     assert window.base == order.end - window.rows == len(lengths) * sum(range(1, 40))
@@ -96,7 +97,7 @@ def test_windows_are_planned_by_the_bytes_a_token_of_the_first_ones():
     shape = Shape(16384, (1 << 30, 1 << 30), 1024, 1 << 24)
     order = SourceOrder()
     assert order.plan(shape).until == 4 * FIRST_TOKENS * ONE >> 31
-    order = order.add(order.plan(shape), announced([128, 128], tokens=FIRST_TOKENS), shape)  # two bytes each
+    order = order.add(order.plan(shape), progress([128, 128], tokens=FIRST_TOKENS), shape)  # two bytes each
     plan = order.plan(shape)
     assert plan.until - plan.since == pytest.approx(2 * shape.tokens(1) / 2**31 * ONE, rel=1e-4)
 
@@ -110,7 +111,7 @@ def test_windows_follow_text_whose_tokens_become_shorter_or_longer():
         tokens = ((plan.until - plan.since) * (1 << 34) >> 32) // bytes_per_token
         if number % 20 > 6 and number > 20:
             assert tokens == pytest.approx(1 << 22, rel=0.05)
-        order = order.add(plan, announced([tokens // 1024], tokens), shape).without(order.end)
+        order = order.add(plan, progress([tokens // 1024], tokens), shape).without(order.end)
 
 
 def test_a_part_under_half_a_window_is_no_window_and_an_epoch_may_be_one():
@@ -124,7 +125,7 @@ def test_only_windows_that_are_still_asked_for_are_kept_and_they_come_back_from_
     shape = Shape(16384, (1 << 24, 1 << 24), 16, 1 << 20)
     order = SourceOrder()
     for number in range(4):
-        order = order.add(order.plan(shape), announced([5, number], 1 << 17), shape)
+        order = order.add(order.plan(shape), progress([5, number], 1 << 17), shape)
     ends = np.cumsum([5 + number for number in range(4)]).tolist()
     for row in range(order.end):
         kept = order.without(row)
@@ -142,7 +143,7 @@ def test_the_epochs_that_are_over_grow_evenly_with_the_rows():
     shape = Shape(16384, (16 * FIRST_TOKENS,), 16, 1)
     order, last = SourceOrder(), -1.0
     for _ in range(9):
-        order = order.add(order.plan(shape), announced([40], FIRST_TOKENS), shape)
+        order = order.add(order.plan(shape), progress([40], FIRST_TOKENS), shape)
     for row in range(1, order.end + 1):
         epoch = order.at(row - 1).epoch_at(row)
         assert epoch > last

@@ -214,18 +214,18 @@ def test_a_record_is_read_and_written_back():
 @pytest.mark.parametrize(
     ("entry", "output"),
     [
-        ("hello", "message 1: is no JSON object"),
+        ("hello", "message 1: is not a JSON object"),
         ({"role": "bot", "content": "x"}, "role is 'bot', not one of system, user"),
-        ({"role": "user"}, "content is no text"),
-        ({"role": "user", "content": "\ud800"}, "content is no text"),
+        ({"role": "user"}, "content is not text"),
+        ({"role": "user", "content": "\ud800"}, "content is not text"),
         ({"role": "user", "content": "x", "to": "TS"}, "to is 'TS'"),
         ({"role": "user", "content": "x", "label": {}}, "no key 'label'; did you mean 'labels'"),
         ({"role": "assistant", "content": "x", "labels": {"sensibel": 1}}, "did you mean 'sensible'"),
         ({"role": "assistant", "content": "x", "labels": {"unsafe": 2}}, "label unsafe is 2, not 0 or 1"),
         ({"role": "user", "content": "x", "labels": {"unsafe": 1}}, "labels rate an assistant's message"),
         ({"role": "tool", "content": "x"}, "follows no query"),
-        ({"role": "user", "content": "x", "knowledge": "y"}, "knowledge is no list of texts"),
-        ({"role": "assistant", "content": None}, "content is no text"),
+        ({"role": "user", "content": "x", "knowledge": "y"}, "knowledge is not a list of texts"),
+        ({"role": "assistant", "content": None}, "content is not text"),
         ({"role": None, "content": "x"}, "role is None"),
         ({"role": "user", "content": "x", "name": "Bob"}, "no key 'name'"),
     ],
@@ -237,7 +237,7 @@ def test_a_bad_message_is_refused_with_its_reason(entry, output):
 
 
 def test_everything_that_is_wrong_is_reported_at_once():
-    with pytest.raises(ValueError, match=r"message 1: role is 'bot'.*; message 2: content is no text"):
+    with pytest.raises(ValueError, match=r"message 1: role is 'bot'.*; message 2: content is not text"):
         parse_conversation({"messages": [{"role": "bot", "content": "x"}, {"role": "user", "content": 3}]})
     for record in (None, {}, {"messages": []}, {"messages": "x"}):
         with pytest.raises(ValueError, match="no list of messages"):

@@ -49,7 +49,9 @@ def lane_of(folder, records, **more):
     form = Conversations(row_length=LENGTH, seed=5, **{"generative": 1, "discriminative": 2, **more})
     path = folder / "talk.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    (lane,) = cut_into_lanes(SOURCE, [File(str(path), path.stat().st_size)], row_length=LENGTH, most=1, form=form)
+    (lane,) = cut_into_lanes(
+        SOURCE, [File(str(path), path.stat().st_size)], sequence_length=LENGTH, max_lanes=1, form=form
+    )
     return lane
 
 
@@ -143,7 +145,7 @@ def test_rows_hold_each_example_whole_and_once_and_come_from_their_cursor_alone(
         ]
         reader, start, made = LaneReader(lane, tokenizer, packing), Cursor(), []
         for number in range(1, windows + 1):
-            part = Part(epoch, start, None if number == windows else lane.length * number // windows)
+            part = Part(epoch, start, None if number == windows else lane.axis_length * number // windows)
             made.append((part, reader.read(part)))
             start = made[-1][1].after
         found = []

@@ -18,7 +18,7 @@ from lamda.dialog.evaluation import DialogScores, evaluate_checkpoint
 from lamda.inference.sampling import NotFiniteError
 from lamda.model import LaMDA
 from lamda.model.initialization import initialize_weights
-from lamda.runs.where import where
+from lamda.runs.trace import trace
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
 from lamda.training.inputs import with_initial_weights
@@ -88,7 +88,7 @@ def test_a_stopped_run_continues_with_other_ranks_to_the_same_weights(place, mon
             evaluate([str(place / "alone"), "--examples", count])
     report = evaluate_checkpoint(place / "alone/checkpoints/step-00000006", files=None, examples=None)
     assert report["perplexity"] == pytest.approx(final["eval/perplexity"], rel=1e-4)
-    (_, pieces), *_ = where(RunDirectory(place / "alone"), step=6, row=0)
+    (_, pieces), *_ = trace(RunDirectory(place / "alone"), step=6, row=0)
     assert {piece.domain for piece in pieces} <= {"generative", "research", *ATTRIBUTES}
     assert all(piece.file == f"{place}/train.jsonl" for piece in pieces)
     for piece in pieces:
@@ -130,7 +130,7 @@ def test_ratings_of_one_class_alone_are_null_for_a_program_and_named_for_a_perso
     assert evaluate(words) == 0
     shown = capsys.readouterr().out
     assert "responses: none" in shown
-    assert "one class alone" in shown
+    assert "only one class" in shown
     assert "nan" not in shown
 
 

@@ -12,7 +12,7 @@ from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 from lamda.dialog.conversation import Message
 from lamda.dialog.encoding import Encoding
-from lamda.dialog.ranking import JUDGED, Scored, drop_reason, judge, rank_by_attributes, rank_by_likelihood
+from lamda.dialog.ranking import RATED_ATTRIBUTES, Scored, drop_reason, judge, rank_by_attributes, rank_by_likelihood
 from lamda.dialog.speaker import REFUSAL, ReplyOptions, Speaker
 from lamda.dialog.tools.toolset import Toolset
 from lamda.inference.generation import prefill, sample
@@ -49,7 +49,7 @@ def candidates(model, encoding):
 def plain_probabilities(model, encoding, ids):
     """P(attribute) by the whole sequence at once, as the paper writes it down."""
     found = {}
-    for name in JUDGED:
+    for name in RATED_ATTRIBUTES:
         whole = [*encoding.context(TALK), *ids, encoding.attribute(name)]
         logits = model(torch.tensor([whole]))[0, -1].double()
         found[name] = logits[list(encoding.rating_ids)].softmax(0)[1].item()
@@ -62,7 +62,7 @@ def test_every_score_equals_the_whole_sequence_without_a_cache(model, encoding, 
     assert len(by_text) > 6  # they differ
     for scored in ranked:
         expected = plain_probabilities(model, encoding, by_text[scored.text])
-        assert {name: scored.scores[name] for name in JUDGED} == pytest.approx(expected, abs=1e-5)
+        assert {name: scored.scores[name] for name in RATED_ATTRIBUTES} == pytest.approx(expected, abs=1e-5)
         assert scored.value == pytest.approx(
             3 * expected["sensible"] + expected["specific"] + expected["interesting"], abs=5e-5
         )
@@ -126,7 +126,7 @@ def test_the_reply_is_the_first_candidate_and_shows_all(model, tokenizer):
     assert reply == speaker(model, tokenizer, options=REPLY_OPTIONS).reply(TALK)
     record = reply.to_record()
     assert [candidate["rank"] for candidate in record["candidates"]][:1] == [1]
-    assert set(record["candidates"][0]["scores"]) == {*JUDGED, "log_likelihood"}
+    assert set(record["candidates"][0]["scores"]) == {*RATED_ATTRIBUTES, "log_likelihood"}
 
 
 def test_where_all_are_dropped_the_refusal_is_said_and_not_the_safest(model, tokenizer):
@@ -172,11 +172,11 @@ def test_nothing_to_answer_is_said(model, tokenizer):
         speaker(model, tokenizer).reply([])
 
 
-@pytest.mark.parametrize("name", JUDGED)
+@pytest.mark.parametrize("name", RATED_ATTRIBUTES)
 def test_a_candidate_that_could_not_be_judged_is_dropped(name):
-    judgement = dict.fromkeys(JUDGED, 0.1) | {name: float("nan")}
+    judgement = dict.fromkeys(RATED_ATTRIBUTES, 0.1) | {name: float("nan")}
     assert drop_reason("fine", judgement, threshold=1.0) == "its scores are not finite"
-    assert drop_reason("fine", dict.fromkeys(JUDGED, 0.1), threshold=1.0) is None
+    assert drop_reason("fine", dict.fromkeys(RATED_ATTRIBUTES, 0.1), threshold=1.0) is None
     record = Scored("fine", judgement, float("nan")).to_record()
     assert json.loads(json.dumps(record, allow_nan=False))["scores"][name] is None
 

@@ -14,7 +14,7 @@ from lamda.cli import main
 from lamda.config.errors import UserError
 from lamda.dialog.conversation import parse_conversation
 from lamda.dialog.examples import Response, examples_of
-from lamda.dialog.research_data import make_conversations
+from lamda.dialog.tool_data import make_conversations
 from lamda.dialog.tools.calculator import calculate
 from lamda.dialog.tools.toolset import open_toolset
 

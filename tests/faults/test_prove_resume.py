@@ -2,7 +2,7 @@
 
 import json
 
-from lamda.cluster.prove_resume import main
+from lamda.cluster.resume_test import main
 from tests.conftest import make_text, write_shard
 from tests.launch import ENVIRONMENT
 

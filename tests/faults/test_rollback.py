@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lamda.runs.where import where
+from lamda.runs.trace import trace
 from lamda.storage import manifest
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
@@ -58,7 +58,7 @@ def test_a_spike_after_a_spoilt_checkpoint_rolls_back_to_the_sound_one_before_it
 def test_where_names_what_was_read_before_and_after_a_rollback(place, spoilt):
     """Its rows are checked against each step's batch_digest."""
     for step in (9, 10, 18):
-        assert len(list(where(RunDirectory(place.folder / "spoilt"), step=step, row=None))) == BATCH
+        assert len(list(trace(RunDirectory(place.folder / "spoilt"), step=step, row=None))) == BATCH
 
 
 def test_where_knows_the_windows_that_no_checkpoint_tells_of_yet(place):
@@ -69,7 +69,7 @@ def test_where_knows_the_windows_that_no_checkpoint_tells_of_yet(place):
     assert not any(RunState.read(path / "run_state.json").skipped for path in manifest.complete(directory.checkpoints))
     assert directory.skipped()
     newest = read_metrics(directory.metrics)[-1]["step"]
-    assert len(list(where(directory, step=newest, row=None))) == BATCH
+    assert len(list(trace(directory, step=newest, row=None))) == BATCH
 
 
 def test_a_branch_skips_what_the_run_that_it_came_from_had_noted_by_then(place, spoilt):
@@ -81,7 +81,7 @@ def test_a_branch_skips_what_the_run_that_it_came_from_had_noted_by_then(place, 
     assert digests["branch"] == digests["spoilt"][9:]
     directory = RunDirectory(place.folder / "branch")
     assert (directory.skipped(), directory.rollbacks) == (((72, 112),), 0)
-    assert len(list(where(directory, step=10, row=None))) == BATCH, "the file's first step is not the run's first"
+    assert len(list(trace(directory, step=10, row=None))) == BATCH, "the file's first step is not the run's first"
 
 
 def test_killed_between_the_note_and_the_renaming_a_run_does_not_resume_from_what_it_rolled_back_from(place, spoilt):

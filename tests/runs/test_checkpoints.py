@@ -202,7 +202,7 @@ def test_diff_tells_by_how_much_every_tensor_differs(tmp_path, weights, capsys):
 
 
 def test_large_tensors_are_compared_in_pieces(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint_diff, "ELEMENTS", 7)
+    monkeypatch.setattr(checkpoint_diff, "CHUNK_ELEMENTS", 7)
     a = torch.arange(30.0).view(3, 10)
     b = a.clone()
     b[0, 3], b[2, 9] = 4.0, 31.5

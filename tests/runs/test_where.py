@@ -8,16 +8,16 @@ import pytest
 
 from lamda.config.loading import load_config
 from lamda.data import windows
-from lamda.data.block_files import BlockFolder
 from lamda.data.blocks import LaneReader
 from lamda.data.corpus import fingerprint, open_corpus, packing_of
 from lamda.data.files import read_lines
 from lamda.data.loader import Loader, batch_digest
 from lamda.data.order import consumed_after, next_samples
+from lamda.data.row_cache import RowCache
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.windows import SourceOrder
-from lamda.runs import where as module
-from lamda.runs.where import where
+from lamda.runs import trace as module
+from lamda.runs.trace import trace
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.window_log import WindowLog
 from tests.conftest import make_text, write_shard
@@ -41,12 +41,12 @@ class Training:
         """Take steps, and log them and their windows."""
         config = load_config(["--config", str(self.directory.config)])
         corpus, tokenizer = open_corpus(config.data), Tokenizer.load(self.directory.tokenizer)
-        ready = config.data.cache_dir and BlockFolder.of(config.data.cache_dir, fingerprint(corpus, config, tokenizer))
+        row_cache = config.data.cache_dir and RowCache.of(config.data.cache_dir, fingerprint(corpus, config, tokenizer))
         log = WindowLog(self.directory.order)
         log.begin(self.order)
         loader = Loader(
             corpus, tokenizer, packing=packing_of(config), seed=config.run.seed, batch=BATCH, micro_batch=BATCH,
-            rank=0, world_size=1, consumed=self.consumed, order=self.order, ready=ready, on_window=log.add,
+            rank=0, world_size=1, consumed=self.consumed, order=self.order, row_cache=row_cache, on_window=log.add,
         )  # fmt: skip
         with loader, self.directory.metrics.open("a") as rows:
             for _, step in zip(range(steps), loader, strict=False):
@@ -60,7 +60,7 @@ class Training:
 
     def rows(self, step):
         """All rows of a step; their text is compared with the step's digest."""
-        found = list(where(self.directory, step=step, row=None))
+        found = list(trace(self.directory, step=step, row=None))
         assert [row for row, _ in found] == list(range(BATCH))
         return found
 
@@ -179,11 +179,11 @@ def test_a_run_from_another_runs_checkpoint_knows_the_windows_that_came_with_it(
     calls.clear()
     second.rows(10)
     assert calls["read"] <= BATCH
-    assert second.rows(10) == [*where(first.train(1).directory, step=10, row=None)]
+    assert second.rows(10) == [*trace(first.train(1).directory, step=10, row=None)]
 
 
 @pytest.mark.parametrize("shuffle", ["epoch", 8])
-def test_ready_rows_are_read_and_not_made(begin, calls, tmp_path, shuffle):
+def test_cached_rows_are_read_and_not_made(begin, calls, tmp_path, shuffle):
     folder = tmp_path / "blocks"
     run = begin(shuffle=shuffle, cache_dir=str(folder)).train(6)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

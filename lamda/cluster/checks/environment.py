@@ -45,7 +45,7 @@ def batch(subject: Subject) -> Finding:
     )
 
 
-def space(subject: Subject) -> Finding:
+def free_space(subject: Subject) -> Finding:
     """Check that the run directory is writable and has room for the checkpoints."""
     run, keep = Path(subject.config.run.dir), subject.config.checkpoint.keep
     RunDirectory(run).create()
@@ -58,7 +58,7 @@ def space(subject: Subject) -> Finding:
     return ok(message)
 
 
-def speed(subject: Subject) -> Finding:
+def write_speed(subject: Subject) -> Finding:
     """Measure how fast this rank writes while all ranks write, as in a save."""
     rate = writing_rate(Path(subject.config.run.dir))
     seconds = checkpoint_bytes(subject) / (rate * subject.world.world_size)
@@ -83,7 +83,7 @@ def file_clock(subject: Subject) -> Finding:
 
 
 def judge_skew(skew: float, message: str) -> Finding | None:
-    """The finding about a clock that differs by `skew` seconds, None if that is no problem."""
+    """The finding about a clock that differs by `skew` seconds, None if the difference is small enough."""
     if abs(skew) <= SKEW_WARNING:
         return None
     return (failure if abs(skew) > SKEW_FAILURE else warning)(message, "synchronize all clocks with NTP or chrony")
@@ -94,16 +94,16 @@ def data(subject: Subject) -> Finding:
     from lamda.data.corpus import open_corpus
     from lamda.data.files import read_lines
 
-    def look() -> tuple[int, int, str]:
+    def open_first() -> tuple[int, int, str]:
         lanes = open_corpus(subject.config.data).lanes
-        files = {share.file.url: share.file for lane in lanes for share in lane.shares}
+        files = {each.file.url: each.file for lane in lanes for each in lane.slices}
         first = next(iter(files.values()))
-        if not first.url.endswith(".parquet"):
+        if not first.format.is_indexed:
             next(read_lines(first))
         return len(files), sum(file.size for file in files.values()), first.url
 
     try:
-        number, size, first = _in_time(look)
+        number, size, first = _with_timeout(open_first)
     except (UserError, RunError, OSError) as error:
         return failure(str(error), "fix data.corpus or data.files; behind a proxy, set https_proxy")
     return ok(f"{number} files, {size / 1e9:,.2f} GB stored; the first, {first}, can be read")
@@ -129,7 +129,7 @@ def weights_and_biases(subject: Subject) -> Finding:
     except wandb.errors.Error as error:
         return warning(str(error), advice)
     try:
-        _in_time(lambda: reach(host))
+        _with_timeout(lambda: require_answer(host))
     except OSError as error:
         return warning(f"{host} cannot be reached ({error})", advice)
     return ok(f"{host} is reachable, and an API key is set")
@@ -155,19 +155,19 @@ def writing_rate(folder: Path) -> float:
         file.unlink(missing_ok=True)
 
 
-def reach(address: str) -> None:
+def require_answer(address: str) -> None:
     """Raises OSError if no server answers; any HTTP answer counts."""
     with suppress(HTTPError), urlopen(address, timeout=TIMEOUT_SECONDS):
         pass
 
 
-def _in_time(look: Callable[[], T]) -> T:
-    """Run `look`, which may hang. Raises TimeoutError after TIMEOUT_SECONDS, and what `look` raises."""
+def _with_timeout(action: Callable[[], T]) -> T:
+    """Run an action that may hang. Raises TimeoutError after TIMEOUT_SECONDS, and what the action raises."""
     future: Future[T] = Future()
 
     def run() -> None:
         try:
-            future.set_result(look())
+            future.set_result(action())
         except BaseException as error:
             future.set_exception(error)
 
@@ -179,8 +179,8 @@ def _in_time(look: Callable[[], T]) -> T:
 
 CHECKS = (
     Check("batch", "main", batch),
-    Check("run directory", "main", space),
-    Check("disk speed", "rank", speed),
+    Check("run directory", "main", free_space),
+    Check("disk speed", "rank", write_speed),
     Check("file clock", "node", file_clock),
     Check("data", "node", data),
     Check("wandb", "main", weights_and_biases),

@@ -36,11 +36,11 @@ class Subject:
 
 
 class Check(NamedTuple):
-    """A named check. who: runs on every rank, on one rank per node, or on rank 0. look: the check itself."""
+    """A named check. runs_on: every rank, one rank per node, or rank 0. find: the check itself."""
 
     name: str
-    who: Literal["rank", "node", "main"]
-    look: Callable[[Subject], Finding]
+    runs_on: Literal["rank", "node", "main"]
+    find: Callable[[Subject], Finding]
 
 
 def ok(text: str, *, rate: float | None = None) -> Finding:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 FREE_SHARE = 0.9
-"""Share of GPU memory; if less is free, another process uses the GPU."""
+"""Fraction of GPU memory; if less is free, another process uses the GPU."""
 BF16_ERROR = 0.02
 SIZE, REPEATS = 4096, 20
 SHARED_BYTES = 1 << 30

@@ -41,7 +41,7 @@ def facts(subject: Subject) -> dict[str, str]:
     }
 
 
-def alike(everyone: Sequence[dict[str, str]], places: Sequence[str]) -> Finding:
+def same_facts(everyone: Sequence[dict[str, str]], places: Sequence[str]) -> Finding:
     """Compare the facts of all ranks; places: rank and host of each."""
     found = []
     for name in everyone[0]:
@@ -64,7 +64,7 @@ def clocks(times: Sequence[float], places: Sequence[str]) -> Finding:
     return finding or ok(f"all within {max(times) - min(times):.1f} s")
 
 
-def shared(seen: Sequence[bool], places: Sequence[str], run: str) -> Finding:
+def shared_directory(seen: Sequence[bool], places: Sequence[str], run: str) -> Finding:
     """Check that all ranks saw a file that rank 0 wrote into the run directory."""
     blind = [place for place, saw in zip(places, seen, strict=True) if not saw]
     if blind:
@@ -89,7 +89,7 @@ def bandwidth(rate: float, *, right: bool, subject: Subject) -> Finding:
     return ok(message)
 
 
-def look(subject: Subject) -> dict[str, Finding]:
+def check(subject: Subject) -> dict[str, Finding]:
     """Run all checks, on every rank together."""
     place = f"rank {subject.world.rank} (host {socket.gethostname()})"
     places = gather(place)
@@ -99,9 +99,9 @@ def look(subject: Subject) -> dict[str, Finding]:
     seen = gather(_sees_the_file(subject))
     rate, right = all_reduce(subject)
     return {
-        "same": alike(everyone, places),
+        "same": same_facts(everyone, places),
         "clocks": clocks(times, places),
-        "shared": shared(seen, places, subject.config.run.dir),
+        "shared": shared_directory(seen, places, subject.config.run.dir),
         "all-reduce": bandwidth(rate, right=all(gather(right)), subject=subject),
     }
 

@@ -48,7 +48,7 @@ class Server(uvicorn.Server):
                 app,
                 http=partial(Connection, shared=shared),  # type: ignore[arg-type]
                 loop="asyncio",
-                backlog=shared.most,
+                backlog=shared.max_connections,
                 ws="none",
                 lifespan="on",
                 log_level="error",
@@ -87,7 +87,7 @@ class ConnectionLimits:
         self.limits, self.metrics = app.limits, app.metrics
         # A burst is accepted before its first connection can be closed: reserve two descriptors per connection.
         descriptors = allow_open_files(2 * app.limits.connections + _OTHER_DESCRIPTORS)
-        self.most = max(min(app.limits.connections, (descriptors - _OTHER_DESCRIPTORS) // 2), 1)
+        self.max_connections = max(min(app.limits.connections, (descriptors - _OTHER_DESCRIPTORS) // 2), 1)
         self.waiting: dict[Connection, None] = {}
 
 
@@ -105,7 +105,7 @@ class Connection(H11Protocol):
         """With too many connections, abort the one that has waited longest for a request, or else this one."""
         super().connection_made(transport)
         self._wait()
-        if len(self.connections) > self._shared.most:
+        if len(self.connections) > self._shared.max_connections:
             idle = (each for each in self._shared.waiting if not each.flow.write_paused)
             next(idle, self).cut("connections")
 
@@ -125,12 +125,12 @@ class Connection(H11Protocol):
         none of a chunked body, which is rejected: no client of this protocol needs one.
         """
         while data and not self.transport.is_closing() and not self._has_chunks:
-            size = len(data) if self._is_at_work else _SLICE
+            size = len(data) if self._has_request else _SLICE
             super().data_received(data[:size])
             data = data[size:]
             self._unread += size
-        if self._is_at_work:
-            self._work()
+        if self._has_request:
+            self._begin_request()
             return
         if self._unread > self._shared.limits.bytes:
             self.cut("bytes")
@@ -179,7 +179,7 @@ class Connection(H11Protocol):
         return self.cycle is not None and any(name == b"transfer-encoding" for name, _ in self.headers)
 
     @property
-    def _is_at_work(self) -> bool:
+    def _has_request(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
     def _wait(self) -> None:
@@ -188,7 +188,7 @@ class Connection(H11Protocol):
         self._shared.waiting[self] = None
         self._limit(self._shared.limits.head_seconds, self._no_head)
 
-    def _work(self) -> None:
+    def _begin_request(self) -> None:
         """Start the timer of a request that has just begun."""
         if self in self._shared.waiting:
             del self._shared.waiting[self]

@@ -66,7 +66,7 @@ class Endpoint:
         try:
             with self.admission.enter() as slot, self.seconds.time():
                 body = (await receive())["body"]
-                request, handler = await self._in_thread(self._understood, body)
+                request, handler = await self._in_thread(self._parsed, body)
                 del body
                 if request.stream:
                     await self._stream(handler, slot, scope, receive, send)
@@ -80,7 +80,7 @@ class Endpoint:
             else:
                 await send_error(error, send)
 
-    def _understood(self, body: bytes) -> tuple[Any, Handler]:
+    def _parsed(self, body: bytes) -> tuple[Any, Handler]:
         request = parse(self.kind, body)
         return request, self.handler(request)
 

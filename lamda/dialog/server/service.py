@@ -170,7 +170,7 @@ class Service:
         )
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids of a prompt after the end symbol; given ids may begin with it, but have no other control symbol."""
+        """Token ids of a prompt after EOS; given ids may begin with it, but have no other control symbol."""
         end = self._tokenizer.end_of_document
         if isinstance(prompt, str):
             if len(prompt) > self.limits.tokens * self._token_length:  # do not encode what will be rejected

@@ -35,7 +35,7 @@ def _past_redirection(shows: Shows) -> Shows:
 
 
 class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no types
-    """The model that lm-eval calls. Every text begins a document, after an end symbol, as in training.
+    """The model that lm-eval calls. Every text begins a document, after EOS, as in training.
 
     sequence_length: inputs of a row; longer texts are scored in lm-eval's rolling windows, and a prompt keeps its
     last ones. Rows are sorted, the longest first, so that a batch has little padding.

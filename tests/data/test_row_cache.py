@@ -1,4 +1,4 @@
-"""Ready rows are the same rows, kept once; a damaged or half-written file is never taken for one."""
+"""Cached rows are the same rows, kept once; a damaged or half-written file is never taken for one."""
 
 import subprocess
 import sys
@@ -13,12 +13,12 @@ import pytest
 from lamda.best_effort import BestEffort
 from lamda.config.errors import DataError, RunError, UserError
 from lamda.data import prepare
-from lamda.data.block_files import BlockFolder
 from lamda.data.blocks import LaneReader, Packing, Part, PartRows
 from lamda.data.card import Source
 from lamda.data.files import File
 from lamda.data.lanes import Cursor
 from lamda.data.partitioning import cut_into_lanes
+from lamda.data.row_cache import RowCache
 from lamda.data.rows import RowReader
 from tests.conftest import full_disk, make_text, write_shard
 
@@ -32,28 +32,28 @@ def lane(tmp_path):
     path.write_bytes(b"no record\n" + path.read_bytes())
     source = Source(name="s", license="none", files="x.jsonl", domain="meta.pile_set_name")
     file = File(str(path), path.stat().st_size)
-    (lane,) = cut_into_lanes(source, [file], row_length=16, most=1, max_bad_line_fraction=1)
+    (lane,) = cut_into_lanes(source, [file], sequence_length=16, max_lanes=1, max_bad_line_fraction=1)
     return lane
 
 
 @pytest.fixture
 def folder(tmp_path):
-    return BlockFolder.of(str(tmp_path / "blocks"), {"files": "these", "weights": 1})
+    return RowCache.of(str(tmp_path / "blocks"), {"files": "these", "weights": 1})
 
 
 def expected_of(lane, tokenizer):
     """The lane's rows of each window, and the part that each is."""
     reader, start, made = LaneReader(lane, tokenizer, PACKING), Cursor(), []
     for number in range(WINDOWS):
-        part = Part(0, start, None if number == WINDOWS - 1 else lane.length * (number + 1) // WINDOWS)
+        part = Part(0, start, None if number == WINDOWS - 1 else lane.axis_length * (number + 1) // WINDOWS)
         made.append((part, reader.read(part)))
         start = made[-1][1].after
     return made
 
 
 def take(lane, tokenizer, folder, parts):
-    """What a reader with the folder gives, and what it announces, of windows and their parts."""
-    reader = RowReader((lane,), tokenizer, PACKING, threads=1, domains={}, ready=folder)
+    """What a reader with the folder gives, and its progress, of windows and their parts."""
+    reader = RowReader((lane,), tokenizer, PACKING, threads=1, domains={}, row_cache=folder)
     try:
         return [reader.get(0, window, part) for window, part in parts]
     finally:
@@ -64,7 +64,7 @@ def assert_same(made, expected):
     assert len(made) == len(expected)
     for rows, (_, wanted) in zip(made, expected, strict=True):
         block, of = rows.block, wanted.block
-        assert rows.announcement == (len(of.ids), wanted.tokens, wanted.after)
+        assert rows.progress == (len(of.ids), wanted.tokens, wanted.after)
         assert np.array_equal(block.ids, of.ids)
         assert np.array_equal(block.spans, of.spans)
         assert [each[1:5] for each in block.documents] == [each[1:5] for each in of.documents]
@@ -73,7 +73,7 @@ def assert_same(made, expected):
         assert of.loss_mask is None or np.array_equal(block.loss_mask, of.loss_mask)
 
 
-def test_ready_rows_are_those_that_the_lane_makes(lane, folder, tokenizer):
+def test_cached_rows_are_those_that_the_lane_makes(lane, folder, tokenizer):
     expected = expected_of(lane, tokenizer)
     assert any(rows.block.quarantined for _, rows in expected)
     assert any(rows.block.loss_mask is not None for _, rows in expected)
@@ -81,15 +81,15 @@ def test_ready_rows_are_those_that_the_lane_makes(lane, folder, tokenizer):
     for count in (5, WINDOWS, WINDOWS, 3):
         assert_same(take(lane, tokenizer, folder, parts[:count]), expected[:count])
     assert len(list((folder.path / "lane-0000").iterdir())) == WINDOWS
-    announced = [(n, part._replace(stop=expected[n][1].after)) for n, part in parts]
-    assert_same(take(lane, tokenizer, folder, announced), expected)
+    known = [(n, part._replace(stop=expected[n][1].after)) for n, part in parts]
+    assert_same(take(lane, tokenizer, folder, known), expected)
 
 
-def test_ready_rows_are_given_without_their_source(lane, folder, tokenizer):
+def test_cached_rows_are_given_without_their_source(lane, folder, tokenizer):
     expected = expected_of(lane, tokenizer)
     parts = list(enumerate(part for part, _ in expected))
     take(lane, tokenizer, folder, parts)
-    Path(lane.shares[0].file.url).unlink()
+    Path(lane.slices[0].file.url).unlink()
     assert_same(take(lane, tokenizer, folder, parts[5:]), expected[5:])
 
 
@@ -139,14 +139,14 @@ def test_a_file_that_is_cut_short_is_an_error_that_names_it(lane, folder, tokeni
 
 
 def test_blocks_of_other_text_go_elsewhere_and_weights_do_not_matter(tmp_path):
-    first = BlockFolder.of(str(tmp_path), {"files": "these", "weights": 1})
-    assert BlockFolder.of(str(tmp_path), {"files": "these", "weights": 2}) == first
-    assert BlockFolder.of(str(tmp_path), {"files": "others", "weights": 1}) != first
+    first = RowCache.of(str(tmp_path), {"files": "these", "weights": 1})
+    assert RowCache.of(str(tmp_path), {"files": "these", "weights": 2}) == first
+    assert RowCache.of(str(tmp_path), {"files": "others", "weights": 1}) != first
 
 
 @pytest.mark.parametrize(("first", "end"), [(1, WINDOWS), (5, 6), (0, 1)])
 def test_rows_that_the_disk_does_not_take_are_made_and_not_kept(tmp_path, lane, tokenizer, caplog, first, end):
-    folder = BlockFolder.of(str(tmp_path / "blocks"), {}, keeping=BestEffort("blocks cannot be kept"))
+    folder = RowCache.of(str(tmp_path / "blocks"), {}, guard=BestEffort("blocks cannot be kept"))
     expected = expected_of(lane, tokenizer)
     made = []
     for number, (part, _) in enumerate(expected):
@@ -166,12 +166,12 @@ def test_a_folder_that_cannot_be_made_costs_a_run_its_blocks_and_a_preparation_i
 ):
     place = tmp_path / "file"
     place.write_bytes(b"")
-    folder = BlockFolder.of(str(place), {}, keeping=BestEffort("blocks cannot be kept"))
+    folder = RowCache.of(str(place), {}, guard=BestEffort("blocks cannot be kept"))
     expected = expected_of(lane, tokenizer)[:3]
     assert_same(take(lane, tokenizer, folder, list(enumerate(part for part, _ in expected))), expected)
     assert "blocks cannot be kept (Not a directory)" in caplog.text
     with pytest.raises(UserError, match=r"data\.cache_dir .*Not a directory"):
-        BlockFolder.of(str(place), {})
+        RowCache.of(str(place), {})
 
 
 def test_a_preparation_on_a_full_disk_is_reported_where_and_why(lane, folder, tokenizer):
@@ -205,7 +205,7 @@ def test_a_writer_deletes_what_killed_ones_left_and_nothing_of_living_ones(lane,
 def test_ids_of_a_large_vocabulary_are_kept_whole(lane, folder, tokenizer):
     part, rows = expected_of(lane, tokenizer)[0]
     wide = PartRows(rows.block.__class__(rows.block.ids + 70_000, rows.block.spans, rows.block.documents), *rows[1:])
-    folder.keep(0, 0, part, wide, narrow=False)
+    folder.store(0, 0, part, wide, narrow=False)
     assert np.array_equal(folder.find(0, 0, part).block.ids, wide.block.ids)
 
 

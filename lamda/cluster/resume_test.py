@@ -62,18 +62,18 @@ def main(argv: list[str]) -> int:
     if options.steps < CHECKPOINTS:
         raise UserError(f"--steps {options.steps}: the test needs at least {CHECKPOINTS} steps")
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
-    proof = Proof(flags, config, folder=_make_folder(config), steps=options.steps, seed=seed, keep=options.keep)
+    test = ResumeTest(flags, config, folder=_make_folder(config), steps=options.steps, seed=seed, keep=options.keep)
     try:
         with handling_signals(signal.default_int_handler):
-            trials = proof.run(ranks, others)
+            trials = test.run(ranks, others)
     except KeyboardInterrupt:
         if not options.keep:
-            shutil.rmtree(proof.folder, ignore_errors=True)
+            shutil.rmtree(test.folder, ignore_errors=True)
         raise
     is_exact = all(trial.is_exact for trial in trials)
-    kept = str(proof.folder) if options.keep or not is_exact else None
+    kept = str(test.folder) if options.keep or not is_exact else None
     if kept is None:
-        shutil.rmtree(proof.folder)
+        shutil.rmtree(test.folder)
     result = {"steps": options.steps, "seed": seed, "exact": is_exact, "kept": kept}
     if options.json:
         print(json.dumps({**result, "killed_on": ranks, "resumed": [asdict(trial) for trial in trials]}, indent=2))
@@ -100,7 +100,7 @@ class Trial:
         return not any(self.differences.values())
 
 
-class Proof:
+class ResumeTest:
     """The runs of a test in `folder`; runs that are equal are deleted unless `keep`."""
 
     def __init__(self, flags: list[str], config: Config, *, folder: Path, steps: int, seed: int, keep: bool) -> None:

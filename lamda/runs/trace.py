@@ -18,15 +18,15 @@ from lamda.best_effort import BestEffort
 from lamda.config.errors import DataError, UserError
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
-from lamda.data.block_files import BlockFolder
 from lamda.data.blocks import LaneReader, Packing, PartRows, RowBlock
 from lamda.data.corpus import Corpus, differences, fingerprint, open_corpus, packing_of
 from lamda.data.files import read_lines
-from lamda.data.lanes import RAW_TEXT, Lane, Share
+from lamda.data.lanes import RAW_TEXT, FileSlice, Lane
 from lamda.data.loader import batch_digest, row_digest
 from lamda.data.order import consumed_after, next_samples
+from lamda.data.row_cache import RowCache
 from lamda.data.tokenizer import Tokenizer
-from lamda.data.windows import Announcement, SourceOrder, Window, places
+from lamda.data.windows import SourceOrder, Window, places
 from lamda.dialog.examples import form_of
 from lamda.storage.manifest import STATE, complete, problem_of, read_state
 from lamda.storage.metrics import read_metrics
@@ -35,7 +35,7 @@ from lamda.storage.window_log import KeptWindows
 
 
 @dataclass(frozen=True)
-class Part:
+class ExamplePart:
     """A part of a dialogue example: a control symbol with the text after it, or text where targets begin or end."""
 
     symbol: str | None
@@ -57,7 +57,7 @@ class Piece:
     first: int
     last: int
     text: str
-    parts: tuple[Part, ...] = ()
+    parts: tuple[ExamplePart, ...] = ()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """`RUN --step S [--row R] [--json]`; raises UserError."""
     options = parser().parse_args(argv)
-    for row, pieces in where(RunDirectory(options.run), step=options.step, row=options.row):
+    for row, pieces in trace(RunDirectory(options.run), step=options.step, row=options.row):
         if options.json:
             print(json.dumps({"step": options.step, "row": row, "pieces": [asdict(piece) for piece in pieces]}))
         else:
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tuple[int, list[Piece]]]:
+def trace(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tuple[int, list[Piece]]]:
     """The rows of a step, or one of them, each with its pieces.
 
     Raises UserError for a step that the run does not have, or if the text has changed since the run.
@@ -106,8 +106,8 @@ def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
     samples, digest = _samples_of(directory, step, {*known, *directory.skipped()}, batch=config.train.global_batch_size)
     if row is not None and not 0 <= row < len(samples):
         raise UserError(f"--row {row}: step {step} has rows 0 to {len(samples) - 1}")
-    text = _Text(corpus, tokenizer, packing_of(config), config.run.seed, _ready_rows(config, current))
-    found, digests = _found(samples, row, text, KeptWindows(directory.order))
+    inputs = _Inputs(corpus, tokenizer, packing_of(config), config.run.seed, _row_cache(config, current))
+    found, digests = _read_rows(samples, row, inputs, KeptWindows(directory.order))
     if batch_digest(digests) != digest:
         raise UserError(
             f"{directory.path}: the rows of step {step} do not match its batch_digest in {directory.metrics}: the "
@@ -116,53 +116,53 @@ def where(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
     yield from sorted(found.items())
 
 
-def _found(
-    samples: NDArray[np.int64], row: int | None, text: _Text, kept: KeptWindows
+def _read_rows(
+    samples: NDArray[np.int64], row: int | None, inputs: _Inputs, kept: KeptWindows
 ) -> tuple[dict[int, list[Piece]], NDArray[np.uint8]]:
     """The pieces of all rows of a step, or of one, and the digests of all rows, [B, 32]."""
     pieces: dict[int, list[Piece]] = {}
     digests = np.empty((len(samples), 32), np.uint8)
-    sources, numbers = text.corpus.mixture.rows(samples)
+    sources, numbers = inputs.corpus.mixture.rows(samples)
     lines = _LineNumbers()
     for source in np.unique(sources).tolist():
         indices = np.flatnonzero(sources == source)
-        for at, lane, block, block_row in _Source(source, text, kept).rows(numbers[indices]):
+        for at, lane, block, block_row in _SourceRows(source, inputs, kept).rows(numbers[indices]):
             index = int(indices[at])
             digests[index] = row_digest(block.ids[block_row])
             if row in (None, index):
-                pieces[index] = _pieces(block, block_row, lane, text.tokenizer, lines)
+                pieces[index] = _pieces(block, block_row, lane, inputs.tokenizer, lines)
     return pieces, digests
 
 
-def _ready_rows(config: Config, fingerprint: dict[str, Any]) -> BlockFolder | None:
-    """The run's prepared rows, if they exist. `BlockFolder.of` would create the folder; this reads only."""
+def _row_cache(config: Config, fingerprint: dict[str, Any]) -> RowCache | None:
+    """The run's cached rows, if they exist. `RowCache.of` would create the folder; this reads only."""
     folder, wanted = config.data.cache_dir, json.loads(json.dumps({**fingerprint, "weights": None}))
-    keeping = BestEffort(
+    guard = BestEffort(
         f"data.cache_dir {folder} cannot be read", then="the text is read", errors=(OSError, ValueError, DataError)
     )
-    with keeping:
+    with guard:
         for path in () if folder is None else Path(folder).glob("*/fingerprint.json"):
             if {**json.loads(path.read_text("utf-8")), "weights": None} == wanted:
-                return BlockFolder(path.parent, keeping)
+                return RowCache(path.parent, guard)
     return None
 
 
-class _Text(NamedTuple):
-    """The inputs of rows. ready: prepared rows."""
+class _Inputs(NamedTuple):
+    """The inputs of rows. row_cache: of the run, if it exists."""
 
     corpus: Corpus
     tokenizer: Tokenizer
     packing: Packing
     seed: int
-    ready: BlockFolder | None
+    row_cache: RowCache | None
 
 
-class _Source:
+class _SourceRows:
     """Finds rows of a source by the windows that the run recorded, and computes the other windows."""
 
-    def __init__(self, source: int, text: _Text, kept: KeptWindows) -> None:
-        self._source, self._text, self._kept = source, text, kept
-        self._lanes, self._shape = text.corpus.sources[source], text.corpus.shapes[source]
+    def __init__(self, source: int, inputs: _Inputs, kept: KeptWindows) -> None:
+        self._source, self._inputs, self._kept = source, inputs, kept
+        self._lanes, self._shape = inputs.corpus.sources[source], inputs.corpus.shapes[source]
         self._readers: dict[int, LaneReader] = {}
 
     def rows(self, numbers: NDArray[np.int64]) -> Iterator[tuple[int, Lane, RowBlock, int]]:
@@ -170,17 +170,17 @@ class _Source:
 
         In order of lane and window, so that one block is in memory at a time.
         """
-        corpus, table = self._text.corpus, list[tuple[int, int, int, int]]()
+        corpus, table = self._inputs.corpus, list[tuple[int, int, int, int]]()
         windows = self._windows(numbers)
         for age, window in enumerate(windows):
             indices = np.flatnonzero((numbers >= window.base) & (numbers < window.base + window.rows))
-            found = places(window, seed=self._text.seed, source=self._source, in_order=corpus.is_in_order)
+            found = places(window, seed=self._inputs.seed, source=self._source, in_order=corpus.is_in_order)
             lanes, rows = (each[numbers[indices] - window.base].tolist() for each in found)
             table += zip(lanes, repeat(age), indices.tolist(), rows, strict=False)
         for (lane, age), of_block in groupby(sorted(table), key=itemgetter(0, 1)):
             block = self._read(lane, windows[age]).block
-            for _, _, at, row in of_block:
-                yield at, self._lanes[lane], block, row
+            for _, _, index, row in of_block:
+                yield index, self._lanes[lane], block, row
 
     def _windows(self, numbers: NDArray[np.int64]) -> list[Window]:
         """The windows that contain the rows, oldest first."""
@@ -198,41 +198,39 @@ class _Source:
 
     def _with_next(self, order: SourceOrder) -> SourceOrder:
         """The order with its next window, which was not recorded: it is read as in training."""
-        plan, announcements = order.plan(self._shape), []
-        for lane in range(len(self._lanes)):
-            rows = self._read(lane, plan)
-            announcements.append(Announcement(len(rows.block.ids), rows.tokens, rows.after))
-        order = order.add(plan, announcements, self._shape)
+        plan = order.plan(self._shape)
+        progress = [self._read(lane, plan).progress for lane in range(len(self._lanes))]
+        order = order.add(plan, progress, self._shape)
         if order.windows[-1].ends_an_empty_epoch:
             raise UserError(f"source {self._lanes[0].source.name!r} has no documents any more")
         return order
 
     def _read(self, lane: int, window: Window) -> PartRows:
-        text, of = self._text, self._lanes[lane]
-        part = window.part(lane, of.length)
-        if text.ready is not None and (rows := text.ready.find(of.index, window.number, part)) is not None:
+        inputs, source_lane = self._inputs, self._lanes[lane]
+        part, cache = window.part(lane, axis_length=source_lane.axis_length), inputs.row_cache
+        if cache is not None and (rows := cache.find(source_lane.index, window.number, part)) is not None:
             return rows
         if lane not in self._readers:
-            self._readers[lane] = LaneReader(of, text.tokenizer, text.packing)
+            self._readers[lane] = LaneReader(source_lane, inputs.tokenizer, inputs.packing)
         return self._readers[lane].read(part)
 
 
 class _LineNumbers:
-    """Line numbers within files. A share counts from its first line; the lines before it are counted once per file."""
+    """Line numbers within files. A slice counts from its first line; the lines before it are counted once per file."""
 
     def __init__(self) -> None:
-        self._first: dict[str, dict[int, tuple[int, int]]] = {}  # by file and start of a share: line number and byte
+        self._first: dict[str, dict[int, tuple[int, int]]] = {}  # by file and start of a slice: line number and byte
 
-    def of(self, share: Share, line: int) -> int:
-        """The number in the file of a line of a share, both from 0."""
-        if share.start == 0 or share.file.url.endswith(".parquet"):
+    def in_file(self, file_slice: FileSlice, line: int) -> int:
+        """The number in the file of a line of a slice, both from 0."""
+        if file_slice.start == 0 or file_slice.file.format.is_indexed:
             return line
-        first = self._first.setdefault(share.file.url, {0: (0, 0)})
-        if share.start not in first:
-            number, byte = first[max(start for start in first if start < share.start)]
-            lines = read_lines(share.file, number=number, byte=byte)
-            first[share.start] = next((each.number, each.byte) for each in lines if each.byte >= share.start)
-        return first[share.start][0] + line
+        first = self._first.setdefault(file_slice.file.url, {0: (0, 0)})
+        if file_slice.start not in first:
+            number, byte = first[max(start for start in first if start < file_slice.start)]
+            lines = read_lines(file_slice.file, number=number, byte=byte)
+            first[file_slice.start] = next((each.number, each.byte) for each in lines if each.byte >= file_slice.start)
+        return first[file_slice.start][0] + line
 
 
 def _samples_of(
@@ -256,11 +254,11 @@ def _pieces(block: RowBlock, row: int, lane: Lane, tokenizer: Tokenizer, lines: 
         tokens = slice(span["start"], span["start"] + span["length"])
         ids = block.ids[row, tokens]
         mask = None if block.loss_mask is None else block.loss_mask[row, tokens]
-        share = lane.shares[document.file]
+        file_slice = lane.slices[document.file]
         pieces.append(
             Piece(
-                file=share.file.url,
-                line=lines.of(share, document.line) + 1,
+                file=file_slice.file.url,
+                line=lines.in_file(file_slice, document.line) + 1,
                 epoch=document.epoch,
                 domain=document.domain,
                 first=int(span["token"]),
@@ -272,16 +270,16 @@ def _pieces(block: RowBlock, row: int, lane: Lane, tokenizer: Tokenizer, lines: 
     return pieces
 
 
-def _parts(ids: np.ndarray, is_target: np.ndarray, tokenizer: Tokenizer) -> Iterator[Part]:
+def _parts(ids: np.ndarray, is_target: np.ndarray, tokenizer: Tokenizer) -> Iterator[ExamplePart]:
     """Ids split at control symbols and where targets begin or end."""
     names = {id: name for name, id in tokenizer.symbols.items()}
     starts = [n for n, id in enumerate(ids) if n == 0 or int(id) in names or is_target[n] != is_target[n - 1]]
     for start, stop in pairwise([*starts, len(ids)]):
         symbol = names.get(int(ids[start]))
-        yield Part(symbol, tokenizer.decode(ids[start:stop]), bool(is_target[start]))
+        yield ExamplePart(symbol, tokenizer.decode(ids[start:stop]), bool(is_target[start]))
 
 
-def _line(part: Part) -> str:
+def _line(part: ExamplePart) -> str:
     """A part as text: `*` if it is a target, the symbol, and the text with continuation lines indented."""
     text = part.text.replace("\n", "\n" + " " * 18)
     return f"{'*' if part.is_target else ' '} {part.symbol or '':15} {text}".rstrip()

@@ -36,7 +36,7 @@ _COURTESIES = (
 _HEADING = re.compile(r"^#{1,6} +(.{3,60}?)\s*#*$", re.MULTILINE)
 _DEFINITION = re.compile(r"^((?:(?:The|An?) )?[A-Z][\w'-]*(?: [\w'-]+){0,3}?) (is|was|are|were) [^\n]{20,}")
 _SENTENCE = re.compile(r"\A\S.{10,}?[.!?](?=\s|$)", re.DOTALL)
-_LONGEST = 300
+_MAX_ANSWER = 300
 """Characters of an answer."""
 
 
@@ -116,7 +116,7 @@ def _lookup(toolset: Toolset, question: tuple[str, str, Passage]) -> Conversatio
     asked, query, passage = question
     body = _HEADING.sub("", passage.text).strip()
     sentence = _SENTENCE.search(body)
-    if sentence is None or len(sentence[0]) > _LONGEST or sentence[0].startswith("```"):
+    if sentence is None or len(sentence[0]) > _MAX_ANSWER or sentence[0].startswith("```"):
         return None
     exchanges: list[tuple[str, list[Result]]] = []
     for again in range(MAX_QUERIES):

@@ -35,37 +35,37 @@ DOCUMENT = np.dtype([("file", "<i4"), ("line", "<i8"), ("byte", "<i8"), ("domain
 
 
 @dataclass(frozen=True)
-class BlockFolder:
-    """The cached rows of one fingerprint. keeping: context around every access to the folder, which handles OSError."""
+class RowCache:
+    """The cached rows of one fingerprint. guard: context around every access to the folder, which handles OSError."""
 
     path: Path
-    keeping: AbstractContextManager[object]
+    guard: AbstractContextManager[object]
 
     @classmethod
     def of(
-        cls, folder: str, fingerprint: dict[str, Any], *, keeping: AbstractContextManager[object] | None = None
-    ) -> BlockFolder:
-        """The folder for a fingerprint without its weights. keeping: handles OSError; the default raises UserError."""
+        cls, folder: str, fingerprint: dict[str, Any], *, guard: AbstractContextManager[object] | None = None
+    ) -> RowCache:
+        """The cache for a fingerprint without its weights. guard: handles OSError; the default raises UserError."""
         parts = {key: value for key, value in fingerprint.items() if key != "weights"}
         name = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-        path, keeping = Path(folder) / name, keeping or _Required(folder)
-        with keeping:
+        path, guard = Path(folder) / name, guard or _Required(folder)
+        with guard:
             path.mkdir(parents=True, exist_ok=True)
             if not (path / "fingerprint.json").exists():
                 replace_file(path / "fingerprint.json", json.dumps(fingerprint, indent=1))
-        return cls(path, keeping)
+        return cls(path, guard)
 
     def find(self, lane: int, window: int, part: Part) -> PartRows | None:
         """The memory-mapped rows of a lane in a window, if cached. Raises DataError if their file is damaged."""
-        with self.keeping:
+        with self.guard:
             path = self._path(lane, window)
             if path.exists():
                 return _read(path, part)
         return None
 
-    def keep(self, lane: int, window: int, part: Part, rows: PartRows, *, narrow: bool) -> None:
+    def store(self, lane: int, window: int, part: Part, rows: PartRows, *, narrow: bool) -> None:
         """Write the rows of a lane in a window. narrow: ids fit into 16 bits."""
-        with self.keeping:
+        with self.guard:
             path = self._path(lane, window)
             _write(path, _content(path, part, rows, narrow=narrow))
 
@@ -99,7 +99,7 @@ def _read(path: Path, part: Part) -> PartRows | None:
     if index["place"] != _place(path):
         raise DataError(
             f"{path}: has the rows of {index['place']}, not those of its name; was it moved? Delete it, and its rows "
-            "are made again"
+            "are computed again"
         )
     ends = index["epoch"], index["target"]  # windows have other ends under other weights
     if Cursor(**index["start"]).place != part.start.place or ends != (part.epoch, part.target):
@@ -139,7 +139,7 @@ def _place(path: Path) -> str:
 
 
 def _damaged(path: Path) -> DataError:
-    return DataError(f"{path}: damaged; delete it, and its rows are made again")
+    return DataError(f"{path}: damaged; delete it, and its rows are computed again")
 
 
 def _content(path: Path, part: Part, rows: PartRows, *, narrow: bool) -> bytes:
