@@ -9,11 +9,7 @@ from pathlib import Path
 
 from lamda.config.errors import nearest
 from lamda.config.schema import Config
-from lamda.data import blocks
 from lamda.data.card import load_card
-from lamda.data.corpus import WINDOW_ROWS
-from lamda.data.partitioning import MAX_LANES, MIN_LANES
-from lamda.data.windows import FIRST_TOKENS
 from lamda.model.counts import PEAK_FLOPS, parameters
 
 RESERVED_FRACTION = 0.05
@@ -28,8 +24,8 @@ OPTIMIZER_BYTES = 12
 """Bytes per parameter in the optimizer files: fp32 weight and two moments."""
 MAX_NARROW_VOCABULARY = 1 << 16
 """Cached rows store ids of vocabularies up to this size in 2 bytes each."""
-SPAN_BYTES = blocks.SPAN.itemsize
-"""Bytes of a span in cached rows."""
+MIN_LANES, MAX_LANES, FIRST_TOKENS, WINDOW_ROWS, SPAN_BYTES = 8, 64, 1 << 17, 16384, 24
+"""Constants of `lamda.data`, which imports numpy; `lamda plan --help` does not. A test compares them."""
 GPU_HOURS_PER_FAILURE = 50_700
 """Llama 3 405B: 419 unexpected interruptions in 54 days on 16,384 GPUs (arXiv 2407.21783, section 3.3.4)."""
 
