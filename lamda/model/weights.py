@@ -36,14 +36,14 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {"final_norm.scale": (D,)}
 
 
-def check_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+def check_shapes(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
     """Raise UserError naming every weight that is missing, unexpected or has another shape."""
-    missing = [name for name in wanted if name not in found]
-    unexpected = [name for name in found if name not in wanted]
+    missing = [name for name in expected if name not in given]
+    unexpected = [name for name in given if name not in expected]
     misshapen = [
-        f"{name} is {list(found[name])}, not {list(shape)}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
+        f"{name} is {list(given[name])}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in given and given[name] != shape
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
     if any(problems.values()):

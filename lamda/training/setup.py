@@ -92,7 +92,7 @@ class TrainingJob:
             stack.callback(distributed.stop)
             device = self.framework.start(self.config, world)
             if distributed.on_main(world, directory.create) and world.is_main_process:
-                stack.push(directory.forget_refused)
+                stack.push(directory.remove_if_rejected)
             stack.enter_context(run_log(directory.log, is_main=world.is_main_process))
             self.lock = directory.lock()
             distributed.on_main(world, lambda: stack.enter_context(self.lock) and None)

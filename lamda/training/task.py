@@ -150,15 +150,15 @@ class Evaluator:
         return metrics
 
     def _announce_full(self, seconds: float) -> None:
-        """Report how long scoring all the held-out text may take. seconds: that its first batches took."""
+        """Report how long scoring all the held-out text may take. seconds: time that the first batches took."""
         settings = self.engine.config.eval
         limit, first = self._num_rows(settings.full_batches), self._rows_scored[self._num_rows(settings.batches)]
         pace = seconds / max(1, first)
         if limit is not None:
-            much = f"at most {limit:,} rows of the held-out text, {timedelta(seconds=round(limit * pace))} at the most"
+            amount = f"at most {limit:,} rows of the held-out text, in at most {timedelta(seconds=round(limit * pace))}"
         else:
-            much = f"all of the held-out text, {timedelta(seconds=round(1000 * pace))} for each 1,000 rows"
-        self.logger.progress.say(f"evaluating {much} (eval.full_batches bounds it)")
+            amount = f"all of the held-out text, {timedelta(seconds=round(1000 * pace))} for each 1,000 rows"
+        self.logger.progress.say(f"evaluating {amount} (eval.full_batches limits it)")
 
     def _num_rows(self, batches: int | None) -> int | None:
         return None if batches is None else batches * self.engine.config.train.global_batch_size
@@ -176,7 +176,7 @@ class Evaluator:
 
         with self.logger.progress.long_job("evaluating", total=total, unit="rows") as advance, self.engine.eval_mode():
             scores = self.held_out.score(
-                _Watched(self.engine, on_batch=self._on_batch),
+                _InterruptibleScorer(self.engine, on_batch=self._on_batch),
                 device=self.engine.device,
                 micro_batch=self.engine.config.train.micro_batch_size,
                 rank=world.rank,
@@ -218,7 +218,7 @@ def _is_multiple(step: int, every: int | None) -> bool:
 
 
 @dataclass(frozen=True)
-class _Watched:
+class _InterruptibleScorer:
     """A model under evaluation; `on_batch` is called before each batch."""
 
     model: Scorer

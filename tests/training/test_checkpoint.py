@@ -57,7 +57,7 @@ def saved(tmp_path_factory, device):
 
 @pytest.fixture
 def copied(saved, tmp_path):
-    """The checkpoint, to be spoilt."""
+    """The checkpoint, to be damaged."""
     return Path(shutil.copytree(saved, tmp_path / "checkpoints" / saved.name))
 
 
@@ -71,7 +71,7 @@ def seal(path):
 
 
 def change(path, edit):
-    """Edit the tensors of the optimiser's file."""
+    """Edit the tensors of the optimizer's file."""
     tensors = load_file(path / STATE)
     edit(tensors)
     save_file(tensors, path / STATE)
@@ -182,8 +182,8 @@ SCALE = "layers.0.attention_norm.scale"
         (rename(f"{SCALE}|weight|0", SCALE), "which is not part of the state"),
         (rename(f"{SCALE}|weight|0", f"{SCALE}|weight|-1"), "which is not part of the state"),
         (rename(f"{SCALE}|weight|0", f"{SCALE}|weight|1"), "holds elements 1 to 25 of 24"),
-        (replace(f"{SCALE}|weight|0", torch.Tensor.double), r"\(F64 \[24\]\), which is no part"),
-        (replace(f"{SCALE}|weight|0", lambda whole: whole.view(4, 6)), r"\(F32 \[4, 6\]\), which is no part"),
+        (replace(f"{SCALE}|weight|0", torch.Tensor.double), r"\(F64 \[24\]\), which is not part"),
+        (replace(f"{SCALE}|weight|0", lambda whole: whole.view(4, 6)), r"\(F32 \[4, 6\]\), which is not part"),
         (replace(f"{SCALE}|weight|0", lambda whole: whole[:20].clone()), "4 elements of weight of .* are missing"),
         (replace(f"{SCALE}|weight|0", lambda whole: whole.repeat(2)), "holds elements 0 to 48 of 24"),
         (lambda tensors: tensors.pop(f"{SCALE}|exp_avg|0"), "24 elements of exp_avg of .* are missing"),
