@@ -61,7 +61,7 @@ class _Opened(NamedTuple):
 
 @dataclass
 class TrainingJob:
-    """One start of a run; `run` opens everything, trains and shows the results.
+    """One start of a run: `run` opens everything, trains and shows the results.
 
     open_benchmarks: loads the tasks of `eval.tasks`. signals: entered; until training begins they end the process.
     """
@@ -198,7 +198,7 @@ class TrainingJob:
         return distributed.on_main(self.world, report_again)
 
     def _open_logger(self, opened: _Opened, stack: ExitStack, *, steps: int) -> RunLogger:
-        """The logger, entered into `stack`; reports what is to be known before the first step."""
+        """The logger, entered into `stack`; says how the run begins, and warns of unusual learning rates."""
         config, state, is_main = self.config, opened.state, self.world.is_main_process
         progress = stack.enter_context(TrainingProgress(done=state.step, steps=steps, visible=is_main))
         if opened.checkpoint is not None:
@@ -233,9 +233,9 @@ class TrainingJob:
         steps = {"step": trainer.state.step, "steps": total_steps(self.config, trainer.state)}
         stopped = trainer.stopped or _show_results(trainer)
         if stopped is not None:
-            rest = "; its results are shown then" if trainer.is_over else ""
+            rest = " and shows the results" if trainer.is_over else ""
             trainer.logger.progress.say(
-                f"stopped after step {trainer.state.step}, all of it saved: {stopped}; the same command continues{rest}"
+                f"stopped after step {trainer.state.step} ({stopped}); all is saved, the same command continues{rest}"
             )
         trainer.guard.requests.clear()
         if self.world.is_main_process and stopped is None:
@@ -260,7 +260,7 @@ class TrainingJob:
 
 
 def _show_results(trainer: Trainer) -> str | None:
-    """Show the last evaluation, a sample and the folder; returns the reason if a rank is asked to stop meanwhile."""
+    """Show the last evaluation, a sample and the folder; returns the reason if a rank is asked to stop first."""
     evaluator, guard, say = trainer.evaluator, trainer.guard, trainer.logger.progress.say
     guard.mark("finish", step=trainer.state.step)
     then = "the run is complete without it"

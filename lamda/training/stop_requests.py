@@ -108,7 +108,7 @@ class StopRequests:
     def __init__(self, file: Path, *, world: World, margin: float, signals: Signals) -> None:
         self._file, self._world, self._margin, self._signals = file, world, margin, signals
         self._launcher = Launcher.of(world)
-        self._looking = BestEffort(f"{file} cannot be looked for")
+        self._looking = BestEffort(f"{file} cannot be checked")
 
     def clear(self) -> None:
         """Delete RUN/STOP, which was meant for a run that has ended, or which this run has obeyed."""

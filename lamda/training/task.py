@@ -35,8 +35,8 @@ COMPARED_BYTES = 32_000_000  # held-out text up to this size is also compressed,
 
 Mark = Callable[[], None]  # reports progress to the watchdog
 
-Shows = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""(name of a job, its size) -> callback for how many more are done."""
+ShowProgress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""(name of a job, its size) -> context with a callback that takes the number of items just finished."""
 
 
 class Scores(Protocol):
@@ -84,7 +84,9 @@ class TaskError(Exception):
 class Benchmarks(Protocol):
     """The tasks of `eval.tasks`, loaded."""
 
-    def score(self, engine: Engine, tokenizer: Tokenizer, *, mark: Mark, shows: Shows) -> dict[str, float]:
+    def score(
+        self, engine: Engine, tokenizer: Tokenizer, *, mark: Mark, show_progress: ShowProgress
+    ) -> dict[str, float]:
         """`eval/<task>/<metric>` as in metrics.jsonl, on rank 0; every rank calls it. Raises TaskError on rank 0."""
 
 
@@ -193,12 +195,14 @@ class Evaluator:
         assert self.benchmarks is not None
         try:
             with self.engine.eval_mode():
-                return self.benchmarks.score(self.engine, self.tokenizer, mark=self._on_batch, shows=self._shows)
+                return self.benchmarks.score(
+                    self.engine, self.tokenizer, mark=self._on_batch, show_progress=self._show_progress
+                )
         except TaskError as error:
             self.logger.warn("evaluation failed", f"step {self._step}: eval.tasks: {error}; training continues")
             return {}
 
-    def _shows(self, name: str, total: int) -> AbstractContextManager[Callable[[float], None]]:
+    def _show_progress(self, name: str, total: int) -> AbstractContextManager[Callable[[float], None]]:
         return self.logger.progress.long_job(f"eval.tasks, {name}", total=total, unit="requests")
 
     def _on_batch(self) -> None:

@@ -61,7 +61,7 @@ class WandbMirror:
         if not is_installed():
             log.warning(
                 "W&B is not installed: nothing is mirrored, metrics.jsonl has every row. After `pip install wandb` the "
-                "next start sends them; wandb.mode disabled says that no mirror is wanted"
+                "next start sends them; set wandb.mode disabled if you want no mirror"
             )
             return
         self.run_id = run_id or secrets.token_hex(4)
@@ -76,9 +76,9 @@ class WandbMirror:
         row = dict(row)
         self._put(lambda run: self._send(run, row))
 
-    def amend(self, figures: dict[str, Any]) -> None:
+    def amend(self, metrics: dict[str, Any]) -> None:
         """Add metrics of a step already sent: they go to the run's summary, because W&B accepts each step once."""
-        self._put_alone("figures of an evaluation", lambda run: run.summary.update(figures))
+        self._put_alone("metrics of an evaluation", lambda run: run.summary.update(metrics))
 
     def alert(self, title: str, text: str) -> None:
         """Send the run's owner an alert."""
@@ -93,9 +93,7 @@ class WandbMirror:
     def finish(self, *, exit_code: int = 0, seconds: float | None = None) -> None:
         """Wait until everything is sent, at most about `seconds` (END_SECONDS by default).
 
-        The next start sends what W&B did not receive.
-
-        exit_code: W&B shows the run as finished for 0, else as failed.
+        The next start sends what W&B did not receive. exit_code: W&B shows the run as finished for 0, else as failed.
         """
         if self._thread is None:
             return
@@ -103,7 +101,7 @@ class WandbMirror:
         self._queue.put(None)
         self._thread.join(seconds)
         if self._thread.is_alive():
-            self._say_stopped(f"it does not end within {seconds:g} s")
+            self._say_stopped(f"it did not finish within {seconds:g} s")
             _kill_service()
             self._thread.join(2)
 
@@ -115,7 +113,7 @@ class WandbMirror:
         """Queue an action whose failure does not affect later ones."""
 
         def attempt(run: Any) -> None:
-            with BestEffort(f"W&B has not got {what}", errors=Exception):
+            with BestEffort(f"W&B did not receive {what}", errors=Exception):
                 action(run)
 
         self._put(attempt)

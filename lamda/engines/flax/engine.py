@@ -85,7 +85,7 @@ class FlaxEngine:
         counters: Sequence[int] = (),
         on_phase: PhaseHook = lambda phase, tensor: None,
     ) -> FlaxStep:
-        """One compiled program over all devices (`lamda.engines.flax.step`)."""
+        """Run the compiled step (`lamda.engines.flax.step`) on all devices."""
         on_phase("forward", None)
         self.state, output = self._step(self.state, self._placed_batch(batch), jnp.float32(lr))
         on_phase("update", None)

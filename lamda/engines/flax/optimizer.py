@@ -21,7 +21,7 @@ from lamda.model.weights import MATRIX_GROUPS, ParamGroup, param_group_of
 
 
 def make_optimizer(train: TrainConfig, model: ModelConfig) -> GradientTransformationExtraArgs:
-    """The optimizer of a model's stacked weights; its `update` takes the step's `rate` besides gradients and state."""
+    """The optimizer of a model's stacked weights; its `update` also takes the learning rate of the step, `rate`."""
     multipliers = lr_multipliers(train, model)
     decays = weight_decays(train, multipliers)
 
@@ -98,7 +98,7 @@ def _at_rate(multiplier: float) -> GradientTransformationExtraArgs:
 
 
 def _each_layer(inner: GradientTransformation) -> GradientTransformationExtraArgs:
-    """Of weights [S, ...], each of the S as if it were alone."""
+    """Apply a transformation to each layer of stacked weights [S, ...] separately."""
     inner = optax.with_extra_args_support(inner)
 
     def init(weights: Weights) -> Any:
