@@ -131,7 +131,7 @@ def validation(config: Config) -> tuple[Source, ...]:
         problem = (
             f"card {config.data.corpus!r} has no validation text"
             if config.data.files is None
-            else "data.files come without validation text"
+            else "data.files has no validation text"
         )
         raise UserError(
             f"eval.every is {config.eval.every}, but {problem}; set data.eval_files to files that are not "
