@@ -8,7 +8,7 @@ width: the exponent is 0 if all widths change equally, and 0.5 or 1 if wide mode
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from benchmarks import new_parser, report
 from lamda.config import ModelConfig
-from lamda.config.schema import TrainConfig
+from lamda.config.schema import OptimizerName, TrainConfig
 from lamda.engines.deepspeed.optimizer import make_optimizer, set_learning_rate, without_compile
 from lamda.model import LaMDA
 from lamda.model.initialization import initialize_weights
@@ -31,7 +31,7 @@ WATCHED = ("attention", "feed-forward", "stream", "logits")
 def main(argv: list[str]) -> int:
     """See `--help`. Raises UserError."""
     parser = new_parser("coordinates")
-    parser.add_argument("--optimizer", choices=("adamw", "muon", "adafactor"), nargs="+", default=["adamw"])
+    parser.add_argument("--optimizer", choices=get_args(OptimizerName), nargs="+", default=["adamw"])
     parser.add_argument("--lr", type=float, default=4e-3, help="at the lowest width (%(default)s)")
     parser.add_argument("--steps", type=int, default=6, help="of training (%(default)s)")
     options = parser.parse_args(argv)
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
 
 def check(
-    optimizer: str, *, lr: float, steps: int, base_width: int | None, widths: Sequence[int] = WIDTHS
+    optimizer: OptimizerName, *, lr: float, steps: int, base_width: int | None, widths: Sequence[int] = WIDTHS
 ) -> dict[str, Any]:
     """For each of WATCHED: the RMS of its change at every width, and the fitted exponent of the width."""
     train = TrainConfig(steps=steps, optimizer=optimizer, lr=lr, base_width=base_width, weight_decay=0)

@@ -171,7 +171,7 @@ def _optimizers(parts: Mapping[Part, list[nn.Parameter]], recipe: Recipe) -> tup
     """AdamW, LaMDA's Muon where that is LaMDA's, or nanochat's where the recipe says so. Rates start at 0."""
     train, scales, decays = recipe.train, recipe.scales, recipe.decays
     groups = {
-        part: {"params": found, "scale": scales.get(part, 1.0), "weight_decay": decays.get(part, 0.0)}
+        part: {"params": found, "lr_multiplier": scales.get(part, 1.0), "weight_decay": decays.get(part, 0.0)}
         for part, found in parts.items()
     }
     if train.optimizer == "muon" and recipe.momentum is None:

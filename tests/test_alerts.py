@@ -14,7 +14,7 @@ from lamda.launch.pretrain import main
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
 from lamda.training.loggers import RunLogger, TrainingProgress
-from lamda.training.setup import _Start
+from lamda.training.setup import TrainingJob
 from lamda.training.stop_requests import Attempt
 from lamda.training.watchdog import HANG_EXIT
 from tests.conftest import make_text, write_shard
@@ -80,10 +80,11 @@ def test_a_hang_is_an_alert_and_sent_before_the_process_ends(tmp_path, server, c
     progress = TrainingProgress(done=0, steps=9, visible=False)
     logger = RunLogger(config, directory, RunState(), progress, enabled=True)
     attempt = Attempt(directory, World())
-    others = dict.fromkeys(("task", "framework", "open_benchmarks", "signals", "lock"))
-    start = _Start(config=config, world=World(), directory=directory, attempt=attempt, logger=logger, **others)
+    others = dict.fromkeys(("task", "framework", "open_benchmarks", "signals"))
+    job = TrainingJob(config=config, world=World(), **others)
+    job.directory, job.attempt, job.logger = directory, attempt, logger
     with caplog.at_level(logging.CRITICAL):
-        start._report_hang("rank 1 is silent since step 4")
+        job._report_hang("rank 1 is silent since step 4")
     assert [(alert["title"], alert["text"]) for alert in server.alerts] == [
         ("run hangs", "rank 1 is silent since step 4")
     ]

@@ -72,25 +72,31 @@ RECIPES = (
     Recipe(
         "An optimizer",
         changes={
-            "lamda/config/schema.py": [('["adamw", "muon", "adafactor"]', '["adamw", "muon", "adafactor", "sgd"]')],
+            "lamda/config/schema.py": [("OptimizerName = Literal[", 'OptimizerName = Literal["sgd", ')],
             "lamda/engines/deepspeed/optimizer.py": [
                 (
-                    '    if train.optimizer == "adafactor":\n',
-                    '    if train.optimizer == "sgd":\n'
-                    "        return torch.optim.SGD(groups.values(), lr=0.0, momentum=train.beta1)\n"
-                    '    if train.optimizer == "adafactor":\n',
+                    "    match train.optimizer:\n",
+                    '    match train.optimizer:\n        case "sgd":\n'
+                    "            return torch.optim.SGD(groups.values(), lr=0.0, momentum=train.beta1)\n",
                 ),
-                ("    if is_muon:\n", '    if is_muon or optimizer == "sgd":\n'),
+                (
+                    "    match optimizer:\n",
+                    '    match optimizer:\n        case "sgd":\n'
+                    '            return {"momentum_buffer": torch.zeros_like(like)}\n',
+                ),
             ],
             "lamda/engines/param_groups.py": [
                 (
-                    '    if train.optimizer == "adafactor":',
-                    '    if train.optimizer == "sgd":\n        return dict.fromkeys(PARTS, 1.0)\n'
-                    '    if train.optimizer == "adafactor":',
+                    "    match train.optimizer:\n",
+                    '    match train.optimizer:\n        case "sgd":\n'
+                    "            return dict.fromkeys(PARAM_GROUPS, 1.0)\n",
                 )
             ],
             "lamda/cluster/memory.py": [
-                ('numel if optimizer == "muon" and', 'numel if optimizer == "sgd" or optimizer == "muon" and')
+                (
+                    "        match optimizer:\n",
+                    '        match optimizer:\n            case "sgd":\n                kept += numel\n',
+                )
             ],
         },
     ),

@@ -20,11 +20,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
-from typing import Literal, get_args
+from typing import Literal, assert_never, get_args
 
 from lamda.cluster.zero import Sharding
 from lamda.config import ModelConfig
-from lamda.config.schema import Config
+from lamda.config.schema import Config, OptimizerName
 from lamda.model.weights import is_matrix, weight_shapes
 
 Phase = Literal["start", "loss", "backward", "reduction", "update"]
@@ -83,7 +83,7 @@ class MemorySetting:
     accumulation: int
     recompute: Recompute = "none"
     has_documents: bool = False
-    optimizer: str = "adamw"
+    optimizer: OptimizerName = "adamw"
 
     @classmethod
     def of(cls, config: Config, sharding: Sharding, *, accumulation: int) -> MemorySetting:
@@ -121,15 +121,20 @@ def model_states(found: Sequence[MemoryItem]) -> int:
     return sum(item.bytes for item in found if item.is_state)
 
 
-def optimizer_state(model: ModelConfig, optimizer: str) -> int:
+def optimizer_state(model: ModelConfig, optimizer: OptimizerName) -> int:
     """fp32 elements that an optimizer keeps besides the weights (`lamda.engines.deepspeed.optimizer.fresh_state`)."""
     kept = 0
     for name, shape in weight_shapes(model).items():
         numel = prod(shape)
-        if optimizer == "adafactor":
-            kept += sum(shape)
-        else:
-            kept += numel if optimizer == "muon" and is_matrix(name) else 2 * numel
+        match optimizer:
+            case "adamw":
+                kept += 2 * numel
+            case "muon":
+                kept += numel if is_matrix(name) else 2 * numel
+            case "adafactor":
+                kept += sum(shape)
+            case _:
+                assert_never(optimizer)
     return kept
 
 

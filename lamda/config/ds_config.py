@@ -30,12 +30,12 @@ KNOWN = frozenset({
 REFUSED = {
     "fp16": "the model is trained in bf16 or fp32",
     "amp": "DeepSpeed 0.19.8 has removed it; use bf16",
-    "torch_autocast": "bf16 parameters with fp32 masters are the one mixed precision here",
+    "torch_autocast": "the only supported mixed precision is bf16 parameters with fp32 masters",
 }
 
 
 def build(config: Config, *, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for `world` ranks. Raises UserError with all wrong keys."""
+    """DeepSpeed's configuration for `world_size` ranks. Raises UserError with all wrong keys."""
     path, ds_config = find(config.deepspeed.config), read(config)
     problems = [
         *_problems_of_optimizer(ds_config, path, config.train.optimizer),
@@ -78,26 +78,26 @@ def is_bf16(ds_config: dict[str, Any]) -> bool:
 
 
 def _problems(ds_config: dict[str, Any], path: Path) -> list[str]:
-    found = []
+    problems = []
     for key in ds_config:
         if key in OWNED_BY_CONFIG:
-            found.append(f"{path}: {key}: set in the run's configuration as {OWNED_BY_CONFIG[key]}; remove it here")
+            problems.append(f"{path}: {key}: set in the run's configuration as {OWNED_BY_CONFIG[key]}; remove it here")
         elif key in REFUSED:
-            found.append(f"{path}: {key}: {REFUSED[key]}; remove it")
+            problems.append(f"{path}: {key}: {REFUSED[key]}; remove it")
         elif key not in KNOWN:
-            found.append(f"{path}: {key}: not a DeepSpeed key with an effect here{nearest(key, KNOWN)}")
+            problems.append(f"{path}: {key}: not a DeepSpeed key with an effect here{nearest(key, KNOWN)}")
     flat = [key for key in ("zero_optimization", "bf16") if not isinstance(ds_config.get(key, {}), dict)]
     if flat:
-        return [*found, *(f"{path}: {key}: is not a JSON object" for key in flat)]
+        return [*problems, *(f"{path}: {key}: is not a JSON object" for key in flat)]
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     if stage not in range(4):
-        found.append(f"{path}: zero_optimization.stage: {stage} must be 0, 1, 2 or 3")
+        problems.append(f"{path}: zero_optimization.stage: {stage} must be 0, 1, 2 or 3")
     elif zero_stage(ds_config) == 0 and is_bf16(ds_config) and "data_types" in ds_config:
-        found.append(
+        problems.append(
             f"{path}: data_types: DeepSpeed cannot accumulate bf16 gradients in fp32 at ZeRO stage 0; remove "
             "data_types, or use stage 1"
         )
-    return found
+    return problems
 
 
 def _problems_of_optimizer(ds_config: dict[str, Any], path: Path, optimizer: str) -> list[str]:
@@ -122,21 +122,21 @@ def _problems_of_optimizer(ds_config: dict[str, Any], path: Path, optimizer: str
 def _problems_of_lora(ds_config: dict[str, Any], path: Path, config: Config) -> list[str]:
     """Whether adapters can be trained with this file and the other keys."""
     train = config.train
-    found: list[str] = []
+    problems: list[str] = []
     if train.lora_rank == 0:
-        return found
+        return problems
     where = f"train.lora_rank {train.lora_rank}"
     if config.model.weights is None:
-        found.append(f"{where}: adapters on random weights learn nothing; set model.weights, or train.lora_rank 0")
+        problems.append(f"{where}: adapters on random weights learn nothing; set model.weights, or train.lora_rank 0")
     if train.fp8:
-        found.append(f"{where}: train.fp8 rounds the matrices that adapters leave frozen; remove one of them")
+        problems.append(f"{where}: train.fp8 would round the frozen matrices; remove one of the two")
     if train.optimizer != "adamw":
-        found.append(f"{where}: train.optimizer {train.optimizer} is for whole matrices; set train.optimizer adamw")
+        problems.append(f"{where}: train.optimizer {train.optimizer} cannot train adapters; set train.optimizer adamw")
     if train.base_width is not None:
-        found.append(f"{where}: train.base_width gives whole matrices their rates, not adapters; remove it")
+        problems.append(f"{where}: train.base_width has no learning rates for adapters; remove it")
     if zero_stage(ds_config) > 1:
-        found.append(
+        problems.append(
             f"{path}: zero_optimization.stage: {zero_stage(ds_config)}: {where} has almost no gradients to shard; use "
             "stage 1 (ds_config.json, deepspeed/fp32.json)"
         )
-    return found
+    return problems

@@ -52,5 +52,5 @@ def all_of(*checks: Callable[[], object]) -> None:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known name most like `name`, or an empty string."""
-    found = difflib.get_close_matches(name, [each for each in known if each != name], n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    matches = difflib.get_close_matches(name, [each for each in known if each != name], n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -35,8 +35,8 @@ class ConfigParser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """The help with every key."""
-        own = super().format_help().removeprefix(super().format_usage())
-        return f"{self.format_usage()}{own}\n{help_text()}\n"
+        options = super().format_help().removeprefix(super().format_usage())
+        return f"{self.format_usage()}{options}\n{help_text()}\n"
 
 
 def help_text() -> str:

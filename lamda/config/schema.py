@@ -44,6 +44,7 @@ Patterns = Annotated[tuple[Annotated[str, AfterValidator(_without_password)], ..
 Names = Annotated[tuple[str, ...], _Parts, Field(min_length=1)]
 FilePath = Annotated[str, AfterValidator(_path)]
 Recompute = Literal["none", "ffn", "block"]
+OptimizerName = Literal["adamw", "muon", "adafactor"]
 Shuffle = Positive | Literal["none", "epoch"]
 
 
@@ -180,7 +181,7 @@ class TrainConfig(Section):
     profile: tuple[Positive, Positive] | None = Field(
         None, description="first and last step of a trace in RUN/profile, for ui.perfetto.dev"
     )
-    optimizer: Literal["adamw", "muon", "adafactor"] = Field(
+    optimizer: OptimizerName = Field(
         "adamw",
         description="adamw; muon for the blocks' matrices and adamw for the rest (ZeRO stage 1 in bf16, "
         "stage 0 in fp32); adafactor (stage 0)",
@@ -198,10 +199,13 @@ class TrainConfig(Section):
     embedding_lr_scale: float = Field(
         50.0,
         gt=0,
-        description="the embedding's rate / lr; its weights are ten times larger than a matrix's (unused by adafactor)",
+        description="multiplier of lr for the embedding, whose weights are ten times larger than a matrix's (unused by "
+        "adafactor)",
     )
-    norm_lr_scale: float = Field(10.0, gt=0, description="the rate of norm scales / lr (unused by adafactor)")
-    bias_lr_scale: float = Field(100.0, gt=0, description="the rate of relative-bias tables / lr (unused by adafactor)")
+    norm_lr_scale: float = Field(10.0, gt=0, description="multiplier of lr for norm scales (unused by adafactor)")
+    bias_lr_scale: float = Field(
+        100.0, gt=0, description="multiplier of lr for relative-bias tables (unused by adafactor)"
+    )
     weight_decay: float = Field(0.1, ge=0, description="decay of the blocks' matrices; other weights have none")
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     schedule: Literal["cosine", "wsd", "inverse_sqrt"] = Field(

@@ -1,13 +1,11 @@
-"""Learning rates and weight decay of each part of the model, and constants that both frameworks' optimizers share."""
+"""Learning rate and weight decay of each parameter group, and constants that both frameworks' optimizers share."""
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import assert_never
 
 from lamda.config.schema import ModelConfig, TrainConfig
-from lamda.model.weights import ParamGroup
-
-PARTS: tuple[ParamGroup, ...] = get_args(ParamGroup)
+from lamda.model.weights import MATRIX_GROUPS, PARAM_GROUPS, ParamGroup
 
 MUON_MOMENTUM = 0.95  # Muon's momentum, Nesterov (Jordan et al., kellerjordan.github.io/posts/muon)
 
@@ -23,23 +21,31 @@ weights with gradients below 1e-7; the paper's 1e-30 has no square in fp32.
 """
 
 
-def rate_scales(train: TrainConfig, model: ModelConfig) -> dict[ParamGroup, float]:
-    """The learning rate of each part of the model / the run's (docs/learning.md has the gain of each).
+def lr_multipliers(train: TrainConfig, model: ModelConfig) -> dict[ParamGroup, float]:
+    """The factor between `train.lr` and the learning rate of each parameter group (docs/learning.md).
 
-    A query's weights begin 1/sqrt(K) times as large as a key's, in place of that factor in the scores, and an AdamW or
-    Muon step moves all weights by the same: at the matrices' rate queries would turn over within a few steps.
-    Scales of norms and bias tables are few and large, and an input to everything after them.
+    The query's initial weights are 1/sqrt(K) times as large as the key's, in place of that factor in the attention
+    scores, and an AdamW or Muon step moves all weights by the same amount: with the other matrices' rate, queries would
+    change completely within a few steps. Norm scales and bias tables are few and large, and everything after them
+    depends on them.
 
-    With `train.base_width` rates keep the size of what a step changes the same at every width (muP, arXiv
-    2203.03466; heads keep theirs). A matrix adds up D inputs that an AdamW step moves alike, so its rate falls as
-    1/D; Muon's and Adafactor's steps have a size of their own, an operator's norm and a share of the weight, which
-    leave 1/sqrt(D). The tied embedding and the scales before it keep theirs as inputs; as outputs they
-    ask for logits times 1/D instead of the model's 1/sqrt(D), which the final norm takes on.
+    With `train.base_width`, rates are scaled so that a step changes activations equally at every width (muP, arXiv
+    2203.03466, at a constant width per head). A matrix sums D inputs, and an AdamW step moves all of their weights
+    alike, so its rate falls as 1/D. The size of a Muon step is an operator norm and that of an Adafactor step a share
+    of the weight, which leaves 1/sqrt(D). The tied embedding and the block norms keep their rates, as inputs do under
+    muP. As an output the embedding needs logits times 1/D instead of the model's 1/sqrt(D): the final norm makes up
+    for that.
     """
     width = model.d_model / (train.base_width or model.d_model)
-    matrices = width**-1 if train.optimizer == "adamw" else width**-0.5
-    if train.optimizer == "adafactor":  # its steps are a share of what they move
-        return dict.fromkeys(PARTS, 1.0) | {"query": matrices, "matrices": matrices}
+    match train.optimizer:
+        case "adamw":
+            matrices = width**-1
+        case "muon":
+            matrices = width**-0.5
+        case "adafactor":  # a step is a share of the weight, so other groups need no multiplier
+            return dict.fromkeys(PARAM_GROUPS, 1.0) | dict.fromkeys(MATRIX_GROUPS, width**-0.5)
+        case _:
+            assert_never(train.optimizer)
     return {
         "embedding": train.embedding_lr_scale,
         "query": matrices * model.d_head**-0.5,
@@ -50,10 +56,12 @@ def rate_scales(train: TrainConfig, model: ModelConfig) -> dict[ParamGroup, floa
     }
 
 
-def weight_decays(train: TrainConfig, scales: dict[ParamGroup, float]) -> dict[ParamGroup, float]:
-    """The decay of each part at the run's rate times its scale; only the blocks' matrices have any.
+def weight_decays(train: TrainConfig, multipliers: dict[ParamGroup, float]) -> dict[ParamGroup, float]:
+    """The weight decay of each parameter group, to be used with its own learning rate; only matrices decay.
 
-    The part's rate scale does not change the decay: rate times decay is the same for all matrices.
+    Dividing by the multiplier makes learning rate times weight decay the same for all matrices.
     """
-    decayed = ("query", "matrices")
-    return {part: train.weight_decay / scale if part in decayed else 0.0 for part, scale in scales.items()}
+    return {
+        group: train.weight_decay / multiplier if group in MATRIX_GROUPS else 0.0
+        for group, multiplier in multipliers.items()
+    }

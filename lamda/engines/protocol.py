@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lamda.inference.sampling import Sampling
 
 PhaseHook = Callable[[str, "torch.Tensor | None"], None]
-"""Called at "forward", "loss", "backward" and "update" of a step, some with a tensor that a fault may spoil."""
+"""Called at "forward", "loss", "backward" and "update" of a step, some with a tensor for fault injection to change."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class PendingStep(Protocol):
 
 
 class Scorer(Protocol):
-    """A model as evaluations see it. Where ranks share a model, every rank makes the same calls."""
+    """A model for evaluation. Where ranks share a model, every rank makes the same calls."""
 
     def logits(self, inputs_BL: torch.Tensor) -> torch.Tensor:
         """[B, L, V] for token ids [B, L]."""
@@ -70,14 +70,14 @@ class Scorer(Protocol):
     def nll(
         self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor, documents_BL: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[B, L], the cross-entropy of each target. documents_BL: ids of documents, if attention stays inside."""
+        """[B, L], the cross-entropy of each target. documents_BL: document ids; attention stays inside."""
 
 
 class Engine(Scorer, Protocol):
     """A model, its optimizer and the devices that share them. Every rank has one and makes the same calls.
 
-    device: of the host's collectives and of a `Scorer`'s inputs. is_compiled: whether the first step compiles.
-    peak_flops: FLOP/s of one device; None where it is not known (then there is no MFU). num_devices: those of all
+    device: of the training loop's collectives and of a `Scorer`'s inputs. is_compiled: whether the first step compiles.
+    peak_flops: FLOP/s of one device; None if unknown (then MFU is not reported). num_devices: those of all
     ranks that share the work of a batch.
     """
 
@@ -118,19 +118,19 @@ class Engine(Scorer, Protocol):
         """
 
     def manifest_entries(self) -> dict[str, Any]:
-        """The engine's entries in a checkpoint's manifest: "framework", its name, and its own settings."""
+        """The engine's entries in a checkpoint's manifest: the name of the framework, and its settings."""
 
 
 class Framework(Protocol):
-    """Makes the engine of a run. It imports its libraries only where it needs them. name: in checkpoints' manifests."""
+    """Makes the engine of a run; imports its libraries only when needed. name: in checkpoints' manifests."""
 
     name: str
 
     def world(self) -> World:
-        """This process among all of the run. Raises UserError where the launcher's variables are wrong."""
+        """Rank and world size of this process. Raises UserError where the launcher's variables are wrong."""
 
     def check(self, config: Config, world: World) -> None:
-        """Raise UserError for mistakes that show before anything heavy is imported."""
+        """Raise UserError for mistakes that can be found without importing torch or JAX."""
 
     def start(self, config: Config, world: World) -> torch.device:
         """Join the process group (`lamda.distributed`) and return this rank's `Engine.device`. Raises UserError."""

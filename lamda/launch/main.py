@@ -71,10 +71,10 @@ def _run(
         if world.is_main_process:
             raise
         raise ReportedElsewhereError(str(error)) from error
-    from lamda.training.setup import train
+    from lamda.training.setup import TrainingJob
 
     try:
-        return train(config, world, task(), framework, open_benchmarks, signals)
+        return TrainingJob(config, world, task(), framework, open_benchmarks, signals).run()
     except RunError as error:
         if world.is_main_process or isinstance(error, DataUnavailableError | UnreadableError):
             raise  # perhaps only this rank cannot read something

@@ -79,8 +79,10 @@ class LaMDA(nn.Module):
         Raises UserError naming every missing, unexpected and misshapen weight, before anything is changed.
         """
         parameters = self.export_weights()
-        wanted, found = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (parameters, weights))
-        check_shapes(wanted, found)
+        expected, given = (
+            {name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (parameters, weights)
+        )
+        check_shapes(expected, given)
         for name, tensor in parameters.items():
             tensor.copy_(weights[name])
 

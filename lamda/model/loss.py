@@ -74,8 +74,8 @@ class _Head(torch.autograd.Function):
 
 
 def _losses(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(logits_NV.dtype, torch.float32)
-    log_z_N = torch.cat([rows.to(wide).logsumexp(-1) for rows in logits_NV.split(ROWS)])
+    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+    log_z_N = torch.cat([rows.to(dtype).logsumexp(-1) for rows in logits_NV.split(ROWS)])
     return log_z_N - logits_NV.gather(-1, targets_N[:, None])[:, 0], log_z_N
 
 
@@ -86,6 +86,6 @@ def _d_logits(logits_NV: Tensor, targets_N: Tensor, log_z_N: Tensor, d_nll_N: Te
     for logits, targets, log_z, d_target, d_softmax, d_logits in zip(
         *(part.split(ROWS) for part in parts), strict=True
     ):
-        wide = (logits.to(log_z.dtype) - log_z[:, None]).exp_().mul_(d_softmax[:, None])
-        d_logits.copy_(wide.scatter_add_(-1, targets[:, None], -d_target[:, None]))
+        gradient = (logits.to(log_z.dtype) - log_z[:, None]).exp_().mul_(d_softmax[:, None])
+        d_logits.copy_(gradient.scatter_add_(-1, targets[:, None], -d_target[:, None]))
     return d_logits_NV

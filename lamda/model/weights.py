@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 
 BUCKETS = 32
+
 ParamGroup = Literal["embedding", "query", "matrices", "norms", "final_norm", "bias"]
+"""Weights that share a learning rate and a weight decay. matrices: those of the blocks, except the query."""
+PARAM_GROUPS: tuple[ParamGroup, ...] = get_args(ParamGroup)
+MATRIX_GROUPS: tuple[ParamGroup, ...] = ("query", "matrices")
 
 _MAX_NAMED = 8  # weights that an error names, per problem
 
@@ -32,14 +36,14 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {"final_norm.scale": (D,)}
 
 
-def check_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+def check_shapes(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
     """Raise UserError naming every weight that is missing, unexpected or has another shape."""
-    missing = [name for name in wanted if name not in found]
-    unexpected = [name for name in found if name not in wanted]
+    missing = [name for name in expected if name not in given]
+    unexpected = [name for name in given if name not in expected]
     misshapen = [
-        f"{name} is {list(found[name])}, not {list(shape)}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
+        f"{name} is {list(given[name])}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in given and given[name] != shape
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
     if any(problems.values()):
@@ -54,8 +58,8 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def part_of(name: str) -> ParamGroup:
-    """The part of the model that a weight belongs to; adapters are matrices."""
+def param_group_of(name: str) -> ParamGroup:
+    """The parameter group of a weight; adapters are matrices."""
     last = name.removesuffix(".weight").rpartition(".")[2]
     if last == "scale":
         return "final_norm" if name == "final_norm.scale" else "norms"
@@ -66,4 +70,4 @@ def part_of(name: str) -> ParamGroup:
 
 def is_matrix(name: str) -> bool:
     """Whether a weight is a matrix of a block (or an adapter's)."""
-    return part_of(name) in ("query", "matrices")
+    return param_group_of(name) in MATRIX_GROUPS

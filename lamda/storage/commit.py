@@ -46,25 +46,25 @@ def commit(
     *,
     keep: int,
     keep_every: int | None = None,
-    at: Callable[[str], None] = lambda point: None,
+    on_point: Callable[[str], None] = lambda point: None,
 ) -> None:
     """Turn the written files into the newest checkpoint, then delete old ones.
 
-    Keeps the `keep` newest, and those at multiples of `keep_every`. at: called at each point in between, by
-    name. Raises OSError.
+    Keeps the `keep` newest, and those at multiples of `keep_every`. on_point: called with the name of each point
+    in between (`lamda.training.fault_injection`). Raises OSError.
     """
     seal(temporary, manifest)
-    at("commit.manifest")
+    on_point("commit.manifest")
     temporary.rename(final)
     sync_folder(final.parent)
-    at("commit.renamed")
+    on_point("commit.renamed")
     replace_file(final.parent / "LATEST", final.name)
-    at("commit.latest")
+    on_point("commit.latest")
     with BestEffort(f"{final.parent}: an old checkpoint cannot be deleted"):
         for old in complete(final.parent)[:-keep]:
             if keep_every is None or step_of(old) % keep_every:
                 remove(old)
-    at("commit.pruned")
+    on_point("commit.pruned")
 
 
 def seal(folder: Path, content: dict[str, object]) -> None:
@@ -135,8 +135,8 @@ def require_none(folder: Path, *, noted: int | None) -> None:
 
 def verify(path: Path, *, world: World, progress: Progress = lambda: None) -> str | None:
     """The damage of a checkpoint, or None. The ranks share the hashing. Raises UserError on all ranks."""
-    found = agree(world, lambda: problem_of(path, part=world.rank, parts=world.world_size, progress=progress))
-    return next((problem for problem in gather(found) if problem is not None), None)
+    local = agree(world, lambda: problem_of(path, part=world.rank, parts=world.world_size, progress=progress))
+    return next((problem for problem in gather(local) if problem is not None), None)
 
 
 def _set_aside(damaged: Sequence[tuple[Path, str]], valid: Path) -> None:

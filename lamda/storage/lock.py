@@ -90,18 +90,18 @@ class Owner:
 
 def owners(run: Path) -> list[Owner]:
     """The owners of all lock files in a run directory, alive or dead. Raises OSError."""
-    found = []
+    all_owners = []
     for path in sorted(run.glob("lock*.json")):
         with suppress(FileNotFoundError):  # released meanwhile
             try:
-                found.append(Owner.read(path))
+                all_owners.append(Owner.read(path))
             except PermissionError:
-                found.append(Owner(path))
-    return found
+                all_owners.append(Owner(path))
+    return all_owners
 
 
 def living_owner(run: Path) -> Owner | None:
-    """A living owner of a lock file in a run directory, if there is one. Raises OSError."""
+    """The owner of a lock file that is alive, if there is one. Raises OSError."""
     return next((owner for owner in owners(run) if owner.lives()), None)
 
 
@@ -180,12 +180,12 @@ class RunLock:
         dead: set[Path] = set()
         deadline = time.monotonic() + 2 * WATCH_SECONDS
         while others := [owner for owner in owners(self._run) if owner.path not in {*dead, self.path}]:
-            found = [(other, self._is_alive(other)) for other in others]
-            for other in (other for other, is_alive in found if is_alive):
+            states = [(other, self._is_alive(other)) for other in others]
+            for other in (other for other, is_alive in states if is_alive):
                 if other.holds or other.path < self.path or time.monotonic() > deadline:
                     raise refusal(other, other.age(self._now()))
-            silent = [other for other, is_alive in found if is_alive is None]
-            dead |= {other.path for other, is_alive in found if is_alive is False}
+            silent = [other for other, is_alive in states if is_alive is None]
+            dead |= {other.path for other, is_alive in states if is_alive is False}
             dead |= _watch(silent)
             for other in silent:
                 if other.path not in dead:

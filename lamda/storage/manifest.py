@@ -23,7 +23,7 @@ from lamda.storage.state import RunState
 
 MANIFEST = "manifest.json"
 STATE = "run_state.json"
-DAMAGED, SPOILT = ".damaged", ".spoilt"
+DAMAGED, ROLLED_BACK = ".damaged", ".spoilt"
 """Suffixes of checkpoints set aside: a hash did not match; the run rolled back from it."""
 
 
@@ -52,7 +52,7 @@ def complete(folder: Path) -> list[Path]:
 
 def set_aside(folder: Path) -> list[Path]:
     """Checkpoints that were set aside. Raises UnreadableError."""
-    return sorted(_entries(folder, lambda name: name.startswith("step-") and name.endswith((DAMAGED, SPOILT))))
+    return sorted(_entries(folder, lambda name: name.startswith("step-") and name.endswith((DAMAGED, ROLLED_BACK))))
 
 
 def _entries(folder: Path, is_wanted: Callable[[str], bool]) -> list[Path]:
@@ -75,11 +75,11 @@ def find(path: Path) -> Path | None:
     """
     run, separator, step = path.name.rpartition("@")
     if separator and not path.exists():
-        found = {step_of(each): each for each in complete(path.with_name(run) / "checkpoints")}
-        if found and (not step.isdecimal() or int(step) not in found):
-            steps = ", ".join(map(str, found))
+        by_step = {step_of(each): each for each in complete(path.with_name(run) / "checkpoints")}
+        if by_step and (not step.isdecimal() or int(step) not in by_step):
+            steps = ", ".join(map(str, by_step))
             raise UserError(f"{path}: {path.with_name(run)} has no checkpoint of step {step}; it has {steps}")
-        return found[int(step)] if found else None
+        return by_step[int(step)] if by_step else None
     if checkpoints := complete(path / "checkpoints"):
         return checkpoints[-1]
     return path if path.is_dir() and (is_checkpoint_name(path.name) or (path / MANIFEST).exists()) else None
@@ -185,11 +185,11 @@ def _check(path: Path, name: str, entry: Any, progress: Progress) -> str | None:
     try:
         if not _is_inside(path, name):
             return f"{MANIFEST} lists {name!r}, which is not a file inside the checkpoint"
-        found = file.stat()
-        if not stat.S_ISREG(found.st_mode):
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
             return f"{name} is missing"
-        if found.st_size != size:
-            return f"{name} has {found.st_size} bytes instead of {size}"
+        if status.st_size != size:
+            return f"{name} has {status.st_size} bytes instead of {size}"
         if hash_file(file, progress=progress) != sha256:
             return f"{name} has changed since it was written (sha256)"
     except (FileNotFoundError, NotADirectoryError):

@@ -33,7 +33,7 @@ class MetricsFile:
     def __init__(self, path: Path, *, discarded: Path, step: int) -> None:
         self._path, self._discarded = path, discarded
         self._waiting = b""
-        self._writing = BestEffort(f"{path} takes no row", then="rows wait in memory, and training continues")
+        self._writing = BestEffort(f"{path} cannot be appended to", then="rows wait in memory, and training continues")
         self._discarding = BestEffort(f"{discarded} cannot be written", then="the discarded rows are lost")
         _discard_after(step, path, discarded)
         self._stream = path.open("ab", buffering=0)
@@ -51,14 +51,14 @@ class MetricsFile:
         self._waiting += _line(row).encode()
         self._flush()
 
-    def amend(self, step: int, figures: Metrics) -> None:
-        """Add figures to the row of `step`, if it is the last one."""
+    def amend(self, step: int, metrics: Metrics) -> None:
+        """Add metrics to the row of `step`, if it is the last one."""
         self._flush()
         rows = read_metrics(self._path)
         if not rows or rows[-1]["step"] != step:
             return
-        with BestEffort(f"{self._path} cannot take the figures of step {step}"):
-            replace_file(self._path, "".join(map(_line, [*rows[:-1], rows[-1] | figures])))
+        with BestEffort(f"{self._path}: the metrics of step {step} cannot be added"):
+            replace_file(self._path, "".join(map(_line, [*rows[:-1], rows[-1] | metrics])))
         self._stream.close()
         self._stream = self._path.open("ab", buffering=0)
 
@@ -82,12 +82,12 @@ def _line(row: Metrics) -> str:
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """All rows; lines that are no rows (cut short by a crash, lost by a disk) are skipped. Raises UnreadableError."""
+    """All rows; invalid lines (cut short by a crash, lost by a disk) are skipped. Raises UnreadableError."""
     return [row for _, row in _read(path) if row is not None]
 
 
 def _read(path: Path) -> list[tuple[bytes, Metrics | None]]:
-    """Each line with its newline, if it has one, and its row, None if it is no row. Raises UnreadableError."""
+    """Each line, with its newline if it has one, and its row or None if it is invalid. Raises UnreadableError."""
     try:
         with reading(path):
             lines = read_regular(path).splitlines(keepends=True)
@@ -107,7 +107,7 @@ def _row(line: bytes) -> Metrics | None:
 def _discard_after(
     step: int, path: Path, discarded: Path, *, keeping: AbstractContextManager[object] | None = None
 ) -> None:
-    """Move lines after `step`, repeated steps and lines that are no rows to `discarded`; works on a full disk.
+    """Move lines after `step`, repeated steps and invalid lines to `discarded`; works on a full disk.
 
     Logs which rows up to `step` are missing. keeping: context around the write to `discarded`.
     """

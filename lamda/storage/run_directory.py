@@ -70,7 +70,7 @@ class RunDirectory:
     def create(self) -> bool:
         """Create the folder if needed; returns whether it is new. Raises UserError if it is not writable."""
         try:
-            if run := self._run_around():
+            if run := self._enclosing_run():
                 raise UserError(f"run.dir {self.path}: is inside the checkpoints of {run}; choose another")
             is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
@@ -81,16 +81,16 @@ class RunDirectory:
             raise UserError(f"run.dir {self.path}: cannot be written to ({error.strerror}); choose another") from error
         return is_new
 
-    def _run_around(self) -> Path | None:
+    def _enclosing_run(self) -> Path | None:
         """The run whose checkpoint folder contains this folder."""
-        around = (path for path in (self.path.resolve() / "x").parents if path.name == "checkpoints")
-        return next((path.parent for path in around if (path / "LATEST").is_file()), None)
+        folders = (path for path in (self.path.resolve() / "x").parents if path.name == "checkpoints")
+        return next((path.parent for path in folders if (path / "LATEST").is_file()), None)
 
-    def forget_refused(self, kind: type[BaseException] | None, value: BaseException | None, _: object) -> None:
+    def remove_if_rejected(self, kind: type[BaseException] | None, value: BaseException | None, _: object) -> None:
         """Remove a new folder if its start was rejected and it holds nothing of use."""
-        signs = {self.log, self._status, self.heartbeats, self.path / "hang"}
+        leftovers = {self.log, self._status, self.heartbeats, self.path / "hang"}
         with suppress(OSError):
-            if isinstance(value, UserError) and {*self.path.iterdir()} <= signs:
+            if isinstance(value, UserError) and {*self.path.iterdir()} <= leftovers:
                 shutil.rmtree(self.path)
 
     def write_status(self, status: Status, **details: Any) -> None:
@@ -196,7 +196,7 @@ def _is_range(first: Any, last: Any) -> bool:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How a run stands.
+    """The state of a run, for listings.
 
     state: starting, running, finished, preempted, failed; died, if status.json says running and no living
     process holds the lock; unknown, if there is no status. steps: of the whole run, if known.
@@ -230,10 +230,10 @@ class _Writer(NamedTuple):
 def _lock_holder(directory: RunDirectory) -> _Writer | None:
     """The process that holds the lock: a living one, else a dead one; None if there is no lock."""
     try:
-        found = [_Writer(owner.lives(), owner.pid) for owner in lock.owners(directory.path)]
+        writers = [_Writer(owner.lives(), owner.pid) for owner in lock.owners(directory.path)]
     except OSError:
         return None
-    return max(found, key=lambda writer: writer.is_alive, default=None)
+    return max(writers, key=lambda writer: writer.is_alive, default=None)
 
 
 def _is_restarted(ended: dict[str, Any], writer: _Writer | None) -> bool:
@@ -255,10 +255,10 @@ def find_runs(folder: Path, *, depth: int = DEPTH) -> list[Path]:
 
     Does not search inside a run or in hidden folders; a folder reached through several links counts once.
     """
-    found: dict[Path, Path] = {}
+    runs: dict[Path, Path] = {}
     for path in sorted(_walk(folder, depth), key=lambda path: len(path.parts)):
-        found.setdefault(path.resolve(), path)
-    return list(found.values())
+        runs.setdefault(path.resolve(), path)
+    return list(runs.values())
 
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:

@@ -42,7 +42,7 @@ def run_log(path: Path, *, is_main: bool) -> Iterator[None]:
         for logger, handlers_before, level, propagate in before:
             logger.handlers, logger.propagate = handlers_before, propagate
             logger.setLevel(level)
-        with BestEffort(f"{path} is not whole", then="the run is not concerned"):
+        with BestEffort(f"{path} is incomplete", then="the run is not affected"):
             for handler in handlers:
                 handler.close()
 

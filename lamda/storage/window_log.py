@@ -52,7 +52,7 @@ class KeptWindows:
                         source, number, base = map(int, begins.groups())
                         places.setdefault(source, {})[number] = base, number, offset  # a resumed run writes some again
                     offset += len(line)
-        self._places = {source: sorted(found.values()) for source, found in places.items()}
+        self._places = {source: sorted(by_number.values()) for source, by_number in places.items()}
 
     def up_to(self, source: int, row: int, *, lanes: int) -> SourceOrder:
         """The last windows of a source with `lanes` lanes that begin at or before a row; empty if there are none."""

@@ -90,9 +90,9 @@ class RollbackError(Exception):
 def find_sound(directory: RunDirectory, *, first: int, world: World) -> Path:
     """The newest valid checkpoint that may be sound; where there is none, the oldest valid one.
 
-    first: the first bad step. Its loss is that of the weights after the previous step, so a checkpoint of that step has
-    the bad weights too: only an older one has had a good loss since. And a run does not roll back to the same
-    checkpoint twice: other samples did not help.
+    first: the first bad step. Its loss is that of the weights after the previous step, so a checkpoint of the previous
+    step holds the bad weights too; an older one was followed by a good loss. A run does not roll back to the same
+    checkpoint twice, because skipping samples after it did not help.
 
     Every rank calls it. Raises RunError where no checkpoint is valid.
     """
@@ -102,25 +102,25 @@ def find_sound(directory: RunDirectory, *, first: int, world: World) -> Path:
     raise RunError(f"{directory.checkpoints}: the run has to roll back, and no checkpoint is valid")
 
 
-def set_spoilt_aside(directory: RunDirectory) -> None:
-    """Rename the checkpoints that the run rolled back from to `.spoilt`; LATEST then names the newest one left.
+def set_aside_rolled_back(directory: RunDirectory) -> None:
+    """Rename the checkpoints that the run rolled back from to `.spoilt`; LATEST then names the newest remaining one.
 
-    They are those that have seen samples of a window that the run skips. A start calls it too, for a run that was
-    killed in between.
+    These have trained on samples of a range that the run now skips. A start calls it too, in case the run was killed
+    during a rollback.
     """
     if not (windows := directory.skipped()):
         return
-    spoilt = [
+    rolled_back = [
         path
         for path, state in _states(directory)
         if any(first < state.consumed and (first, last) not in state.skipped for first, last in windows)
     ]
-    for path in spoilt:
-        target = commit.free_name(path, suffix=manifest.SPOILT)
+    for path in rolled_back:
+        target = commit.free_name(path, suffix=manifest.ROLLED_BACK)
         path.rename(target)
-        log.warning("checkpoint %s has seen samples that the run skips; it is now %s", path, target.name)
-    if spoilt and (left := manifest.complete(directory.checkpoints)):
-        replace_file(directory.checkpoints / "LATEST", left[-1].name)
+        log.warning("checkpoint %s was trained on samples that the run skips; renamed to %s", path, target.name)
+    if rolled_back and (remaining := manifest.complete(directory.checkpoints)):
+        replace_file(directory.checkpoints / "LATEST", remaining[-1].name)
 
 
 def _by_soundness(directory: RunDirectory, *, first: int) -> list[str]:
@@ -136,10 +136,10 @@ def _by_soundness(directory: RunDirectory, *, first: int) -> list[str]:
 
 def _states(directory: RunDirectory) -> list[tuple[Path, RunState]]:
     """The complete checkpoints that hold a state of this version, oldest first. Raises UnreadableError."""
-    found = []
+    states = []
     for path in manifest.complete(directory.checkpoints):
         try:
-            found.append((path, manifest.read_state(path)))
+            states.append((path, manifest.read_state(path)))
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
             log.warning("checkpoint %s: its run_state.json cannot be read (%s)", path, error)
-    return found
+    return states

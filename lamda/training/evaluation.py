@@ -167,17 +167,17 @@ def _score(
     """[3, domains]: nats, number of target tokens and bytes of a micro-batch, padded with empty rows to `size`."""
     ids = np.zeros((size, length + 1), np.int64)
     documents = np.zeros((size, length), np.int64) if separated else None
-    for place, row in enumerate(batch):
-        ids[place] = row.ids
+    for index, row in enumerate(batch):
+        ids[index] = row.ids
         if documents is not None and row.documents is not None:
-            documents[place] = row.documents
+            documents[index] = row.documents
     tokens = torch.from_numpy(ids).to(device)
     documents_BL = None if documents is None else torch.from_numpy(documents).to(device)
     losses = nats(tokens[:, :-1], tokens[:, 1:], documents_BL).double().cpu().numpy()
     sums = np.zeros((3, domains))
-    for place, row in enumerate(batch):
+    for index, row in enumerate(batch):
         domains_of_targets = row.domains[row.loss_mask]
-        sums[0] += np.bincount(domains_of_targets, weights=losses[place][row.loss_mask], minlength=domains)
+        sums[0] += np.bincount(domains_of_targets, weights=losses[index][row.loss_mask], minlength=domains)
         sums[1] += np.bincount(domains_of_targets, minlength=domains)
         sums[2, : len(row.utf8_bytes)] += row.utf8_bytes
     return sums
@@ -232,5 +232,5 @@ def evaluate_checkpoint(path: Path, *, files: str | None) -> dict[str, Any]:
             model, device=device, micro_batch=config.train.micro_batch_size, on_progress=shown.advance
         )
     if not scores.utf8_bytes.sum():
-        raise UserError(f"there is no text to score: {files or 'data.eval_files'} has empty documents alone")
+        raise UserError(f"there is no text to score: {files or 'data.eval_files'} has only empty documents")
     return {"checkpoint": str(path), **scores.report()}

@@ -59,7 +59,7 @@ def maybe_inject(
 
 def parse(text: str) -> list[Fault]:
     """The faults in the value of LAMDA_FAULT. Raises UserError."""
-    found = []
+    faults = []
     for part in filter(None, text.split(",")):
         try:
             point, kind, rank, step = part.split(":")
@@ -69,8 +69,8 @@ def parse(text: str) -> list[Fault]:
         for value, known in ((point, POINTS), (kind, KINDS)):
             if value not in known:
                 raise UserError(f"LAMDA_FAULT {part!r}: there is no {value!r}{nearest(value, known)}")
-        found.append(Fault(point, kind, *numbers))
-    return found
+        faults.append(Fault(point, kind, *numbers))
+    return faults
 
 
 Act = Callable[["torch.Tensor | None", "Path | None"], None]

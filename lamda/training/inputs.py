@@ -56,7 +56,7 @@ class Inputs:
         progress: Progress = lambda: None,
         on_wait: Progress = lambda: None,
     ) -> Inputs:
-        """Rank 0 looks for the files, makes what is missing and sends the result to all ranks.
+        """Open the inputs on all ranks: rank 0 lists the files and trains a missing tokenizer.
 
         on_phase: called on every rank with the name of each phase. progress: called during a phase. on_wait: called
         while a server is waited for, now and when the text is read, from any thread.
@@ -71,9 +71,9 @@ class Inputs:
             world, lambda: ensure_tokenizer(config, target=path, corpus=corpus, progress=progress) and None
         )
         on_phase("text")
-        domains, found = distributed.on_main(world, lambda: _describe(corpus, config, Tokenizer.load(path)))
+        domains, data_fingerprint = distributed.on_main(world, lambda: _describe(corpus, config, Tokenizer.load(path)))
         tokenizer = distributed.agree(world, lambda: Tokenizer.load(path))
-        return cls(config, world, corpus, tokenizer, tuple(domains), found)
+        return cls(config, world, corpus, tokenizer, tuple(domains), data_fingerprint)
 
     def loader(
         self, state: RunState, *, on_window: Callable[[int, SourceOrder], object] = lambda source, order: None
@@ -128,14 +128,14 @@ def validation(config: Config) -> tuple[Source, ...]:
     """The sources of the validation text. Raises UserError where there are none but `eval.every` is set."""
     sources = load_card(config.data).validation
     if not sources and config.eval.every is not None:
-        why = (
+        problem = (
             f"card {config.data.corpus!r} has no validation text"
             if config.data.files is None
-            else "text of data.files has no validation text but your own"
+            else "data.files has no validation text"
         )
         raise UserError(
-            f"eval.every is {config.eval.every}, but {why}; set data.eval_files to files that are not trained on, or "
-            "--eval.every null"
+            f"eval.every is {config.eval.every}, but {problem}; set data.eval_files to files that are not "
+            "trained on, or --eval.every null"
         )
     return sources
 
@@ -151,7 +151,9 @@ def with_initial_weights(config: Config) -> Config:
     path = find_checkpoint(Path(config.model.weights))
     saved = saved_config(path).model.dimensions
     given = {key: value for key, value in config.model.dimensions.items() if key in config.model.model_fields_set}
-    differing = [f"{key} is {value}, there {saved[key]}" for key, value in given.items() if saved[key] != value]
+    differing = [
+        f"{key} is {value}, in its checkpoint {saved[key]}" for key, value in given.items() if saved[key] != value
+    ]
     if differing:
         raise UserError(f"model.weights {config.model.weights}: {'; '.join(differing)}; leave these model keys out")
     model = config.model.model_copy(update={**saved, "weights": str(path / WEIGHTS)})
@@ -163,7 +165,7 @@ def check_initial_weights(path: Path, model: ModelConfig) -> None:
     """Raise UserError where `path` is not a safetensors file with this model's weights."""
     try:
         with safe_open(path, "pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"model.weights {path}: cannot be read ({error})") from error
-    check_shapes(weight_shapes(model), found)
+    check_shapes(weight_shapes(model), shapes)

@@ -20,7 +20,7 @@ from lamda.storage import commit, manifest
 from lamda.storage.reading import reading
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
-from lamda.training.anomalies import set_spoilt_aside
+from lamda.training.anomalies import set_aside_rolled_back
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +40,12 @@ class ResumePoint:
         saved, state = self.state.fingerprint, replace(self.state, fingerprint=current)
         if self.path is None:
             return state
-        before, here = saved.get("format"), current.get("format")
-        if before != here:
+        saved_format, current_format = saved.get("format"), current.get("format")
+        if saved_format != current_format:
             raise UserError(
-                f"{self.path}: its samples are in the order of another version (format {before}; this version has "
-                f"{here}), which cannot be continued here. Continue with the version that wrote it, or "
-                "start another run.dir from the weights alone (model.weights)"
+                f"{self.path}: its samples are in the order of another version (format {saved_format}; this one has "
+                f"{current_format}). Resume with the version that wrote it, or start another run.dir from the weights "
+                "alone (model.weights)"
             )
         changed = changed_files(saved, current)
         names = [name for name in differences(saved, current) if name != "contents"]
@@ -63,9 +63,9 @@ class ResumePoint:
                 "data.accept_changed"
             )
         if "contents" not in saved:
-            log.info("%s does not say what its files held: that they are unchanged is not verified", self.path)
+            log.info("%s has no hashes of its text files: whether they have changed is not verified", self.path)
         if changed:  # the digests of the documents at the cursors no longer match
-            log.info("taken for unchanged, as data.accept_changed says: %s", ", ".join(changed))
+            log.info("treated as unchanged because of data.accept_changed: %s", ", ".join(changed))
             state = replace(state, order=tuple(each.without_digests() for each in state.order))
         return state
 
@@ -78,18 +78,18 @@ def find_resume_point(
     framework: name of the framework that resumes. progress: called while files are hashed. Raises UserError and
     UnreadableError.
     """
-    wish = config.checkpoint.resume
-    on_main(world, lambda: _check_wish(config, directory))
-    if wish == "never":
+    resume_mode = config.checkpoint.resume
+    on_main(world, lambda: _check_resume_mode(config, directory))
+    if resume_mode == "never":
         return ResumePoint(None, RunState())
-    if wish in ("auto", "required"):
-        on_main(world, lambda: set_spoilt_aside(directory))
+    if resume_mode in ("auto", "required"):
+        on_main(world, lambda: set_aside_rolled_back(directory))
         path = commit.find_valid(directory.checkpoints, world=world, progress=progress)
     else:
-        path = Path(wish)
+        path = Path(resume_mode)
         problem = commit.verify(path, world=world, progress=progress)
         if problem is not None:
-            raise UserError(f"checkpoint.resume {wish}: {problem}")
+            raise UserError(f"checkpoint.resume {resume_mode}: {problem}")
         on_main(world, lambda: _inherit_windows(path, directory))
     if path is None:
         on_main(world, lambda: commit.require_none(directory.checkpoints, noted=directory.noted_checkpoint()))
@@ -114,53 +114,54 @@ def settings_of(path: Path) -> Config | None:
         return None
 
 
-def _check_wish(config: Config, directory: RunDirectory) -> None:
-    wish, here = config.checkpoint.resume, manifest.complete(directory.checkpoints)
-    if wish == "never" and directory.holds_a_run:
+def _check_resume_mode(config: Config, directory: RunDirectory) -> None:
+    resume_mode, checkpoints = config.checkpoint.resume, manifest.complete(directory.checkpoints)
+    if resume_mode == "never" and directory.holds_a_run:
         raise UserError(f"checkpoint.resume never: {directory.path} already holds a run; choose another run.dir")
-    if wish == "required" and not here:
+    if resume_mode == "required" and not checkpoints:
         raise UserError(f"checkpoint.resume required: {directory.checkpoints} holds no complete checkpoint")
-    if wish in ("auto", "required", "never"):
+    if resume_mode in ("auto", "required", "never"):
         return
-    if not Path(wish).is_dir():
-        raise UserError(f"checkpoint.resume {wish}: no such checkpoint (nor one of auto, required, never)")
-    if there := manifest.complete(RunDirectory(Path(wish)).checkpoints):
-        raise UserError(f"checkpoint.resume {wish}: is a run; name one of its checkpoints, such as {there[-1]}")
-    step = manifest.step_in(Path(wish))
-    newer = [path.name for path in here if step is not None and manifest.step_of(path) > step]
+    if not Path(resume_mode).is_dir():
+        raise UserError(f"checkpoint.resume {resume_mode}: no such checkpoint (nor one of auto, required, never)")
+    if inside := manifest.complete(RunDirectory(Path(resume_mode)).checkpoints):
+        raise UserError(f"checkpoint.resume {resume_mode}: is a run; name one of its checkpoints, such as {inside[-1]}")
+    step = manifest.step_in(Path(resume_mode))
+    newer = [path.name for path in checkpoints if step is not None and manifest.step_of(path) > step]
     if newer:
         raise UserError(
-            f"checkpoint.resume {wish}: {directory.path} holds newer checkpoints ({newer[-1]}), which continuing from "
-            "here would overwrite; choose another run.dir"
+            f"checkpoint.resume {resume_mode}: {directory.path} holds newer checkpoints ({newer[-1]}), which resuming "
+            "from this one would overwrite; choose another run.dir"
         )
 
 
 def _check_manifest(config: Config, path: Path, *, framework: str) -> None:
-    """Raise UserError where the state is that of another framework, model or optimizer, or of other adapters."""
+    """Raise UserError if framework, model, optimizer or adapters are not those of the configuration."""
     saved, train = manifest.read(path), config.train
     instead = f"start from the weights alone: model.weights {path / 'model.safetensors'} and another run.dir"
-    if (there := manifest.framework_of(saved)) != framework:
+    if (saved_framework := manifest.framework_of(saved)) != framework:
         raise UserError(
-            f"{path} was written by {there}; {framework} cannot resume from it. Continue with {there}, or {instead}"
+            f"{path} was written by {saved_framework}; {framework} cannot resume from it. Continue with "
+            f"{saved_framework}, or {instead}"
         )
     model = saved["model"]
-    wanted = {key: value for key, value in config.model.dimensions.items() if model.get(key) != value}
-    if wanted:
-        problems = [f"{key} is {model.get(key)}, the configuration says {value}" for key, value in wanted.items()]
+    different = {key: value for key, value in config.model.dimensions.items() if model.get(key) != value}
+    if different:
+        problems = [f"{key} is {model.get(key)}, the configuration says {value}" for key, value in different.items()]
         raise UserError(
             f"{path} is a checkpoint of another model: {'; '.join(problems)}. Fix model.*, or choose another run.dir"
         )
     rank = saved.get("lora_rank", 0)
     adapters = f"adapters of rank {rank}" if rank else "no adapters"
-    optimizer = saved.get("optimizer", "adamw")  # old ones name neither
-    for held, key, there, here in (
+    optimizer = saved.get("optimizer", "adamw")  # early manifests name neither
+    for held, key, saved_value, value in (
         (f"the state of {optimizer}", "optimizer", optimizer, train.optimizer),
         (adapters, "lora_rank", rank, train.lora_rank),
     ):
-        if there != here:
+        if saved_value != value:
             raise UserError(
-                f"{path} holds {held}, which train.{key} {here} cannot resume from. Set train.{key} {there}, or "
-                f"{instead}"
+                f"{path} holds {held}, which train.{key} {value} cannot resume from. Set train.{key} {saved_value}, "
+                f"or {instead}"
             )
 
 
@@ -179,23 +180,27 @@ def _inherit_windows(path: Path, directory: RunDirectory) -> None:
 
 def _report_changes(config: Config, path: Path) -> None:
     """Warn in one line of training settings that differ from the checkpoint's; the run continues with the new ones."""
-    now = _settings(config.model_dump(mode="json"))
+    current = _settings(config.model_dump(mode="json"))
     try:
         with reading(path / "config.yaml"):
             text = read_regular(manifest.named(path, "config.yaml"))
         saved = _settings(yaml.safe_load(text))
-        before = {key: float(saved[key]) if isinstance(now[key], float) else saved[key] for key in now if key in saved}
+        before = {
+            key: float(saved[key]) if isinstance(value, float) else saved[key]
+            for key, value in current.items()
+            if key in saved
+        }
     except (FileNotFoundError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path / 'config.yaml'}: cannot be read ({error})") from error
-    changes = [f"{key} {_change(before[key], now[key])}" for key in before if before[key] != now[key]]
+    changes = [f"{key} {_change(before[key], current[key])}" for key in before if before[key] != current[key]]
     if "train.norm_lr_scale" not in saved:
         changes.append("rates of query, norms and bias tables, and no decay of the embedding (CHANGELOG.md)")
     if changes:
-        log.warning("resumed with other settings than %s was trained with: %s", path, "; ".join(changes))
+        log.warning("these settings differ from those that %s was trained with: %s", path, "; ".join(changes))
 
 
 def _settings(sections: dict[str, Any]) -> dict[str, Any]:
-    """Settings that training depends on and a checkpoint does not hold; other keys of `data` are in its fingerprint."""
+    """Settings that training depends on and that the data fingerprint does not cover."""
     train = {f"train.{key}": value for key, value in dict(sections["train"]).items() if key not in _MAY_CHANGE}
     settings = {DEPRECATED.get(key, key): value for key, value in train.items()}
     if "document_mask" in sections.get("data", {}):
@@ -209,9 +214,9 @@ _MAY_CHANGE = {"steps", "tokens", "micro_batch_size", "recompute", "compile", "p
 def _change(before: Any, now: Any) -> str:
     """`was A, is B`; of long values only the part that differs."""
     if isinstance(before, list) and isinstance(now, list):
-        gone, new = [each for each in before if each not in now], [each for each in now if each not in before]
-        if gone or new:
-            parts = [f"{word} {_listed(each)}" for word, each in (("lost", gone), ("gained", new)) if each]
+        removed, added = [each for each in before if each not in now], [each for each in now if each not in before]
+        if removed or added:
+            parts = [f"{verb} {_listed(values)}" for verb, values in (("lost", removed), ("gained", added)) if values]
             return " and ".join(parts)
     texts = str(before), str(now)
     same = next((place for place, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), 0)

@@ -91,13 +91,16 @@ class Saver:
         return None
 
     def advance(self, completed_parts: int) -> SaveResult | None:
-        """Begin the next part if the sum over the ranks says that all are ready; returns once how the save ended."""
+        """Begin the next part if all ranks have completed theirs; returns the result once the save has ended.
+
+        completed_parts: summed over the ranks.
+        """
         if self._job is None or completed_parts < self._jobs * self._world.world_size:
             return None
         return self._next_part(self._job)
 
     def finish(self) -> SaveResult | None:
-        """Wait for the save in progress, if there is one; returns how it ended."""
+        """Wait for the save in progress, if there is one; returns its result."""
         saved = None
         while self._job is not None:
             self._wait(self._job)
@@ -133,21 +136,21 @@ class Saver:
 
     def _next_part(self, job: _Job) -> SaveResult | None:
         """All ranks have completed a part: gather failures, then commit what was written."""
-        found = gather((job.result, job.problem))
+        outcomes = gather((job.result, job.problem))
         self._job = None
         self._mark("save.done" if self._is_written else "save.settled")
-        failures = [f"rank {rank} {problem}" for rank, (_, problem) in enumerate(found) if problem is not None]
+        failures = [f"rank {rank} {problem}" for rank, (_, problem) in enumerate(outcomes) if problem is not None]
         if failures:
-            lost = [problem for _, problem in found if isinstance(problem, LostLockError)]
-            if lost:  # the folder is another process's by now
-                raise lost[0]
+            lock_errors = [problem for _, problem in outcomes if isinstance(problem, LostLockError)]
+            if lock_errors:  # the folder belongs to another process by now
+                raise lock_errors[0]
             if self._world.is_main_process:
                 shutil.rmtree(self._temporary, ignore_errors=True)
             return SaveResult(self._state.step, self._final, "; ".join(failures))
         if self._is_written:
             return SaveResult(self._state.step, self._final)
         self._is_written = True
-        files = {name: entry for part, _ in found for name, entry in part.items()}
+        files = {name: entry for part, _ in outcomes for name, entry in part.items()}
         self._start(lambda: self._commit(files) if self._world.is_main_process else {})
         return None
 
@@ -164,7 +167,7 @@ class Saver:
         if free < SPARE * size:
             shutil.rmtree(self._temporary, ignore_errors=True)
             sizes = filesize.decimal(free), filesize.decimal(size)
-            return f"{sizes[0]} are free; a checkpoint of {sizes[1]} asks for {SPARE} times its size"
+            return f"{sizes[0]} are free; a checkpoint of {sizes[1]} needs {SPARE} times its size"
         return None
 
     def _write(self, write: Callable[[], list[Path]]) -> dict[str, Any]:
@@ -198,7 +201,7 @@ class Saver:
             "files": files,
         }
         keep = self._config.checkpoint
-        commit(self._temporary, self._final, content, keep=keep.keep, keep_every=keep.keep_every, at=self._mark)
+        commit(self._temporary, self._final, content, keep=keep.keep, keep_every=keep.keep_every, on_point=self._mark)
         self._note(self._state.step)
         return {}
 
@@ -207,7 +210,7 @@ def _sizes(folder: Path) -> list[int]:
     """Blocks on disk of each file of checkpoints that are being written or deleted."""
     sizes = []
     for file in folder.glob(".step-*.tmp/**/*"):
-        with suppress(OSError):  # it has gone meanwhile
+        with suppress(OSError):  # deleted meanwhile
             sizes.append(file.stat().st_blocks)
     return sizes
 

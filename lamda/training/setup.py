@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -49,32 +49,8 @@ TEXT_PHASES = ("corpus", "tokenizer", "text", "fetch", "evaluate", "finish")
 HIGHER_AGAIN = dict.fromkeys(("cosine", "wsd"), " (the learning rate then rises again: docs/faq.md)")
 
 
-def train(
-    config: Config, world: World, task: Task, framework: Framework, open_benchmarks: OpenBenchmarks, signals: Signals
-) -> int:
-    """Start or continue the run of `config` and train until it is finished or asked to stop.
-
-    open_benchmarks: loads the tasks of `eval.tasks`. signals: entered; until training begins they end the process.
-    Returns the exit code: 0 finished, 75 stopped with everything saved. Raises UserError and RunError.
-    """
-    config, directory = with_initial_weights(config), RunDirectory(Path(config.run.dir))
-    with ExitStack() as stack:
-        stack.callback(distributed.stop)
-        device = framework.start(config, world)
-        if distributed.on_main(world, directory.create) and world.is_main_process:
-            stack.push(directory.forget_refused)
-        stack.enter_context(run_log(directory.log, is_main=world.is_main_process))
-        lock = directory.lock()
-        distributed.on_main(world, lambda: stack.enter_context(lock) and None)
-        distributed.on_main(world, lambda: clear_heartbeats(directory.heartbeats))
-        attempt = Attempt(directory, world)
-        signals.leave_at_once(report=attempt.leave_by_signal)
-        start = _Start(config, world, task, framework, open_benchmarks, signals, directory, lock, attempt)
-        return start.run(device)
-
-
 class _Opened(NamedTuple):
-    """What a run trains with. checkpoint: the one that it continues from, if it does."""
+    """What a run trains with. checkpoint: the one that it resumes from, if it does."""
 
     engine: Engine
     checkpoint: Path | None
@@ -84,8 +60,11 @@ class _Opened(NamedTuple):
 
 
 @dataclass
-class _Start:
-    """A start of a run, after the lock is taken: opens everything, then trains."""
+class TrainingJob:
+    """One start of a run: `run` opens everything, trains and shows the results.
+
+    open_benchmarks: loads the tasks of `eval.tasks`. signals: entered; until training begins they end the process.
+    """
 
     config: Config
     world: World
@@ -93,17 +72,41 @@ class _Start:
     framework: Framework
     open_benchmarks: OpenBenchmarks
     signals: Signals
-    directory: RunDirectory
-    lock: RunLock
-    attempt: Attempt
-    logger: RunLogger | None = None
+    directory: RunDirectory = field(init=False)
+    lock: RunLock = field(init=False)
+    attempt: Attempt = field(init=False)
+    logger: RunLogger | None = field(init=False, default=None)
 
-    def run(self, device: torch.device) -> int:
-        """Returns the exit code, which status.json has too. Raises UserError and RunError."""
+    def __post_init__(self) -> None:
+        """Raises UserError where the initial weights do not fit."""
+        self.config = with_initial_weights(self.config)
+        self.directory = RunDirectory(Path(self.config.run.dir))
+
+    def run(self) -> int:
+        """Start or resume the run, and train until it is finished or asked to stop.
+
+        Returns the exit code: 0 finished, 75 stopped with everything saved. Raises UserError and RunError.
+        """
+        directory, world = self.directory, self.world
+        with ExitStack() as stack:
+            stack.callback(distributed.stop)
+            device = self.framework.start(self.config, world)
+            if distributed.on_main(world, directory.create) and world.is_main_process:
+                stack.push(directory.remove_if_rejected)
+            stack.enter_context(run_log(directory.log, is_main=world.is_main_process))
+            self.lock = directory.lock()
+            distributed.on_main(world, lambda: stack.enter_context(self.lock) and None)
+            distributed.on_main(world, lambda: clear_heartbeats(directory.heartbeats))
+            self.attempt = Attempt(directory, world)
+            self.signals.leave_at_once(report=self.attempt.leave_by_signal)
+            return self._train_with_status(device)
+
+    def _train_with_status(self, device: torch.device) -> int:
+        """Train, and record in status.json how it ended. Returns the exit code."""
         attempt, rank = self.attempt, self.world.rank
         try:
             attempt.begin()
-            code = self._open_and_train(device)
+            code = self._train(device)
             distributed.barrier()  # a launcher whose first rank has exited kills the others, which may still upload
             return code
         except (LostLockError, ReportedElsewhereError, FailedElsewhereError):
@@ -122,28 +125,39 @@ class _Start:
             attempt.end("failed", reason=f"rank {rank}: {type(error).__name__}: {error}")
             raise
 
-    def _open_and_train(self, device: torch.device) -> int:
-        directory, settings = self.directory, self.config.run
-        with Watchdog(
-            directory.heartbeats, world=self.world, seconds=settings.hang_timeout_seconds, report=self._report_hang
-        ) as watchdog:
-            margin = settings.stop_margin_seconds
-            requests = StopRequests(directory.stop, world=self.world, margin=margin, signals=self.signals)
+    def _train(self, device: torch.device) -> int:
+        config, directory, world = self.config, self.directory, self.world
+        hang_timeout, margin = config.run.hang_timeout_seconds, config.run.stop_margin_seconds
+        with ExitStack() as stack:
+            watchdog = Watchdog(directory.heartbeats, world=world, seconds=hang_timeout, report=self._report_hang)
+            stack.enter_context(watchdog)
+            requests = StopRequests(directory.stop, world=world, margin=margin, signals=self.signals)
             requests.clear()
             # A GPU's collectives spin while they wait, so CPU time shows no progress there.
             with computing(watchdog.progress) if device.type == "cpu" else nullcontext():
                 opened = self._open(device, watchdog)
             if opened is None:
                 return 0
-            return self._train(opened, Guard(requests, watchdog, world=self.world))
+            if world.is_main_process:
+                with BestEffort(f"{directory.config} cannot be written"):
+                    replace_file(directory.config, to_yaml(config))
+            steps = total_steps(config, opened.state)
+            self.attempt.train(step=opened.state.step, steps=steps)
+            self.signals.note(lambda number: self._hurry(number, watchdog))
+            logger = self._open_logger(opened, stack, steps=steps)
+            stack.callback(watchdog.close)  # W&B's last uploads have a time limit of their own
+            stack.callback(logger.profile.write)
+            trainer = self._make_trainer(opened, logger, Guard(requests, watchdog, world=world))
+            trainer.fit()
+            return self._finish(trainer)
 
     def _open(self, device: torch.device, watchdog: Watchdog) -> _Opened | None:
         """Everything that training needs; None where the run is finished."""
         config, directory, world, progress = self.config, self.directory, self.world, watchdog.progress
         watchdog.mark("resume", step=0)
         distributed.on_main(world, lambda: commit.sweep(directory.checkpoints))
-        start = find_resume_point(config, directory, world, framework=self.framework.name, progress=progress)
-        if start.state.step >= total_steps(config, start.state) and self._was_finished(start.state.step):
+        origin = find_resume_point(config, directory, world, framework=self.framework.name, progress=progress)
+        if origin.state.step >= total_steps(config, origin.state) and self._was_finished(origin.state.step):
             self.signals.leave_at_once(exit_code=0)
             return None
         watchdog.mark("benchmarks", step=0)
@@ -157,59 +171,47 @@ class _Start:
             progress=progress,
             on_wait=lambda: watchdog.progress_during(TEXT_PHASES),
         )
-        state = start.check_data(inputs.fingerprint, accepted=config.data.accept_changed or ())
+        state = origin.check_data(inputs.fingerprint, accepted=config.data.accept_changed or ())
         watchdog.mark("engine", step=0)
         domains = len(inputs.domains) + 1
         engine = self.framework.engine(config, world=world, device=device, domains=domains, progress=progress)
         watchdog.mark("load", step=0)
-        if start.path is not None:
-            with reading(start.path):
-                engine.load_checkpoint(start.path)
+        if origin.path is not None:
+            with reading(origin.path):
+                engine.load_checkpoint(origin.path)
         elif config.model.weights is not None:
             engine.load_weights(Path(config.model.weights))
         watchdog.mark("start", step=0)
-        return _Opened(engine, start.path, state, inputs, benchmarks)
+        return _Opened(engine, origin.path, state, inputs, benchmarks)
 
     def _was_finished(self, step: int) -> bool:
-        """Whether the run has finished at this step and status.json said so; then both are reported again."""
+        """Whether the run had finished at this step before; then this is reported again."""
 
         def report_again() -> bool:
-            found = self.attempt.found
-            if found.get("status") != "finished" or found.get("step") != step:
+            previous = self.attempt.previous_status
+            if previous.get("status") != "finished" or previous.get("step") != step:
                 return False
             print(f"{self.directory.path}: finished, {step} steps; raise train.steps to continue")
-            self.directory.restore_status(found)
+            self.directory.restore_status(previous)
             return True
 
         return distributed.on_main(self.world, report_again)
 
-    def _train(self, opened: _Opened, guard: Guard) -> int:
-        config, directory, watchdog = self.config, self.directory, guard.watchdog
-        state, is_main = opened.state, self.world.is_main_process
-        if is_main:
-            with BestEffort(f"{directory.config} cannot be written"):
-                replace_file(directory.config, to_yaml(config))
-        steps = total_steps(config, state)
-        self.attempt.train(step=state.step, steps=steps)
-        self.signals.note(lambda number: self._hurry(number, watchdog))
-        with ExitStack() as stack:
-            progress = stack.enter_context(TrainingProgress(done=state.step, steps=steps, visible=is_main))
-            if opened.checkpoint is not None:
-                progress.say(f"continuing from {opened.checkpoint}")
-            if opened.engine.is_compiled:
-                progress.say("the first step compiles the model, a minute or so")
-            logger = RunLogger(config, directory, state, progress, enabled=is_main)
-            self.logger = stack.enter_context(logger)
-            before = None if opened.checkpoint is None else settings_of(opened.checkpoint)
-            for remark in remarks(config, state, before=before) if is_main else ():
-                log.warning("%s", remark)
-            stack.callback(watchdog.close)  # W&B's last uploads have a time limit of their own
-            stack.callback(logger.profile.write)
-            trainer = self._trainer(opened, logger, guard)
-            trainer.fit()
-            return self._finish(trainer)
+    def _open_logger(self, opened: _Opened, stack: ExitStack, *, steps: int) -> RunLogger:
+        """The logger, entered into `stack`; says how the run begins, and warns of unusual learning rates."""
+        config, state, is_main = self.config, opened.state, self.world.is_main_process
+        progress = stack.enter_context(TrainingProgress(done=state.step, steps=steps, visible=is_main))
+        if opened.checkpoint is not None:
+            progress.say(f"continuing from {opened.checkpoint}")
+        if opened.engine.is_compiled:
+            progress.say("the first step compiles the model, a minute or so")
+        self.logger = stack.enter_context(RunLogger(config, self.directory, state, progress, enabled=is_main))
+        before = None if opened.checkpoint is None else settings_of(opened.checkpoint)
+        for remark in remarks(config, state, before=before) if is_main else ():
+            log.warning("%s", remark)
+        return self.logger
 
-    def _trainer(self, opened: _Opened, logger: RunLogger, guard: Guard) -> Trainer:
+    def _make_trainer(self, opened: _Opened, logger: RunLogger, guard: Guard) -> Trainer:
         directory, watchdog, tokenizer = self.directory, guard.watchdog, opened.inputs.tokenizer
         state = replace(opened.state, wandb_id=logger.wandb_id)
         held_out = self.task.open_evaluation(
@@ -231,9 +233,9 @@ class _Start:
         steps = {"step": trainer.state.step, "steps": total_steps(self.config, trainer.state)}
         stopped = trainer.stopped or _show_results(trainer)
         if stopped is not None:
-            rest = "; what is left to show is made then" if trainer.is_over else ""
+            rest = " and shows the results" if trainer.is_over else ""
             trainer.logger.progress.say(
-                f"stopped after step {trainer.state.step}, all of it saved: {stopped}; the same command continues{rest}"
+                f"stopped after step {trainer.state.step} ({stopped}); all is saved, the same command continues{rest}"
             )
         trainer.guard.requests.clear()
         if self.world.is_main_process and stopped is None:
@@ -258,11 +260,11 @@ class _Start:
 
 
 def _show_results(trainer: Trainer) -> str | None:
-    """Show the last evaluation, a sample and the folder; returns the reason if a rank is asked to stop meanwhile."""
+    """Show the last evaluation, a sample and the folder; returns the reason if a rank is asked to stop first."""
     evaluator, guard, say = trainer.evaluator, trainer.guard, trainer.logger.progress.say
     guard.mark("finish", step=trainer.state.step)
     then = "the run is complete without it"
-    with BestEffort("the last table cannot be made", errors=Exception, then=then):
+    with BestEffort("the final table cannot be made", errors=Exception, then=then):
         if evaluator.scores is not None and trainer.world.is_main_process:
             with computing(guard.watchdog.progress):
                 for line in evaluator.task.summary(evaluator.scores):
@@ -275,7 +277,7 @@ def _show_results(trainer: Trainer) -> str | None:
     # No BestEffort: if one rank failed alone, the others would wait for it.
     sample = evaluator.task.sample(trainer.engine, evaluator.tokenizer)
     if trainer.world.is_main_process:
-        say(f"a continuation, as it came:\n{sample}")
+        say(f"sample:\n{sample}")
         file = trainer.directory.samples / f"step-{trainer.state.step:08d}.txt"
         with BestEffort(f"{file} cannot be written", then=then):
             file.parent.mkdir(exist_ok=True)

@@ -108,7 +108,7 @@ class StopRequests:
     def __init__(self, file: Path, *, world: World, margin: float, signals: Signals) -> None:
         self._file, self._world, self._margin, self._signals = file, world, margin, signals
         self._launcher = Launcher.of(world)
-        self._looking = BestEffort(f"{file} cannot be looked for")
+        self._looking = BestEffort(f"{file} cannot be checked")
 
     def clear(self) -> None:
         """Delete RUN/STOP, which was meant for a run that has ended, or which this run has obeyed."""
@@ -134,14 +134,14 @@ class StopRequests:
 class Attempt:
     """One start of a run in status.json. Any rank may record how it ended; the first record counts.
 
-    found: status.json as it was before. is_training: whether training has begun.
+    previous_status: the content of status.json before this start. is_training: whether training has begun.
     """
 
     def __init__(self, directory: RunDirectory, world: World) -> None:
-        self.found: dict[str, Any] = {}
         self.is_training = False
         self._directory, self._world = directory, world
-        self._began, self.found = on_main(world, lambda: (time.time(), directory.read_status()))
+        self.previous_status: dict[str, Any]
+        self._began, self.previous_status = on_main(world, lambda: (time.time(), directory.read_status()))
 
     def begin(self) -> None:
         """Record that the run is starting, unless a rank has already ended it. Every rank calls it."""
@@ -166,8 +166,8 @@ class Attempt:
     def reject(self, reason: str) -> None:
         """A rejected start changes nothing: restore the previous status."""
         if self._world.is_main_process:
-            if self.found:
-                self._directory.restore_status(self.found)
+            if self.previous_status:
+                self._directory.restore_status(self.previous_status)
             else:
                 self._directory.write_status("failed", reason=reason)
 

@@ -35,8 +35,8 @@ COMPARED_BYTES = 32_000_000  # held-out text up to this size is also compressed,
 
 Mark = Callable[[], None]  # reports progress to the watchdog
 
-Shows = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""(name of a job, its size) -> callback for how many more are done."""
+ShowProgress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""(name of a job, its size) -> context with a callback that takes the number of items just finished."""
 
 
 class Scores(Protocol):
@@ -84,7 +84,9 @@ class TaskError(Exception):
 class Benchmarks(Protocol):
     """The tasks of `eval.tasks`, loaded."""
 
-    def score(self, engine: Engine, tokenizer: Tokenizer, *, mark: Mark, shows: Shows) -> dict[str, float]:
+    def score(
+        self, engine: Engine, tokenizer: Tokenizer, *, mark: Mark, show_progress: ShowProgress
+    ) -> dict[str, float]:
         """`eval/<task>/<metric>` as in metrics.jsonl, on rank 0; every rank calls it. Raises TaskError on rank 0."""
 
 
@@ -150,15 +152,15 @@ class Evaluator:
         return metrics
 
     def _announce_full(self, seconds: float) -> None:
-        """Report how long scoring all the held-out text may take. seconds: that its first batches took."""
+        """Report how long scoring all the held-out text may take. seconds: time that the first batches took."""
         settings = self.engine.config.eval
         limit, first = self._num_rows(settings.full_batches), self._rows_scored[self._num_rows(settings.batches)]
         pace = seconds / max(1, first)
         if limit is not None:
-            much = f"at most {limit:,} rows of the held-out text, {timedelta(seconds=round(limit * pace))} at the most"
+            amount = f"at most {limit:,} rows of the held-out text, in at most {timedelta(seconds=round(limit * pace))}"
         else:
-            much = f"all of the held-out text, {timedelta(seconds=round(1000 * pace))} for each 1,000 rows"
-        self.logger.progress.say(f"evaluating {much} (eval.full_batches bounds it)")
+            amount = f"all of the held-out text, {timedelta(seconds=round(1000 * pace))} for each 1,000 rows"
+        self.logger.progress.say(f"evaluating {amount} (eval.full_batches limits it)")
 
     def _num_rows(self, batches: int | None) -> int | None:
         return None if batches is None else batches * self.engine.config.train.global_batch_size
@@ -176,7 +178,7 @@ class Evaluator:
 
         with self.logger.progress.long_job("evaluating", total=total, unit="rows") as advance, self.engine.eval_mode():
             scores = self.held_out.score(
-                _Watched(self.engine, on_batch=self._on_batch),
+                _InterruptibleScorer(self.engine, on_batch=self._on_batch),
                 device=self.engine.device,
                 micro_batch=self.engine.config.train.micro_batch_size,
                 rank=world.rank,
@@ -193,12 +195,14 @@ class Evaluator:
         assert self.benchmarks is not None
         try:
             with self.engine.eval_mode():
-                return self.benchmarks.score(self.engine, self.tokenizer, mark=self._on_batch, shows=self._shows)
+                return self.benchmarks.score(
+                    self.engine, self.tokenizer, mark=self._on_batch, show_progress=self._show_progress
+                )
         except TaskError as error:
             self.logger.warn("evaluation failed", f"step {self._step}: eval.tasks: {error}; training continues")
             return {}
 
-    def _shows(self, name: str, total: int) -> AbstractContextManager[Callable[[float], None]]:
+    def _show_progress(self, name: str, total: int) -> AbstractContextManager[Callable[[float], None]]:
         return self.logger.progress.long_job(f"eval.tasks, {name}", total=total, unit="requests")
 
     def _on_batch(self) -> None:
@@ -218,7 +222,7 @@ def _is_multiple(step: int, every: int | None) -> bool:
 
 
 @dataclass(frozen=True)
-class _Watched:
+class _InterruptibleScorer:
     """A model under evaluation; `on_batch` is called before each batch."""
 
     model: Scorer

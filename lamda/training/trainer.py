@@ -22,7 +22,7 @@ from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
 from lamda.storage.window_log import WindowLog
-from lamda.training.anomalies import AnomalyDetector, RollbackError, find_sound, set_spoilt_aside
+from lamda.training.anomalies import AnomalyDetector, RollbackError, find_sound, set_aside_rolled_back
 from lamda.training.inputs import Inputs
 from lamda.training.loggers import FinishedStep, RunLogger
 from lamda.training.lr_schedule import next_learning_rate, total_steps
@@ -32,7 +32,7 @@ from lamda.training.watchdog import Guard
 
 
 class FetchedBatch(NamedTuple):
-    """A batch of the loader, how long the loop waited for it, and when it began to wait (`time.monotonic`)."""
+    """A batch of the loader, how long the loop waited for it, and when the wait began (`time.monotonic`)."""
 
     step: StepBatch
     wait_seconds: float
@@ -106,7 +106,7 @@ class Trainer:
             self.maybe_stop()
 
     def batches(self, loader: Loader) -> Iterator[FetchedBatch]:
-        """The batches that are left to train on. Raises DataUnavailableError."""
+        """The batches of the remaining steps. Raises DataUnavailableError."""
         batches = iter(loader)
         while not self.is_over and self.stopped is None:
             self._mark("fetch")
@@ -141,7 +141,10 @@ class Trainer:
         )
 
     def log_step(self, step: FinishedStep | None) -> None:
-        """Read and log a step's metrics, and act on what the ranks have agreed on. Raises RollbackError, RunError."""
+        """Read and log a step's metrics; act on stop requests, finished saves and anomalies, the same on all ranks.
+
+        Raises RollbackError and RunError.
+        """
         if step is None:
             return
         self.state = self.state.with_targets(step.num_tokens)
@@ -166,13 +169,13 @@ class Trainer:
         self.logger.warn("loss spike", f"step {number}: {anomaly.text}; training continues, because {blocker}")
 
     def evaluate(self) -> dict[str, float]:
-        """The metrics that are due at this step; none if the ranks agree to stop meanwhile."""
+        """The evaluation metrics that are due at this step; none if the ranks agree to stop during it."""
         try:
             return self.evaluator.evaluate(self.state.step, is_last=self.is_over)
         except EvaluationInterruptedError:
             self._stop_is_agreed = self._evaluation_was_interrupted = True
             self.logger.progress.say(
-                f"step {self.state.step}: the evaluation was left; the same command makes up for it"
+                f"step {self.state.step}: evaluation interrupted; rerun the same command to complete it"
             )
             return {}
 
@@ -189,7 +192,7 @@ class Trainer:
             self.stop()
 
     def maybe_save(self, step: FinishedStep, loader: Loader) -> FinishedStep | None:
-        """Log and save this step if a checkpoint is due or the run stops; returns it if it is still to be logged."""
+        """Log and save this step if a checkpoint is due or the run stops; otherwise return it, to be logged later."""
         if not (self.is_over or self._stop_is_agreed or self.state.step % self.config.checkpoint.every == 0):
             return step
         self.log_step(step)
@@ -197,7 +200,7 @@ class Trainer:
         return None
 
     def save(self, loader: Loader, *, wait: bool) -> None:
-        """Save this step, in the background unless `wait`. Raises RunError where a save that is waited for fails."""
+        """Save this step, in the background unless `wait`. Raises RunError if a save with `wait` fails."""
         began = time.monotonic()
         self._mark("save", step=self.state.step)
         quarantined = gather(loader.quarantined())
@@ -213,7 +216,7 @@ class Trainer:
             raise RunError(f"the last checkpoint could not be written: {result.problem}. {self._resume_point()}")
 
     def maybe_stop(self) -> None:
-        """Stop if the ranks have agreed to, unless everything is done anyway."""
+        """Stop if the ranks have agreed to, unless the run is finished anyway."""
         if self._stop_is_agreed and (not self.is_over or self._evaluation_was_interrupted):
             self.stop()
 
@@ -224,14 +227,14 @@ class Trainer:
     def rollback(self, error: RollbackError) -> None:
         """Return to a sound checkpoint; the samples since then are never used again."""
         path = find_sound(self.directory, first=error.first, world=self.world)
-        there, here = manifest.read_state(path), self.state
-        window = (there.consumed, here.consumed)
+        target, current = manifest.read_state(path), self.state
+        window = (target.consumed, current.consumed)
         on_main(self.world, lambda: self.directory.note_skipped(window, step=error.step, reason=error.reason))
-        on_main(self.world, lambda: set_spoilt_aside(self.directory))
+        on_main(self.world, lambda: set_aside_rolled_back(self.directory))
         self.engine.load_checkpoint(path)
-        skipped, rollbacks = (*here.skipped, window), here.rollbacks + 1
-        self.state = replace(there, skipped=skipped, rollbacks=rollbacks, wandb_id=here.wandb_id)
-        self.logger.rewind(there.step)
+        skipped, rollbacks = (*current.skipped, window), current.rollbacks + 1
+        self.state = replace(target, skipped=skipped, rollbacks=rollbacks, wandb_id=current.wandb_id)
+        self.logger.rewind(target.step)
         self.logger.warn(
             "rolled back",
             f"step {error.step}: {error.reason}; back to {path.name}, without samples {window[0]} to {window[1] - 1} "
@@ -263,7 +266,7 @@ class Trainer:
             )
 
     def report_save(self, result: SaveResult | None) -> None:
-        """Report how a save ended, if one did."""
+        """Report the result of a save, if there is one."""
         if result is None:
             return
         if result.problem is None:
@@ -275,9 +278,9 @@ class Trainer:
                 f"{self._resume_point()}",
             )
 
-    def report_bad_lines(self, found: Iterable[Quarantined]) -> None:
+    def report_bad_lines(self, lines: Iterable[Quarantined]) -> None:
         """Write new bad lines to the quarantine file and report them."""
-        if new := self._quarantine.add(found):
+        if new := self._quarantine.add(lines):
             bad = new[0].bad
             self.logger.warn(
                 "lines quarantined",
@@ -293,11 +296,11 @@ class Trainer:
         }
 
     def _resume_point(self) -> str:
-        """What the same command would continue from, as a sentence, on rank 0."""
-        found = manifest.complete(self.directory.checkpoints) if self.world.is_main_process else []
-        if not found:
+        """The checkpoint that a restart would resume from, as a sentence, on rank 0."""
+        checkpoints = manifest.complete(self.directory.checkpoints) if self.world.is_main_process else []
+        if not checkpoints:
             return "No checkpoint is complete yet: the same command would begin with step 1"
-        return f"{found[-1].name} is complete: the same command would continue from it"
+        return f"{checkpoints[-1].name} is complete: the same command would resume from it"
 
     def _keep_window(self, source: int, order: SourceOrder) -> None:
         if self.world.is_main_process:

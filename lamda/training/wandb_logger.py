@@ -61,7 +61,7 @@ class WandbMirror:
         if not is_installed():
             log.warning(
                 "W&B is not installed: nothing is mirrored, metrics.jsonl has every row. After `pip install wandb` the "
-                "next start sends them; wandb.mode disabled says that no mirror is wanted"
+                "next start sends them; set wandb.mode disabled if you want no mirror"
             )
             return
         self.run_id = run_id or secrets.token_hex(4)
@@ -76,9 +76,9 @@ class WandbMirror:
         row = dict(row)
         self._put(lambda run: self._send(run, row))
 
-    def amend(self, figures: dict[str, Any]) -> None:
+    def amend(self, metrics: dict[str, Any]) -> None:
         """Add metrics of a step already sent: they go to the run's summary, because W&B accepts each step once."""
-        self._put_alone("figures of an evaluation", lambda run: run.summary.update(figures))
+        self._put_alone("metrics of an evaluation", lambda run: run.summary.update(metrics))
 
     def alert(self, title: str, text: str) -> None:
         """Send the run's owner an alert."""
@@ -86,16 +86,14 @@ class WandbMirror:
 
     def checkpoint(self, path: Path, *, best: bool) -> None:
         """Log a complete checkpoint as an artifact, as `wandb.checkpoints` says."""
-        way = self._config.wandb.checkpoints
-        if way != "none":
-            self._put_alone(f"checkpoint {path}", lambda run: _log_checkpoint(run, path, way=way, best=best))
+        mode = self._config.wandb.checkpoints
+        if mode != "none":
+            self._put_alone(f"checkpoint {path}", lambda run: _log_checkpoint(run, path, mode=mode, best=best))
 
     def finish(self, *, exit_code: int = 0, seconds: float | None = None) -> None:
         """Wait until everything is sent, at most about `seconds` (END_SECONDS by default).
 
-        The next start sends what W&B did not receive.
-
-        exit_code: 0 makes the run finished there, others failed.
+        The next start sends what W&B did not receive. exit_code: W&B shows the run as finished for 0, else as failed.
         """
         if self._thread is None:
             return
@@ -103,7 +101,7 @@ class WandbMirror:
         self._queue.put(None)
         self._thread.join(seconds)
         if self._thread.is_alive():
-            self._say_stopped(f"it does not end within {seconds:g} s")
+            self._say_stopped(f"it did not finish within {seconds:g} s")
             _kill_service()
             self._thread.join(2)
 
@@ -115,7 +113,7 @@ class WandbMirror:
         """Queue an action whose failure does not affect later ones."""
 
         def attempt(run: Any) -> None:
-            with BestEffort(f"W&B has not got {what}", errors=Exception):
+            with BestEffort(f"W&B did not receive {what}", errors=Exception):
                 action(run)
 
         self._put(attempt)
@@ -133,7 +131,7 @@ class WandbMirror:
         except Exception as error:
             self._say_stopped(reason_of(error))
         with suppress(Exception):
-            # Nothing of the library shall wait when the interpreter exits.
+            # So that nothing of the library delays the exit of the interpreter.
             import wandb
 
             wandb.teardown()
@@ -191,11 +189,11 @@ class WandbMirror:
     def _init(self, mode: Literal["online", "offline"]) -> Any:
         import wandb
 
-        ours = self._config.wandb
+        settings = self._config.wandb
         run = wandb.init(
-            project=ours.project,
-            entity=ours.entity,
-            name=ours.name or self._folder.resolve().name,
+            project=settings.project,
+            entity=settings.entity,
+            name=settings.name or self._folder.resolve().name,
             id=self.run_id,
             resume="allow",
             dir=self._folder,
@@ -222,14 +220,14 @@ class WandbMirror:
 
     def _logs(self) -> list[Path]:
         """The library's transaction logs of this id, one per start, newest first."""
-        found = self._folder.glob(f"wandb/*run-*/run-{self.run_id}.wandb")
-        return sorted(found, key=lambda file: file.stat().st_mtime_ns, reverse=True)
+        logs = self._folder.glob(f"wandb/*run-*/run-{self.run_id}.wandb")
+        return sorted(logs, key=lambda file: file.stat().st_mtime_ns, reverse=True)
 
 
-def _log_checkpoint(run: Any, path: Path, *, way: Literal["reference", "upload"], best: bool) -> None:
+def _log_checkpoint(run: Any, path: Path, *, mode: Literal["reference", "upload"], best: bool) -> None:
     """Log a complete checkpoint as the next version of artifact `<run id>-checkpoint`, of type "model".
 
-    way: "reference" stores the manifest and the files' addresses, "upload" the files. Metadata: the step,
+    mode: "reference" stores the manifest and the files' addresses, "upload" the files. Metadata: the step,
     and size and sha256 of every file. Aliases: "latest", the folder's name, and "best" if it is that.
     Raises OSError where the checkpoint is gone, and the library's errors.
     """
@@ -240,7 +238,7 @@ def _log_checkpoint(run: Any, path: Path, *, way: Literal["reference", "upload"]
         f"{run.id}-checkpoint", type="model", metadata={"step": content["step"], "files": content["files"]}
     )
     # A checkpoint never changes: nothing needs to be copied before it is read.
-    if way == "upload":
+    if mode == "upload":
         artifact.add_dir(str(path), policy="immutable", skip_cache=True)
     else:
         # Unlike the addresses, the manifest differs between two checkpoints of one name.
@@ -259,9 +257,9 @@ def mirror_mode(config: Config) -> str:
 
 
 def is_installed() -> bool:
-    """Whether the library is there; a run's own folder `wandb/` in the working directory is not it."""
-    found = importlib.util.find_spec("wandb")
-    return found is not None and found.origin is not None
+    """Whether the library is installed; a folder `wandb/` of a run in the working directory does not count."""
+    spec = importlib.util.find_spec("wandb")
+    return spec is not None and spec.origin is not None
 
 
 def sign_in() -> str:
@@ -276,10 +274,10 @@ def sign_in() -> str:
 
 
 def _last_step(transactions: Path) -> int:
-    """The last step in a transaction log that counts; 0 where there is none.
+    """The last step in a transaction log; 0 where there is none.
 
-    An offline log that a kill cut in the middle of a record counts as not there and is set aside:
-    `wandb sync` would stop at it, and send its rows again every time.
+    An offline log whose last record was cut short by a kill is set aside and counts as empty: `wandb sync` would stop
+    at that record, and send its rows again every time.
     """
     try:
         step, damage = _inspect(transactions)
@@ -322,9 +320,9 @@ def _kill_service() -> None:
 
 def _git_commit() -> str | None:
     """The commit of the code that runs, where it runs from a checkout."""
-    here = Path(__file__).parent
+    folder = Path(__file__).parent
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+        result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
     except OSError:
         return None
-    return found.stdout.strip() or None
+    return result.stdout.strip() or None

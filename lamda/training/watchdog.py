@@ -50,12 +50,12 @@ class Heartbeat:
 
     @property
     def where(self) -> str:
-        """The main thread's place at the time of the beat."""
+        """Where the main thread was at the time of the beat, in words."""
         return f"step {self.step}, phase {self.phase}"
 
     @property
-    def place(self) -> tuple[int, int]:
-        """What changes with any progress."""
+    def position(self) -> tuple[int, int]:
+        """Two counters, one of which changes with any progress."""
         return self.marks, self.progress
 
     def __str__(self) -> str:
@@ -142,29 +142,29 @@ class Watchdog:
         return self._folder.parent / "hang" / f"rank-{rank:05d}.txt"
 
     def _watch(self) -> None:
-        place, since = self._heart.place, time.monotonic()
+        position, since = self._heart.position, time.monotonic()
         beaten = since
         while not self._ended.wait(min(self._interval, 1.0)):
             now = time.monotonic()
             if now - beaten >= self._interval:
                 self._beat()
                 beaten = now
-            if self._heart.place != place:
-                place, since = self._heart.place, now
+            if self._heart.position != position:
+                position, since = self._heart.position, now
             elif now - since >= self._timeout:
-                self._end_if_hanging(place)
-                place, since = self._heart.place, time.monotonic()
+                self._end_if_hanging(position)
+                position, since = self._heart.position, time.monotonic()
 
-    def _end_if_hanging(self, place: tuple[int, int]) -> None:
-        """Look at all ranks twice; end the process unless this rank or another has made progress in between."""
-        before = self._look()
+    def _end_if_hanging(self, position: tuple[int, int]) -> None:
+        """Read all heartbeats twice; end the process unless this rank or another has made progress in between."""
+        before = self._read_heartbeats()
         for _ in range(3):
             if self._ended.wait(self._interval / 2):
                 return
             self._beat()
-        now = self._look()
-        has_moved = [now[rank].place != heart.place for rank, heart in before.items() if rank in now]
-        if self._heart.place != place or any(has_moved):
+        now = self._read_heartbeats()
+        has_moved = [now[rank].position != heart.position for rank, heart in before.items() if rank in now]
+        if self._heart.position != position or any(has_moved):
             return
         silent = [heart for rank, heart in now.items() if rank in before and heart.beat == before[rank].beat]
         try:
@@ -176,15 +176,15 @@ class Watchdog:
         """Write stack traces and the verdict before the process ends, and kill the silent processes of this host."""
         text = verdict(hearts, silent, seconds=self._timeout)
         faulthandler.dump_traceback(file=self._file, all_threads=True)
-        here = [heart for heart in silent if heart.host == self._heart.host and heart.rank != self._world.rank]
+        local_silent = [heart for heart in silent if heart.host == self._heart.host and heart.rank != self._world.rank]
         living = [heart.rank for heart in hearts if heart not in silent]
         if self._world.rank == min(living, default=self._world.rank):
-            for heart in here:
+            for heart in local_silent:
                 with self._writing:
                     self._request_stacks(heart)
             time.sleep(OTHERS_SECONDS)
             self._report(text)
-            for heart in here:
+            for heart in local_silent:
                 with suppress(ProcessLookupError):
                     os.kill(heart.pid, signal.SIGKILL)
         else:
@@ -197,13 +197,13 @@ class Watchdog:
             temporary.write_text(json.dumps(asdict(self._heart)), "utf-8")
             temporary.replace(self._path(self._world.rank))
 
-    def _look(self) -> dict[int, Heartbeat]:
-        found = {}
+    def _read_heartbeats(self) -> dict[int, Heartbeat]:
+        hearts = {}
         for rank in range(self._world.world_size):
             with suppress(OSError, ValueError):
-                found[rank] = Heartbeat(**json.loads(self._path(rank).read_text("utf-8")))
-        found[self._world.rank] = replace(self._heart)  # even if it could not be written
-        return found
+                hearts[rank] = Heartbeat(**json.loads(self._path(rank).read_text("utf-8")))
+        hearts[self._world.rank] = replace(self._heart)  # even if it could not be written
+        return hearts
 
     def _request_stacks(self, heart: Heartbeat) -> None:
         """Ask a silent process of this host for its stack traces; if nothing comes, write its state in the kernel."""

@@ -176,7 +176,7 @@ def test_lamdas_recipe_reaches_a_peers_parameters(optimizer):
     of_muon = [group for group in groups(learner) if group.get("use_muon")]
     assert sum(len(group["params"]) for group in of_muon) == (14 if optimizer == "muon" else 0)
     plain = make_learner("llama", config, rate=1e-3, device=CPU.device)
-    assert {group["scale"] for group in groups(plain)} == {1.0}
+    assert {group["lr_multiplier"] for group in groups(plain)} == {1.0}
     decays = {parameter.ndim: group["weight_decay"] for group in groups(plain) for parameter in group["params"]}
     assert decays == {2: 0.1, 1: 0.0}
 
@@ -196,7 +196,7 @@ def test_x_transformers_gets_lamdas_start_and_bias_rate():
     slopes = torch.tensor([2.0**-4, 2.0**-8])  # ALiBi's of two heads
     torch.testing.assert_close(after[table][:16], -torch.arange(16.0)[:, None] * slopes / 24**0.5)
     (group,) = (group for group in groups(restarted) if any(each is after[table] for each in group["params"]))
-    assert (group["scale"], len(group["params"])) == (30.0, 1)
+    assert (group["lr_multiplier"], len(group["params"])) == (30.0, 1)
 
 
 def test_nanochat_has_its_published_rates_and_momentum():

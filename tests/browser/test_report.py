@@ -128,7 +128,7 @@ def test_what_is_folded_opens_and_what_a_run_wrote_stays_text(visit):
 def test_runs_side_by_side_are_reported_apart_in_each_chart(visit):
     page = visit("both")
     assert page.locator("figure").first.locator(".legend li").all_inner_texts() == ["one", "other"]
-    colours = page.evaluate(
+    colors = page.evaluate(
         "[...document.querySelector('svg').querySelectorAll('.line')].map(e => getComputedStyle(e).stroke)"
     )
-    assert len(set(colours)) == 2
+    assert len(set(colors)) == 2

@@ -1,7 +1,7 @@
 """Measures what DeepSpeed allocates and sends on this rank; `test_memory.py` starts it and compares.
 
 `memory_worker.py PRESET CASES.json OUT.json`: a case is a configuration of DeepSpeed's. Rank 0 writes, for each,
-bytes: of weights, of the optimiser's masters and moments; alive when a step's last backward pass has ended; the
+bytes: of weights, of the optimizer's masters and moments; alive when a step's last backward pass has ended; the
 most alive at any time of a step; given to each collective in a step.
 """
 

@@ -1,4 +1,4 @@
-"""What is learnt from a conversation, when, and with which targets; blocks of it that their cursor alone makes."""
+"""What is learned from a conversation, when, and with which targets; blocks of it that their cursor alone makes."""
 
 import json
 import random

@@ -115,7 +115,7 @@ def test_a_start_gives_its_dimensions_and_tokenizer_and_refuses_others(place):
     assert found.model.weights == str(place / "pretrained/model.safetensors")
     assert found.tokenizer.path == str(place / "pretrained/tokenizer.model")
     other = {"model": {"weights": str(place / "pretrained"), "d_model": 64}, "train": {"steps": 1}}
-    with pytest.raises(UserError, match="d_model is 64, there 32; leave these model keys out"):
+    with pytest.raises(UserError, match="d_model is 64, in its checkpoint 32; leave these model keys out"):
         with_initial_weights(Config.model_validate(other))
 
 

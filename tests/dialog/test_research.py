@@ -145,15 +145,15 @@ def taught(tokenizer):
     )
     model = LaMDA(config)
     initialize_weights(model, seed=0)
-    optimiser = torch.optim.Adam(model.parameters(), lr=2e-2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
     for _ in range(200):
         logits_BLV = model(ids_BL[:, :-1])
         loss = torch.nn.functional.cross_entropy(logits_BLV[loss_mask_BL[:, 1:]], ids_BL[:, 1:][loss_mask_BL[:, 1:]])
         if loss < 0.1:  # not 0: after a base answer comes its end, or the first symbol of the research
             break
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     assert loss < 0.1
     return model.requires_grad_(False).eval()
 

@@ -39,17 +39,17 @@ def label(stage, bf16):
     return f"{stage}-{'bf16' if bf16 else 'fp32'}"
 
 
-OPTIMISERS = {
+OPTIMIZERS = {
     "muon": {"optimizer": "muon", "stage": 1, "bf16": True},
     "muon-fp32": {"optimizer": "muon", "stage": 0, "bf16": False},
     "adafactor": {"optimizer": "adafactor", "stage": 0, "bf16": False},
 }
 """The optimizers beside AdamW, where they are allowed; Adafactor in fp32, which adds no bf16 gradients up."""
 
-FORMATS = {f"muon-{dtype}": {**OPTIMISERS["muon"], "orthogonalize_in": dtype} for dtype in ("float32", "float16")}
+FORMATS = {f"muon-{dtype}": {**OPTIMIZERS["muon"], "orthogonalize_in": dtype} for dtype in ("float32", "float16")}
 """Muon in either format, of which DeepSpeed takes what the processor has (fp16 from Sapphire Rapids on)."""
 
-OTHERS = {**OPTIMISERS, "lora": {"stage": 1, "bf16": True, "lora_rank": 3, "model": {"weights": "not read here"}}}
+OTHERS = {**OPTIMIZERS, "lora": {"stage": 1, "bf16": True, "lora_rank": 3, "model": {"weights": "not read here"}}}
 
 ASKED = [(1, False), (3, False), (3, True)]
 
@@ -182,7 +182,7 @@ def plain_loop(
 
 
 @pytest.mark.parametrize("ranks", ["alone", "straight"])
-def test_masked_targets_are_normalised_by_their_number_over_ranks_and_micro_batches(results, ranks):
+def test_masked_targets_are_normalized_by_their_number_over_ranks_and_micro_batches(results, ranks):
     """Rows have from none to most of their targets; a mean of micro-batches' means would differ."""
     found = results(f"{ranks}-masked")
     losses, weights = plain_loop(bf16=True, masked=True, norms=found["norms"])
@@ -208,7 +208,7 @@ def test_steps_equal_a_plain_pytorch_loop(results, stage, bf16, ranks):
 @pytest.mark.parametrize(
     ("ranks", "other"),
     [
-        *((ranks, other) for ranks in ("alone", "straight") for other in OPTIMISERS),
+        *((ranks, other) for ranks in ("alone", "straight") for other in OPTIMIZERS),
         *(("alone", how) for how in FORMATS),
     ],
 )
@@ -218,7 +218,7 @@ def test_other_optimizers_see_whole_matrices(results, other, ranks):
     Where Muon orthogonalizes in fp16 its updates alone are bounded: half an epsilon grows by 3.4445 in each of five
     Newton-Schulz steps, to a quarter of an update. Halves of matrices would be off by more than a half.
     """
-    how = (OPTIMISERS | FORMATS)[other]
+    how = (OPTIMIZERS | FORMATS)[other]
     rounded = _rounding_of_muon(how) if how["optimizer"] == "muon" else 0.0
     found, (losses, weights) = results(f"{ranks}-{other}"), plain_loop(bf16=how["bf16"], optimizer=how["optimizer"])
     start = LaMDA(ModelConfig(**MODEL))

@@ -136,7 +136,7 @@ def hear_hangups() -> None:
 
 
 def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Optimiser state by "name|kind", put together from the ranks' pieces."""
+    """Optimizer state by "name|kind", put together from the ranks' pieces."""
     pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
     for file in checkpoint.glob("optimizer-*.safetensors"):
         for key, tensor in load_file(file).items():

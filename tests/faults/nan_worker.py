@@ -66,9 +66,9 @@ def spoil(engine: DeepSpeedEngine, place: str, draw: random.Random) -> list:
     bad = draw.choice([float("nan"), float("inf"), -float("inf")])
 
     def in_features(module, inputs, features):
-        spoilt = features.clone()
-        spoilt.view(-1)[draw.randrange(spoilt.numel())] = float("nan")
-        return spoilt
+        spoiled = features.clone()
+        spoiled.view(-1)[draw.randrange(spoiled.numel())] = float("nan")
+        return spoiled
 
     def in_gradient(module, inputs, output):
         if output.requires_grad:

@@ -67,7 +67,7 @@ def test_a_stop_in_the_last_evaluation_is_obeyed_and_the_same_command_makes_up_f
     assert place.run("evaluation", fault=f"evaluate:term:1:{LAST}") == [75, 75], place.log("evaluation")
     assert place.status("evaluation")["status"] == "preempted"
     assert evaluated(place, "evaluation") == dict.fromkeys(EVALUATION), "what was left has no figures"
-    assert "the evaluation was left" in place.log("evaluation")
+    assert "evaluation interrupted" in place.log("evaluation")
     place.finish("evaluation")
     assert place.status("evaluation")["status"] == "finished"
     assert evaluated(place, "evaluation") == evaluated(place, straight(1))

@@ -1,4 +1,4 @@
-"""The optimisers from optax against PyTorch's own."""
+"""The optimizers from optax against PyTorch's own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from lamda.config.schema import ModelConfig, TrainConfig
 from lamda.engines.flax.optimizer import make_optimizer
 from lamda.engines.flax.weights import stacked_shapes
-from lamda.engines.param_groups import ADAFACTOR_EPS, rate_scales, weight_decays
+from lamda.engines.param_groups import ADAFACTOR_EPS, lr_multipliers, weight_decays
 
 MODEL = ModelConfig(vocab_size=19, d_model=12, n_layers=3, n_heads=2, d_head=5, d_ff=14)
 RATES = [0.3, 0.2, 0.4, 0.05]
@@ -62,15 +62,15 @@ def moved_by_torch(
     ("optimizer", "size"), [("adamw", 1.0), ("adamw", 1e-8), *(("adafactor", size) for size in (1.0, 1e-6, 1e-7, 1e-9))]
 )
 @pytest.mark.parametrize(
-    ("name", "part", "layer"),
+    ("name", "group", "layer"),
     [(SINGLE, "embedding", None), (STACKED, "matrices", 2), ("layers.attention.query.weight", "query", 1),
      ("layers.attention.relative_bias", "bias", 0), ("layers.attention_norm.scale", "norms", 1),
      ("final_norm.scale", "final_norm", None)],
 )  # fmt: skip
-def test_each_part_moves_as_with_pytorch(optimizer, size, name, part, layer):
+def test_each_group_moves_as_with_pytorch(optimizer, size, name, group, layer):
     train = train_config(optimizer)
-    scales = rate_scales(train, MODEL)
-    decay = weight_decays(train, scales)[part]
+    multipliers = lr_multipliers(train, MODEL)
+    decay = weight_decays(train, multipliers)[group]
 
     def make(weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         if optimizer == "adafactor":
@@ -78,7 +78,7 @@ def test_each_part_moves_as_with_pytorch(optimizer, size, name, part, layer):
         return torch.optim.AdamW(weights, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=decay)
 
     shape = stacked_shapes(MODEL)[name]
-    expected = moved_by_torch(shape, make, scale=scales[part], layer=layer, size=size)
+    expected = moved_by_torch(shape, make, scale=multipliers[group], layer=layer, size=size)
     found = moved_by_optax(optimizer, size)[name]
     np.testing.assert_allclose(found if layer is None else found[layer], expected, rtol=1e-4, atol=1e-5)
 
@@ -89,7 +89,7 @@ def test_muon_moves_each_layers_matrix_by_a_nearly_orthogonal_step_of_adamws_siz
     weights = {name: jnp.zeros(shape) for name, shape in stacked_shapes(MODEL).items()}
     gradients = {name: jnp.asarray(normal(weight.shape, 3)) for name, weight in weights.items()}
     updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(weights), weights, rate=1.0)
-    scale = rate_scales(train, MODEL)["matrices"]
+    scale = lr_multipliers(train, MODEL)["matrices"]
     for update, gradient in zip(updates[STACKED], gradients[STACKED], strict=True):
         assert np.sqrt(np.square(update).mean()) == pytest.approx(0.2 * scale, rel=0.2)
         left, _, right = np.linalg.svd(gradient, full_matrices=False)

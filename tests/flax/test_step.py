@@ -73,16 +73,16 @@ def test_a_hundred_steps_in_float64_are_those_of_pytorch_and_one_that_is_not_fin
     losses = []
     for number in range(STEPS):
         rate = learning_rate(number + 1, train=CONFIG.train, steps=STEPS)
-        state, figures = step(state, batch_of(rows(number)), jnp.float64(rate))
-        assert figures.updated
-        losses.append(float(figures.sums[0, 0] / figures.sums[1, 0]))
+        state, output = step(state, batch_of(rows(number)), jnp.float64(rate))
+        assert output.updated
+        losses.append(float(output.sums[0, 0] / output.sums[1, 0]))
     expected = torch_losses()
     assert expected[-1] < expected[0] / 2
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-9)
 
     scale = state.weights["final_norm.scale"]
-    spoilt = TrainState({**state.weights, "final_norm.scale": scale.at[3].set(jnp.inf)}, state.optimizer)
-    before = jax.tree.map(np.array, spoilt)
-    state, figures = step(spoilt, batch_of(rows(0)), jnp.float64(1e-2))
-    assert not figures.updated
+    spoiled = TrainState({**state.weights, "final_norm.scale": scale.at[3].set(jnp.inf)}, state.optimizer)
+    before = jax.tree.map(np.array, spoiled)
+    state, output = step(spoiled, batch_of(rows(0)), jnp.float64(1e-2))
+    assert not output.updated
     jax.tree.map(np.testing.assert_array_equal, state, before)

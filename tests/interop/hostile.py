@@ -21,7 +21,7 @@ def all_scalars(step: int = 1) -> Iterator[str]:
 
 
 def hostile_lines(pieces: Sequence[str], *, seed: int) -> Iterator[str]:
-    """Endless lines; pieces: of the vocabulary, whose neighbours overlap in every way."""
+    """Endless lines; pieces: of the vocabulary, whose neighbors overlap in every way."""
     draw = random.Random(seed)
     compatible = [chr(code) for code in SCALARS if unicodedata.normalize("NFKC", chr(code)) != chr(code)]
     marks = [chr(code) for code in range(0x300, 0x370)]

@@ -89,7 +89,7 @@ def saved(run) -> Path:
 
 @pytest.fixture
 def copied(saved, tmp_path) -> Path:
-    """The checkpoint, to be spoilt."""
+    """The checkpoint, to be damaged."""
     return Path(shutil.copytree(saved, tmp_path / "run" / "checkpoints" / saved.name))
 
 
@@ -102,7 +102,7 @@ def exported(run, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def foreign(exported, tmp_path) -> Path:
-    """The exported folder, to be spoilt, without the manifest that would tell."""
+    """The exported folder, to be damaged, without the manifest that would tell."""
     folder = Path(shutil.copytree(exported, tmp_path / "foreign"))
     (folder / "manifest.json").unlink()
     return folder

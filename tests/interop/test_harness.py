@@ -62,8 +62,8 @@ def wide(loaded):
 
 def harness(loaded, *, length=LENGTH, batch=4):
     decoder = LocalDecoder(loaded.model, loaded.tokenizer, batch)
-    shows = lambda what, total: contextlib.nullcontext(lambda more: None)  # noqa: E731
-    return HarnessModel(decoder, loaded.tokenizer, sequence_length=length, shows=shows)
+    show_progress = lambda what, total: contextlib.nullcontext(lambda more: None)  # noqa: E731
+    return HarnessModel(decoder, loaded.tokenizer, sequence_length=length, show_progress=show_progress)
 
 
 def ask(kind, *arguments):
@@ -243,12 +243,12 @@ def test_progress_is_reported_up_to_the_whole(loaded):
     message = []
 
     @contextlib.contextmanager
-    def shows(what, total):
+    def show_progress(what, total):
         message.append((what, total))
         yield message.append
 
     decoder = LocalDecoder(loaded.model, loaded.tokenizer, 2)
-    model = HarnessModel(decoder, loaded.tokenizer, sequence_length=LENGTH, shows=shows)
+    model = HarnessModel(decoder, loaded.tokenizer, sequence_length=LENGTH, show_progress=show_progress)
     model.loglikelihood_rolling(ask("loglikelihood_rolling", ("the of",), ("and",), ("to in",)))
     assert message == [("rows", 3), 2, 1]
 

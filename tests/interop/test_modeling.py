@@ -229,13 +229,13 @@ def test_adapters_of_peft_start_learn_merge_and_come_back(theirs, ids_BL, tmp_pa
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    learnt = model.eval()(ids_BL).logits.detach()
+    learned = model.eval()(ids_BL).logits.detach()
     model.save_pretrained(tmp_path / "adapter")
     merged = model.merge_and_unload()
-    torch.testing.assert_close(merged(ids_BL).logits, learnt, rtol=0, atol=1e-4)
+    torch.testing.assert_close(merged(ids_BL).logits, learned, rtol=0, atol=1e-4)
     merged.save_pretrained(tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(loaded(ids_BL).logits, learnt, rtol=0, atol=1e-4)
+    torch.testing.assert_close(loaded(ids_BL).logits, learned, rtol=0, atol=1e-4)
 
 
 def test_an_adapter_of_peft_is_loaded_beside_its_model(theirs, ids_BL, tmp_path):

@@ -46,7 +46,7 @@ def golden(request: pytest.FixtureRequest) -> GoldenCase:
 
 @pytest.fixture(params=[True, False], ids=["bias-per-layer", "bias-shared"])
 def model(request: pytest.FixtureRequest) -> LaMDA:
-    """An initialised model of prime-ish sizes, in float64."""
+    """An initialized model of prime-ish sizes, in float64."""
     config = ModelConfig(
         vocab_size=53, d_model=22, n_layers=3, n_heads=3, d_head=7, d_ff=31, bias_per_layer=request.param
     )

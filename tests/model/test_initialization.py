@@ -14,7 +14,7 @@ from lamda.model.initialization import generator, initial_weights, initialize_we
 from tests.losses import cross_entropy
 
 
-def initialised(*, seed: int = 0, dtype: torch.dtype = torch.float32, **dimensions: int) -> LaMDA:
+def initialized(*, seed: int = 0, dtype: torch.dtype = torch.float32, **dimensions: int) -> LaMDA:
     model = LaMDA(ModelConfig(**dimensions)).to(dtype)
     initialize_weights(model, seed=seed)
     return model
@@ -26,30 +26,30 @@ SMALL = {"vocab_size": 11, "d_model": 6, "n_layers": 2, "n_heads": 2, "d_head": 
 
 def test_weights_depend_on_the_seed_and_the_plain_name_alone():
     torch.manual_seed(0)
-    first = initialised(**SMALL).export_weights()
+    first = initialized(**SMALL).export_weights()
     torch.manual_seed(1)
-    torch.testing.assert_close(initialised(**SMALL).export_weights(), first, rtol=0, atol=0)
-    deeper = initialised(**{**SMALL, "n_layers": 8}).export_weights()
+    torch.testing.assert_close(initialized(**SMALL).export_weights(), first, rtol=0, atol=0)
+    deeper = initialized(**{**SMALL, "n_layers": 8}).export_weights()
     halved = ("output.weight", "down.weight")  # 1 / sqrt(2N), four times the layers
     torch.testing.assert_close(
         {name: deeper[name] * (2 if name.endswith(halved) else 1) for name in first}, first, rtol=1e-6, atol=0
     )
     drawn = {name: weight for name, weight in deeper.items() if not name.endswith(FIXED)}
     assert len({tuple(weight.flatten()[:4].tolist()) for weight in drawn.values()}) == len(drawn)
-    other = initialised(**SMALL, seed=1).export_weights()
+    other = initialized(**SMALL, seed=1).export_weights()
     assert all((other[name] != first[name]).any() == (not name.endswith(FIXED)) for name in first)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_precisions_get_the_same_weights_rounded(dtype):
-    exact = initialised(**SMALL).export_weights()
-    found = initialised(**SMALL, dtype=dtype).export_weights()
+    exact = initialized(**SMALL).export_weights()
+    found = initialized(**SMALL, dtype=dtype).export_weights()
     torch.testing.assert_close(found, {name: weight.to(dtype) for name, weight in exact.items()}, rtol=0, atol=0)
 
 
 def test_weights_have_the_published_scales():
     D, H, K, F = 96, 6, 40, 150
-    weights = initialised(vocab_size=500, d_model=D, n_layers=1, n_heads=H, d_head=K, d_ff=F).export_weights()
+    weights = initialized(vocab_size=500, d_model=D, n_layers=1, n_heads=H, d_head=K, d_ff=F).export_weights()
     expected = {
         "embedding.weight": 0.5,
         "layers.0.attention.query.weight": (D * K) ** -0.5,
@@ -74,7 +74,7 @@ def test_weights_have_the_published_scales():
 
 def test_bias_tables_begin_as_alibis_slopes():
     """As far as buckets hold one distance each; beyond, a bucket has the bias of its nearest distance."""
-    table_RH = initialised(**{**SMALL, "n_heads": 8}).layers[1].attention.relative_bias
+    table_RH = initialized(**{**SMALL, "n_heads": 8}).layers[1].attention.relative_bias
     distances = torch.arange(16)[:, None]
     torch.testing.assert_close(table_RH[:16].detach(), -distances * 0.5 ** torch.arange(1, 9))
     bias_HN = table_RH[causal_buckets(500)].T.detach()
@@ -102,7 +102,7 @@ def test_the_first_loss_is_near_that_of_guessing(base_width, dimensions):
 @torch.no_grad()
 def test_every_layer_adds_the_scale_that_theory_gives():
     """A gate and an up of unit variance give E[gelu(z)^2] through `down`, attention at most 1; over 2N of each."""
-    model = initialised(vocab_size=500, d_model=256, n_layers=24, n_heads=8, d_head=32, d_ff=512)
+    model = initialized(vocab_size=500, d_model=256, n_layers=24, n_heads=8, d_head=32, d_ff=512)
     attention, feed_forward = [], []
     for layer in model.layers:
         layer.attention.register_forward_hook(lambda _, __, out: attention.append(out.square().mean().item()))

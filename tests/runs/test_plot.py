@@ -82,8 +82,8 @@ def test_the_png_shows_every_run_in_its_color(runs, tmp_path, capsys):
     assert main([*map(str, runs), "-o", str(file), "--metric", "loss", "tokens_per_second"]) == 0
     assert capsys.readouterr().out == f"{file}: loss\n{file}: tokens_per_second\n"
     picture = imread(file)[..., :3]
-    for colour in COLORS[:2]:
-        assert (np.abs(picture - to_rgb(colour)).max(axis=-1) < 0.02).sum() > 500
+    for color in COLORS[:2]:
+        assert (np.abs(picture - to_rgb(color)).max(axis=-1) < 0.02).sum() > 500
 
 
 @pytest.mark.parametrize(("suffix", "begin"), [("svg", b"<?xml"), ("pdf", b"%PDF")])

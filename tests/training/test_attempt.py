@@ -42,7 +42,7 @@ def test_the_first_word_about_its_end_stays(directory, device, end):
 def test_the_end_of_the_run_before_is_not_this_ones(directory, device):
     directory.write_status("finished", step=3)
     attempt = Attempt(directory, World())
-    directory.restore_status(attempt.found)
+    directory.restore_status(attempt.previous_status)
     assert attempt.exit_code() is None
 
 

@@ -57,7 +57,7 @@ def saved(tmp_path_factory, device):
 
 @pytest.fixture
 def copied(saved, tmp_path):
-    """The checkpoint, to be spoilt."""
+    """The checkpoint, to be damaged."""
     return Path(shutil.copytree(saved, tmp_path / "checkpoints" / saved.name))
 
 
@@ -71,7 +71,7 @@ def seal(path):
 
 
 def change(path, edit):
-    """Edit the tensors of the optimiser's file."""
+    """Edit the tensors of the optimizer's file."""
     tensors = load_file(path / STATE)
     edit(tensors)
     save_file(tensors, path / STATE)
@@ -147,7 +147,7 @@ def test_a_pickle_that_the_manifest_vouches_for_is_refused_unopened(copied, engi
     sprung = tmp_path / "sprung"
     (copied / STATE).write_bytes(pickle.dumps(Trap(sprung)))
     seal(copied)
-    with pytest.raises(UserError, match=rf"{STATE}: is no safetensors file"):
+    with pytest.raises(UserError, match=rf"{STATE}: is not a safetensors file"):
         checkpoint.load(copied, engine.deepspeed, config=engine.config)
     assert not sprung.exists()
 
@@ -166,7 +166,7 @@ def test_the_state_of_another_optimizer_is_refused_before_anything_is_filled(sav
     other = DeepSpeedEngine(own, world=World(), device=device)
     before = {key: tensor.clone() for key, tensor in checkpoint.local_state(other.deepspeed)}
     assert {tuple(key.split("|")[:2]): tensor.numel() for key, tensor in before.items()} == checkpoint.state_sizes(own)
-    with pytest.raises(UserError, match=r"exp_avg.* which is no part of the state"):
+    with pytest.raises(UserError, match=r"exp_avg.* which is not part of the state"):
         checkpoint.load(saved, other.deepspeed, config=other.config)
     assert all(torch.equal(tensor, before[key]) for key, tensor in checkpoint.local_state(other.deepspeed))
 
@@ -177,13 +177,13 @@ SCALE = "layers.0.attention_norm.scale"
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (rename(f"{SCALE}|weight|0", f"{SCALE}|weights|0"), "which is no part of the state"),
-        (rename(f"{SCALE}|weight|0", "layers.9.attention_norm.scale|weight|0"), "which is no part of the state"),
-        (rename(f"{SCALE}|weight|0", SCALE), "which is no part of the state"),
-        (rename(f"{SCALE}|weight|0", f"{SCALE}|weight|-1"), "which is no part of the state"),
+        (rename(f"{SCALE}|weight|0", f"{SCALE}|weights|0"), "which is not part of the state"),
+        (rename(f"{SCALE}|weight|0", "layers.9.attention_norm.scale|weight|0"), "which is not part of the state"),
+        (rename(f"{SCALE}|weight|0", SCALE), "which is not part of the state"),
+        (rename(f"{SCALE}|weight|0", f"{SCALE}|weight|-1"), "which is not part of the state"),
         (rename(f"{SCALE}|weight|0", f"{SCALE}|weight|1"), "holds elements 1 to 25 of 24"),
-        (replace(f"{SCALE}|weight|0", torch.Tensor.double), r"\(F64 \[24\]\), which is no part"),
-        (replace(f"{SCALE}|weight|0", lambda whole: whole.view(4, 6)), r"\(F32 \[4, 6\]\), which is no part"),
+        (replace(f"{SCALE}|weight|0", torch.Tensor.double), r"\(F64 \[24\]\), which is not part"),
+        (replace(f"{SCALE}|weight|0", lambda whole: whole.view(4, 6)), r"\(F32 \[4, 6\]\), which is not part"),
         (replace(f"{SCALE}|weight|0", lambda whole: whole[:20].clone()), "4 elements of weight of .* are missing"),
         (replace(f"{SCALE}|weight|0", lambda whole: whole.repeat(2)), "holds elements 0 to 48 of 24"),
         (lambda tensors: tensors.pop(f"{SCALE}|exp_avg|0"), "24 elements of exp_avg of .* are missing"),

@@ -38,7 +38,7 @@ def test_an_empty_document_beside_others_is_its_end_symbol(run, tmp_path, capsys
 
 def test_text_of_empty_documents_alone_is_refused(run, tmp_path):
     files = write_shard(tmp_path / "empty.jsonl", ["", ""])
-    with pytest.raises(UserError, match=r"there is no text to score: .*empty\.jsonl has empty documents alone"):
+    with pytest.raises(UserError, match=r"there is no text to score: .*empty\.jsonl has only empty documents"):
         main([str(run), "--files", str(files), "--json"])
 
 

@@ -12,7 +12,7 @@ from lamda.model.initialization import initialize_weights
 SHAPE = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 2, "d_head": 16}
 
 
-def initialised(**sizes) -> LaMDA:
+def initialized(**sizes) -> LaMDA:
     model = LaMDA(ModelConfig(**SHAPE, **sizes))
     initialize_weights(model, seed=0)
     return model.bfloat16()
@@ -21,7 +21,7 @@ def initialised(**sizes) -> LaMDA:
 def test_everything_that_is_missing_is_reported_at_once(monkeypatch):
     monkeypatch.setattr(fp8, "find_spec", lambda name: None)
     with pytest.raises(UserError) as caught:
-        fp8.check(initialised(d_ff=36), torch.device("cpu"))
+        fp8.check(initialized(d_ff=36), torch.device("cpu"))
     assert str(caught.value) == (
         "train.fp8 needs a GPU of the Hopper class or newer (or Ada); the package torchao (pip install "
         "'lamda-pytorch[fp8]'); widths that are multiples of 16, not 36"
@@ -30,7 +30,7 @@ def test_everything_that_is_missing_is_reported_at_once(monkeypatch):
 
 def test_the_named_products_alone_change_and_losses_and_gradients_stay_near():
     pytest.importorskip("torchao")
-    plain, converted = initialised(d_ff=64), initialised(d_ff=64)
+    plain, converted = initialized(d_ff=64), initialized(d_ff=64)
     fp8.convert(converted, emulate=True)
     changed = [name for name, module in converted.named_modules() if type(module).__name__ == "Float8Linear"]
     assert len(changed) == 2 * 6

@@ -1,4 +1,4 @@
-"""One rate and one decay mean the same for every matrix, whichever optimiser moves it."""
+"""One rate and one decay mean the same for every matrix, whichever optimizer moves it."""
 
 import pytest
 import torch

@@ -6,7 +6,7 @@ from lamda.config.errors import UserError
 from lamda.storage import commit, manifest
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
-from lamda.training.anomalies import find_sound, set_spoilt_aside
+from lamda.training.anomalies import find_sound, set_aside_rolled_back
 
 BATCH = 8
 
@@ -67,14 +67,14 @@ def test_only_checkpoints_that_have_seen_skipped_samples_are_set_aside(directory
     for step in (6, 9, 12):
         save(directory, step)
     directory.note_skipped((48, 80), step=10, reason="a test")
-    set_spoilt_aside(directory)
+    set_aside_rolled_back(directory)
     assert names(directory) == ["step-00000006", "step-00000009.spoilt", "step-00000012.spoilt"]
     assert (directory.checkpoints / "LATEST").read_text() == "step-00000006"
     save(directory, 9, skipped=[(48, 80)], consumed=104)
-    set_spoilt_aside(directory)
+    set_aside_rolled_back(directory)
     assert names(directory)[1] == "step-00000009"
     directory.note_skipped((48, 112), step=12, reason="a test")
-    set_spoilt_aside(directory)
+    set_aside_rolled_back(directory)
     assert names(directory)[:3] == ["step-00000006", "step-00000009.1.spoilt", "step-00000009.spoilt"]
 
 

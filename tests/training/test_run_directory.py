@@ -87,7 +87,7 @@ def test_a_start_that_is_refused_leaves_no_folder_that_it_made(tmp_path, error, 
     for name in ("train.log", "status.json", "heartbeats/rank-00000.json", *more):
         (directory.path / name).touch()
     with suppress(UserError, RuntimeError), ExitStack() as stack:
-        stack.push(directory.forget_refused)
+        stack.push(directory.remove_if_rejected)
         if error:
             raise error
     assert directory.path.exists() is stays

@@ -143,7 +143,7 @@ def test_without_room_it_does_not_begin(saver, monkeypatch, tmp_path):
     size = sum(file.stat().st_size for file in saver.finish().path.iterdir() if file.suffix == ".safetensors")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * size, 9 * size, 1.1 * size))
     message = saver.begin(RunState(step=2))
-    assert "asks for 1.2 times its size" in message.problem
+    assert "needs 1.2 times its size" in message.problem
     assert saver.finish() is None
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["LATEST", "step-00000001"]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * size, 8 * size, 1.3 * size))

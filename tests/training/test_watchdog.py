@@ -15,7 +15,7 @@ import json, sys, time
 from pathlib import Path
 from lamda.distributed import World
 from lamda.training.watchdog import Watchdog
-folder, rank, behaviour = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+folder, rank, behavior = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 
 def sleep_for_long():
     time.sleep(600)
@@ -25,26 +25,26 @@ def tell(verdict):
         file.write(verdict + "\\n")
 
 # Slow: longer than a step, by far, and shorter than all of them.
-seconds = 60.0 if behaviour.startswith("hurried") else 3.0 if behaviour == "slow" else 1.0
+seconds = 60.0 if behavior.startswith("hurried") else 3.0 if behavior == "slow" else 1.0
 with Watchdog(folder / "heartbeats", world=World(rank=rank, world_size=2), seconds=seconds, report=tell) as watchdog:
-    if behaviour.startswith("hurried"):
+    if behavior.startswith("hurried"):
         watchdog.hurry(0.5, during=("update",))
-        watchdog.mark(behaviour.removeprefix("hurried-"), step=1)
+        watchdog.mark(behavior.removeprefix("hurried-"), step=1)
         time.sleep(3)
         sys.exit()
-    if behaviour in ("saves", "waits-for-it"):
+    if behavior in ("saves", "waits-for-it"):
         watchdog.mark("save", step=1)
         for _ in range(20):
             time.sleep(0.2)
-            if behaviour == "saves":
+            if behavior == "saves":
                 watchdog.progress()
         sys.exit()
-    for step in range(1, 9 if behaviour == "slow" else 600):
+    for step in range(1, 9 if behavior == "slow" else 600):
         watchdog.mark("fetch", step=step)
-        if step == 3 and behaviour == "sleeps":
+        if step == 3 and behavior == "sleeps":
             sleep_for_long()
-        time.sleep(0.5 if behaviour == "slow" else 0.05)
-        if step >= 3 and behaviour == "waits":
+        time.sleep(0.5 if behavior == "slow" else 0.05)
+        if step >= 3 and behavior == "waits":
             watchdog.mark("update", step=step)
             time.sleep(600)
 """
@@ -87,9 +87,9 @@ def test_the_kernel_tells_of_a_stopped_process_and_of_one_that_is_gone():
 def start(tmp_path):
     processes = []
 
-    def start(*behaviours):
-        for rank, behaviour in enumerate(behaviours):
-            processes.append(subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path), str(rank), behaviour]))
+    def start(*behaviors):
+        for rank, behavior in enumerate(behaviors):
+            processes.append(subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path), str(rank), behavior]))
         return processes
 
     yield start

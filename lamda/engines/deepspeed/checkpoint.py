@@ -58,7 +58,7 @@ def load_weights(path: Path, engine: deepspeed.DeepSpeedEngine, *, progress: Pro
 
 
 def local_state(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]]:
-    """This rank's optimizer state: (key, view) for each fragment and kind; the key contains the start."""
+    """This rank's optimizer state: (`name|kind|start`, view) for each fragment and kind."""
     for fragment in fragments(engine):
         if fragment.is_owner:
             for name, kind, start, tensor in _named(fragment):
@@ -69,7 +69,7 @@ def model_weights(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, torc
     """On rank 0 the weights that the model computes with, by name; at stage 3 gathered one at a time.
 
     Adapters (`lamda.engines.deepspeed.lora`) are merged in. A view is valid until the next one is requested. Every rank
-    goes through the whole iteration.
+    iterates over all of them.
     """
     model = engine.module
     for name in weight_shapes(model.config):
@@ -79,7 +79,7 @@ def model_weights(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, torc
 
 
 def state_sizes(config: Config) -> Sizes:
-    """Everything that a checkpoint of this model and optimizer holds, under the names of `_named`."""
+    """The size of each (name, kind) that a checkpoint of this model and optimizer holds; see `_named`."""
     optimizer, sizes = config.train.optimizer, {}
     for name, shape in lora.trained_shapes(config).items():
         if config.train.lora_rank and not lora.is_adapter(name):
@@ -122,17 +122,17 @@ class SavedState:
         try:
             with safe_open(file, "pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 - safe_open is no mapping
-                    there = opened.get_slice(key)
-                    parts, shape = key.split("|"), there.get_shape()
-                    fits = len(parts) == 3 and (parts[0], parts[1]) in sizes and parts[2].isdecimal()
-                    dtypes = ("F32", "BF16") if fits and parts[1] == "frozen" else ("F32",)
-                    if not fits or len(shape) != 1 or there.get_dtype() not in dtypes:
+                    piece = opened.get_slice(key)
+                    parts, shape = key.split("|"), piece.get_shape()
+                    is_known = len(parts) == 3 and (parts[0], parts[1]) in sizes and parts[2].isdecimal()
+                    dtypes = ("F32", "BF16") if is_known and parts[1] == "frozen" else ("F32",)
+                    if not is_known or len(shape) != 1 or piece.get_dtype() not in dtypes:
                         raise UserError(
-                            f"{file}: holds {key!r} ({there.get_dtype()} {shape}), which is no part of the state"
+                            f"{file}: holds {key!r} ({piece.get_dtype()} {shape}), which is not part of the state"
                         )
                     self._pieces.setdefault((parts[0], parts[1]), []).append((int(parts[2]), shape[0], file, key))
         except SafetensorError as error:
-            raise UserError(f"{file}: is no safetensors file ({error})") from error
+            raise UserError(f"{file}: is not a safetensors file ({error})") from error
 
     def _require_each_element_once(self, sizes: Sizes) -> None:
         for (name, kind), size in sizes.items():
@@ -149,7 +149,7 @@ class SavedState:
 
 
 class Snapshots:
-    """Copies of this rank's state in host memory, which is allocated once: fresh memory costs more than the copy."""
+    """Copies of this rank's state in host memory, which is allocated once: new memory costs more time than the copy."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, *, device: torch.device) -> None:
         self._engine, self._is_pinned = engine, device.type == "cuda"

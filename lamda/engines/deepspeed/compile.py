@@ -15,9 +15,9 @@ WORTH_FLOPS = {"cpu": 3e14, "cuda": 1e18}  # of a run; compiling costs most of a
 
 
 def is_worthwhile(config: Config, device: torch.device, *, stage: int) -> bool:
-    """What `train.compile` says; with `auto` the length of the run decides, so that a resumed run decides the same.
+    """Whether to compile, by `train.compile`; `auto` depends on the run's length only, so a resumed run does the same.
 
-    Raises UserError at ZeRO stage 3, whose hooks gather a block's weights in the middle of it.
+    Raises UserError at ZeRO stage 3, whose hooks gather weights inside a block.
     """
     if stage == 3:
         if config.train.compile == "always":
@@ -36,7 +36,7 @@ def run_flops(config: Config) -> float:
 
 
 def compile_blocks(model: LaMDA) -> None:
-    """Compile one block; all others are alike and run the same code."""
+    """Compile the blocks; they have the same shapes and share the compiled code."""
     for block in model.layers:
         block.compile(dynamic=False)
 
@@ -47,5 +47,5 @@ def no_recompile(*, compiled: bool, first: bool) -> AbstractContextManager[objec
 
 
 def force_eager(*, compiled: bool) -> AbstractContextManager[object]:
-    """Wraps everything with another shape, or without gradients."""
+    """Wraps everything that has other shapes, or no gradients."""
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

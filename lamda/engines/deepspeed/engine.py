@@ -72,8 +72,8 @@ class DeepSpeedEngine:
         self.stage, self.is_bf16 = ds_config.zero_stage(settings), ds_config.is_bf16(settings)
         if self.is_bf16 and world.is_main_process and _emulates_bf16(device):
             log.warning(
-                "this processor has no bf16 instructions: a step takes several times as long as in fp32, which "
-                "--deepspeed.config deepspeed/fp32.json trains in"
+                "this processor has no bf16 instructions: a step takes several times as long as in fp32; train in "
+                "fp32 with --deepspeed.config deepspeed/fp32.json"
             )
         # Without ZeRO and in fp32 DeepSpeed neither returns the gradient norm nor skips a step where it is not finite.
         self._is_unguarded = self.stage == 0 and not self.is_bf16
@@ -98,7 +98,7 @@ class DeepSpeedEngine:
         if train.lora_rank:
             lora.adapt(model, rank=train.lora_rank, seed=config.run.seed)
             if self.is_bf16:
-                model.bfloat16()  # DeepSpeed does it too, but only after the device has held all of the model in fp32
+                model.bfloat16()  # DeepSpeed does it too, but only after the whole model was on the device in fp32
         model.to(self.device)
         if train.fp8:
             fp8.check(model, self.device)
@@ -209,9 +209,9 @@ class DeepSpeedEngine:
         return {"framework": "deepspeed", "zero_stage": self.stage}
 
     def _too_large(self, reason: str) -> str:
-        """The error after memory ran out. Every step has the same shapes, so this happens in the first step.
+        """The error message after memory ran out. Every step has the same shapes, so this happens in the first one.
 
-        At ZeRO stage 3 nothing is measured: every rank would have to gather weights, and other ranks still compute.
+        At ZeRO stage 3 no smaller size is tried: every rank would have to gather weights, and others still compute.
         """
         size = self.config.train.micro_batch_size
         problem = f"train.micro_batch_size {size} is out of memory ({reason.splitlines()[0]})"
@@ -230,7 +230,9 @@ class DeepSpeedEngine:
         try:
             with compile.force_eager(compiled=self.is_compiled):
                 nll_BL, _ = self.model(ids, targets_BL=ids)
-                torch.autograd.grad(nll_BL.sum(), [each for each in self.model.parameters() if each.requires_grad])
+                torch.autograd.grad(
+                    nll_BL.sum(), [weight for weight in self.model.parameters() if weight.requires_grad]
+                )
         except torch.OutOfMemoryError:
             return False
         return True
@@ -284,34 +286,34 @@ class _DeviceBatch:
         return cls(ids[:, :-1], ids[:, 1:], documents, loss_mask, domains)
 
     def sums(self, nll_BL: torch.Tensor, *, domains: int) -> torch.Tensor:
-        """[2, domains] float64: nats and targets by domain, the same on any number of ranks.
+        """[2, domains] float64: nats and target tokens by domain, the same on any number of ranks.
 
-        A product adds up in one order on every device; float64 holds the sums of the fp32 products exactly.
+        A matrix product sums in one order on every device; float64 holds the sums of the fp32 products exactly.
         """
-        kinds = torch.arange(domains, device=nll_BL.device)
-        of_domain_dN = (self.domains_BL.flatten() == kinds[:, None]).float() * self.loss_mask_BL.flatten()
+        numbers = torch.arange(domains, device=nll_BL.device)
+        of_domain_dN = (self.domains_BL.flatten() == numbers[:, None]).float() * self.loss_mask_BL.flatten()
         return torch.stack([of_domain_dN @ nll_BL.float().flatten(), of_domain_dN.sum(dim=1)]).double()
 
 
 def _emulates_bf16(device: torch.device) -> bool:
-    """Whether PyTorch has no fast bf16 product here: measured with 2.13 on AVX2, 100 tokens/s for 600 in fp32."""
+    """Whether bf16 matmuls are slow on this processor: PyTorch 2.13 on AVX2 reaches 100 tokens/s, 600 in fp32."""
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed reports its memory as it starts, and calls PyTorch by older names: nothing that a user can fix.
+    """Silences DeepSpeed's memory reports and deprecation warnings as it starts: no user can act on them.
 
-    For each report it collects garbage, 14 times 0.5 s a start on a CPU. Once is enough: frozen objects are left out.
+    It collects garbage for each report, 14 times 0.5 s on a CPU. Once is enough: frozen objects are not scanned.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    said = io.StringIO()
+    output = io.StringIO()
     gc.collect()
     gc.freeze()
     try:
-        with redirect_stdout(said):
+        with redirect_stdout(output):
             yield
     finally:
         gc.unfreeze()
-    log.debug("DeepSpeed: %s", said.getvalue())
+    log.debug("DeepSpeed: %s", output.getvalue())

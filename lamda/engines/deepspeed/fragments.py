@@ -15,6 +15,7 @@ from typing import Any
 import deepspeed
 import torch
 
+from lamda.config.schema import OptimizerName
 from lamda.engines.deepspeed.optimizer import State, fresh_state
 
 
@@ -40,12 +41,12 @@ class Fragment:
         return self.tensors["weight" if "weight" in self.tensors else "frozen"]
 
 
-def reset_state(engine: deepspeed.DeepSpeedEngine, *, optimizer: str, updates: int) -> None:
-    """Give every parameter that this rank's optimizer sees fresh state, with `updates` steps counted."""
+def reset_state(engine: deepspeed.DeepSpeedEngine, *, optimizer: OptimizerName, updates: int) -> None:
+    """Give every parameter of this rank's optimizer fresh state, with its step counter at `updates`."""
     base = engine.basic_optimizer
     for group, parameter in _flat_parameters(engine):
         is_muon = group.get("use_muon", False)
-        # Muon counts no steps; whatever else runs fused keeps its counter on the device.
+        # Muon has no step counter; fused optimizers keep theirs on the device.
         device = parameter.device if group.get("fused") else torch.device("cpu")
         counter = {} if is_muon else {"step": torch.tensor(float(updates), device=device)}
         base.state[parameter] = {**counter, **fresh_state(parameter.detach(), optimizer=optimizer, is_muon=is_muon)}
@@ -77,7 +78,7 @@ def gathered_parameters(
 
 
 def publish_weights(engine: deepspeed.DeepSpeedEngine) -> None:
-    """After the fp32 weights were filled: bring them into the parameters that the model computes with."""
+    """Copy the fp32 weights, after they were filled, into the parameters that the model computes with."""
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage in (1, 2):
         optimizer.update_lp_params()
@@ -87,8 +88,8 @@ def publish_weights(engine: deepspeed.DeepSpeedEngine) -> None:
         if hasattr(optimizer, "persistent_parameters") and optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
     elif _has_masters(engine):
-        for narrow, wide in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for parameter, master in zip(narrow, wide, strict=True):
+        for low_precision, fp32 in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for parameter, master in zip(low_precision, fp32, strict=True):
                 parameter.data.copy_(master.data)
 
 
@@ -97,9 +98,13 @@ def _has_masters(engine: deepspeed.DeepSpeedEngine) -> bool:
 
 
 def _flat_parameters(engine: deepspeed.DeepSpeedEngine) -> list[tuple[dict[str, Any], torch.Tensor]]:
-    """What the optimizer updates, each with its group."""
+    """What the optimizer updates, each with its group.
+
+    At stage 3 a flat parameter may hold pieces of several groups. Any group stands for it, because all of them use one
+    optimizer there: `lamda.config.ds_config` rejects those that need whole matrices, Muon among them.
+    """
     groups = engine.basic_optimizer.param_groups
-    if engine.zero_optimization_stage() == 3:  # its pieces belong to no group; there is only AdamW
+    if engine.zero_optimization_stage() == 3:
         return [(groups[0], parameter) for parameter in engine.optimizer.fp32_partitioned_groups_flat]
     return [(group, parameter) for group in groups for parameter in group["params"]]
 
@@ -119,8 +124,8 @@ def _factors(weight: torch.Tensor, state: State) -> State:
 def _stage0(engine: deepspeed.DeepSpeedEngine, named: list[tuple[str, torch.nn.Parameter]]) -> Iterator[Fragment]:
     masters = {}
     if _has_masters(engine):
-        for narrow, wide in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
-            masters.update({id(parameter): master for parameter, master in zip(narrow, wide, strict=True)})
+        for low_precision, fp32 in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
+            masters.update({id(parameter): master for parameter, master in zip(low_precision, fp32, strict=True)})
     for name, parameter in named:
         weight = masters.get(id(parameter), parameter)
         state = engine.basic_optimizer.state[weight]
@@ -136,8 +141,8 @@ def _stage12(engine: deepspeed.DeepSpeedEngine, named: list[tuple[str, Any]]) ->
         mapping = parameter._hp_mapping
         if mapping is not None:
             flat_parameter = flat[mapping.param_group_index]
-            place = mapping.hp_fragment_address
-            tensors = _views(flat_parameter, state[flat_parameter], start=place.start, numel=place.numel)
+            address = mapping.hp_fragment_address
+            tensors = _views(flat_parameter, state[flat_parameter], start=address.start, numel=address.numel)
             yield Fragment(name, mapping.lp_fragment_address.start, tensors, {})
 
 

@@ -1,6 +1,6 @@
 """The optimizers: AdamW, DeepSpeed's Muon combined with AdamW, and Adafactor; their parameter groups and states.
 
-Each part of the model has a learning rate of its own (`lamda.engines.param_groups`). Only the blocks' matrices decay.
+Each parameter group has its own learning rate (`lamda.engines.param_groups`). Only the blocks' matrices decay.
 """
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-from lamda.config.schema import TrainConfig
-from lamda.engines.param_groups import ADAFACTOR_EPS, ADAMW_RMS, MUON_MOMENTUM, rate_scales, weight_decays
+from lamda.config.schema import OptimizerName, TrainConfig
+from lamda.engines.param_groups import ADAFACTOR_EPS, ADAMW_RMS, MUON_MOMENTUM, lr_multipliers, weight_decays
 from lamda.model import LaMDA
-from lamda.model.weights import ParamGroup, part_of
+from lamda.model.weights import MATRIX_GROUPS, ParamGroup, param_group_of
 
 State = dict[str, torch.Tensor]
 Group = dict[str, Any]  # one of `torch.optim.Optimizer.param_groups`
@@ -24,42 +24,53 @@ Group = dict[str, Any]  # one of `torch.optim.Optimizer.param_groups`
 
 def make_optimizer(model: LaMDA, train: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of a model. The learning rate starts at 0: `set_learning_rate` sets it for each step."""
-    scales = rate_scales(train, model.config)
-    decays = weight_decays(train, scales)
+    multipliers = lr_multipliers(train, model.config)
+    decays = weight_decays(train, multipliers)
     groups: dict[ParamGroup, Group] = {
-        part: {"params": [], "weight_decay": decays[part], "scale": scale} for part, scale in scales.items()
+        name: {"params": [], "weight_decay": decays[name], "lr_multiplier": multiplier}
+        for name, multiplier in multipliers.items()
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[part_of(name)]["params"].append(parameter)
-    groups = {part: group for part, group in groups.items() if group["params"]}
-    if train.optimizer == "muon":
-        matrices = [groups.pop(part) for part in ("query", "matrices") if part in groups]
-        return make_muon(matrices, list(groups.values()), train)
-    if train.optimizer == "adafactor":
-        return torch.optim.Adafactor(groups.values(), lr=0.0, eps=ADAFACTOR_EPS)
-    return torch.optim.AdamW(groups.values(), lr=0.0, **_adamw_numbers(train))
+            groups[param_group_of(name)]["params"].append(parameter)
+    groups = {name: group for name, group in groups.items() if group["params"]}
+    match train.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(groups.values(), lr=0.0, **_adamw_kwargs(train))
+        case "muon":
+            matrices = [groups.pop(name) for name in MATRIX_GROUPS if name in groups]
+            return make_muon(matrices, list(groups.values()), train)
+        case "adafactor":
+            return torch.optim.Adafactor(groups.values(), lr=0.0, eps=ADAFACTOR_EPS)
+        case _:
+            assert_never(train.optimizer)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group this rate times its scale; the schedule is a function of the step and keeps no state."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group for the next step; the schedule (`train.schedule`) keeps no state."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["scale"]
+        group["lr"] = lr * group["lr_multiplier"]
 
 
-def fresh_state(like: torch.Tensor, *, optimizer: str, is_muon: bool) -> State:
+def fresh_state(like: torch.Tensor, *, optimizer: OptimizerName, is_muon: bool) -> State:
     """The state of `like` before the first step, without the step counter.
 
-    like: a parameter, or a flat span of several of one group. is_muon: whether Muon moves it (else AdamW, or
-    Adafactor, whose factors are mean squares of rows and columns and need the whole parameter).
+    Checkpoints do not hold the counter: `fragments.reset_state` restores it from `RunState.updates`.
+    like: a parameter, or a flat span of several of one group. is_muon: whether Muon itself updates it, rather than the
+    AdamW that `muon` uses for other groups. Adafactor's state is the mean squares of rows and columns, so `like` must
+    be the whole parameter there.
     """
     if is_muon:
         return {"momentum_buffer": torch.zeros_like(like)}
-    if optimizer != "adafactor":
-        return {moment: torch.zeros_like(like) for moment in ("exp_avg", "exp_avg_sq")}
-    if like.ndim < 2:
-        return {"variance": torch.zeros_like(like)}
-    return {"row_var": like.new_zeros(like.shape[0], 1), "col_var": like.new_zeros(1, like.shape[1])}
+    match optimizer:
+        case "adamw" | "muon":
+            return {moment: torch.zeros_like(like) for moment in ("exp_avg", "exp_avg_sq")}
+        case "adafactor":
+            if like.ndim < 2:
+                return {"variance": torch.zeros_like(like)}
+            return {"row_var": like.new_zeros(like.shape[0], 1), "col_var": like.new_zeros(1, like.shape[1])}
+        case _:
+            assert_never(optimizer)
 
 
 def without_compile(train: TrainConfig) -> AbstractContextManager[object]:
@@ -68,18 +79,18 @@ def without_compile(train: TrainConfig) -> AbstractContextManager[object]:
 
 
 def make_muon(matrices: Iterable[Group], others: Iterable[Group], train: TrainConfig) -> MuonWithAuxAdam:
-    """Muon for groups of matrices, AdamW for other groups; each has `params`, `scale` and `weight_decay`."""
-    numbers = _adamw_numbers(train)
-    adamw = {key: numbers[key] for key in ("betas", "eps")}
-    groups = [split for group in matrices for split in _by_inputs(group)]
+    """Muon for groups of matrices, AdamW for other groups; each has `params`, `lr_multiplier`, `weight_decay`."""
+    kwargs = _adamw_kwargs(train)
+    adamw = {key: kwargs[key] for key in ("betas", "eps")}
+    groups = [split for group in matrices for split in _split_by_fan_in(group)]
     groups += [{**group, **adamw, "use_muon": False, "lr": 0.0} for group in others]
-    optimizer = MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"lr": 0.0, **numbers})
+    optimizer = MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"lr": 0.0, **kwargs})
     optimizer.step = partial(_step_with_gradients, optimizer, optimizer.step)
     return optimizer
 
 
 def _step_with_gradients(optimizer: MuonWithAuxAdam, step: Callable[..., object], *args: object) -> None:
-    """Skip a step without gradients: DeepSpeed's Muon takes them for zeros, and momentum and decay move the weights.
+    """Skip a step without gradients: DeepSpeed's Muon treats them as zeros, so momentum and decay change the weights.
 
     Not a subclass, because DeepSpeed checks for the exact classes that it has tested with ZeRO.
     """
@@ -87,26 +98,26 @@ def _step_with_gradients(optimizer: MuonWithAuxAdam, step: Callable[..., object]
         step(*args)
 
 
-def _by_inputs(group: Group) -> Iterator[Group]:
-    """Groups of matrices with one number of inputs, whose updates get the RMS of AdamW's.
+def _split_by_fan_in(group: Group) -> Iterator[Group]:
+    """Split a group of matrices by fan-in, and give each group's updates the RMS of AdamW's.
 
-    An orthogonal [m, n] has an RMS of 1 / sqrt(max(m, n)); DeepSpeed multiplies it by sqrt(max(1, m/n)), which makes
-    1 / sqrt(n) of it. So n inputs ask for a scale of ADAMW_RMS sqrt(n). Decay is in units of the plain rate.
+    An orthogonal [m, n] has an RMS of 1 / sqrt(max(m, n)). DeepSpeed multiplies it by sqrt(max(1, m/n)), which gives
+    1 / sqrt(n) for a fan-in of n, so the multiplier is ADAMW_RMS sqrt(n). It does not change learning rate times decay.
     """
-    of_inputs: dict[int, list[torch.nn.Parameter]] = {}
+    by_fan_in: dict[int, list[torch.nn.Parameter]] = {}
     for matrix in group["params"]:
-        of_inputs.setdefault(matrix.shape[1], []).append(matrix)
-    for inputs, alike in of_inputs.items():
-        to_adamw = ADAMW_RMS * inputs**0.5
+        by_fan_in.setdefault(matrix.shape[1], []).append(matrix)
+    for fan_in, matrices in by_fan_in.items():
+        to_adamw_rms = ADAMW_RMS * fan_in**0.5
         yield {
-            "params": alike,
+            "params": matrices,
             "use_muon": True,
             "lr": 0.0,
             "momentum": MUON_MOMENTUM,
-            "weight_decay": group["weight_decay"] / to_adamw,
-            "scale": group["scale"] * to_adamw,
+            "weight_decay": group["weight_decay"] / to_adamw_rms,
+            "lr_multiplier": group["lr_multiplier"] * to_adamw_rms,
         }
 
 
-def _adamw_numbers(train: TrainConfig) -> dict[str, Any]:
+def _adamw_kwargs(train: TrainConfig) -> dict[str, Any]:
     return {"betas": (train.beta1, train.beta2), "eps": train.eps, "fused": True}

@@ -1,7 +1,7 @@
 """Detects silent corruption of weights: any single flipped bit on one rank.
 
 Each rank hashes its copy of the model's weights, and the fp32 weights that it owns as they would be rounded. The
-owners' hashes add up to the hash that every copy must have, so that the wrong rank is known even where there are only
+owners' hashes add up to the hash that every copy must have, so that the wrong rank is known even if there are only
 two. Without ZeRO and in fp32 there is no second copy, and the majority decides. For frozen weights rank 0 decides.
 """
 
@@ -30,21 +30,21 @@ def corrupted_ranks(engine: deepspeed.DeepSpeedEngine) -> list[int]:
         offset += parameter.numel()
     for fragment in fragments(engine):
         if fragment.is_owner:
-            start, narrow = offsets[fragment.name]
-            expected = expected + _hash(fragment.weight.to(narrow), start=start + fragment.start)
+            start, dtype = offsets[fragment.name]
+            expected = expected + _hash(fragment.weight.to(dtype), start=start + fragment.start)
     dist.all_reduce(expected)
     copies = gather(int(copy.item()))
     if stage == 0 and not engine.bfloat16_enabled():
         return minority_ranks(copies)
-    return [rank for rank, each in enumerate(copies) if each != expected.item()]
+    return [rank for rank, copy_hash in enumerate(copies) if copy_hash != expected.item()]
 
 
 def _hash(flat: torch.Tensor, *, start: int) -> torch.Tensor:
-    """Sum modulo 2^64 of bits times an odd number for each position: any one changed element changes it."""
+    """The sum modulo 2^64 of each element's bits times an odd number: any one changed element changes it."""
     bits = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     for begin in range(0, len(bits), CHUNK):
         part = bits[begin : begin + CHUNK].long()
-        places = torch.arange(start + begin, start + begin + len(part), device=flat.device)
-        total += (part * (2 * places + 1)).sum()
+        positions = torch.arange(start + begin, start + begin + len(part), device=flat.device)
+        total += (part * (2 * positions + 1)).sum()
     return total

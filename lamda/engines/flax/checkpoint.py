@@ -33,14 +33,14 @@ class Checkpointer:
 
     def size(self, state: TrainState) -> int:
         """Bytes that this process writes: its shards of the state, and on the first process also the weights."""
-        parts = sum(
+        shards = sum(
             shard.data.nbytes
             for array in jax.tree.leaves(state)
             for shard in array.addressable_shards
             if shard.replica_id == 0
         )
-        narrow = jax.numpy.dtype(self._dtype).itemsize
-        return parts + self._is_main_process * sum(weight.size * narrow for weight in state.weights.values())
+        itemsize = jax.numpy.dtype(self._dtype).itemsize
+        return shards + self._is_main_process * sum(weight.size * itemsize for weight in state.weights.values())
 
     def take(self, state: TrainState, folder: Path) -> Callable[[], list[Path]]:
         """Copy the state to host memory; returns a function that writes it into `folder`, from any thread."""
@@ -63,7 +63,7 @@ class Checkpointer:
 
         Raises UserError if there is a file that the manifest does not list: Orbax would read it.
         """
-        there = {file.relative_to(path).as_posix() for file in (path / STATE).rglob("*") if not file.is_dir()}
-        if unnamed := sorted(there - read(path)["files"].keys()):
-            raise UserError(f"{path}: manifest.json does not name {unnamed[0]}; take another checkpoint")
+        present = {file.relative_to(path).as_posix() for file in (path / STATE).rglob("*") if not file.is_dir()}
+        if unlisted := sorted(present - read(path)["files"].keys()):
+            raise UserError(f"{path}: manifest.json does not list {unlisted[0]}; use another checkpoint")
         return self._orbax.restore((path / STATE).absolute(), like)

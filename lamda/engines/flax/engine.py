@@ -25,7 +25,7 @@ from lamda.engines.flax.checkpoint import Checkpointer
 from lamda.engines.flax.generation import generate
 from lamda.engines.flax.optimizer import make_optimizer
 from lamda.engines.flax.sharding import ROWS, MeshPlacement, make_mesh, row_ranks, shardings_like, weight_sharding
-from lamda.engines.flax.step import Batch, Figures, TrainState, make_step
+from lamda.engines.flax.step import Batch, StepOutput, TrainState, make_step
 from lamda.engines.flax.weight_check import corrupted_processes
 from lamda.engines.flax.weights import Weights, bind, load_weights, make_weights, stacked_shapes
 from lamda.engines.protocol import PhaseHook, StepMetrics
@@ -38,17 +38,17 @@ from lamda.model.initialization import initial_weights
 class FlaxStep:
     """See `lamda.engines.protocol.PendingStep`. rows: [B, 32] uint8, the sha256 of each row in global order."""
 
-    figures: Figures
+    output: StepOutput
     rows: NDArray[np.uint8]
     counters: Sequence[float]
 
     @property
     def skipped(self) -> bool:
-        return not self.figures.updated
+        return not self.output.updated
 
     def wait(self) -> StepMetrics:
-        sums = np.asarray(self.figures.sums, np.float64)
-        return StepMetrics(sums, float(self.figures.grad_norm), batch_digest(self.rows), self.counters)
+        sums = np.asarray(self.output.sums, np.float64)
+        return StepMetrics(sums, float(self.output.grad_norm), batch_digest(self.rows), self.counters)
 
 
 class FlaxEngine:
@@ -71,7 +71,9 @@ class FlaxEngine:
         )
         self._checkpointer = Checkpointer(dtype=self._dtype, is_main_process=world.is_main_process)
         self._rows = NamedSharding(self.mesh, PartitionSpec(ROWS))
-        self._narrow = jax.jit(lambda weights: {name: each.astype(self._dtype) for name, each in weights.items()})
+        self._to_compute_dtype = jax.jit(
+            lambda weights: {name: weight.astype(self._dtype) for name, weight in weights.items()}
+        )
         self._logits = jax.jit(self._logits_of, out_shardings=self._rows)
         self._nll = jax.jit(self._nll_of, out_shardings=self._rows)
 
@@ -83,21 +85,21 @@ class FlaxEngine:
         counters: Sequence[int] = (),
         on_phase: PhaseHook = lambda phase, tensor: None,
     ) -> FlaxStep:
-        """One compiled program over all devices (`lamda.engines.flax.step`)."""
+        """Run the compiled step (`lamda.engines.flax.step`) on all devices."""
         on_phase("forward", None)
-        self.state, figures = self._step(self.state, self._placed_batch(batch), jnp.float32(lr))
+        self.state, output = self._step(self.state, self._placed_batch(batch), jnp.float32(lr))
         on_phase("update", None)
         rows = np.zeros((self.config.train.global_batch_size, 32), np.uint8)
         parts = gather((batch.positions, batch.digests, tuple(counters)))
         for positions, digests, _ in parts:
             rows[positions] = digests
         totals = [float(sum(numbers)) for numbers in zip(*(part[2] for part in parts), strict=True)]
-        return FlaxStep(figures, rows, totals)
+        return FlaxStep(output, rows, totals)
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
-        """Makes the weights in the precision of the computation once for all calls."""
-        self._eval_weights = self._narrow(self.state.weights)
+        """Converts the weights to the precision of the computation once for all calls."""
+        self._eval_weights = self._to_compute_dtype(self.state.weights)
         try:
             yield
         finally:
@@ -113,7 +115,7 @@ class FlaxEngine:
         return self._of_rows(self._nll, inputs_BL, targets_BL, *documents)
 
     def generate(self, ids: Sequence[int], sampling: Sampling) -> list[int]:
-        weights = self._narrow(self.state.weights)
+        weights = self._to_compute_dtype(self.state.weights)
         (new,) = generate(self.config.model, weights, [ids], sampling, placement=self._placement)
         return new
 
@@ -154,7 +156,7 @@ class FlaxEngine:
         return TrainState(weights, jax.jit(init, out_shardings=shardings)(weights))
 
     def _placed_batch(self, step: StepBatch) -> Batch:
-        """This rank's micro-batches as its part of the step's arrays."""
+        """This rank's micro-batches as its shards of the step's arrays."""
         sharding = NamedSharding(self.mesh, PartitionSpec(None, ROWS))
 
         def placed(name: str, dtype: type[np.generic]) -> Array:
@@ -166,11 +168,11 @@ class FlaxEngine:
         return Batch(placed("ids", np.int32), placed("loss_mask", np.bool_), placed("domains", np.int32), documents)
 
     def _of_rows(self, function: Callable[..., Array], *tensors: torch.Tensor) -> torch.Tensor:
-        """Rows of this rank through a program of all ranks, filled up to what the devices share evenly."""
-        count, each = len(tensors[0]), row_ranks(self.mesh) // self.world.world_size
-        filled = [np.pad(tensor.numpy().astype(np.int32), ((0, -count % each), (0, 0))) for tensor in tensors]
-        given = [jax.make_array_from_process_local_data(self._rows, part) for part in filled]
-        out = function(self._eval_weights, *given)
+        """Run a program of all ranks on rows of this rank, padded to a multiple of its devices."""
+        count, divisor = len(tensors[0]), row_ranks(self.mesh) // self.world.world_size
+        padded = [np.pad(tensor.numpy().astype(np.int32), ((0, -count % divisor), (0, 0))) for tensor in tensors]
+        arrays = [jax.make_array_from_process_local_data(self._rows, rows) for rows in padded]
+        out = function(self._eval_weights, *arrays)
         shards = {shard.index[0].start or 0: shard.data for shard in out.addressable_shards}
         local = np.concatenate([np.asarray(shards[start], np.float32) for start in sorted(shards)])
         return torch.from_numpy(local[:count])

@@ -31,7 +31,7 @@ class Flax:
         self._multihost = multihost
 
     def world(self) -> World:
-        """The place that the launcher, or JAX, gave this process. Raises UserError where JAX finds no others."""
+        """Rank and world size from the launcher or from JAX. Raises UserError if JAX finds no other processes."""
         if not self._multihost:
             return distributed.read_world()
         require_jax()
@@ -48,26 +48,26 @@ class Flax:
         return World(rank=jax.process_index(), world_size=jax.process_count())
 
     def check(self, config: Config, world: World) -> None:
-        """Reject what the JAX implementation does not have; devices are not known yet."""
+        """Reject keys that the JAX implementation does not support; devices are not known yet."""
         require_jax()
         ds_config.read(config)
         train = config.train
-        given = {
+        unsupported = {
             "train.lora_rank": train.lora_rank or None,
             "train.fp8": train.fp8 or None,
             "train.profile": train.profile,
             "eval.tasks": config.eval.tasks or None,
         }
         problems = [
-            f"{key}: the JAX implementation has none; remove it, or train with scripts/pretrain.py"
-            for key, value in given.items()
+            f"{key}: the JAX implementation does not support it; remove it, or train with scripts/pretrain.py"
+            for key, value in unsupported.items()
             if value is not None
         ]
         if problems:
             raise UserError("\n".join(problems))
 
     def start(self, config: Config, world: World) -> torch.device:
-        """Join JAX's processes and a group of the hosts. The loop's own tensors are on the CPU."""
+        """Join JAX's processes and a process group of the hosts; the training loop's tensors are on the CPU."""
         import jax
         import torch
 

@@ -31,10 +31,10 @@ def generate(
     *,
     placement: Placement | None = None,
 ) -> list[list[int]]:
-    """Continue prompts of any lengths together: the new ids of each, the same as it has alone.
+    """Continue prompts of any lengths as one batch; the new ids of each do not depend on the others.
 
-    weights: stacked. placement: of weights that lie on a mesh, whose every process calls this. Raises UserError where
-    a prompt is empty.
+    weights: stacked. placement: of weights on a mesh; every process of the mesh calls this. Raises UserError if a
+    prompt is empty.
     """
     if not all(prompts):
         raise UserError("the prompt is empty: give at least one token")
@@ -46,17 +46,17 @@ def generate(
     logits_NV, cache = _feed(extend, prompts, cache, width=_rounded(longest))
     samplers = [Sampler(sampling, prompt=ids, count=1, logits=logits_NV[:1]) for ids in prompts]
     new: list[list[int]] = [[] for _ in prompts]
-    going = set(range(len(prompts)))
+    unfinished = set(range(len(prompts)))
     for step in range(sampling.max_new_tokens):
-        for number in sorted(going):
+        for number in sorted(unfinished):
             (chosen,), _ = samplers[number].choose(logits_NV[number : number + 1], step)
             if chosen in sampling.stop_ids:
-                going.discard(number)
+                unfinished.discard(number)
             else:
                 new[number].append(chosen)
-        if not going or step + 1 == sampling.max_new_tokens:
+        if not unfinished or step + 1 == sampling.max_new_tokens:
             break
-        last = [ids[-1:] if number in going else [0] for number, ids in enumerate(new)]
+        last = [ids[-1:] if number in unfinished else [0] for number, ids in enumerate(new)]
         logits_NV, cache = _feed(extend, last, cache, width=1)
     return new
 

@@ -3,9 +3,8 @@
 B batch, L length, D model width, H heads, K head width, F feed-forward width, V vocabulary;
 M keys, R buckets of distance, S layers.
 
-The blocks are one block whose weights have a first dimension S, which `nnx.scan` goes through: a program is as
-long as one block. Matrices are [out, in] as in the files, so that weights pass through without a transpose; XLA
-lays them out as a device likes them.
+The blocks are one block whose weights have a first dimension S, which `nnx.scan` iterates over, so only one block is
+compiled. Matrices are [out, in] as in the files, so that no weight is transposed; XLA chooses their layout.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from jax.typing import DTypeLike
 
 from lamda.config import ModelConfig
 from lamda.config.schema import Recompute
-from lamda.engines.flax.bias import bias_at, row_bias, wide
+from lamda.engines.flax.bias import at_least_fp32, bias_at, row_bias
 from lamda.model.weights import BUCKETS
 
 Module = TypeVar("Module", bound=nnx.Module)
 
 PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-"""Products of weights and activations: expensive to compute, and small beside scores and shares [B, H, L, M]."""
+"""Products of weights and activations: expensive to compute, and small next to the scores [B, H, L, M]."""
 
 
 class Placement:
@@ -44,12 +43,12 @@ class Placement:
         return logits_BV
 
     def gather(self, module: Module, name: str) -> Module:
-        """A module with the full weights that it computes with. name: what their names begin with."""
+        """A module with its full weights. name: the prefix of their names."""
         return module
 
 
 class KeyValues(NamedTuple):
-    """Keys and values [S, B, M, H, K] of the tokens so far, and how many a row has: [B]."""
+    """Keys and values [S, B, M, H, K] of the previous tokens, and their number per row, [B]."""
 
     keys_SBMHK: Array
     values_SBMHK: Array
@@ -59,9 +58,9 @@ class KeyValues(NamedTuple):
 class LaMDA(nnx.Module):
     """Tokens to logits. Its weights are NaN until `lamda.engines.flax.weights` fills them.
 
-    dtype: of the weights, and so of the computation. recompute: as of the PyTorch model, by `jax.checkpoint`; "none"
-    still makes again what is cheap: scores and shares, and what stands between two matrices.
-    placement: where things lie on more than one device.
+    dtype: of the weights, and so of the computation. recompute: as in the PyTorch model, by `jax.checkpoint`; "none"
+    still recomputes what is cheap: scores, probabilities and elementwise operations.
+    placement: how arrays are sharded over devices.
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class LaMDA(nnx.Module):
         self.relative_bias = None if config.bias_per_layer else _bias_table(config, dtype)
 
     def __call__(self, tokens_BL: Array, documents_BL: Array | None = None) -> Array:
-        """Logits [B, L, V] of the token after each. documents: an id a token; attention stays inside a document."""
+        """Logits [B, L, V] of the token after each. documents_BL: document ids; attention stays inside a document."""
         return self.embedding.logits(self._hidden(tokens_BL, documents_BL))
 
     def losses(self, tokens_BL: Array, targets_BL: Array, documents_BL: Array | None = None) -> tuple[Array, Array]:
@@ -95,38 +94,38 @@ class LaMDA(nnx.Module):
         return (of_head if self.recompute == "none" else nnx.remat(of_head))(embedding, x_BLD)
 
     def extend(self, tokens_BL: Array, cache: KeyValues, *, last_B: Array) -> tuple[Array, KeyValues]:
-        """Tokens that follow the cached ones: logits [B, V] after each row's token number `last_B`, and the cache.
+        """Process tokens that follow the cached ones: logits [B, V] after token `last_B` of each row, and the cache.
 
-        What comes after it in a row is padding, which does not count as cached.
+        Tokens after `last_B` are padding and are not added to the cache.
         """
-        place, embedding = self.placement, self.placement.gather(self.embedding, "embedding")
-        places_BL = cache.lengths_B[:, None] + jnp.arange(tokens_BL.shape[1])
-        seen = _Cached(cache.keys_SBMHK.shape[2], places_BL)
+        embedding = self.placement.gather(self.embedding, "embedding")
+        positions_BL = cache.lengths_B[:, None] + jnp.arange(tokens_BL.shape[1])
+        view = _CachedView(cache.keys_SBMHK.shape[2], positions_BL)
         if self.relative_bias is not None:
-            seen = replace(seen, shared=seen.bias(self.relative_bias[...]))
+            view = replace(view, shared=view.bias(self.relative_bias[...]))
 
         @nnx.scan(in_axes=(0, nnx.Carry, 0), out_axes=(nnx.Carry, 0))
-        def through(block: Block, x_BLD: Array, before: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-            return block.extend(x_BLD, seen, before)
+        def run_layers(block: Block, x_BLD: Array, past: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+            return block.extend(x_BLD, view, past)
 
-        x_BLD, after = through(self.layers, embedding(tokens_BL), (cache.keys_SBMHK, cache.values_SBMHK))
+        x_BLD, keys_values = run_layers(self.layers, embedding(tokens_BL), (cache.keys_SBMHK, cache.values_SBMHK))
         last_B1D = jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)
-        logits_BV = place.replicate(embedding.logits(self._scaled(last_B1D))[:, 0])
-        return logits_BV, KeyValues(*after, cache.lengths_B + last_B + 1)
+        logits_BV = self.placement.replicate(embedding.logits(self._scaled(last_B1D))[:, 0])
+        return logits_BV, KeyValues(*keys_values, cache.lengths_B + last_B + 1)
 
     def _hidden(self, tokens_BL: Array, documents_BL: Array | None) -> Array:
-        """What the output projection takes, [B, L, D]."""
+        """The input of the output projection, [B, L, D]."""
         hidden_BLM = None if documents_BL is None else documents_BL[:, :, None] != documents_BL[:, None, :]
-        place, seen = self.placement, _Row(tokens_BL.shape[1], hidden_BLM)
+        placement, view = self.placement, _RowView(tokens_BL.shape[1], hidden_BLM)
         if self.relative_bias is not None:
-            seen = replace(seen, shared=seen.bias(self.relative_bias[...]))
+            view = replace(view, shared=view.bias(self.relative_bias[...]))
 
         @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-        def through(block: Block, x_BLD: Array) -> Array:
-            return place.shard_rows(block(x_BLD, seen))
+        def run_layers(block: Block, x_BLD: Array) -> Array:
+            return placement.shard_rows(block(x_BLD, view))
 
         return self._scaled(
-            through(self.layers, place.shard_rows(place.gather(self.embedding, "embedding")(tokens_BL)))
+            run_layers(self.layers, placement.shard_rows(placement.gather(self.embedding, "embedding")(tokens_BL)))
         )
 
     def _scaled(self, x_BLD: Array) -> Array:
@@ -134,7 +133,7 @@ class LaMDA(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention, then the gated feed-forward layer, each on a normed copy of the residual stream."""
+    """Attention, then the gated feed-forward layer, each on a normalized copy of the residual stream."""
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, recompute: Recompute, placement: Placement) -> None:
         self.recompute, self.placement = recompute, placement
@@ -143,38 +142,38 @@ class Block(nnx.Module):
         self.feed_forward_norm = RMSNorm(config.d_model, dtype)
         self.feed_forward = FeedForward(config, dtype)
 
-    def __call__(self, x_BLD: Array, seen: _Row) -> Array:
+    def __call__(self, x_BLD: Array, view: _RowView) -> Array:
         """The residual stream [B, L, D] after this block."""
         forward = _remat(Block._forward) if self.recompute == "block" else Block._forward
-        return forward(self, x_BLD, seen)
+        return forward(self, x_BLD, view)
 
-    def extend(self, x_BLD: Array, seen: _Cached, before: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-        """The same of tokens that follow cached ones, and this layer's keys and values with them."""
+    def extend(self, x_BLD: Array, view: _CachedView, past: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        """The same for tokens that follow cached ones, and this layer's keys and values including theirs."""
         attention = self.placement.gather(self.attention, "attention")
         q_BLHK, k_BLHK, v_BLHK = attention.project(self.attention_norm(x_BLD))
         rows = jnp.arange(len(x_BLD))[:, None]
         k_BMHK, v_BMHK = (
-            cached.at[rows, seen.places_BL].set(new) for cached, new in zip(before, (k_BLHK, v_BLHK), strict=True)
+            cached.at[rows, view.positions_BL].set(new) for cached, new in zip(past, (k_BLHK, v_BLHK), strict=True)
         )
-        x_BLD = x_BLD + attention.mix(q_BLHK, k_BMHK, v_BMHK, seen)
+        x_BLD = x_BLD + attention.mix(q_BLHK, k_BMHK, v_BMHK, view)
         return x_BLD + self._gated(x_BLD), (k_BMHK, v_BMHK)
 
-    def _forward(self, x_BLD: Array, seen: _Row) -> Array:
-        # Where such functions are nested JAX heeds the outermost alone, so the halves stand beside each other.
+    def _forward(self, x_BLD: Array, view: _RowView) -> Array:
+        # JAX uses only the outermost of nested checkpoint policies, so the two halves are not nested.
         mixed = _remat(Block._mixed, keep=PRODUCTS)
         gated = _remat(Block._gated, keep=None if self.recompute == "ffn" else PRODUCTS)
-        x_BLD = x_BLD + mixed(self, x_BLD, seen)
+        x_BLD = x_BLD + mixed(self, x_BLD, view)
         return x_BLD + gated(self, x_BLD)
 
-    def _mixed(self, x_BLD: Array, seen: _Row) -> Array:
-        return self.placement.gather(self.attention, "attention")(self.attention_norm(x_BLD), seen)
+    def _mixed(self, x_BLD: Array, view: _RowView) -> Array:
+        return self.placement.gather(self.attention, "attention")(self.attention_norm(x_BLD), view)
 
     def _gated(self, x_BLD: Array) -> Array:
         return self.placement.gather(self.feed_forward, "feed_forward")(self.feed_forward_norm(x_BLD))
 
 
 class Attention(nnx.Module):
-    """softmax(q k^T + bias[distance]) v, with a bias table of its own or the one that all layers share."""
+    """softmax(q k^T + bias[distance]) v, with a bias table per layer or one shared by all layers."""
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike) -> None:
         width = config.n_heads * config.d_head
@@ -185,9 +184,9 @@ class Attention(nnx.Module):
         self.output = Linear(width, config.d_model, dtype)
         self.relative_bias = _bias_table(config, dtype) if config.bias_per_layer else None
 
-    def __call__(self, x_BLD: Array, seen: _Row) -> Array:
+    def __call__(self, x_BLD: Array, view: _RowView) -> Array:
         """[B, L, D] to [B, L, D]."""
-        return self.mix(*self.project(x_BLD), seen)
+        return self.mix(*self.project(x_BLD), view)
 
     def project(self, x_BLD: Array) -> tuple[Array, Array, Array]:
         """Query, key and value of each token, [B, L, H, K]."""
@@ -197,17 +196,17 @@ class Attention(nnx.Module):
         )
         return q_BLHK, k_BLHK, v_BLHK
 
-    def mix(self, q_BLHK: Array, k_BMHK: Array, v_BMHK: Array, seen: _Row | _Cached) -> Array:
-        """What the queries take from the values, [B, L, D]; scores and softmax in the bias's precision."""
-        bias = seen.shared
+    def mix(self, q_BLHK: Array, k_BMHK: Array, v_BMHK: Array, view: _RowView | _CachedView) -> Array:
+        """The output of attention, [B, L, D]; scores and softmax in the precision of the bias."""
+        bias = view.shared
         if bias is None:
-            assert self.relative_bias is not None, "each layer has a table where none is shared"
-            bias = seen.bias(self.relative_bias[...])
+            assert self.relative_bias is not None, "without a shared table each layer has one"
+            bias = view.bias(self.relative_bias[...])
         scores_BHLM = jnp.einsum("blhk,bmhk->bhlm", q_BLHK, k_BMHK, preferred_element_type=bias.dtype) + bias
-        if seen.hidden_BLM is not None:
-            scores_BHLM = jnp.where(seen.hidden_BLM[:, None], -jnp.inf, scores_BHLM)
-        shares_BHLM = jax.nn.softmax(scores_BHLM, axis=-1).astype(v_BMHK.dtype)
-        return self.output(rearrange(jnp.einsum("bhlm,bmhk->blhk", shares_BHLM, v_BMHK), "b l h k -> b l (h k)"))
+        if view.hidden_BLM is not None:
+            scores_BHLM = jnp.where(view.hidden_BLM[:, None], -jnp.inf, scores_BHLM)
+        probs_BHLM = jax.nn.softmax(scores_BHLM, axis=-1).astype(v_BMHK.dtype)
+        return self.output(rearrange(jnp.einsum("bhlm,bmhk->blhk", probs_BHLM, v_BMHK), "b l h k -> b l (h k)"))
 
 
 class FeedForward(nnx.Module):
@@ -235,7 +234,7 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A vector [D] a token, on the way in and on the way out."""
+    """One vector [D] per token, for both the input and the output projection (tied)."""
 
     def __init__(self, size: int, width: int, dtype: DTypeLike) -> None:
         self.weight = nnx.Param(jnp.full((size, width), jnp.nan, dtype))
@@ -257,14 +256,17 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x_BLD: Array) -> Array:
         """[B, L, D] to [B, L, D]."""
-        wide_BLD = wide(x_BLD)
-        scale_BL1 = jax.lax.rsqrt(jnp.square(wide_BLD).mean(axis=-1, keepdims=True) + 1e-6)
-        return (wide_BLD * scale_BL1 * self.scale[...]).astype(x_BLD.dtype)
+        fp32_BLD = at_least_fp32(x_BLD)
+        scale_BL1 = jax.lax.rsqrt(jnp.square(fp32_BLD).mean(axis=-1, keepdims=True) + 1e-6)
+        return (fp32_BLD * scale_BL1 * self.scale[...]).astype(x_BLD.dtype)
 
 
 @struct.dataclass
-class _Row:
-    """What tokens of full rows see. hidden_BLM: True at keys of other documents. shared: the bias of all layers."""
+class _RowView:
+    """The keys that tokens of full rows attend to. hidden_BLM: True at keys of other documents.
+
+    shared: the bias, where all layers have the same one.
+    """
 
     length: int = struct.field(pytree_node=False)
     hidden_BLM: Array | None
@@ -276,29 +278,29 @@ class _Row:
 
 
 @struct.dataclass
-class _Cached:
-    """The same for tokens after cached ones. places_BL: of the new tokens in their rows; longest: of all rows."""
+class _CachedView:
+    """The same for tokens after cached ones. positions_BL: of the new tokens. longest: length of the cache."""
 
     longest: int = struct.field(pytree_node=False)
-    places_BL: Array
+    positions_BL: Array
     hidden_BLM: Array | None = None
     shared: Array | None = None
 
     def bias(self, table_RH: Array) -> Array:
-        distances_BLM = self.places_BL[:, :, None] - jnp.arange(self.longest)
+        distances_BLM = self.positions_BL[:, :, None] - jnp.arange(self.longest)
         return bias_at(table_RH, distances_BLM, longest=self.longest)
 
 
 def token_losses(logits_BLV: Array, targets_BL: Array) -> tuple[Array, Array]:
     """Cross-entropy of each target in nats and the logsumexp of its logits, [B, L] each, in fp32 or wider."""
-    logits_BLV = wide(logits_BLV)
+    logits_BLV = at_least_fp32(logits_BLV)
     log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
     chosen_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
     return log_z_BL - chosen_BL, log_z_BL
 
 
 def empty_cache(config: ModelConfig, *, rows: int, longest: int, dtype: DTypeLike) -> KeyValues:
-    """Room for `longest` tokens a row."""
+    """An empty cache for `longest` tokens per row."""
     shape = (config.n_layers, rows, longest, config.n_heads, config.d_head)
     return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(rows, jnp.int32))
 
@@ -308,8 +310,8 @@ def _bias_table(config: ModelConfig, dtype: DTypeLike) -> nnx.Param[Array]:  # [
 
 
 def _remat(method: Callable[..., Array], keep: Callable[..., bool] | None = None) -> Callable[..., Array]:
-    """The same with activation checkpointing: the backward pass recomputes all but what `keep` says, and gathers again.
+    """Add activation checkpointing: the backward pass recomputes all except `keep`, and gathers weights again.
 
-    Inside a scan nothing could be merged with the forward pass, so prevent_cse is not needed.
+    Inside a scan XLA cannot merge it with the forward pass, so prevent_cse is not needed.
     """
     return nnx.remat(method, policy=keep, prevent_cse=False)

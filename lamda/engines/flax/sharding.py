@@ -4,7 +4,7 @@
     fsdp    different rows as well, but weights and optimizer state are sharded over its devices (ZeRO-3)
     tensor  heads, feed-forward width and vocabulary are cut: the devices compute parts of the same rows
 
-XLA adds what has to be sent. Dimensions: legend in `lamda/engines/flax/model.py`.
+XLA inserts the communication. Dimensions: legend in `lamda/engines/flax/model.py`.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ WEIGHTS = {
     "relative_bias": PartitionSpec(None, "tensor"),
     "scale": PartitionSpec(),
 }
-"""By a weight's last words; the layers' weights have one more dimension before these, which is not cut."""
+"""By the end of a weight's name; stacked weights of layers have one more dimension in front, which is not cut."""
 
 
 def make_mesh(config: FlaxConfig, model: ModelConfig) -> Mesh:
-    """All devices, those of the same rows side by side. Raises UserError if a parallel degree does not divide."""
-    devices, each = jax.devices(), config.fsdp * config.tensor
-    if len(devices) % each:
+    """A mesh of all devices; those that share rows are adjacent. Raises UserError if a degree does not divide."""
+    devices, degree = jax.devices(), config.fsdp * config.tensor
+    if len(devices) % degree:
         raise UserError(
-            f"flax.fsdp {config.fsdp} x flax.tensor {config.tensor} is {each}, which does not divide the "
+            f"flax.fsdp {config.fsdp} x flax.tensor {config.tensor} is {degree}, which does not divide the "
             f"{len(devices)} devices; choose two numbers whose product does"
         )
     if jax.process_count() > 1 and jax.local_device_count() % config.tensor:
         raise UserError(
             f"flax.tensor {config.tensor} does not divide the {jax.local_device_count()} devices of a process: the "
-            "parts of a row must lie in one"
+            "devices that share a row must be in one process"
         )
     if problems := [*_misfits(model, config)]:
         raise UserError("\n".join(problems))
-    shape = (len(devices) // each, config.fsdp, config.tensor)
+    shape = (len(devices) // degree, config.fsdp, config.tensor)
     return Mesh(np.array(devices).reshape(shape), AXES)
 
 
@@ -91,7 +91,7 @@ class MeshPlacement(Placement):
         return nnx.merge(graph, nnx.from_flat_state(gathered))
 
     def _gathered(self, name: str, weight: Array) -> Array:
-        """Left to itself XLA may send activations instead, or whole rows."""
+        """Constrain a weight to be gathered along fsdp: otherwise XLA may send activations or whole rows."""
         spec = [None if axis == "fsdp" else axis for axis in _spec(name)]
         return jax.lax.with_sharding_constraint(weight, NamedSharding(self._mesh, PartitionSpec(*spec)))
 
@@ -107,7 +107,7 @@ def _spec(name: str) -> PartitionSpec:
 
 
 def shardings_like(tree: Any, mesh: Mesh, shapes: dict[str, tuple[int, ...]]) -> Any:
-    """The shardings of a tree: an array with a weight's name and shape is sharded as it, all others are replicated."""
+    """The shardings of a tree: an array with a weight's name and shape is sharded like it; others are replicated."""
 
     def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = next((key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), None)

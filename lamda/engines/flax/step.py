@@ -38,15 +38,15 @@ class Batch(NamedTuple):
     documents: Array | None
 
 
-class Figures(NamedTuple):
-    """sums: [2, domains], nats and targets. updated: whether loss and gradient were finite."""
+class StepOutput(NamedTuple):
+    """sums: [2, domains], nats and target tokens. updated: whether loss and gradient were finite."""
 
     sums: Array
     grad_norm: Array
     updated: Array
 
 
-Step = Callable[[TrainState, Batch, Array], tuple[TrainState, Figures]]
+Step = Callable[[TrainState, Batch, Array], tuple[TrainState, StepOutput]]
 
 
 def make_step(
@@ -58,30 +58,30 @@ def make_step(
     dtype: DTypeLike,
     domains: int,
 ) -> Step:
-    """(state, batch, rate) -> (state, figures); the input state is donated. dtype: of the computation, not the sums."""
+    """(state, batch, rate) -> (state, output); the input state is donated. dtype: of the computation, not the sums."""
     losses = partial(_losses, config, MeshPlacement(mesh), domains)
     state_sharding = shardings_like(state, mesh, stacked_shapes(config.model))
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def step(state: TrainState, batch: Batch, rate: Array) -> tuple[TrainState, Figures]:
-        narrow = jax.tree.map(lambda weight: weight.astype(dtype), state.weights)
-        targets = batch.loss_mask.sum(dtype=jnp.float32)
+    def step(state: TrainState, batch: Batch, rate: Array) -> tuple[TrainState, StepOutput]:
+        low_precision = jax.tree.map(lambda weight: weight.astype(dtype), state.weights)
+        num_tokens = batch.loss_mask.sum(dtype=jnp.float32)
 
         def add(total: tuple[Weights, Array, Array], part: Batch) -> tuple[tuple[Weights, Array, Array], None]:
-            (loss, sums), gradients = jax.value_and_grad(losses, has_aux=True)(narrow, part, targets)
-            wide = jax.tree.map(lambda gradient, weight: gradient.astype(weight.dtype), gradients, state.weights)
-            return jax.tree.map(jnp.add, total, (wide, loss, sums)), None
+            (loss, sums), gradients = jax.value_and_grad(losses, has_aux=True)(low_precision, part, num_tokens)
+            fp32 = jax.tree.map(lambda gradient, weight: gradient.astype(weight.dtype), gradients, state.weights)
+            return jax.tree.map(jnp.add, total, (fp32, loss, sums)), None
 
-        nothing = jax.tree.map(jnp.zeros_like, state.weights)
-        start = (nothing, jnp.zeros(()), jnp.zeros((2, domains)))
+        zeros = jax.tree.map(jnp.zeros_like, state.weights)
+        start = (zeros, jnp.zeros(()), jnp.zeros((2, domains)))
         (gradients, loss, sums), _ = jax.lax.scan(add, start, batch)
         norm = optax.tree.norm(gradients)
         is_finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         clipped = _clipped(gradients, norm, limit=config.train.gradient_clipping)
-        updates, kept = optimizer.update(clipped, state.optimizer, state.weights, rate=rate)
-        moved = TrainState(optax.apply_updates(state.weights, updates), kept)
-        after = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), moved, state)
-        return after, Figures(sums, norm, is_finite)
+        updates, optimizer_state = optimizer.update(clipped, state.optimizer, state.weights, rate=rate)
+        updated = TrainState(optax.apply_updates(state.weights, updates), optimizer_state)
+        after = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, state)
+        return after, StepOutput(sums, norm, is_finite)
 
     batch_sharding = NamedSharding(mesh, PartitionSpec(None, ROWS))
     return jax.jit(
@@ -93,20 +93,20 @@ def make_step(
 
 
 def _losses(
-    config: Config, placement: MeshPlacement, domains: int, narrow: Weights, part: Batch, targets: Array
+    config: Config, placement: MeshPlacement, domains: int, weights: Weights, part: Batch, num_tokens: Array
 ) -> tuple[Array, Array]:
-    """This micro-batch's share of the step's loss, and [2, domains]: nats and targets."""
-    model = bind(config.model, narrow, recompute=config.train.recompute, placement=placement)
+    """This micro-batch's share of the step's loss, and [2, domains]: nats and target tokens."""
+    model = bind(config.model, weights, recompute=config.train.recompute, placement=placement)
     documents_BL = None if part.documents is None else part.documents[:, :-1]
     nll_BL, log_z_BL = model.losses(part.ids[:, :-1], part.ids[:, 1:], documents_BL)
     losses_BL = nll_BL + config.train.z_loss * jnp.square(log_z_BL)
     of_domain_dN = jax.nn.one_hot(part.domains.reshape(-1), domains, axis=0) * part.loss_mask.reshape(-1)
     sums = jnp.stack([of_domain_dN @ nll_BL.reshape(-1), of_domain_dN.sum(axis=1)])
-    return (losses_BL * part.loss_mask).sum() / targets, sums
+    return (losses_BL * part.loss_mask).sum() / num_tokens, sums
 
 
 def _clipped(gradients: Weights, norm: Array, *, limit: float) -> Weights:
-    """As PyTorch clips: by a norm that is a little too large. A limit of 0 is none."""
+    """Clip as PyTorch does, with 1e-6 added to the norm; a limit of 0 means no clipping."""
     if not limit:
         return gradients
     factor = jnp.minimum(1.0, limit / (norm + 1e-6))

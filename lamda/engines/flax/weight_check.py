@@ -30,11 +30,11 @@ def corrupted_processes(weights: Weights, mesh: Mesh) -> list[int]:
 
 
 def _hash(weights: Weights) -> Array:
-    """[1]: a sum modulo 2^32 of bits times an odd number for each place: any one changed element changes it."""
+    """[1], the sum modulo 2^32 of each element's bits times an odd number: any one changed element changes it."""
     return sum(map(_hash_one, weights.values()), start=jnp.zeros(1, jnp.uint32))
 
 
 def _hash_one(weight: Array) -> Array:
     bits = jax.lax.bitcast_convert_type(weight.reshape(-1), jnp.uint32)
-    places = jax.lax.iota(jnp.uint32, bits.shape[0])
-    return (bits * (2 * places + 1)).sum(keepdims=True, dtype=jnp.uint32)
+    positions = jax.lax.iota(jnp.uint32, bits.shape[0])
+    return (bits * (2 * positions + 1)).sum(keepdims=True, dtype=jnp.uint32)

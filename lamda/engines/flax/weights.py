@@ -27,11 +27,11 @@ from lamda.model.weights import check_shapes, weight_shapes
 
 Weights = dict[str, Array]  # stacked weights by name
 
-Read = Callable[[str, tuple[slice, ...]], NDArray[np.generic]]  # (plain name, what of it) -> its values
+Read = Callable[[str, tuple[slice, ...]], NDArray[np.generic]]  # (plain name, index) -> values
 
 
 def stacked_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every weight as the model keeps it."""
+    """The shape of every weight, stacked over the layers."""
     shapes = {}
     for name, shape in weight_shapes(config).items():
         stacked = stacked_name(name)
@@ -48,9 +48,9 @@ def stacked_name(plain: str) -> str:
 def make_weights(
     config: ModelConfig, read: Read, *, dtype: DTypeLike, shardings: Mapping[str, Sharding] | None = None
 ) -> Weights:
-    """Stacked weights of what `read` gives; each device's part is read alone. shardings: by stacked name."""
+    """Stacked weights of what `read` returns; each device reads only its shard. shardings: by stacked name."""
 
-    def part_of(name: str, index: tuple[slice, ...]) -> NDArray[np.generic]:
+    def device_part(name: str, index: tuple[slice, ...]) -> NDArray[np.generic]:
         if not name.startswith("layers."):
             return read(name, index).astype(dtype)
         parts = [
@@ -59,10 +59,10 @@ def make_weights(
         ]
         return np.stack(parts).astype(dtype)
 
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return {
         name: jax.make_array_from_callback(
-            shape, here if shardings is None else shardings[name], partial(part_of, name)
+            shape, one_device if shardings is None else shardings[name], partial(device_part, name)
         )
         for name, shape in stacked_shapes(config).items()
     }
@@ -71,7 +71,7 @@ def make_weights(
 def load_weights(
     path: Path, config: ModelConfig, *, dtype: DTypeLike | None = None, shardings: Mapping[str, Sharding] | None = None
 ) -> Weights:
-    """Stacked weights of a `model.safetensors`; dtype: by default its own. Raises UserError naming all misfits."""
+    """Stacked weights of a `model.safetensors`; dtype: by default the file's. Raises UserError naming mismatches."""
     with safe_open(path, "np") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
         check_shapes(weight_shapes(config), {name: tuple(each.get_shape()) for name, each in slices.items()})
@@ -80,7 +80,7 @@ def load_weights(
 
 
 def plain_weights(weights: Mapping[str, Array]) -> Iterator[tuple[str, NDArray[np.generic]]]:
-    """Host copies of whole weights by plain name, one at a time on the devices too; every process goes through all."""
+    """Host copies of full weights by plain name, gathered one at a time; every process iterates over all of them."""
     for name, array in weights.items():
         if name.startswith("layers."):
             rest = name.removeprefix("layers.")
@@ -90,7 +90,7 @@ def plain_weights(weights: Mapping[str, Array]) -> Iterator[tuple[str, NDArray[n
 
 
 def save_weights(weights: Mapping[str, NDArray[np.generic]], path: Path) -> None:
-    """Write a `model.safetensors` as the PyTorch side does, to the last byte."""
+    """Write a `model.safetensors`, byte for byte as the PyTorch engine does."""
     with umask_mode(path):
         save_file(dict(weights), path, metadata={"format": "pt"})
 
@@ -102,7 +102,7 @@ def bind(
     recompute: Recompute = "none",
     placement: Placement | None = None,
 ) -> LaMDA:
-    """The model of these weights, which may be tracers. recompute, placement: as of `LaMDA`."""
+    """The model with these weights, which may be tracers. recompute, placement: as in `LaMDA`."""
     dtype = next(iter(weights.values())).dtype
     empty = nnx.eval_shape(lambda: LaMDA(config, dtype=dtype, recompute=recompute, placement=placement))
     graph, state = nnx.split(empty)
@@ -117,7 +117,7 @@ def _layer(array: Array, layer: int) -> Array:
 
 
 def _full(array: Array) -> NDArray[np.generic]:
-    """An array on the host, gathered from other processes where it lies there."""
+    """An array on the host, gathered where other processes hold shards of it."""
     if array.is_fully_addressable:
         return np.asarray(array)
     from jax.experimental import multihost_utils

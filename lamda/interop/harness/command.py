@@ -54,7 +54,7 @@ def _on_tasks(options: argparse.Namespace) -> tuple[dict[str, Any], Iterable[str
     loaded = load_run(options.path)
     decoder = LocalDecoder(loaded.model, loaded.tokenizer, options.batch_size or loaded.config.train.micro_batch_size)
     length = loaded.config.data.sequence_length
-    model = HarnessModel(decoder, loaded.tokenizer, sequence_length=length, shows=_progress)
+    model = HarnessModel(decoder, loaded.tokenizer, sequence_length=length, show_progress=_progress)
     results = tasks.run(model, limit=options.limit, num_fewshot=options.num_fewshot)
     report = {
         "checkpoint": str(loaded.path),

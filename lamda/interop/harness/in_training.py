@@ -15,7 +15,7 @@ from lamda.engines.deepspeed.engine import DeepSpeedEngine
 from lamda.engines.protocol import Engine
 from lamda.interop.harness.scoring import Prompt, Score, ScoredRow, continue_prompts, score_rows
 from lamda.interop.harness.tasks import Tasks, task_metrics
-from lamda.training.task import Mark, Shows, TaskError
+from lamda.training.task import Mark, ShowProgress, TaskError
 
 Items = list[ScoredRow] | list[Prompt]
 
@@ -43,7 +43,9 @@ class TrainingBenchmarks:
         on_main(world, load)
         return cls(config, world, loaded[0] if loaded else None)
 
-    def score(self, engine: Engine, tokenizer: Tokenizer, *, mark: Mark, shows: Shows) -> dict[str, float]:
+    def score(
+        self, engine: Engine, tokenizer: Tokenizer, *, mark: Mark, show_progress: ShowProgress
+    ) -> dict[str, float]:
         """Score the current model; rank 0 gets the metrics, other ranks none."""
         assert isinstance(engine, DeepSpeedEngine), "other frameworks reject eval.tasks"
         decoder = RanksDecoder(engine, tokenizer, mark=mark)
@@ -52,7 +54,9 @@ class TrainingBenchmarks:
             return {}
         from lamda.interop.harness.language_model import HarnessModel
 
-        model = HarnessModel(decoder, tokenizer, sequence_length=self.config.data.sequence_length, shows=shows)
+        model = HarnessModel(
+            decoder, tokenizer, sequence_length=self.config.data.sequence_length, show_progress=show_progress
+        )
         try:
             results = self.tasks.run_in_training(model, limit=self.config.eval.tasks_limit)
         except Exception as error:

@@ -14,7 +14,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lamda.data.tokenizer import Tokenizer
 from lamda.inference.sampling import Sampling, check_finite
 from lamda.interop.harness.scoring import Decoder, Prompt, Score, ScoredRow, windows
-from lamda.training.task import Shows
+from lamda.training.task import ShowProgress
 
 R = TypeVar("R")
 
@@ -22,13 +22,13 @@ NEW_TOKENS = 256
 """Default maximum of new tokens, as in lm-eval."""
 
 
-def _past_redirection(shows: Shows) -> Shows:
+def _past_redirection(show_progress: ShowProgress) -> ShowProgress:
     """The same progress, written to the current streams even while the output of lm-eval is redirected."""
     out, err = sys.stdout, sys.stderr
 
     @contextmanager
     def shown(what: str, total: int) -> Iterator[Callable[[int], None]]:
-        with redirect_stdout(out), redirect_stderr(err), shows(what, total) as advance:
+        with redirect_stdout(out), redirect_stderr(err), show_progress(what, total) as advance:
             yield advance
 
     return shown
@@ -41,10 +41,12 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no types
     last ones. Rows are sorted, the longest first, so that a batch has little padding.
     """
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, *, sequence_length: int, shows: Shows) -> None:
+    def __init__(
+        self, decoder: Decoder, tokenizer: Tokenizer, *, sequence_length: int, show_progress: ShowProgress
+    ) -> None:
         super().__init__()
         self._decoder, self._tokenizer = decoder, tokenizer
-        self._length, self._shows = sequence_length, _past_redirection(shows)
+        self._length, self._show_progress = sequence_length, _past_redirection(show_progress)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """For each (context, continuation): ln P(continuation | context), and whether it is the greedy one."""
@@ -107,7 +109,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no types
         """The action's result for each item, in batches of similar length, the longest first."""
         order = sorted(range(len(items)), key=lambda place: len(items[place].ids), reverse=True)
         found: dict[int, R] = {}
-        with self._shows(what, len(items)) as advance:
+        with self._show_progress(what, len(items)) as advance:
             for start in range(0, len(order), self._decoder.batch):
                 places = order[start : start + self._decoder.batch]
                 found.update(zip(places, action([items[place] for place in places]), strict=True))

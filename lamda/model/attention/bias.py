@@ -40,13 +40,13 @@ def causal_buckets(count: int, *, device: torch.device | None = None) -> Tensor:
 
 def relative_bias(table_RH: Tensor, buckets_M: Tensor, *, queries: int) -> Tensor:
     """The bias [H, L, M] of the last `queries` of M positions, -inf if the key is later; fp32 or wider."""
-    return _Windows.apply(functional.embedding(buckets_M, _wide(table_RH)).T, queries)
+    return _Windows.apply(functional.embedding(buckets_M, _at_least_fp32(table_RH)).T, queries)
 
 
 def bias_band(table_RH: Tensor, buckets_N: Tensor, *, queries: int, keys: int) -> Tensor:
     """The band [H, BAND] of a table, contiguous, fp32 or wider: `bias` of all backends but `math`."""
-    wide_RH = _wide(table_RH)
-    return (functional.embedding(buckets_N[:BAND], wide_RH) - wide_RH[-1]).T.contiguous()
+    fp32_RH = _at_least_fp32(table_RH)
+    return (functional.embedding(buckets_N[:BAND], fp32_RH) - fp32_RH[-1]).T.contiguous()
 
 
 def band_bias(band_HN: Tensor, *, queries: int, keys: int) -> Tensor:
@@ -85,5 +85,5 @@ class _Windows(torch.autograd.Function):
         return sum_by_distance(d_bias_HLM, ctx.distances), None
 
 
-def _wide(table_RH: Tensor) -> Tensor:
+def _at_least_fp32(table_RH: Tensor) -> Tensor:
     return table_RH.to(torch.promote_types(table_RH.dtype, torch.float32))
