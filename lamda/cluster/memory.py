@@ -24,7 +24,7 @@ from typing import Literal, assert_never, get_args
 
 from lamda.cluster.zero import Sharding
 from lamda.config import ModelConfig
-from lamda.config.schema import Config, OptimizerName
+from lamda.config.schema import Config, OptimizerName, Recompute
 from lamda.model.weights import is_matrix, weight_shapes
 
 Phase = Literal["start", "loss", "backward", "reduction", "update"]
@@ -33,7 +33,6 @@ STEP = PHASES[1:]
 COMPUTING: tuple[Phase, ...] = ("loss", "backward")
 _REDUCED = 500_000_000
 """Elements after which the engine reduces its bucket, at stage 0."""
-Recompute = Literal["none", "ffn", "block"]
 RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
 WIDE_ROWS = 256
 """Rows of logits that the loss converts to fp32 at a time (`lamda.model.loss`)."""

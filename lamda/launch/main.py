@@ -58,7 +58,7 @@ def _run(
     """Train, or print the help. Other ranks than rank 0 raise its errors as ReportedElsewhere and FailedElsewhere."""
     world = framework.world()
     if world.is_main_process:
-        signals.leave_at_once(report=lambda name: print(f"{name}: nothing has begun", file=sys.stderr, flush=True))
+        signals.exit_on_signal(report=lambda name: print(f"{name}: nothing has begun", file=sys.stderr, flush=True))
     else:
         logging.getLogger("lamda.config").setLevel(logging.ERROR)  # rank 0 reports deprecated keys
     if wants_help(arguments):

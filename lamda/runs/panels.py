@@ -57,7 +57,12 @@ GROUPS = (
         Panel("Throughput", ("tokens_per_second",), "tokens per second", is_large=True, is_noisy=True, from_zero=True),
         Panel("MFU", ("mfu",), "share of the peak FLOPs", is_noisy=True, from_zero=True),
         Panel(
-            "Model FLOPs", ("model_flops_per_second",), "FLOP/s per rank", is_large=True, is_noisy=True, from_zero=True
+            "Model FLOPs",
+            ("model_flops_per_second",),
+            "FLOP/s per device",
+            is_large=True,
+            is_noisy=True,
+            from_zero=True,
         ),
         Panel("Step time", ("step_seconds",), "seconds per step", is_noisy=True, from_zero=True),
     ),

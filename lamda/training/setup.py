@@ -98,7 +98,7 @@ class TrainingJob:
             distributed.on_main(world, lambda: stack.enter_context(self.lock) and None)
             distributed.on_main(world, lambda: clear_heartbeats(directory.heartbeats))
             self.attempt = Attempt(directory, world)
-            self.signals.leave_at_once(report=self.attempt.leave_by_signal)
+            self.signals.exit_on_signal(report=self.attempt.leave_by_signal)
             return self._train_with_status(device)
 
     def _train_with_status(self, device: torch.device) -> int:
@@ -143,7 +143,7 @@ class TrainingJob:
                     replace_file(directory.config, to_yaml(config))
             steps = total_steps(config, opened.state)
             self.attempt.train(step=opened.state.step, steps=steps)
-            self.signals.note(lambda number: self._hurry(number, watchdog))
+            self.signals.call_on_signal(lambda number: self._hurry(number, watchdog))
             logger = self._open_logger(opened, stack, steps=steps)
             stack.callback(watchdog.close)  # W&B's last uploads have a time limit of their own
             stack.callback(logger.profile.write)
@@ -158,7 +158,7 @@ class TrainingJob:
         distributed.on_main(world, lambda: commit.sweep(directory.checkpoints))
         origin = find_resume_point(config, directory, world, framework=self.framework.name, progress=progress)
         if origin.state.step >= total_steps(config, origin.state) and self._was_finished(origin.state.step):
-            self.signals.leave_at_once(exit_code=0)
+            self.signals.exit_on_signal(exit_code=0)
             return None
         watchdog.mark("benchmarks", step=0)
         benchmarks = self.open_benchmarks(config, world)
@@ -243,7 +243,7 @@ class TrainingJob:
         elif self.world.is_main_process:
             self.attempt.end("preempted", **steps, reason=stopped)
         code = 0 if stopped is None else STOP_EXIT
-        self.signals.leave_at_once(exit_code=code)
+        self.signals.exit_on_signal(exit_code=code)
         return code
 
     def _hurry(self, number: signal.Signals, watchdog: Watchdog) -> None:

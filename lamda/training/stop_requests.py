@@ -69,14 +69,16 @@ class Signals:
             signal.signal(number, handler)
         self._woken.close()
 
-    def leave_at_once(self, *, exit_code: int | None = None, report: Callable[[str], None] = lambda name: None) -> None:
+    def exit_on_signal(
+        self, *, exit_code: int | None = None, report: Callable[[str], None] = lambda name: None
+    ) -> None:
         """From now on a signal ends the process: there is nothing (left) to save.
 
         exit_code: by default that of a stop or, for Ctrl-C, of an interrupt. report: called first, with its name.
         """
         self._react = lambda number: _leave(number, exit_code=exit_code, report=report)
 
-    def note(self, react: Callable[[signal.Signals], None]) -> None:
+    def call_on_signal(self, react: Callable[[signal.Signals], None]) -> None:
         """From now on a signal is recorded. react: called from another thread, even while the main thread waits."""
         self._react = react
 

@@ -77,7 +77,7 @@ class Task(Protocol):
         """Text that the trained model generates; every rank calls it."""
 
 
-class TaskError(Exception):
+class BenchmarkError(Exception):
     """A task of `eval.tasks` failed, with all ranks still in step: the run can continue without its metrics."""
 
 
@@ -87,7 +87,7 @@ class Benchmarks(Protocol):
     def score(
         self, engine: Engine, tokenizer: Tokenizer, *, mark: Mark, show_progress: ShowProgress
     ) -> dict[str, float]:
-        """`eval/<task>/<metric>` as in metrics.jsonl, on rank 0; every rank calls it. Raises TaskError on rank 0."""
+        """`eval/<task>/<metric>` as in metrics.jsonl, on rank 0, which raises BenchmarkError. Every rank calls it."""
 
 
 OpenBenchmarks = Callable[[Config, World], Benchmarks | None]
@@ -198,7 +198,7 @@ class Evaluator:
                 return self.benchmarks.score(
                     self.engine, self.tokenizer, mark=self._on_batch, show_progress=self._show_progress
                 )
-        except TaskError as error:
+        except BenchmarkError as error:
             self.logger.warn("evaluation failed", f"step {self._step}: eval.tasks: {error}; training continues")
             return {}
 

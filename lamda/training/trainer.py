@@ -228,16 +228,17 @@ class Trainer:
         """Return to a sound checkpoint; the samples since then are never used again."""
         path = find_sound(self.directory, first=error.first, world=self.world)
         target, current = manifest.read_state(path), self.state
-        window = (target.consumed, current.consumed)
-        on_main(self.world, lambda: self.directory.note_skipped(window, step=error.step, reason=error.reason))
+        skipped_range = (target.consumed, current.consumed)
+        on_main(self.world, lambda: self.directory.note_skipped(skipped_range, step=error.step, reason=error.reason))
         on_main(self.world, lambda: set_aside_rolled_back(self.directory))
         self.engine.load_checkpoint(path)
-        skipped, rollbacks = (*current.skipped, window), current.rollbacks + 1
+        skipped, rollbacks = (*current.skipped, skipped_range), current.rollbacks + 1
         self.state = replace(target, skipped=skipped, rollbacks=rollbacks, wandb_id=current.wandb_id)
         self.logger.rewind(target.step)
         self.logger.warn(
             "rolled back",
-            f"step {error.step}: {error.reason}; back to {path.name}, without samples {window[0]} to {window[1] - 1} "
+            f"step {error.step}: {error.reason}; back to {path.name}, without samples {target.consumed} to "
+            f"{current.consumed - 1} "
             f"(time {rollbacks} of {self.config.train.max_rollbacks})",
         )
         self._anomalies = self.loss_history()

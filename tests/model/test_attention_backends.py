@@ -25,9 +25,9 @@ from tests.model.conftest import needs_kernels
 if find_spec("triton") is not None:
     from lamda.model.attention import kernel_ops, kernels
 
-WAYS = ["sdpa", pytest.param("fused", marks=needs_kernels), pytest.param("split", marks=needs_kernels)]
+BACKENDS = ["sdpa", pytest.param("fused", marks=needs_kernels), pytest.param("split", marks=needs_kernels)]
 if DEVICE.type == "cuda":
-    WAYS.append("flex")
+    BACKENDS.append("flex")
 
 Shape = tuple[int, int, int, int]
 
@@ -38,7 +38,7 @@ if DEVICE.type == "cuda":
 
 
 def runs(way: str, shape: Shape, dtype: torch.dtype) -> bool:
-    """Whether the device's kernels take it (`check_plain`, `flex.MIN_WIDTH`); a CPU's take all."""
+    """Whether the device's kernels take it (`_check_plain`, `flex.MIN_WIDTH`); a CPU's take all."""
     if DEVICE.type == "cpu":
         return True
     if way == "split":
@@ -48,7 +48,7 @@ def runs(way: str, shape: Shape, dtype: torch.dtype) -> bool:
 
 def pairs(shapes: list[Shape], dtype: torch.dtype) -> list[Any]:
     """Each way with each shape that it takes."""
-    ways = {way if isinstance(way, str) else way.values[0]: way for way in WAYS}
+    ways = {way if isinstance(way, str) else way.values[0]: way for way in BACKENDS}
     return [
         pytest.param(name, shape, marks=() if isinstance(way, str) else way.marks)
         for name, way in ways.items()
@@ -165,7 +165,7 @@ def test_sdpa_keeps_large_biases_and_gives_a_gpu_no_mask_of_another_dtype(monkey
 
 
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("way", WAYS[:2])
+@pytest.mark.parametrize("way", BACKENDS[:2])
 def test_a_models_logits_and_gradients_are_those_of_math(way, model, documents):
     """With a table a layer, and with one that all layers share: its gradient adds up over them."""
     on_gpu = DEVICE.type == "cuda"  # whose kernels take no float64

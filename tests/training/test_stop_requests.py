@@ -17,7 +17,7 @@ from lamda.training.stop_requests import Signals, StopRequests
 @contextmanager
 def requests(tmp_path, world=World(), *, margin=0.0, react=lambda number: None):  # noqa: B008 - frozen
     with Signals() as signals:
-        signals.note(react)
+        signals.call_on_signal(react)
         yield StopRequests(tmp_path / "STOP", world=world, margin=margin, signals=signals)
 
 
@@ -53,9 +53,9 @@ if sys.argv[2] == "nohup":
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 with Signals() as signals:
     if sys.argv[2] == "report":
-        signals.leave_at_once(report=lambda name: print("told of", name, flush=True))
+        signals.exit_on_signal(report=lambda name: print("told of", name, flush=True))
     if sys.argv[2] == "end":
-        signals.leave_at_once(exit_code=0)
+        signals.exit_on_signal(exit_code=0)
     os.kill(os.getpid(), getattr(signal, sys.argv[1]))
     threading.Event().wait(0.5 if sys.argv[2] == "nohup" else 60)
     print("outlived it", flush=True)

@@ -20,7 +20,7 @@ from starlette.routing import Route
 
 from lamda.dialog.server.admission import Admission, Slot
 from lamda.dialog.server.endpoint import Answer, Endpoint, Handler, OnText, Record
-from lamda.dialog.server.guard import Guard, Receive, Scope, Send
+from lamda.dialog.server.guard import Receive, RequestGuard, Scope, Send
 from lamda.dialog.server.protocol import ChatRequest, CompletionRequest, RequestError, shortened
 from lamda.dialog.server.scheduler import Scheduler
 from lamda.dialog.server.service import Service
@@ -56,7 +56,7 @@ class App:
     """The whole server as an ASGI application."""
 
     def __init__(self, service: Service, *, hosts: frozenset[str], key: str | None, chat_only: bool = False) -> None:
-        """hosts, key: as `Guard`. chat_only: leave out /v1/completions, whose texts are not filtered."""
+        """hosts, key: as `RequestGuard`. chat_only: leave out /v1/completions, whose texts are not filtered."""
         self.limits = service.limits
         self._service, self._admission = service, Admission(service.limits)
         self.metrics = Metrics(service.scheduler, self._admission)
@@ -79,7 +79,7 @@ class App:
         app.mount("/static", StaticFiles(directory=PAGE, check_dir=False))
         app.exception_handler(RequestError)(_request_error)
         app.exception_handler(HTTPException)(_http_exception)
-        self._guard = Guard(app, hosts=hosts, key=key, limits=service.limits, requests=self.metrics.requests)
+        self._guard = RequestGuard(app, hosts=hosts, key=key, limits=service.limits, requests=self.metrics.requests)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI entry point."""

@@ -41,7 +41,7 @@ _HEADERS = (
 )
 
 
-class Guard:
+class RequestGuard:
     """ASGI middleware."""
 
     def __init__(self, app: App, *, hosts: frozenset[str], key: str | None, limits: Limits, requests: Counter) -> None:

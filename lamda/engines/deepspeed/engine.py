@@ -288,7 +288,7 @@ class _DeviceBatch:
     def sums(self, nll_BL: torch.Tensor, *, domains: int) -> torch.Tensor:
         """[2, domains] float64: nats and target tokens by domain, the same on any number of ranks.
 
-        A matrix product sums in one order on every device; float64 holds the sums of the fp32 products exactly.
+        A matrix product in fp32 sums in one order on every device; float64 then adds the sums of ranks exactly.
         """
         numbers = torch.arange(domains, device=nll_BL.device)
         of_domain_dN = (self.domains_BL.flatten() == numbers[:, None]).float() * self.loss_mask_BL.flatten()

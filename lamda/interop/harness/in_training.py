@@ -15,7 +15,7 @@ from lamda.engines.deepspeed.engine import DeepSpeedEngine
 from lamda.engines.protocol import Engine
 from lamda.interop.harness.scoring import Prompt, Score, ScoredRow, continue_prompts, score_rows
 from lamda.interop.harness.tasks import Tasks, task_metrics
-from lamda.training.task import Mark, ShowProgress, TaskError
+from lamda.training.task import BenchmarkError, Mark, ShowProgress
 
 Items = list[ScoredRow] | list[Prompt]
 
@@ -62,7 +62,7 @@ class TrainingBenchmarks:
         except Exception as error:
             if decoder.is_computing:
                 raise
-            raise TaskError(f"{type(error).__name__}: {error}") from error
+            raise BenchmarkError(f"{type(error).__name__}: {error}") from error
         finally:
             if not decoder.is_computing:
                 decoder.dismiss()

@@ -16,7 +16,7 @@ from lamda.config.errors import UserError
 from lamda.model.attention import kernels
 from lamda.model.attention.bias import BAND, sum_by_distance
 
-SHARES = 8  # programs among which the tiles of one head and place are divided, in the gradient of the band
+SPLITS = 8  # programs among which the tiles of one head and place are divided, in the gradient of the band
 
 MAX_WIDTH = 128  # the largest K that the kernels were compiled for; 256 exceeds the shared memory of many GPUs
 
@@ -62,7 +62,7 @@ def band_attention(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp over all keys, or with `near` over keys at distances below BAND."""
     dtype = q.dtype
-    q, k, v = _strided(*_held(q, k, v))
+    q, k, v = _strided(*_in_interpreter_dtype(q, k, v))
     out, lse = _new_output(q, band)
     tiles = _tiles(q)
     kernels.forward[_grid(q, tiles.owned)](
@@ -91,8 +91,8 @@ def band_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v over the same keys. With `near`, out and lse may be over more keys."""
     dtype = q.dtype
-    q, k, v = _strided(*_held(q, k, v))
-    out, d_out = _rows_of_heads(*_held(out, d_out))
+    q, k, v = _strided(*_in_interpreter_dtype(q, k, v))
+    out, d_out = _rows_of_heads(*_in_interpreter_dtype(out, d_out))
     d_q, d_k, d_v = (torch.empty_like(out) for _ in range(3))
     delta = torch.empty_like(lse)
     tiles = _tiles(q)
@@ -118,12 +118,12 @@ def band_gradient(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, documents: Tensor | None, out: Tensor, lse: Tensor
 ) -> Tensor:
     """The gradient of the band, [H, BAND]; deterministic."""
-    q, k, v = _strided(*_held(q, k, v))
-    out, d_out = _rows_of_heads(*_held(out, d_out))
+    q, k, v = _strided(*_in_interpreter_dtype(q, k, v))
+    out, d_out = _rows_of_heads(*_in_interpreter_dtype(out, d_out))
     B, H, L, _ = q.shape
     T = _tiles(q).band
     places = BAND // T + 1
-    shares = min(SHARES, B * triton.cdiv(L, T))
+    shares = min(SPLITS, B * triton.cdiv(L, T))
     tiles = band.new_empty(shares, H, places, T, T)
     kernels.band_tiles[shares, H, places](
         q, k, v, band, _ids(documents, q), out, lse.contiguous(), d_out, tiles, *_strides(q, k, out), B,
@@ -177,7 +177,7 @@ def _new_output(q: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(B, L, H, K).transpose(1, 2), q.new_empty(B, H, L, dtype=band.dtype)
 
 
-def _held(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _in_interpreter_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """bf16 as fp32 for Triton's interpreter, which cannot compute with bf16; otherwise unchanged."""
     if kernels.INTERPRETED and tensors[0].dtype == torch.bfloat16:
         return tuple(each.float() for each in tensors)
