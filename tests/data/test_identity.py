@@ -90,7 +90,7 @@ def test_an_older_checkpoint_resumes_and_says_what_is_not_verified(tmp_path, tok
     old = {name: value for name, value in now.items() if name != "contents"}
     state = ResumePoint(Path("step-1"), RunState(step=4, fingerprint=old)).check_data(now)
     assert (state.step, state.fingerprint) == (4, now)
-    assert "that they are unchanged is not verified" in caplog.text
+    assert "whether they have changed is not verified" in caplog.text
 
 
 def test_a_checkpoint_of_the_former_order_is_refused_in_words(tmp_path, tokenizer):
