@@ -253,8 +253,12 @@ def _attention(model: ModelConfig, *, length: int, width: int) -> tuple[int, int
     the kernels `split` needs most: copies of its inputs, and gradients of near and far keys.
     """
     H, HK, HL = model.n_heads, model.n_heads * model.d_head, model.n_heads * length
-    if model.attention == "math":
-        return HL * (6 if width == 2 else 4), HL * (6 if width == 2 else 8)
-    if model.attention == "sdpa":
-        return 0, HK * (width + 12) + min(TILE, length) * H * (12 + 2 * width)
-    return 4 * H, 9 * HK * width
+    match model.attention:
+        case "math":
+            return HL * (6 if width == 2 else 4), HL * (6 if width == 2 else 8)
+        case "sdpa":
+            return 0, HK * (width + 12) + min(TILE, length) * H * (12 + 2 * width)
+        case "flex" | "fused" | "split":
+            return 4 * H, 9 * HK * width
+        case _:
+            assert_never(model.attention)
