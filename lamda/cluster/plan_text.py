@@ -6,9 +6,10 @@ import textwrap
 from dataclasses import dataclass
 
 from lamda.cluster.estimates import CheckpointInterval, DataRates, DiskUse
-from lamda.cluster.memory import MemoryItem, Phase, Recompute
+from lamda.cluster.memory import MemoryItem, Phase
 from lamda.cluster.zero import Traffic
 from lamda.config.resources import templates
+from lamda.config.schema import Recompute
 
 WIDTH = 100
 
