@@ -143,7 +143,8 @@ class Schema(Generic[Whole]):
                 name = f"{section}.{key}"
                 written = contents.settings.get(name)
                 place = written.place if written else contents.sections.get(section)
-                text = " ".join([f"item {int(number) + 1}" for number in item] + [_plain(each)])
+                numbers = [number for number in item if number.isdigit()]  # the others name a member of a union
+                text = " ".join([f"item {int(number) + 1}" for number in numbers] + [_plain(each)])
                 if place:
                     problems.append(Problem(place, name, text))
                 elif elsewhere:

@@ -388,3 +388,11 @@ def test_the_config_of_an_old_run_is_read_without_a_word(tmp_path, caplog):
     assert values("--config", saved) == config
     assert not caplog.records
     assert read_config(saved).keys() == KEYS.keys()
+
+
+def test_a_wrong_value_of_a_key_that_takes_a_word_or_a_number_is_reported_for_both(write):
+    path = write("data:\n  shuffle: maybe\ntrain: {steps: 3}\n")
+    with pytest.raises(ConfigError) as refused:
+        load_config(["--config", str(path)])
+    assert f"{path}:2: data.shuffle: should be 'none' or 'epoch', not 'maybe'" in str(refused.value)
+    assert f"{path}:2: data.shuffle: should be a valid integer, not 'maybe'" in str(refused.value)
