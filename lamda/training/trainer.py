@@ -40,7 +40,7 @@ class FetchedBatch(NamedTuple):
 
 
 class RankCounters(NamedTuple):
-    """What a rank tells the others with each step; the engine sums it over the ranks.
+    """Counters that each rank sends with each step; the engine sums them over the ranks.
 
     stop_requests: 1 if the rank was asked to stop. completed_parts: parts of the save in progress that it has written.
     """
