@@ -116,7 +116,7 @@ def _rotated(x_BHLK: Tensor, rotation_2LK: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """What `torch.optim.Muon` computes, without decay, and in fp32 on a CPU.
+    """What `torch.optim.Muon` computes, without decay, and in fp32 on a CPU without AVX512.
 
     That one is always in bf16, which took a CPU without such instructions four times a whole training step.
     """
@@ -139,11 +139,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:
-    """The same singular vectors, all singular values near 1; bf16 on a GPU."""
+    """The same singular vectors, all singular values near 1."""
     first, third, fifth = NEWTON_SCHULZ
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if is_tall else matrix
-    x = x.bfloat16() if x.device.type == "cuda" else x
+    x = x if x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2" else x.bfloat16()
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.T
