@@ -6,7 +6,7 @@ LaMDA (arXiv 2201.08239, Table 27) gives layers, width and heads of 2b, 8b and 1
 
 _KEYS = ("vocab_size", "d_model", "n_layers", "n_heads", "d_head")
 _SIZES = {
-    "tiny": (4096, 192, 4, 6, 64),
+    "tiny": (4096, 128, 4, 4, 64),
     "110m": (32000, 640, 7, 10, 128),
     "422m": (32000, 1152, 9, 18, 128),
     "2b": (32000, 2560, 10, 40, 128),
