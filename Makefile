@@ -1,4 +1,4 @@
-# make pretrain           install, then train the tiny LaMDA on the Python standard library (11 minutes on two cores)
+# make pretrain           install, then train the tiny LaMDA on the Python standard library (4 minutes on two cores)
 # make test               install, then run the whole test suite
 # make test-long          longer suites: runs killed at random on real text (needs LAMDA_TEST_DATA)
 # make serve-test         the HTTP server under the official client; its page and reports in Chromium (else skipped)

@@ -185,7 +185,9 @@ def test_adapters_are_said_not_to_be_counted():
 
 
 def test_flags_and_overrides_may_stand_in_any_order(planned):
-    message = planned("--train.steps", "3", "--gpus", "2", "--config=configs/tiny.yaml", "--run.seed", "5")
+    message = planned(
+        "--train.steps", "3", "--gpus", "2", "--config=configs/tiny.yaml", "--train.micro_batch_size", "2"
+    )
     assert (message["gpus"], message["steps"]) == (2, 3)
 
 

@@ -17,6 +17,7 @@ from lamda.config.errors import UserError
 from lamda.storage.run_directory import RunDirectory
 
 SHAPES = {"embedding": 24, "blocks.0.gate": 15}
+TINY = ["--config", "configs/tiny.yaml", "--train.global_batch_size", "8"]
 
 
 def state_of(name, kind, step):
@@ -214,7 +215,7 @@ def test_without_a_gpu_there_are_two_ranks(monkeypatch):
 )
 def test_mistakes_are_reported_before_anything_is_made(tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
-        main(["--config", "configs/tiny.yaml", "--run.dir", str(tmp_path / "folder" / "run"), *flags])
+        main([*TINY, "--run.dir", str(tmp_path / "folder" / "run"), *flags])
     assert not (tmp_path / "folder").exists()
 
 
@@ -262,7 +263,7 @@ def test_only_what_another_order_of_sums_explains_is_explained_by_it(micro_batch
 )
 def test_what_differs_is_kept_and_ends_with_1(tmp_path, monkeypatch, capfd, difference, more, code, kept):
     monkeypatch.setattr(ResumeTest, "run", lambda *_: [trial_of(1, weights=difference)])
-    flags = ["--config", "configs/tiny.yaml", "--run.dir", str(tmp_path / "run"), "--ranks", "2"]
+    flags = [*TINY, "--run.dir", str(tmp_path / "run"), "--ranks", "2"]
     assert main([*flags, *more]) == code
     message = capfd.readouterr().out
     assert len(list(tmp_path.iterdir())) == kept
@@ -276,7 +277,7 @@ def test_what_differs_is_kept_and_ends_with_1(tmp_path, monkeypatch, capfd, diff
 
 def test_a_run_that_fails_shows_the_end_of_its_log_and_stays(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sys, "executable", "/bin/echo")
-    flags = ["--config", "configs/tiny.yaml", "--run.dir", str(tmp_path / "run"), "--ranks", "2"]
+    flags = [*TINY, "--run.dir", str(tmp_path / "run"), "--ranks", "2"]
     with pytest.raises(UserError, match=r"(?s)run 1 of 3 failed \(exit code 0\).*straight.log.*--train.steps=12"):
         main(flags)
     (folder,) = tmp_path.iterdir()

@@ -324,7 +324,7 @@ status("failed" if (run / "lock.json").exists() else "finished", step=1)
 
 
 def test_the_run_directory_is_known_from_the_commands_own_flags(run):
-    flags = ["--num_gpus", "2", "--config", "configs/tiny.yaml", "--run.dir", str(run.path), "--train.steps=9"]
+    flags = ["--num_gpus", "1", "--config", "configs/tiny.yaml", "--run.dir", str(run.path), "--train.steps=9"]
     assert main(["--", *command(run, "status('finished', step=9)"), *flags]) == 0
     assert starts(run) == 1
 

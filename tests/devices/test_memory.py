@@ -21,7 +21,8 @@ def needs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
 
 
 def report(file: Path, recompute: str) -> dict:
-    flags = ["--config", "configs/tiny.yaml", "--train.micro_batch_size", "2", "--train.recompute", recompute]
+    flags = ["--config", "configs/tiny.yaml", "--train.global_batch_size", "8", "--train.micro_batch_size", "2"]
+    flags += ["--train.recompute", recompute]
     flags += ["--flax.fsdp", "4", "--flax.tensor", "2", "--train.optimizer", "adamw"]
     subprocess.run(
         [sys.executable, "scripts/benchmark.py", "flax_memory", "--devices", "8", *flags, "--json", str(file)],
