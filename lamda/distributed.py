@@ -85,6 +85,18 @@ def _variable(name: str, default: int, *, least: int = 0) -> int:
     return int(given)
 
 
+def rank_variables(world: World, address: str) -> dict[str, str]:
+    """The launcher's variables of a process that becomes the rank `world`; address: `host:port` of rank 0."""
+    host, _, port = address.rpartition(":")
+    variables = {
+        "RANK": world.rank, "LOCAL_RANK": world.local_rank, "WORLD_SIZE": world.world_size,
+        "LOCAL_SIZE": world.local_world_size, "LOCAL_WORLD_SIZE": world.local_world_size,
+        "MASTER_ADDR": host, "MASTER_PORT": port,
+        "TORCHELASTIC_USE_AGENT_STORE": False,  # torchrun's own ranks meet in its agent, these do not
+    }  # fmt: skip
+    return {name: str(value) for name, value in variables.items()}
+
+
 @dataclass(frozen=True)
 class Launcher:
     """The processes that started this one: (child, parent) as they were then.
@@ -173,10 +185,11 @@ def free_address() -> str:
             host = way.getsockname()[0]
         except OSError:
             host = "127.0.0.1"
-    return f"{host}:{_free_port(host)}"
+    return f"{host}:{free_port(host)}"
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str = "127.0.0.1") -> int:
+    """A free port of this machine."""
     with socket.socket() as free:
         free.bind((host, 0))
         return int(free.getsockname()[1])
@@ -231,7 +244,7 @@ def _joining(world: World, threads: int | None) -> Iterator[None]:
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world.local_world_size))
     if world.world_size == 1:  # perhaps without a launcher, which would set these
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        for name, value in {**alone, "MASTER_PORT": str(_free_port("127.0.0.1"))}.items():
+        for name, value in {**alone, "MASTER_PORT": str(free_port())}.items():
             os.environ.setdefault(name, value)
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:

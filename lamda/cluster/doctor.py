@@ -10,13 +10,12 @@ from operator import itemgetter
 from statistics import median
 
 from lamda import distributed
-from lamda.cluster.checks.finding import LEVELS, Check, Finding, Level, Subject, failure, warning
+from lamda.cluster.checks.finding import EXIT_CODES, LEVELS, Check, Finding, Subject, failure, warning
 from lamda.config.errors import RunError, UserError
 from lamda.config.help import ConfigParser
 from lamda.config.loading import load_config
 from lamda.distributed import World, choose_accelerator, read_world
 
-EXIT_CODES: Mapping[Level, int] = {"ok": 0, "warning": 1, "failure": 2}
 SLOW_FRACTION = 0.8
 """Fraction of the median rate below which a rank slows down all others."""
 
@@ -25,6 +24,14 @@ def parser() -> ConfigParser:
     """The options of `lamda doctor`."""
     parser = ConfigParser("lamda doctor", epilog="exit code: 0 if all is well, 1 with warnings, 2 with failures")
     parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="test instead: all-reduce, a few steps, a killed rank, an exact resume; exit code 1 if one fails",
+    )
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="ranks of --smoke on this machine; default: all GPUs, or 2 without one"
+    )
     return parser
 
 
@@ -33,6 +40,12 @@ def main(argv: list[str]) -> int:
     options, flags = parser().parse_known_args(argv)
     if not any(flag.partition("=")[0] == "--config" for flag in flags):
         flags = ["--config", "tiny", *flags]
+    if options.smoke:
+        from lamda.cluster import smoke
+
+        return smoke.main(flags, ranks=options.ranks, as_json=options.json)
+    if options.ranks is not None:
+        raise UserError(f"--ranks {options.ranks}: is only for --smoke; a launcher starts the ranks of the checks")
     config, world = load_config(flags), read_world()
     choose_accelerator()
     import torch

@@ -8,9 +8,10 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import MappingProxyType
 
 from lamda.config.errors import UserError
 from lamda.storage.lock import Owner
@@ -18,6 +19,7 @@ from lamda.storage.run_directory import RunDirectory
 
 MARK = "LAMDA_LAUNCH"
 """Environment variable with a unique value that the processes of a launch inherit."""
+EMPTY: Mapping[str, str] = MappingProxyType({})
 KILL_SECONDS = 60
 POLL_SECONDS = 0.05
 SLACK_SECONDS = 1.0
@@ -27,15 +29,18 @@ SLACK_SECONDS = 1.0
 class Launch:
     """Starts a command in its own session. Raises UserError if it cannot start.
 
-    run: the run directory, whose lock and heartbeats name the ranks. log: file for the command's output.
+    run: the run directory, whose lock and heartbeats name the ranks. log: file for the command's output. variables:
+    added to the environment.
     """
 
-    def __init__(self, command: Sequence[str], *, run: Path, log: Path | None = None) -> None:
+    def __init__(
+        self, command: Sequence[str], *, run: Path, log: Path | None = None, variables: Mapping[str, str] = EMPTY
+    ) -> None:
         identity = uuid.uuid4().hex
         self._mark = f"{MARK}={identity}".encode()
         self._run = run
         self._began = time.time()
-        environment = {**os.environ, MARK: identity}
+        environment = {**os.environ, **variables, MARK: identity}
         with log.open("ab") if log else nullcontext() as out:
             try:
                 self._process = subprocess.Popen(

@@ -11,9 +11,7 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,12 +20,14 @@ from typing import TYPE_CHECKING, NoReturn
 
 from lamda.cluster.processes import Launch
 from lamda.cluster.restarts import exit_text
+from lamda.cluster.short_runs import existing_tokenizer, flags_of, make_folder, say, short_run
 from lamda.config.batches import micro_batches_per_rank
 from lamda.config.errors import UserError
 from lamda.config.help import ConfigParser
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
 from lamda.console import show_table
+from lamda.distributed import free_port
 from lamda.storage.metrics import last_row, read_metrics
 from lamda.storage.run_directory import RunDirectory
 from lamda.training.stop_requests import handling_signals
@@ -62,7 +62,9 @@ def main(argv: list[str]) -> int:
     if options.steps < CHECKPOINTS:
         raise UserError(f"--steps {options.steps}: the test needs at least {CHECKPOINTS} steps")
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
-    test = ResumeTest(flags, config, folder=_make_folder(config), steps=options.steps, seed=seed, keep=options.keep)
+    test = ResumeTest(
+        flags, config, folder=make_folder(config, purpose="proof"), steps=options.steps, seed=seed, keep=options.keep
+    )
     try:
         with handling_signals(signal.default_int_handler):
             trials = test.run(ranks, others)
@@ -108,40 +110,22 @@ class ResumeTest:
         self._steps, self._keep = steps, keep
         self._draw = random.Random(seed)
         self._every = steps // CHECKPOINTS
-        existing = Path(config.run.dir) / "tokenizer.model"
-        self._tokenizer = config.tokenizer.path or (str(existing) if existing.is_file() else None)
-        # The evaluation of the last step would read all held-out text, which is irrelevant for resuming.
-        held_out = folder / "held-out.txt"
-        held_out.write_text("A line to evaluate on.\n", "utf-8")
-        self._flags = [
-            *flags,
-            *_flags_of(
-                {
-                    "train.steps": steps,
-                    "train.tokens": "null",
-                    "checkpoint.every": self._every,
-                    "checkpoint.keep": steps,
-                    "checkpoint.resume": "auto",
-                    "eval.every": "null",
-                    "data.eval_files": held_out,
-                    "wandb.mode": "disabled",
-                }
-            ),
-        ]
-        _say(f"{folder}: {steps} steps per run, a checkpoint every {self._every}; kill times from --seed {seed}")
+        self._tokenizer = existing_tokenizer(config)
+        self._flags = [*flags, *flags_of(short_run(folder, steps=steps, every=self._every))]
+        say(f"{folder}: {steps} steps per run, a checkpoint every {self._every}; kill times from --seed {seed}")
 
     def run(self, ranks: int, others: int | None) -> list[Trial]:
         """Run uninterrupted on `ranks`, then kill and resume on each number of ranks. Raises UserError."""
         resumed_on = [ranks] if others is None else [ranks, others]
         self._label = f"run 1 of {1 + len(resumed_on)}"
         straight = RunDirectory(self.folder / "straight")
-        _say(f"{self._label}: uninterrupted on {_ranks(ranks)}")
+        say(f"{self._label}: uninterrupted on {_ranks(ranks)}")
         self._finish(straight, ranks)
         self._tokenizer = self._tokenizer or str(straight.tokenizer)
         trials = []
         for number, again in enumerate(resumed_on, start=2):
             self._label = f"run {number} of {1 + len(resumed_on)}"
-            _say(f"{self._label}: killed on {_ranks(ranks)}, resumed on {_ranks(again)}")
+            say(f"{self._label}: killed on {_ranks(ranks)}, resumed on {_ranks(again)}")
             trials.append(self._try(straight, ranks, again))
         return trials
 
@@ -151,7 +135,7 @@ class ResumeTest:
         broken = RunDirectory(self.folder / f"resumed-on-{again}")
         killed_after = self._kill(broken, ranks)
         newest = (broken.checkpoints / "LATEST").read_text("utf-8")
-        _say(f"{self._label}: killed after step {killed_after}; resuming from {newest}")
+        say(f"{self._label}: killed after step {killed_after}; resuming from {newest}")
         manifest = broken.checkpoints / newest / "manifest.json"
         written = manifest.stat().st_mtime_ns
         self._finish(broken, again)
@@ -197,8 +181,8 @@ class ResumeTest:
         if self._tokenizer:
             settings["tokenizer.path"] = self._tokenizer
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", *_devices(ranks)]
-        command += ["--master_port", _free_port(), "--module", "lamda.launch.pretrain"]
-        launch = Launch([*command, *self._flags, *_flags_of(settings)], run=run.path, log=self._log(run))
+        command += ["--master_port", str(free_port()), "--module", "lamda.launch.pretrain"]
+        launch = Launch([*command, *self._flags, *flags_of(settings)], run=run.path, log=self._log(run))
         try:
             shown, shown_at = _last_step(run), time.monotonic()
             while launch.poll() is None:
@@ -208,7 +192,7 @@ class ResumeTest:
                     break
                 if step != shown and (step == self._steps or time.monotonic() - shown_at >= 1):
                     shown, shown_at = step, time.monotonic()
-                    _say(f"{self._label}: step {step} of {self._steps}")
+                    say(f"{self._label}: step {step} of {self._steps}")
                 time.sleep(POLL_SECONDS)
         finally:
             launch.kill()
@@ -262,11 +246,12 @@ def rounding_hint(config: Config, ranks: int, trials: list[Trial]) -> str:
 def show_trials(ranks: int, trials: list[Trial]) -> None:
     """Print one line per comparison, one column per resumed run."""
     header = [f"killed on {_ranks(ranks)}, resumed", *(f"on {_ranks(trial.ranks)}" for trial in trials)]
-    rows = [[name, *(_describe(trial.differences[name]) for trial in trials)] for name in trials[0].differences]
+    rows = [[name, *(describe(trial.differences[name]) for trial in trials)] for name in trials[0].differences]
     show_table(header, rows, left=range(len(header)))
 
 
-def _describe(difference: FirstDifference | None) -> str:
+def describe(difference: FirstDifference | None) -> str:
+    """A difference in words."""
     if difference is None:
         return "equal"
     size = "" if difference.largest is None else f" by {difference.largest:.3g} at most"
@@ -277,36 +262,13 @@ def _ranks(number: int) -> str:
     return f"{number} rank{'s' if number > 1 else ''}"
 
 
-def _make_folder(config: Config) -> Path:
-    run = Path(config.run.dir)
-    try:
-        run.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f"{run.name}-proof-", dir=run.parent))
-    except OSError as error:
-        raise UserError(f"{run.parent}: cannot be written to ({error.strerror}); choose another run.dir") from error
-
-
-def _flags_of(settings: dict[str, object]) -> list[str]:
-    return [f"--{key}={value}" for key, value in settings.items()]
-
-
 def _devices(ranks: int) -> list[str]:
     """GPUs by number if CUDA_VISIBLE_DEVICES is set: the launcher ignores it and takes the first GPUs otherwise."""
     visible = [number for number in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if number]
     return ["--include", f"localhost:{','.join(visible[:ranks])}"] if visible else ["--num_gpus", str(ranks)]
 
 
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def _last_step(run: RunDirectory) -> int:
     """The last step in metrics.jsonl, 0 if there is none."""
     row = last_row(run.metrics)
     return row["step"] if row else 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lamda.config.schema import Config
@@ -13,12 +14,13 @@ if TYPE_CHECKING:
     import torch
 
 Level = Literal["ok", "warning", "failure"]
-LEVELS: tuple[Level, ...] = ("ok", "warning", "failure")
+EXIT_CODES: Mapping[Level, int] = MappingProxyType({"ok": 0, "warning": 1, "failure": 2})
+LEVELS: tuple[Level, ...] = tuple(EXIT_CODES)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of a check. advice: how to fix it. rate: a speed that should be equal on all ranks."""
+    """The result of a check. advice: how to fix it. rate: a speed; of one rank, it should equal the others."""
 
     level: Level
     text: str

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -83,10 +84,9 @@ def bandwidth(rate: float, *, right: bool, subject: Subject) -> Finding:
     whole = parameters(subject.config.model) * 4 * 2 * (size - 1) / size / rate
     message = f"{rate / 1e9:,.2f} GB/s over {size} ranks; fp32 gradients of this model take {whole:,.2f} s per step"
     if subject.device.type == "cuda" and rate < SLOW:
-        return warning(
-            message, "NCCL_DEBUG=INFO shows which network is used, NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose one"
-        )
-    return ok(message)
+        advice = "NCCL_DEBUG=INFO shows which network is used, NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose one"
+        return replace(warning(message, advice), rate=rate)
+    return ok(message, rate=rate)
 
 
 def check(subject: Subject) -> dict[str, Finding]:
