@@ -34,7 +34,7 @@ def command(job: Job) -> list[str]:
         "env", f"PDSH_SSH_ARGS_APPEND={' '.join(_ssh_options(job))}",
         job.python, "-m", "deepspeed.launcher.runner", "--hostfile", str(job.folder / "hosts"), "--force_multi",
         "--no_ssh_check", "--master_addr", site.master_address or hosts(job)[0], "--master_port", str(site.master_port),
-        "--venv_script", str(job.folder / "setup.sh"), "--quiet", "--module", job.module,
+        "--venv_script", str(job.folder / "setup.sh"), "--quiet", "--module", job.module, *job.options,
         "--config", str(job.config_file),
     ]  # fmt: skip
 

@@ -40,7 +40,7 @@ class Submitted:
 
 @dataclass(frozen=True)
 class Job:
-    """`module` on `nodes` nodes of a site.
+    """`module` on `nodes` nodes of a site, with `options` before the configuration.
 
     folder: of this submission, in the run directory; holds the script, a copy of the configuration, and logs.
     """
@@ -50,6 +50,7 @@ class Job:
     nodes: int
     module: str
     folder: Path
+    options: tuple[str, ...] = ()
 
     @property
     def run(self) -> Path:
@@ -83,6 +84,11 @@ class Job:
 
     def _passed_on(self) -> dict[str, str]:
         return passed_on(os.environ, self.site.cluster.export)
+
+    @property
+    def command(self) -> str:
+        """The module and its options, for a shell."""
+        return shlex.join([self.module, *self.options])
 
     @property
     def is_training(self) -> bool:

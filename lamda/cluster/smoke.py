@@ -33,8 +33,6 @@ from lamda.storage.run_directory import RunDirectory
 from lamda.training.stop_requests import handling_signals
 
 STEPS, EVERY = 4, 1
-PART_SECONDS = 300.0
-"""Time limit of a part."""
 ACCUMULATION = 2
 """Micro-batches of a rank per step."""
 TRAINING = "lamda.launch.pretrain"
@@ -90,7 +88,7 @@ class Smoke:
     def __init__(self, flags: Sequence[str], config: Config, group: RankGroup, *, folder: Path) -> None:
         self.folder, self._group = folder, group
         self.straight, self.resumed = RunDirectory(folder / "straight"), RunDirectory(folder / "resumed")
-        self._tokenizer = existing_tokenizer(config)
+        self._tokenizer, self._limit_seconds = existing_tokenizer(config), config.run.hang_timeout_seconds
         rows = config.train.micro_batch_size * ACCUMULATION * group.size
         settings = short_run(folder, steps=STEPS, every=EVERY) | {"train.global_batch_size": rows}
         self._flags = [*flags, *flags_of(settings)]
@@ -163,7 +161,7 @@ class Smoke:
             ["-m", module, *options, *self._flags, *flags],
             name=name,
             run=run.path,
-            limit_seconds=PART_SECONDS,
+            limit_seconds=self._limit_seconds,
             variables=variables,
         )
 

@@ -24,7 +24,11 @@ def parser() -> ConfigParser:
         "--cluster", metavar="FILE", help="scheduler, partition and the hardware of a node (configs/cluster/)"
     )
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="default %(default)s")
-    parser.add_argument("--doctor", action="store_true", help="check all ranks instead of training")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--doctor", action="store_true", help="check all ranks instead of training")
+    instead.add_argument(
+        "--smoke", action="store_true", help="run `lamda doctor --smoke` on all ranks instead of training"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be started, and start nothing")
     parser.add_argument(
         "--json", action="store_true", help="one JSON object for a queued job: scheduler, job, run, nodes, ranks"
@@ -42,7 +46,8 @@ def main(argv: list[str]) -> int:
         site=site,
         config=config,
         nodes=options.nodes,
-        module=DOCTOR if options.doctor else TRAINING,
+        module=DOCTOR if options.doctor or options.smoke else TRAINING,
+        options=("--smoke",) if options.smoke else (),
         folder=Path(config.run.dir).absolute() / "submit" / f"{datetime.now():%Y%m%d-%H%M%S}",
     )
     scheduler = SCHEDULERS[site.cluster.scheduler]

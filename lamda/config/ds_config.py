@@ -24,13 +24,19 @@ OWNED_BY_CONFIG = {
 KNOWN = frozenset({
     "bf16", "data_types", "communication_data_type", "zero_optimization", "zero_allow_untested_optimizer", "timers",
     "wall_clock_breakdown", "dump_state", "comms_logger", "flops_profiler", "prescale_gradients",
-    "gradient_predivide_factor", "memory_breakdown", "seq_parallel_communication_data_type", "disable_allgather",
+    "gradient_predivide_factor", "memory_breakdown", "disable_allgather",
     "checkpoint", "aio", "zero_force_ds_cpu_optimizer", "compile", "log_level",
 })  # fmt: skip
 REFUSED = {
     "fp16": "the model is trained in bf16 or fp32",
     "amp": "DeepSpeed 0.19.8 has removed it; use bf16",
     "torch_autocast": "the only supported mixed precision is bf16 parameters with fp32 masters",
+    "tensor_parallel": "DeepSpeed would split the heads, but not their biases; shard with ZeRO stage 3, or in JAX with "
+    "flax.tensor (docs/parallelism.md)",
+    **dict.fromkeys(
+        ("sequence_parallel_size", "data_parallel_size"),
+        "a rank's attention would not see the others' part of a row; shard with ZeRO stage 3 (docs/parallelism.md)",
+    ),
 }
 
 

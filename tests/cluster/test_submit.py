@@ -120,6 +120,11 @@ def test_the_doctor_is_a_job_that_never_starts_again(submit):
     assert "lamda.cluster.restarts" not in script
 
 
+@pytest.mark.parametrize("scheduler", SITES)
+def test_the_smoke_test_is_the_doctors_on_every_scheduler(submit, scheduler):
+    assert "--module lamda.cluster.doctor --smoke --config" in " ".join(submit(scheduler, "--smoke").split())
+
+
 def test_the_hostfile_way_names_as_many_hosts_as_nodes_and_sends_secrets_by_name(submit):
     message = submit("hostfile", "--nodes", "2")
     assert "a slots=8\nb slots=8\n" in message

@@ -59,8 +59,12 @@ def test_keys_of_the_configuration_that_are_named_exist(build_from):
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_other_precisions_are_refused_with_the_reason(build_from, key):
+def test_what_the_model_does_not_do_is_refused_with_the_reason(build_from, key):
     assert problems(build_from, {key: {"enabled": True}}) == [f"{key}: {REFUSED[key]}; remove it"]
+
+
+def test_tensor_and_sequence_parallelism_are_refused():
+    assert {"tensor_parallel", "sequence_parallel_size", "data_parallel_size"} <= REFUSED.keys()
 
 
 def test_a_typo_names_the_nearest_key(build_from):
