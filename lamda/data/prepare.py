@@ -64,11 +64,16 @@ class BlockStats:
 
     def table(self) -> Iterator[str]:
         """The statistics as lines of text."""
-        every = sum(self.tokens.values())
+        every = self.tokens.total()
         yield f"{'':28}{'documents':>12}{'tokens':>16}{'bytes/token':>13}{'share':>9}"
-        for domain, tokens in [("all", every), *self.tokens.most_common()]:
-            documents = sum(self.documents.values()) if domain == "all" else self.documents[domain]
-            size = sum(self.utf8_bytes.values()) if domain == "all" else self.utf8_bytes[domain]
+        by_domain = [
+            (domain, self.documents[domain], tokens, self.utf8_bytes[domain])
+            for domain, tokens in self.tokens.most_common()
+        ]
+        for domain, documents, tokens, size in [
+            ("all", self.documents.total(), every, self.utf8_bytes.total()),
+            *by_domain,
+        ]:
             yield f"{domain[:28]:28}{documents:12,}{tokens:16,}{size / max(1, tokens):13.3f}{tokens / every:9.2%}"
         yield f"{self.cuts:,} cuts: pieces that continue a document"
         if self.bad_lines:

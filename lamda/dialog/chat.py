@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from lamda.config.errors import UserError
 from lamda.console import visible
 from lamda.dialog.conversation import Conversation, Message, to_line
 from lamda.dialog.options import add_options, reply_options_of, toolset_of, usable_tools
@@ -46,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """As `lamda chat --help` says; raises UserError."""
     options = parser().parse_args(argv)
+    if sys.stdin is None:
+        raise UserError("lamda chat: standard input is closed; it reads what you say from there")
     reply_options, toolset = reply_options_of(options), toolset_of(options)
     from lamda.dialog.speaker import Speaker
     from lamda.inference.loading import load_run
@@ -54,8 +57,8 @@ def main(argv: list[str]) -> int:
     toolset = usable_tools(toolset, loaded.path)
     speaker = Speaker.of(loaded, toolset=toolset, options=reply_options)
     for stream in (sys.stdin, sys.stdout):
-        assert isinstance(stream, TextIOWrapper)
-        stream.reconfigure(encoding="utf-8", errors="replace")
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
     chat = Chat(speaker, system=options.system and options.system.encode(errors="replace").decode())
     if sys.stdin.isatty() and sys.stdout.isatty():
         candidates = f"{reply_options.candidates} candidates per reply"

@@ -119,10 +119,15 @@ def compare_tensors(a: torch.Tensor, b: torch.Tensor) -> tuple[float | None, flo
 
 def _compare_optimizers(a: dict[str, Any], b: dict[str, Any]) -> str:
     hashes = [
-        {name: entry["sha256"] for name, entry in each["files"].items() if name.startswith("optimizer-")}
+        {name: entry.get("sha256") for name, entry in each["files"].items() if name.startswith("optimizer-")}
         for each in (a, b)
     ]
-    if not hashes[0] or hashes[0].keys() != hashes[1].keys() or a.get("zero_stage") != b.get("zero_stage"):
+    if (
+        not hashes[0]
+        or None in hashes[0].values()
+        or hashes[0].keys() != hashes[1].keys()
+        or a.get("zero_stage") != b.get("zero_stage")
+    ):
         return "unknown"
     return "same" if hashes[0] == hashes[1] else "different"
 

@@ -16,9 +16,12 @@ from lamda.config.errors import UserError
 from lamda.config.loading import KEYS
 from lamda.config.presets import PRESETS
 from lamda.config.resources import templates
-from lamda.console import duration, size_of
+from lamda.console import NONE, duration, size_of
 from lamda.durable import read_object
 from lamda.runs.checkpoints import NAME, NAME_HELP, find_checkpoint, inspect_checkpoint, read_config, read_manifest
+
+SHOWN = ("step", "updates", "samples", "tokens", "skipped")
+"""What is shown of the state; "-" for what an older version did not record."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -86,9 +89,14 @@ def _text(content: dict[str, Any]) -> str:
         for name, tensor in tensors.items()
     )
     text = templates("runs/static")
-    text.filters |= {"count": "{:,}".format, "duration": duration, "json": json.dumps, "size": size_of}
+    text.filters |= {
+        "count": lambda number: NONE if number is None else f"{number:,}",
+        "duration": duration,
+        "json": json.dumps,
+        "size": size_of,
+    }
     return text.get_template("checkpoint.txt.jinja").render(
-        content,
+        content | {"state": dict.fromkeys(SHOWN) | content["state"]},
         info=inspect_checkpoint(Path(content["checkpoint"])),
         parameters=sum(prod(tensor["shape"]) for tensor in tensors.values()),
         groups=groups,

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
@@ -239,3 +240,11 @@ def test_a_preparation_counts_each_document_and_token_once(lane, tokenizer):
     assert summary.cuts == len(inside)
     assert any((edge - begins == 1).any() for edge in inside)  # a row whose context is a document's first token
     assert sum(summary.utf8_bytes.values()) == sum(len(make_text(n, 31 * n % 90).encode()) for n in range(25))
+
+
+def test_a_domain_may_be_called_all():
+    summary = prepare.BlockStats(*(Counter({"all": number, "books": 3 * number}) for number in (1, 100, 400)))
+    _, every, books, of_that_name, *_ = (line.split() for line in summary.table())
+    assert every == ["all", "4", "400", "4.000", "100.00%"]
+    assert books == ["books", "3", "300", "4.000", "75.00%"]
+    assert of_that_name == ["all", "1", "100", "4.000", "25.00%"]

@@ -179,3 +179,9 @@ def test_the_explanation_has_scores_reasons_steps_and_sources_and_no_escapes():
     assert "\x1b" not in text
     refused = explanation(Reply(REFUSAL, candidates[1:], refused=True))
     assert "the reply is the configured refusal" in refused
+
+
+def test_a_closed_standard_input_is_reported(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["chat", "runs/none"]) == 2
+    assert "standard input is closed" in capsys.readouterr().err

@@ -97,6 +97,21 @@ def test_show_tells_state_tensors_and_what_was_configured(tmp_path, weights, cap
         assert line in text
 
 
+def test_what_an_older_version_did_not_record_is_shown_as_missing(tmp_path, weights, capsys):
+    paths = [save_checkpoint(tmp_path / name, 5, weights(0), ranks=1) for name in "ab"]
+    for path in paths:
+        content = json.loads((path / "manifest.json").read_text())
+        kept = {name: {"size": entry["size"]} for name, entry in content["files"].items()}
+        (path / "manifest.json").write_text(json.dumps({"step": 5, "files": kept}))
+        (path / "run_state.json").write_text('{"step": 5}')
+    assert checkpoint_show.main([str(paths[0])]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert " ago, deepspeed" in lines[1]
+    shown = {name: line.removeprefix(name).strip() for line in lines for name in ("updates", "tokens") if name in line}
+    assert shown == {"updates": "- (- steps skipped)", "tokens": "-"}
+    assert message(capsys, checkpoint_diff, *paths)["optimizer"] == "unknown"
+
+
 def test_a_checkpoint_of_another_framework_is_reported_by_its_name(tmp_path, weights, capsys):
     """It has no ZeRO stage, and keeps the optimizer state in files of its own."""
     paths = [save_checkpoint(tmp_path / name, 5, weights(0), ranks=0) for name in "ab"]
