@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,16 +29,29 @@ LOG_LINES = 15
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended. codes: exit code by rank, None where it had to be killed. logs: output by rank."""
+    """How a command ended. codes: exit code by rank, None where it had to be killed. logs: output by rank.
+
+    well: exit codes that are no failure.
+    """
 
     codes: Mapping[int, int | None]
     logs: Mapping[int, Path]
     seconds: float
+    well: Collection[int] = (0,)
 
-    def failure(self, *, well: Collection[int] = (0,)) -> str:
-        """What failed, with the end of that rank's log; empty if nothing did. well: exit codes that are no failure."""
-        failed = {rank: code for rank, code in self.codes.items() if code is not None and code not in well}
-        if failed:
+    @property
+    def failed(self) -> dict[int, int]:
+        """The exit codes of the ranks that have failed."""
+        return {rank: code for rank, code in self.codes.items() if code is not None and code not in self.well}
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether a signal has ended a rank."""
+        return any(code < 0 for code in self.failed.values())
+
+    def failure(self) -> str:
+        """What failed, with the end of that rank's log; empty if nothing did."""
+        if failed := self.failed:
             # First a rank that a signal has killed, then one that says why: the others may only have lost it.
             rank, code = min(failed.items(), key=lambda each: (each[1] >= 0, not _text(self.logs[each[0]]), each[0]))
             return f"rank {rank}: {exit_text(code)}{_end_of(self.logs[rank])}"
@@ -79,10 +93,11 @@ class RankGroup:
         run: Path,
         limit_seconds: float,
         variables: Mapping[str, str] = EMPTY,
+        well: Collection[int] = (0,),
     ) -> Ended:
         """Run `python ARGUMENTS` on all ranks until all have ended, one has failed, or time is up; kill what is left.
 
-        name: of the files for its output, beside the run directory `run`.
+        name: of the files for its output, beside the run directory `run`. well: exit codes that are no failure.
         """
         alone = "" if self._launched else f"127.0.0.1:{distributed.free_port()}"
         address = alone or self.broadcast(distributed.free_address())
@@ -96,7 +111,7 @@ class RankGroup:
                     log=logs[world.rank],
                     variables={**distributed.rank_variables(world, address), **variables},
                 )
-            return self._watch(launches, logs, limit_seconds)
+            return self._watch(launches, limit_seconds, ended=partial(Ended, logs=logs, well=well))
         finally:
             for launch in launches.values():
                 launch.kill()
@@ -107,7 +122,7 @@ class RankGroup:
             distributed.barrier()
             distributed.stop()
 
-    def _watch(self, launches: Mapping[int, Launch], logs: Mapping[int, Path], limit_seconds: float) -> Ended:
+    def _watch(self, launches: Mapping[int, Launch], limit_seconds: float, ended: Callable[..., Ended]) -> Ended:
         began = time.monotonic()
         deadline, has_failed = began + limit_seconds, False
         while True:
@@ -115,10 +130,10 @@ class RankGroup:
             everyone = self.gather((mine, time.monotonic() > deadline))
             codes = {rank: code for theirs, _ in everyone for rank, code in theirs.items()}
             is_late = any(late for _, late in everyone)
-            is_killed = any(code is not None and code < 0 for code in codes.values())
-            if is_late or is_killed or None not in codes.values():
-                return Ended(codes, logs, seconds=time.monotonic() - began)
-            if any(codes.values()) and not has_failed:
+            now = ended(codes=codes, seconds=time.monotonic() - began)
+            if is_late or now.was_killed or None not in codes.values():
+                return now
+            if now.failed and not has_failed:
                 has_failed, deadline = True, min(deadline, time.monotonic() + SETTLE_SECONDS)
             time.sleep(POLL_SECONDS)
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -120,8 +120,9 @@ class Smoke:
 
     def check(self) -> list[Part]:
         """The doctor on all ranks; its all-reduce has a line of its own."""
-        ended = self._start("lamda.cluster.doctor", "--json", run=self.straight, name="checks")
-        if failure := ended.failure(well=EXIT_CODES.values()):
+        codes = EXIT_CODES.values()
+        ended = self._start("lamda.cluster.doctor", "--json", run=self.straight, name="checks", well=codes)
+        if failure := ended.failure():
             raise PartFailedError(failure)
         return self._on_main(lambda: _findings(ended))
 
@@ -154,7 +155,13 @@ class Smoke:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(
-        self, module: str, *options: str, run: RunDirectory, name: str, variables: Mapping[str, str] = EMPTY
+        self,
+        module: str,
+        *options: str,
+        run: RunDirectory,
+        name: str,
+        variables: Mapping[str, str] = EMPTY,
+        well: Collection[int] = (0,),
     ) -> Ended:
         flags = flags_of({"run.dir": run.path} | ({"tokenizer.path": self._tokenizer} if self._tokenizer else {}))
         return self._group.run(
@@ -163,6 +170,7 @@ class Smoke:
             run=run.path,
             limit_seconds=self._limit_seconds,
             variables=variables,
+            well=well,
         )
 
     def _finish(self, run: RunDirectory, *, name: str) -> Ended:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lamda.cluster import doctor
+from lamda.cluster import doctor, rank_group
 from lamda.cluster.compare import FirstDifference
 from lamda.cluster.rank_group import Ended, RankGroup
 from lamda.cluster.smoke import FIRST, Part, Smoke
@@ -24,8 +24,10 @@ def group():
     return RankGroup(World(), size=2)
 
 
-def run(group, tmp_path, script, *, limit_seconds=60.0):
-    return group.run(["-S", "-c", RANK + script], name="part", run=tmp_path / "run", limit_seconds=limit_seconds)
+def run(group, tmp_path, script, *, limit_seconds=60.0, **more):
+    return group.run(
+        ["-S", "-c", RANK + script], name="part", run=tmp_path / "run", limit_seconds=limit_seconds, **more
+    )
 
 
 def test_ranks_that_end_well_have_the_variables_of_a_launcher(group, tmp_path):
@@ -57,7 +59,12 @@ def test_of_ranks_that_fail_the_one_that_says_why_is_shown(group, tmp_path):
     ended = run(group, tmp_path, "time.sleep(rank / 2); sys.exit(2 if not rank else 'no route to the store')")
     assert ended.failure().endswith("no route to the store")
     assert ended.failure().startswith("rank 1: exit code 1")
-    assert ended.failure(well=(1, 2)) == ""
+
+
+def test_an_exit_code_that_is_no_failure_leaves_the_others_all_their_time(group, tmp_path, monkeypatch):
+    monkeypatch.setattr(rank_group, "SETTLE_SECONDS", 0.0)
+    ended = run(group, tmp_path, "time.sleep(rank); sys.exit(1 + rank)", well=(1, 2))
+    assert (ended.codes, ended.failure()) == ({0: 1, 1: 2}, "")
 
 
 def test_ranks_that_hang_end_when_their_time_is_up(group, tmp_path):
@@ -88,7 +95,7 @@ def test_what_follows_a_part_that_failed_is_not_run(smoke, monkeypatch):
 
 def test_a_doctor_that_finds_a_failure_or_says_nothing_fails_the_checks(smoke, tmp_path, monkeypatch):
     log = tmp_path / "checks-rank-0.log"
-    monkeypatch.setattr(Smoke, "_start", lambda *_, **__: Ended({0: 2, 1: 2}, {0: log, 1: log}, seconds=1.0))
+    monkeypatch.setattr(Smoke, "_start", lambda *_, **__: Ended({0: 2, 1: 2}, {0: log, 1: log}, 1.0, well=(0, 1, 2)))
     found = {"gpu": ("warning", None), "same": ("failure", None), "all-reduce": ("ok", 4e9)}
     checks = {name: {"level": level, "text": f"of {name}", "rate": rate} for name, (level, rate) in found.items()}
     log.write_text("a library warns\n" + json.dumps({"checks": checks}, indent=2) + "\nand once more\n")

@@ -122,7 +122,9 @@ def test_the_doctor_is_a_job_that_never_starts_again(submit):
 
 @pytest.mark.parametrize("scheduler", SITES)
 def test_the_smoke_test_is_the_doctors_on_every_scheduler(submit, scheduler):
-    assert "--module lamda.cluster.doctor --smoke --config" in " ".join(submit(scheduler, "--smoke").split())
+    assert "--module lamda.cluster.doctor --smoke --config" in " ".join(
+        submit(scheduler, "--smoke").replace("\\\n", "").split()
+    )
 
 
 def test_the_hostfile_way_names_as_many_hosts_as_nodes_and_sends_secrets_by_name(submit):

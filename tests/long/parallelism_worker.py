@@ -1,6 +1,7 @@
 """One of two ranks of `test_parallelism.py`: trains a small LaMDA in DeepSpeed's other ways to shard.
 
-Arguments: a folder, and a name in TRIALS; DeepSpeed keeps the groups of one way for the life of the process. Prints one JSON object per trial: the differences from plain PyTorch on one rank, or the error.
+Arguments: a folder, and a name in TRIALS; DeepSpeed keeps the groups of one way for the life of the process. Prints
+one JSON object per trial: the differences from plain PyTorch on one rank, or the error.
 """
 
 from __future__ import annotations
