@@ -137,6 +137,13 @@ def optimizer_state(model: ModelConfig, optimizer: OptimizerName) -> int:
     return kept
 
 
+def snapshot_bytes(setting: MemorySetting) -> int:
+    """Pinned host memory of rank 0 for a checkpoint: its optimizer state, and the model's weights."""
+    sharding, total = setting.sharding, sum(parameter_sizes(setting.model))
+    state = total + optimizer_state(setting.model, setting.optimizer)
+    return 4 * (sharding.share(state) if sharding.stage else state) + sharding.weight * total
+
+
 def _states(sizes: Sequence[int], setting: MemorySetting) -> Iterator[MemoryItem]:
     """Weights and optimizer state, which stay for the whole run."""
     sharding, total, width = setting.sharding, sum(sizes), setting.sharding.weight

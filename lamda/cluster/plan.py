@@ -23,6 +23,7 @@ from lamda.cluster.memory import (
     parameter_sizes,
     peak,
     recomputed_flops,
+    snapshot_bytes,
 )
 from lamda.cluster.plan_text import MemoryPlan, Plan, RecomputePlan, StagePlan, TimePlan, plan_text
 from lamda.cluster.zero import Sharding, traffic
@@ -167,6 +168,7 @@ def _plan_memory(config: Config, machine: Machine, setting: MemorySetting) -> Me
         by_stage=by_stage,
         host_bytes_at_start=4 * parameters(config.model),
         host_bytes_of_rows=estimates.loader_bytes(config, ranks=machine.gpus),
+        host_bytes_of_snapshot=snapshot_bytes(setting),
     )
 
 

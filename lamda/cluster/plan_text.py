@@ -56,6 +56,7 @@ class MemoryPlan(Fit):
     by_stage: dict[str, StagePlan]
     host_bytes_at_start: int
     host_bytes_of_rows: int
+    host_bytes_of_snapshot: int
 
 
 @dataclass(frozen=True)

@@ -122,19 +122,37 @@ class RunLogger:
 class FinishedStep:
     """A step that the device may still be computing; reading its metrics waits for it.
 
-    state: after the step, its target tokens counted. data_wait_seconds: waited for data. save_seconds: stalled by saves
-    since the previous step. seconds: of the step, data included. epochs: finished epochs by source. extra: metrics of
-    evaluations after it.
+    state: after the step, its target tokens counted. began: when its batch was fetched (`time.monotonic`).
+    data_wait_seconds: waited for data. save_seconds: stalled by saves since the previous step. epochs: finished epochs
+    by source. extra: metrics of evaluations after it.
     """
 
     state: RunState
     pending: PendingStep
     lr: float
+    began: float
     data_wait_seconds: float
     save_seconds: float
-    seconds: float
     epochs: Mapping[str, float] = field(default_factory=dict)
     extra: dict[str, float] = field(default_factory=dict)
+    _ended: float | None = None
+
+    def end(self, at: float) -> None:
+        """The next step has begun `at`; while the device computes, the host is ahead, so that only this is known."""
+        self._ended = self._ended or at
+
+    def end_when_done(self) -> None:
+        """Wait for the step, which ends now: something else than a step comes next."""
+        if self._ended is None:
+            _ = self.measured
+            self.end(time.monotonic())
+
+    @property
+    def seconds(self) -> float:
+        """From fetch to fetch, with everything between two steps but evaluations, saves and weight checks."""
+        self.end_when_done()
+        assert self._ended is not None
+        return self._ended - self.began
 
     @cached_property
     def measured(self) -> StepMetrics:

@@ -83,6 +83,17 @@ class Trainer:
         """Whether the last step is done."""
         return self.state.step >= total_steps(self.config, self.state)
 
+    @property
+    def is_save_due(self) -> bool:
+        """Whether this step is saved."""
+        return self.is_over or self._stop_is_agreed or self.state.step % self.config.checkpoint.every == 0
+
+    @property
+    def is_check_due(self) -> bool:
+        """Whether the weights are checked after this step."""
+        every = self.config.run.weight_check_every
+        return every is not None and self.state.step % every == 0
+
     def fit(self) -> None:
         """Train to the last step or a stop; a checkpoint then holds everything. Raises RunError if it cannot."""
         self._anomalies = self.loss_history()
@@ -98,8 +109,12 @@ class Trainer:
         """Train, reading a step's metrics while the device computes the next one. Raises RollbackError."""
         previous: FinishedStep | None = None
         for batch in self.batches(loader):
+            if previous is not None:
+                previous.end(batch.began)
             step = self.train_step(batch)
             self.log_step(previous)
+            if self.is_save_due or self.is_check_due or self.evaluator.is_due(self.state.step, is_last=self.is_over):
+                step.end_when_done()
             self.check_weights()
             step.extra |= self.evaluate()
             previous = self.maybe_save(step, loader)
@@ -134,9 +149,9 @@ class Trainer:
             self.state,
             pending,
             lr=lr,
+            began=batch.began,
             data_wait_seconds=batch.wait_seconds,
             save_seconds=save_seconds,
-            seconds=time.monotonic() - batch.began,
             epochs=batch.step.epochs,
         )
 
@@ -193,7 +208,7 @@ class Trainer:
 
     def maybe_save(self, step: FinishedStep, loader: Loader) -> FinishedStep | None:
         """Log and save this step if a checkpoint is due or the run stops; otherwise return it, to be logged later."""
-        if not (self.is_over or self._stop_is_agreed or self.state.step % self.config.checkpoint.every == 0):
+        if not self.is_save_due:
             return step
         self.log_step(step)
         self.save(loader, wait=self.is_over or self._stop_is_agreed)
@@ -258,8 +273,7 @@ class Trainer:
 
     def check_weights(self) -> None:
         """Raise RunError if the weights of a rank are corrupted, where `run.weight_check_every` asks for a check."""
-        every = self.config.run.weight_check_every
-        if every is not None and self.state.step % every == 0 and (ranks := self.engine.corrupted_ranks()):
+        if self.is_check_due and (ranks := self.engine.corrupted_ranks()):
             listed = ", ".join(map(str, ranks))
             raise RunError(
                 f"step {self.state.step}: the weights of rank {listed} of {self.world.world_size} do not match the "

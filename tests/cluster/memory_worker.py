@@ -1,8 +1,8 @@
 """Measures what DeepSpeed allocates and sends on this rank; `test_memory.py` starts it and compares.
 
 `memory_worker.py PRESET CASES.json OUT.json`: a case is a configuration of DeepSpeed's. Rank 0 writes, for each,
-bytes: of weights, of the optimizer's masters and moments; alive when a step's last backward pass has ended; the
-most alive at any time of a step; given to each collective in a step.
+bytes: of weights, of the optimizer's masters and moments; copied for a checkpoint; alive when a step's last backward
+pass has ended; the most alive at any time of a step; given to each collective in a step.
 """
 
 import gc
@@ -72,6 +72,9 @@ def measure(preset: str, case: dict, world: distributed.World, device: torch.dev
     with Storages() as storages:
         engine = DeepSpeedEngine(config(preset, file, ranks=world.world_size), world=world, device=device)
         base = engine.deepspeed.basic_optimizer
+        found["snapshot"] = engine.checkpoint_bytes()
+        del engine._snapshots  # host memory, and here the host's is the device's
+        storages.peak = storages.current
         found["weights"] = size(getattr(each, "ds_tensor", each) for each in engine.model.parameters())
         groups = [parameter for group in base.param_groups for parameter in group["params"]]
         masters = getattr(engine.deepspeed.optimizer, "fp32_partitioned_groups_flat", groups)

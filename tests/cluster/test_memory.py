@@ -10,7 +10,16 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from lamda.cluster.memory import STEP, MemorySetting, by_phase, items, model_states, optimizer_state, parameter_sizes
+from lamda.cluster.memory import (
+    STEP,
+    MemorySetting,
+    by_phase,
+    items,
+    model_states,
+    optimizer_state,
+    parameter_sizes,
+    snapshot_bytes,
+)
 from lamda.cluster.zero import Sharding, traffic
 from lamda.config import Config, ModelConfig
 from lamda.engines.deepspeed.checkpoint import state_sizes
@@ -60,6 +69,7 @@ def expected(preset, case):
     others = named.get("reduction bucket", 0) + (embedding if sharding.stage == 3 else 0)
     return {
         **{name: named.get(item, 0) for name, item in STATES.items()},
+        "snapshot": snapshot_bytes(setting),
         "backward": model_states(found) + others,
         "peak": max(by_phase(found)[phase] for phase in STEP),
         "sent": {each.kind: each.tensors for each in sent},
@@ -76,6 +86,11 @@ def test_model_states_are_within_5_percent_of_what_deepspeed_allocates(measured,
     found, plan = measured[case], expected("wider", case)
     assert [plan[name] for name in STATES] == pytest.approx([found[name] for name in STATES], rel=0.05)
     assert plan["backward"] == pytest.approx(found["backward"], rel=0.05)
+
+
+@by_name
+def test_the_host_memory_for_a_checkpoint_is_within_5_percent(measured, case):
+    assert expected("tiny", case)["snapshot"] == pytest.approx(measured[case]["snapshot"], rel=0.05)
 
 
 @by_name

@@ -20,8 +20,9 @@ def row_of(domains, parts, **train):
         {"data": {"sequence_length": 32}, "train": {"steps": 9, "global_batch_size": 8, **train}}
     )
     finished = FinishedStep(
-        RunState(step=1, updates=1), result, lr=0.1, data_wait_seconds=0.0, save_seconds=0.0, seconds=2.0
+        RunState(step=1, updates=1), result, lr=0.1, began=5.0, data_wait_seconds=0.0, save_seconds=0.0
     )
+    finished.end(7.0)
     engine = SimpleNamespace(config=config, peak_flops=None, num_devices=1)
     return finished.metrics(engine, domains)
 

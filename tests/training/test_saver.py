@@ -1,19 +1,23 @@
 """A save holds the state of the moment it began, and one that fails changes nothing but the log."""
 
+import gc
 import shutil
 import threading
 import time
 from collections import namedtuple
+from contextlib import nullcontext
 from hashlib import sha256
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lamda import durable
+from lamda.config.errors import UserError
 from lamda.distributed import World
 from lamda.engines.deepspeed import checkpoint
-from lamda.engines.deepspeed.checkpoint import local_state, model_weights
+from lamda.engines.deepspeed.checkpoint import flat_buffers, local_state, model_weights
 from lamda.engines.deepspeed.engine import DeepSpeedEngine
 from lamda.storage import commit, manifest
 from lamda.storage.lock import LostLockError
@@ -230,3 +234,33 @@ def test_files_are_synced_and_hashed_piece_by_piece(tmp_path):
     entry = commit.sync_and_describe(file, progress=lambda: pieces.append(None))
     assert entry == {"size": 3 * durable.HASH_BYTES + 1, "sha256": sha256(file.read_bytes()).hexdigest()}
     assert len(pieces) == 1 + 4
+
+
+def test_the_copies_of_a_checkpoint_lie_in_one_buffer_per_precision():
+    like = {"a": torch.empty(3, 2), "b": torch.empty(5, dtype=torch.bfloat16), "c": torch.empty(4, device="meta")}
+    buffers = flat_buffers(like, is_pinned=False)
+    assert {name: (each.shape, each.dtype) for name, each in buffers.items()} == {
+        name: (each.shape, each.dtype) for name, each in like.items()
+    }
+    for number, each in enumerate(buffers.values()):
+        each.fill_(number)
+    assert [each.unique().tolist() for each in buffers.values()] == [[0], [1], [2]], "they do not overlap"
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in buffers.values()}
+    assert sorted(storages.values()) == [5 * 2, (6 + 4) * 4]
+
+
+@pytest.mark.parametrize("error", [0, 2])
+def test_host_memory_is_pinned_as_large_as_it_is_and_let_go(monkeypatch, error):
+    calls = []
+    cuda = SimpleNamespace(
+        cudaHostRegister=lambda address, size, flags: calls.append(("pinned", address, size)) or error,
+        cudaHostUnregister=lambda address: calls.append(("let go", address)),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    with nullcontext() if error == 0 else pytest.raises(UserError, match=r"0\.0 GB of host memory .* cannot be pinned"):
+        buffers = flat_buffers({"a": torch.empty(3), "b": torch.empty(2)}, is_pinned=True)
+        address = buffers["a"].data_ptr()
+        assert calls == [("pinned", address, 20)]
+        del buffers
+        gc.collect()
+        assert calls[1:] == [("let go", address)]

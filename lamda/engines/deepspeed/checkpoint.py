@@ -6,7 +6,8 @@ computes with. Loading reads the slices that a rank needs. `lamda.storage.commit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from lamda.durable import Progress, umask_mode
 from lamda.engines.deepspeed import lora
 from lamda.engines.deepspeed.fragments import Fragment, fragments, gathered_parameters, publish_weights, reset_state
 from lamda.engines.deepspeed.optimizer import fresh_state
+from lamda.model import LaMDA
 from lamda.model.weights import is_matrix, weight_shapes
 from lamda.storage import manifest
 from lamda.storage.state import RunState
@@ -149,24 +151,26 @@ class SavedState:
 
 
 class Snapshots:
-    """Copies of this rank's state in host memory, which is allocated once: new memory costs more time than the copy."""
+    """Copies of this rank's state in host memory, which is made once, at the start: it takes longer than a copy.
+
+    Raises UserError where a GPU's host has too little memory.
+    """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, *, device: torch.device) -> None:
         self._engine, self._is_pinned = engine, device.type == "cuda"
-        self._buffers: dict[str, torch.Tensor] = {}
+        shapes = {f"state {name}": tensor for name, tensor in local_state(engine)}
+        if engine.global_rank == 0:
+            shapes |= {f"weight {name}": weight for name, weight in _weights_as_saved(engine.module)}
+        self._buffers = flat_buffers(shapes, is_pinned=self._is_pinned)
 
     def size(self) -> int:
         """Bytes of this rank's tensors."""
-        size = sum(tensor.nbytes for _, tensor in local_state(self._engine))
-        if self._engine.global_rank == 0:
-            model = self._engine.module
-            for name, shape in weight_shapes(model.config).items():
-                size += model.get_parameter(name).element_size() * prod(shape)
-        return size
+        return sum(tensor.nbytes for tensor in self._buffers.values())
 
     def take(self, folder: Path) -> Callable[[], list[Path]]:
         """Copy this rank's state; returns a function that writes it, from any thread. Every rank calls it."""
-        weights, local = self._copy(model_weights(self._engine)), self._copy(local_state(self._engine))
+        weights = self._copy("weight", model_weights(self._engine))
+        local = self._copy("state", local_state(self._engine))
         if self._is_pinned:
             torch.cuda.current_stream().synchronize()
         rank, world_size = self._engine.global_rank, self._engine.world_size
@@ -182,11 +186,40 @@ class Snapshots:
 
         return write
 
-    def _copy(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def _copy(self, kind: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Copies by name; on a GPU they are complete once the stream is synchronized."""
-        copies = {}
-        for name, tensor in tensors:
-            if name not in self._buffers:
-                self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._is_pinned)
-            copies[name] = self._buffers[name].copy_(tensor, non_blocking=True)
-        return copies
+        return {name: self._buffers[f"{kind} {name}"].copy_(tensor, non_blocking=True) for name, tensor in tensors}
+
+
+def _weights_as_saved(model: LaMDA) -> Iterator[tuple[str, torch.Tensor]]:
+    """Shapes and precision of `model_weights`, without gathering them: tensors without memory."""
+    for name, shape in weight_shapes(model.config).items():
+        yield name, torch.empty(shape, dtype=model.get_parameter(name).dtype, device="meta")
+
+
+def flat_buffers(like: Mapping[str, torch.Tensor], *, is_pinned: bool) -> dict[str, torch.Tensor]:
+    """Host memory for tensors, by name: views of one flat buffer per precision. Raises UserError if it is not there."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in like.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    flat = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
+    for buffer in flat.values():
+        if is_pinned:
+            _pin(buffer)
+    buffers, ends = {}, dict.fromkeys(sizes, 0)
+    for name, tensor in like.items():
+        start = ends[tensor.dtype]
+        ends[tensor.dtype] += tensor.numel()
+        buffers[name] = flat[tensor.dtype][start : ends[tensor.dtype]].view(tensor.shape)
+    return buffers
+
+
+def _pin(buffer: torch.Tensor) -> None:
+    """Pin memory as it is: PyTorch's own pinned memory is rounded up to a power of two, up to twice the size."""
+    cuda, address = torch.cuda.cudart(), buffer.data_ptr()
+    if error := int(cuda.cudaHostRegister(address, buffer.nbytes, 0)):
+        raise UserError(
+            f"{buffer.nbytes / 1e9:.1f} GB of host memory for copies of checkpoints cannot be pinned (CUDA error "
+            f"{error}): use more ranks, or a host with more memory (`lamda plan` counts it)"
+        )
+    weakref.finalize(buffer.untyped_storage(), cuda.cudaHostUnregister, address)

@@ -17,17 +17,17 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 
 from lamda.config import ds_config
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
-from lamda.data.loader import MicroBatch, StepBatch, batch_digest
+from lamda.data.loader import StepBatch, batch_digest
 from lamda.distributed import World
 from lamda.durable import Progress
 from lamda.engines.deepspeed import checkpoint, compile, fp8, lora, weight_check
 from lamda.engines.deepspeed.fragments import gathered_parameters, reset_state
-from lamda.engines.deepspeed.optimizer import make_optimizer, set_learning_rate, without_compile
+from lamda.engines.deepspeed.optimizer import check_the_norm_alone, make_optimizer, set_learning_rate, without_compile
+from lamda.engines.deepspeed.staging import DeviceBatch, ToHost, arrays_of, to_device
 from lamda.engines.protocol import PhaseHook, StepMetrics
 from lamda.inference.generation import prefill, sample
 from lamda.inference.sampling import Sampling
@@ -43,19 +43,26 @@ log = logging.getLogger(__name__)
 class DeepSpeedStep:
     """See `lamda.engines.protocol.PendingStep`.
 
-    sums, counters: as in `StepMetrics`, float64 on the device. rows: [B, 32] int32, the sha256 of each row in global
-    order.
+    values: float64, on their way to the host: sums [2, domains], the counters, the sha256 of each row in global order
+    [B, 32], and the gradient norm, unless DeepSpeed has read it already.
     """
 
-    sums: torch.Tensor
-    counters: torch.Tensor
-    rows: torch.Tensor
-    grad_norm: float | torch.Tensor
+    values: ToHost
+    domains: int
+    num_counters: int
+    rows: int
+    grad_norm: float | None
     skipped: bool
 
     def wait(self) -> StepMetrics:
-        digest = batch_digest(self.rows.to(torch.uint8).cpu().numpy())
-        return StepMetrics(self.sums.cpu().numpy(), float(self.grad_norm), digest, self.counters.tolist())
+        ends = np.cumsum([2 * self.domains, self.num_counters, 32 * self.rows])
+        sums, counters, rows, norm = np.split(self.values.wait(), ends)
+        return StepMetrics(
+            sums.reshape(2, self.domains),
+            float(norm[0]) if self.grad_norm is None else self.grad_norm,
+            batch_digest(rows.astype(np.uint8).reshape(self.rows, 32)),
+            counters.tolist(),
+        )
 
 
 class DeepSpeedEngine:
@@ -88,6 +95,7 @@ class DeepSpeedEngine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=make_optimizer(model, config.train), config=settings, dist_init_required=False
             )
+        check_the_norm_alone(self.deepspeed.optimizer)
         reset_state(self.deepspeed, optimizer=config.train.optimizer, updates=0)
         self._snapshots = checkpoint.Snapshots(self.deepspeed, device=device)
 
@@ -109,6 +117,11 @@ class DeepSpeedEngine:
     def model(self) -> LaMDA:
         """The module that computes."""
         return self.deepspeed.module
+
+    def compile_blocks(self) -> None:
+        """Compile the model's blocks in the next step, which may have other shapes than the steps before it."""
+        compile.compile_blocks(self.model)
+        self.is_compiled = self._is_first = True
 
     def train_step(
         self,
@@ -136,12 +149,13 @@ class DeepSpeedEngine:
         raise UserError(self._too_large(reason))
 
     def _train_step(self, batch: StepBatch, lr: float, counters: Sequence[int], on_phase: PhaseHook) -> DeepSpeedStep:
+        """Nothing here waits for the device but DeepSpeed's update (docs/performance.md)."""
         set_learning_rate(self.deepspeed.optimizer, lr)
-        parts = [_DeviceBatch.of(micro_batch, self.device) for micro_batch in batch.micro_batches]
+        parts, summed = self._to_device(batch, counters)
+        sums = summed[: 2 * self.domains].view(2, self.domains)
         num_tokens = sum((part.loss_mask_BL.sum() for part in parts), start=torch.zeros((), device=self.device))
         dist.all_reduce(num_tokens)
-        sums = torch.zeros(2, self.domains, dtype=torch.float64, device=self.device)
-        norm: torch.Tensor | None = None
+        clipped: tuple[torch.Tensor, bool] | None = None
         for part in parts:
             on_phase("forward", None)
             nll_BL, log_z_BL = self.deepspeed(part.inputs_BL, part.documents_BL, targets_BL=part.targets_BL)
@@ -150,18 +164,31 @@ class DeepSpeedEngine:
             on_phase("loss", loss)
             self.deepspeed.backward(_or_nan(loss), scale_wrt_gas=False)
             on_phase("backward", None)
-            norm = self._clip_or_drop_gradient() if self._is_unguarded else None
+            if self._is_unguarded and self.deepspeed.is_gradient_accumulation_boundary():
+                clipped = self._clip_or_drop_gradient()
             with without_compile(self.config.train):
                 self.deepspeed.step()
             sums += part.sums(nll_BL.detach(), domains=self.domains)
         on_phase("update", next(self.model.parameters()))
-        summed = torch.cat([sums.flatten(), torch.tensor(counters, dtype=sums.dtype, device=self.device)])
         dist.all_reduce(summed)
-        sums, totals = summed[: sums.numel()].view_as(sums), summed[sums.numel() :]
-        if norm is not None:
-            return DeepSpeedStep(sums, totals, self._rows(batch), norm, skipped=not torch.isfinite(norm))
-        skipped = not self.deepspeed.was_step_applied()
-        return DeepSpeedStep(sums, totals, self._rows(batch), self.deepspeed.get_global_grad_norm(), skipped=skipped)
+        norm, skipped = clipped or (self.deepspeed.get_global_grad_norm(), not self.deepspeed.was_step_applied())
+        known = None if isinstance(norm, torch.Tensor) else float(norm)
+        values = torch.cat([summed, norm.double().reshape(1)]) if known is None else summed
+        rows = self.config.train.global_batch_size
+        return DeepSpeedStep(ToHost(values), self.domains, len(counters), rows, known, skipped)
+
+    def _to_device(self, batch: StepBatch, counters: Sequence[int]) -> tuple[list[DeviceBatch], torch.Tensor]:
+        """The step's micro-batches, and the float64 that the ranks sum: zeros for the sums, counters, rows' sha256.
+
+        Each rank has the sha256 of its own rows, and zeros for those of the others.
+        """
+        rows = np.zeros((self.config.train.global_batch_size, 32))
+        rows[batch.positions] = batch.digests
+        to_sum = np.concatenate([np.zeros(2 * self.domains), np.array(counters, np.float64), rows.ravel()])
+        arrays = [array for micro_batch in batch.micro_batches for array in arrays_of(micro_batch)]
+        *moved, summed = to_device([*arrays, to_sum], self.device)
+        size = len(moved) // len(batch.micro_batches)
+        return [DeviceBatch.of(*moved[at : at + size]) for at in range(0, len(moved), size)], summed
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
@@ -237,62 +264,19 @@ class DeepSpeedEngine:
             return False
         return True
 
-    def _rows(self, batch: StepBatch) -> torch.Tensor:
-        """[B, 32], every row's sha256 on every rank: each rank fills in its own rows, and the ranks sum."""
-        rows = np.zeros((self.config.train.global_batch_size, 32), np.int32)
-        rows[batch.positions] = batch.digests
-        gathered = torch.from_numpy(rows).to(self.device)
-        dist.all_reduce(gathered)
-        return gathered
-
-    def _clip_or_drop_gradient(self) -> torch.Tensor | None:
-        """Clip the gradient, or drop it where it is not finite; returns its norm at the last micro-batch."""
-        if not self.deepspeed.is_gradient_accumulation_boundary():
-            return None
+    def _clip_or_drop_gradient(self) -> tuple[torch.Tensor, bool]:
+        """Clip the gradient, or drop it where it is not finite; returns its norm, and whether it was dropped."""
         limit = self.config.train.gradient_clipping or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        if not torch.isfinite(norm):
+        is_dropped = not torch.isfinite(norm)
+        if is_dropped:
             self.model.zero_grad(set_to_none=True)
-        return norm
+        return norm, is_dropped
 
 
 def _or_nan(loss: torch.Tensor) -> torch.Tensor:
     """The loss, with a gradient of NaN where it is not finite: so the step is skipped on all ranks."""
     return loss * torch.where(torch.isfinite(loss), 1.0, math.nan)
-
-
-@dataclass(frozen=True)
-class _DeviceBatch:
-    """A micro-batch on the device.
-
-    inputs, targets: [b, L] int64. documents: [b, L], where attention stays inside a document. loss_mask:
-    [b, L] fp32, 1 where the target counts. domains: [b, L] int64, of the targets.
-    """
-
-    inputs_BL: torch.Tensor
-    targets_BL: torch.Tensor
-    documents_BL: torch.Tensor | None
-    loss_mask_BL: torch.Tensor
-    domains_BL: torch.Tensor
-
-    @classmethod
-    def of(cls, rows: MicroBatch, device: torch.device) -> _DeviceBatch:
-        def moved(array: NDArray[np.generic], dtype: type[np.generic]) -> torch.Tensor:
-            return torch.from_numpy(array.astype(dtype)).to(device, non_blocking=True)
-
-        ids = moved(rows.ids, np.int64)
-        documents = None if rows.documents is None else moved(rows.documents[:, :-1], np.int64)
-        loss_mask, domains = moved(rows.loss_mask, np.float32), moved(rows.domains, np.int64)
-        return cls(ids[:, :-1], ids[:, 1:], documents, loss_mask, domains)
-
-    def sums(self, nll_BL: torch.Tensor, *, domains: int) -> torch.Tensor:
-        """[2, domains] float64: nats and target tokens by domain, the same on any number of ranks.
-
-        A matrix product in fp32 sums in one order on every device; float64 then adds the sums of ranks exactly.
-        """
-        numbers = torch.arange(domains, device=nll_BL.device)
-        of_domain_dN = (self.domains_BL.flatten() == numbers[:, None]).float() * self.loss_mask_BL.flatten()
-        return torch.stack([of_domain_dN @ nll_BL.float().flatten(), of_domain_dN.sum(dim=1)]).double()
 
 
 def _emulates_bf16(device: torch.device) -> bool:

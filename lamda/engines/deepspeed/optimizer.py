@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, assert_never
+from typing import TYPE_CHECKING, Any, assert_never
 
 import torch
-from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
 from lamda.config.schema import OptimizerName, TrainConfig
 from lamda.engines.param_groups import ADAFACTOR_EPS, ADAMW_RMS, MUON_MOMENTUM, lr_multipliers, weight_decays
 from lamda.model import LaMDA
 from lamda.model.weights import MATRIX_GROUPS, ParamGroup, param_group_of
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
 State = dict[str, torch.Tensor]
 Group = dict[str, Any]  # one of `torch.optim.Optimizer.param_groups`
@@ -52,6 +54,16 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_multiplier"]
 
 
+def check_the_norm_alone(optimizer: Any) -> None:
+    """Let DeepSpeed's bf16 optimizer of stage 0 skip a step by the gradient's norm alone.
+
+    It first reads back for each gradient whether it is finite, and waits for the device each time. The norm, which it
+    reads next, is not finite then either, and the step is skipped all the same.
+    """
+    if hasattr(optimizer, "overflow_checker"):
+        optimizer.overflow_checker.check = lambda: False
+
+
 def fresh_state(like: torch.Tensor, *, optimizer: OptimizerName, is_muon: bool) -> State:
     """The state of `like` before the first step, without the step counter.
 
@@ -80,6 +92,8 @@ def without_compile(train: TrainConfig) -> AbstractContextManager[object]:
 
 def make_muon(matrices: Iterable[Group], others: Iterable[Group], train: TrainConfig) -> MuonWithAuxAdam:
     """Muon for groups of matrices, AdamW for other groups; each has `params`, `lr_multiplier`, `weight_decay`."""
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # plain loops need no DeepSpeed
+
     kwargs = _adamw_kwargs(train)
     adamw = {key: kwargs[key] for key in ("betas", "eps")}
     groups = [split for group in matrices for split in _split_by_fan_in(group)]
