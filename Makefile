@@ -10,6 +10,8 @@
 # make transformers-test  transformers' common tests on LaMDA, from TRANSFORMERS_CHECKOUT (docs/huggingface.md)
 # make package-test       build the package, install it into an empty environment, train with it (about 5 minutes);
 #                         DIST=FOLDER keeps the wheel and the source archive
+# make gpu-kit            build/gpu-kit: all that `lamda prove-gpu` needs on a machine without a network (docs/performance.md)
+# make gpu-rehearsal      every part of `lamda prove-gpu` on the CPU at toy size (about two minutes)
 # make docs               build the documentation into build/site and check its links (make docs-test runs its commands)
 # make lint               ruff, import-linter, mypy
 
@@ -18,7 +20,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/tiny.yaml
 
-.PHONY: pretrain test serve-test serve-attack test-long faults faults-full cluster flax-test transformers-test package-test docs docs-test lint clean
+.PHONY: pretrain test serve-test serve-attack test-long faults faults-full cluster flax-test transformers-test package-test gpu-kit gpu-rehearsal docs docs-test lint clean
 
 pretrain: $(VENV)/.installed
 	$(BIN)/lamda pretrain --config $(CONFIG)
@@ -60,6 +62,29 @@ transformers-test: $(VENV)/.installed-dev
 
 package-test: $(VENV)/.installed-dev
 	LAMDA_DIST=$(abspath $(DIST)) $(BIN)/python -m pytest tests/package
+
+# For CPython 3.12 and x86-64, beside a torch with its triton and numpy. pyarrow, datasets and wandb are left out: large,
+# and a local text needs none of them.
+KIT := build/gpu-kit
+KIT_PACKAGES := annotated-types einops hjson jinja2 markdown-it-py markupsafe mdurl msgpack ninja orjson packaging psutil \
+    py-cpuinfo pydantic pydantic-core pygments pyyaml rich safetensors sentencepiece tqdm typing-extensions \
+    typing-inspection zstandard
+gpu-kit: $(VENV)/.installed
+	rm -rf $(KIT) && mkdir -p $(KIT)/wheels
+	$(BIN)/pip download --quiet --no-deps --constraint constraints.txt --dest $(KIT)/wheels --only-binary :all: \
+	    --python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+	    --platform manylinux2014_x86_64 $(KIT_PACKAGES)
+	DS_BUILD_OPS=0 $(BIN)/pip wheel --quiet --no-deps --constraint constraints.txt --wheel-dir $(KIT)/wheels deepspeed .
+	$(BIN)/python -c 'from lamda.data.standard_library import write_corpus; write_corpus("$(KIT)/text")'
+	$(BIN)/lamda tokenizer train --config configs/lamda_110m.yaml --data.files '$(KIT)/text/train/*.jsonl.zst' \
+	    --run.dir $(KIT)/run
+	mv $(KIT)/run/tokenizer.model $(KIT)/text && rm -r $(KIT)/run
+	cp scripts/prove-gpu.sh $(KIT)
+	du -sh $(KIT)
+
+gpu-rehearsal: $(VENV)/.installed-dev
+	rm -rf build/gpu-rehearsal
+	$(BIN)/lamda prove-gpu --rehearse --to build/gpu-rehearsal
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict

@@ -1,6 +1,6 @@
 """`benchmark.py flax`: the training step of a configuration in JAX and in plain PyTorch, alternating in one run.
 
-Both compute the same step on the same random rows (`benchmarks.plain_loop`), in the precision of the DeepSpeed file.
+Both compute the same step on the same random rows (`lamda.proof.plain_loop`), in the precision of the DeepSpeed file.
 The ratio is the median over rounds, so that other load on the machine affects both.
 """
 
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from benchmarks import new_parser, report
-from benchmarks.plain_loop import PlainLoop
 from lamda.config import ds_config
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
@@ -24,6 +23,7 @@ from lamda.distributed import stop
 from lamda.engines.deepspeed import compile
 from lamda.engines.flax.framework import Flax
 from lamda.model.counts import flops_per_token, parameters
+from lamda.proof.plain_loop import PlainLoop
 
 PACKAGES = ("torch", "jax", "flax", "optax")
 WARM_UP = 3

@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gemm, new_parser, report
-from benchmarks.plain_loop import PlainLoop
+from benchmarks import new_parser, report
 from lamda import distributed
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
@@ -31,6 +30,9 @@ from lamda.dialog.examples import form_of
 from lamda.distributed import World
 from lamda.engines.deepspeed.engine import DeepSpeedEngine
 from lamda.model.counts import flops_per_token, parameters, peak_flops
+from lamda.proof.gemm import MatrixRate
+from lamda.proof.plain_loop import PlainLoop
+from lamda.proof.step import Clock
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
 from lamda.training.inputs import Inputs
@@ -69,7 +71,7 @@ def measure(config: Config, world: World, *, steps: int, seconds: float, plain: 
         dtype = torch.bfloat16 if engine.is_bf16 else torch.float32
         rows = config.train.micro_batch_size * config.data.sequence_length
         before = _allocated(device)
-        products = gemm.MatrixRate(config.model, rows=rows, device=device, dtype=dtype)
+        products = MatrixRate(config.model, rows=rows, device=device, dtype=dtype)
         loader = stack.enter_context(inputs.loader(RunState()))
         beside = PlainLoop(config, device=device, dtype=dtype, compiled=engine.is_compiled) if plain else None
         others = _allocated(device) - before
@@ -88,7 +90,7 @@ def _directory(folder: Path, world: World) -> RunDirectory:
 def _rounds(
     engine: DeepSpeedEngine,
     batches: Iterator[StepBatch],
-    products: gemm.MatrixRate,
+    products: MatrixRate,
     *,
     steps: int,
     slice_: float,
@@ -125,38 +127,6 @@ def _timed_plain(loop: PlainLoop, step: StepBatch, device: torch.device, rate: f
     return time.perf_counter() - began
 
 
-class Clock:
-    """Times of the phases of a step; on a GPU, by events of the GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = []
-        self.mark("begin")
-
-    def mark(self, point: str, _: torch.Tensor | None = None) -> None:
-        """Record the time of `point`; called by `DeepSpeedEngine.train_step`."""
-        if self._on_gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append((point, event))
-        else:
-            self._marks.append((point, time.perf_counter()))
-
-    def parts(self) -> dict[str, float]:
-        """Seconds between points, summed by kind, and of the whole step."""
-        self.mark("end")
-        if self._on_gpu:
-            torch.cuda.synchronize()
-        kinds = {"forward": "forward", "loss": "backward", "backward": "optimizer"}
-        parts = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0, "rest": 0.0}
-        for (point, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
-            parts[kinds.get(point, "rest")] += self._between(start, end)
-        return {**parts, "whole": sum(parts.values())}
-
-    def _between(self, start: Any, end: Any) -> float:
-        return start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
-
-
 def _allocated(device: torch.device) -> int:
     """Bytes in use on a GPU, to subtract what this benchmark itself allocates; 0 on a CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
@@ -170,7 +140,7 @@ def _peak_memory(device: torch.device) -> int:
 
 
 def _report(
-    config: Config, engine: DeepSpeedEngine, products: gemm.MatrixRate, rounds: list[dict[str, float]]
+    config: Config, engine: DeepSpeedEngine, products: MatrixRate, rounds: list[dict[str, float]]
 ) -> dict[str, Any]:
     train, length, ranks = config.train, config.data.sequence_length, engine.world.world_size
     counted = rounds[WARM_UP:]

@@ -65,6 +65,7 @@ COMMANDS = {
     "doctor": Command(
         "lamda.cluster.doctor", "check machine, packages, GPUs, network and disk; under a launcher on all ranks"
     ),
+    "prove-gpu": Command("lamda.proof.command", "measure a GPU: kernels, rates, the 2B's step, a resume; one page"),
     "submit": Command("lamda.cluster.submit", "start a run on SLURM, Kubernetes or machines over ssh"),
     "chat": Command("lamda.dialog.chat", "talk with a model in the terminal; /why shows how a reply was chosen"),
     "dialog make-tool-data": Command(
@@ -89,7 +90,7 @@ OLD_NAMES = {
 """Earlier names of commands; they work, but help and completion do not show them."""
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Before a run": ("doctor", "plan", "config show", "tokenizer train", "prepare"),
+    "Before a run": ("doctor", "prove-gpu", "plan", "config show", "tokenizer train", "prepare"),
     "Train": ("pretrain", "finetune", "supervise", "submit", "test-resume"),
     "Look at runs": ("list", "watch", "plot", "report", "dashboard", "trace"),
     "Checkpoints": ("checkpoint ls", "checkpoint show", "checkpoint verify", "checkpoint diff"),

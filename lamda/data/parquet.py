@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from lamda.config.errors import DataError
 from lamda.data.files import File, open_seekable
 from lamda.data.quarantine import few
 from lamda.data.remote import CHUNK
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 BATCH = 256
 """Rows per decoded batch."""
@@ -19,6 +19,9 @@ BATCH = 256
 
 def row_groups(file: File) -> tuple[int, ...]:
     """The number of rows of each row group. Raises DataError if the file is not parquet."""
+    import pyarrow as pa  # large, and only parquet needs it
+    import pyarrow.parquet as pq
+
     with open_seekable(file) as (source, _):
         try:
             footer = pq.ParquetFile(source).metadata
@@ -33,6 +36,9 @@ def read_rows(file: File, *, first: int, columns: Sequence[str] | None) -> Itera
     A record that cannot be decoded is replaced by a ValueError. columns: keys to read, of those that the file has;
     None: all. Raises DataError if the file is not parquet, or not the one that was resolved.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     with open_seekable(file) as (source, require_same):
         try:
             # A remote column is read in one request; a local one is buffered.

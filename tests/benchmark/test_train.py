@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks.gemm import shapes
+from lamda.proof.gemm import shapes
 from benchmarks.train import PARTS
 from lamda.config import ModelConfig
 from lamda.model.counts import flops_per_token

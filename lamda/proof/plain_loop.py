@@ -7,6 +7,7 @@ import torch
 from lamda.config.schema import Config
 from lamda.engines.deepspeed import compile
 from lamda.engines.deepspeed.optimizer import make_optimizer, set_learning_rate, without_compile
+from lamda.engines.protocol import PhaseHook
 from lamda.model import LaMDA
 from lamda.model.initialization import initialize_weights
 
@@ -24,26 +25,39 @@ class PlainLoop:
         self._working = LaMDA(config.model, recompute=config.train.recompute).to(device, dtype)
         self._copy_back()
         if compiled:
-            compile.compile_blocks(self._working)
+            self.compile_blocks()
 
-    def step(self, ids_MBL: torch.Tensor, *, learning_rate: float) -> None:
-        """One step over micro-batches of ids [M, b, L+1]."""
+    def compile_blocks(self) -> None:
+        """Compile the blocks in the next step."""
+        compile.compile_blocks(self._working)
+
+    def step(
+        self, ids_MBL: torch.Tensor, *, learning_rate: float, on_phase: PhaseHook = lambda phase, tensor: None
+    ) -> torch.Tensor:
+        """One step over micro-batches of ids [M, b, L+1]; returns the loss, in nats per target token."""
         set_learning_rate(self._optimizer, learning_rate)
-        targets = ids_MBL[..., 1:].numel()
+        targets, total = ids_MBL[..., 1:].numel(), torch.zeros((), device=self.device)
         for ids_BL in ids_MBL:
+            on_phase("forward", None)
             nll_BL, log_z_BL = self._working(ids_BL[:, :-1], targets_BL=ids_BL[:, 1:])
-            ((nll_BL + self._config.train.z_loss * log_z_BL.square()).sum() / targets).backward()
+            loss = (nll_BL + self._config.train.z_loss * log_z_BL.square()).sum() / targets
+            on_phase("loss", loss)
+            loss.backward()
+            on_phase("backward", None)
             for master, parameter in zip(self._masters, self._working.parameters(), strict=True):
                 if master.grad is None:
                     master.grad = parameter.grad.float()
                 else:
                     master.grad += parameter.grad
                 parameter.grad = None
+            total += nll_BL.detach().sum() / targets
         torch.nn.utils.clip_grad_norm_(self._masters, self._config.train.gradient_clipping)
         with without_compile(self._config.train):
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._copy_back()
+        on_phase("update", None)
+        return total
 
     def _copy_back(self) -> None:
         with torch.no_grad():

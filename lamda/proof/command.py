@@ -1,0 +1,180 @@
+"""`lamda prove-gpu`: what this GPU does with LaMDA, in parts that each have a process and a time limit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lamda.config.errors import UserError, nearest
+from lamda.durable import write_file
+from lamda.proof.parts import FINDINGS, PARTS, REHEARSE, TEXT, findings_file
+from lamda.training.stop_requests import handling_signals
+
+JSON, PAGE = "proof.json", "proof.html"
+MIN_SECONDS = 15.0
+"""A part with less time left does not begin."""
+LOG_LINES = 12
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `lamda prove-gpu`."""
+    parser = argparse.ArgumentParser(
+        prog="lamda prove-gpu", allow_abbrev=False,
+        epilog="exit code: 0 if every part ran and nothing failed in it, else 1",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--minutes", type=float, default=15.0, metavar="M", help="time for all parts together; default %(default)g")
+    add(REHEARSE, action="store_true", help="every part on the CPU at toy size, in about a minute")
+    add("--to", type=Path, default=Path("gpu-proof"), metavar="FOLDER", help="where it writes; default %(default)s")
+    add(
+        "--text",
+        type=Path,
+        metavar="FOLDER",
+        help="of the runs: train/*.jsonl.zst, val.jsonl.zst, tokenizer.model; default: Python's standard library",
+    )
+    add("--parts", nargs="+", default=list(PARTS), metavar="PART", help=f"only these: {', '.join(PARTS)}")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """As `lamda prove-gpu --help` says. Raises UserError."""
+    options = parser().parse_args(argv)
+    for name in options.parts:
+        if name not in PARTS:
+            raise UserError(f"--parts: there is no {name!r} among {', '.join(PARTS)}{nearest(name, PARTS)}")
+    if options.minutes <= 0:
+        raise UserError(f"--minutes: a proof takes more than 0 minutes, not {options.minutes:g}")
+    _require_device(rehearse=options.rehearse)
+    proof = Proof(options.to.resolve(), text=options.text, seconds=60 * options.minutes, rehearse=options.rehearse)
+    with handling_signals(signal.default_int_handler):
+        for name in PARTS:
+            if name in options.parts:
+                proof.run(name)
+    print(f"{proof.folder / PAGE}: the page; {proof.folder / JSON}: the figures")
+    return 0 if proof.is_complete(options.parts) else 1
+
+
+def _require_device(*, rehearse: bool) -> None:
+    import torch
+
+    if not rehearse and not torch.cuda.is_available():
+        raise UserError("there is no GPU here; `lamda prove-gpu --rehearse` runs every part on the CPU at toy size")
+
+
+class Proof:
+    """A proof in a folder; it keeps the parts of an earlier one there. Raises UserError."""
+
+    def __init__(self, folder: Path, *, text: Path | None, seconds: float, rehearse: bool) -> None:
+        self.folder, self._rehearse = folder, rehearse
+        self._ends = time.monotonic() + seconds
+        try:
+            (folder / FINDINGS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--to {folder}: cannot be written to ({error.strerror})") from error
+        if text is not None:
+            _link(folder / TEXT, text.resolve())
+        earlier = json.loads((folder / JSON).read_text("utf-8")) if (folder / JSON).exists() else {"parts": {}}
+        self._parts: dict[str, Any] = earlier["parts"] if earlier.get("rehearsal") == rehearse else {}
+
+    def run(self, name: str) -> None:
+        """Run a part and write JSON and page again."""
+        part, left = PARTS[name], self._ends - time.monotonic()
+        print(f"{part.title}: ", end="", flush=True)
+        if left < MIN_SECONDS:
+            self._keep(name, {"status": f"left out: {max(0, left):.0f} s are left", "seconds": 0.0})
+            return
+        began, cpu = time.monotonic(), _cpu_seconds()
+        findings_file(self.folder, name).unlink(missing_ok=True)
+        self._keep(name, {"status": "running"}, quiet=True)
+        try:
+            status = self._process(name, limit=left if self._rehearse else min(part.seconds, left))
+        except KeyboardInterrupt:
+            self._keep(name, {"status": "interrupted", "seconds": time.monotonic() - began})
+            raise
+        spent = {"seconds": time.monotonic() - began, "cpu_seconds": _cpu_seconds() - cpu}
+        self._keep(name, {"status": status, **spent})
+
+    def is_complete(self, names: Sequence[str]) -> bool:
+        """Whether all of these parts ran, and nothing failed in any."""
+        parts = [self._parts[name] for name in names]
+        return all(part["status"] == "done" and not part.get("failed") for part in parts)
+
+    def _process(self, name: str, *, limit: float) -> str:
+        """Run a part in a session of its own, which ends with it; returns its status."""
+        log = self.folder / FINDINGS / f"{name}.log"
+        command = [sys.executable, "-m", "lamda.proof.parts", name, str(self.folder)]
+        command += [REHEARSE] if self._rehearse else []
+        with log.open("wb") as out, _session(command, out, on_cpu=self._rehearse) as process:
+            try:
+                code = process.wait(timeout=limit)
+            except subprocess.TimeoutExpired:
+                return f"cut off after {limit:.0f} s"
+        if code:
+            last = log.read_text("utf-8", errors="replace").splitlines()[-LOG_LINES:]
+            return "\n".join([f"failed with exit code {code}:", *last])
+        return "done"
+
+    def _keep(self, name: str, result: dict[str, Any], *, quiet: bool = False) -> None:
+        file = findings_file(self.folder, name)
+        found = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        self._parts[name] = result | found
+        content = {"rehearsal": self._rehearse, "parts": self._parts}
+        from lamda.proof.page import page
+
+        write_file(self.folder / JSON, (json.dumps(content, indent=1) + "\n").encode())
+        write_file(self.folder / PAGE, page(content).encode())
+        if not quiet:
+            failed = f", {len(found['failed'])} failed in it" if found.get("failed") else ""
+            print(f"{result['status'].splitlines()[0]}{failed} ({result['seconds']:.0f} s)", flush=True)
+
+
+def _cpu_seconds() -> float:
+    """CPU time of the parts so far, their own processes included."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def _link(link: Path, text: Path) -> None:
+    """Make `link` lead to the text. Raises UserError."""
+    if not (text / "val.jsonl.zst").is_file():
+        raise UserError(f"--text {text}: has no val.jsonl.zst; give a folder that `make gpu-kit` made, or leave it out")
+    if link.is_symlink():
+        link.unlink()
+    if link.exists():
+        raise UserError(f"{link}: is another text already; choose another folder with --to")
+    link.symlink_to(text)
+
+
+@contextmanager
+def _session(command: list[str], out: Any, *, on_cpu: bool) -> Iterator[subprocess.Popen[bytes]]:
+    """A process without a launcher's variables, in its own session; what is left of it is killed at the end."""
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    if on_cpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    elif "PYTORCH_CUDA_ALLOC_CONF" not in environment:  # before CUDA starts: a part may ask for a GPU's memory first
+        environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -1,0 +1,108 @@
+"""The machine: GPU, driver, libraries, and the rates at which bytes come and go."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lamda import __version__
+from lamda.proof.devices import device, timed
+from lamda.proof.findings import Findings, LeftOutError
+from lamda.proof.sizes import Sizes
+
+PACKAGES = ("torch", "triton", "deepspeed", "numpy", "einops", "pydantic", "safetensors", "sentencepiece")
+SMI_FIELDS = (
+    "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.mem,ecc.mode.current,mig.mode.current"
+)
+
+
+def measure(sizes: Sizes, findings: Findings, folder: Path) -> None:
+    """Record the machine and its libraries."""
+    findings.record("packages", {"python": platform.python_version(), "lamda": __version__} | _versions())
+    findings.attempt("gpu", _gpu)
+    findings.attempt("driver", _driver)
+    findings.record("host", {"cpu": _cpu(), "cores": os.cpu_count(), "memory_bytes": _host_memory()})
+    findings.attempt("copies", lambda: _copies(sizes.transfer_bytes))
+    findings.attempt("disk", lambda: _disk(folder, sizes.transfer_bytes))
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _gpu() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        raise LeftOutError("there is no GPU")
+    properties = torch.cuda.get_device_properties(0)
+    free, _ = torch.cuda.mem_get_info()
+    return {
+        "name": properties.name,
+        "count": torch.cuda.device_count(),
+        "capability": list(torch.cuda.get_device_capability()),
+        "memory_bytes": properties.total_memory,
+        "free_bytes": free,
+        "multiprocessors": properties.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def _driver() -> dict[str, str]:
+    if shutil.which("nvidia-smi") is None:
+        raise LeftOutError("there is no nvidia-smi")
+    command = ["nvidia-smi", f"--query-gpu={SMI_FIELDS}", "--format=csv,noheader", "--id=0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    return dict(zip(SMI_FIELDS.split(","), map(str.strip, done.stdout.split(",")), strict=True))
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _copies(size: int) -> dict[str, float]:
+    """Bytes per second between host and device, from pinned memory and from ordinary memory."""
+    if not torch.cuda.is_available():
+        raise LeftOutError("there is no GPU")
+    there = torch.empty(size, dtype=torch.uint8, device=device())
+    rates = {}
+    for kind in ("pinned", "pageable"):
+        seconds, here = timed(lambda kind=kind: torch.zeros(size, dtype=torch.uint8, pin_memory=kind == "pinned"))
+        rates[f"{kind}, allocated"] = size / seconds
+        rates[f"{kind}, to the device"] = size / min(timed(lambda here=here: there.copy_(here))[0] for _ in range(3))
+        rates[f"{kind}, to the host"] = size / min(timed(lambda here=here: here.copy_(there))[0] for _ in range(3))
+    return rates
+
+
+def _disk(folder: Path, size: int) -> dict[str, float]:
+    """Bytes per second that are written and synchronized where the report goes."""
+    file, block = folder / "disk-rate", os.urandom(1 << 20)
+    began = time.perf_counter()
+    try:
+        with file.open("wb") as out:
+            for _ in range(size >> 20):
+                out.write(block)
+            out.flush()
+            os.fsync(out.fileno())
+        return {"written": size / (time.perf_counter() - began), "free_bytes": shutil.disk_usage(folder).free}
+    finally:
+        file.unlink(missing_ok=True)

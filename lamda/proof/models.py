@@ -1,0 +1,72 @@
+"""The model that is measured: the largest of those in `Sizes` that fits into memory, and its engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lamda import distributed
+from lamda.cluster.memory import MemorySetting, peak
+from lamda.cluster.zero import Sharding
+from lamda.config import ds_config
+from lamda.config.errors import UserError
+from lamda.config.loading import load_config
+from lamda.config.schema import Config
+from lamda.model.attention.backends import check_backend
+from lamda.proof.devices import device
+from lamda.proof.sizes import Sizes
+
+if TYPE_CHECKING:
+    from lamda.engines.deepspeed.engine import DeepSpeedEngine
+
+USABLE = 0.85
+"""Share of a GPU's memory that a step may take by `lamda plan`'s count: matrices for the GEMM rate lie beside it."""
+
+
+def choose_config(sizes: Sizes, length: int) -> Config:
+    """The first model and the largest micro-batch that fit; else the last of both."""
+    found = [_config(flags, sizes, length, micro) for flags in sizes.models for micro in sizes.micro_tokens]
+    return next((config for config in found if _fits(config)), found[-1])
+
+
+def attention() -> str:
+    """The attention backend that is measured in whole steps."""
+    if device().type == "cpu":
+        return "sdpa"
+    try:
+        check_backend("fused", device(), training=True)
+    except UserError:
+        return "sdpa"
+    return "fused"
+
+
+def _config(flags: tuple[str, ...], sizes: Sizes, length: int, micro_tokens: int) -> Config:
+    settings = {
+        "train.steps": 1000,
+        "data.sequence_length": length,
+        "train.global_batch_size": max(1, sizes.step_tokens // length),
+        "train.micro_batch_size": max(1, micro_tokens // length),
+        "train.compile": "never",
+        "model.attention": attention(),
+        "wandb.mode": "disabled",
+    }
+    return load_config([*flags, *(f"--{key}={value}" for key, value in settings.items())])
+
+
+def _fits(config: Config) -> bool:
+    if not torch.cuda.is_available():
+        return True
+    settings = ds_config.build(config, world_size=1)
+    sharding, accumulation = Sharding.of(settings, ranks=1), settings["gradient_accumulation_steps"]
+    needed = peak(MemorySetting.of(config, sharding, accumulation=accumulation))
+    return needed <= USABLE * torch.cuda.get_device_properties(0).total_memory
+
+
+def open_engine(config: Config) -> DeepSpeedEngine:
+    """DeepSpeed's engine on this device alone."""
+    from lamda.engines.deepspeed.engine import DeepSpeedEngine
+
+    distributed.choose_accelerator()
+    world = distributed.World()
+    return DeepSpeedEngine(config, world=world, device=distributed.start(world, threads=config.run.threads))

@@ -1,0 +1,61 @@
+"""The parts of a proof, most valuable first, and the process that runs one.
+
+`python -m lamda.proof.parts NAME FOLDER [--rehearse]`
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+FINDINGS = "parts"
+"""Folder of the parts' files, in that of the proof."""
+TEXT = "text"
+"""Folder of the runs' text there."""
+REHEARSE = "--rehearse"
+
+
+class Part(NamedTuple):
+    """A part. function: its module in this package, and its name there. seconds: the most that it may take."""
+
+    title: str
+    function: str
+    seconds: float
+
+
+PARTS: dict[str, Part] = {
+    "environment": Part("Environment", "environment.measure", 45),
+    "equality": Part("Attention against float64", "equality.measure", 120),
+    "rate": Part("GEMM rate", "rate.measure", 60),
+    "kernels": Part("Attention kernels", "kernels.measure", 180),
+    "step-1024": Part("Training step, short rows", "step.measure_short", 200),
+    "step-2048": Part("Training step, long rows", "step.measure_long", 200),
+    "checkpoint": Part("Checkpoint", "checkpoint.measure", 200),
+    "resume": Part("Stop and exact resume", "runs.resume", 150),
+    "learn": Part("Learning", "runs.learn", 150),
+}
+
+
+def findings_file(folder: Path, name: str) -> Path:
+    """Where part `name` keeps its findings."""
+    return folder / FINDINGS / f"{name}.json"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one part in this process."""
+    from lamda.proof.findings import Findings
+    from lamda.proof.sizes import GPU, REHEARSAL
+
+    name, folder, *rest = argv
+    module, function = PARTS[name].function.split(".")
+    sizes = REHEARSAL if REHEARSE in rest else GPU
+    findings = Findings(findings_file(Path(folder), name))
+    getattr(importlib.import_module(f"lamda.proof.{module}"), function)(sizes, findings, Path(folder))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
