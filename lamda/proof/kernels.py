@@ -21,7 +21,7 @@ def measure(sizes: Sizes, findings: Findings, folder: Path) -> None:
     shape = {"tokens": sizes.tokens, "heads": sizes.heads, "width": sizes.width, "rounds": sizes.rounds}
     for length in sizes.lengths:
         findings.attempt(f"{length}, no bias", partial(_without_bias, sizes, length))
-        for way in ("eager", "compiled"):
+        for way in ("eager", "compiled") if "kernels" in sizes.compiled else ("eager",):
             timed = partial(
                 attention.measure, lengths=[length], dtype=torch.bfloat16, compiled=way == "compiled", **shape
             )

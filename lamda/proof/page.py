@@ -17,6 +17,7 @@ from lamda.runs.svg_chart import draw_chart
 
 Found = Mapping[str, Any]
 Rows = list[list[str]]
+WAYS = ("eager", "compiled")
 STEP_PARTS = ("forward", "backward", "optimizer", "rest")
 
 
@@ -44,7 +45,34 @@ def page(content: dict[str, Any]) -> str:
     sections = [_section(name, content["parts"][name]) for name in PARTS if name in content["parts"]]
     style = files("lamda.runs").joinpath("static/report.css").read_text("utf-8")
     template = templates("proof/templates", is_html=True).get_template("proof.html.jinja")
-    return template.render(sections=sections, rehearsal=content["rehearsal"], style=style)
+    found = {name: part.get("found", {}) for name, part in content["parts"].items()}
+    return template.render(
+        sections=sections, rehearsal=content["rehearsal"], style=style, headline=dict(_headline(found))
+    )
+
+
+def _headline(found: Mapping[str, Found]) -> Iterator[tuple[str, str]]:
+    """The figures that a reader looks for first, of those that are there."""
+    if gpu := found.get("environment", {}).get("gpu"):
+        yield "GPU", gpu["name"]
+    if equality := found.get("equality"):
+        yield "attention equal", f"{sum(each['is_equal'] for each in equality.values())} of {len(equality)}"
+    if rate := found.get("rate", {}).get("rate"):
+        yield "GEMM TFLOP/s", _tera(rate["flops_per_second"])
+    for name in ("step-1024", "step-2048"):
+        step = found.get(name, {})
+        if best := min((step[way] for way in WAYS if way in step), key=lambda way: way["step_seconds"], default=None):
+            length = step["setting"]["length"]
+            yield f"tokens/s at {length}", f"{best['tokens_per_second']:,.0f}"
+            yield f"share of GEMM at {length}", f"{best['share_of_gemm_rate']:.1%}"
+            if best["mfu"] is not None:
+                yield f"MFU at {length}", f"{best['mfu']:.1%}"
+    if stall := found.get("checkpoint", {}).get("stall_seconds"):
+        yield "checkpoint stall, s", f"{stall[-1]:.3g}"
+    if resume := found.get("resume", {}).get("resume"):
+        yield "exact resume", _yes(resume["is_exact"])
+    if learning := found.get("learn", {}).get("learning"):
+        yield "loss, first and last", f"{learning['curve'][0][1]:.2f}, {learning['curve'][-1][1]:.2f}"
 
 
 def _section(name: str, part: dict[str, Any]) -> Section:
@@ -127,7 +155,7 @@ def _times(each: Found) -> list[str]:
 
 
 def _step(found: Found) -> dict[str, Any]:
-    ways = [way for way in ("eager", "compiled") if way in found]
+    ways = [way for way in WAYS if way in found]
     lines: dict[str, Callable[[Found], str]] = {
         "step, s": lambda each: f"{each['step_seconds']:.3f}",
         "first step, s": lambda each: f"{each['first_step_seconds']:.1f}",
@@ -183,7 +211,6 @@ def _resume(found: Found) -> dict[str, Any]:
             for name, value in each["differences"].items()]  # fmt: skip
     figures = {
         "stopped by a signal": f"in step {each['stopped_in_step']} of {each['steps']}",
-        "killed": f"in step {each['killed_in_step']}",
         "equal to an uninterrupted run": "yes, bit for bit" if each["is_exact"] else "NO",
     }
     return {"figures": figures, "tables": [(["", "beside the uninterrupted run"], rows)]}

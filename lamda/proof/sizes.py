@@ -11,15 +11,16 @@ Flags = tuple[str, ...]
 class Sizes:
     """Sizes of all parts.
 
-    shapes: [B, H, L, K] of the attention inputs that are compared with float64. heads, width, lengths, tokens: of timed
-    attention. gemm_seconds: of matrix products. steps: timed steps of each kind. rows: tokens of a step by length, and
-    the micro-batches to try, largest first. models: configurations for steps and checkpoints, largest first; the first
-    that fits into memory is used. learn, resume: configuration and steps of real runs. vocabulary_bytes: of
-    text that a tokenizer is trained on where none is carried.
+    shapes: [B, H, L, K] of the attention inputs that are compared with float64. lengths: of rows. compiled: the parts
+    that are measured compiled, too. tokens, heads, width, rounds: of timed attention. gemm_seconds: of matrix products.
+    steps: timed steps of each kind. step_tokens, micro_tokens: tokens of a step, and of the micro-batches to try,
+    largest first. models: configurations for steps and checkpoints, largest first; the first that fits into memory is
+    used. learner, learn_steps, resume_steps: configuration and steps of real runs. transfer_bytes: copied and written.
     """
 
     shapes: tuple[tuple[int, int, int, int], ...]
     lengths: tuple[int, int]
+    compiled: frozenset[str]
     tokens: int
     heads: int
     width: int
@@ -38,6 +39,7 @@ class Sizes:
 GPU = Sizes(
     shapes=((2, 5, 1031, 64), (1, 3, 2048, 128), (2, 40, 1024, 128)),
     lengths=(1024, 2048),
+    compiled=frozenset({"kernels", "short", "long"}),
     tokens=32768,
     heads=40,
     width=128,
@@ -64,6 +66,7 @@ _TOY = (
 REHEARSAL = Sizes(
     shapes=((1, 2, 140, 16),),
     lengths=(64, 128),
+    compiled=frozenset({"short"}),
     tokens=128,
     heads=2,
     width=16,

@@ -74,24 +74,26 @@ class Steps(Protocol):
 
 def measure_short(sizes: Sizes, findings: Findings, folder: Path) -> None:
     """Measure steps with the shorter rows."""
-    _measure(sizes, findings, length=sizes.lengths[0])
+    _measure(sizes, findings, length=sizes.lengths[0], compiled="short" in sizes.compiled)
 
 
 def measure_long(sizes: Sizes, findings: Findings, folder: Path) -> None:
     """Measure steps with the longer rows."""
-    _measure(sizes, findings, length=sizes.lengths[1])
+    _measure(sizes, findings, length=sizes.lengths[1], compiled="long" in sizes.compiled)
 
 
-def _measure(sizes: Sizes, findings: Findings, *, length: int) -> None:
-    """Measure the largest model that fits, with rows of `length`, eager and compiled."""
+def _measure(sizes: Sizes, findings: Findings, *, length: int, compiled: bool) -> None:
+    """Measure the largest model that fits, with rows of `length`: eager, and then `compiled`."""
     config = choose_config(sizes, length)
     findings.record("setting", describe(config))
     begin, compile_blocks = _engine(config) if has_deepspeed() else _plain(config)
+    before = _allocated()
     products = matrix_rate(config)
-    for way in ("eager", "compiled"):
+    beside = _allocated() - before
+    for way in ("eager", "compiled") if compiled else ("eager",):
         if way == "compiled":
             compile_blocks()
-        findings.attempt(way, lambda: time_steps(begin, config, products, sizes))
+        findings.attempt(way, lambda: time_steps(begin, config, products, sizes, beside=beside))
     findings.record("gemm", products.report())
     findings.attempt("waits", lambda: _waits(begin, config))
     findings.attempt("kernels", lambda: _kernels(begin, config))
@@ -157,8 +159,11 @@ def random_batches(config: Config) -> Iterator[StepBatch]:
         yield StepBatch(parts, positions, np.zeros((len(positions), 32), np.uint8), consumed=len(positions))
 
 
-def time_steps(begin: Steps, config: Config, products: MatrixRate, sizes: Sizes) -> dict[str, Any]:
-    """Times of steps as a run makes them: the metrics of a step are read after the next one has begun."""
+def time_steps(begin: Steps, config: Config, products: MatrixRate, sizes: Sizes, *, beside: int) -> dict[str, Any]:
+    """Times of steps as a run makes them: the metrics of a step are read after the next one has begun.
+
+    beside: bytes of the products, which lie in the same memory and do not count.
+    """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -197,7 +202,7 @@ def time_steps(begin: Steps, config: Config, products: MatrixRate, sizes: Sizes)
         "mfu": flops / peak if peak else None,
         "share_of_gemm_rate": 2 * flops / (before + after),
         "parts": {name: median(each[name] for each in parts) for name in parts[0]},
-        "peak_bytes": _peak_bytes(),
+        "peak_bytes": _peak_bytes() - beside,
         "reserved_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
         "loss": losses[-1],
     }
@@ -207,8 +212,13 @@ def _ignore(phase: str, tensor: torch.Tensor | None) -> None:
     pass
 
 
+def _allocated() -> int:
+    """Bytes in use on a GPU; 0 on a CPU."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
 def _peak_bytes() -> int:
-    """Peak bytes of the GPU's allocator, or of this process; the matrices of `MatrixRate` are among them."""
+    """Peak bytes of the GPU's allocator, or of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
