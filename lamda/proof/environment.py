@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import time
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,10 @@ def _copies(size: int) -> dict[str, float]:
     there = torch.empty(size, dtype=torch.uint8, device=device())
     rates = {}
     for kind in ("pinned", "pageable"):
-        seconds, here = timed(lambda kind=kind: torch.zeros(size, dtype=torch.uint8, pin_memory=kind == "pinned"))
+        seconds, here = timed(partial(torch.zeros, size, dtype=torch.uint8, pin_memory=kind == "pinned"))
         rates[f"{kind}, allocated"] = size / seconds
-        rates[f"{kind}, to the device"] = size / min(timed(lambda here=here: there.copy_(here))[0] for _ in range(3))
-        rates[f"{kind}, to the host"] = size / min(timed(lambda here=here: here.copy_(there))[0] for _ in range(3))
+        rates[f"{kind}, to the device"] = size / min(timed(partial(there.copy_, here))[0] for _ in range(3))
+        rates[f"{kind}, to the host"] = size / min(timed(partial(here.copy_, there))[0] for _ in range(3))
     return rates
 
 

@@ -51,8 +51,8 @@ class Case:
 
         packed, table, d_out = draw(B, L, 3, H, K, scale=K**-0.25), draw(BUCKETS, H), draw(B, L, H, K)
         q, k, v = packed.permute(2, 0, 3, 1, 4).unbind()
-        inputs = [each.detach().requires_grad_() for each in (self.sharpness * q, k, v, table)]
-        out = attend(backend, *inputs, self._documents())
+        q, k, v, table = inputs = [each.detach().requires_grad_() for each in (self.sharpness * q, k, v, table)]
+        out = attend(backend, q, k, v, table, self._documents())
         return [out.detach(), *torch.autograd.grad(out, inputs, d_out.transpose(1, 2))]
 
     def _documents(self) -> Tensor | None:

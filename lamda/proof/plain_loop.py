@@ -21,7 +21,7 @@ class PlainLoop:
         initialize_weights(self._model, seed=config.run.seed, base_width=config.train.base_width)
         self._model.to(device)
         self._optimizer = make_optimizer(self._model, config.train)
-        self._masters = list(self._model.parameters())
+        self._masters: list[torch.Tensor] = list(self._model.parameters())
         self._working = LaMDA(config.model, recompute=config.train.recompute).to(device, dtype)
         self._copy_back()
         if compiled:
@@ -45,11 +45,9 @@ class PlainLoop:
             loss.backward()
             on_phase("backward", None)
             for master, parameter in zip(self._masters, self._working.parameters(), strict=True):
-                if master.grad is None:
-                    master.grad = parameter.grad.float()
-                else:
-                    master.grad += parameter.grad
-                parameter.grad = None
+                assert parameter.grad is not None
+                gradient, parameter.grad = parameter.grad.float(), None
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             total += nll_BL.detach().sum() / targets
         torch.nn.utils.clip_grad_norm_(self._masters, self._config.train.gradient_clipping)
         with without_compile(self._config.train):
@@ -61,4 +59,5 @@ class PlainLoop:
 
     def _copy_back(self) -> None:
         with torch.no_grad():
-            torch._foreach_copy_(list(self._working.parameters()), self._masters)
+            working: list[torch.Tensor] = list(self._working.parameters())
+            torch._foreach_copy_(working, self._masters)
