@@ -36,13 +36,13 @@ from lamda.training.stop_requests import STOP_EXIT
 LOG_LINES = 15
 
 
-def text_flags(folder: Path) -> Flags:
+def _text_flags(sizes: Sizes, folder: Path) -> Flags:
     """The text of the runs: `FOLDER/text`, which is the standard library of this Python if nothing was carried."""
     text = folder / TEXT
     write_corpus(text)
     flags = (f"--data.files={text}/train/*.jsonl.zst", f"--data.eval_files={text}/val.jsonl.zst")
     tokenizer = text / "tokenizer.model"
-    return (*flags, f"--tokenizer.path={tokenizer}") if tokenizer.exists() else flags
+    return (*flags, f"--tokenizer.path={tokenizer}") if sizes.takes_tokenizer and tokenizer.exists() else flags
 
 
 def _flags(sizes: Sizes, folder: Path, *, steps: int, every: int) -> Flags:
@@ -54,7 +54,7 @@ def _flags(sizes: Sizes, folder: Path, *, steps: int, every: int) -> Flags:
         "model.attention": attention(),
         "wandb.mode": "disabled",
     }
-    return (*sizes.learner, *text_flags(folder), *(f"--{key}={value}" for key, value in settings.items()))
+    return (*sizes.learner, *_text_flags(sizes, folder), *(f"--{key}={value}" for key, value in settings.items()))
 
 
 def resume(sizes: Sizes, findings: Findings, folder: Path) -> None:

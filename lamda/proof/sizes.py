@@ -15,7 +15,8 @@ class Sizes:
     that are measured compiled, too. tokens, heads, width, rounds: of timed attention. gemm_seconds: of matrix products.
     steps: timed steps of each kind. step_tokens, micro_tokens: tokens of a step, and of the micro-batches to try,
     largest first. models: configurations for steps and checkpoints, largest first; the first that fits into memory is
-    used. learner, learn_steps, resume_steps: configuration and steps of real runs. transfer_bytes: copied and written.
+    used. learner, learn_steps, resume_steps: configuration and steps of real runs. takes_tokenizer: whether the
+    tokenizer that was carried has the model's vocabulary. transfer_bytes: copied and written.
     """
 
     shapes: tuple[tuple[int, int, int, int], ...]
@@ -31,6 +32,7 @@ class Sizes:
     micro_tokens: tuple[int, ...]
     models: tuple[Flags, ...]
     learner: Flags
+    takes_tokenizer: bool
     learn_steps: int
     resume_steps: int
     transfer_bytes: int
@@ -53,6 +55,7 @@ GPU = Sizes(
         "--config=configs/lamda_110m.yaml", "--train.global_batch_size=32", "--train.micro_batch_size=16",
         "--train.warmup_steps=40", "--eval.batches=8",
     ),
+    takes_tokenizer=True,
     learn_steps=200,
     resume_steps=12,
     transfer_bytes=1 << 30,
@@ -81,6 +84,7 @@ REHEARSAL = Sizes(
         "--train.micro_batch_size=2", "--train.warmup_steps=2", "--train.lr=1e-2", "--eval.batches=2",
         "--tokenizer.train_bytes=200000", "--data.shuffle=64",
     ),
+    takes_tokenizer=False,
     learn_steps=20,
     resume_steps=6,
     transfer_bytes=1 << 22,
