@@ -63,7 +63,7 @@ GPU = Sizes(
 
 _TOY = (
     "--model.vocab_size=512", "--model.d_model=32", "--model.n_layers=2", "--model.n_heads=2", "--model.d_head=16",
-    "--model.d_ff=64",
+    "--model.d_ff=64", "--run.threads=1",
 )  # fmt: skip
 
 REHEARSAL = Sizes(
