@@ -11,7 +11,7 @@
 # make package-test       build the package, install it into an empty environment, train with it (about 5 minutes);
 #                         DIST=FOLDER keeps the wheel and the source archive
 # make gpu-kit            build/gpu-kit: all that `lamda prove-gpu` needs on a machine without a network (docs/performance.md)
-# make gpu-rehearsal      every part of `lamda prove-gpu` on the CPU at toy size (about two minutes)
+# make gpu-rehearsal      every part of `lamda prove-gpu` on the CPU at toy size (90 s of one core)
 # make docs               build the documentation into build/site and check its links (make docs-test runs its commands)
 # make lint               ruff, import-linter, mypy
 
