@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from lamda.proof.gemm import shapes
 from benchmarks.train import PARTS
 from lamda.config import ModelConfig
 from lamda.model.counts import flops_per_token
+from lamda.proof.gemm import shapes
 from tests.conftest import make_text, write_shard
 from tests.launch import run_ranks
 
