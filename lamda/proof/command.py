@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add = parser.add_argument
     add("--minutes", type=float, default=15.0, metavar="M", help="time for all parts together; default %(default)g")
-    add(REHEARSE, action="store_true", help="every part on the CPU at toy size, in about a minute")
+    add(REHEARSE, action="store_true", help="every part on the CPU at toy size, in 90 s of one core")
     add("--to", type=Path, default=Path("gpu-proof"), metavar="FOLDER", help="where it writes; default %(default)s")
     add(
         "--text",
