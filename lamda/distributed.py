@@ -156,7 +156,6 @@ def start(world: World, *, threads: int | None) -> torch.device:
         _keep_segments()
         torch.cuda.set_device(world.local_rank)
         return torch.device("cuda", world.local_rank)
-    _keep_memory()
     return torch.device("cpu")
 
 
@@ -201,8 +200,11 @@ def _keep_segments() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
-def _keep_memory() -> None:
-    """Let glibc keep freed memory: else it returns large blocks, and every step faults their pages in again."""
+def keep_memory() -> None:
+    """Let glibc keep freed memory: else it returns large blocks, and every step faults their pages in again.
+
+    For training steps on a CPU, once the engine has started: what that frees has other sizes and would stay unused.
+    """
     import ctypes
 
     libc = ctypes.CDLL(None)

@@ -71,6 +71,7 @@ def measure(preset: str, case: dict, world: distributed.World, device: torch.dev
     beside = {id(each) for each in there}
     with Storages() as storages:
         engine = DeepSpeedEngine(config(preset, file, ranks=world.world_size), world=world, device=device)
+        engine.initialize_weights()
         base = engine.deepspeed.basic_optimizer
         found["snapshot"] = engine.checkpoint_bytes()
         del engine._snapshots  # host memory, and here the host's is the device's

@@ -182,6 +182,13 @@ def plain_loop(
 
 
 @pytest.mark.parametrize("ranks", ["alone", "straight"])
+@pytest.mark.parametrize("case", [*(label(*case) for case in STAGES), *OTHERS])
+def test_the_shards_of_a_fresh_engine_are_those_of_a_model_that_one_process_draws(results, case, ranks):
+    wrong = json.loads((results.folder / f"{ranks}-{case}.wrong.json").read_text())
+    assert wrong == [[]] * (1 if ranks == "alone" else 2)
+
+
+@pytest.mark.parametrize("ranks", ["alone", "straight"])
 def test_masked_targets_are_normalized_by_their_number_over_ranks_and_micro_batches(results, ranks):
     """Rows have from none to most of their targets; a mean of micro-batches' means would differ."""
     found = results(f"{ranks}-masked")
