@@ -200,20 +200,6 @@ def _keep_segments() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
-def keep_memory() -> None:
-    """Let glibc keep freed memory: else it returns large blocks, and every step faults their pages in again.
-
-    For training steps on a CPU, once the engine has started: what that frees has other sizes and would stay unused.
-    """
-    import ctypes
-
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        trim_threshold, mmap_max, arena_max = -1, -4, -8
-        for option, value in ((trim_threshold, -1), (mmap_max, 0), (arena_max, 1)):
-            libc.mallopt(option, value)
-
-
 @contextmanager
 def exit_after(waiting: str, world: World, *, seconds: float = JOIN_SECONDS) -> Iterator[None]:
     """Exit with code 1 and a message of what was waited for if the block takes longer than `seconds`."""

@@ -18,6 +18,7 @@ from lamda.cluster.memory import (
     MemorySetting,
     activations,
     by_phase,
+    host_bytes_at_start,
     items,
     model_states,
     parameter_sizes,
@@ -166,7 +167,7 @@ def _plan_memory(config: Config, machine: Machine, setting: MemorySetting) -> Me
         phases=by_phase(items(setting)),
         by_recompute=by_recompute,
         by_stage=by_stage,
-        host_bytes_at_start=4 * parameters(config.model),
+        host_bytes_at_start=host_bytes_at_start(setting),
         host_bytes_of_rows=estimates.loader_bytes(config, ranks=machine.gpus),
         host_bytes_of_snapshot=snapshot_bytes(setting),
     )
@@ -203,12 +204,10 @@ def _warnings(
 
 
 def _too_large(memory: MemoryPlan, ways: list[str]) -> str:
-    needed, limit, start = (bytes / 1e9 for bytes in (memory.peak, memory.usable_bytes, memory.phases["start"]))
+    needed, limit = memory.peak / 1e9, memory.usable_bytes / 1e9
     message = f"does not fit: a rank needs {needed:.1f} GB and can count on {limit:.1f} GB of its {memory.gpu}"
     if ways:
         return f"{message}; what would fit: {'; or '.join(ways)}"
-    if start > limit:
-        return f"{message}; every rank first builds the whole model, {start:.1f} GB in fp32, whatever the settings"
     return f"{message}, and no setting of this batch does; take a GPU with more memory or a smaller model"
 
 

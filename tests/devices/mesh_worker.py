@@ -71,7 +71,8 @@ def trained(engine: FlaxEngine, *, micro_batch: int) -> dict[str, object]:
 def wrong_at_start(engine: FlaxEngine) -> list[str]:
     """The weights that are not as drawn."""
     drawn = initial_weights(engine.config.model, seed=engine.config.run.seed)
-    return [name for name, each in plain_weights(engine.state.weights) if not (each == drawn[name].draw().numpy()).all()]
+    found = plain_weights(engine.state.weights)
+    return [name for name, each in found if not np.array_equal(each, drawn[name].draw().numpy())]
 
 
 def of_program(engine: FlaxEngine, *, micro_batch: int) -> dict[str, object]:

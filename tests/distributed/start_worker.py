@@ -1,8 +1,8 @@
 """Starts a model under ZeRO stage 3 on this rank and measures host memory; `start_worker.py CASE.json OUT`.
 
 A case: {"model": dimensions, "sub_group_size": elements}. Each rank writes to OUT/<rank>.json, in bytes by the kernel's
-own figures (VmHWM): the peak of an engine without weights, the peak after they were drawn, what the process had before,
-and its share of the state: 16 bytes per parameter over all ranks (bf16 weights and gradients, fp32 masters and moments).
+own figures (VmRSS, VmHWM), what the process had before and the peak of the start, and its share of the state: 16 bytes
+per parameter over all ranks (bf16 weights and gradients, fp32 masters and moments).
 """
 
 from __future__ import annotations
@@ -16,19 +16,12 @@ from pathlib import Path
 from lamda import distributed
 from lamda.config.schema import Config
 from lamda.engines.deepspeed.engine import DeepSpeedEngine
-from lamda.engines.deepspeed.initialization import empty_model
 from lamda.model.counts import parameters
-from tests.launch import ROOT
 
 
 def status(key: str) -> int:
     """A figure of this process in bytes."""
     return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-
-def peak_from_here() -> None:
-    """Reset the kernel's peak to what is used now."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def config(case: dict, file: Path) -> Config:
@@ -41,7 +34,8 @@ def config(case: dict, file: Path) -> Config:
 
 
 def main() -> None:
-    """Measure. Should the limit be wrong, this process fails rather than another one."""
+    """Measure. Should memory run out, this process ends rather than another one."""
+    Path("/proc/self/oom_score_adj").write_text("1000")
     case, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     world = distributed.read_world()
     device = distributed.start(world, threads=1)

@@ -21,7 +21,6 @@ from lamda.cli import main
 from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.distributed import World
-from lamda.engines.deepspeed import checkpoint
 from lamda.engines.deepspeed.engine import DeepSpeedEngine
 from lamda.inference.loading import find_checkpoint, load_run
 from lamda.interop.huggingface import export as export_module

@@ -22,7 +22,7 @@ from lamda.config import ds_config
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.data.loader import StepBatch, batch_digest
-from lamda.distributed import World, keep_memory
+from lamda.distributed import World
 from lamda.durable import Progress
 from lamda.engines.deepspeed import checkpoint, compile, lora, weight_check
 from lamda.engines.deepspeed.fragments import gathered_parameters, reset_state
@@ -31,6 +31,7 @@ from lamda.engines.deepspeed.optimizer import check_the_norm_alone, make_optimiz
 from lamda.engines.deepspeed.staging import DeviceBatch, ToHost, arrays_of, to_device
 from lamda.engines.protocol import PhaseHook, StepMetrics
 from lamda.engines.shared_drawing import drawn_pieces, largest_first
+from lamda.host_memory import keep_memory, trim_memory
 from lamda.inference.generation import prefill, sample
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
@@ -97,6 +98,7 @@ class DeepSpeedEngine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=make_optimizer(model, config.train), config=settings, dist_init_required=False
             )
+        trim_memory()
         check_the_norm_alone(self.deepspeed.optimizer)
         reset_state(self.deepspeed, optimizer=config.train.optimizer, updates=0)
         self._snapshots = checkpoint.Snapshots(self.deepspeed, device=device)
