@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Any
 
 from lamda.cluster import estimates
 from lamda.cluster.estimates import DEVICES, Device, unknown_device
@@ -19,6 +18,7 @@ from lamda.cluster.memory import (
     activations,
     by_phase,
     host_bytes_at_start,
+    host_bytes_offloaded,
     items,
     model_states,
     parameter_sizes,
@@ -132,7 +132,7 @@ def plan(config: Config, machine: Machine) -> Plan:
         checkpoint_interval=estimates.checkpoint_interval(
             config, gpus=machine.gpus, save_seconds=machine.save_seconds, step_seconds=time.step_seconds
         ),
-        warnings=[*_warnings(config, machine, setting, memory, deepspeed)],
+        warnings=[*_warnings(config, setting, memory)],
     )
 
 
@@ -168,6 +168,7 @@ def _plan_memory(config: Config, machine: Machine, setting: MemorySetting) -> Me
         by_recompute=by_recompute,
         by_stage=by_stage,
         host_bytes_at_start=host_bytes_at_start(setting),
+        host_bytes_offloaded=host_bytes_offloaded(setting),
         host_bytes_of_rows=estimates.loader_bytes(config, ranks=machine.gpus),
         host_bytes_of_snapshot=snapshot_bytes(setting),
     )
@@ -190,15 +191,10 @@ def _plan_time(steps: int, tokens_per_step: int, flops: int, machine: Machine, *
     )
 
 
-def _warnings(
-    config: Config, machine: Machine, setting: MemorySetting, memory: MemoryPlan, deepspeed: dict[str, Any]
-) -> Iterator[str]:
+def _warnings(config: Config, setting: MemorySetting, memory: MemoryPlan) -> Iterator[str]:
     if not memory.fits:
         limit = memory.usable_bytes
         yield _too_large(memory, nearest_that_fit(setting, batch=config.train.global_batch_size, limit=limit))
-    for key in ("offload_optimizer", "offload_param"):
-        if deepspeed.get("zero_optimization", {}).get(key):
-            yield f"{config.deepspeed.config}: zero_optimization.{key}: this plan counts nothing as offloaded"
     if rank := config.train.lora_rank:
         yield f"train.lora_rank {rank}: this plan counts a run that trains all weights, which needs more"
 

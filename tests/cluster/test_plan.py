@@ -182,11 +182,14 @@ def test_a_model_that_no_setting_makes_fit_is_said_to_be_one(planned):
     assert "no setting of this batch does" in warning
 
 
-def test_offloading_is_said_not_to_be_counted(tmp_path):
-    own = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-    (tmp_path / "ds.json").write_text(json.dumps(own))
-    (warning,) = plan(a_config(deepspeed={"config": str(tmp_path / "ds.json")}), Machine()).warnings
-    assert "zero_optimization.offload_optimizer" in warning
+def test_offload_moves_all_but_the_weights_to_the_host_so_that_the_2b_fits_on_24_gigabytes(planned):
+    small = ["--train.micro_batch_size", "1", "--train.recompute", "ffn", "--gpu", "rtx4090"]
+    memory = planned(*LAMDA_2B, *small, "--deepspeed.config", "deepspeed/offload-cpu.json")["memory"]
+    assert memory["fits"]
+    assert memory["host_bytes_offloaded"] == (2 + 4 + 8 + 4 + 4) * TOTALS["2b"]
+    without = planned(*LAMDA_2B, *small, code=1)["memory"]
+    assert not without["fits"]
+    assert without["host_bytes_offloaded"] == 0
 
 
 def test_adapters_are_said_not_to_be_counted():

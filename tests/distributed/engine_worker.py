@@ -53,7 +53,9 @@ def counted(step: int) -> np.ndarray:
 
 def config(job: dict, folder: Path, rank: int) -> Config:
     """The configuration of a job, with a DeepSpeed file of its own."""
-    own = {"communication_data_type": "fp32", "zero_optimization": {"stage": job["stage"]}}
+    own = {"communication_data_type": "fp32", "zero_optimization": {"stage": job["stage"], **job.get("zero", {})}}
+    if "zero" in job:
+        own["zero_force_ds_cpu_optimizer"] = False
     if job["bf16"]:
         own["bf16"] = {"enabled": True}
         if job["stage"]:
