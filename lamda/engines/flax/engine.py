@@ -152,7 +152,7 @@ class FlaxEngine:
 
     def _empty_state(self) -> TrainState:
         """The shapes and shardings of the state, without values."""
-        weights = {
+        weights: Any = {
             name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in stacked_shapes(self.config.model).items()
         }
         state = TrainState(weights, jax.eval_shape(self._optimizer.init, weights))

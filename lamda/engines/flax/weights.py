@@ -87,10 +87,10 @@ def place_weights(
 
     So it needs one plain weight at a time.
     """
-    shapes, weights = stacked_shapes(config), {}
+    shapes, weights = stacked_shapes(config), Weights()
     for name, layers in groupby(plain, key=lambda item: stacked_name(item[0])):
         sharding, shape = shardings[name], shapes[name]
-        places = sharding.addressable_devices_indices_map(shape)
+        places = {device: index or () for device, index in sharding.addressable_devices_indices_map(shape).items()}
         shards = {device: np.empty(sharding.shard_shape(shape), np.float32) for device in places}
         for layer, (_, weight) in enumerate(layers):
             for device, index in places.items():
