@@ -101,7 +101,7 @@ def test_the_peak_of_a_step_is_within_5_percent(measured, case):
 
 @by_name
 def test_a_start_needs_no_more_than_planned(measured, case):
-    assert measured[case]["start"] <= expected("tiny", case)["start"]
+    assert measured[case]["start"] <= expected("wider", case)["start"]
 
 
 @by_name

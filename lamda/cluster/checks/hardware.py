@@ -9,12 +9,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lamda.cluster import estimates
 from lamda.cluster.checks.finding import Check, Finding, Subject, failure, ok, warning
-from lamda.cluster.memory import MemorySetting, host_bytes_offloaded
+from lamda.cluster.memory import MemorySetting, host_bytes_offloaded, snapshot_bytes
 from lamda.cluster.zero import Sharding
 from lamda.config import ds_config
-from lamda.model.counts import parameters
 
 if TYPE_CHECKING:
     import torch
@@ -101,8 +99,8 @@ def offload(subject: Subject) -> Finding:
     setting = MemorySetting.of(config, sharding, accumulation=settings["gradient_accumulation_steps"])
     if not (offloaded := host_bytes_offloaded(setting)):
         return ok("not needed: nothing is offloaded")
-    copy = sharding.share(estimates.checkpoint_bytes(parameters(config.model), width=sharding.weight))
-    needed, available = world.local_world_size * (offloaded + copy), available_memory()
+    needed = world.local_world_size * (offloaded + snapshot_bytes(setting))
+    available = available_memory()
     message = f"{available / 1e9:,.1f} GB of host memory are free, {needed / 1e9:,.1f} GB are needed for it"
     if available < needed:
         return failure(message, "take a node with more memory, more ranks, or a file without offload")
