@@ -50,6 +50,7 @@ def measure(config: Config, *, steps: int, alone: bool) -> dict[str, Any]:
     world = flax.world()
     flax.check(config, world)
     engine = flax.engine(config, world=world, device=flax.start(config, world), domains=1)
+    engine.initialize_weights()
     is_bf16 = ds_config.is_bf16(ds_config.read(config))
     beside = None if alone else _plain(config, is_bf16=is_bf16)
     rounds: dict[str, list[float]] = {"jax": [], "pytorch": []}

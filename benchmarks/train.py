@@ -68,6 +68,7 @@ def measure(config: Config, world: World, *, steps: int, seconds: float, plain: 
         folder = Path(distributed.broadcast(stack.enter_context(tempfile.TemporaryDirectory())))
         inputs = Inputs.open(config, _directory(folder, world), world, form=form_of(config))
         engine = DeepSpeedEngine(config, world=world, device=device, domains=len(inputs.domains) + 1)
+        engine.initialize_weights()
         dtype = torch.bfloat16 if engine.is_bf16 else torch.float32
         rows = config.train.micro_batch_size * config.data.sequence_length
         before = _allocated(device)

@@ -156,7 +156,6 @@ def start(world: World, *, threads: int | None) -> torch.device:
         _keep_segments()
         torch.cuda.set_device(world.local_rank)
         return torch.device("cuda", world.local_rank)
-    _keep_memory()
     return torch.device("cpu")
 
 
@@ -199,17 +198,6 @@ def _keep_segments() -> None:
     """Let PyTorch grow GPU memory segments unless the user has configured them: fixed ones fragment."""
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-
-
-def _keep_memory() -> None:
-    """Let glibc keep freed memory: else it returns large blocks, and every step faults their pages in again."""
-    import ctypes
-
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        trim_threshold, mmap_max, arena_max = -1, -4, -8
-        for option, value in ((trim_threshold, -1), (mmap_max, 0), (arena_max, 1)):
-            libc.mallopt(option, value)
 
 
 @contextmanager

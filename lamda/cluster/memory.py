@@ -1,6 +1,6 @@
 """A rank's GPU memory by item, in each phase of a run under DeepSpeed 0.19.8.
 
-    start      every rank builds the whole fp32 model before DeepSpeed shards it
+    start      weights without values, and DeepSpeed's copy as it flattens them; at stage 3 the one being sharded
     loss       start of the backward pass: all activations, the logits and their gradient
     backward   in the last block; gradients of earlier micro-batches are there too
     reduction  gradients are reduced at the end of a step (stages 2 and 3: during backward)
@@ -16,6 +16,7 @@ Dimensions: see `lamda/model/decoder.py`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -25,7 +26,7 @@ from typing import Literal, assert_never, get_args
 from lamda.cluster.zero import Sharding
 from lamda.config import ModelConfig
 from lamda.config.schema import Config, OptimizerName, Recompute
-from lamda.model.weights import is_matrix, weight_shapes
+from lamda.model.weights import is_matrix, param_group_of, weight_shapes
 
 Phase = Literal["start", "loss", "backward", "reduction", "update"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -151,13 +152,41 @@ def _states(sizes: Sequence[int], setting: MemorySetting) -> Iterator[MemoryItem
     small = sum(size for size in sizes if size < sharding.persistent)
     shard = sharding.share(total) if sharding.stage else total
     has_masters = sharding.stage or sharding.is_bf16
-    yield MemoryItem("whole model in fp32", 4 * total, ("start",))
-    yield _state("weights", (shard if sharding.stage == 3 else total) * width, STEP)
+    if not sharding.offloads_weights:
+        yield _state("weights", (shard if sharding.stage == 3 else total) * width, PHASES)
+    yield MemoryItem("weights being flattened", _flattened(setting.model, sharding) * width, ("start",))
+    yield MemoryItem("a weight before it is sharded", max(sizes) * (4 + width) * (sharding.stage == 3), ("start",))
     if sharding.stage == 3 and sharding.ranks > 1:
         yield _state("small weights, kept whole", small * width, STEP)
         yield MemoryItem("weights, gathered", min(total - small, sharding.live) * width, COMPUTING)
+    if sharding.offloads_optimizer:
+        return
     yield _state("fp32 master weights", 4 * shard if has_masters else 0, STEP)
     yield _state("optimizer state", 4 * (sharding.share(kept) if sharding.stage else kept), STEP)
+
+
+def _flattened(model: ModelConfig, sharding: Sharding) -> int:
+    """Elements that DeepSpeed copies together: a parameter group at stages 1 and 2; at stage 3 it does on the host."""
+    by_group: Counter[str] = Counter()
+    for name, shape in weight_shapes(model).items():
+        by_group[param_group_of(name)] += prod(shape)
+    return max(by_group.values()) if sharding.stage in (1, 2) else 0
+
+
+def host_bytes_at_start(setting: MemorySetting) -> int:
+    """A rank's most: a weight as it is drawn, or at stage 3 its shard, which DeepSpeed flattens on the host."""
+    sizes, sharding = parameter_sizes(setting.model), setting.sharding
+    flattened = sharding.share(sum(sizes)) * sharding.weight if sharding.stage == 3 else 0
+    return max(flattened, 4 * max(sizes))
+
+
+def host_bytes_offloaded(setting: MemorySetting) -> int:
+    """A rank's masters, moments, fp32 and accumulated gradients, and weights or DeepSpeed's copy of them (stage 2)."""
+    sharding, shard = setting.sharding, setting.sharding.share(sum(parameter_sizes(setting.model)))
+    weights = sharding.width_on_host * shard
+    if not sharding.offloads_optimizer:
+        return weights
+    return weights + (4 + 8 + 4 + sharding.accumulated) * shard
 
 
 def _gradients(sizes: Sequence[int], setting: MemorySetting) -> Iterator[MemoryItem]:
@@ -168,7 +197,10 @@ def _gradients(sizes: Sequence[int], setting: MemorySetting) -> Iterator[MemoryI
     yield MemoryItem("gradients being computed", (embedding + max(sizes)) * width, ("backward",))
     # With one micro-batch per step, gradients appear as activations are freed.
     earlier: tuple[Phase, ...] = COMPUTING if setting.accumulation > 1 else ()
-    if sharding.stage == 0:
+    if sharding.offloads_optimizer:
+        # One weight's gradient comes back at a time, to be added to.
+        yield MemoryItem("a gradient from the host", max(sizes) * sharding.accumulated, COMPUTING)
+    elif sharding.stage == 0:
         yield _state("gradients", total * width, (*earlier, "reduction", "update"))
     elif sharding.accumulates_whole:
         gradients = 0 if sharding.frees_gradients else total * width
@@ -209,8 +241,9 @@ def _buffers(sizes: Sequence[int], setting: MemorySetting) -> Iterator[MemoryIte
         copied = width + sent + converted if sharding.stage == 3 else width + sent if converted else 0
         yield MemoryItem("copies to reduce", in_flight * copied, reducing)
         is_copied = sharding.accumulated == width and (sharding.stage < 3 or sharding.is_bf16)
-        yield MemoryItem("gradients in fp32", 4 * shard if is_copied else 0, ("update",))
-        yield MemoryItem("gradient norm in fp64", 8 * min(max(sizes), shard), ("update",))
+        if not sharding.offloads_optimizer:
+            yield MemoryItem("gradients in fp32", 4 * shard if is_copied else 0, ("update",))
+            yield MemoryItem("gradient norm in fp64", 8 * min(max(sizes), shard), ("update",))
 
 
 def _activations(setting: MemorySetting) -> Iterator[MemoryItem]:

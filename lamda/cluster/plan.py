@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Any
 
 from lamda.cluster import estimates
 from lamda.cluster.estimates import DEVICES, Device, unknown_device
@@ -18,6 +17,8 @@ from lamda.cluster.memory import (
     MemorySetting,
     activations,
     by_phase,
+    host_bytes_at_start,
+    host_bytes_offloaded,
     items,
     model_states,
     parameter_sizes,
@@ -131,7 +132,7 @@ def plan(config: Config, machine: Machine) -> Plan:
         checkpoint_interval=estimates.checkpoint_interval(
             config, gpus=machine.gpus, save_seconds=machine.save_seconds, step_seconds=time.step_seconds
         ),
-        warnings=[*_warnings(config, machine, setting, memory, deepspeed)],
+        warnings=[*_warnings(config, setting, memory)],
     )
 
 
@@ -166,7 +167,8 @@ def _plan_memory(config: Config, machine: Machine, setting: MemorySetting) -> Me
         phases=by_phase(items(setting)),
         by_recompute=by_recompute,
         by_stage=by_stage,
-        host_bytes_at_start=4 * parameters(config.model),
+        host_bytes_at_start=host_bytes_at_start(setting),
+        host_bytes_offloaded=host_bytes_offloaded(setting),
         host_bytes_of_rows=estimates.loader_bytes(config, ranks=machine.gpus),
         host_bytes_of_snapshot=snapshot_bytes(setting),
     )
@@ -189,26 +191,19 @@ def _plan_time(steps: int, tokens_per_step: int, flops: int, machine: Machine, *
     )
 
 
-def _warnings(
-    config: Config, machine: Machine, setting: MemorySetting, memory: MemoryPlan, deepspeed: dict[str, Any]
-) -> Iterator[str]:
+def _warnings(config: Config, setting: MemorySetting, memory: MemoryPlan) -> Iterator[str]:
     if not memory.fits:
         limit = memory.usable_bytes
         yield _too_large(memory, nearest_that_fit(setting, batch=config.train.global_batch_size, limit=limit))
-    for key in ("offload_optimizer", "offload_param"):
-        if deepspeed.get("zero_optimization", {}).get(key):
-            yield f"{config.deepspeed.config}: zero_optimization.{key}: this plan counts nothing as offloaded"
     if rank := config.train.lora_rank:
         yield f"train.lora_rank {rank}: this plan counts a run that trains all weights, which needs more"
 
 
 def _too_large(memory: MemoryPlan, ways: list[str]) -> str:
-    needed, limit, start = (bytes / 1e9 for bytes in (memory.peak, memory.usable_bytes, memory.phases["start"]))
+    needed, limit = memory.peak / 1e9, memory.usable_bytes / 1e9
     message = f"does not fit: a rank needs {needed:.1f} GB and can count on {limit:.1f} GB of its {memory.gpu}"
     if ways:
         return f"{message}; what would fit: {'; or '.join(ways)}"
-    if start > limit:
-        return f"{message}; every rank first builds the whole model, {start:.1f} GB in fp32, whatever the settings"
     return f"{message}, and no setting of this batch does; take a GPU with more memory or a smaller model"
 
 

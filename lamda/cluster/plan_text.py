@@ -55,6 +55,7 @@ class MemoryPlan(Fit):
     by_recompute: dict[Recompute, RecomputePlan]
     by_stage: dict[str, StagePlan]
     host_bytes_at_start: int
+    host_bytes_offloaded: int
     host_bytes_of_rows: int
     host_bytes_of_snapshot: int
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lamda.config.ds_config import is_bf16, zero_stage
+from lamda.config.ds_config import is_bf16, offload_device, zero_stage
 from lamda.config.errors import UserError
 
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter"]
@@ -20,7 +20,8 @@ class Sharding:
 
     bucket: gradients reduced together. buckets: number of buffers of that size. live: the most weights that stage 3
     keeps gathered. persistent: smaller parameters stay gathered. All but `buckets` are in elements.
-    frees_gradients: each gradient is added to the accumulator and freed as soon as it is computed.
+    frees_gradients: each gradient is added to the accumulator and freed as soon as it is computed. offloads_optimizer:
+    masters, optimizer state and accumulated gradients are in host memory; offloads_weights: the weights too.
     """
 
     stage: int
@@ -33,6 +34,8 @@ class Sharding:
     live: int = 1_000_000_000
     persistent: int = 100_000
     frees_gradients: bool = False
+    offloads_optimizer: bool = False
+    offloads_weights: bool = False
 
     @classmethod
     def of(cls, ds_config: dict[str, Any], *, ranks: int) -> Sharding:
@@ -52,6 +55,8 @@ class Sharding:
             live=_elements("stage3_max_live_parameters", zero, default=cls.live),
             persistent=_elements("stage3_param_persistence_threshold", zero, default=cls.persistent),
             frees_gradients=bool(ds_config.get("bf16", {}).get("immediate_grad_update")),
+            offloads_optimizer=offload_device(ds_config, "offload_optimizer") != "none",
+            offloads_weights=offload_device(ds_config, "offload_param") != "none",
         )
 
     @property
@@ -64,9 +69,20 @@ class Sharding:
         """Whether every rank accumulates all gradients in fp32 and reduces them once per step (BF16_Optimizer)."""
         return self.stage == 1 and self.accumulated > self.weight
 
+    @property
+    def width_on_host(self) -> int:
+        """Bytes per element of a rank's weights in host memory."""
+        return self.weight if self.offloads_weights or (self.stage == 2 and self.offloads_optimizer) else 0
+
     def at_stage(self, stage: int) -> Sharding:
-        """The same at another ZeRO stage; stage 0 has no accumulator of another precision."""
-        return replace(self, stage=stage, accumulated=self.accumulated if stage else self.weight)
+        """The same at another ZeRO stage; stage 0 has no accumulator of another precision, and 2 and 3 can offload."""
+        return replace(
+            self,
+            stage=stage,
+            accumulated=self.accumulated if stage else self.weight,
+            offloads_optimizer=self.offloads_optimizer and stage >= 2,
+            offloads_weights=self.offloads_weights and stage == 3,
+        )
 
     def share(self, elements: int) -> int:
         """Elements per rank of a sharded tensor."""

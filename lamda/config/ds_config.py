@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from lamda.config.batches import micro_batches_per_rank
 from lamda.config.errors import UserError, nearest
@@ -21,6 +21,8 @@ OWNED_BY_CONFIG = {
     "wandb": "wandb.mode",
     "steps_per_print": "nothing: progress is the loop's own",
 }
+OffloadKey = Literal["offload_optimizer", "offload_param"]
+OFFLOAD: tuple[OffloadKey, ...] = get_args(OffloadKey)
 KNOWN = frozenset({
     "bf16", "data_types", "communication_data_type", "zero_optimization", "zero_allow_untested_optimizer", "timers",
     "wall_clock_breakdown", "dump_state", "comms_logger", "flops_profiler", "prescale_gradients",
@@ -46,6 +48,7 @@ def build(config: Config, *, world_size: int) -> dict[str, Any]:
     problems = [
         *_problems_of_optimizer(ds_config, path, config.train.optimizer),
         *_problems_of_lora(ds_config, path, config),
+        *_problems_of_offload(ds_config, path, config),
     ]
     if problems:
         raise UserError("\n".join(problems))
@@ -83,6 +86,11 @@ def is_bf16(ds_config: dict[str, Any]) -> bool:
     return bool(ds_config.get("bf16", {}).get("enabled", False))
 
 
+def offload_device(ds_config: dict[str, Any], key: OffloadKey) -> str:
+    """Where optimizer state or parameters are kept: "none" (the GPU), "cpu" or "nvme"."""
+    return str((ds_config.get("zero_optimization", {}).get(key) or {}).get("device", "none"))
+
+
 def _problems(ds_config: dict[str, Any], path: Path) -> list[str]:
     problems = []
     for key in ds_config:
@@ -93,6 +101,9 @@ def _problems(ds_config: dict[str, Any], path: Path) -> list[str]:
         elif key not in KNOWN:
             problems.append(f"{path}: {key}: not a DeepSpeed key with an effect here{nearest(key, KNOWN)}")
     flat = [key for key in ("zero_optimization", "bf16") if not isinstance(ds_config.get(key, {}), dict)]
+    if "zero_optimization" not in flat:
+        zero = ds_config.get("zero_optimization", {})
+        flat += [f"zero_optimization.{key}" for key in OFFLOAD if not isinstance(zero.get(key) or {}, dict)]
     if flat:
         return [*problems, *(f"{path}: {key}: is not a JSON object" for key in flat)]
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
@@ -145,4 +156,46 @@ def _problems_of_lora(ds_config: dict[str, Any], path: Path, config: Config) -> 
             f"{path}: zero_optimization.stage: {zero_stage(ds_config)}: {where} has almost no gradients to shard; use "
             "stage 1 (ds_config.json, deepspeed/fp32.json)"
         )
+    return problems
+
+
+def _problems_of_offload(ds_config: dict[str, Any], path: Path, config: Config) -> list[str]:
+    """Whether what the file offloads trains and resumes exactly here (docs/offload.md)."""
+    zero, stage = ds_config.get("zero_optimization", {}), zero_stage(ds_config)
+    devices = {key: device for key in OFFLOAD if (device := offload_device(ds_config, key)) != "none"}
+    problems = [
+        f"{path}: zero_optimization.{key}.device: {device} is not supported: checkpoints reach only state in memory; "
+        "use cpu (deepspeed/offload-cpu.json)"
+        for key, device in devices.items()
+        if device != "cpu"
+    ]
+    if "zenflow" in zero:
+        problems.append(
+            f"{path}: zero_optimization.zenflow: applies gradients in later steps, so no resume is exact; remove it"
+        )
+    if "offload_param" in devices and stage != 3:
+        problems.append(f"{path}: zero_optimization.offload_param: needs zero_optimization.stage 3, not {stage}")
+    if "offload_optimizer" not in devices:
+        return problems
+    where = "zero_optimization.offload_optimizer"
+    if stage < 2:
+        problems.append(
+            f"{path}: {where}: at stage {stage} DeepSpeed adds gradients up in the precision of the weights; use stage "
+            "2 (deepspeed/offload-cpu.json)"
+        )
+    if ds_config.get("zero_force_ds_cpu_optimizer", True):
+        problems.append(
+            f"{path}: zero_force_ds_cpu_optimizer: must be false with {where}: the optimizer is PyTorch's, so that a "
+            "run can change between offload and none"
+        )
+    own = {"ratio": 1.0, "super_offload": False}
+    problems += [
+        f"{path}: {where}.{key}: needs DeepSpeed's own optimizer on the CPU, whose steps differ; remove it"
+        for key, default in own.items()
+        if zero["offload_optimizer"].get(key, default) != default
+    ]
+    if config.train.optimizer != "adamw":
+        problems.append(f"{path}: {where}: only train.optimizer adamw is offloaded, not {config.train.optimizer}")
+    if config.train.lora_rank:
+        problems.append(f"{path}: {where}: adapters have almost no optimizer state; use ds_config.json")
     return problems

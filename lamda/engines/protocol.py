@@ -76,6 +76,7 @@ class Scorer(Protocol):
 class Engine(Scorer, Protocol):
     """A model, its optimizer and the devices that share them. Every rank has one and makes the same calls.
 
+    It has no weights until one of `initialize_weights`, `load_checkpoint` and `load_weights` is called.
     device: of the training loop's collectives and of a `Scorer`'s inputs. is_compiled: whether the first step compiles.
     peak_flops: FLOP/s of one device; None if unknown (then MFU is not reported). num_devices: those of all
     ranks that share the work of a batch.
@@ -97,11 +98,14 @@ class Engine(Scorer, Protocol):
     def generate(self, ids: Sequence[int], sampling: Sampling) -> list[int]:
         """Continue `ids`; the same result on every rank."""
 
+    def initialize_weights(self) -> None:
+        """Draw the weights from `run.seed`; the optimizer state is fresh."""
+
     def load_checkpoint(self, path: Path) -> None:
         """Load weights and optimizer state from a verified checkpoint. Raises UserError before anything is changed."""
 
     def load_weights(self, path: Path) -> None:
-        """Load the weights of a safetensors file by plain name and reset the optimizer state."""
+        """Load the weights of a safetensors file by plain name; the optimizer state is fresh."""
 
     def corrupted_ranks(self) -> list[int]:
         """Ranks whose weights do not match what the optimizer computed."""
@@ -136,7 +140,7 @@ class Framework(Protocol):
         """Join the process group (`lamda.distributed`) and return this rank's `Engine.device`. Raises UserError."""
 
     def engine(self, config: Config, *, world: World, device: torch.device, domains: int, progress: Progress) -> Engine:
-        """An engine with fresh weights. Raises UserError.
+        """An engine without weights. Raises UserError.
 
         domains: number of domains with a loss of their own. progress: called as weights are made or loaded, and for
         each generated token.

@@ -12,7 +12,9 @@ Three scales differ; docs/learning.md shows the gain of each:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,30 +30,37 @@ Draw = Callable[[Tensor, torch.Generator], Tensor]  # fills a tensor from a gene
 
 
 @torch.no_grad()
-def initialize_weights(
-    model: LaMDA, *, seed: int, base_width: int | None = None, progress: Callable[[], object] = lambda: None
-) -> None:
-    """Fill a model with its `initial_weights`, rounded to its precision. progress: called after each weight."""
+def initialize_weights(model: LaMDA, *, seed: int, base_width: int | None = None) -> None:
+    """Fill a model with its `initial_weights`, rounded to its precision."""
     weights = model.export_weights()
-    for name, drawn in initial_weights(model.config, seed=seed, base_width=base_width):
-        weights[name].copy_(drawn)
-        progress()
+    for name, initial in initial_weights(model.config, seed=seed, base_width=base_width).items():
+        weights[name].copy_(initial.draw())
 
 
-def initial_weights(config: ModelConfig, *, seed: int, base_width: int | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Draw every weight by name, in fp32 on the CPU. Each has its own generator, seeded by (seed, name).
+class InitialWeight(NamedTuple):
+    """A weight that is not drawn yet. draw: returns it in fp32 on the CPU, the same each time."""
 
-    So the values do not depend on ranks, device, precision or the order of modules. base_width: width of the model
+    shape: tuple[int, ...]
+    draw: Callable[[], Tensor]
+
+
+def initial_weights(config: ModelConfig, *, seed: int, base_width: int | None = None) -> dict[str, InitialWeight]:
+    """Every weight by name. Each has its own generator, seeded by (seed, name).
+
+    So the values do not depend on ranks, device, precision or the order of drawing. base_width: width of the model
     whose learning rates are transferred (`lamda.engines.param_groups`); logits are then scaled down with the width, as
     muP prescribes (arXiv 2203.03466, table 8).
     """
     by_kind = draws(config)
-    for name, shape in weight_shapes(config).items():
+
+    def drawn(name: str, shape: tuple[int, ...]) -> Tensor:
         draw = by_kind[name.removesuffix(".weight").rpartition(".")[2]]
         weight = draw(torch.empty(shape, device="cpu"), generator(seed, name))
         if name == "final_norm.scale" and base_width is not None:
             weight.mul_((base_width / config.d_model) ** 0.5)
-        yield name, weight
+        return weight
+
+    return {name: InitialWeight(shape, partial(drawn, name, shape)) for name, shape in weight_shapes(config).items()}
 
 
 def draws(config: ModelConfig) -> dict[str, Draw]:

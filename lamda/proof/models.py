@@ -64,9 +64,11 @@ def _fits(config: Config) -> bool:
 
 
 def open_engine(config: Config) -> DeepSpeedEngine:
-    """DeepSpeed's engine on this device alone."""
+    """DeepSpeed's engine on this device alone, with initial weights."""
     from lamda.engines.deepspeed.engine import DeepSpeedEngine
 
     distributed.choose_accelerator()
     world = distributed.World()
-    return DeepSpeedEngine(config, world=world, device=distributed.start(world, threads=config.run.threads))
+    engine = DeepSpeedEngine(config, world=world, device=distributed.start(world, threads=config.run.threads))
+    engine.initialize_weights()
+    return engine

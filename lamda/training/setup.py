@@ -181,6 +181,8 @@ class TrainingJob:
                 engine.load_checkpoint(origin.path)
         elif config.model.weights is not None:
             engine.load_weights(Path(config.model.weights))
+        else:
+            engine.initialize_weights()
         watchdog.mark("start", step=0)
         return _Opened(engine, origin.path, state, inputs, benchmarks)
 

@@ -2,7 +2,7 @@
 
 `memory_worker.py PRESET CASES.json OUT.json`: a case is a configuration of DeepSpeed's. Rank 0 writes, for each,
 bytes: of weights, of the optimizer's masters and moments; copied for a checkpoint; alive when a step's last backward
-pass has ended; the most alive at any time of a step; given to each collective in a step.
+pass has ended; the most alive at the start, and at any time of a step; given to each collective in a step.
 """
 
 import gc
@@ -71,6 +71,8 @@ def measure(preset: str, case: dict, world: distributed.World, device: torch.dev
     beside = {id(each) for each in there}
     with Storages() as storages:
         engine = DeepSpeedEngine(config(preset, file, ranks=world.world_size), world=world, device=device)
+        engine.initialize_weights()
+        found["start"] = storages.peak
         base = engine.deepspeed.basic_optimizer
         found["snapshot"] = engine.checkpoint_bytes()
         del engine._snapshots  # host memory, and here the host's is the device's

@@ -120,6 +120,15 @@ def test_a_containers_small_shared_memory_is_a_failure_for_gpus_alone(subject, m
     assert hardware.shared_memory(on_gpu).level == "failure"
 
 
+def test_a_host_without_room_for_what_is_offloaded_is_a_failure(subject, monkeypatch):
+    assert hardware.offload(subject).text == "not needed: nothing is offloaded"
+    offloading = changed(subject, deepspeed={"config": "deepspeed/offload-cpu.json"})
+    assert hardware.offload(offloading).level == "ok"
+    monkeypatch.setattr(hardware, "available_memory", lambda: 10**6)
+    assert "0.0 GB of host memory are free" in hardware.offload(offloading).text
+    assert hardware.offload(offloading).level == "failure"
+
+
 def test_a_missing_compiler_matters_where_kernels_are_built(subject, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert hardware.compiler(subject).level == "ok"

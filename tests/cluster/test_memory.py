@@ -71,6 +71,7 @@ def expected(preset, case):
         **{name: named.get(item, 0) for name, item in STATES.items()},
         "snapshot": snapshot_bytes(setting),
         "backward": model_states(found) + others,
+        "start": max(by_phase(found).values()),
         "peak": max(by_phase(found)[phase] for phase in STEP),
         "sent": {each.kind: each.tensors for each in sent},
     }
@@ -96,6 +97,11 @@ def test_the_host_memory_for_a_checkpoint_is_within_5_percent(measured, case):
 @by_name
 def test_the_peak_of_a_step_is_within_5_percent(measured, case):
     assert expected("wider", case)["peak"] == pytest.approx(measured[case]["peak"], rel=0.05)
+
+
+@by_name
+def test_a_start_needs_no_more_than_planned(measured, case):
+    assert measured[case]["start"] <= expected("wider", case)["start"]
 
 
 @by_name

@@ -25,6 +25,7 @@ from lamda.distributed import World, start_hosts, stop  # noqa: E402
 from lamda.engines.flax.engine import FlaxEngine  # noqa: E402
 from lamda.engines.flax.weights import plain_weights  # noqa: E402
 from lamda.inference.sampling import Sampling  # noqa: E402
+from lamda.model.initialization import initial_weights  # noqa: E402
 from lamda.storage import commit  # noqa: E402
 
 STEPS, BATCH, LENGTH, VOCABULARY = 3, 16, 12, 96
@@ -67,6 +68,13 @@ def trained(engine: FlaxEngine, *, micro_batch: int) -> dict[str, object]:
     }
 
 
+def wrong_at_start(engine: FlaxEngine) -> list[str]:
+    """The weights that are not as drawn."""
+    drawn = initial_weights(engine.config.model, seed=engine.config.run.seed)
+    found = plain_weights(engine.state.weights)
+    return [name for name, each in found if not np.array_equal(each, drawn[name].draw().numpy())]
+
+
 def of_program(engine: FlaxEngine, *, micro_batch: int) -> dict[str, object]:
     """What the compiled step gathers, and what of all layers it has at once: whole weights, and scores; by shape."""
     batch = engine._placed_batch(batch_of(0, micro_batch=micro_batch))
@@ -100,13 +108,17 @@ def main(folder: Path) -> None:
     for name, (fsdp, tensor, micro_batch) in MESHES[DEVICES].items():
         config = config_of(fsdp, tensor, micro_batch=micro_batch)
         engines[name] = FlaxEngine(config, world=World(), is_bf16=False, domains=2)
-        found[name] = trained(engines[name], micro_batch=micro_batch)
+        engines[name].initialize_weights()
+        wrong = wrong_at_start(engines[name])
+        found[name] = trained(engines[name], micro_batch=micro_batch) | {"wrong at start": wrong}
     if DEVICES == 8:
         (folder / "checkpoint").mkdir()
         files = engines["2x2x2"].snapshot(folder / "checkpoint")()
         names = {str(file.relative_to(folder / "checkpoint")): commit.sync_and_describe(file) for file in files}
         commit.seal(folder / "checkpoint", {"files": names})
-        engines["2x4x1"].load_checkpoint(folder / "checkpoint")
+        resumed = FlaxEngine(engines["2x4x1"].config, world=World(), is_bf16=False, domains=2)
+        resumed.load_checkpoint(folder / "checkpoint")
+        engines["2x4x1"].state = resumed.state
         found["moved"] = {name: each.tolist() for name, each in plain_weights(engines["2x4x1"].state.weights)}
         found["moved on"] = trained(engines["2x4x1"], micro_batch=2)
         found["on"] = trained(engines["2x2x2"], micro_batch=2)

@@ -43,6 +43,10 @@ def test_a_mesh_computes_what_one_device_does(found, mesh):
         np.testing.assert_allclose(many["weights"][name], weight, rtol=0, atol=1e-5, err_msg=name)
 
 
+def test_the_shards_of_a_fresh_engine_are_those_of_the_drawn_weights(found):
+    assert [found[mesh]["wrong at start"] for mesh in ("1x1x1", "8x1x1", "2x4x1", "2x2x2")] == [[]] * 4
+
+
 def test_a_checkpoint_continues_on_another_mesh(found):
     assert found["moved"] == found["2x2x2"]["weights"]
     np.testing.assert_allclose(found["moved on"]["losses"], found["on"]["losses"], rtol=0, atol=1e-5)

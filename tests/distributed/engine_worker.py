@@ -2,7 +2,8 @@
 
 A job: {"name", "stage", "bf16", "from": step, "steps": to step, "load": folder or null, "save": folder
 or null, "poison": step or null, "asked": step or null, "orthogonalize_in": dtype of Muon or null}.
-Results go to OUT/<name>.safetensors (plain weights and losses) from rank 0.
+Results go to OUT/<name>.safetensors (plain weights and losses) from rank 0, and to OUT/<name>.wrong.json what each rank
+finds wrong with its initial weights.
 """
 
 import itertools
@@ -21,12 +22,15 @@ from lamda import distributed
 from lamda.config.schema import Config
 from lamda.data.loader import MicroBatch, StepBatch
 from lamda.data.windows import SourceOrder
-from lamda.engines.deepspeed import checkpoint
+from lamda.engines.deepspeed import checkpoint, lora
 from lamda.engines.deepspeed.checkpoint import model_weights
 from lamda.engines.deepspeed.engine import DeepSpeedEngine, DeepSpeedStep
+from lamda.engines.deepspeed.fragments import fragments
 from lamda.inference.sampling import Sampling
 from lamda.interop.harness.in_training import RanksDecoder
 from lamda.interop.harness.scoring import Prompt, ScoredRow
+from lamda.model import LaMDA
+from lamda.model.initialization import initialize_weights
 from lamda.storage.state import RunState
 from lamda.training.saver import Saver
 
@@ -49,7 +53,9 @@ def counted(step: int) -> np.ndarray:
 
 def config(job: dict, folder: Path, rank: int) -> Config:
     """The configuration of a job, with a DeepSpeed file of its own."""
-    own = {"communication_data_type": "fp32", "zero_optimization": {"stage": job["stage"]}}
+    own = {"communication_data_type": "fp32", "zero_optimization": {"stage": job["stage"], **job.get("zero", {})}}
+    if "zero" in job:
+        own["zero_force_ds_cpu_optimizer"] = False
     if job["bf16"]:
         own["bf16"] = {"enabled": True}
         if job["stage"]:
@@ -132,12 +138,40 @@ def asked_after(engine: DeepSpeedEngine, step: int, file: Path) -> Callable[...,
     return stepped
 
 
+def wrong_at_start(engine: DeepSpeedEngine) -> list[str]:
+    """What of this rank's is not as in a model that one process initializes: values, elements, state."""
+    model, dtype = LaMDA(engine.config.model), torch.bfloat16 if engine.is_bf16 else torch.float32
+    initialize_weights(model, seed=engine.config.run.seed)
+    drawn = {name: weight.to(dtype) for name, weight in model.export_weights().items()}
+    drawn |= {name: each.draw().to(dtype) for name, each in lora.initial_adapters(engine.config).items()}
+    wrong, count = [], 0
+    for part in fragments(engine.deepspeed):
+        expected = drawn[part.name].flatten()[part.start :][: part.weight.numel()]
+        others = [*(part.tensors.keys() - {"weight", "frozen"}), *part.factors]
+        is_fresh = not any((part.tensors | part.factors)[kind].any() for kind in others)
+        if not torch.equal(part.weight, expected.to(part.weight.dtype)) or not is_fresh:
+            wrong.append(part.name)
+        count += part.weight.numel() if part.is_owner else 0
+    if sum(distributed.gather(count)) != sum(weight.numel() for weight in drawn.values()):
+        wrong.append("elements are missing")
+    with engine.gathered_parameters():
+        for name, parameter in engine.model.named_parameters():
+            if parameter.dtype != dtype or not torch.equal(parameter, drawn[name]):
+                wrong.append(f"{name} of the model")
+    return wrong
+
+
 def run(job: dict, world: distributed.World, device: torch.device, out: Path) -> None:
     """Train from one step to another and save what `test_engine.py` looks at."""
     engine = DeepSpeedEngine(config(job, out, world.rank), world=world, device=device)
     state = RunState()
     if job.get("load"):
         state = checkpoint.load(out / job["load"] / f"step-{job['from']:08d}", engine.deepspeed, config=engine.config)
+    else:
+        engine.initialize_weights()
+        wrong = distributed.gather(wrong_at_start(engine))
+        if world.is_main_process:
+            (out / f"{job['name']}.wrong.json").write_text(json.dumps(wrong))
     losses, norms = [], []
     if "asked" in job:
         engine.train_step = asked_after(engine, job["asked"], out / f"{job['name']}.json")

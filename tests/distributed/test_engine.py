@@ -37,6 +37,12 @@ def job(name, stage, bf16, **more):
     return {"name": name, "stage": stage, "bf16": bf16, "steps": 4, **more}
 
 
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint."""
+    files = (checkpoint / "step-00000002").glob("*.safetensors")
+    return {f"{file.name} {name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
 def label(stage, bf16):
     return f"{stage}-{'bf16' if bf16 else 'fp32'}"
 
@@ -53,6 +59,12 @@ FORMATS = {f"muon-{dtype}": {**OPTIMIZERS["muon"], "orthogonalize_in": dtype} fo
 
 OTHERS = {**OPTIMIZERS, "lora": {"stage": 1, "bf16": True, "lora_rank": 3, "model": {"weights": "not read here"}}}
 
+CPU = {"offload_optimizer": {"device": "cpu"}}
+OFFLOADS = {
+    "offload-2": {"stage": 2, "bf16": True, "zero": CPU},
+    "offload-3": {"stage": 3, "bf16": True, "zero": {**CPU, "offload_param": {"device": "cpu"}}},
+}
+
 ASKED = [(1, False), (3, False), (3, True)]
 
 ON_TWO = [
@@ -65,6 +77,29 @@ ON_TWO = [
     *(job(f"poison-{other}", **how, poison=2) for other, how in OTHERS.items()),
     *(job(f"two-{other}", **how, load=f"from-two-{other}", **{"from": 2}) for other, how in OTHERS.items()),
     job("straight-masked", 1, True, masked=True),
+    *(job(f"straight-{how}", **own) for how, own in OFFLOADS.items()),
+    *(job(f"half-{how}", **{**own, "steps": 2}, save=f"from-two-{how}") for how, own in OFFLOADS.items()),
+    *(job(f"two-{how}", **own, load=f"from-two-{how}", **{"from": 2}) for how, own in OFFLOADS.items()),
+    *(
+        job(
+            f"{how}-to-none",
+            own["stage"],
+            True,
+            load=f"from-two-{how}",
+            save=f"{how}-to-none",
+            **{"from": 2, "steps": 2},
+        )
+        for how, own in OFFLOADS.items()
+    ),
+    *(
+        job(
+            f"none-to-{how}",
+            load=f"from-two-{own['stage']}-bf16",
+            save=f"none-to-{how}",
+            **{**own, "from": 2, "steps": 2},
+        )
+        for how, own in OFFLOADS.items()
+    ),
     *(job(f"asked-{label(*case)}", *case, asked=2) for case in ASKED),
     job("other-stage", 2, True, load="from-two-1-bf16", **{"from": 2}),
     job("other-stage-3", 3, True, load="from-two-1-bf16", **{"from": 2}),
@@ -202,6 +237,13 @@ def plain_loop(
 
 
 @pytest.mark.parametrize("ranks", ["alone", "straight"])
+@pytest.mark.parametrize("case", [*(label(*case) for case in STAGES), *OTHERS])
+def test_the_shards_of_a_fresh_engine_are_those_of_a_model_that_one_process_draws(results, case, ranks):
+    wrong = json.loads((results.folder / f"{ranks}-{case}.wrong.json").read_text())
+    assert wrong == [[]] * (1 if ranks == "alone" else 2)
+
+
+@pytest.mark.parametrize("ranks", ["alone", "straight"])
 def test_masked_targets_are_normalized_by_their_number_over_ranks_and_micro_batches(results, ranks):
     """Rows have from none to most of their targets; a mean of micro-batches' means would differ."""
     found = results(f"{ranks}-masked")
@@ -288,6 +330,20 @@ def test_a_run_continues_with_another_number_of_ranks(results, case):
 )
 def test_a_run_continues_at_another_zero_stage(results, half, resumed, stages):
     assert_plain_loops_weights(results(half), results(resumed), stages=stages)
+
+
+@pytest.mark.parametrize("how", OFFLOADS)
+def test_offload_computes_the_same_and_its_state_moves_to_none_and_back_bit_for_bit(results, how):
+    """The norm of the gradients is added up in another order, so its last digit may differ."""
+    none = f"{OFFLOADS[how]['stage']}-bf16"
+    straight, resumed, plain = (results(name) for name in (f"straight-{how}", f"two-{how}", f"straight-{none}"))
+    assert_same_weights(straight, resumed)
+    torch.testing.assert_close(straight["losses"], plain["losses"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(straight["norms"], plain["norms"], rtol=1e-6, atol=0)
+    for source, moved in ((f"from-two-{how}", f"{how}-to-none"), (f"from-two-{none}", f"none-to-{how}")):
+        before, after = tensors(results.folder / source), tensors(results.folder / moved)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -31,6 +31,7 @@ def main() -> None:
     message = {}
     for stage in (1, 2, 3):
         engine = DeepSpeedEngine(config({"stage": stage, "bf16": True}, OUT, world.rank), world=world, device=device)
+        engine.initialize_weights()
         engine.train_step(batch(0, world), lr=1e-2)
         before, draw = state(engine), random.Random(stage)
         updated = 0

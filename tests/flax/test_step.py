@@ -38,7 +38,8 @@ def rows(step: int) -> np.ndarray:
 
 def compiled(dtype: jnp.dtype) -> tuple[Step, TrainState]:
     mesh = make_mesh(CONFIG.flax, CONFIG.model)
-    drawn = dict(initial_weights(CONFIG.model, seed=1, base_width=CONFIG.train.base_width))
+    own = initial_weights(CONFIG.model, seed=1, base_width=CONFIG.train.base_width)
+    drawn = {name: each.draw() for name, each in own.items()}
     weights = make_weights(CONFIG.model, lambda name, index: drawn[name].numpy()[index], dtype=dtype)
     optimizer = make_optimizer(CONFIG.train, CONFIG.model)
     state = TrainState(weights, optimizer.init(weights))

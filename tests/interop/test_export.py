@@ -21,7 +21,6 @@ from lamda.cli import main
 from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.distributed import World
-from lamda.engines.deepspeed import checkpoint
 from lamda.engines.deepspeed.engine import DeepSpeedEngine
 from lamda.inference.loading import find_checkpoint, load_run
 from lamda.interop.huggingface import export as export_module
@@ -60,8 +59,7 @@ def train(tmp_path_factory, device, tokenizer_path):
             }
         )
         engine = DeepSpeedEngine(own, world=World(), device=device)
-        if weights is not None:
-            checkpoint.load_weights(weights, engine.deepspeed)
+        engine.initialize_weights() if weights is None else engine.load_weights(weights)
         with MetricsFile(run / "metrics.jsonl", discarded=run / "metrics.discarded.jsonl", step=0) as metrics:
             for step in (1, 2):
                 loss = engine.train_step(batch(step, World()), lr=1e-2).wait().loss()

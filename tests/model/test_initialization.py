@@ -134,7 +134,7 @@ def test_the_drawn_weights_are_those_of_an_initialized_module(bias_per_layer, ba
     config = ModelConfig(**SMALL, bias_per_layer=bias_per_layer)
     model = LaMDA(config)
     initialize_weights(model, seed=5, base_width=base_width)
-    drawn = dict(initial_weights(config, seed=5, base_width=base_width))
+    drawn = {name: each.draw() for name, each in initial_weights(config, seed=5, base_width=base_width).items()}
     assert drawn.keys() == model.export_weights().keys()
     torch.testing.assert_close(drawn, dict(model.export_weights()), rtol=0, atol=0)
     query = generator(5, "layers.1.attention.query.weight")

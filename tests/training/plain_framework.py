@@ -64,7 +64,6 @@ class Engine:
     def __init__(self, config, world, domains):
         self.config, self.world, self.domains = config, world, domains
         self.model = LaMDA(config.model)
-        initialize_weights(self.model, seed=config.run.seed)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0)
         self.steps, self.spoilt_after = 0, int(os.environ.get("TEST_SPOIL_AFTER") or -1)
 
@@ -112,6 +111,9 @@ class Engine:
     def generate(self, ids, sampling):
         with self.eval_mode():
             return sample(self.model, prefill(self.model, ids), sampling=sampling).ids[0]
+
+    def initialize_weights(self):
+        initialize_weights(self.model, seed=self.config.run.seed)
 
     def load_checkpoint(self, path):
         self.load_weights(path / "model.safetensors")

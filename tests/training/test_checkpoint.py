@@ -31,7 +31,9 @@ def engine_of(folder, device, train) -> DeepSpeedEngine:
     own = config({"stage": 1, "bf16": False}, folder, 0)
     changed = {**own.train.model_dump(exclude_unset=True), **train}
     own = Config.model_validate({**own.model_dump(exclude_unset=True), "train": changed})
-    return DeepSpeedEngine(own, world=World(), device=device)
+    engine = DeepSpeedEngine(own, world=World(), device=device)
+    engine.initialize_weights()
+    return engine
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +166,7 @@ def test_the_state_of_another_optimizer_is_refused_before_anything_is_filled(sav
     """`find_resume_point` reports it first, and what to do."""
     own = config({"stage": 0, "bf16": False, "optimizer": "adafactor"}, tmp_path, 0)
     other = DeepSpeedEngine(own, world=World(), device=device)
+    other.initialize_weights()
     before = {key: tensor.clone() for key, tensor in checkpoint.local_state(other.deepspeed)}
     assert {tuple(key.split("|")[:2]): tensor.numel() for key, tensor in before.items()} == checkpoint.state_sizes(own)
     with pytest.raises(UserError, match=r"exp_avg.* which is not part of the state"):

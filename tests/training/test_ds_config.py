@@ -1,6 +1,7 @@
 """DeepSpeed's file and the configuration each own their keys; every wrong one is told at once."""
 
 import json
+import re
 
 import pytest
 
@@ -10,7 +11,12 @@ from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 
 TRAIN = {"steps": 10, "global_batch_size": 48, "micro_batch_size": 4, "gradient_clipping": 0.5}
-SHIPPED = {"ds_config.json": 1, "deepspeed/fp32.json": 0}
+SHIPPED = {
+    "ds_config.json": 1,
+    "deepspeed/fp32.json": 0,
+    "deepspeed/stage3.json": 3,
+    "deepspeed/offload-cpu.json": 2,
+}
 """The ZeRO stage of each file."""
 
 
@@ -145,7 +151,37 @@ def test_deepspeed_accepts_the_shipped_files_for_2b(name):
 
     theirs = DeepSpeedConfig(built)
     assert theirs.zero_optimization_stage == zero_stage(built) == SHIPPED[name]
-    assert theirs.bfloat16_config.enabled == is_bf16(built) == (name == "ds_config.json")
+    assert theirs.bfloat16_config.enabled == is_bf16(built) == (name != "deepspeed/fp32.json")
     assert theirs.train_batch_size == 256
     assert theirs.gradient_accumulation_steps == 32
     assert theirs.gradient_clipping == config.train.gradient_clipping
+
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+
+@pytest.mark.parametrize(
+    ("zero", "more", "message"),
+    [
+        ({"stage": 2, **OFFLOAD}, {}, "zero_force_ds_cpu_optimizer: must be false with zero_optimization.offload_opt"),
+        ({"stage": 1, **OFFLOAD}, {"zero_force_ds_cpu_optimizer": False}, "zero_optimization.offload_optimizer: at "),
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, {}, "zero_optimization.offload_param: needs .* 3, not 2"),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, {}, "zero_optimization.offload_param.device: nvme is not"),
+        ({"stage": 2, "zenflow": {}}, {}, "zero_optimization.zenflow: "),
+        (
+            {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}},
+            {"zero_force_ds_cpu_optimizer": False},
+            "zero_optimization.offload_optimizer.super_offload: ",
+        ),
+        ({"stage": 2, "offload_optimizer": "cpu"}, {}, "zero_optimization.offload_optimizer: is not a JSON object"),
+    ],
+)  # fmt: skip
+def test_offload_that_does_not_resume_exactly_is_refused_with_its_key(build_from, zero, more, message):
+    (problem,) = problems(build_from, {"bf16": {"enabled": True}, "zero_optimization": zero, **more})
+    assert re.match(message, problem)
+
+
+def test_an_offload_device_of_none_is_none(build_from):
+    assert build_from(
+        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none"}, "offload_param": None}}
+    )

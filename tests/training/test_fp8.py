@@ -21,7 +21,7 @@ def initialized(**sizes) -> LaMDA:
 def test_everything_that_is_missing_is_reported_at_once(monkeypatch):
     monkeypatch.setattr(fp8, "find_spec", lambda name: None)
     with pytest.raises(UserError) as caught:
-        fp8.check(initialized(d_ff=36), torch.device("cpu"))
+        fp8.check(ModelConfig(**SHAPE, d_ff=36), torch.device("cpu"))
     assert str(caught.value) == (
         "train.fp8 needs a GPU of the Hopper class or newer (or Ada); the package torchao (pip install "
         "'lamda-pytorch[fp8]'); widths that are multiples of 16, not 36"

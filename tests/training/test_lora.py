@@ -166,9 +166,9 @@ def every_parameter(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
 
 def test_the_first_factor_depends_on_seed_and_name_alone(config_of):
     def drawn(seed: int) -> dict[str, torch.Tensor]:
-        model = LaMDA(config_of(1, bf16=False).model)
-        lora.adapt(model, rank=RANK, seed=seed)
-        return {name: each for name, each in adapters_of(model).items() if ".lora_a." in name}
+        own = config_of(1, bf16=False)
+        own = own.model_copy(update={"run": own.run.model_copy(update={"seed": seed})})
+        return {name: each.draw() for name, each in lora.initial_adapters(own).items() if ".lora_a." in name}
 
     one, again, other = drawn(1), drawn(1), drawn(2)
     assert all(torch.equal(one[name], again[name]) and not torch.equal(one[name], other[name]) for name in one)

@@ -31,9 +31,11 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory, device):
-    return DeepSpeedEngine(
+    engine = DeepSpeedEngine(
         config({"stage": 1, "bf16": True}, tmp_path_factory.mktemp("own"), 0), world=World(), device=device
     )
+    engine.initialize_weights()
+    return engine
 
 
 @pytest.fixture

@@ -20,7 +20,11 @@ from tests.distributed.engine_worker import BATCH, LENGTH, batch, config
 
 def engine_of(folder, device, *, stage=1, **train) -> DeepSpeedEngine:
     own = config({"stage": stage, "bf16": True}, folder, 0).model_dump(exclude_unset=True)
-    return DeepSpeedEngine(Config.model_validate({**own, "train": own["train"] | train}), world=World(), device=device)
+    engine = DeepSpeedEngine(
+        Config.model_validate({**own, "train": own["train"] | train}), world=World(), device=device
+    )
+    engine.initialize_weights()
+    return engine
 
 
 def steps(engine, count):

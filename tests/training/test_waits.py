@@ -53,9 +53,11 @@ class OwnCalls(TorchFunctionMode):
 
 def engine_of(folder, device, *, stage, bf16, layers=2):
     own = config({"stage": stage, "bf16": bf16}, folder, 0).model_dump(exclude_unset=True)
-    return DeepSpeedEngine(
+    engine = DeepSpeedEngine(
         Config.model_validate({**own, "model": own["model"] | {"n_layers": layers}}), world=World(), device=device
     )
+    engine.initialize_weights()
+    return engine
 
 
 def scalar_reads(engine, on_phase=lambda phase, tensor: None):

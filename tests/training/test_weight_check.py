@@ -16,6 +16,7 @@ from tests.distributed.engine_worker import batch, config
 @pytest.mark.parametrize(("stage", "bf16"), [(0, True), (1, False), (1, True), (2, True)])
 def test_a_turned_bit_in_a_copy_or_behind_it_is_found(tmp_path, device, stage, bf16):
     engine = DeepSpeedEngine(config({"stage": stage, "bf16": bf16}, tmp_path, 0), world=World(), device=device)
+    engine.initialize_weights()
     engine.train_step(batch(0, World()), lr=1e-2)
     assert corrupted_ranks(engine.deepspeed) == []
     copy = list(engine.model.parameters())[-2].detach().view(-1)

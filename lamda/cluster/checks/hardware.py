@@ -1,4 +1,4 @@
-"""GPUs, processor cores and shared memory."""
+"""GPUs, processor cores and host memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import os
 import shutil
 import subprocess
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lamda.cluster.checks.finding import Check, Finding, Subject, failure, ok, warning
+from lamda.cluster.memory import MemorySetting, host_bytes_offloaded, snapshot_bytes
+from lamda.cluster.zero import Sharding
+from lamda.config import ds_config
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +91,22 @@ def shared_memory(subject: Subject) -> Finding:
     return ok(f"/dev/shm holds {size / 1e9:.0f} GB")
 
 
+def offload(subject: Subject) -> Finding:
+    """Check that the node's memory has room for what its ranks offload, and for the copy of a save."""
+    config, world = subject.config, subject.world
+    settings = ds_config.build(config, world_size=world.world_size)
+    sharding = Sharding.of(settings, ranks=world.world_size)
+    setting = MemorySetting.of(config, sharding, accumulation=settings["gradient_accumulation_steps"])
+    if not (offloaded := host_bytes_offloaded(setting)):
+        return ok("not needed: nothing is offloaded")
+    needed = world.local_world_size * (offloaded + snapshot_bytes(setting))
+    available = available_memory()
+    message = f"{available / 1e9:,.1f} GB of host memory are free, {needed / 1e9:,.1f} GB are needed for it"
+    if available < needed:
+        return failure(message, "take a node with more memory, more ranks, or a file without offload")
+    return ok(message)
+
+
 def compiler(subject: Subject) -> Finding:
     """Check for the C compiler that Triton needs on a GPU."""
     if subject.device.type != "cuda":
@@ -96,6 +116,12 @@ def compiler(subject: Subject) -> Finding:
         needed = subject.config.model.attention not in ("math", "sdpa")
         return failure(message, advice) if needed else warning(message, advice)
     return ok(found)
+
+
+def available_memory() -> int:
+    """Bytes of host memory that are free or can be freed."""
+    lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 def driver_version() -> str | None:
@@ -149,5 +175,6 @@ CHECKS = (
     Check("bf16", "rank", bf16),
     Check("cores", "node", cores),
     Check("shared memory", "node", shared_memory),
+    Check("offload", "node", offload),
     Check("compiler", "node", compiler),
 )

@@ -16,7 +16,7 @@ from lamda import console
 from lamda.config.errors import UserError, all_of
 from lamda.dialog.options import add_options, reply_options_of, toolset_of, usable_tools
 from lamda.dialog.server.limits import Limits
-from lamda.dialog.server.memory import limit_arenas
+from lamda.host_memory import limit_arenas
 
 _SWITCH_SECONDS = 0.0005
 """Interpreter switch interval: the connection thread waits this long for the GIL after each system call."""

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from lamda.config.errors import RunError, UserError
 from lamda.dialog.server.admission import ClientDisconnected, Ticket
-from lamda.dialog.server.memory import trim_memory
 from lamda.dialog.server.protocol import RequestError
+from lamda.host_memory import trim_memory
 from lamda.inference.cache import Prefix
 from lamda.inference.generation import Candidates, OnToken, Pieces, forward
 from lamda.inference.sampling import Sampling

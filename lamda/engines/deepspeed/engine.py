@@ -7,7 +7,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +24,19 @@ from lamda.config.schema import Config
 from lamda.data.loader import StepBatch, batch_digest
 from lamda.distributed import World
 from lamda.durable import Progress
-from lamda.engines.deepspeed import checkpoint, compile, fp8, lora, weight_check
+from lamda.engines.deepspeed import checkpoint, compile, lora, weight_check
 from lamda.engines.deepspeed.fragments import gathered_parameters, reset_state
+from lamda.engines.deepspeed.initialization import empty_model, fill_weights
 from lamda.engines.deepspeed.optimizer import check_the_norm_alone, make_optimizer, set_learning_rate, without_compile
 from lamda.engines.deepspeed.staging import DeviceBatch, ToHost, arrays_of, to_device
 from lamda.engines.protocol import PhaseHook, StepMetrics
+from lamda.engines.shared_drawing import drawn_pieces, largest_first
+from lamda.host_memory import keep_memory, trim_memory
 from lamda.inference.generation import prefill, sample
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
 from lamda.model.counts import peak_flops
-from lamda.model.initialization import initialize_weights
+from lamda.model.initialization import InitialWeight, initial_weights
 from lamda.model.loss import token_nll
 
 log = logging.getLogger(__name__)
@@ -86,32 +89,19 @@ class DeepSpeedEngine:
         self._is_unguarded = self.stage == 0 and not self.is_bf16
         if self._is_unguarded:
             settings["gradient_clipping"] = 0.0
-        model = self._make_model()
         self.is_compiled = compile.is_worthwhile(config, device, stage=self.stage)
-        if self.is_compiled:
-            compile.compile_blocks(model)
         self._is_first = True
         with _quiet(), without_compile(config.train):
+            model = empty_model(config, settings, device)
+            if self.is_compiled:
+                compile.compile_blocks(model)
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=make_optimizer(model, config.train), config=settings, dist_init_required=False
             )
+        trim_memory()
         check_the_norm_alone(self.deepspeed.optimizer)
         reset_state(self.deepspeed, optimizer=config.train.optimizer, updates=0)
         self._snapshots = checkpoint.Snapshots(self.deepspeed, device=device)
-
-    def _make_model(self) -> LaMDA:
-        config, train = self.config, self.config.train
-        model = LaMDA(config.model, recompute=train.recompute)
-        initialize_weights(model, seed=config.run.seed, base_width=train.base_width, progress=self._progress)
-        if train.lora_rank:
-            lora.adapt(model, rank=train.lora_rank, seed=config.run.seed)
-            if self.is_bf16:
-                model.bfloat16()  # DeepSpeed does it too, but only after the whole model was on the device in fp32
-        model.to(self.device)
-        if train.fp8:
-            fp8.check(model, self.device)
-            fp8.convert(model)
-        return model
 
     @property
     def model(self) -> LaMDA:
@@ -150,6 +140,8 @@ class DeepSpeedEngine:
 
     def _train_step(self, batch: StepBatch, lr: float, counters: Sequence[int], on_phase: PhaseHook) -> DeepSpeedStep:
         """Nothing here waits for the device but DeepSpeed's update (docs/performance.md)."""
+        if self._is_first and self.device.type == "cpu":
+            keep_memory()
         set_learning_rate(self.deepspeed.optimizer, lr)
         parts, summed = self._to_device(batch, counters)
         sums = summed[: 2 * self.domains].view(2, self.domains)
@@ -217,11 +209,23 @@ class DeepSpeedEngine:
         """The full parameters on every rank (at ZeRO stage 3 each rank holds a part)."""
         return gathered_parameters(self.deepspeed, list(self.model.parameters()))
 
+    def initialize_weights(self) -> None:
+        config = self.config
+        weights = initial_weights(config.model, seed=config.run.seed, base_width=config.train.base_width)
+        self._draw(weights | lora.initial_adapters(config))
+
     def load_checkpoint(self, path: Path) -> None:
         checkpoint.load(path, self.deepspeed, config=self.config, progress=self._progress)
 
     def load_weights(self, path: Path) -> None:
+        self._draw(lora.initial_adapters(self.config))
         checkpoint.load_weights(path, self.deepspeed, progress=self._progress)
+
+    def _draw(self, weights: Mapping[str, InitialWeight]) -> None:
+        """Draw these weights, rounded as the model's."""
+        dtype = torch.bfloat16 if self.is_bf16 else torch.float32
+        pieces = drawn_pieces(largest_first(weights), world=self.world, device=self.device, dtype=dtype)
+        fill_weights(self.deepspeed, pieces, progress=self._progress)
 
     def corrupted_ranks(self) -> list[int]:
         return weight_check.corrupted_ranks(self.deepspeed)

@@ -49,6 +49,7 @@ def reset_state(engine: deepspeed.DeepSpeedEngine, *, optimizer: OptimizerName, 
         # Muon has no step counter; fused optimizers keep theirs on the device.
         device = parameter.device if group.get("fused") else torch.device("cpu")
         counter = {} if is_muon else {"step": torch.tensor(float(updates), device=device)}
+        base.state.pop(parameter, None)  # first, so that old and new state are never there together
         base.state[parameter] = {**counter, **fresh_state(parameter.detach(), optimizer=optimizer, is_muon=is_muon)}
 
 

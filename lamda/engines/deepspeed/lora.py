@@ -8,13 +8,15 @@ learning rate. Each matrix of a block has its own pair.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lamda.config.schema import Config
 from lamda.model import LaMDA
-from lamda.model.initialization import generator
+from lamda.model.initialization import InitialWeight, generator
 from lamda.model.layers import Linear
 from lamda.model.weights import is_matrix, weight_shapes
 
@@ -38,21 +40,29 @@ class Adapted(nn.Module):
         return product.add_(self.weight).to(self.weight.dtype)
 
 
-@torch.no_grad()
-def adapt(model: LaMDA, *, rank: int, seed: int) -> None:
-    """Freeze the model and add an adapter to each of the blocks' matrices.
-
-    A's entries have the variance 1 / inputs, so that A x is as large as x; they depend only on the seed and their
-    name, as those of `lamda.model.initialization`.
-    """
+def adapt(model: LaMDA, *, rank: int) -> None:
+    """Freeze the model and add an adapter to each of the blocks' matrices; its weights are not set yet."""
     model.requires_grad_(requires_grad=False)
     matrices = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
     for name, matrix in matrices:
-        adapted = Adapted(matrix.get_parameter("weight"), rank=rank)
-        a, b = adapted.lora_a.weight, adapted.lora_b.weight
-        a.copy_(torch.empty(a.shape).normal_(0.0, a.shape[1] ** -0.5, generator=generator(seed, f"{name}.lora_a")))
-        b.zero_()
-        model.set_submodule(name, adapted)
+        model.set_submodule(name, Adapted(matrix.get_parameter("weight"), rank=rank))
+
+
+def initial_adapters(config: Config) -> dict[str, InitialWeight]:
+    """The adapters' weights by name: B is zero, and A's entries have the variance 1 / inputs.
+
+    So A x is as large as x. The values depend only on the seed and their name, as those of
+    `lamda.model.initialization`.
+    """
+
+    def drawn(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name.endswith("lora_b.weight"):
+            return torch.zeros(shape)
+        own = generator(config.run.seed, name.removesuffix(".weight"))
+        return torch.empty(shape).normal_(0.0, shape[1] ** -0.5, generator=own)
+
+    shapes = {name: shape for name, shape in trained_shapes(config).items() if is_adapter(name)}
+    return {name: InitialWeight(shape, partial(drawn, name, shape)) for name, shape in shapes.items()}
 
 
 def merged(model: LaMDA, name: str) -> Tensor:

@@ -27,8 +27,9 @@ from lamda.engines.flax.optimizer import make_optimizer
 from lamda.engines.flax.sharding import ROWS, MeshPlacement, make_mesh, row_ranks, shardings_like, weight_sharding
 from lamda.engines.flax.step import Batch, StepOutput, TrainState, make_step
 from lamda.engines.flax.weight_check import corrupted_processes
-from lamda.engines.flax.weights import Weights, bind, load_weights, make_weights, stacked_shapes
+from lamda.engines.flax.weights import Weights, bind, in_stacks, load_weights, place_weights, stacked_shapes
 from lamda.engines.protocol import PhaseHook, StepMetrics
+from lamda.engines.shared_drawing import drawn_pieces, whole
 from lamda.inference.sampling import Sampling
 from lamda.model.counts import peak_flops
 from lamda.model.initialization import initial_weights
@@ -65,7 +66,8 @@ class FlaxEngine:
         self.micro_batches = micro_batches_per_rank(config.train, world_size=row_ranks(self.mesh))
         self._dtype = jnp.bfloat16 if is_bf16 else jnp.float32
         self._optimizer = make_optimizer(config.train, config.model)
-        self.state = self._with_fresh_optimizer(self._initial_weights(progress))
+        self._progress = progress
+        self.state = self._empty_state()
         self._step = make_step(
             config, self._optimizer, state=self.state, mesh=self.mesh, dtype=self._dtype, domains=domains
         )
@@ -119,6 +121,13 @@ class FlaxEngine:
         (new,) = generate(self.config.model, weights, [ids], sampling, placement=self._placement)
         return new
 
+    def initialize_weights(self) -> None:
+        config = self.config
+        drawn = in_stacks(initial_weights(config.model, seed=config.run.seed, base_width=config.train.base_width))
+        pieces = drawn_pieces(drawn, world=self.world, device=self.device, dtype=torch.float32)
+        weights = place_weights(whole(pieces, drawn, progress=self._progress), config.model, self._shardings())
+        self.state = self._with_fresh_optimizer(weights)
+
     def load_checkpoint(self, path: Path) -> None:
         self.state = self._checkpointer.read(path, self.state)
 
@@ -141,13 +150,15 @@ class FlaxEngine:
     def _shardings(self) -> dict[str, NamedSharding]:
         return {name: weight_sharding(name, self.mesh) for name in stacked_shapes(self.config.model)}
 
-    def _initial_weights(self, progress: Progress) -> Weights:
-        model, drawn = self.config.model, {}
-        for name, weight in initial_weights(model, seed=self.config.run.seed, base_width=self.config.train.base_width):
-            drawn[name] = weight.numpy()
-            progress()
-        return make_weights(
-            model, lambda name, index: drawn[name][index], dtype=jnp.float32, shardings=self._shardings()
+    def _empty_state(self) -> TrainState:
+        """The shapes and shardings of the state, without values."""
+        weights: Any = {
+            name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in stacked_shapes(self.config.model).items()
+        }
+        state = TrainState(weights, jax.eval_shape(self._optimizer.init, weights))
+        shardings = shardings_like(state, self.mesh, stacked_shapes(self.config.model))
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
         )
 
     def _with_fresh_optimizer(self, weights: Weights) -> TrainState:

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -24,6 +26,8 @@ from lamda.config.schema import Recompute
 from lamda.durable import umask_mode
 from lamda.engines.flax.model import LaMDA, Placement
 from lamda.model.weights import check_shapes, weight_shapes
+
+T = TypeVar("T")
 
 Weights = dict[str, Array]  # stacked weights by name
 
@@ -66,6 +70,37 @@ def make_weights(
         )
         for name, shape in stacked_shapes(config).items()
     }
+
+
+def in_stacks(plain: Mapping[str, T]) -> dict[str, T]:
+    """The same in the order of `stacked_shapes`: the layers of a weight follow one another."""
+    layers: dict[str, dict[str, T]] = {}
+    for name, value in plain.items():
+        layers.setdefault(stacked_name(name), {})[name] = value
+    return {name: value for stack in layers.values() for name, value in stack.items()}
+
+
+def place_weights(
+    plain: Iterable[tuple[str, NDArray[np.generic]]], config: ModelConfig, shardings: Mapping[str, Sharding]
+) -> Weights:
+    """Stacked weights of plain ones, which come in the order of `in_stacks`; this process copies its devices' shards.
+
+    So it needs one plain weight at a time.
+    """
+    shapes, weights = stacked_shapes(config), Weights()
+    for name, layers in groupby(plain, key=lambda item: stacked_name(item[0])):
+        sharding, shape = shardings[name], shapes[name]
+        places = {device: index or () for device, index in sharding.addressable_devices_indices_map(shape).items()}
+        shards = {device: np.empty(sharding.shard_shape(shape), np.float32) for device in places}
+        for layer, (_, weight) in enumerate(layers):
+            for device, index in places.items():
+                if name.startswith("layers."):
+                    shards[device][layer] = weight[index[1:]]
+                else:
+                    shards[device][...] = weight[index]
+        on_devices = [jax.device_put(shard, device) for device, shard in shards.items()]
+        weights[name] = jax.make_array_from_single_device_arrays(shape, sharding, on_devices)
+    return weights
 
 
 def load_weights(
