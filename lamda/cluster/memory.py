@@ -24,7 +24,8 @@ from typing import Literal, assert_never, get_args
 
 from lamda.cluster.zero import Sharding
 from lamda.config import ModelConfig
-from lamda.config.schema import Config, OptimizerName, Recompute
+from lamda.config.schema import Backend, Config, OptimizerName, Recompute
+from lamda.model.backend_choice import Target, resolve
 from lamda.model.weights import is_matrix, weight_shapes
 
 Phase = Literal["start", "loss", "backward", "reduction", "update"]
@@ -73,9 +74,10 @@ class MemoryItem:
 
 @dataclass(frozen=True)
 class MemorySetting:
-    """The settings that memory depends on."""
+    """The settings that memory depends on. attention: the backend, whatever `model.attention` says."""
 
     model: ModelConfig
+    attention: Backend
     sharding: Sharding
     rows: int
     length: int
@@ -85,12 +87,16 @@ class MemorySetting:
     optimizer: OptimizerName = "adamw"
 
     @classmethod
-    def of(cls, config: Config, sharding: Sharding, *, accumulation: int) -> MemorySetting:
-        """The settings of a run."""
+    def of(
+        cls, config: Config, sharding: Sharding, *, accumulation: int, capability: tuple[int, int]
+    ) -> MemorySetting:
+        """The settings of a run on GPUs of this compute capability. Raises UserError if attention cannot run there."""
+        target = Target(capability, sharding.weight, config.model.d_head)
+        attention = resolve(config.model.attention, target, training=True)
         rows, length = config.train.micro_batch_size, config.data.sequence_length
         recompute, has_documents = config.train.recompute, config.data.separates_documents
         optimizer = config.train.optimizer
-        return cls(config.model, sharding, rows, length, accumulation, recompute, has_documents, optimizer)
+        return cls(config.model, attention, sharding, rows, length, accumulation, recompute, has_documents, optimizer)
 
 
 def parameter_sizes(model: ModelConfig) -> list[int]:
@@ -224,13 +230,13 @@ def activations(setting: MemorySetting) -> Activations:
     """Activations of a micro-batch."""
     model, width = setting.model, setting.sharding.weight
     D, F, V, HK = model.d_model, model.d_ff, model.vocab_size, model.n_heads * model.d_head
-    scores, attention_backward = _attention(model, length=setting.length, width=width)
+    scores, attention_backward = _attention(setting.attention, model, length=setting.length, width=width)
     norm = D * width + 4  # its input, and 1 / rms in fp32
     attention = norm + D * width + 4 * HK * width + scores
     feed_forward = norm + D * width + 4 * F * width
     layer = {"none": attention + feed_forward, "ffn": attention + D * width, "block": D * width}[setting.recompute]
     ends = norm + D * width + 8 + 8 + 4  # the final norm, its output, token, target, logsumexp
-    mask = setting.length if setting.has_documents and model.attention in ("math", "sdpa") else 0
+    mask = setting.length if setting.has_documents and setting.attention in ("math", "sdpa") else 0
     # The feed-forward half runs backward first, and its activations are freed before attention's backward pass.
     block = max(feed_forward + 2 * F * width, attention_backward)
     block += {"none": -feed_forward, "ffn": 0, "block": attention}[setting.recompute]
@@ -252,7 +258,7 @@ def recomputed_flops(model: ModelConfig, *, length: int, recompute: Recompute) -
     return model.n_layers * {"none": 0, "ffn": gate_up, "block": gate_up + attention}[recompute]
 
 
-def _attention(model: ModelConfig, *, length: int, width: int) -> tuple[int, int]:
+def _attention(backend: Backend, model: ModelConfig, *, length: int, width: int) -> tuple[int, int]:
     """Attention's bytes per token and layer beyond query, key, value and output: saved, and temporary in backward.
 
     `math` saves the softmax in fp32 and in the precision of the values; its backward pass holds two such. The
@@ -260,7 +266,7 @@ def _attention(model: ModelConfig, *, length: int, width: int) -> tuple[int, int
     the kernels `split` needs most: copies of its inputs, and gradients of near and far keys.
     """
     H, HK, HL = model.n_heads, model.n_heads * model.d_head, model.n_heads * length
-    match model.attention:
+    match backend:
         case "math":
             return HL * (6 if width == 2 else 4), HL * (6 if width == 2 else 8)
         case "sdpa":
@@ -268,4 +274,4 @@ def _attention(model: ModelConfig, *, length: int, width: int) -> tuple[int, int
         case "flex" | "fused" | "split":
             return 4 * H, 9 * HK * width
         case _:
-            assert_never(model.attention)
+            assert_never(backend)

@@ -233,7 +233,7 @@ class DeepSpeedEngine:
         return self._snapshots.take(folder)
 
     def manifest_entries(self) -> dict[str, Any]:
-        return {"framework": "deepspeed", "zero_stage": self.stage}
+        return {"framework": "deepspeed", "zero_stage": self.stage, "attention": self.model.attention}
 
     def _too_large(self, reason: str) -> str:
         """The error message after memory ran out. Every step has the same shapes, so this happens in the first one.
