@@ -87,9 +87,7 @@ class MemorySetting:
     optimizer: OptimizerName = "adamw"
 
     @classmethod
-    def of(
-        cls, config: Config, sharding: Sharding, *, accumulation: int, capability: tuple[int, int]
-    ) -> MemorySetting:
+    def of(cls, config: Config, sharding: Sharding, *, accumulation: int, capability: tuple[int, int]) -> MemorySetting:
         """The settings of a run on GPUs of this compute capability. Raises UserError if attention cannot run there."""
         target = Target(capability, sharding.weight, config.model.d_head)
         attention = resolve(config.model.attention, target, training=True)

@@ -103,9 +103,7 @@ def plan(config: Config, machine: Machine) -> Plan:
     machine.check()
     deepspeed = ds_config.build(config, world_size=machine.gpus)
     sharding, accumulation = Sharding.of(deepspeed, ranks=machine.gpus), deepspeed["gradient_accumulation_steps"]
-    setting = MemorySetting.of(
-        config, sharding, accumulation=accumulation, capability=machine.device.capability
-    )
+    setting = MemorySetting.of(config, sharding, accumulation=accumulation, capability=machine.device.capability)
     tokens_per_step = config.train.global_batch_size * config.data.sequence_length
     flops = flops_per_token(config.model, config.data.sequence_length)
     memory = _plan_memory(config, machine, setting)

@@ -71,7 +71,9 @@ def run(monkeypatch):
 def expected(model, *, recompute="none", dtype=torch.bfloat16, documents=False):
     width = dtype.itemsize
     sharding = Sharding(stage=0, ranks=1, weight=width, accumulated=width, sent=width)
-    return activations(MemorySetting(model.config, sharding, B, L, 1, recompute, has_documents=documents))
+    return activations(
+        MemorySetting(model.config, model.attention, sharding, B, L, 1, recompute, has_documents=documents)
+    )
 
 
 @pytest.mark.parametrize("documents", [False, True])
