@@ -103,7 +103,11 @@ RECIPES = (
     Recipe(
         "An attention backend",
         new={"lamda/model/attention/einsum.py": EINSUM},
-        changes={"lamda/config/schema.py": [('["math", "sdpa",', '["math", "einsum", "sdpa",')]},
+        changes={
+            "lamda/config/schema.py": [('["math", "sdpa",', '["math", "einsum", "sdpa",')],
+            "lamda/model/backend_choice.py": [('case "math" | "sdpa":', 'case "math" | "einsum" | "sdpa":')],
+            "lamda/cluster/memory.py": [('        case "math":\n', '        case "math" | "einsum":\n')],
+        },
     ),
     Recipe(
         "A metric",

@@ -21,6 +21,7 @@ from lamda.config.schema import Attention, Recompute
 HERE = Path(__file__).parent
 ROWS, LENGTH = 2, 1024
 CAPABILITY = (9, 0)
+PARTITIONED = "aot_eager_decomp_partition"  # Inductor's decompositions and partition, without its code
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,6 @@ def run(cases: list[Case], folder: Path) -> dict[Case, Step]:
 
 def _step(case: Case) -> Step:
     import torch
-    from functorch.compile import min_cut_rematerialization_partition, nop
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._inductor.decomposition import select_decomp_table
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from lamda.config import ModelConfig
@@ -86,13 +84,8 @@ def _step(case: Case) -> Step:
             model = LaMDA(config, recompute=case.recompute)
         torch.set_default_dtype(torch.float32)
         if case.compiled:
-            # As FlexAttention runs its reference in place of a kernel, it would not take decomposed constants.
-            decompositions = {} if case.attention == "flex" else select_decomp_table()
-            backend = aot_autograd(
-                fw_compiler=nop, decompositions=decompositions, partition_fn=min_cut_rematerialization_partition
-            )
             for block in model.layers:
-                block.compile(dynamic=False, backend=backend)
+                block.compile(dynamic=False, backend=PARTITIONED)
         ids_BL = torch.zeros(ROWS, LENGTH, dtype=torch.int64, device="cuda")
         known = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         saved: dict[int, Any] = {}
@@ -122,7 +115,10 @@ def main(library: str) -> None:
     ctypes.CDLL(library)  # before torch looks for an accelerator
     import torch
 
+    from lamda.model.attention import flex
+
     torch.cuda.get_device_capability = lambda *_: CAPABILITY
+    flex._compiled = lambda: torch.compile(flex.flex_attention, backend="aot_eager")
     cases = [Case(**each) for each in json.load(sys.stdin)]
     print(json.dumps([asdict(_step(case)) for case in cases]))
 
