@@ -8,9 +8,9 @@
 
 A rank needs the maximum of the five. These are closed forms; the tests compare them with live tensors.
 
-Activations are the tensors that PyTorch saves for the backward pass when it runs operation by operation on a GPU;
-compiled blocks keep less. Activation checkpointing keeps a block's input (`block`), or everything except what the
-feed-forward half computes from its input (`ffn`), and recomputes the rest one block at a time.
+Activations are the tensors that PyTorch saves for the backward pass on a GPU. A compiled block saves three of the four
+of width F, and recomputes the other. Activation checkpointing keeps a block's input (`block`), or everything except
+what the feed-forward half computes from its input (`ffn`), and recomputes the rest one block at a time.
 Dimensions: see `lamda/model/decoder.py`.
 """
 
@@ -25,6 +25,7 @@ from typing import Literal, assert_never, get_args
 from lamda.cluster.zero import Sharding
 from lamda.config import ModelConfig
 from lamda.config.schema import Backend, Config, OptimizerName, Recompute
+from lamda.engines.deepspeed.compile import is_worthwhile
 from lamda.model.backend_choice import Target, resolve
 from lamda.model.weights import is_matrix, weight_shapes
 
@@ -85,6 +86,7 @@ class MemorySetting:
     recompute: Recompute = "none"
     has_documents: bool = False
     optimizer: OptimizerName = "adamw"
+    is_compiled: bool = False
 
     @classmethod
     def of(cls, config: Config, sharding: Sharding, *, accumulation: int, capability: tuple[int, int]) -> MemorySetting:
@@ -94,7 +96,18 @@ class MemorySetting:
         rows, length = config.train.micro_batch_size, config.data.sequence_length
         recompute, has_documents = config.train.recompute, config.data.separates_documents
         optimizer = config.train.optimizer
-        return cls(config.model, attention, sharding, rows, length, accumulation, recompute, has_documents, optimizer)
+        return cls(
+            config.model,
+            attention,
+            sharding,
+            rows,
+            length,
+            accumulation,
+            recompute,
+            has_documents,
+            optimizer,
+            is_compiled=is_worthwhile(config, "cuda", stage=sharding.stage),
+        )
 
 
 def parameter_sizes(model: ModelConfig) -> list[int]:
@@ -232,12 +245,15 @@ def activations(setting: MemorySetting) -> Activations:
     norm = D * width + 4  # its input, and 1 / rms in fp32
     attention = norm + D * width + 4 * HK * width + scores
     feed_forward = norm + D * width + 4 * F * width
-    layer = {"none": attention + feed_forward, "ffn": attention + D * width, "block": D * width}[setting.recompute]
+    again = F * width if setting.is_compiled and setting.sharding.stage < 3 else 0  # ZeRO stage 3 is not compiled
+    layer = {"none": attention + feed_forward - again, "ffn": attention + D * width, "block": D * width}[
+        setting.recompute
+    ]
     ends = norm + D * width + 8 + 8 + 4  # the final norm, its output, token, target, logsumexp
     mask = setting.length if setting.has_documents and setting.attention in ("math", "sdpa") else 0
     # The feed-forward half runs backward first, and its activations are freed before attention's backward pass.
     block = max(feed_forward + 2 * F * width, attention_backward)
-    block += {"none": -feed_forward, "ffn": 0, "block": attention}[setting.recompute]
+    block += {"none": again - feed_forward, "ffn": 0, "block": attention}[setting.recompute]
     tokens = setting.rows * setting.length
     return Activations(
         kept=tokens * (model.n_layers * layer + ends + mask),

@@ -14,24 +14,9 @@ from lamda.model.attention import sdpa
 from lamda.model.counts import flops_per_token
 from lamda.model.initialization import initialize_weights
 from lamda.model.loss import ROWS, token_losses
-from tests.cluster.storages import Storages
+from tests.cluster.storages import FusedNorm, Storages
 
 B, L, V = 2, 256, 512
-
-
-class FusedNorm(torch.autograd.Function):
-    """Keeps what PyTorch's fused kernel keeps on a GPU, input and 1 / rms; its CPU path keeps wide copies as well."""
-
-    @staticmethod
-    def forward(ctx, x, scale, eps):
-        inverse = x.float().square().mean(-1, keepdim=True).add(eps).rsqrt()
-        ctx.save_for_backward(x, inverse, scale)
-        return (x * inverse).to(x.dtype) * scale
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, _, scale = ctx.saved_tensors
-        return gradient * scale, (gradient * x).sum((0, 1)), None
 
 
 def again(block, x, view):

@@ -11,12 +11,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lamda.config.schema import Attention, Recompute
+
+if TYPE_CHECKING:
+    import torch
 
 HERE = Path(__file__).parent
 ROWS, LENGTH = 2, 1024
@@ -110,6 +114,20 @@ def _step(case: Case) -> Step:
         return Step(model.attention, size, counters["stats"]["unique_graphs"], list(counters["graph_break"]), unlike)
 
 
+def _norm_of_gpus(rows: torch.Tensor, shape: Sequence[int], scale: torch.Tensor, eps: float) -> torch.Tensor:
+    """Keeps what PyTorch's kernel for a GPU keeps; a build without CUDA takes the norm apart, and keeps wide copies.
+
+    Inductor takes it apart on a GPU, too.
+    """
+    import torch
+
+    from tests.cluster.storages import FusedNorm
+
+    if torch.compiler.is_compiling():
+        return torch.rms_norm(rows, shape, scale, eps)
+    return FusedNorm.apply(rows, scale, eps)
+
+
 def main(library: str) -> None:
     """Reads cases from standard input and prints their steps as one line of JSON."""
     ctypes.CDLL(library)  # before torch looks for an accelerator
@@ -118,6 +136,7 @@ def main(library: str) -> None:
     from lamda.model.attention import flex
 
     torch.cuda.get_device_capability = lambda *_: CAPABILITY
+    torch.nn.functional.rms_norm = _norm_of_gpus
     flex._compiled = lambda: torch.compile(flex.flex_attention, backend="aot_eager")
     cases = [Case(**each) for each in json.load(sys.stdin)]
     print(json.dumps([asdict(_step(case)) for case in cases]))

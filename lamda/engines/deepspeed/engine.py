@@ -87,7 +87,7 @@ class DeepSpeedEngine:
         if self._is_unguarded:
             settings["gradient_clipping"] = 0.0
         model = self._make_model()
-        self.is_compiled = compile.is_worthwhile(config, device, stage=self.stage)
+        self.is_compiled = compile.is_worthwhile(config, device.type, stage=self.stage)
         if self.is_compiled:
             compile.compile_blocks(model)
         self._is_first = True
