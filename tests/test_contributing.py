@@ -217,6 +217,8 @@ def test_the_optimizer_and_the_attention_backend_train(trained):
     assert rows[-1]["loss"] < rows[0]["loss"]
     manifest = json.loads(next(trained.glob("checkpoints/step-*/manifest.json")).read_text("utf-8"))
     assert any(name.startswith("optimizer") for name in manifest["files"])
+    assert manifest["attention"] == "einsum"
+    assert "attention: einsum" in (trained / "train.log").read_text("utf-8")
 
 
 def test_the_metric_is_a_column_and_a_panel(trained):
