@@ -92,7 +92,7 @@ def test_memory_that_runs_out_names_the_micro_batch_that_fits(tmp_path, device, 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_what_fits_is_measured_after_the_failed_step_is_let_go(tmp_path, device, monkeypatch, stage):
     """The error's frames hold the step's activations; at stage 3 the ranks that failed could not measure alone."""
-    engine, failed, alive = engine_of(tmp_path, device.type, stage=stage), [], []
+    engine, failed, alive = engine_of(tmp_path, device, stage=stage), [], []
 
     def run_out(loss):
         failed.append(weakref.ref(loss))
