@@ -32,7 +32,7 @@ SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 """What one program may take, by compute capability (CUDA C++ Programming Guide, table of compute capabilities)."""
 REGISTERS, MOST_REGISTERS = 65_536, 255
 """32-bit registers of one program on each of these, and of a thread."""
-SPILLED_BYTES = {"bf16": 320, "fp32": 2560}
+SPILLED_BYTES = {"bf16": 320, "fp32": 3072}
 """What a thread may spill: our bound, to notice a change. In 32 bits the tiles do not fit, and `auto` is `flex`."""
 
 Variant = tuple[str, bool]
