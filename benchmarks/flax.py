@@ -115,7 +115,7 @@ def _device_kind() -> str:
 
 def _plain(config: Config, *, is_bf16: bool) -> PlainLoop:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    compiled = compile.is_worthwhile(config, device, stage=0)
+    compiled = compile.is_worthwhile(config, device.type, stage=0)
     return PlainLoop(config, device=device, dtype=torch.bfloat16 if is_bf16 else torch.float32, compiled=compiled)
 
 

@@ -161,7 +161,7 @@ def _report(
         "parameters": parameters(config.model),
         "rows": {"length": length, "micro_batch": train.micro_batch_size, "batch": train.global_batch_size},
         "how": {
-            "attention": config.model.attention,
+            "attention": engine.model.attention,
             "compiled": engine.is_compiled,
             "recompute": train.recompute,
             "optimizer": train.optimizer,

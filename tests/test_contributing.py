@@ -103,7 +103,11 @@ RECIPES = (
     Recipe(
         "An attention backend",
         new={"lamda/model/attention/einsum.py": EINSUM},
-        changes={"lamda/config/schema.py": [('["math", "sdpa",', '["math", "einsum", "sdpa",')]},
+        changes={
+            "lamda/config/schema.py": [('["math", "sdpa",', '["math", "einsum", "sdpa",')],
+            "lamda/model/backend_choice.py": [('case "math" | "sdpa":', 'case "math" | "einsum" | "sdpa":')],
+            "lamda/cluster/memory.py": [('        case "math":\n', '        case "math" | "einsum":\n')],
+        },
     ),
     Recipe(
         "A metric",
@@ -213,6 +217,8 @@ def test_the_optimizer_and_the_attention_backend_train(trained):
     assert rows[-1]["loss"] < rows[0]["loss"]
     manifest = json.loads(next(trained.glob("checkpoints/step-*/manifest.json")).read_text("utf-8"))
     assert any(name.startswith("optimizer") for name in manifest["files"])
+    assert manifest["attention"] == "einsum"
+    assert "attention: einsum" in (trained / "train.log").read_text("utf-8")
 
 
 def test_the_metric_is_a_column_and_a_panel(trained):

@@ -32,9 +32,13 @@ GPU_HOURS_PER_FAILURE = 50_700
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU by its data sheet: memory in 10^9 bytes; dense FLOP/s in bf16, and in fp32 without TF32."""
+    """A GPU by its data sheet: memory in 10^9 bytes; dense FLOP/s in bf16, and in fp32 without TF32.
+
+    capability: the compute capability.
+    """
 
     name: str
+    capability: tuple[int, int]
     gigabytes: int
     bf16: float
     fp32: float
@@ -52,13 +56,13 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        Device("b200", 180, PEAK_FLOPS["B200"], 75e12),
-        Device("h200", 141, PEAK_FLOPS["H200"], 67e12),
-        Device("h100", 80, PEAK_FLOPS["H100"], 67e12),
-        Device("a100-80", 80, PEAK_FLOPS["A100"], 19.5e12),
-        Device("a100-40", 40, PEAK_FLOPS["A100"], 19.5e12),
-        Device("l40s", 48, PEAK_FLOPS["L40S"], 91.6e12),
-        Device("rtx4090", 24, PEAK_FLOPS["RTX 4090"], 82.6e12),
+        Device("b200", (10, 0), 180, PEAK_FLOPS["B200"], 75e12),
+        Device("h200", (9, 0), 141, PEAK_FLOPS["H200"], 67e12),
+        Device("h100", (9, 0), 80, PEAK_FLOPS["H100"], 67e12),
+        Device("a100-80", (8, 0), 80, PEAK_FLOPS["A100"], 19.5e12),
+        Device("a100-40", (8, 0), 40, PEAK_FLOPS["A100"], 19.5e12),
+        Device("l40s", (8, 9), 48, PEAK_FLOPS["L40S"], 91.6e12),
+        Device("rtx4090", (8, 9), 24, PEAK_FLOPS["RTX 4090"], 82.6e12),
     )
 }
 

@@ -8,9 +8,9 @@
 
 A rank needs the maximum of the five. These are closed forms; the tests compare them with live tensors.
 
-Activations are the tensors that PyTorch saves for the backward pass when it runs operation by operation on a GPU;
-compiled blocks keep less. Activation checkpointing keeps a block's input (`block`), or everything except what the
-feed-forward half computes from its input (`ffn`), and recomputes the rest one block at a time.
+Activations are the tensors that PyTorch saves for the backward pass on a GPU. A compiled block saves three of the four
+of width F, and recomputes the other. Activation checkpointing keeps a block's input (`block`), or everything except
+what the feed-forward half computes from its input (`ffn`), and recomputes the rest one block at a time.
 Dimensions: see `lamda/model/decoder.py`.
 """
 
@@ -25,7 +25,9 @@ from typing import Literal, assert_never, get_args
 
 from lamda.cluster.zero import Sharding
 from lamda.config import ModelConfig
-from lamda.config.schema import Config, OptimizerName, Recompute
+from lamda.config.schema import Backend, Config, OptimizerName, Recompute
+from lamda.engines.deepspeed.compile import is_worthwhile
+from lamda.model.backend_choice import Target, resolve
 from lamda.model.weights import is_matrix, param_group_of, weight_shapes
 
 Phase = Literal["start", "loss", "backward", "reduction", "update"]
@@ -74,9 +76,10 @@ class MemoryItem:
 
 @dataclass(frozen=True)
 class MemorySetting:
-    """The settings that memory depends on."""
+    """The settings that memory depends on. attention: the backend, whatever `model.attention` says."""
 
     model: ModelConfig
+    attention: Backend
     sharding: Sharding
     rows: int
     length: int
@@ -84,14 +87,28 @@ class MemorySetting:
     recompute: Recompute = "none"
     has_documents: bool = False
     optimizer: OptimizerName = "adamw"
+    is_compiled: bool = False
 
     @classmethod
-    def of(cls, config: Config, sharding: Sharding, *, accumulation: int) -> MemorySetting:
-        """The settings of a run."""
+    def of(cls, config: Config, sharding: Sharding, *, accumulation: int, capability: tuple[int, int]) -> MemorySetting:
+        """The settings of a run on GPUs of this compute capability. Raises UserError if attention cannot run there."""
+        target = Target(capability, sharding.weight, config.model.d_head)
+        attention = resolve(config.model.attention, target, training=True)
         rows, length = config.train.micro_batch_size, config.data.sequence_length
         recompute, has_documents = config.train.recompute, config.data.separates_documents
         optimizer = config.train.optimizer
-        return cls(config.model, sharding, rows, length, accumulation, recompute, has_documents, optimizer)
+        return cls(
+            config.model,
+            attention,
+            sharding,
+            rows,
+            length,
+            accumulation,
+            recompute,
+            has_documents,
+            optimizer,
+            is_compiled=is_worthwhile(config, "cuda", stage=sharding.stage),
+        )
 
 
 def parameter_sizes(model: ModelConfig) -> list[int]:
@@ -257,16 +274,19 @@ def activations(setting: MemorySetting) -> Activations:
     """Activations of a micro-batch."""
     model, width = setting.model, setting.sharding.weight
     D, F, V, HK = model.d_model, model.d_ff, model.vocab_size, model.n_heads * model.d_head
-    scores, attention_backward = _attention(model, length=setting.length, width=width)
+    scores, attention_backward = _attention(setting.attention, model, length=setting.length, width=width)
     norm = D * width + 4  # its input, and 1 / rms in fp32
     attention = norm + D * width + 4 * HK * width + scores
     feed_forward = norm + D * width + 4 * F * width
-    layer = {"none": attention + feed_forward, "ffn": attention + D * width, "block": D * width}[setting.recompute]
+    again = F * width if setting.is_compiled and setting.sharding.stage < 3 else 0  # ZeRO stage 3 is not compiled
+    layer = {"none": attention + feed_forward - again, "ffn": attention + D * width, "block": D * width}[
+        setting.recompute
+    ]
     ends = norm + D * width + 8 + 8 + 4  # the final norm, its output, token, target, logsumexp
-    mask = setting.length if setting.has_documents and model.attention in ("math", "sdpa") else 0
+    mask = setting.length if setting.has_documents and setting.attention in ("math", "sdpa") else 0
     # The feed-forward half runs backward first, and its activations are freed before attention's backward pass.
     block = max(feed_forward + 2 * F * width, attention_backward)
-    block += {"none": -feed_forward, "ffn": 0, "block": attention}[setting.recompute]
+    block += {"none": again - feed_forward, "ffn": 0, "block": attention}[setting.recompute]
     tokens = setting.rows * setting.length
     return Activations(
         kept=tokens * (model.n_layers * layer + ends + mask),
@@ -285,7 +305,7 @@ def recomputed_flops(model: ModelConfig, *, length: int, recompute: Recompute) -
     return model.n_layers * {"none": 0, "ffn": gate_up, "block": gate_up + attention}[recompute]
 
 
-def _attention(model: ModelConfig, *, length: int, width: int) -> tuple[int, int]:
+def _attention(backend: Backend, model: ModelConfig, *, length: int, width: int) -> tuple[int, int]:
     """Attention's bytes per token and layer beyond query, key, value and output: saved, and temporary in backward.
 
     `math` saves the softmax in fp32 and in the precision of the values; its backward pass holds two such. The
@@ -293,7 +313,7 @@ def _attention(model: ModelConfig, *, length: int, width: int) -> tuple[int, int
     the kernels `split` needs most: copies of its inputs, and gradients of near and far keys.
     """
     H, HK, HL = model.n_heads, model.n_heads * model.d_head, model.n_heads * length
-    match model.attention:
+    match backend:
         case "math":
             return HL * (6 if width == 2 else 4), HL * (6 if width == 2 else 8)
         case "sdpa":
@@ -301,4 +321,4 @@ def _attention(model: ModelConfig, *, length: int, width: int) -> tuple[int, int
         case "flex" | "fused" | "split":
             return 4 * H, 9 * HK * width
         case _:
-            assert_never(model.attention)
+            assert_never(backend)

@@ -32,7 +32,7 @@ from lamda.config import ds_config
 from lamda.config.errors import UserError
 from lamda.config.help import ConfigParser
 from lamda.config.loading import load_config
-from lamda.config.schema import Config
+from lamda.config.schema import Backend, Config
 from lamda.model.counts import flops_per_token, parameters, parameters_by_part
 
 MAX_SUGGESTIONS = 5
@@ -104,7 +104,7 @@ def plan(config: Config, machine: Machine) -> Plan:
     machine.check()
     deepspeed = ds_config.build(config, world_size=machine.gpus)
     sharding, accumulation = Sharding.of(deepspeed, ranks=machine.gpus), deepspeed["gradient_accumulation_steps"]
-    setting = MemorySetting.of(config, sharding, accumulation=accumulation)
+    setting = MemorySetting.of(config, sharding, accumulation=accumulation, capability=machine.device.capability)
     tokens_per_step = config.train.global_batch_size * config.data.sequence_length
     flops = flops_per_token(config.model, config.data.sequence_length)
     memory = _plan_memory(config, machine, setting)
@@ -161,7 +161,7 @@ def _plan_memory(config: Config, machine: Machine, setting: MemorySetting) -> Me
         reserve=estimates.RESERVED_FRACTION,
         zero_stage=setting.sharding.stage,
         bf16=setting.sharding.is_bf16,
-        attention=config.model.attention,
+        attention=setting.attention,
         recompute=setting.recompute,
         items=items(setting),
         phases=by_phase(items(setting)),
@@ -219,13 +219,12 @@ def nearest_that_fit(setting: MemorySetting, *, batch: int, limit: int) -> list[
 
 def _candidates(setting: MemorySetting, *, batch: int, limit: int) -> Iterator[MemorySetting]:
     """Settings that fit, small changes first."""
-    attentions = ("math", "sdpa") if setting.model.attention == "math" else (setting.model.attention,)
+    attentions: tuple[Backend, ...] = ("math", "sdpa") if setting.attention == "math" else (setting.attention,)
     for stage in range(setting.sharding.stage, 4):
         sharding = setting.sharding.at_stage(stage)
         for attention in attentions:
-            model = setting.model.model_copy(update={"attention": attention})
             for recompute in RECOMPUTE[RECOMPUTE.index(setting.recompute) :]:
-                changed = replace(setting, sharding=sharding, model=model, recompute=recompute)
+                changed = replace(setting, sharding=sharding, attention=attention, recompute=recompute)
                 yield from _smaller_or_wider(changed, batch=batch, limit=limit)
 
 
@@ -251,7 +250,7 @@ def _changes(before: MemorySetting, after: MemorySetting) -> list[str]:
     pairs = {
         "train.micro_batch_size {}": (before.rows, after.rows),
         "train.recompute {}": (before.recompute, after.recompute),
-        "model.attention {}": (before.model.attention, after.model.attention),
+        "model.attention {}": (before.attention, after.attention),
         "ZeRO stage {}": (before.sharding.stage, after.sharding.stage),
         "{} GPUs": (before.sharding.ranks, after.sharding.ranks),
     }

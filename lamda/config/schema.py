@@ -44,6 +44,8 @@ Patterns = Annotated[tuple[Annotated[str, AfterValidator(_without_password)], ..
 Names = Annotated[tuple[str, ...], _Parts, Field(min_length=1)]
 FilePath = Annotated[str, AfterValidator(_path)]
 Recompute = Literal["none", "ffn", "block"]
+Backend = Literal["math", "sdpa", "flex", "fused", "split"]
+Attention = Literal["auto", Backend]
 OptimizerName = Literal["adamw", "muon", "adafactor"]
 Shuffle = Positive | Literal["none", "epoch"]
 
@@ -85,8 +87,8 @@ class ModelConfig(Section):
         default=True, description="one relative-bias table per layer (Google's 137B shape) or one shared by all (T5)"
     )
     weights: FilePath | None = Field(None, description="start from this model.safetensors, without optimizer state")
-    attention: Literal["math", "sdpa", "flex", "fused", "split"] = Field(
-        "math", description="attention backend; all compute the same function (docs/performance.md)"
+    attention: Attention = Field(
+        "auto", description="attention backend; all compute the same function (docs/performance.md)"
     )
 
     @property

@@ -17,8 +17,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lamda.config import ModelConfig
-from lamda.config.schema import Recompute
+from lamda.config.schema import Backend, Recompute
 from lamda.model.attention import Attention, KeyValues, View
+from lamda.model.attention.backends import choose_backend
 from lamda.model.layers import Embedding, Linear, RMSNorm, bias_table
 from lamda.model.loss import head_losses, token_losses
 from lamda.model.weights import check_shapes
@@ -38,6 +39,22 @@ class LaMDA(nn.Module):
         self.layers = nn.ModuleList(Block(config, recompute) for _ in range(config.n_layers))
         self.final_norm = RMSNorm(config.d_model)
         self.relative_bias = None if config.bias_per_layer else bias_table(config)
+
+    @property
+    def attention(self) -> Backend:
+        """The backend that computes attention, on the device of the weights and in their precision.
+
+        Raises UserError if `model.attention` names one that cannot compute there, or not the gradients that are needed.
+        """
+        weight = self.final_norm.scale
+        needs_gradients = torch.is_grad_enabled() and weight.requires_grad
+        return choose_backend(
+            self.config.attention,
+            weight.device,
+            dtype=weight.dtype,
+            width=self.config.d_head,
+            training=needs_gradients,
+        )
 
     def forward(
         self,
@@ -70,7 +87,7 @@ class LaMDA(nn.Module):
 
     def _views(self, tokens_BL: Tensor, documents_BL: Tensor | None) -> list[View]:
         """The same view for every layer."""
-        view = View.of(tokens_BL, documents_BL, table_RH=self.relative_bias, attention=self.config.attention)
+        view = View.of(tokens_BL, documents_BL, table_RH=self.relative_bias, attention=self.attention)
         return [view] * len(self.layers)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:

@@ -16,14 +16,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from lamda.config import ModelConfig
 from lamda.config.errors import UserError
-from lamda.model.attention.backends import Backend, backend_for, check_backend
+from lamda.config.schema import Backend as BackendName
+from lamda.model.attention.backends import Backend, backend_for, choose_backend
 from lamda.model.attention.bias import BAND, causal_buckets
 from lamda.model.weights import BUCKETS
 
-BACKENDS: tuple[str, ...] = get_args(ModelConfig.model_fields["attention"].annotation)
-REFERENCE = "math"
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
+REFERENCE: BackendName = "math"
 ROUNDS = 9
 PARTS = ("forward", "backward")
 
@@ -40,11 +40,12 @@ def measure(
 ) -> dict[str, Any]:
     """Times, ratios to `math` and memory for each length, and the reason for each backend that is left out."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backends, left_out = {}, {}
+    backends: dict[str, Backend] = {}
+    left_out: dict[str, str] = {}
     for name in BACKENDS:
         try:
-            check_backend(name, device, training=True)
-            backends[name] = backend_for(name, device)
+            choose_backend(name, device, dtype=dtype, width=width, training=True)
+            backends[name] = backend_for(name)
         except UserError as error:
             left_out[name] = str(error)
     short = [length for length in lengths if length > tokens]
@@ -52,16 +53,16 @@ def measure(
         raise UserError(f"--tokens {tokens} is less than a row of --lengths {short[0]}: give at least that")
     measured = {}
     for length in lengths:
-        work = {}
-        for name, backend in backends.items():
+        work: dict[str, Work] = {}
+        for way, backend in backends.items():
             each = Work(backend, rows=tokens // length, length=length, heads=heads, width=width, dtype=dtype,
                         device=device, compiled=compiled)  # fmt: skip
             try:
                 each.run()
             except Exception as error:  # a kernel or a compiler: the others are measured all the same
-                left_out[f"{name} at {length}"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                left_out[f"{way} at {length}"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             else:
-                work[name] = each
+                work[way] = each
         measured[str(length)] = _rounds(work, rounds) | {"rows": tokens // length}
     shape = {"heads": heads, "width": width, "dtype": str(dtype).removeprefix("torch."), "compiled": compiled}
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lamda.config.errors import UserError
-from lamda.model.attention.backends import backend_for, check_backend
+from lamda.config.schema import Backend
+from lamda.model.attention.backends import backend_for, choose_backend
 from lamda.model.attention.bias import BAND, causal_buckets
 from lamda.model.weights import BUCKETS
 from lamda.proof.attention import BACKENDS, REFERENCE
@@ -40,7 +41,7 @@ class Case:
         size = " x ".join(map(str, self.shape))
         return f"{size}{', documents' if self.has_documents else ''}{', large scores' if self.sharpness > 1 else ''}"
 
-    def run(self, backend: str, dtype: torch.dtype) -> list[Tensor]:
+    def run(self, backend: Backend, dtype: torch.dtype) -> list[Tensor]:
         """Output and gradients of queries, keys, values and table; the inputs are exact in bf16."""
         B, H, L, K = self.shape
         generator = torch.Generator().manual_seed(0)
@@ -62,9 +63,9 @@ class Case:
         return (torch.arange(L, device=device()) // DOCUMENT_TOKENS % 3).expand(B, L).contiguous()
 
 
-def attend(name: str, q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor, documents_BL: Tensor | None) -> Tensor:
+def attend(name: Backend, q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor, documents_BL: Tensor | None) -> Tensor:
     """Attention [B, H, L, K] as the model computes it."""
-    backend, length = backend_for(name, q.device), q.shape[2]
+    backend, length = backend_for(name), q.shape[2]
     buckets_N = causal_buckets(max(length, BAND), device=q.device)
     bias = backend.bias(table_RH, buckets_N, queries=length, keys=length)
     tokens_BL = torch.empty(q.shape[0], length, dtype=torch.long, device=q.device)
@@ -86,9 +87,9 @@ def _cases(sizes: Sizes) -> Iterator[Case]:
         yield Case(shape, has_documents, sharpness)
 
 
-def _compare(name: str, case: Case, exact: list[Tensor], allowed: dict[str, float]) -> dict[str, Any]:
+def _compare(name: Backend, case: Case, exact: list[Tensor], allowed: dict[str, float]) -> dict[str, Any]:
     try:
-        check_backend(name, device(), training=True)
+        choose_backend(name, device(), dtype=torch.bfloat16, width=case.shape[-1], training=True)
     except UserError as error:
         raise LeftOutError(str(error)) from error
     first = case.run(name, torch.bfloat16)

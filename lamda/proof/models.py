@@ -10,10 +10,9 @@ from lamda import distributed
 from lamda.cluster.memory import MemorySetting, peak
 from lamda.cluster.zero import Sharding
 from lamda.config import ds_config
-from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
-from lamda.model.attention.backends import check_backend
+from lamda.model.attention.backends import choose_backend
 from lamda.proof.devices import device
 from lamda.proof.sizes import Sizes
 
@@ -30,15 +29,10 @@ def choose_config(sizes: Sizes, length: int) -> Config:
     return next((config for config in found if _fits(config)), found[-1])
 
 
-def attention() -> str:
-    """The attention backend that is measured in whole steps."""
-    if device().type == "cpu":
-        return "sdpa"
-    try:
-        check_backend("fused", device(), training=True)
-    except UserError:
-        return "sdpa"
-    return "fused"
+def attention(config: Config) -> str:
+    """The attention backend of whole steps, in bf16."""
+    model = config.model
+    return choose_backend(model.attention, device(), dtype=torch.bfloat16, width=model.d_head, training=True)
 
 
 def _config(flags: tuple[str, ...], sizes: Sizes, length: int, micro_tokens: int) -> Config:
@@ -48,7 +42,6 @@ def _config(flags: tuple[str, ...], sizes: Sizes, length: int, micro_tokens: int
         "train.global_batch_size": max(1, sizes.step_tokens // length),
         "train.micro_batch_size": max(1, micro_tokens // length),
         "train.compile": "never",
-        "model.attention": attention(),
         "wandb.mode": "disabled",
     }
     return load_config([*flags, *(f"--{key}={value}" for key, value in settings.items())])
@@ -59,7 +52,8 @@ def _fits(config: Config) -> bool:
         return True
     settings = ds_config.build(config, world_size=1)
     sharding, accumulation = Sharding.of(settings, ranks=1), settings["gradient_accumulation_steps"]
-    needed = peak(MemorySetting.of(config, sharding, accumulation=accumulation))
+    capability = torch.cuda.get_device_capability(device())
+    needed = peak(MemorySetting.of(config, sharding, accumulation=accumulation, capability=capability))
     return needed <= USABLE * torch.cuda.get_device_properties(0).total_memory
 
 

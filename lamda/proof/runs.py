@@ -22,7 +22,6 @@ from lamda.dialog.examples import form_of
 from lamda.model.counts import parameters
 from lamda.proof.devices import device, has_deepspeed, require_deepspeed
 from lamda.proof.findings import Findings
-from lamda.proof.models import attention
 from lamda.proof.parts import TEXT
 from lamda.proof.plain_loop import PlainLoop
 from lamda.proof.sizes import Flags, Sizes
@@ -51,7 +50,6 @@ def _flags(sizes: Sizes, folder: Path, *, steps: int, every: int) -> Flags:
         "checkpoint.every": every,
         "eval.every": max(1, steps // 2),
         "eval.full_batches": 16,
-        "model.attention": attention(),
         "wandb.mode": "disabled",
     }
     return (*sizes.learner, *_text_flags(sizes, folder), *(f"--{key}={value}" for key, value in settings.items()))

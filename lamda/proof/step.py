@@ -21,7 +21,7 @@ from lamda.model.counts import flops_per_token, parameters, peak_flops
 from lamda.proof.devices import device, has_deepspeed, timed, wait
 from lamda.proof.findings import Findings
 from lamda.proof.gemm import MatrixRate
-from lamda.proof.models import choose_config, open_engine
+from lamda.proof.models import attention, choose_config, open_engine
 from lamda.proof.plain_loop import PlainLoop
 from lamda.proof.sizes import Sizes
 
@@ -114,7 +114,7 @@ def describe(config: Config) -> dict[str, Any]:
         "length": config.data.sequence_length,
         "micro_batch": train.micro_batch_size,
         "batch": train.global_batch_size,
-        "attention": config.model.attention,
+        "attention": attention(config),
         "recompute": train.recompute,
         "optimizer": train.optimizer,
     }

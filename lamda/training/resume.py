@@ -114,6 +114,21 @@ def settings_of(path: Path) -> Config | None:
         return None
 
 
+def backend_change(path: Path, settings: Config | None, *, attention: str | None) -> list[str]:
+    """A warning if the checkpoint was trained with another attention backend: rounding differs from here on.
+
+    settings: the checkpoint's. attention: the backend now, None where the framework has no choice.
+    """
+    named = None if settings is None else settings.model.attention  # early manifests name no backend
+    before = manifest.read(path).get("attention", named)
+    if attention is None or before in (None, "auto", attention):
+        return []
+    return [
+        f"attention: {attention}, but {path} was trained with {before}, which rounds differently; "
+        f"model.attention {before} continues as before"
+    ]
+
+
 def _check_resume_mode(config: Config, directory: RunDirectory) -> None:
     resume_mode, checkpoints = config.checkpoint.resume, manifest.complete(directory.checkpoints)
     if resume_mode == "never" and directory.holds_a_run:

@@ -29,7 +29,7 @@ from lamda.training.fault_injection import STEP_POINTS
 from lamda.training.inputs import Inputs, with_initial_weights
 from lamda.training.loggers import RunLogger, TrainingProgress
 from lamda.training.lr_schedule import remarks, total_steps
-from lamda.training.resume import find_resume_point, settings_of
+from lamda.training.resume import backend_change, find_resume_point, settings_of
 from lamda.training.saver import Saver
 from lamda.training.stop_requests import STOP_EXIT, Attempt, Signals, StopRequests
 from lamda.training.task import Benchmarks, Evaluator, OpenBenchmarks, Task
@@ -205,12 +205,17 @@ class TrainingJob:
         progress = stack.enter_context(TrainingProgress(done=state.step, steps=steps, visible=is_main))
         if opened.checkpoint is not None:
             progress.say(f"continuing from {opened.checkpoint}")
+        if attention := opened.engine.manifest_entries().get("attention"):
+            progress.say(f"attention: {attention} (model.attention {config.model.attention})")
         if opened.engine.is_compiled:
             progress.say("the first step compiles the model, a minute or so")
         self.logger = stack.enter_context(RunLogger(config, self.directory, state, progress, enabled=is_main))
         before = None if opened.checkpoint is None else settings_of(opened.checkpoint)
-        for remark in remarks(config, state, before=before) if is_main else ():
-            log.warning("%s", remark)
+        warnings = [*remarks(config, state, before=before)]
+        if opened.checkpoint is not None:
+            warnings += backend_change(opened.checkpoint, before, attention=attention)
+        for warning in warnings if is_main else ():
+            log.warning("%s", warning)
         return self.logger
 
     def _make_trainer(self, opened: _Opened, logger: RunLogger, guard: Guard) -> Trainer:

@@ -45,3 +45,18 @@ class Storages(TorchDispatchMode):
 
 def _is_real(value) -> bool:
     return torch.is_tensor(value) and not value.is_meta
+
+
+class FusedNorm(torch.autograd.Function):
+    """Keeps what PyTorch's fused kernel keeps on a GPU, input and 1 / rms; its CPU path keeps wide copies as well."""
+
+    @staticmethod
+    def forward(ctx, x, scale, eps):
+        inverse = x.float().square().mean(-1, keepdim=True).add(eps).rsqrt()
+        ctx.save_for_backward(x, inverse, scale)
+        return (x * inverse).to(x.dtype) * scale
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, _, scale = ctx.saved_tensors
+        return gradient * scale, (gradient * x).sum((0, 1)), None

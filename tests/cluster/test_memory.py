@@ -60,7 +60,8 @@ def measure(preset, folder, *, timeout=900):
 def expected(preset, case):
     """The same figures by closed forms."""
     sharding = Sharding.of(deepspeed_of(preset, case), ranks=RANKS)
-    setting = MemorySetting(ModelConfig(**model_of(preset)), sharding, rows=1, length=LENGTH, accumulation=ACCUMULATION)
+    model, batch = ModelConfig(**model_of(preset)), {"rows": 1, "length": LENGTH, "accumulation": ACCUMULATION}
+    setting = MemorySetting(model, "sdpa", sharding, **batch)
     found = items(setting)
     named = {item.name: item.bytes for item in found}
     sent = traffic(parameter_sizes(setting.model), sharding, accumulation=ACCUMULATION)

@@ -51,7 +51,7 @@ def test_parameters_are_exactly_those_of_the_module(preset):
 
 
 def test_the_flops_of_the_2b_are_those_that_pytorch_counts_less_the_half_of_attention_that_causality_hides():
-    model, length = ModelConfig(preset="2b"), 1024
+    model, length = ModelConfig(preset="2b", attention="math"), 1024
     with torch.device("meta"):
         ids = torch.zeros(1, length, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:

@@ -1,16 +1,22 @@
 """Compiles every kernel ahead of time with the tiles that it is launched with: shared memory, registers, spilled bytes.
 
-Fails where a kernel outgrows a GPU's shared memory. Needs no GPU; python tests/long/kernel_resources.py [sm ...]
+Fails where a kernel exceeds a limit of a GPU. Needs none. This wrote the record:
+
+    python tests/long/kernel_resources.py --json benchmarks/kernels.json
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -19,10 +25,19 @@ from triton.compiler import ASTSource
 
 from lamda.model.attention import kernels
 from lamda.model.attention.bias import BAND
-from lamda.model.attention.kernel_ops import MAX_WIDTH, tiles_for
+from lamda.model.attention.kernel_ops import tiles_for
+from lamda.model.backend_choice import MAX_WIDTH
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 """What one program may take, by compute capability (CUDA C++ Programming Guide, table of compute capabilities)."""
+REGISTERS, MOST_REGISTERS = 65_536, 255
+"""32-bit registers of one program on each of these, and of a thread."""
+SPILLED_BYTES = {"bf16": 320, "fp32": 3072}
+"""What a thread may spill: our bound, to notice a change. In 32 bits the tiles do not fit, and `auto` is `flex`."""
+
+Variant = tuple[str, bool]
+VARIANTS: list[Variant] = [("bf16", True), ("bf16", False), ("fp32", False)]
+"""Precision of q, k and v, and whether there are documents."""
 
 POINTERS = {"lse": "*fp32", "delta": "*fp32", "band": "*fp32", "tiles": "*fp32", "documents": "*i32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -65,26 +80,60 @@ def compiled(kernel: triton.JITFunction, sm: int, dtype: str, constants: dict, o
     return result.metadata.shared / 1024, registers, stack
 
 
-def main(chosen: list[int]) -> int:
-    """0 where every kernel fits, 1 otherwise; prints a table."""
+def measured(sms: Sequence[int], variants: Sequence[Variant]) -> Iterator[dict[str, Any]]:
+    """A row per kernel, variant and compute capability, with `problems`: the limits that it exceeds."""
+    for sm, (dtype, documents) in product(sms, variants):
+        for kernel, constants, options in launches(sm, dtype=dtype, documents=documents):
+            shared, registers, spilled = compiled(kernel, sm, dtype, constants, options)
+            row = {
+                "sm": sm,
+                "kernel": kernel.fn.__name__,
+                "dtype": dtype,
+                "documents": documents,
+                "tile": [constants["T"], constants.get("S", constants["T"])],
+                "warps": options["num_warps"],
+                "stages": options["num_stages"],
+                "shared_kib": round(shared, 1),
+                "registers": registers,
+                "spilled_bytes": spilled,
+            }
+            yield row | {"problems": problems(row)}
+
+
+def problems(row: dict[str, Any]) -> list[str]:
+    """The limits of its GPU that a kernel exceeds."""
+    limits = {
+        "shared_kib": SHARED_KIB[row["sm"]],
+        "registers": min(MOST_REGISTERS, REGISTERS // (32 * row["warps"])),
+        "spilled_bytes": SPILLED_BYTES[row["dtype"]],
+    }
+    return [f"{name} {row[name]} of {limit}" for name, limit in limits.items() if row[name] > limit]
+
+
+def main(argv: Sequence[str]) -> int:
+    """0 where every kernel is within its limits, 1 otherwise; prints a table."""
+    parser = argparse.ArgumentParser(prog="kernel_resources.py", description=__doc__)
+    parser.add_argument("sm", nargs="*", type=int, choices=SHARED_KIB, default=list(SHARED_KIB), help="default: all")
+    parser.add_argument("--quick", action="store_true", help="only bf16 with documents, which needs most in 16 bits")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
+    options = parser.parse_args(argv)
+    rows = []
     print("| sm | kernel | q, k, v | documents | tile | warps, stages | shared KiB (of) | registers | spilled bytes |")
     print("|---|---|---|---|---|---|---|---|---|")
-    too_large = 0
-    for sm, limit in SHARED_KIB.items():
-        if chosen and sm not in chosen:
-            continue
-        for dtype, documents in (("bf16", False), ("bf16", True), ("fp32", False)):
-            for kernel, constants, options in launches(sm, dtype=dtype, documents=documents):
-                shared, registers, stack = compiled(kernel, sm, dtype, constants, options)
-                too_large += shared > limit
-                cells = (
-                    f"{sm} | {kernel.fn.__name__} | {dtype} | {'yes' if documents else 'no'} | "
-                    f"{constants['T']} x {constants.get('S', constants['T'])} | "
-                    f"{options['num_warps']}, {options['num_stages']} | {shared:.1f} ({limit}) | {registers} | {stack}"
-                )
-                print(f"| {cells} |", flush=True)
-    return int(too_large > 0)
+    for row in measured(options.sm, VARIANTS[:1] if options.quick else VARIANTS):
+        rows.append(row)
+        cells = (
+            row["sm"], row["kernel"], row["dtype"], "yes" if row["documents"] else "no", "{} x {}".format(*row["tile"]),
+            f"{row['warps']}, {row['stages']}", f"{row['shared_kib']} ({SHARED_KIB[row['sm']]})", row["registers"],
+            row["spilled_bytes"],
+        )  # fmt: skip
+        print("|", " | ".join(map(str, cells)), "|", *row["problems"], flush=True)
+    if options.json:
+        lines = ",\n  ".join(map(json.dumps, rows))
+        versions = json.dumps({"triton": triton.__version__, "width": MAX_WIDTH})
+        options.json.write_text(f'{{"compiled_with": {versions},\n "kernels": [\n  {lines}\n]}}\n', "utf-8")
+    return int(any(row["problems"] for row in rows))
 
 
 if __name__ == "__main__":
-    sys.exit(main([int(each) for each in sys.argv[1:]]))
+    sys.exit(main(sys.argv[1:]))

@@ -6,7 +6,7 @@ same cases run on it, and larger ones.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,13 +17,14 @@ from torch.nn import functional
 
 from lamda.config.errors import UserError
 from lamda.model.attention import sdpa
-from lamda.model.attention.backends import backend_for, check_backend
+from lamda.model.attention.backends import backend_for, choose_backend
 from lamda.model.attention.bias import BAND, causal_buckets
+from lamda.model.backend_choice import Target, choose, obstacle, resolve
 from tests.conftest import DEVICE
 from tests.model.conftest import needs_kernels
 
 if find_spec("triton") is not None:
-    from lamda.model.attention import kernel_ops, kernels
+    from lamda.model.attention import kernel_ops
 
 BACKENDS = ["sdpa", pytest.param("fused", marks=needs_kernels), pytest.param("split", marks=needs_kernels)]
 if DEVICE.type == "cuda":
@@ -38,12 +39,11 @@ if DEVICE.type == "cuda":
 
 
 def runs(way: str, shape: Shape, dtype: torch.dtype) -> bool:
-    """Whether the device's kernels take it (`_check_plain`, `flex.MIN_WIDTH`); a CPU's take all."""
+    """Whether the device's kernels take it; a CPU's take all."""
     if DEVICE.type == "cpu":
         return True
-    if way == "split":
-        return dtype.itemsize == 2 and shape[-1] % 8 == 0
-    return way != "flex" or shape[-1] >= 16
+    target = Target(torch.cuda.get_device_capability(), dtype.itemsize, shape[-1])
+    return obstacle(way, target, training=True) is None
 
 
 def pairs(shapes: list[Shape], dtype: torch.dtype) -> list[Any]:
@@ -106,7 +106,7 @@ class Case:
 
 def attention(way: str, q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor, documents_BL: Tensor | None) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
-    backend = backend_for(way, q.device)
+    backend = backend_for(way)
     buckets_N = causal_buckets(max(keys, BAND), device=q.device)
     bias = backend.bias(table_RH, buckets_N, queries=queries, keys=keys)
     tokens_BL = torch.empty(q.shape[0], queries, dtype=torch.long, device=q.device)
@@ -195,26 +195,65 @@ def test_the_tiles_of_smaller_gpus_give_the_same(monkeypatch):
     assert max(found.values()) < 1e-5, found
 
 
+GPU = Target(capability=(9, 0), element_size=2, width=128)
+
+
 @pytest.mark.parametrize(
-    ("way", "capability", "shape", "dtype", "message"),
+    ("changes", "name"),
     [
-        ("fused", (7, 5), (1, 1, 9, 8), torch.float32, r"compute capability 8\.0 or newer, and this one's is 7\.5"),
-        ("fused", (9, 0), (1, 1, 9, 256), torch.bfloat16, r"model\.d_head of up to 128 in 16 or 32 bits, not 256"),
-        ("fused", (9, 0), (1, 1, 9, 8), torch.float64, r"in 16 or 32 bits, not 8 in torch\.float64: choose `sdpa`"),
+        ({}, "fused"), ({"width": 8}, "fused"), ({"capability": (8, 0)}, "fused"), ({"capability": (12, 0)}, "fused"),
+        ({"element_size": 4}, "flex"), ({"element_size": 4, "width": 8}, "sdpa"), ({"element_size": 8}, "sdpa"),
+        ({"width": 256}, "sdpa"), ({"capability": (7, 5)}, "sdpa"), ({"missing": "a C compiler"}, "sdpa"),
+        ({"capability": None}, "sdpa"), ({"capability": None, "interpreted": True}, "sdpa"),
+    ],
+)  # fmt: skip
+def test_auto_is_the_fastest_backend_that_can_train_there(changes, name):
+    target = replace(GPU, **changes)
+    assert choose(target) == name
+    assert obstacle(name, target, training=True) is None
+
+
+@pytest.mark.parametrize(
+    ("way", "changes", "message"),
+    [
+        ("fused", {"capability": None}, r"fused: its kernels need a GPU; `auto` is `sdpa` here"),
+        ("fused", {"capability": (7, 5)}, r"compute capability 8\.0 or newer, and this one's is 7\.5"),
+        ("fused", {"width": 256}, r"model\.d_head of up to 128 in 16 or 32 bits, not 256 in 16"),
+        ("fused", {"element_size": 8}, r"in 16 or 32 bits, not 128 in 64"),
+        ("split", {"missing": "the package triton"}, r"split: its kernels need the package triton"),
+        (
+            "split",
+            {"element_size": 4},
+            r"take 16 bits and a model\.d_head of 8, .* not 128 in 32; `auto` is `flex`",
+        ),
+        ("split", {"width": 12}, r"not 12 in 16; `auto` is `fused` here"),
+        ("flex", {"width": 8}, r"flex: on a GPU it takes a model\.d_head of 16 and more, not 8"),
+        ("flex", {"capability": None}, r"flex: FlexAttention has no backward pass on the CPU"),
+        ("flex", {"width": 256}, r"up to 128"),
     ],
 )
-@needs_kernels
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="GPUs that this one is not")
-def test_what_no_kernel_was_compiled_for_is_refused(monkeypatch, way, capability, shape, dtype, message):
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-
-    def start() -> None:
-        check_backend(way, torch.device("cuda"), training=True)
-        kernel_ops._tiles(torch.empty(shape, dtype=dtype))
-
+def test_a_backend_that_cannot_run_is_refused_by_name(way, changes, message):
     with pytest.raises(UserError, match=message):
-        start()
+        resolve(way, replace(GPU, **changes), training=True)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a model on the CPU")
+def test_a_model_computes_with_the_backend_of_its_own_device_and_precision(monkeypatch, model):
+    assert model.config.attention == "auto"
+    assert model.attention == "sdpa"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr("lamda.model.attention.backends._is_interpreted", lambda: False)
+    monkeypatch.setattr("lamda.model.attention.backends._missing", lambda: None)
+    choices = {
+        dtype: choose_backend("auto", torch.device("cuda"), dtype=dtype, width=128)
+        for dtype in (torch.bfloat16, torch.float32, torch.float64)
+    }
+    assert [*choices.values()] == ["fused", "flex", "sdpa"]
+    model.config = model.config.model_copy(update={"attention": "flex"})
+    with pytest.raises(UserError, match="FlexAttention has no backward pass on the CPU"):
+        model(torch.zeros(1, 3, dtype=torch.long))
+    with torch.no_grad():
+        assert model.attention == "flex"
 
 
 @pytest.mark.parametrize(("way", "shape"), pairs(SHAPES[1:2] + SHAPES[3:4], torch.float32), ids=str)
@@ -232,15 +271,3 @@ def test_flex_gives_maths_output_without_gradients_on_every_device(documents):
     with torch.no_grad():
         found, exact = (attention(way, *inputs, case.documents_BL) for way in ("flex", "math"))
     torch.testing.assert_close(found, exact, rtol=0, atol=1e-5)
-
-
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="what is refused on the CPU")
-def test_what_cannot_train_here_is_an_error_that_names_what_can(monkeypatch):
-    case = Case.random(SHAPES[0], torch.float32)
-    with pytest.raises(UserError, match=r"model\.attention is flex: .* no backward pass on the CPU; train with `math`"):
-        case.run("flex", torch.float32)
-    if find_spec("triton") is not None:
-        monkeypatch.setattr("lamda.model.attention.kernels.INTERPRETED", False)
-    for way in ("fused", "split"):
-        with pytest.raises(UserError, match=rf"model\.attention is {way}, whose kernels need .*; `math` and `sdpa`"):
-            case.run(way, torch.float32)

@@ -218,6 +218,19 @@ def test_a_checkpoint_of_another_framework_is_refused_with_the_way_on(directory,
         assert f"model.weights {path}/model.safetensors and another run.dir" in str(caught.value)
 
 
+@pytest.mark.parametrize(("named", "before"), [({"attention": "sdpa"}, "sdpa"), ({}, "math"), ({}, "auto")])
+def test_another_attention_backend_is_reported_in_one_line(directory, named, before):
+    """The manifest names it; an early one does not, but its config.yaml may."""
+    path, settings = save(directory, 2, **named), config("auto", attention="auto" if named else before)
+    if before == "auto":
+        assert resuming.backend_change(path, settings, attention="fused") == []
+        return
+    (line,) = resuming.backend_change(path, settings, attention="fused")
+    assert f"attention: fused, but {path} was trained with {before}" in line
+    assert resuming.backend_change(path, settings, attention=before) == []
+    assert resuming.backend_change(path, settings, attention=None) == []
+
+
 SAVED = {"seed": 0, "shuffle": 8, "tokenizer": "a" * 64, "files": [["x", 1]]}
 
 

@@ -121,13 +121,13 @@ def test_the_length_of_a_run_decides_whether_it_compiles(tmp_path, device):
     flops = compile.run_flops(wants(1))
     assert flops > BATCH * LENGTH * 6 * 61 * 24
     enough = int(compile.WORTH_FLOPS["cpu"] / flops) + 1
-    assert compile.is_worthwhile(wants(enough), device, stage=1)
-    assert not compile.is_worthwhile(wants(enough - 1), device, stage=1)
-    assert compile.is_worthwhile(wants(1, compile="always"), device, stage=1)
-    assert not compile.is_worthwhile(wants(enough, compile="never"), device, stage=1)
-    assert not compile.is_worthwhile(wants(enough), device, stage=3)
+    assert compile.is_worthwhile(wants(enough), device.type, stage=1)
+    assert not compile.is_worthwhile(wants(enough - 1), device.type, stage=1)
+    assert compile.is_worthwhile(wants(1, compile="always"), device.type, stage=1)
+    assert not compile.is_worthwhile(wants(enough, compile="never"), device.type, stage=1)
+    assert not compile.is_worthwhile(wants(enough), device.type, stage=3)
     with pytest.raises(UserError, match=r"train\.compile is always, but ZeRO stage 3 cannot be compiled"):
-        compile.is_worthwhile(wants(1, compile="always"), device, stage=3)
+        compile.is_worthwhile(wants(1, compile="always"), device.type, stage=3)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def compiler(subject: Subject) -> Finding:
         return ok("not needed without a GPU")
     if not (found := next((path for path in map(shutil.which, ("cc", "gcc", "clang")) if path), None)):
         message, advice = "none found; Triton needs one to build its kernels", "install gcc on the node"
-        needed = subject.config.model.attention not in ("math", "sdpa")
+        needed = subject.config.model.attention not in ("auto", "math", "sdpa")
         return failure(message, advice) if needed else warning(message, advice)
     return ok(found)
 

@@ -89,7 +89,7 @@ class DeepSpeedEngine:
         self._is_unguarded = self.stage == 0 and not self.is_bf16
         if self._is_unguarded:
             settings["gradient_clipping"] = 0.0
-        self.is_compiled = compile.is_worthwhile(config, device, stage=self.stage)
+        self.is_compiled = compile.is_worthwhile(config, device.type, stage=self.stage)
         self._is_first = True
         with _quiet(), without_compile(config.train):
             model = empty_model(config, settings, device)
@@ -237,7 +237,7 @@ class DeepSpeedEngine:
         return self._snapshots.take(folder)
 
     def manifest_entries(self) -> dict[str, Any]:
-        return {"framework": "deepspeed", "zero_stage": self.stage}
+        return {"framework": "deepspeed", "zero_stage": self.stage, "attention": self.model.attention}
 
     def _too_large(self, reason: str) -> str:
         """The error message after memory ran out. Every step has the same shapes, so this happens in the first one.

@@ -30,11 +30,17 @@ class DeepSpeed:
         ds_config.build(config, world_size=world.world_size)
 
     def start(self, config: Config, world: World) -> torch.device:
-        from lamda.model.attention.backends import check_backend
+        import torch
+
+        from lamda.model.attention.backends import choose_backend
 
         distributed.choose_accelerator()
         device = distributed.start(world, threads=config.run.threads)
-        distributed.on_main(world, lambda: check_backend(config.model.attention, device, training=True))
+        dtype = torch.bfloat16 if ds_config.is_bf16(ds_config.read(config)) else torch.float32
+        model = config.model
+        distributed.on_main(
+            world, lambda: choose_backend(model.attention, device, dtype=dtype, width=model.d_head, training=True)
+        )
         return device
 
     def engine(

@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lamda.config import ModelConfig
+from lamda.config.schema import Backend as BackendName
 from lamda.model.attention.backends import Backend, backend_for
 from lamda.model.attention.bias import BAND, causal_buckets
 from lamda.model.layers import Linear, bias_table
@@ -44,13 +45,12 @@ class View:
     mask: Any
 
     @classmethod
-    def of(cls, tokens_BL: Tensor, documents_BL: Tensor | None, *, table_RH: Tensor | None, attention: str) -> View:
-        """The view of `tokens_BL`. table_RH: the bias table that all layers share, if any. attention: the backend.
-
-        Raises UserError if the backend does not run on the device of the tokens.
-        """
+    def of(
+        cls, tokens_BL: Tensor, documents_BL: Tensor | None, *, table_RH: Tensor | None, attention: BackendName
+    ) -> View:
+        """The view of `tokens_BL`. table_RH: the bias table that all layers share, if any. attention: the backend."""
         length = tokens_BL.shape[1]
-        backend = backend_for(attention, tokens_BL.device)
+        backend = backend_for(attention)
         buckets_N = causal_buckets(max(length, BAND), device=tokens_BL.device)
         bias = None if table_RH is None else backend.bias(table_RH, buckets_N, queries=length, keys=length)
         return cls(backend, length, buckets_N, bias, backend.mask(tokens_BL, documents_BL))

@@ -1,7 +1,10 @@
-"""The attention backends, and which devices each of them supports."""
+"""The attention backends on a device: the one that `model.attention` means there, and whether it runs."""
 
 from __future__ import annotations
 
+import os
+import shutil
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -9,11 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lamda.config.errors import UserError
-
-_KERNELS = ("fused", "split")
-
-OLDEST = (8, 0)  # the lowest compute capability that the kernels were compiled for; older GPUs have no bf16
+from lamda.config.schema import Attention
+from lamda.config.schema import Backend as BackendName
+from lamda.model.backend_choice import Target, resolve
 
 
 class Backend(Protocol):
@@ -32,36 +33,38 @@ class Backend(Protocol):
         """Attention [B, H, L, K]."""
 
 
-def backend_for(name: str, device: torch.device) -> Backend:
-    """The backend of this name. Raises UserError if it does not run on the device."""
-    check_backend(name, device)
+def backend_for(name: BackendName) -> Backend:
+    """The backend of this name."""
     return import_module(f"lamda.model.attention.{name}")
 
 
-def check_backend(name: str, device: torch.device, *, training: bool = False) -> None:
-    """Raise UserError if backend `name` does not run (or, with `training`, train) on the device."""
-    if name == "flex" and training and device.type == "cpu":
-        raise UserError(
-            "model.attention is flex: FlexAttention has no backward pass on the CPU; train with `math` or `sdpa`"
-        )
-    if name in _KERNELS or (name == "flex" and training):
-        missing = _missing_for_kernels(device)
-        if missing:
-            raise UserError(
-                f"model.attention is {name}, whose kernels need {missing}; `math` and `sdpa` run on every device"
-            )
+def choose_backend(
+    attention: Attention, device: torch.device, *, dtype: torch.dtype, width: int, training: bool = False
+) -> BackendName:
+    """The backend that `model.attention` means on a device, for q, k and v of this dtype and width K.
+
+    Raises UserError if it was named and does not compute (or, with `training`, train) there.
+    """
+    if attention == "auto" and device.type != "cuda":
+        return "sdpa"
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    target = Target(capability, dtype.itemsize, width, missing=_missing(), interpreted=_is_interpreted())
+    return resolve(attention, target, training=training)
 
 
-def _missing_for_kernels(device: torch.device) -> str | None:
+def _is_interpreted() -> bool:
+    if find_spec("triton") is None:
+        return False
+    from lamda.model.attention import kernels
+
+    return kernels.INTERPRETED
+
+
+@cache
+def _missing() -> str | None:
+    """What Triton needs and this machine lacks."""
     if find_spec("triton") is None:
         return "the package triton, which is not installed"
-    from lamda.model.attention.kernels import INTERPRETED
-
-    if INTERPRETED:
-        return None
-    if device.type != "cuda":
-        return f"a GPU, and the model is on {device}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < OLDEST:
-        return f"a GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or newer, and this one's is {major}.{minor}"
+    if "CC" not in os.environ and not (shutil.which("gcc") or shutil.which("clang")):
+        return "a C compiler (gcc, clang or CC), which is not installed"
     return None

@@ -15,14 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
-from lamda.config.errors import UserError
-from lamda.model.attention.backends import check_backend
 from lamda.model.attention.bias import BAND
 from lamda.model.attention.bias import bias_band as bias
 
 __all__ = ["attend", "bias", "mask"]
-
-MIN_WIDTH = 16  # the smallest K that the FlexAttention kernels for GPUs accept
 
 
 def mask(tokens_BL: Tensor, documents_BL: Tensor | None) -> tuple[BlockMask, Tensor | None]:
@@ -41,15 +37,7 @@ def mask(tokens_BL: Tensor, documents_BL: Tensor | None) -> tuple[BlockMask, Ten
 def attend(
     q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, band_HN: Tensor, seen: tuple[BlockMask, Tensor | None]
 ) -> Tensor:
-    """Attention [B, H, L, K] of all L positions.
-
-    Raises UserError if the device has no backward pass and a gradient is needed, or if K is too small for the GPU.
-    """
-    if q_BHLK.device.type == "cuda" and q_BHLK.shape[-1] < MIN_WIDTH:
-        raise UserError(
-            f"model.attention is flex, which takes a model.d_head of {MIN_WIDTH} and more on a GPU, not "
-            f"{q_BHLK.shape[-1]}: choose `sdpa`"
-        )
+    """Attention [B, H, L, K] of all L positions."""
     blocks, documents_BL = seen
     band = band_HN.detach()
 
@@ -59,7 +47,6 @@ def attend(
 
     if not (torch.is_grad_enabled() and q_BHLK.requires_grad):
         return _flex(q_BHLK, k_BHLK, v_BHLK, biased, blocks, scale=1.0)
-    check_backend("flex", q_BHLK.device, training=True)
     from lamda.model.attention.fused import with_band_gradient
 
     out_BHLK, aux = _flex(q_BHLK, k_BHLK, v_BHLK, biased, blocks, scale=1.0, return_aux=AuxRequest(lse=True))

@@ -12,13 +12,10 @@ import torch
 import triton
 from torch import Tensor
 
-from lamda.config.errors import UserError
 from lamda.model.attention import kernels
 from lamda.model.attention.bias import BAND, sum_by_distance
 
 SPLITS = 8  # programs among which the tiles of one head and place are divided, in the gradient of the band
-
-MAX_WIDTH = 128  # the largest K that the kernels were compiled for; 256 exceeds the shared memory of many GPUs
 
 
 @dataclass(frozen=True)
@@ -141,11 +138,6 @@ def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Tensor, *_: object) 
 def _tiles(q: Tensor) -> Tiles:
     if kernels.INTERPRETED:
         return tiles_for((9, 0), element_size=2)
-    if q.shape[-1] > MAX_WIDTH or q.element_size() > 4:
-        raise UserError(
-            f"model.attention: the kernels take a model.d_head of up to {MAX_WIDTH} in 16 or 32 bits, not "
-            f"{q.shape[-1]} in {q.dtype}: choose `sdpa`"
-        )
     return tiles_for(torch.cuda.get_device_capability(q.device), element_size=q.element_size())
 
 

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lamda.config.errors import UserError
 from lamda.model.attention import fused, kernel_ops
 from lamda.model.attention.bias import BAND
 from lamda.model.attention.fused import bias, mask, with_band_gradient
@@ -32,8 +31,7 @@ _aten = torch.ops.aten
 
 
 def attend(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, band_HN: Tensor, documents_BL: Tensor | None) -> Tensor:
-    """Attention [B, H, L, K] of all L positions. Raises UserError if no plain kernel supports the dtype or K."""
-    _check_plain(q_BHLK)
+    """Attention [B, H, L, K] of all L positions."""
     if documents_BL is not None:
         return fused.attend(q_BHLK, k_BHLK, v_BHLK, band_HN, documents_BL)
     out_BHLK, lse_BHL = _Attention.apply(q_BHLK, k_BHLK, v_BHLK, band_HN.detach())
@@ -68,15 +66,6 @@ class _Attention(torch.autograd.Function):
             d_k[:, :, :-BAND] += far[1]
             d_v[:, :, :-BAND] += far[2]
         return d_q, d_k, d_v, None
-
-
-def _check_plain(q: Tensor) -> None:
-    K = q.shape[-1]
-    if q.device.type == "cuda" and (q.element_size() != 2 or K % 8 or K > 128):
-        raise UserError(
-            "model.attention is split, whose plain kernels need 16 bits and a model.d_head of 8, 16, ... 128 on a "
-            f"GPU, not {q.dtype} and {K}: choose `fused`"
-        )
 
 
 @torch.library.custom_op("lamda::plain_attention", mutates_args=())
