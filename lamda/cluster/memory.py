@@ -90,8 +90,13 @@ class MemorySetting:
     is_compiled: bool = False
 
     @classmethod
-    def of(cls, config: Config, sharding: Sharding, *, accumulation: int, capability: tuple[int, int]) -> MemorySetting:
-        """The settings of a run on GPUs of this compute capability. Raises UserError if attention cannot run there."""
+    def of(
+        cls, config: Config, sharding: Sharding, *, accumulation: int, capability: tuple[int, int] | None
+    ) -> MemorySetting:
+        """The settings of a run on GPUs of this compute capability; None: not on GPUs.
+
+        Raises UserError if attention cannot run there.
+        """
         target = Target(capability, sharding.weight, config.model.d_head)
         attention = resolve(config.model.attention, target, training=True)
         rows, length = config.train.micro_batch_size, config.data.sequence_length

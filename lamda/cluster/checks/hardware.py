@@ -93,10 +93,14 @@ def shared_memory(subject: Subject) -> Finding:
 
 def offload(subject: Subject) -> Finding:
     """Check that the node's memory has room for what its ranks offload, and for the copy of a save."""
+    import torch
+
     config, world = subject.config, subject.world
     settings = ds_config.build(config, world_size=world.world_size)
     sharding = Sharding.of(settings, ranks=world.world_size)
-    setting = MemorySetting.of(config, sharding, accumulation=settings["gradient_accumulation_steps"])
+    accumulation = settings["gradient_accumulation_steps"]
+    capability = torch.cuda.get_device_capability(subject.device) if subject.device.type == "cuda" else None
+    setting = MemorySetting.of(config, sharding, accumulation=accumulation, capability=capability)
     if not (offloaded := host_bytes_offloaded(setting)):
         return ok("not needed: nothing is offloaded")
     needed = world.local_world_size * (offloaded + snapshot_bytes(setting))
