@@ -72,7 +72,7 @@ def expected(preset, case):
         **{name: named.get(item, 0) for name, item in STATES.items()},
         "snapshot": snapshot_bytes(setting),
         "backward": model_states(found) + others,
-        "start": max(by_phase(found).values()),
+        "start": max(by_phase(found).values()) + snapshot_bytes(setting),
         "peak": max(by_phase(found)[phase] for phase in STEP),
         "sent": {each.kind: each.tensors for each in sent},
     }
@@ -92,7 +92,7 @@ def test_model_states_are_within_5_percent_of_what_deepspeed_allocates(measured,
 
 @by_name
 def test_the_host_memory_for_a_checkpoint_is_within_5_percent(measured, case):
-    assert expected("tiny", case)["snapshot"] == pytest.approx(measured[case]["snapshot"], rel=0.05)
+    assert expected("wider", case)["snapshot"] == pytest.approx(measured[case]["snapshot"], rel=0.05)
 
 
 @by_name

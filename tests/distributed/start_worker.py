@@ -13,10 +13,14 @@ import resource
 import sys
 from pathlib import Path
 
+import torch
+
 from lamda import distributed
 from lamda.config.schema import Config
 from lamda.engines.deepspeed.engine import DeepSpeedEngine
 from lamda.model.counts import parameters
+
+TINY = {"vocab_size": 64, "d_model": 16, "n_layers": 1, "n_heads": 1, "d_head": 16, "d_ff": 16}
 
 
 def status(key: str) -> int:
@@ -33,6 +37,13 @@ def config(case: dict, file: Path) -> Config:
     return Config.model_validate(values | {"deepspeed": {"config": str(file)}})
 
 
+def start(own: Config, world: distributed.World, device: torch.device) -> DeepSpeedEngine:
+    """An engine with initial weights."""
+    engine = DeepSpeedEngine(own, world=world, device=device)
+    engine.initialize_weights()
+    return engine
+
+
 def main() -> None:
     """Measure. Should memory run out, this process ends rather than another one."""
     Path("/proc/self/oom_score_adj").write_text("1000")
@@ -42,9 +53,9 @@ def main() -> None:
     own = config(case, out / f"deepspeed-{world.rank}.json")
     share = 16 * parameters(own.model) // world.world_size
     resource.setrlimit(resource.RLIMIT_DATA, (2 * 10**9 + 3 * share // 2, -1))
-    before = status("VmRSS")
-    engine = DeepSpeedEngine(own, world=world, device=device)
-    engine.initialize_weights()
+    start(config({"model": TINY, "sub_group_size": 1}, out / f"tiny-{world.rank}.json"), world, device)
+    before = status("VmRSS")  # with all that a start imports
+    start(own, world, device)
     found = {"before": before, "share": share, "start": status("VmHWM")}
     (out / f"{world.rank}.json").write_text(json.dumps(found))
     distributed.barrier()
