@@ -256,6 +256,17 @@ def test_a_model_computes_with_the_backend_of_its_own_device_and_precision(monke
         assert model.attention == "flex"
 
 
+@pytest.mark.parametrize("way", BACKENDS)
+def test_a_bucket_that_no_distance_falls_into_has_no_gradient(way):
+    """Not even rounding errors: Adam would move it by a full step."""
+    if not runs(way, (2, 3, 23, 16), torch.float32):
+        pytest.skip("not on this device")
+    gradient_RH = Case.random((2, 3, 23, 16), torch.float32).run(way, torch.float32)["table_RH"]
+    used = causal_buckets(23).max() + 1
+    assert gradient_RH[:used].abs().min() > 0
+    assert torch.equal(gradient_RH[used:], torch.zeros_like(gradient_RH[used:]))
+
+
 @pytest.mark.parametrize(("way", "shape"), pairs(SHAPES[1:2] + SHAPES[3:4], torch.float32), ids=str)
 def test_gradients_are_the_same_bit_for_bit_every_time(way, shape):
     """Of `split` on a CPU alone: the backward pass of a GPU's plain kernels adds up with atomics."""

@@ -5,7 +5,8 @@ row. After subtracting the value of the last bucket, the bias is 0 except on a b
 
     band[h, d] = table[bucket(d), h] - table[last, h]      0 <= d < BAND
 
-and so is its gradient. By the same equation, the gradient of the last bucket is minus the sum of the others.
+and so is its gradient. By the same equation, the gradient of the last bucket is minus the sum of the others. A row of
+at most BAND keys needs no subtraction.
 Dimensions: legend in `lamda/model/decoder.py`; N distances, at least BAND.
 """
 
@@ -44,9 +45,14 @@ def relative_bias(table_RH: Tensor, buckets_M: Tensor, *, queries: int) -> Tenso
 
 
 def bias_band(table_RH: Tensor, buckets_N: Tensor, *, queries: int, keys: int) -> Tensor:
-    """The band [H, BAND] of a table, contiguous, fp32 or wider: `bias` of all backends but `math`."""
+    """The band [H, BAND] of a table, contiguous, fp32 or wider: `bias` of all backends but `math`.
+
+    If no key is beyond the band, nothing is subtracted: the last bucket, which is then unused, would get a gradient of
+    rounding errors in place of 0, and Adam makes full steps of them.
+    """
     fp32_RH = _at_least_fp32(table_RH)
-    return (functional.embedding(buckets_N[:BAND], fp32_RH) - fp32_RH[-1]).T.contiguous()
+    band_NH = functional.embedding(buckets_N[:BAND], fp32_RH)
+    return (band_NH - fp32_RH[-1] if keys > BAND else band_NH).T.contiguous()
 
 
 def band_bias(band_HN: Tensor, *, queries: int, keys: int) -> Tensor:
