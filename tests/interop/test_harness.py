@@ -287,7 +287,8 @@ def test_the_command_runs_local_tasks_without_a_network(
     assert f"{right / 4:.4f} ± " in lines
     during = Tasks.load(["local_choice", "local_rolling"], folder=task_folder).run_in_training(model, limit=None)
     for task, named in task_metrics(during).items():
-        assert named == {name: report["tasks"][task][name] for name in named}, "the same without standard errors"
+        expected = {name: report["tasks"][task][name] for name in named}
+        assert named == pytest.approx(expected, rel=1e-6), "the same without standard errors, in other batches"
 
 
 def test_a_folder_named_from_where_one_stands_works_with_files_that_include_others(task_folder, tmp_path, monkeypatch):

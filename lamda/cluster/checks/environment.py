@@ -60,7 +60,9 @@ def free_space(subject: Subject) -> Finding:
 
 def write_speed(subject: Subject) -> Finding:
     """Measure how fast this rank writes while all ranks write, as in a save."""
-    rate = writing_rate(Path(subject.config.run.dir))
+    run = RunDirectory(Path(subject.config.run.dir))
+    run.create()  # not left to `free_space`: that check runs on another rank, which may be slower
+    rate = writing_rate(run.path)
     seconds = checkpoint_bytes(subject) / (rate * subject.world.world_size)
     message = f"{rate / 1e6:,.0f} MB/s per rank; a checkpoint takes {seconds:,.1f} s"
     margin = subject.config.run.stop_margin_seconds
