@@ -1,4 +1,4 @@
-"""A command on all ranks at once, watched from outside: it ends on all of them when one dies or time is up.
+"""A command on all ranks together, watched from outside: it ends on all of them when one dies or time is up.
 
 Alone, this process starts every rank on this machine. Under a launcher each process starts its own rank, and the
 processes agree over gloo on the hosts, which still works where the ranks' own network hangs.

@@ -260,7 +260,7 @@ def test_a_model_computes_with_the_backend_of_its_own_device_and_precision(monke
 def test_a_bucket_that_no_distance_falls_into_has_no_gradient(way):
     """Not even rounding errors: Adam would move it by a full step."""
     if not runs(way, (2, 3, 23, 16), torch.float32):
-        pytest.skip("not on this device")
+        pytest.skip(f"{way} does not train on this device")
     gradient_RH = Case.random((2, 3, 23, 16), torch.float32).run(way, torch.float32)["table_RH"]
     used = causal_buckets(23).max() + 1
     assert gradient_RH[:used].abs().min() > 0
