@@ -32,21 +32,26 @@ GPU_HOURS_PER_FAILURE = 50_700
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU by its data sheet: memory in 10^9 bytes; dense FLOP/s in bf16, and in fp32 without TF32.
+    """A GPU: memory in MiB as `nvidia-smi` shows it; dense FLOP/s in bf16, and in fp32 without TF32, by its data sheet.
 
-    capability: the compute capability.
+    capability: the compute capability. The name's gigabytes are no measure: an "80 GB" H100 has 85.5 * 10^9 bytes.
     """
 
     name: str
     capability: tuple[int, int]
-    gigabytes: int
+    mebibytes: int
     bf16: float
     fp32: float
 
     @property
+    def memory(self) -> int:
+        """Bytes."""
+        return self.mebibytes << 20
+
+    @property
     def usable(self) -> int:
         """Bytes available to a run."""
-        return round(self.gigabytes * 1e9 * (1 - RESERVED_FRACTION))
+        return round(self.memory * (1 - RESERVED_FRACTION))
 
     def peak(self, *, is_bf16: bool) -> float:
         """Peak FLOP/s of matrix products."""
@@ -56,13 +61,13 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        Device("b200", (10, 0), 180, PEAK_FLOPS["B200"], 75e12),
-        Device("h200", (9, 0), 141, PEAK_FLOPS["H200"], 67e12),
-        Device("h100", (9, 0), 80, PEAK_FLOPS["H100"], 67e12),
-        Device("a100-80", (8, 0), 80, PEAK_FLOPS["A100"], 19.5e12),
-        Device("a100-40", (8, 0), 40, PEAK_FLOPS["A100"], 19.5e12),
-        Device("l40s", (8, 9), 48, PEAK_FLOPS["L40S"], 91.6e12),
-        Device("rtx4090", (8, 9), 24, PEAK_FLOPS["RTX 4090"], 82.6e12),
+        Device("b200", (10, 0), 183_359, PEAK_FLOPS["B200"], 75e12),
+        Device("h200", (9, 0), 143_771, PEAK_FLOPS["H200"], 67e12),
+        Device("h100", (9, 0), 81_559, PEAK_FLOPS["H100"], 67e12),
+        Device("a100-80", (8, 0), 81_920, PEAK_FLOPS["A100"], 19.5e12),
+        Device("a100-40", (8, 0), 40_960, PEAK_FLOPS["A100"], 19.5e12),
+        Device("l40s", (8, 9), 46_068, PEAK_FLOPS["L40S"], 91.6e12),
+        Device("rtx4090", (8, 9), 24_564, PEAK_FLOPS["RTX 4090"], 82.6e12),
     )
 }
 

@@ -156,7 +156,7 @@ def _plan_memory(config: Config, machine: Machine, setting: MemorySetting) -> Me
     return MemoryPlan(
         *fit(setting),
         gpu=machine.gpu,
-        gpu_bytes=round(machine.device.gigabytes * 1e9),
+        gpu_bytes=machine.device.memory,
         usable_bytes=limit,
         reserve=estimates.RESERVED_FRACTION,
         zero_stage=setting.sharding.stage,

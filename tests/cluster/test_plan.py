@@ -186,6 +186,7 @@ def test_offload_moves_all_but_the_weights_to_the_host_so_that_the_2b_fits_on_24
     small = ["--train.micro_batch_size", "1", "--train.recompute", "ffn", "--gpu", "rtx4090"]
     memory = planned(*LAMDA_2B, *small, "--deepspeed.config", "deepspeed/offload-cpu.json")["memory"]
     assert memory["fits"]
+    assert memory["gpu_bytes"] == 24_564 * 2**20  # what nvidia-smi shows of a card sold with "24 GB"
     assert memory["host_bytes_offloaded"] == (2 + 4 + 8 + 4 + 4) * TOTALS["2b"]
     without = planned(*LAMDA_2B, *small, code=1)["memory"]
     assert not without["fits"]
