@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment, read_report
+from benchmarks import environment, learning_ablations, read_report
 from benchmarks.learning_peers import EMBEDDING_SCALE, MODELS, PEERS, make_learner, recipe_of
 from benchmarks.learning_report import best_rate, draw, markdown
 from benchmarks.learning_runs import LOSS_EVERY, How, Rows, batch_of, run, time_in_turn
@@ -72,9 +72,12 @@ def main(argv: list[str]) -> int:
         torch.set_num_threads(config.run.threads)
     how = How(torch.device("cuda" if torch.cuda.is_available() else "cpu"), options.precision)
     rows = Rows(config)
+    removed = _removed(options)
+    if removed:
+        config, options.label = learning_ablations.configured(config, removed), learning_ablations.label(removed)
     names = options.models or (["lamda"] if options.label else list(MODELS))
     if options.label and names != ["lamda"]:
-        raise UserError(f"--label {options.label}: ablations are of lamda, not of {', '.join(names)}")
+        raise UserError(f"{options.label}: ablations are of lamda, not of {', '.join(names)}")
     facts = _environment(["learning", *argv], how)
     if options.time:
         entry = _time(names, rows, how, rounds=options.rounds)
@@ -82,10 +85,11 @@ def main(argv: list[str]) -> int:
         return 0
     steps = -(-options.tokens // (config.train.global_batch_size * config.data.sequence_length))
     config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps, "tokens": None})})
-    has_rate = any(word.partition("=")[0] == "--train.lr" for word in rest)
+    has_rate = removed or any(word.partition("=")[0] == "--train.lr" for word in rest)
     planned = list(_plan(names, config, rows, how, options, own_rate=config.train.lr if has_rate else None))
     for number, each in enumerate(planned, 1):
-        found = _run(each, rows, how, options.embedding_scale, place=f"{number}/{len(planned)}")
+        place = f"{number}/{len(planned)}"
+        found = _run(each, rows, how, options.embedding_scale, removed, place=place)
         _add(options.json, "runs", {**each.identity, **found, "environment": facts})
     print(markdown(read_report(options.json)))
     return 0
@@ -103,7 +107,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--lr", nargs="+", type=_rate, metavar="RATE", help="rates to sweep, or `best` of the record; a model's three"
     )
-    parser.add_argument("--label", metavar="TEXT", help="an ablation of lamda: what is different, in words")
+    ablation, parts = parser.add_mutually_exclusive_group(), list(learning_ablations.PARTS)
+    ablation.add_argument("--label", metavar="TEXT", help="an ablation of lamda: what is different, in words")
+    ablation.add_argument(
+        "--without",
+        metavar="PART",
+        nargs="+",
+        choices=parts,
+        help=f"lamda without these parts of its recipe: of {', '.join(parts)}",
+    )
+    ablation.add_argument("--only", metavar="PART", nargs="*", choices=parts, help="with only these; none: no part")
     parser.add_argument(
         "--embedding-scale", metavar="X", type=float, default=EMBEDDING_SCALE,
         help="the embedding's rate / the run's of a peer's + (%(default)s)",
@@ -172,11 +185,22 @@ def _plan(
                 yield Planned(of_seed, name, chosen, identity)
 
 
-def _run(planned: Planned, rows: Rows, how: How, embedding_scale: float, *, place: str) -> dict[str, Any]:
+def _removed(options: argparse.Namespace) -> list[str]:
+    """The parts of the recipe that an ablation goes without."""
+    if options.only is not None:
+        return [part for part in learning_ablations.PARTS if part not in options.only]
+    return list(options.without or [])
+
+
+def _run(
+    planned: Planned, rows: Rows, how: How, embedding_scale: float, removed: Sequence[str], *, place: str
+) -> dict[str, Any]:
     config, steps = planned.config, planned.config.steps
     learner = make_learner(planned.model, config, rate=planned.rate, device=how.device, embedding_scale=embedding_scale)
+    if removed:
+        learning_ablations.undo(learner.module, learner.optimizers[0], config, removed)
     step_tokens = config.train.global_batch_size * config.data.sequence_length
-    title = f"[{place}] {planned.model}, rate {planned.rate:g}, seed {config.run.seed}"
+    title = f"[{place}] {planned.identity['label'] or planned.model}, rate {planned.rate:g}, seed {config.run.seed}"
 
     def on_progress(step: int, loss: float, seconds: float) -> None:
         if step // REPORT_EVERY > (step - LOSS_EVERY) // REPORT_EVERY or step == steps:
