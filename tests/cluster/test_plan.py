@@ -1,6 +1,7 @@
 """What `lamda plan` promises about a run, against PyTorch's own counting, numbers worked out by hand, and trials."""
 
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -98,7 +99,9 @@ def test_everything_that_is_wrong_with_the_machine_is_said_at_once():
     ("own", "message"),
     [
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, "reduce_bucket_size: 'auto'"),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": math.inf}}, "reduce_bucket_size: inf"),
         ({"communication_data_type": "fp8"}, "communication_data_type: 'fp8' is none of fp32"),
+        ({"communication_data_type": ["fp32"]}, "communication_data_type: \\['fp32'\\] is none of fp32"),
         ({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": 4}}, "grad_accum_dtype: 4 is none"),
     ],
 )
