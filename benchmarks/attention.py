@@ -58,8 +58,8 @@ def markdown(report: dict[str, Any]) -> str:
                     f"{found['rows']} x {length}",
                     name,
                     *(f"{each['seconds'][part] * 1e3:.2f}" for part in PARTS),
-                    f"{ratios['median']:.2f}",
-                    f"{min(ratios['rounds']):.2f} to {max(ratios['rounds']):.2f}",
+                    f"{ratios['median']:.2f}" if ratios else "",
+                    f"{min(ratios['rounds']):.2f} to {max(ratios['rounds']):.2f}" if ratios else "",
                     f"{each['teraflops_per_second']:.3g}",
                     "" if peak is None else f"{peak:.0f}",
                 ]
@@ -74,5 +74,6 @@ def markdown(report: dict[str, Any]) -> str:
             *(f"| {' | '.join(row)} |" for row in rows),
             "",
             *(f"Not measured: {reason}." for reason in report["left_out"].values()),
+            *(f"Failed: {name}: {reason}." for name, reason in report.get("failed", {}).items()),
         ]
     )

@@ -29,18 +29,23 @@ def replace_file(path: Path, content: str | bytes) -> None:
     try:
         write_file(temporary, content)
         temporary.replace(path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        error.filename = str(path)
         raise
     sync_folder(path.parent)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a file and fsync it. Raises OSError."""
-    with path.open("wb") as stream:
-        stream.write(content.encode() if isinstance(content, str) else content)
-        stream.flush()
-        os.fsync(stream.fileno())
+    try:
+        with path.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk is met in writing, which knows no name
+        raise
 
 
 def sync_file(path: Path, *, progress: Progress = lambda: None) -> None:

@@ -1,13 +1,16 @@
 """Small files are whole whenever somebody looks, and nothing is left beside them."""
 
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lamda.durable import read_object, replace_file, umask_mode
+from lamda.config.errors import refused_by_system
+from lamda.durable import read_object, replace_file, umask_mode, write_file
 
 
 def test_writers_at_once_leave_one_whole_content(tmp_path):
@@ -66,3 +69,11 @@ def test_a_pipe_or_a_folder_in_the_place_of_a_file_is_none(tmp_path):
     for name in ("pipe", "folder", "nothing"):
         with pytest.raises(FileNotFoundError):
             read_object(tmp_path / name)
+
+
+def test_a_full_disk_is_named_with_the_file_where_it_is_known():
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_file(Path("/dev/full"), "text")
+    assert refused_by_system(caught.value) == "/dev/full: No space left on device"
+    without = OSError(errno.ENOSPC, "No space left on device")
+    assert refused_by_system(without) == "a file cannot be written (No space left on device)"

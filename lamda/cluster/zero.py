@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -93,14 +94,14 @@ def _width(key: str, values: dict[str, Any], *, default: int) -> int:
     name = values.get(key.rpartition(".")[2])
     if name is None:
         return default
-    if name not in _WIDTHS:
+    if not isinstance(name, str) or name not in _WIDTHS:
         raise UserError(f"the DeepSpeed file: {key}: {name!r} is none of {', '.join(_WIDTHS)}")
     return _WIDTHS[name]
 
 
 def _elements(key: str, zero: dict[str, Any], *, default: int) -> int:
     count = zero.get(key, default)
-    if not isinstance(count, int | float) or count < 0:
+    if not isinstance(count, int | float) or not 0 <= count < math.inf:
         raise UserError(f"the DeepSpeed file: zero_optimization.{key}: {count!r} is not a number of elements")
     return int(count)
 

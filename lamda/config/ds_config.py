@@ -23,6 +23,14 @@ OWNED_BY_CONFIG = {
 }
 OffloadKey = Literal["offload_optimizer", "offload_param"]
 OFFLOAD: tuple[OffloadKey, ...] = get_args(OffloadKey)
+OLD_OFFLOAD = {
+    "cpu_offload": "offload_optimizer",
+    "cpu_offload_param": "offload_param",
+    "cpu_offload_use_pin_memory": "offload_optimizer.pin_memory",
+}
+"""DeepSpeed's deprecated keys, which it still obeys."""
+SECTIONS = ("zero_optimization", "bf16", "data_types")
+"""The sections that are read here; DeepSpeed checks the others (`lamda.engines.deepspeed.framework`)."""
 KNOWN = frozenset({
     "bf16", "data_types", "communication_data_type", "zero_optimization", "zero_allow_untested_optimizer", "timers",
     "wall_clock_breakdown", "dump_state", "comms_logger", "flops_profiler", "prescale_gradients",
@@ -100,14 +108,16 @@ def _problems(ds_config: dict[str, Any], path: Path) -> list[str]:
             problems.append(f"{path}: {key}: {REFUSED[key]}; remove it")
         elif key not in KNOWN:
             problems.append(f"{path}: {key}: not a DeepSpeed key with an effect here{nearest(key, KNOWN)}")
-    flat = [key for key in ("zero_optimization", "bf16") if not isinstance(ds_config.get(key, {}), dict)]
+    flat = [key for key in SECTIONS if not isinstance(ds_config.get(key, {}), dict)]
     if "zero_optimization" not in flat:
         zero = ds_config.get("zero_optimization", {})
-        flat += [f"zero_optimization.{key}" for key in OFFLOAD if not isinstance(zero.get(key) or {}, dict)]
+        flat += [f"zero_optimization.{key}" for key in OFFLOAD if not isinstance(zero.get(key), dict | None)]
     if flat:
         return [*problems, *(f"{path}: {key}: is not a JSON object" for key in flat)]
+    if not isinstance(enabled := ds_config.get("bf16", {}).get("enabled", False), bool):
+        problems.append(f"{path}: bf16.enabled: {enabled!r} must be true or false")
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in range(4):
+    if isinstance(stage, bool) or stage not in range(4):
         problems.append(f"{path}: zero_optimization.stage: {stage} must be 0, 1, 2 or 3")
     elif zero_stage(ds_config) == 0 and is_bf16(ds_config) and "data_types" in ds_config:
         problems.append(
@@ -168,6 +178,11 @@ def _problems_of_offload(ds_config: dict[str, Any], path: Path, config: Config) 
         "use cpu (deepspeed/offload-cpu.json)"
         for key, device in devices.items()
         if device != "cpu"
+    ]
+    problems += [
+        f"{path}: zero_optimization.{key}: DeepSpeed has renamed it; use {new} (deepspeed/offload-cpu.json)"
+        for key, new in OLD_OFFLOAD.items()
+        if key in zero
     ]
     if "zenflow" in zero:
         problems.append(

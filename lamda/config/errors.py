@@ -27,12 +27,18 @@ class DataUnavailableError(RunError):
 
 _FILE_ERRORS = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG,
-    errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE,
+    errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.EFBIG,
 }  # fmt: skip
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def refused_by_system(error: OSError) -> str | None:
-    """`FILE: REASON` where the disk or its permissions caused the error; None for any other error."""
+    """`FILE: REASON` where the disk or its permissions caused the error; None for any other error.
+
+    An error of writing, unlike one of opening, has no file.
+    """
+    if error.filename is None and error.errno in _FULL:
+        return f"a file cannot be written ({error.strerror})"
     if error.errno not in _FILE_ERRORS or error.filename is None:
         return None
     return f"{one_line(str(error.filename))}: {error.strerror}"

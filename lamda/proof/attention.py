@@ -38,10 +38,11 @@ def measure(
     compiled: bool,
     rounds: int = ROUNDS,
 ) -> dict[str, Any]:
-    """Times, ratios to `math` and memory for each length, and the reason for each backend that is left out."""
+    """Times, ratios to `math` and memory for each length, and why a backend is left out, or failed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backends: dict[str, Backend] = {}
     left_out: dict[str, str] = {}
+    failed: dict[str, str] = {}
     for name in BACKENDS:
         try:
             choose_backend(name, device, dtype=dtype, width=width, training=True)
@@ -59,8 +60,8 @@ def measure(
                         device=device, compiled=compiled)  # fmt: skip
             try:
                 each.run()
-            except Exception as error:  # a kernel or a compiler: the others are measured all the same
-                left_out[f"{way} at {length}"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            except Exception as error:  # a kernel, a compiler or memory: the others are measured all the same
+                failed[f"{way} at {length}"] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             else:
                 work[way] = each
         measured[str(length)] = _rounds(work, rounds) | {"rows": tokens // length}
@@ -72,6 +73,7 @@ def measure(
         "shape": shape,
         "lengths": measured,
         "left_out": left_out,
+        "failed": failed,
     }
 
 
@@ -144,11 +146,11 @@ def _medians(rounds: Sequence[dict[str, dict[str, float]]], name: str, *, flops:
         return sum(each[part] for part in PARTS)
 
     found = [each[name] for each in rounds]
-    ratios = [total(each[REFERENCE]) / total(each[name]) for each in rounds]
+    ratios = [total(each[REFERENCE]) / total(each[name]) for each in rounds if REFERENCE in each]
     seconds = median(map(total, found))
     return {
         "seconds": {part: median(each[part] for each in found) for part in PARTS},
-        "times_as_fast_as_math": {"median": median(ratios), "rounds": ratios},
+        "times_as_fast_as_math": {"median": median(ratios), "rounds": ratios} if ratios else None,
         "teraflops_per_second": 3 * flops / seconds / 1e12,
         "peak_megabytes": max(each["bytes"] for each in found) / 1e6 if "bytes" in found[0] else None,
     }

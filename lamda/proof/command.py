@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lamda.config.errors import UserError, nearest
-from lamda.durable import write_file
+from lamda.durable import read_object, replace_file
 from lamda.proof.parts import FINDINGS, PARTS, REHEARSE, TEXT, findings_file
 from lamda.training.stop_requests import handling_signals
 
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     for name in options.parts:
         if name not in PARTS:
             raise UserError(f"--parts: there is no {name!r} among {', '.join(PARTS)}{nearest(name, PARTS)}")
-    if options.minutes <= 0:
+    if not options.minutes > 0:  # nor is nan
         raise UserError(f"--minutes: a proof takes more than 0 minutes, not {options.minutes:g}")
     _require_device(rehearse=options.rehearse)
     proof = Proof(options.to.resolve(), text=options.text, seconds=60 * options.minutes, rehearse=options.rehearse)
@@ -91,8 +91,7 @@ class Proof:
             raise UserError(f"--to {folder}: cannot be written to ({error.strerror})") from error
         if text is not None:
             _link(folder / TEXT, text.resolve())
-        earlier = json.loads((folder / JSON).read_text("utf-8")) if (folder / JSON).exists() else {"parts": {}}
-        self._parts: dict[str, Any] = earlier["parts"] if earlier.get("rehearsal") == rehearse else {}
+        self._parts = _earlier_parts(folder / JSON, rehearse=rehearse)
 
     def run(self, name: str) -> None:
         """Run a part and write JSON and page again."""
@@ -139,11 +138,23 @@ class Proof:
         content = {"rehearsal": self._rehearse, "parts": self._parts}
         from lamda.proof.page import page
 
-        write_file(self.folder / JSON, (json.dumps(content, indent=1) + "\n").encode())
-        write_file(self.folder / PAGE, page(content).encode())
+        replace_file(self.folder / JSON, json.dumps(content, indent=1) + "\n")
+        replace_file(self.folder / PAGE, page(content))
         if not quiet:
             failed = f", {len(found['failed'])} failed in it" if found.get("failed") else ""
             print(f"{result['status'].splitlines()[0]}{failed} ({result['seconds']:.0f} s)", flush=True)
+
+
+def _earlier_parts(file: Path, *, rehearse: bool) -> dict[str, Any]:
+    """The parts of an earlier proof of this kind. Raises UserError for another file."""
+    try:
+        earlier = read_object(file)
+        parts: dict[str, Any] = earlier["parts"] if earlier["rehearsal"] == rehearse else {}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{file}: is not what this command writes; choose another folder with --to") from error
+    return parts
 
 
 def _cpu_seconds() -> float:
@@ -154,8 +165,10 @@ def _cpu_seconds() -> float:
 
 def _link(link: Path, text: Path) -> None:
     """Make `link` lead to the text. Raises UserError."""
-    if not (text / "val.jsonl.zst").is_file():
-        raise UserError(f"--text {text}: has no val.jsonl.zst; give a folder that `make gpu-kit` made, or leave it out")
+    if missing := [f"no {name}" for name in ("train", "val.jsonl.zst") if not (text / name).exists()]:
+        raise UserError(
+            f"--text {text}: has {' and '.join(missing)}; give a folder that `make gpu-kit` made, or leave it out"
+        )
     if link.is_symlink():
         link.unlink()
     if link.exists():

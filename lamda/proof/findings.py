@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lamda.durable import write_file
+from lamda.durable import replace_file
 
 T = TypeVar("T")
 
@@ -29,6 +29,11 @@ class Findings:
         self._content["found"][name] = value
         self._write()
 
+    def fail(self, name: str, reason: str) -> None:
+        """Record why something failed."""
+        self._content["failed"][name] = reason[:600]
+        self._write()
+
     def attempt(self, name: str, measure: Callable[[], T]) -> T | None:
         """Record what `measure` returns, or why it fails: then the next one is measured all the same."""
         try:
@@ -36,8 +41,9 @@ class Findings:
         except LeftOutError as reason:
             self._content["left_out"][name] = str(reason)
         except Exception as error:  # whatever a kernel, a compiler or a driver raises: the reason is the finding
-            self._content["failed"][name] = f"{type(error).__name__}: {error}"[:600]
             traceback.print_exc()
+            self.fail(name, f"{type(error).__name__}: {error}")
+            return None
         else:
             self.record(name, value)
             return value
@@ -45,4 +51,4 @@ class Findings:
         return None
 
     def _write(self) -> None:
-        write_file(self._file, json.dumps(self._content, indent=1).encode())
+        replace_file(self._file, json.dumps(self._content, indent=1))

@@ -25,7 +25,9 @@ def measure(sizes: Sizes, findings: Findings, folder: Path) -> None:
             timed = partial(
                 attention.measure, lengths=[length], dtype=torch.bfloat16, compiled=way == "compiled", **shape
             )
-            findings.attempt(f"{length}, {way}", timed)
+            report = findings.attempt(f"{length}, {way}", timed)
+            for name, reason in report["failed"].items() if report else ():
+                findings.fail(f"{name}, {way}", reason)
 
 
 def _without_bias(sizes: Sizes, length: int) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def findings_file(folder: Path, name: str) -> Path:
 
 def main(argv: Sequence[str]) -> int:
     """Run one part in this process."""
+    from lamda.config.errors import UserError
     from lamda.proof.findings import Findings
     from lamda.proof.sizes import GPU, REHEARSAL
 
@@ -53,7 +54,11 @@ def main(argv: Sequence[str]) -> int:
     module, function = PARTS[name].function.split(".")
     sizes = REHEARSAL if REHEARSE in rest else GPU
     findings = Findings(findings_file(Path(folder), name))
-    getattr(importlib.import_module(f"lamda.proof.{module}"), function)(sizes, findings, Path(folder))
+    try:
+        getattr(importlib.import_module(f"lamda.proof.{module}"), function)(sizes, findings, Path(folder))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 

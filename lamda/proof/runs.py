@@ -20,7 +20,7 @@ from lamda.config.loading import load_config
 from lamda.data.standard_library import write_corpus
 from lamda.dialog.examples import form_of
 from lamda.model.counts import parameters
-from lamda.proof.devices import device, has_deepspeed, require_deepspeed
+from lamda.proof.devices import deepspeed_obstacle, device, loop_name, require_deepspeed
 from lamda.proof.findings import Findings
 from lamda.proof.parts import TEXT
 from lamda.proof.plain_loop import PlainLoop
@@ -88,13 +88,14 @@ def learn(sizes: Sizes, findings: Findings, folder: Path) -> None:
     flags = _flags(sizes, folder, steps=sizes.learn_steps, every=sizes.learn_steps)
     config = load_config(list(flags))
     findings.record("setting", {
-        "loop": "the engine (DeepSpeed)" if has_deepspeed() else "a plain loop: deepspeed is not installed",
+        "loop": loop_name(),
         "parameters": parameters(config.model),
         "batch": config.train.global_batch_size,
         "length": config.data.sequence_length,
         "steps": config.steps,
     })  # fmt: skip
-    findings.attempt("learning", lambda: _learn(flags, folder) if has_deepspeed() else _learn_plainly(flags, folder))
+    train = _learn_plainly if deepspeed_obstacle() else _learn
+    findings.attempt("learning", lambda: train(flags, folder))
 
 
 def _learn(flags: Flags, folder: Path) -> dict[str, Any]:

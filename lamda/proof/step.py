@@ -18,7 +18,7 @@ from lamda.config.schema import Config
 from lamda.data.loader import MicroBatch, StepBatch
 from lamda.engines.protocol import PhaseHook
 from lamda.model.counts import flops_per_token, parameters, peak_flops
-from lamda.proof.devices import device, has_deepspeed, timed, wait
+from lamda.proof.devices import deepspeed_obstacle, device, loop_name, timed, wait
 from lamda.proof.findings import Findings
 from lamda.proof.gemm import MatrixRate
 from lamda.proof.models import attention, choose_config, open_engine
@@ -86,7 +86,7 @@ def _measure(sizes: Sizes, findings: Findings, *, length: int, compiled: bool) -
     """Measure the largest model that fits, with rows of `length`: eager, and then `compiled`."""
     config = choose_config(sizes, length)
     findings.record("setting", describe(config))
-    begin, compile_blocks = _engine(config) if has_deepspeed() else _plain(config)
+    begin, compile_blocks = _plain(config) if deepspeed_obstacle() else _engine(config)
     before = _allocated()
     products = matrix_rate(config)
     beside = _allocated() - before
@@ -109,7 +109,7 @@ def describe(config: Config) -> dict[str, Any]:
     """The model, the rows and how they are computed."""
     train = config.train
     return {
-        "loop": "the engine (DeepSpeed)" if has_deepspeed() else "a plain loop: deepspeed is not installed",
+        "loop": loop_name(),
         "parameters": parameters(config.model),
         "length": config.data.sequence_length,
         "micro_batch": train.micro_batch_size,

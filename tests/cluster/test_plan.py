@@ -1,6 +1,7 @@
 """What `lamda plan` promises about a run, against PyTorch's own counting, numbers worked out by hand, and trials."""
 
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -98,7 +99,9 @@ def test_everything_that_is_wrong_with_the_machine_is_said_at_once():
     ("own", "message"),
     [
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, "reduce_bucket_size: 'auto'"),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": math.inf}}, "reduce_bucket_size: inf"),
         ({"communication_data_type": "fp8"}, "communication_data_type: 'fp8' is none of fp32"),
+        ({"communication_data_type": ["fp32"]}, "communication_data_type: \\['fp32'\\] is none of fp32"),
         ({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": 4}}, "grad_accum_dtype: 4 is none"),
     ],
 )
@@ -228,6 +231,37 @@ def test_the_text_shows_every_number_of_a_section(capsys, planned):
 def test_the_plan_in_the_docs_is_the_one_that_is_printed(capsys):
     main([*LAMDA_2B, "--gpus", "8", "--price", "3.5"])
     assert f"```\n{capsys.readouterr().out}```\n" in Path("docs/cluster.md").read_text()
+
+
+LARGE_BATCH = ["--train.global_batch_size", "4096", "--train.steps", "31313"]
+OFFLOADED = ["--deepspeed.config", "deepspeed/offload-cpu.json", "--train.micro_batch_size", "1"]
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments", "quoted"),
+    [
+        ("pile.md", [*LAMDA_2B, "--gpus", "8"], "{peak} GB of the {usable} GB of an H100"),
+        ("offload.md", [*LAMDA_2B, *OFFLOADED, "--gpu", "rtx4090", "--train.recompute", "ffn"],
+         "needs {peak} GB of the GPU, and {offloaded} GB of host memory"),
+        ("cluster.md", [*LAMDA_2B, "--gpus", "1", "--gpu", "h200"], "count on | {peak} of {usable} GB | "),
+        ("cluster.md", [*LAMDA_2B, "--gpus", "64", "--train.micro_batch_size", "4"], " | {peak} of {usable} GB | "),
+        ("cluster.md", [*LAMDA_2B, *LARGE_BATCH, "--gpus", "512"], "a rank needs | {peak} GB | "),
+        ("cluster.md", [*LAMDA_2B, *LARGE_BATCH, "--gpus", "512"], "save {saved_2} and {saved_3} GB of the {peak}."),
+        ("cluster.md", ["--config", "configs/lamda_8b.yaml", "--gpus", "8", "--train.recompute", "ffn"],
+         "of {usable} GB that it can count on | {peak} GB | "),
+        ("cluster.md", ["--config", "configs/lamda_137b.yaml", "--gpus", "64"], " | {peak} GB |"),
+    ],
+)  # fmt: skip
+def test_figures_that_the_docs_quote_are_those_of_the_plan(planned, file, arguments, quoted):
+    memory = planned(*arguments)["memory"]
+    sizes = {
+        "peak": memory["peak"],
+        "usable": memory["usable_bytes"],
+        "offloaded": memory["host_bytes_offloaded"],
+        **{f"saved_{stage}": memory["peak"] - memory["by_stage"][stage]["peak"] for stage in "23"},
+    }
+    expected = quoted.format(**{name: f"{size / 1e9:.3g}" for name, size in sizes.items()})
+    assert expected in " ".join((Path("docs") / file).read_text().split())
 
 
 def test_the_2b_is_planned_within_10_seconds_without_torch():

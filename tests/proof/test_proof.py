@@ -1,15 +1,18 @@
 """`lamda prove-gpu`: what is cut off costs only itself, what fails is reported, and a bare machine is enough."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
+import torch
 
 from lamda.config.errors import UserError
-from lamda.proof import command, parts, runs, step
+from lamda.proof import attention, command, devices, kernels, parts, runs, step
 from lamda.proof.command import JSON, PAGE, Proof, main
 from lamda.proof.findings import Findings, LeftOutError
 from lamda.proof.page import page
@@ -87,6 +90,70 @@ def test_a_later_proof_in_the_folder_keeps_the_parts_of_an_earlier_one_of_its_ki
     assert proof(tmp_path, rehearse=False)._parts == {}
 
 
+@pytest.mark.parametrize("content", ['{"rehearsal": true, "par', "[1]", "{}", "\\xff"])
+def test_a_file_that_is_no_earlier_proof_is_named(tmp_path, content):
+    (tmp_path / JSON).write_bytes(content.encode("latin-1"))
+    with pytest.raises(
+        UserError, match=r"proof\.json: is not what this command writes; choose another folder with --to"
+    ):
+        proof(tmp_path)
+
+
+def test_a_full_disk_costs_a_part_its_last_finding_and_no_other(tmp_path, monkeypatch):
+    """The proof reads the file of a part that has just failed to write it."""
+    made = proof(tmp_path)
+    findings = Findings(parts.findings_file(tmp_path, "environment"))
+    findings.record("host", {"cores": 3})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            findings.record("disk", {"written": 1.0})
+    made._keep("environment", {"status": "failed", "seconds": 1.0})
+    assert read(tmp_path)["parts"]["environment"]["found"] == {"host": {"cores": 3}}
+
+
+@pytest.mark.parametrize("broken", ["math", "sdpa"])
+def test_a_backend_that_fails_is_a_failure_and_the_others_are_timed(tmp_path, monkeypatch, broken):
+    """Also `math`, which needs the most memory: the ratios to it are left out then."""
+    run = attention.Work.run
+
+    def run_out(work):
+        if work._backend.__name__.endswith(broken):
+            raise torch.OutOfMemoryError("CUDA out of memory.\nMore lines")
+        return run(work)
+
+    monkeypatch.setattr(attention, "BACKENDS", ("math", "sdpa"))
+    monkeypatch.setattr(attention.Work, "run", run_out)
+    findings = Findings(tmp_path / "kernels.json")
+    kernels.measure(replace(REHEARSAL, lengths=(64,), compiled=frozenset()), findings, tmp_path)
+    kept = json.loads((tmp_path / "kernels.json").read_text())
+    assert kept["failed"] == {f"{broken} at 64, eager": "OutOfMemoryError: CUDA out of memory."}
+    (timed,) = kept["found"]["64, eager"]["lengths"].values()
+    assert timed["backends"].keys() == {"math", "sdpa"} - {broken}
+    assert page({"rehearsal": True, "parts": {"kernels": kept | {"status": "done", "seconds": 1.0}}})
+
+
+def test_deepspeed_that_cannot_be_imported_counts_as_absent(tmp_path):
+    (tmp_path / "deepspeed.py").write_text("raise RuntimeError('CUDA_HOME does not exist')")
+    code = "from lamda.proof.devices import loop_name; print(loop_name())"
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "a plain loop: deepspeed cannot be imported (RuntimeError: CUDA_HOME does not exist)\n"
+
+
+def test_what_a_user_can_correct_ends_a_part_without_a_traceback(tmp_path, monkeypatch, capsys):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "odd").touch()
+    assert parts.main(["learn", str(tmp_path), "--rehearse"]) == 1
+    assert capsys.readouterr().err == f"{tmp_path}/text exists and is not a corpus: move it, or choose another folder\n"
+
+
 def test_findings_keep_what_failed_and_what_was_left_out(tmp_path):
     findings = Findings(tmp_path / "part.json")
 
@@ -107,8 +174,8 @@ def test_findings_keep_what_failed_and_what_was_left_out(tmp_path):
 
 
 def test_without_deepspeed_a_plain_loop_is_measured_and_the_page_says_so(tmp_path, monkeypatch):
-    for module in (step, runs):
-        monkeypatch.setattr(module, "has_deepspeed", lambda: False)
+    for module in (devices, step, runs):
+        monkeypatch.setattr(module, "deepspeed_obstacle", lambda: "deepspeed is not installed")
     monkeypatch.setattr(PlainLoop, "compile_blocks", lambda self: None)
     findings = Findings(tmp_path / "step.json")
     step.measure_short(REHEARSAL, findings, tmp_path)
@@ -127,8 +194,9 @@ def test_without_deepspeed_a_plain_loop_is_measured_and_the_page_says_so(tmp_pat
     [
         (["--parts", "equalty"], "equality"),
         (["--minutes", "0"], "more than 0 minutes"),
+        (["--minutes", "nan"], "more than 0 minutes"),
         ([], "there is no GPU here; `lamda prove-gpu --rehearse`"),
-        (["--rehearse", "--text", "/nowhere"], "has no val.jsonl.zst"),
+        (["--rehearse", "--text", "/nowhere"], "has no train and no val.jsonl.zst"),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(tmp_path, monkeypatch, words, message):

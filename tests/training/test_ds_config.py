@@ -9,6 +9,7 @@ from lamda.config import Config
 from lamda.config.ds_config import OWNED_BY_CONFIG, REFUSED, build, is_bf16, zero_stage
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
+from lamda.engines.deepspeed.framework import require_valid
 
 TRAIN = {"steps": 10, "global_batch_size": 48, "micro_batch_size": 4, "gradient_clipping": 0.5}
 SHIPPED = {
@@ -79,7 +80,7 @@ def test_a_typo_names_the_nearest_key(build_from):
     assert problem.endswith("did you mean 'zero_optimization'?")
 
 
-@pytest.mark.parametrize("stage", [4, -1, 1.5, "auto", None, "1"])
+@pytest.mark.parametrize("stage", [4, -1, 1.5, "auto", None, "1", True])
 def test_a_stage_that_is_none_is_reported(build_from, stage):
     (problem,) = problems(build_from, {"zero_optimization": {"stage": stage}})
     assert problem == f"zero_optimization.stage: {stage} must be 0, 1, 2 or 3"
@@ -132,9 +133,35 @@ def test_a_shipped_file_suits_every_optimizer(optimizer, name):
     assert build(Config(train={**TRAIN, "optimizer": optimizer}, deepspeed={"config": name}), world_size=1)
 
 
-@pytest.mark.parametrize("key", ["zero_optimization", "bf16"])
-def test_a_section_that_is_no_object_is_reported(build_from, key):
-    assert problems(build_from, {"amp": {}, key: True})[1] == f"{key}: is not a JSON object"
+@pytest.mark.parametrize("key", ["zero_optimization", "bf16", "data_types"])
+@pytest.mark.parametrize("value", [True, None, []])
+def test_a_section_that_is_no_object_is_reported(build_from, key, value):
+    assert problems(build_from, {"amp": {}, key: value})[1] == f"{key}: is not a JSON object"
+
+
+def test_bf16_that_deepspeed_would_read_otherwise_is_reported(build_from):
+    """DeepSpeed takes "false" as false: bf16 weights would be trained without fp32 masters."""
+    assert problems(build_from, {"bf16": {"enabled": "false"}}) == ["bf16.enabled: 'false' must be true or false"]
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"zero_optimization": {"stage": 1, "reduce_buckets": 5}}, "reduce_buckets: Extra inputs"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "DeepSpeedConfigError: MiCS"),
+        ({"aio": 5}, "AttributeError: 'int' object"),
+    ],
+)
+def test_what_deepspeed_itself_rejects_names_the_file_and_the_key(tmp_path, own, message):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(own))
+    with pytest.raises(UserError, match=f"ds.json: DeepSpeed rejects it: {message}.*; correct it, or remove the key$"):
+        require_valid(Config(train=TRAIN, deepspeed={"config": str(path)}))
+
+
+@pytest.mark.parametrize("name", [*SHIPPED, "deepspeed/stage0.json"])
+def test_the_shipped_files_are_valid(name):
+    require_valid(Config(train=TRAIN, deepspeed={"config": name}))
 
 
 def test_a_file_that_is_not_json_is_reported_with_its_line(build_from):
@@ -174,6 +201,8 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
             "zero_optimization.offload_optimizer.super_offload: ",
         ),
         ({"stage": 2, "offload_optimizer": "cpu"}, {}, "zero_optimization.offload_optimizer: is not a JSON object"),
+        ({"stage": 2, "offload_param": []}, {}, "zero_optimization.offload_param: is not a JSON object"),
+        ({"stage": 2, "cpu_offload": True}, {}, "zero_optimization.cpu_offload: DeepSpeed has renamed it; use "),
     ],
 )  # fmt: skip
 def test_offload_that_does_not_resume_exactly_is_refused_with_its_key(build_from, zero, more, message):

@@ -12,6 +12,7 @@ from lamda.config.errors import UserError
 from lamda.data.loader import MicroBatch
 from lamda.distributed import World
 from lamda.engines.deepspeed import compile
+from lamda.engines.deepspeed import engine as engine_module
 from lamda.engines.deepspeed.checkpoint import model_weights
 from lamda.engines.deepspeed.engine import DeepSpeedEngine
 from lamda.model import decoder
@@ -91,6 +92,23 @@ def test_memory_that_runs_out_names_the_micro_batch_that_fits(tmp_path, device, 
     assert "train.micro_batch_size 2 is out of memory (CUDA out of memory. Tried to allocate" in str(caught.value)
     assert message in str(caught.value)
     assert "More lines" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "what"),
+    [
+        (torch.optim.AdamW, "step", "the update of the weights"),
+        (engine_module.deepspeed, "initialize", "the start"),
+        (engine_module, "reset_state", "the start"),
+    ],
+)
+def test_memory_that_state_needs_is_not_blamed_on_the_micro_batch(tmp_path, device, monkeypatch, owner, name, what):
+    def run_out(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+    monkeypatch.setattr(owner, name, run_out)
+    with pytest.raises(UserError, match=rf"^{what} is out of memory \(CUDA .*\), .*: use a higher ZeRO stage"):
+        engine_of(tmp_path, device).train_step(batch(0, World()), lr=1e-2)
 
 
 @pytest.mark.parametrize("stage", [1, 3])

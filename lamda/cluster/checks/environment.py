@@ -19,6 +19,7 @@ from lamda.cluster.checks.finding import Check, Finding, Subject, failure, ok, w
 from lamda.config import ds_config
 from lamda.config.batches import micro_batches_per_rank
 from lamda.config.errors import RunError, UserError
+from lamda.engines.deepspeed.framework import require_valid
 from lamda.model.counts import parameters
 from lamda.storage.lock import STALE_SECONDS
 from lamda.storage.run_directory import RunDirectory
@@ -38,6 +39,7 @@ def batch(subject: Subject) -> Finding:
     config, size = subject.config, subject.world.world_size
     accumulation = micro_batches_per_rank(config.train, world_size=size)
     ds_config.build(config, world_size=size)
+    require_valid(config)
     train = config.train
     return ok(
         f"{train.global_batch_size} rows per step = {size} ranks x {train.micro_batch_size} rows x {accumulation} "

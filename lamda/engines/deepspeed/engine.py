@@ -91,16 +91,16 @@ class DeepSpeedEngine:
             settings["gradient_clipping"] = 0.0
         self.is_compiled = compile.is_worthwhile(config, device.type, stage=self.stage)
         self._is_first = True
-        with _quiet(), without_compile(config.train):
+        with _quiet(), without_compile(config.train), _memory_of_state("the start"):
             model = empty_model(config, settings, device)
             if self.is_compiled:
                 compile.compile_blocks(model)
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=make_optimizer(model, config.train), config=settings, dist_init_required=False
             )
-        trim_memory()
-        check_the_norm_alone(self.deepspeed.optimizer)
-        reset_state(self.deepspeed, optimizer=config.train.optimizer, updates=0)
+            trim_memory()
+            check_the_norm_alone(self.deepspeed.optimizer)
+            reset_state(self.deepspeed, optimizer=config.train.optimizer, updates=0)
         self._snapshots = checkpoint.Snapshots(self.deepspeed, device=device)
 
     @property
@@ -158,7 +158,7 @@ class DeepSpeedEngine:
             on_phase("backward", None)
             if self._is_unguarded and self.deepspeed.is_gradient_accumulation_boundary():
                 clipped = self._clip_or_drop_gradient()
-            with without_compile(self.config.train):
+            with without_compile(self.config.train), _memory_of_state("the update of the weights"):
                 self.deepspeed.step()
             sums += part.sums(nll_BL.detach(), domains=self.domains)
         on_phase("update", next(self.model.parameters()))
@@ -276,6 +276,19 @@ class DeepSpeedEngine:
         if is_dropped:
             self.model.zero_grad(set_to_none=True)
         return norm, is_dropped
+
+
+@contextmanager
+def _memory_of_state(what: str) -> Iterator[None]:
+    """Wraps what needs memory for the model's and the optimizer's state. Raises UserError where it runs out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{what} is out of memory ({str(error).splitlines()[0]}), and a smaller train.micro_batch_size needs as "
+            "much there: use a higher ZeRO stage, more GPUs, deepspeed/offload-cpu.json, or a smaller model (`lamda "
+            "plan` counts the memory)"
+        ) from error
 
 
 def _or_nan(loss: torch.Tensor) -> torch.Tensor:
