@@ -15,7 +15,7 @@ from lamda.data.card import Card, load_card
 from lamda.data.documents import Document, Form, RawText
 from lamda.data.files import File, no_op
 from lamda.data.lanes import RAW_TEXT, Cursor, Lane, in_turn
-from lamda.data.order import Mixture, make_mixture
+from lamda.data.order import BEGINNING, DataStart, Mixture, make_mixture
 from lamda.data.partitioning import MAX_LANES, cut_into_lanes
 from lamda.data.quarantine import BadLine, examples, few
 from lamda.data.resolving import resolve
@@ -34,12 +34,16 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Corpus:
-    """The training text of a run, cut into lanes. sequence_length: L, targets per row. shuffle: as `data.shuffle`."""
+    """The training text of a run, cut into lanes.
+
+    sequence_length: L, targets per row. shuffle: as `data.shuffle`. start: where the run begins to read it.
+    """
 
     card: Card
     lanes: tuple[Lane, ...]
     sequence_length: int
     shuffle: Shuffle
+    start: DataStart = BEGINNING
 
     @property
     def form(self) -> Form:
@@ -68,7 +72,8 @@ class Corpus:
     @cached_property
     def mixture(self) -> Mixture:
         """The source of each sample."""
-        return make_mixture([lanes[0].source.name for lanes in self.sources], self.card.stages)
+        names = [lanes[0].source.name for lanes in self.sources]
+        return make_mixture(names, self.card.stages).beginning_at(self.start)
 
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:

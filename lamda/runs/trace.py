@@ -174,7 +174,8 @@ class _SourceRows:
         windows = self._windows(numbers)
         for age, window in enumerate(windows):
             indices = np.flatnonzero((numbers >= window.base) & (numbers < window.base + window.rows))
-            found = places(window, seed=self._inputs.seed, source=self._source, in_order=corpus.is_in_order)
+            number = corpus.start.number(self._source)
+            found = places(window, seed=self._inputs.seed, source=number, in_order=corpus.is_in_order)
             lanes, rows = (each[numbers[indices] - window.base].tolist() for each in found)
             table += zip(lanes, repeat(age), indices.tolist(), rows, strict=False)
         for (lane, age), of_block in groupby(sorted(table), key=itemgetter(0, 1)):

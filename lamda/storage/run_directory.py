@@ -53,6 +53,7 @@ class RunDirectory:
     config = _RelativePath("config.yaml")  # the resolved configuration of the last start
     quarantine = _RelativePath("quarantine.jsonl")  # the first lines without a valid document
     order = _RelativePath("order.jsonl")  # the windows of the data order
+    branch = _RelativePath("branch.json")  # the run and step that this run began from
     samples = _RelativePath("samples")  # sampled text
     log = _RelativePath("train.log")  # console output and warnings
     stop = _RelativePath("STOP")  # its presence asks the run to save and exit
@@ -133,6 +134,12 @@ class RunDirectory:
         except ValueError as error:
             raise UserError(f"{self._last_checkpoint}: cannot be read ({error})") from error
         return step if isinstance(step, int) else 0
+
+    def parent(self) -> Path | None:
+        """The run that this one is a branch of, if it is one."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return Path(read_object(self.branch)["run"])
+        return None
 
     def note_skipped(self, window: tuple[int, int], *, step: int, reason: str) -> None:
         """Record a range of samples that the run skips from now on, before any checkpoint holds it."""

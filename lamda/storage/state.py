@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lamda.config.errors import UserError
+from lamda.data.order import BEGINNING, DataStart
 from lamda.data.windows import SourceOrder
 from lamda.durable import read_object
 from lamda.storage.reading import reading
@@ -19,8 +20,9 @@ class RunState:
 
     updates: steps that changed the weights, without skipped steps. consumed: position in the data order.
     samples: cumulative rows. tokens: cumulative target tokens with a loss. skipped: skipped sample ranges [from, to).
-    rollbacks: their number. order: the windows of each source that contain the next samples. fingerprint: the
-    settings and text that the data order depends on. wandb_id: the id of the run in Weights & Biases.
+    rollbacks: their number. start: where the present text began. order: the windows of each source that contain the
+    next samples. fingerprint: the settings and text that the data order depends on; empty if any text may follow.
+    wandb_id: the id of the run in Weights & Biases.
     """
 
     step: int = 0
@@ -30,6 +32,7 @@ class RunState:
     tokens: int = 0
     skipped: tuple[tuple[int, int], ...] = ()
     rollbacks: int = 0
+    start: DataStart = BEGINNING
     order: tuple[SourceOrder, ...] = ()
     fingerprint: dict[str, Any] = field(default_factory=dict)
     wandb_id: str | None = None
@@ -42,6 +45,16 @@ class RunState:
     def with_targets(self, targets: int) -> RunState:
         """The state plus the target tokens of a step."""
         return replace(self, tokens=self.tokens + targets)
+
+    @property
+    def takes_any_text(self) -> bool:
+        """Whether the next sample may be of any text."""
+        return not self.fingerprint and self.start.sample == self.consumed > 0
+
+    def with_fresh_data(self) -> RunState:
+        """The state at the beginning of any text."""
+        skipped = tuple(window for window in self.skipped if window[1] <= self.consumed)
+        return replace(self, skipped=skipped, start=DataStart(self.consumed), order=(), fingerprint={})
 
     def write(self, path: Path) -> None:
         """Save as JSON."""
@@ -56,6 +69,8 @@ class RunState:
             values["skipped"] = tuple((int(first), int(last)) for first, last in values["skipped"])
             values.pop("cursors", None)  # of format 1, whose data order this version cannot resume
             values["order"] = tuple(map(SourceOrder.from_json, values.get("order", ())))
+            if "start" in values:
+                values["start"] = DataStart.from_json(values["start"])
             return cls(**values)
         except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(

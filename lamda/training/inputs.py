@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ class Inputs:
         """This rank's batches after `state`. on_window: as for the loader."""
         config, world = self.config, self.world
         return Loader(
-            self.corpus,
+            replace(self.corpus, start=state.start),
             self.tokenizer,
             packing=packing_of(config),
             seed=config.run.seed,

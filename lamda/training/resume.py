@@ -38,7 +38,7 @@ class ResumePoint:
         accepted: names of changed files whose text is accepted as unchanged.
         """
         saved, state = self.state.fingerprint, replace(self.state, fingerprint=current)
-        if self.path is None:
+        if self.path is None or self.state.takes_any_text:
             return state
         saved_format, current_format = saved.get("format"), current.get("format")
         if saved_format != current_format:
@@ -53,7 +53,7 @@ class ResumePoint:
         if changes:
             raise UserError(
                 f"{self.path}: the data differs from the checkpoint: {'; '.join(changes)}. Restore these settings, or "
-                "start another run.dir from the weights alone (model.weights)"
+                "go on with other text in another run (`lamda branch --fresh-data`)"
             )
         if rejected := [name for name in changed if name not in accepted]:
             raise UserError(
