@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import sha256
 from itertools import groupby, islice
 from typing import Any
 
@@ -160,6 +162,18 @@ def fingerprint(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> dict[st
         "seed": config.run.seed,
         **corpus.form.identity,
     }
+
+
+def source_identities(corpus: Corpus, fingerprint: Mapping[str, Any]) -> list[str]:
+    """What the rows of each source depend on, as a hash: the corpus's fingerprint without weights and other sources."""
+    shared = {name: fingerprint[name] for name in fingerprint.keys() - {"files", "contents", "text", "weights"}}
+    contents, lanes = dict(fingerprint["contents"]), iter(fingerprint["files"])
+    found = []
+    for source, text in zip(corpus.sources, fingerprint["text"], strict=True):
+        names = sorted({each.file.name for lane in source for each in lane.slices})
+        own = [list(islice(lanes, len(source))), [[name, contents[name]] for name in names], text]
+        found.append(sha256(json.dumps([shared, own], sort_keys=True).encode()).hexdigest()[:32])
+    return found
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

@@ -172,6 +172,13 @@ def next_samples(consumed: int, count: int, skipped: Sequence[tuple[int, int]]) 
     return np.concatenate(taken), consumed
 
 
+def past_skipped(consumed: int, skipped: Sequence[tuple[int, int]]) -> int:
+    """The first sample from `consumed` on that is not skipped."""
+    for start, stop in sorted(skipped):
+        consumed = stop if start <= consumed < stop else consumed
+    return consumed
+
+
 def consumed_after(count: int, skipped: Sequence[tuple[int, int]]) -> int:
     """The `consumed` of `next_samples` after the first `count` samples."""
     consumed = 0

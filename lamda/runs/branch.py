@@ -16,7 +16,7 @@ from lamda.config.help import ConfigParser, to_yaml
 from lamda.config.loading import load_config
 from lamda.durable import replace_file
 from lamda.runs.checkpoints import NAME, find_checkpoint
-from lamda.storage import commit, manifest
+from lamda.storage import manifest
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
@@ -76,12 +76,15 @@ def _fill(directory: RunDirectory, path: Path, state: RunState, *, fresh_data: b
     directory.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     if not fresh_data:
         directory.inherit_skipped(parent)
-        if parent.order.exists():
-            shutil.copyfile(parent.order, directory.order)
+        for source, target in ((parent.order, directory.order), (parent.stages, directory.stages)):
+            if source.exists():
+                shutil.copyfile(source, target)
 
 
 def _copy_checkpoint(path: Path, final: Path, state: RunState) -> None:
     """The checkpoint with another state. Its large files never change, so they are linked where that is possible."""
+    from lamda.storage import commit  # imports torch
+
     content = manifest.read(path)
     temporary = final.with_name(f".{final.name}.tmp")
     commit.make_fresh(temporary)

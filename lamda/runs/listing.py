@@ -109,7 +109,7 @@ def _cells(summary: RunSummary, row: Metrics | None, *, depth: int) -> tuple[str
     return (
         "  " * (depth - 1) + "└ " * (depth > 0) + summary.run,
         summary.status,
-        of_total(summary.step, summary.steps),
+        of_total(summary.step, summary.steps) + (f" {stage}" if (stage := (row or {}).get("stage")) else ""),
         figure(row, "loss", ".4f"),
         figure(row, "tokens_per_second", ",.0f"),
         NONE if summary.age_seconds is None else f"{duration(summary.age_seconds)} ago",
