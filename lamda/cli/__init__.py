@@ -38,6 +38,7 @@ COMMANDS = {
     "generate": Command("lamda.inference.command", "continue a text with a trained model, streaming"),
     "serve": Command("lamda.dialog.server.main", "serve a model over the OpenAI API, and a chat page"),
     "plan": Command("lamda.cluster.plan", "estimate memory, time, cost and disk of a run, and whether it fits"),
+    "branch": Command("lamda.runs.branch", "start a new run from a checkpoint of another, with all of its state"),
     "prepare": Command("lamda.data.prepare", "tokenize and pack a run's rows into data.cache_dir, on all cores"),
     "trace": Command("lamda.runs.trace", "the documents that a training row came from, and its text"),
     "list": Command("lamda.runs.listing", "the runs in a folder: status, step, loss, speed, last checkpoint"),
@@ -91,7 +92,7 @@ OLD_NAMES = {
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Before a run": ("doctor", "prove-gpu", "plan", "config show", "tokenizer train", "prepare"),
-    "Train": ("pretrain", "finetune", "supervise", "submit", "test-resume"),
+    "Train": ("pretrain", "finetune", "branch", "supervise", "submit", "test-resume"),
     "Look at runs": ("list", "watch", "plot", "report", "dashboard", "trace"),
     "Checkpoints": ("checkpoint ls", "checkpoint show", "checkpoint verify", "checkpoint diff"),
     "Evaluate": ("eval", "dialog evaluate"),

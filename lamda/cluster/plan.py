@@ -6,7 +6,7 @@ All figures are closed forms of the configuration; the tests compare them with P
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
@@ -26,13 +26,14 @@ from lamda.cluster.memory import (
     recomputed_flops,
     snapshot_bytes,
 )
-from lamda.cluster.plan_text import MemoryPlan, Plan, RecomputePlan, StagePlan, TimePlan, plan_text
+from lamda.cluster.plan_text import MemoryPlan, Plan, RecomputePlan, RunStage, StagePlan, TimePlan, plan_text
 from lamda.cluster.zero import Sharding, traffic
 from lamda.config import ds_config
 from lamda.config.errors import UserError
 from lamda.config.help import ConfigParser
 from lamda.config.loading import load_config
 from lamda.config.schema import Backend, Config
+from lamda.config.stages import Stage, plan_stages
 from lamda.model.counts import flops_per_token, parameters, parameters_by_part
 
 MAX_SUGGESTIONS = 5
@@ -102,6 +103,65 @@ def plan(config: Config, machine: Machine) -> Plan:
     file with wrong keys. If the run does not fit, `warnings` names the nearest settings that do.
     """
     machine.check()
+    stages = plan_stages(config)
+    if len(stages) == 1:
+        return _plan_stage(stages[0].config, machine)
+    parts = {stage.name: _plan_stage(_as_run(stage), machine) for stage in stages}
+    return _added_up(config, parts)
+
+
+def _as_run(stage: Stage) -> Config:
+    """A stage as a run of its own."""
+    steps = {"steps": stage.last - stage.first, "tokens": None}
+    return stage.config.model_copy(update={"train": stage.config.train.model_copy(update=steps)})
+
+
+def _added_up(config: Config, parts: Mapping[str, Plan]) -> Plan:
+    """The plan of a run from those of its stages, by name."""
+    plans = list(parts.values())
+    largest = max(plans, key=lambda each: each.memory.peak)
+    steps, tokens, seconds = (
+        sum(each.steps for each in plans),
+        sum(each.tokens for each in plans),
+        sum(each.time.seconds for each in plans),
+    )
+    time = replace(
+        largest.time,
+        tokens_per_second=tokens / seconds,
+        step_seconds=seconds / steps,
+        seconds=seconds,
+        gpu_hours=sum(each.time.gpu_hours for each in plans),
+        cost=None if largest.time.cost is None else sum(each.time.cost or 0.0 for each in plans),
+    )
+    texts = {str((each.config.data.corpus, each.config.data.files)): each.config for each in plan_stages(config)}
+    sizes = [estimates.text_bytes(each) for each in texts.values()]
+    checkpoints = estimates.checkpoints(config)
+    disk = replace(
+        largest.disk,
+        checkpoints=checkpoints,
+        checkpoints_bytes=checkpoints * largest.disk.checkpoint_bytes,
+        blocks_bytes=sum(each.disk.blocks_bytes for each in plans),
+        text_bytes=None if None in sizes else sum(size or 0 for size in sizes),
+    )
+    return replace(
+        largest,
+        steps=steps,
+        tokens=tokens,
+        flops=sum(each.flops for each in plans),
+        time=time,
+        disk=disk,
+        warnings=[f"stage {name}: {text}" for name, each in parts.items() for text in each.warnings],
+        stages=[
+            RunStage(
+                name, each.steps, each.global_batch_size, each.sequence_length, each.tokens, each.time.seconds,
+                each.memory.peak, each.memory.fits,
+            )
+            for name, each in parts.items()
+        ],
+    )  # fmt: skip
+
+
+def _plan_stage(config: Config, machine: Machine) -> Plan:
     deepspeed = ds_config.build(config, world_size=machine.gpus)
     sharding, accumulation = Sharding.of(deepspeed, ranks=machine.gpus), deepspeed["gradient_accumulation_steps"]
     setting = MemorySetting.of(config, sharding, accumulation=accumulation, capability=machine.device.capability)
@@ -133,6 +193,7 @@ def plan(config: Config, machine: Machine) -> Plan:
             config, gpus=machine.gpus, save_seconds=machine.save_seconds, step_seconds=time.step_seconds
         ),
         warnings=[*_warnings(config, setting, memory)],
+        stages=[],
     )
 
 

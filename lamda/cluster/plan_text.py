@@ -75,8 +75,26 @@ class TimePlan:
 
 
 @dataclass(frozen=True)
+class RunStage:
+    """A stage of the run: its share of the time, and the memory of a rank in it."""
+
+    name: str
+    steps: int
+    global_batch_size: int
+    sequence_length: int
+    tokens: int
+    seconds: float
+    peak: int
+    fits: bool
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The output of `lamda plan`, in bytes, seconds and FLOPs; `--json` prints these fields."""
+    """The output of `lamda plan`, in bytes, seconds and FLOPs; `--json` prints these fields.
+
+    stages: empty without stages. With stages, memory and batch are those of the stage that needs most memory, and
+    steps, tokens, FLOPs, time and disk are of all of them together.
+    """
 
     parameters: int
     parameters_by_part: dict[str, int]
@@ -98,6 +116,7 @@ class Plan:
     disk: DiskUse
     checkpoint_interval: CheckpointInterval
     warnings: list[str]
+    stages: list[RunStage]
 
 
 def plan_text(plan: Plan) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lamda.config.errors import UserError
+from lamda.config.loading import NO_STAGES
 from lamda.config.schema import Config
 
 
@@ -45,8 +46,8 @@ def existing_tokenizer(config: Config) -> str | None:
 
 
 def flags_of(settings: Mapping[str, object]) -> list[str]:
-    """Settings as command-line flags."""
-    return [f"--{key}={value}" for key, value in settings.items()]
+    """Settings of a short run as command-line flags; it is too short for stages."""
+    return [NO_STAGES, *(f"--{key}={value}" for key, value in settings.items())]
 
 
 def say(text: str) -> None:

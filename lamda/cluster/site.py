@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator
 
 from lamda.cluster.estimates import DEVICES, unknown_device
-from lamda.config.schema import Positive, Section
 from lamda.config.settings import Contents, Problem, Schema
+from lamda.config.values import Positive, Section
 
 Texts = tuple[str, ...]
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")

@@ -16,6 +16,7 @@ _USAGE = """\
 --config FILE          YAML, keys nested by section; searched here, then in the package
 --section.key VALUE    any key below; overrides the file; also --section.key=VALUE
 
+A list `stages` in the file changes keys in the course of the run (docs/stages.md).
 A preset sets what neither file nor flags do. Lists are written [a, b] or a,b; null means unset.
 """
 
@@ -64,7 +65,8 @@ def help_text() -> str:
 def to_yaml(config: Config) -> str:
     """The whole resolved configuration as a file that `load_config` reads back to an equal one."""
     # Escapes instead of `allow_unicode`: PyYAML writes U+0085 bare and reads it back as a space.
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    left_out = set() if config.stages else {"stages"}
+    return yaml.safe_dump(config.model_dump(mode="json", exclude=left_out), sort_keys=False)
 
 
 def _shown(default: Any) -> str:

@@ -6,14 +6,27 @@ Defaults < preset < file < flags.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lamda.config.schema import Config
-from lamda.config.settings import Contents, Kind, Problem, Schema, Setting, flag_place, kind, value_of
+from lamda.config.settings import (
+    ConfigError,
+    Contents,
+    Kind,
+    Place,
+    Problem,
+    Schema,
+    Setting,
+    flag_place,
+    item_name,
+    kind,
+    value_of,
+)
+from lamda.config.stages import stage_problems
 
 REMOVED = frozenset({"data.lanes", "data.block_rows"})
 """Keys of earlier versions, ignored in files: a checkpoint keeps the config.yaml that it was made with."""
@@ -28,6 +41,8 @@ DEPRECATED: dict[str, str] = {
 }
 """Earlier names of keys, still read in flags and files."""
 
+NO_STAGES = "--stages=null"
+
 SCHEMA = Schema(Config, flag="config", among="configs/*.yaml", removed=REMOVED, deprecated=DEPRECATED)
 SECTIONS, KEYS = SCHEMA.sections, SCHEMA.keys
 
@@ -37,19 +52,41 @@ log = logging.getLogger(__name__)
 def load_config(argv: Sequence[str]) -> Config:
     """The configuration that `--config FILE` and `--section.key VALUE` flags (in `argv`) describe.
 
-    `--local_rank N`, which DeepSpeed's launcher inserts, is ignored. An earlier name of a key is read with a warning,
-    without one in the config.yaml of a run. Raises `ConfigError` with one line per problem.
+    `--stages=null` leaves the stages out. `--local_rank N`, which DeepSpeed's launcher inserts, is ignored. An earlier
+    name of a key is read with a warning, without one in the config.yaml of a run. Raises `ConfigError` with one line
+    per problem.
     """
     problems: list[Problem] = []
+    argv, is_staged = _without_stages(argv)
     file, flags = _read_flags(argv, problems)
-    settings, sections = SCHEMA.read(file, problems) if file else Contents({}, {})
+    settings, sections, items = SCHEMA.read(file, problems) if file else Contents({}, {}, {})
     is_saved = file is not None and Path(file).name == "config.yaml"
     for setting in (*(() if is_saved else settings.values()), *flags.values()):
         if setting.old_name:
             new_name = DEPRECATED[setting.old_name]
             log.warning("%s%s is now %s", setting.place.prefix, setting.old_name, new_name)
     elsewhere = None if file else (flag_place(len(argv)), "there is no --config FILE; a first run is --config tiny")
-    return SCHEMA.build(Contents(settings | flags, sections), problems, elsewhere=elsewhere)
+    contents = Contents(settings | flags, sections, items if is_staged else {})
+    config = SCHEMA.build(contents, problems, elsewhere=elsewhere)
+    _check_stages(config, sections)
+    return config
+
+
+def _without_stages(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """The flags without `--stages=null`, and whether it was missing: it leaves the file's stages out."""
+    left = [flag for flag in argv if flag != NO_STAGES]
+    return left, len(left) == len(argv)
+
+
+def _check_stages(config: Config, places: Mapping[str, Place]) -> None:
+    """Raise ConfigError with a line for each mistake in the stages."""
+    problems = []
+    for index, key, text in stage_problems(config) if config.stages else ():
+        known = (f"stages.{index}.{key}", f"stages.{index}", "stages")
+        place = next((places[name] for name in known if name in places), flag_place(0))
+        problems.append(Problem(place, item_name("stages", index, key), text))
+    if problems:
+        raise ConfigError("\n".join(map(str, sorted(problems))))
 
 
 def wants_help(argv: Sequence[str]) -> bool:

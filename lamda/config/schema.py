@@ -6,54 +6,24 @@ The schema is frozen and holds no state. A check of two keys belongs to the late
 
 from __future__ import annotations
 
-import os
-import unicodedata
-from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
+from typing import Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core.core_schema import ValidationInfo
 
 from lamda.config.errors import nearest
 from lamda.config.presets import PRESETS
-
-Positive = Annotated[int, Field(gt=0)]
+from lamda.config.spans import End, Span, StageConfig, spans
+from lamda.config.values import FilePath, Names, Patterns, Positive, Section
 
 FEWEST_LOSSES = 8
 """Smallest window in which the spread of losses means anything."""
 
-
-def _path(path: str) -> str:
-    """Expand `~`; a control character would break lines of scripts and logs."""
-    if any(unicodedata.category(character) == "Cc" for character in path):
-        raise ValueError("should hold no line break or other control character")
-    return os.path.expanduser(path)  # noqa: PTH111 - Path raises where there is no such home
-
-
-def _without_password(pattern: str) -> str:
-    if "@" in urlsplit(pattern).netloc:
-        raise ValueError(
-            "an address must not hold a user or a password, because the run directory and W&B would store them; "
-            "download the files, or put them on the Hugging Face hub, whose token comes from HF_TOKEN"
-        )
-    return pattern
-
-
-_Parts = BeforeValidator(lambda value: [part.strip() for part in value.split(",")] if isinstance(value, str) else value)
-Patterns = Annotated[tuple[Annotated[str, AfterValidator(_without_password)], ...], _Parts, Field(min_length=1)]
-Names = Annotated[tuple[str, ...], _Parts, Field(min_length=1)]
-FilePath = Annotated[str, AfterValidator(_path)]
 Recompute = Literal["none", "ffn", "block"]
 Backend = Literal["math", "sdpa", "flex", "fused", "split"]
 Attention = Literal["auto", Backend]
 OptimizerName = Literal["adamw", "muon", "adafactor"]
 Shuffle = Positive | Literal["none", "epoch"]
-
-
-class Section(BaseModel):
-    """A frozen group of keys that rejects unknown ones."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, str_min_length=1)
 
 
 class RunConfig(Section):
@@ -335,11 +305,20 @@ class Config(Section):
     wandb: WandbConfig = Field(default_factory=WandbConfig)
     deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig)
     flax: FlaxConfig = Field(default_factory=FlaxConfig)
+    stages: tuple[StageConfig, ...] = ()
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        if self.train.steps is not None:
-            return self.train.steps
-        assert self.train.tokens is not None, "checked by TrainConfig"
-        return -(-self.train.tokens // (self.train.global_batch_size * self.data.sequence_length))
+        return self.spans[-1].last
+
+    @property
+    def spans(self) -> list[Span]:
+        """The steps of each stage; of the whole run, if it has no stages."""
+        return spans(self.stages, batch=self.train.global_batch_size, length=self.data.sequence_length, end=self.end)
+
+    @property
+    def end(self) -> End:
+        """The end of the run."""
+        train = self.train
+        return End(train.steps, "steps") if train.steps is not None else End(train.tokens or 0, "tokens")

@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 
 from lamda.config.errors import UserError, nearest
 from lamda.config.resources import find
-from lamda.config.schema import Section
+from lamda.config.values import Section
 
 Kind = Literal["integer", "number", "boolean", "text", "choice", "list"]
 Whole = TypeVar("Whole", bound=Section)
@@ -63,10 +63,14 @@ class Problem(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """A file's settings by dotted key, and the place of each section: its line, else the file."""
+    """A file's settings by dotted key, and the place of each section: its line, else the file.
+
+    items: of sections that are lists. The place of item 0's `train.lr` in the list `stages` is `stages.0.train.lr`.
+    """
 
     settings: dict[str, Setting]
     sections: dict[str, Place]
+    items: dict[str, list[dict[str, Any]]]
 
 
 class Schema(Generic[Whole]):
@@ -88,7 +92,14 @@ class Schema(Generic[Whole]):
         self.model, self.flag, self.among = model, flag, among
         self.removed, self.deprecated = removed, deprecated
         self.sections: Mapping[str, type[Section]] = {
-            name: cast("type[Section]", field.annotation) for name, field in model.model_fields.items()
+            name: cast("type[Section]", field.annotation)
+            for name, field in model.model_fields.items()
+            if get_origin(field.annotation) is not tuple
+        }
+        self.lists: Mapping[str, type[Section]] = {
+            name: get_args(field.annotation)[0]
+            for name, field in model.model_fields.items()
+            if get_origin(field.annotation) is tuple
         }
         self.keys: Mapping[str, FieldInfo] = {
             f"{name}.{key}": field
@@ -121,7 +132,7 @@ class Schema(Generic[Whole]):
     def read(self, name: str, problems: list[Problem]) -> Contents:
         """The settings of a file; its problems are added to `problems`."""
         reading = _Reading(self, name, problems)
-        return Contents(reading.settings, reading.sections)
+        return Contents(reading.settings, reading.sections, reading.items)
 
     def build(
         self, contents: Contents, problems: list[Problem], *, elsewhere: tuple[Place, str] | None = None
@@ -130,7 +141,7 @@ class Schema(Generic[Whole]):
 
         elsewhere: place of a missing key that neither file nor flags name, and a remark for its message.
         """
-        values: dict[str, dict[str, Any]] = {section: {} for section in self.sections}
+        values: dict[str, Any] = {section: {} for section in self.sections} | contents.items
         for name, setting in contents.settings.items():
             section, key = name.split(".")
             values[section][key] = setting.value
@@ -143,6 +154,9 @@ class Schema(Generic[Whole]):
                 name = f"{section}.{key}"
                 written = contents.settings.get(name)
                 place = written.place if written else contents.sections.get(section)
+                if section in self.lists:
+                    place = contents.sections.get(".".join([name, *item]), place)
+                    name, item = item_name(section, int(key), ".".join(item)), []
                 numbers = [number for number in item if number.isdigit()]  # the others name a member of a union
                 text = " ".join([f"item {int(number) + 1}" for number in numbers] + [_plain(each)])
                 if place:
@@ -152,6 +166,11 @@ class Schema(Generic[Whole]):
         if problems or whole is None:
             raise ConfigError("\n".join(map(str, sorted(problems))))
         return whole
+
+
+def item_name(name: str, index: int, key: str) -> str:
+    """A key of an item of a list, for messages. index: from 0."""
+    return f"{name}, item {index + 1}: {key}"
 
 
 def flag_place(position: int) -> Place:
@@ -208,6 +227,7 @@ class _Reading:
         self._schema, self._problems = schema, problems
         self.settings: dict[str, Setting] = {}
         self.sections: dict[str, Place] = {}
+        self.items: dict[str, list[dict[str, Any]]] = {}
         at_flag = flag_place(-1), schema.flag
         try:
             self._path = find(name, among=schema.among)
@@ -228,6 +248,10 @@ class _Reading:
     def _read(self, root: yaml.Node) -> None:
         schema = self._schema
         for section, body, place in self._entries(root, ""):
+            if section in schema.lists:
+                self.sections[section] = place
+                self.items[section] = [*self._read_items(section, body, place)]
+                continue
             if section not in schema.sections:
                 self._problems.append(Problem(place, section, self._unknown_section(section, body)))
                 continue
@@ -243,6 +267,31 @@ class _Reading:
                 elif dotted not in schema.removed:
                     message = f"there is no such key{schema.nearest_key(dotted)}"
                     self._problems.append(Problem(key_place, dotted, message))
+
+    def _read_items(self, name: str, body: yaml.Node, place: Place) -> Iterator[dict[str, Any]]:
+        """The items of a list, with values of the keys' own kinds; `section` and `section.key` of each have a place."""
+        if not isinstance(body, yaml.SequenceNode):
+            self._problems.append(Problem(place, name, "should be a list of items that begin with `- `"))
+            return
+        for index, node in enumerate(body.value):
+            item: dict[str, Any] = {}
+            self.sections[f"{name}.{index}"] = self._line(node.start_mark.line + 1)
+            for key, value, key_place in self._entries(node, name):
+                self.sections[f"{name}.{index}.{key}"] = key_place
+                if key not in self._schema.lists[name].model_fields:
+                    among = self._schema.lists[name].model_fields
+                    self._problems.append(
+                        Problem(key_place, f"{name}: {key}", f"there is no such key{nearest(key, among)}")
+                    )
+                elif key not in self._schema.sections:
+                    item[key] = value_of(value, wanted="text")
+                else:
+                    item[key] = {}
+                    for inner, inner_value, inner_place in self._entries(value, key):
+                        self.sections[f"{name}.{index}.{key}.{inner}"] = inner_place
+                        field = self._schema.keys.get(f"{key}.{inner}")
+                        item[key][inner] = value_of(inner_value, wanted=kind(field) if field else "text")
+            yield item
 
     def _entries(self, node: yaml.Node, section: str) -> Iterator[tuple[str, yaml.Node, Place]]:
         """Name, value and place of each entry of a mapping that may be left empty; duplicates are problems."""

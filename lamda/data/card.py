@@ -12,7 +12,8 @@ from pydantic_core.core_schema import ValidationInfo
 
 from lamda.config.errors import UserError, nearest
 from lamda.config.resources import card_path
-from lamda.config.schema import DataConfig, Patterns
+from lamda.config.schema import DataConfig
+from lamda.config.values import Patterns
 
 
 class _CardSection(BaseModel):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import sha256
 from itertools import groupby, islice
 from typing import Any
 
@@ -15,7 +17,7 @@ from lamda.data.card import Card, load_card
 from lamda.data.documents import Document, Form, RawText
 from lamda.data.files import File, no_op
 from lamda.data.lanes import RAW_TEXT, Cursor, Lane, in_turn
-from lamda.data.order import Mixture, make_mixture
+from lamda.data.order import BEGINNING, DataStart, Mixture, make_mixture
 from lamda.data.partitioning import MAX_LANES, cut_into_lanes
 from lamda.data.quarantine import BadLine, examples, few
 from lamda.data.resolving import resolve
@@ -34,12 +36,16 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Corpus:
-    """The training text of a run, cut into lanes. sequence_length: L, targets per row. shuffle: as `data.shuffle`."""
+    """The training text of a run, cut into lanes.
+
+    sequence_length: L, targets per row. shuffle: as `data.shuffle`. start: where the run begins to read it.
+    """
 
     card: Card
     lanes: tuple[Lane, ...]
     sequence_length: int
     shuffle: Shuffle
+    start: DataStart = BEGINNING
 
     @property
     def form(self) -> Form:
@@ -68,7 +74,8 @@ class Corpus:
     @cached_property
     def mixture(self) -> Mixture:
         """The source of each sample."""
-        return make_mixture([lanes[0].source.name for lanes in self.sources], self.card.stages)
+        names = [lanes[0].source.name for lanes in self.sources]
+        return make_mixture(names, self.card.stages).beginning_at(self.start)
 
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
@@ -155,6 +162,18 @@ def fingerprint(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> dict[st
         "seed": config.run.seed,
         **corpus.form.identity,
     }
+
+
+def source_identities(corpus: Corpus, fingerprint: Mapping[str, Any]) -> list[str]:
+    """What the rows of each source depend on, as a hash: the corpus's fingerprint without weights and other sources."""
+    shared = {name: fingerprint[name] for name in fingerprint.keys() - {"files", "contents", "text", "weights"}}
+    contents, lanes = dict(fingerprint["contents"]), iter(fingerprint["files"])
+    found = []
+    for source, text in zip(corpus.sources, fingerprint["text"], strict=True):
+        names = sorted({each.file.name for lane in source for each in lane.slices})
+        own = [list(islice(lanes, len(source))), [[name, contents[name]] for name in names], text]
+        found.append(sha256(json.dumps([shared, own], sort_keys=True).encode()).hexdigest()[:32])
+    return found
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

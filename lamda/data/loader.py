@@ -272,7 +272,8 @@ class Loader:
         for window in self._order[source].windows:
             key, is_inside = (source, window.number), (rows >= window.base) & (rows < window.base + window.rows)
             if key not in self._places:
-                self._places[key] = places(window, seed=self._seed, source=source, in_order=self._corpus.is_in_order)
+                number = self._corpus.start.number(source)
+                self._places[key] = places(window, seed=self._seed, source=number, in_order=self._corpus.is_in_order)
             found[0, is_inside] = window.number
             found[1, is_inside], found[2, is_inside] = (
                 each[rows[is_inside] - window.base] for each in self._places[key]

@@ -9,8 +9,9 @@ tokens: exact over one pass through the table, and within one row of each source
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,14 +53,44 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """A sequence of tables, one per stage of weights: `starts[i]` is the first sample of `tables[i]`; the first is 0.
+class DataStart:
+    """Where a run begins to read its present text, which may be after other text.
 
-    Row numbers of a source continue over changes of the table.
+    sample: the first one. rows: of each source, those that were used before. numbers: of each source in the hashes that
+    shuffle its rows; a source keeps its number. Both are empty where the sources are new: no rows, and their index.
+    """
+
+    sample: int = 0
+    rows: tuple[int, ...] = ()
+    numbers: tuple[int, ...] = ()
+
+    def number(self, source: int) -> int:
+        """The number of a source."""
+        return self.numbers[source] if self.numbers else source
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> DataStart:
+        """The inverse of `dataclasses.asdict`. Raises TypeError, ValueError or KeyError for other values."""
+        return cls(int(values["sample"]), *(tuple(map(int, values[name])) for name in ("rows", "numbers")))
+
+
+BEGINNING = DataStart()
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A sequence of tables, one per stage of weights: `starts[i]` is the first sample of `tables[i]`.
+
+    Row numbers of a source continue over changes of the table. before: rows of each source before the first sample.
     """
 
     tables: tuple[Table, ...]
     starts: tuple[int, ...] = (0,)
+    before: tuple[int, ...] = ()
+
+    def beginning_at(self, start: DataStart) -> Mixture:
+        """The same mixture from another sample on."""
+        return replace(self, starts=tuple(start.sample + each for each in self.starts), before=start.rows)
 
     @property
     def max_slots(self) -> NDArray[np.int64]:
@@ -68,7 +99,7 @@ class Mixture:
 
     @cached_property
     def _rows_at_start(self) -> list[NDArray[np.int64]]:
-        rows = [np.zeros(self.tables[0].sources, np.int64)]
+        rows = [np.array(self.before or [0] * self.tables[0].sources, np.int64)]
         for table, start, end in zip(self.tables, self.starts, self.starts[1:], strict=False):
             rows.append(rows[-1] + table.rows_before(end - start))
         return rows
@@ -139,6 +170,13 @@ def next_samples(consumed: int, count: int, skipped: Sequence[tuple[int, int]]) 
         count -= stop - consumed
         consumed = stop
     return np.concatenate(taken), consumed
+
+
+def past_skipped(consumed: int, skipped: Sequence[tuple[int, int]]) -> int:
+    """The first sample from `consumed` on that is not skipped."""
+    for start, stop in sorted(skipped):
+        consumed = stop if start <= consumed < stop else consumed
+    return consumed
 
 
 def consumed_after(count: int, skipped: Sequence[tuple[int, int]]) -> int:

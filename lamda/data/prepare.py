@@ -93,6 +93,11 @@ def main(argv: list[str]) -> int:
     config = load_config(flags)
     if config.data.cache_dir is None:
         raise UserError("data.cache_dir: name the folder for the rows")
+    if config.stages:
+        raise UserError(
+            "stages: rows are prepared for one stage at a time: --stages=null prepares the first, and a file with the "
+            "keys of another stage that one"
+        )
     corpus = open_corpus(config.data)
     target = Path(config.run.dir) / "tokenizer.model"
     try:

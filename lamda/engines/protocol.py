@@ -89,6 +89,12 @@ class Engine(Scorer, Protocol):
     peak_flops: float | None
     num_devices: int
 
+    def enter_stage(self, config: Config, *, domains: int) -> None:
+        """Continue with the configuration of a stage, whose batch and rows may have other sizes.
+
+        Weights and optimizer state stay, as if the run had resumed with it. domains: as in `Framework.engine`.
+        """
+
     def train_step(self, batch: StepBatch, *, lr: float, counters: Sequence[int], on_phase: PhaseHook) -> PendingStep:
         """Train on a step's micro-batches. counters: integers to be summed over the ranks. on_phase: as PhaseHook."""
 

@@ -13,6 +13,7 @@ from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
+from lamda.config.stages import plan_stages, stage_at, with_rows_of
 from lamda.data.tokenizer import Tokenizer
 from lamda.inference.int8 import to_int8
 from lamda.model import LaMDA
@@ -45,13 +46,18 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def saved_config(checkpoint: Path, *overrides: str) -> Config:
-    """The configuration in a checkpoint, with `overrides` as on a command line. Raises UserError if there is none."""
+    """The configuration in a checkpoint, with `overrides` as on a command line, and the rows of its stage.
+
+    Raises UserError if there is none.
+    """
     file = checkpoint / "config.yaml"
     if not file.exists():
         is_export = (checkpoint / "config.json").exists()
         remedy = f"`lamda import {checkpoint} --to DIR` brings an export back" if is_export else "give a checkpoint"
         raise UserError(f"{checkpoint}: there is no config.yaml; {remedy}")
-    return load_config(["--config", str(file), *overrides])
+    config = load_config(["--config", str(file), *overrides])
+    step = manifest.step_in(checkpoint) if config.stages else None
+    return config if step is None else with_rows_of(config, stage_at(plan_stages(config), step - 1).config)
 
 
 def deleted(checkpoint: Path) -> str:

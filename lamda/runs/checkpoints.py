@@ -122,7 +122,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """The values of a config.yaml of any version, by `section.key`. Raises UserError."""
     try:
         sections = yaml.safe_load(read_regular(path))
+        stages = {"stages": sections.pop("stages")} if "stages" in sections else {}
         values = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+        values |= stages
         return {DEPRECATED.get(key, key): value for key, value in values.items()}
     except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error

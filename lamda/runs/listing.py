@@ -1,10 +1,11 @@
-"""`lamda list`: the runs in a folder and their status."""
+"""`lamda list`: the runs in a folder, branches below their parent, and their status."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -17,13 +18,15 @@ from lamda.storage.metrics import Metrics, last_row
 from lamda.storage.reading import UnreadableError
 from lamda.storage.run_directory import DEPTH, RunDirectory, find_runs, modified_at, read_run_status
 
+_Entry = tuple[float, "RunSummary", Metrics | None]
+
 REASON_WIDTH = 80
 """Characters of a reason in the table; --json has the whole text."""
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One row of the list. age_seconds: since the last step. checkpoint: name of the newest one."""
+    """One row of the list. age_seconds: since the last step. checkpoint: the newest one. parent: that of a branch."""
 
     run: str
     status: str
@@ -34,6 +37,7 @@ class RunSummary:
     tokens_per_second: float | None
     age_seconds: float | None
     checkpoint: str | None
+    parent: str | None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,11 +61,12 @@ def main(argv: list[str]) -> int:
         print(f"{options.folder}: no run here, or up to {DEPTH} levels below")
     else:
         header = ("run", "status", "step", "loss", "tokens/s", "last step", "checkpoint", "reason")
-        show_table(header, [_cells(summary, row) for _, summary, row in runs], left=(0, 1, 6, 7))
+        cells = [_cells(summary, row, depth=depth) for depth, summary, row in _as_tree(runs)]
+        show_table(header, cells, left=(0, 1, 6, 7))
     return 0
 
 
-def _summarize(path: Path) -> tuple[float, RunSummary, Metrics | None]:
+def _summarize(path: Path) -> _Entry:
     """When the run was last active, its summary, and its last row of metrics."""
     directory = RunDirectory(path)
     status, row = read_run_status(directory), last_row(directory.metrics)
@@ -81,15 +86,30 @@ def _summarize(path: Path) -> tuple[float, RunSummary, Metrics | None]:
         tokens_per_second=values.get("tokens_per_second"),
         age_seconds=None if last_step_at is None else round(time.time() - last_step_at, 1),
         checkpoint=checkpoints[-1].name if checkpoints else None,
+        parent=None if (parent := directory.parent()) is None else str(parent),
     )
     return max(last_step_at or 0.0, modified_at(path / "status.json") or 0.0), summary, row
 
 
-def _cells(summary: RunSummary, row: Metrics | None) -> tuple[str, ...]:
+def _as_tree(runs: list[_Entry]) -> Iterator[tuple[int, RunSummary, Metrics | None]]:
+    """Depth, summary and last row of each run, branches below their parent."""
+    known = {Path(summary.run).resolve() for _, summary, _ in runs}
+    below: dict[Path | None, list[_Entry]] = {}
+    for entry in runs:
+        parent = None if entry[1].parent is None else Path(entry[1].parent).resolve()
+        below.setdefault(parent if parent in known else None, []).append(entry)
+    left = [(0, entry) for entry in below.get(None, [])]
+    while left:
+        depth, (_, summary, row) = left.pop(0)
+        yield depth, summary, row
+        left[:0] = [(depth + 1, entry) for entry in below.get(Path(summary.run).resolve(), [])]
+
+
+def _cells(summary: RunSummary, row: Metrics | None, *, depth: int) -> tuple[str, ...]:
     return (
-        summary.run,
+        "  " * (depth - 1) + "└ " * (depth > 0) + summary.run,
         summary.status,
-        of_total(summary.step, summary.steps),
+        of_total(summary.step, summary.steps) + (f" {stage}" if (stage := (row or {}).get("stage")) else ""),
         figure(row, "loss", ".4f"),
         figure(row, "tokens_per_second", ",.0f"),
         NONE if summary.age_seconds is None else f"{duration(summary.age_seconds)} ago",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby, pairwise, repeat
 from operator import itemgetter
 from pathlib import Path
@@ -18,6 +18,7 @@ from lamda.best_effort import BestEffort
 from lamda.config.errors import DataError, UserError
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
+from lamda.config.stages import plan_stages, stage_at
 from lamda.data.blocks import LaneReader, Packing, PartRows, RowBlock
 from lamda.data.corpus import Corpus, differences, fingerprint, open_corpus, packing_of
 from lamda.data.files import read_lines
@@ -31,6 +32,8 @@ from lamda.dialog.examples import form_of
 from lamda.storage.manifest import STATE, complete, problem_of, read_state
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
+from lamda.storage.stage_log import stage_start
+from lamda.storage.state import RunState
 from lamda.storage.window_log import KeptWindows
 
 
@@ -92,18 +95,24 @@ def trace(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
     """
     if not directory.config.is_file():
         raise UserError(f"{directory.path}: no run here (no config.yaml); `lamda list DIR` lists the runs in a folder")
-    config = load_config(["--config", str(directory.config)])
+    stages = plan_stages(load_config(["--config", str(directory.config)]))
+    stage = stage_at(stages, step - 1)
+    config = stage.config
     intact = (path for path in complete(directory.checkpoints) if problem_of(path, only={STATE}) is None)
     states = [read_state(path) for path in intact]
-    corpus = open_corpus(config.data, form=form_of(config))
+    newest = states[-1] if states else RunState()
+    start = newest.start if newest.stage == stage.number else stage_start(directory.stages, stage.number)
+    corpus = replace(open_corpus(config.data, form=form_of(config)), start=start)
     tokenizer = Tokenizer.load(directory.tokenizer)
     current = fingerprint(corpus, config, tokenizer)
-    if states and (differing := differences(states[-1].fingerprint, current)):
+    if newest.fingerprint and newest.stage == stage.number and (differing := differences(newest.fingerprint, current)):
         raise UserError(
             f"{directory.path}: the text or its settings have changed since the run: {', '.join(differing)}"
         )
-    known = states[-1].skipped if states else ()
+    known = newest.skipped
     samples, digest = _samples_of(directory, step, {*known, *directory.skipped()}, batch=config.train.global_batch_size)
+    if samples[0] < start.sample:
+        raise UserError(f"--step {step}: is from before the text of {directory.path} began; look in its parent")
     if row is not None and not 0 <= row < len(samples):
         raise UserError(f"--row {row}: step {step} has rows 0 to {len(samples) - 1}")
     inputs = _Inputs(corpus, tokenizer, packing_of(config), config.run.seed, _row_cache(config, current))
@@ -161,7 +170,7 @@ class _SourceRows:
     """Finds rows of a source by the windows that the run recorded, and computes the other windows."""
 
     def __init__(self, source: int, inputs: _Inputs, kept: KeptWindows) -> None:
-        self._source, self._inputs, self._kept = source, inputs, kept
+        self._number, self._inputs, self._kept = inputs.corpus.start.number(source), inputs, kept
         self._lanes, self._shape = inputs.corpus.sources[source], inputs.corpus.shapes[source]
         self._readers: dict[int, LaneReader] = {}
 
@@ -174,7 +183,7 @@ class _SourceRows:
         windows = self._windows(numbers)
         for age, window in enumerate(windows):
             indices = np.flatnonzero((numbers >= window.base) & (numbers < window.base + window.rows))
-            found = places(window, seed=self._inputs.seed, source=self._source, in_order=corpus.is_in_order)
+            found = places(window, seed=self._inputs.seed, source=self._number, in_order=corpus.is_in_order)
             lanes, rows = (each[numbers[indices] - window.base].tolist() for each in found)
             table += zip(lanes, repeat(age), indices.tolist(), rows, strict=False)
         for (lane, age), of_block in groupby(sorted(table), key=itemgetter(0, 1)):
@@ -189,7 +198,7 @@ class _SourceRows:
             if found and number < found[-1].base + found[-1].rows:
                 continue
             if number >= order.end:
-                kept = self._kept.up_to(self._source, number, lanes=len(self._lanes))
+                kept = self._kept.up_to(self._number, number, lanes=len(self._lanes))
                 order = kept if kept.end > order.end else order
             while number >= order.end:
                 order = self._with_next(order).without(number)

@@ -7,10 +7,11 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
 from lamda.best_effort import BestEffort
@@ -53,6 +54,8 @@ class RunDirectory:
     config = _RelativePath("config.yaml")  # the resolved configuration of the last start
     quarantine = _RelativePath("quarantine.jsonl")  # the first lines without a valid document
     order = _RelativePath("order.jsonl")  # the windows of the data order
+    stages = _RelativePath("stages.jsonl")  # where the text of each stage began
+    branch = _RelativePath("branch.json")  # the run and step that this run began from
     samples = _RelativePath("samples")  # sampled text
     log = _RelativePath("train.log")  # console output and warnings
     stop = _RelativePath("STOP")  # its presence asks the run to save and exit
@@ -134,9 +137,27 @@ class RunDirectory:
             raise UserError(f"{self._last_checkpoint}: cannot be read ({error})") from error
         return step if isinstance(step, int) else 0
 
-    def note_skipped(self, window: tuple[int, int], *, step: int, reason: str) -> None:
-        """Record a range of samples that the run skips from now on, before any checkpoint holds it."""
-        entry = {"from": window[0], "to": window[1], "step": step, "reason": reason}
+    def parent(self) -> Path | None:
+        """The run that this one is a branch of, if it is one."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return Path(read_object(self.branch)["run"])
+        return None
+
+    def note_skipped(
+        self,
+        window: tuple[int, int],
+        *,
+        step: int,
+        reason: str,
+        parked: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    ) -> None:
+        """Record a range of samples that the run skips from now on, before any checkpoint holds it.
+
+        parked: sources of later stages, and how far they were read (`lamda.storage.state.ParkedSource`).
+        """
+        entry: dict[str, Any] = {"from": window[0], "to": window[1], "step": step, "reason": reason}
+        if parked:
+            entry["parked"] = dict(parked)
         then = "a run that ends before its next checkpoint reads these samples again, and rolls back again"
         with BestEffort(f"{self._skipped} cannot be written", errors=(OSError, RunError, UserError), then=then):
             replace_file(self._skipped, json.dumps([*self._skipped_ranges(), entry], indent=1))
@@ -144,6 +165,12 @@ class RunDirectory:
     def skipped(self) -> tuple[tuple[int, int], ...]:
         """All recorded ranges."""
         return tuple((each["from"], each["to"]) for each in self._skipped_ranges())
+
+    def parked(self, known: Collection[tuple[int, int]]) -> dict[str, dict[str, Any]]:
+        """Sources of later stages from which the run has rolled back, except with the ranges `known`."""
+        entries = (each for each in self._skipped_ranges() if (each["from"], each["to"]) not in known)
+        parked = (each.get("parked", {}) for each in entries)
+        return {name: source for each in parked for name, source in each.items()}
 
     @property
     def rollbacks(self) -> int:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lamda.best_effort import BestEffort
+from lamda.data.order import BEGINNING, DataStart
 from lamda.data.windows import SourceOrder
 
 _BEGINNING = re.compile(rb'{"source":(\d{1,9}),"windows":\[{"number":(\d{1,18}),"epoch":\d+,"base":(\d{1,18}),')
@@ -23,14 +24,14 @@ class WindowLog:
         self._path = path
         self._keeping = BestEffort(f"{path} cannot be written", then="training continues without it")
 
-    def begin(self, orders: Sequence[SourceOrder]) -> None:
+    def begin(self, orders: Sequence[SourceOrder], start: DataStart = BEGINNING) -> None:
         """Append the windows of each source in a checkpoint, which may be another run's."""
         for source, order in enumerate(orders):
             if order.windows:
-                self._append(source, order)
+                self._append(start.number(source), order)
 
     def add(self, source: int, order: SourceOrder) -> None:
-        """Append the last known window of a source."""
+        """Append the last known window of a source. source: its number (`DataStart.number`)."""
         self._append(source, SourceOrder(order.windows[-1:], order.measured))
 
     def _append(self, source: int, order: SourceOrder) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.data.card import Source, load_card
-from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of, require_a_batch
+from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of, require_a_batch, source_identities
 from lamda.data.documents import Form
 from lamda.data.files import no_op
 from lamda.data.held_out import require_documents
@@ -44,6 +44,11 @@ class Inputs:
     domains: tuple[str, ...]
     fingerprint: dict[str, Any]
 
+    @property
+    def identities(self) -> list[str]:
+        """Of the corpus's sources."""
+        return source_identities(self.corpus, self.fingerprint)
+
     @classmethod
     def open(
         cls,
@@ -63,7 +68,8 @@ class Inputs:
         Raises UserError for everything that the run would fail on later.
         """
         on_phase("corpus")
-        corpus = distributed.on_main(world, lambda: _open_corpus(config, form, on_wait)).waiting(on_wait)
+        corpus = distributed.on_main(world, lambda: open_corpus(config.data, form=form, on_wait=on_wait).waiting(no_op))
+        corpus = corpus.waiting(on_wait)  # a callback of each rank's own
         distributed.agree(world, lambda: require_here(corpus.files))
         on_phase("tokenizer")
         path = directory.tokenizer
@@ -81,7 +87,7 @@ class Inputs:
         """This rank's batches after `state`. on_window: as for the loader."""
         config, world = self.config, self.world
         return Loader(
-            self.corpus,
+            replace(self.corpus, start=state.start),
             self.tokenizer,
             packing=packing_of(config),
             seed=config.run.seed,
@@ -110,13 +116,12 @@ class Inputs:
         return RowCache.of(folder, state.fingerprint, guard=keeping)
 
 
-def _open_corpus(config: Config, form: Form, on_wait: Progress) -> Corpus:
-    corpus = open_corpus(config.data, form=form, on_wait=on_wait)
+def check_other_files(config: Config, form: Form, *, on_wait: Progress) -> None:
+    """Raise UserError where validation text or initial weights cannot be read."""
     for source in validation(config):
         require_documents(source, form=form, on_wait=on_wait)
     if config.model.weights is not None:
         check_initial_weights(Path(config.model.weights), config.model)
-    return corpus.waiting(no_op)  # sent to the other ranks, which have an on_wait of their own
 
 
 def _describe(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> tuple[list[str], dict[str, Any]]:

@@ -13,7 +13,7 @@ from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity
 from lamda.best_effort import BestEffort
 from lamda.config.schema import Config
 from lamda.console import SHOWN, Progress
+from lamda.data.loader import StepBatch
 from lamda.engines.protocol import Engine, PendingStep, StepMetrics
 from lamda.model.counts import flops_per_token
 from lamda.storage.metrics import MetricsFile, read_metrics
@@ -118,13 +119,21 @@ class RunLogger:
             self._best_loss = min(self._best_loss, loss)
 
 
+class FetchedBatch(NamedTuple):
+    """A batch of the loader, how long the loop waited for it, and when the wait began (`time.monotonic`)."""
+
+    step: StepBatch
+    wait_seconds: float
+    began: float
+
+
 @dataclass
 class FinishedStep:
     """A step that the device may still be computing; reading its metrics waits for it.
 
     state: after the step, its target tokens counted. began: when its batch was fetched (`time.monotonic`).
     data_wait_seconds: waited for data. save_seconds: stalled by saves since the previous step. epochs: finished epochs
-    by source. extra: metrics of evaluations after it.
+    by source. extra: metrics of evaluations after it. stage: its name, if the run has stages.
     """
 
     state: RunState
@@ -135,6 +144,7 @@ class FinishedStep:
     save_seconds: float
     epochs: Mapping[str, float] = field(default_factory=dict)
     extra: dict[str, float] = field(default_factory=dict)
+    stage: str = ""
     _ended: float | None = None
 
     def end(self, at: float) -> None:
@@ -187,6 +197,7 @@ class FinishedStep:
             "rollbacks": self.state.rollbacks,
             "batch_digest": self.measured.batch_digest,
             **{f"epoch/{name}": epochs for name, epochs in self.epochs.items()},
+            **({"stage": self.stage} if self.stage else {}),
             **self._by_domain(domains),
             **self.extra,
         }

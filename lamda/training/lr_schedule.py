@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import cos, pi
 
 from lamda.config.schema import Config, TrainConfig
+from lamda.config.stages import Stage, stage_at
 from lamda.storage.state import RunState
 
 NOTABLE_CHANGE = 0.01  # relative change of the rate from the previous settings that is worth a warning
@@ -50,8 +51,21 @@ def total_steps(config: Config, state: RunState) -> int:
     return state.step + max(0, -(-left // (train.global_batch_size * length)))
 
 
+def final_step(stages: Sequence[Stage], state: RunState) -> int:
+    """The number of the run's last step."""
+    return total_steps(stages[0].config, state) if stages[0].schedule is None else stages[-1].last
+
+
+def rate_in(stage: Stage, state: RunState) -> float:
+    """The rate of the step after `state`, which is in `stage`."""
+    if stage.schedule is None:
+        return next_learning_rate(stage.config, state)
+    first, last = stage.schedule
+    return learning_rate(state.step + 1 - first, train=stage.config.train, steps=last - first)
+
+
 def next_learning_rate(config: Config, state: RunState) -> float:
-    """The rate of the step after `state`; where the length is in tokens, progress is counted in rows."""
+    """The rate of the step after `state` without stages; where the length is in tokens, progress is counted in rows."""
     train = config.train
     if train.tokens is None:
         return learning_rate(state.step + 1, train=train, steps=config.steps)
@@ -59,26 +73,35 @@ def next_learning_rate(config: Config, state: RunState) -> float:
     return learning_rate((state.samples + batch) / batch, train=train, steps=config.steps)
 
 
-def remarks(config: Config, state: RunState, *, before: Config | None) -> Iterator[str]:
-    """Warnings about rates to come: a peak that is never reached, a jump from `before`, the checkpoint's settings."""
-    train, steps = config.train, config.steps
+def remarks(stages: Sequence[Stage], state: RunState, *, before: Sequence[Stage] | None) -> Iterator[str]:
+    """Warnings about rates to come: a peak that is never reached, a jump from `before`, the checkpoint's stages."""
+    current = stage_at(stages, state.step)
+    for stage in stages[current.number - 1 :]:
+        first, last = stage.schedule or (0, stage.config.steps)
+        if first == stage.first:
+            yield from _never_reached(stage.config.train, last - first)
+    if before is None:
+        return
+    previous = stage_at(before, state.step)
+    now, then = rate_in(current, state), rate_in(previous, state)
+    if abs(now - then) > NOTABLE_CHANGE * then:
+        old, new = previous.config.train, current.config.train
+        changed = [
+            f"train.{key} was {getattr(old, key)}, is {getattr(new, key)}"
+            for key in RATE_KEYS
+            if getattr(old, key) != getattr(new, key)
+        ]
+        yield (
+            f"step {state.step + 1}: the learning rate is {now:.2e}; by the settings of the checkpoint it would be "
+            f"{then:.2e} ({'; '.join(changed) or 'data.sequence_length or the stages have changed'})"
+        )
+
+
+def _never_reached(train: TrainConfig, steps: int) -> Iterator[str]:
     warmed = learning_rate(max(1, min(train.warmup_steps, steps)), train=train, steps=steps)
     if train.warmup_steps and warmed < train.lr * (1 - NOTABLE_CHANGE):
         decay = f", the last {train.decay_fraction:.0%} of them to decay" if train.schedule == "wsd" else ""
         yield (
             f"the learning rate never reaches train.lr {train.lr:.2e}: train.warmup_steps is {train.warmup_steps}, and "
-            f"the run has {steps} steps{decay}"
-        )
-    if before is None:
-        return
-    now, then = next_learning_rate(config, state), next_learning_rate(before, state)
-    if abs(now - then) > NOTABLE_CHANGE * then:
-        changed = [
-            f"train.{key} was {getattr(before.train, key)}, is {getattr(train, key)}"
-            for key in RATE_KEYS
-            if getattr(before.train, key) != getattr(train, key)
-        ]
-        yield (
-            f"step {state.step + 1}: the learning rate is {now:.2e}; by the settings of the checkpoint it would be "
-            f"{then:.2e} ({'; '.join(changed) or 'data.sequence_length has changed'})"
+            f"its schedule has {steps} steps{decay}"
         )

@@ -13,6 +13,7 @@ import yaml
 from lamda.config.errors import UserError
 from lamda.config.loading import DEPRECATED, load_config
 from lamda.config.schema import Config
+from lamda.config.stages import FREE, RATE_KEYS, Stage, plan_stages
 from lamda.data.corpus import changed_files, differences
 from lamda.distributed import World, on_main
 from lamda.durable import Progress, read_regular
@@ -38,7 +39,7 @@ class ResumePoint:
         accepted: names of changed files whose text is accepted as unchanged.
         """
         saved, state = self.state.fingerprint, replace(self.state, fingerprint=current)
-        if self.path is None:
+        if self.path is None or self.state.takes_any_text:
             return state
         saved_format, current_format = saved.get("format"), current.get("format")
         if saved_format != current_format:
@@ -53,7 +54,7 @@ class ResumePoint:
         if changes:
             raise UserError(
                 f"{self.path}: the data differs from the checkpoint: {'; '.join(changes)}. Restore these settings, or "
-                "start another run.dir from the weights alone (model.weights)"
+                "go on with other text in another run (`lamda branch --fresh-data`)"
             )
         if rejected := [name for name in changed if name not in accepted]:
             raise UserError(
@@ -98,12 +99,60 @@ def find_resume_point(
     def check() -> RunState:
         state = manifest.read_state(path)
         _check_manifest(config, path, framework=framework)
-        _report_changes(config, path)
+        saved, stages = settings_of(path), plan_stages(config)
+        earlier = () if saved is None else plan_stages(saved)
+        _check_stages(stages, earlier, state, path)
+        _report_changes(
+            stages[state.stage - 1].config, path, before=earlier[state.stage - 1] if state.stage > 1 else None
+        )
         if path.parent == directory.checkpoints and not directory.metrics.exists():
             log.warning("%s is gone: the rows up to step %d are missing", directory.metrics, state.step)
         return state
 
     return ResumePoint(path, _with_noted_windows(on_main(world, check), directory))
+
+
+def _check_stages(stages: Sequence[Stage], before: Sequence[Stage], state: RunState, path: Path) -> None:
+    """Report changed stages to come. Raises UserError if one that has begun changed. before: the checkpoint's."""
+    if len(before) <= 1 and len(stages) == 1:
+        return
+    problems = []
+    for number in range(1, state.stage + 1):
+        if number > len(stages):
+            problems.append(f"stage {before[number - 1].name} is missing")
+        elif number <= len(before):
+            changes = _stage_changes(before[number - 1], stages[number - 1], is_over=number < state.stage)
+            problems += [f"stage {stages[number - 1].name}: {change}" for change in changes]
+    if not problems and stages[state.stage - 1].last < state.step:
+        stage = stages[state.stage - 1]
+        problems.append(
+            f"stage {stage.name} would have ended at step {stage.last}; raise its `until`, or add a later stage"
+        )
+    if problems:
+        raise UserError(
+            f"{path}: stages that the run has begun cannot change: {'; '.join(problems)}. Restore them; to change "
+            "something from here on, end the present stage here and add one"
+        )
+    for stage in stages[state.stage :]:
+        known = before[stage.number - 1] if stage.number <= len(before) else None
+        changes = ["is new"] if known is None else _stage_changes(known, stage, is_over=True)
+        if changes:
+            log.warning("stage %s, which is to come: %s", stage.name, "; ".join(changes))
+
+
+_OF_THE_DATA = ("data.corpus", "data.files", "data.shuffle", "data.packing", "data.document_mask")
+"""Keys of a stage that are compared by the fingerprint, or reported."""
+
+
+def _stage_changes(before: Stage, now: Stage, *, is_over: bool) -> list[str]:
+    """Differences in what a stage does. If it is not over, its end and its rates may change."""
+    old, new = before.settings(), now.settings()
+    may_change = () if is_over else tuple(key for key in new if key.removeprefix("train.") in RATE_KEYS)
+    ignored = (*FREE, *may_change, *(() if is_over else _OF_THE_DATA))
+    changes = [f"{key} {_change(old[key], new[key])}" for key in new if key not in ignored and old[key] != new[key]]
+    if is_over and before.last != now.last:
+        changes.append(f"its last step {_change(before.last, now.last)}")
+    return changes
 
 
 def settings_of(path: Path) -> Config | None:
@@ -183,6 +232,7 @@ def _check_manifest(config: Config, path: Path, *, framework: str) -> None:
 def _with_noted_windows(state: RunState, directory: RunDirectory) -> RunState:
     """The state with the sample ranges to skip because of rollbacks since this checkpoint was written."""
     skipped = (*state.skipped, *(window for window in directory.skipped() if window not in state.skipped))
+    state = state.with_parked(directory.parked(state.skipped))
     return replace(state, skipped=skipped, rollbacks=max(state.rollbacks, directory.rollbacks))
 
 
@@ -193,21 +243,24 @@ def _inherit_windows(path: Path, directory: RunDirectory) -> None:
         directory.inherit_skipped(RunDirectory(folder.parent))
 
 
-def _report_changes(config: Config, path: Path) -> None:
-    """Warn in one line of training settings that differ from the checkpoint's; the run continues with the new ones."""
+def _report_changes(config: Config, path: Path, *, before: Stage | None) -> None:
+    """Warn in one line of training settings that differ from the checkpoint's; the run continues with the new ones.
+
+    before: the checkpoint's stage, if it is not the first one.
+    """
     current = _settings(config.model_dump(mode="json"))
     try:
         with reading(path / "config.yaml"):
             text = read_regular(manifest.named(path, "config.yaml"))
-        saved = _settings(yaml.safe_load(text))
-        before = {
+        saved = _settings(yaml.safe_load(text) if before is None else before.config.model_dump(mode="json"))
+        known = {
             key: float(saved[key]) if isinstance(value, float) else saved[key]
             for key, value in current.items()
             if key in saved
         }
     except (FileNotFoundError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path / 'config.yaml'}: cannot be read ({error})") from error
-    changes = [f"{key} {_change(before[key], current[key])}" for key in before if before[key] != current[key]]
+    changes = [f"{key} {_change(known[key], current[key])}" for key in known if known[key] != current[key]]
     if "train.norm_lr_scale" not in saved:
         changes.append("rates of query, norms and bias tables, and no decay of the embedding (CHANGELOG.md)")
     if changes:

@@ -21,6 +21,7 @@ from typing import Any
 from rich import filesize
 
 from lamda.config.help import to_yaml
+from lamda.config.schema import Config
 from lamda.distributed import gather, on_main
 from lamda.durable import Progress
 from lamda.engines.protocol import Engine
@@ -51,6 +52,7 @@ class Saver:
         *,
         engine: Engine,
         tokenizer: Path,
+        config: Config | None = None,
         require_lock: Callable[[], None] = lambda: None,
         sync_rows: Callable[[], None] = lambda: None,
         note: Callable[[int], None] = lambda step: None,
@@ -59,11 +61,12 @@ class Saver:
         """require_lock: raises LostLockError on rank 0 if another process has taken over the run; then every rank does.
 
         sync_rows: syncs the metrics up to a checkpoint before it is complete. note: records the step of a
-        complete one. progress: called while a save that is waited for makes progress.
+        complete one. config: to save, if it is not the engine's. progress: called while a save that is waited for makes
+        progress.
         """
         self._require_lock, self._sync_rows, self._note = require_lock, sync_rows, note
         self._folder, self._engine, self._tokenizer = folder, engine, tokenizer
-        self._world, self._config = engine.world, engine.config
+        self._world, self._config = engine.world, config or engine.config
         self._state = RunState()
         self._job: _Job | None = None
         self._is_written = False

@@ -15,24 +15,27 @@ from lamda.best_effort import BestEffort
 from lamda.config.errors import RunError, UserError
 from lamda.config.help import to_yaml
 from lamda.config.schema import Config
+from lamda.config.stages import Stage, plan_stages, stage_lines, with_rows_of
 from lamda.console import computing
 from lamda.distributed import FailedElsewhereError, ReportedElsewhereError, World
 from lamda.durable import replace_file
 from lamda.engines.protocol import Engine, Framework
 from lamda.storage import commit
 from lamda.storage.lock import LostLockError, RunLock
+from lamda.storage.metrics import read_metrics
 from lamda.storage.reading import UnreadableError, reading
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.run_log import run_log
 from lamda.storage.state import RunState
 from lamda.training.fault_injection import STEP_POINTS
-from lamda.training.inputs import Inputs, with_initial_weights
+from lamda.training.inputs import Inputs, check_other_files, with_initial_weights
 from lamda.training.loggers import RunLogger, TrainingProgress
-from lamda.training.lr_schedule import remarks, total_steps
+from lamda.training.lr_schedule import final_step, remarks
 from lamda.training.resume import backend_change, find_resume_point, settings_of
 from lamda.training.saver import Saver
+from lamda.training.stages import StagedInputs
 from lamda.training.stop_requests import STOP_EXIT, Attempt, Signals, StopRequests
-from lamda.training.task import Benchmarks, Evaluator, OpenBenchmarks, Task
+from lamda.training.task import Benchmarks, Evaluation, Evaluator, OpenBenchmarks, Task
 from lamda.training.trainer import Trainer
 from lamda.training.watchdog import Guard, Watchdog, clear_heartbeats
 
@@ -55,7 +58,7 @@ class _Opened(NamedTuple):
     engine: Engine
     checkpoint: Path | None
     state: RunState
-    inputs: Inputs
+    inputs: StagedInputs
     benchmarks: Benchmarks | None
 
 
@@ -72,6 +75,7 @@ class TrainingJob:
     framework: Framework
     open_benchmarks: OpenBenchmarks
     signals: Signals
+    stages: tuple[Stage, ...] = field(init=False)
     directory: RunDirectory = field(init=False)
     lock: RunLock = field(init=False)
     attempt: Attempt = field(init=False)
@@ -80,6 +84,7 @@ class TrainingJob:
     def __post_init__(self) -> None:
         """Raises UserError where the initial weights do not fit."""
         self.config = with_initial_weights(self.config)
+        self.stages = plan_stages(self.config)
         self.directory = RunDirectory(Path(self.config.run.dir))
 
     def run(self) -> int:
@@ -141,7 +146,7 @@ class TrainingJob:
             if world.is_main_process:
                 with BestEffort(f"{directory.config} cannot be written"):
                     replace_file(directory.config, to_yaml(config))
-            steps = total_steps(config, opened.state)
+            steps = final_step(self.stages, opened.state)
             self.attempt.train(step=opened.state.step, steps=steps)
             self.signals.call_on_signal(lambda number: self._hurry(number, watchdog))
             logger = self._open_logger(opened, stack, steps=steps)
@@ -157,23 +162,20 @@ class TrainingJob:
         watchdog.mark("resume", step=0)
         distributed.on_main(world, lambda: commit.sweep(directory.checkpoints))
         origin = find_resume_point(config, directory, world, framework=self.framework.name, progress=progress)
-        if origin.state.step >= total_steps(config, origin.state) and self._was_finished(origin.state.step):
+        if origin.state.step >= final_step(self.stages, origin.state) and self._was_finished(origin.state.step):
             self.signals.exit_on_signal(exit_code=0)
             return None
         watchdog.mark("benchmarks", step=0)
         benchmarks = self.open_benchmarks(config, world)
-        inputs = Inputs.open(
-            config,
-            directory,
-            world,
-            form=self.task.form(config),
-            on_phase=lambda phase: watchdog.mark(phase, step=0),
-            progress=progress,
-            on_wait=lambda: watchdog.progress_during(TEXT_PHASES),
-        )
-        state = origin.check_data(inputs.fingerprint, accepted=config.data.accept_changed or ())
+        inputs = StagedInputs(self.stages, lambda stage: self._open_text(stage, watchdog))
+        form, on_wait = self.task.form(config), lambda: watchdog.progress_during(TEXT_PHASES)
+        distributed.on_main(world, lambda: check_other_files(config, form, on_wait=on_wait))
+        current = inputs.of(origin.state.stage)
+        state = origin.check_data(current.fingerprint, accepted=config.data.accept_changed or ())
+        for stage in self.stages[state.stage :]:
+            inputs.of(stage.number)  # now, not after weeks, something may be missing
         watchdog.mark("engine", step=0)
-        domains = len(inputs.domains) + 1
+        domains = len(current.domains) + 1
         engine = self.framework.engine(config, world=world, device=device, domains=domains, progress=progress)
         watchdog.mark("load", step=0)
         if origin.path is not None:
@@ -185,6 +187,17 @@ class TrainingJob:
             engine.initialize_weights()
         watchdog.mark("start", step=0)
         return _Opened(engine, origin.path, state, inputs, benchmarks)
+
+    def _open_text(self, stage: Stage, watchdog: Watchdog) -> Inputs:
+        return Inputs.open(
+            stage.config,
+            self.directory,
+            self.world,
+            form=self.task.form(stage.config),
+            on_phase=lambda phase: watchdog.mark(phase, step=0),
+            progress=watchdog.progress,
+            on_wait=lambda: watchdog.progress_during(TEXT_PHASES),
+        )
 
     def _was_finished(self, step: int) -> bool:
         """Whether the run had finished at this step before; then this is reported again."""
@@ -205,13 +218,15 @@ class TrainingJob:
         progress = stack.enter_context(TrainingProgress(done=state.step, steps=steps, visible=is_main))
         if opened.checkpoint is not None:
             progress.say(f"continuing from {opened.checkpoint}")
+        for line in stage_lines(self.stages) if len(self.stages) > 1 else ():
+            progress.say(line)
         if attention := opened.engine.manifest_entries().get("attention"):
             progress.say(f"attention: {attention} (model.attention {config.model.attention})")
         if opened.engine.is_compiled:
             progress.say("the first step compiles the model, a minute or so")
         self.logger = stack.enter_context(RunLogger(config, self.directory, state, progress, enabled=is_main))
         before = None if opened.checkpoint is None else settings_of(opened.checkpoint)
-        warnings = [*remarks(config, state, before=before)]
+        warnings = [*remarks(self.stages, state, before=None if before is None else plan_stages(before))]
         if opened.checkpoint is not None:
             warnings += backend_change(opened.checkpoint, before, attention=attention)
         for warning in warnings if is_main else ():
@@ -219,16 +234,29 @@ class TrainingJob:
         return self.logger
 
     def _make_trainer(self, opened: _Opened, logger: RunLogger, guard: Guard) -> Trainer:
-        directory, watchdog, tokenizer = self.directory, guard.watchdog, opened.inputs.tokenizer
+        directory, watchdog = self.directory, guard.watchdog
+        tokenizer = opened.inputs.of(opened.state.stage).tokenizer
         state = replace(opened.state, wandb_id=logger.wandb_id)
-        held_out = self.task.open_evaluation(
-            self.config, tokenizer, on_wait=lambda: watchdog.progress_during(TEXT_PHASES)
+
+        def open_held_out(config: Config) -> Evaluation | None:
+            config = with_rows_of(self.config, config)
+            return self.task.open_evaluation(config, tokenizer, on_wait=lambda: watchdog.progress_during(TEXT_PHASES))
+
+        evaluator = Evaluator(
+            opened.engine,
+            self.task,
+            tokenizer,
+            open_held_out,
+            opened.benchmarks,
+            logger,
+            guard,
+            batch_size=self.config.train.global_batch_size,
         )
-        evaluator = Evaluator(opened.engine, self.task, tokenizer, held_out, opened.benchmarks, logger, guard)
         saver = Saver(
             directory.checkpoints,
             engine=opened.engine,
             tokenizer=directory.tokenizer,
+            config=self.config,
             require_lock=self.lock.require,
             sync_rows=directory.sync_metrics,
             note=directory.note_checkpoint,
@@ -237,7 +265,7 @@ class TrainingJob:
         return Trainer(directory, opened.engine, opened.inputs, evaluator, saver, logger, guard, state)
 
     def _finish(self, trainer: Trainer) -> int:
-        steps = {"step": trainer.state.step, "steps": total_steps(self.config, trainer.state)}
+        steps = {"step": trainer.state.step, "steps": final_step(self.stages, trainer.state)}
         stopped = trainer.stopped or _show_results(trainer)
         if stopped is not None:
             rest = " and shows the results" if trainer.is_over else ""
@@ -276,7 +304,7 @@ def _show_results(trainer: Trainer) -> str | None:
             with computing(guard.watchdog.progress):
                 for line in evaluator.task.summary(evaluator.scores):
                     say(line)
-        metrics = trainer.recorded_metrics() if evaluator.scores is None else evaluator.task_metrics
+        metrics = _recorded_metrics(trainer) if evaluator.scores is None else evaluator.task_metrics
         for name, value in metrics.items():
             say(f"{name} {value:.4f}")
     if (reason := guard.agreed_stop_reason()) is not None:
@@ -295,3 +323,11 @@ def _show_results(trainer: Trainer) -> str | None:
             f"or train.tokens{higher_again}"
         )
     return None
+
+
+def _recorded_metrics(trainer: Trainer) -> dict[str, float]:
+    """`eval/...` of the last step from metrics.jsonl, on rank 0: a previous start may have evaluated it."""
+    rows = read_metrics(trainer.directory.metrics)[-1:] if trainer.world.is_main_process else []
+    return {
+        name: value for row in rows for name, value in row.items() if name.startswith("eval/") and value is not None
+    }

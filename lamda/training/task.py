@@ -100,19 +100,33 @@ class EvaluationInterruptedError(Exception):
 
 @dataclass
 class Evaluator:
-    """Evaluates a run. scores, task_metrics: of the last evaluation (the metrics on rank 0)."""
+    """Evaluates a run.
+
+    open_held_out: the held-out data in rows of a configuration, if there is any. batch_size: rows of an evaluation /
+    `eval.batches`. scores, task_metrics: of the last evaluation (the metrics on rank 0).
+    """
 
     engine: Engine
     task: Task
     tokenizer: Tokenizer
-    held_out: Evaluation | None
+    open_held_out: Callable[[Config], Evaluation | None]
     benchmarks: Benchmarks | None
     logger: RunLogger
     guard: Guard
+    batch_size: int
+    held_out: Evaluation | None = field(init=False)
     scores: Scores | None = None
     task_metrics: dict[str, float] = field(default_factory=dict)
     _step: int = 0
     _rows_scored: dict[int | None, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.enter_stage(self.engine.config)
+
+    def enter_stage(self, config: Config) -> None:
+        """Continue with the rows of a stage, which may have another length."""
+        self.held_out = self.open_held_out(config)
+        self._rows_scored.clear()
 
     def is_due(self, step: int, *, is_last: bool) -> bool:
         """Whether `evaluate` has anything to do after this step."""
@@ -163,7 +177,7 @@ class Evaluator:
         self.logger.progress.say(f"evaluating {amount} (eval.full_batches limits it)")
 
     def _num_rows(self, batches: int | None) -> int | None:
-        return None if batches is None else batches * self.engine.config.train.global_batch_size
+        return None if batches is None else batches * self.batch_size
 
     def _score(self, batches: int | None) -> Scores:
         """Score the held-out text, its first batches or (None) all of it."""

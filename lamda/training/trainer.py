@@ -12,7 +12,8 @@ import torch
 
 from lamda.config.errors import DataError, DataUnavailableError, RunError
 from lamda.config.schema import Config
-from lamda.data.loader import Loader, StepBatch
+from lamda.config.stages import Stage
+from lamda.data.loader import Loader
 from lamda.data.quarantine import Quarantined, QuarantineFile
 from lamda.data.windows import SourceOrder
 from lamda.distributed import World, broadcast, gather, on_main
@@ -20,23 +21,16 @@ from lamda.engines.protocol import Engine
 from lamda.storage import manifest
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
+from lamda.storage.stage_log import note_stage
 from lamda.storage.state import RunState
 from lamda.storage.window_log import WindowLog
 from lamda.training.anomalies import AnomalyDetector, RollbackError, find_sound, set_aside_rolled_back
-from lamda.training.inputs import Inputs
-from lamda.training.loggers import FinishedStep, RunLogger
-from lamda.training.lr_schedule import next_learning_rate, total_steps
+from lamda.training.loggers import FetchedBatch, FinishedStep, RunLogger
+from lamda.training.lr_schedule import final_step, rate_in
 from lamda.training.saver import Saver, SaveResult
+from lamda.training.stages import StagedInputs
 from lamda.training.task import EvaluationInterruptedError, Evaluator
 from lamda.training.watchdog import Guard
-
-
-class FetchedBatch(NamedTuple):
-    """A batch of the loader, how long the loop waited for it, and when the wait began (`time.monotonic`)."""
-
-    step: StepBatch
-    wait_seconds: float
-    began: float
 
 
 class RankCounters(NamedTuple):
@@ -55,14 +49,13 @@ class Trainer:
 
     directory: RunDirectory
     engine: Engine
-    inputs: Inputs
+    inputs: StagedInputs
     evaluator: Evaluator
     saver: Saver
     logger: RunLogger
     guard: Guard
     state: RunState
     stopped: str | None = None
-    config: Config = field(init=False)
     world: World = field(init=False)
     _anomalies: AnomalyDetector = field(init=False)
     _quarantine: QuarantineFile = field(init=False)
@@ -72,21 +65,36 @@ class Trainer:
     _save_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self.config, self.world = self.engine.config, self.engine.world
+        self.world = self.engine.world
         self._quarantine = QuarantineFile(self.directory.quarantine)
         self._windows = WindowLog(self.directory.order)
         if self.world.is_main_process:
-            self._windows.begin(self.state.order)
+            self._windows.begin(self.state.order, self.state.start)
+
+    @property
+    def config(self) -> Config:
+        """The configuration of the stage."""
+        return self.engine.config
+
+    @property
+    def stage(self) -> Stage:
+        """The stage of the last step, or of the next one once `enter_stage` is called."""
+        return self.inputs.stages[self.state.stage - 1]
 
     @property
     def is_over(self) -> bool:
         """Whether the last step is done."""
-        return self.state.step >= total_steps(self.config, self.state)
+        return self.state.step >= final_step(self.inputs.stages, self.state)
+
+    @property
+    def is_stage_over(self) -> bool:
+        """Whether the last step of the stage, or of the run, is done."""
+        return self.is_over or (self.stage.number < len(self.inputs.stages) and self.state.step >= self.stage.last)
 
     @property
     def is_save_due(self) -> bool:
         """Whether this step is saved."""
-        return self.is_over or self._stop_is_agreed or self.state.step % self.config.checkpoint.every == 0
+        return self.is_stage_over or self._stop_is_agreed or self.state.step % self.config.checkpoint.every == 0
 
     @property
     def is_check_due(self) -> bool:
@@ -96,14 +104,33 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the last step or a stop; a checkpoint then holds everything. Raises RunError if it cannot."""
-        self._anomalies = self.loss_history()
+        self.use_stage()
         self.evaluate_if_missed()
         while not self.is_over and self.stopped is None:
+            self.enter_stage()
             try:
-                with self.inputs.loader(self.state, on_window=self._keep_window) as loader:
+                with self.inputs.of(self.state.stage).loader(self.state, on_window=self._keep_window) as loader:
                     self.train(loader)
+                    self.state = replace(self.state, order=loader.order())
             except RollbackError as error:
                 self.rollback(error)
+
+    def enter_stage(self) -> None:
+        """Go on to the stage of the next step, if it is another one."""
+        before, self.state = self.state, self.inputs.enter(self.state)
+        if self.state.stage != before.stage:
+            self.logger.progress.say(f"stage {self.stage.name} begins after step {self.state.step}")
+            if self.world.is_main_process:
+                note_stage(self.directory.stages, self.state)
+            self.use_stage()
+
+    def use_stage(self) -> None:
+        """Compute with the configuration of the state's stage."""
+        config = self.stage.config
+        if config != self.engine.config:
+            self.engine.enter_stage(config, domains=len(self.inputs.of(self.state.stage).domains) + 1)
+            self.evaluator.enter_stage(config)
+        self._anomalies = self.loss_history()
 
     def train(self, loader: Loader) -> None:
         """Train, reading a step's metrics while the device computes the next one. Raises RollbackError."""
@@ -123,7 +150,7 @@ class Trainer:
     def batches(self, loader: Loader) -> Iterator[FetchedBatch]:
         """The batches of the remaining steps. Raises DataUnavailableError."""
         batches = iter(loader)
-        while not self.is_over and self.stopped is None:
+        while not self.is_stage_over and self.stopped is None:
             self._mark("fetch")
             began = time.monotonic()
             try:
@@ -136,7 +163,7 @@ class Trainer:
     def train_step(self, batch: FetchedBatch) -> FinishedStep:
         """One optimizer step; the device may still be computing it."""
         self.logger.profile.begin(self.state.step + 1)
-        lr = next_learning_rate(self.config, self.state)
+        lr = rate_in(self.stage, self.state)
         counters = RankCounters(
             stop_requests=int(self.guard.requests.reason() is not None), completed_parts=self.saver.completed_parts
         )
@@ -153,6 +180,7 @@ class Trainer:
             data_wait_seconds=batch.wait_seconds,
             save_seconds=save_seconds,
             epochs=batch.step.epochs,
+            stage=self.stage.name,
         )
 
     def log_step(self, step: FinishedStep | None) -> None:
@@ -165,7 +193,7 @@ class Trainer:
         self.state = self.state.with_targets(step.num_tokens)
         step.state = replace(step.state, tokens=self.state.tokens)
         number, skipped = step.state.step, step.pending.skipped
-        self.logger.log(step.metrics(self.engine, self.inputs.domains))
+        self.logger.log(step.metrics(self.engine, self.inputs.of(self.state.stage).domains))
         self._mark("report", step=number)
         totals = RankCounters(*map(int, step.measured.counters))
         self._stop_is_agreed |= totals.stop_requests > 0
@@ -243,20 +271,23 @@ class Trainer:
         """Return to a sound checkpoint; the samples since then are never used again."""
         path = find_sound(self.directory, first=error.first, world=self.world)
         target, current = manifest.read_state(path), self.state
-        skipped_range = (target.consumed, current.consumed)
-        on_main(self.world, lambda: self.directory.note_skipped(skipped_range, step=error.step, reason=error.reason))
+        skipped_range, later = self.inputs.rolled_back(target, current)
+        on_main(
+            self.world,
+            lambda: self.directory.note_skipped(skipped_range, step=error.step, reason=error.reason, parked=later),
+        )
         on_main(self.world, lambda: set_aside_rolled_back(self.directory))
         self.engine.load_checkpoint(path)
         skipped, rollbacks = (*current.skipped, skipped_range), current.rollbacks + 1
-        self.state = replace(target, skipped=skipped, rollbacks=rollbacks, wandb_id=current.wandb_id)
+        self.state = replace(target, skipped=skipped, rollbacks=rollbacks, wandb_id=current.wandb_id).with_parked(later)
         self.logger.rewind(target.step)
         self.logger.warn(
             "rolled back",
-            f"step {error.step}: {error.reason}; back to {path.name}, without samples {target.consumed} to "
-            f"{current.consumed - 1} "
+            f"step {error.step}: {error.reason}; back to {path.name}, without samples {skipped_range[0]} to "
+            f"{skipped_range[1] - 1} "
             f"(time {rollbacks} of {self.config.train.max_rollbacks})",
         )
-        self._anomalies = self.loss_history()
+        self.use_stage()
 
     def rollback_blocker(self) -> str | None:
         """Why the run cannot roll back, if it cannot."""
@@ -267,9 +298,10 @@ class Trainer:
         return None if has_checkpoint else "there is no checkpoint yet"
 
     def loss_history(self) -> AnomalyDetector:
-        """The anomaly detector after all steps so far, the same on every rank."""
-        rows = read_metrics(self.directory.metrics) if self.world.is_main_process else []
-        return AnomalyDetector(self.config.train, broadcast([(row["loss"], row["skipped_steps"]) for row in rows]))
+        """The anomaly detector after all steps, with the losses of this stage; the same on every rank."""
+        rows, first = read_metrics(self.directory.metrics) if self.world.is_main_process else [], self.stage.first
+        history = [(row["loss"] if row["step"] > first else None, row["skipped_steps"]) for row in rows]
+        return AnomalyDetector(self.config.train, broadcast(history))
 
     def check_weights(self) -> None:
         """Raise RunError if the weights of a rank are corrupted, where `run.weight_check_every` asks for a check."""
@@ -303,13 +335,6 @@ class Trainer:
                 f"({bad.reason}) among them; see {self.directory.quarantine}",
             )
 
-    def recorded_metrics(self) -> dict[str, float]:
-        """`eval/...` of the last step from metrics.jsonl, on rank 0: a previous start may have evaluated it."""
-        rows = read_metrics(self.directory.metrics)[-1:] if self.world.is_main_process else []
-        return {
-            name: value for row in rows for name, value in row.items() if name.startswith("eval/") and value is not None
-        }
-
     def _resume_point(self) -> str:
         """The checkpoint that a restart would resume from, as a sentence, on rank 0."""
         checkpoints = manifest.complete(self.directory.checkpoints) if self.world.is_main_process else []
@@ -319,7 +344,7 @@ class Trainer:
 
     def _keep_window(self, source: int, order: SourceOrder) -> None:
         if self.world.is_main_process:
-            self._windows.add(source, order)
+            self._windows.add(self.state.start.number(source), order)
 
     def _mark(self, phase: str, tensor: torch.Tensor | None = None, *, step: int | None = None) -> None:
         self.guard.mark(phase, step=step or self.state.step + 1, tensor=tensor)

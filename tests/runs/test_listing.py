@@ -47,7 +47,7 @@ def test_a_script_gets_json(folder, capsys):
     assert 29 < running.pop("age_seconds") < 40
     assert running == {
         "run": f"{folder}/running", "status": "running", "reason": None, "step": 3, "steps": 10, "loss": 2.25,
-        "tokens_per_second": 99999.9, "checkpoint": "step-00000002",
+        "tokens_per_second": 99999.9, "checkpoint": "step-00000002", "parent": None,
     }  # fmt: skip
     assert (failed["loss"], failed["reason"], failed["checkpoint"]) == (None, "no space left", None)
     assert (old["status"], old["steps"], old["tokens_per_second"]) == ("unknown", None, None)

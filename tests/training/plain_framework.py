@@ -67,6 +67,9 @@ class Engine:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0)
         self.steps, self.spoilt_after = 0, int(os.environ.get("TEST_SPOIL_AFTER") or -1)
 
+    def enter_stage(self, config, *, domains):
+        self.config, self.domains = config, domains
+
     def train_step(self, batch, *, lr, counters, on_phase):
         self.optimizer.param_groups[0]["lr"] = lr
         sums = torch.zeros(2, self.domains, dtype=torch.float64)

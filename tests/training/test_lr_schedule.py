@@ -7,6 +7,7 @@ from math import cos, pi
 import pytest
 
 from lamda.config.schema import Config, TrainConfig
+from lamda.config.stages import plan_stages
 from lamda.storage.state import RunState
 from lamda.training.lr_schedule import learning_rate, next_learning_rate, remarks, total_steps
 
@@ -120,7 +121,7 @@ def config(**train):
     ],
 )
 def test_a_rate_that_is_never_reached_is_reported(train, is_told):
-    message = list(remarks(config(**train), RunState(), before=None))
+    message = list(remarks(plan_stages(config(**train)), RunState(), before=None))
     assert [line.split(":")[0] for line in message] == ["the learning rate never reaches train.lr 3.00e-03"] * is_told
 
 
@@ -140,7 +141,7 @@ FINISHED = RunState(step=6, samples=48)
 def test_a_rate_that_another_setting_makes_jump_at_a_resume_is_reported_with_both(schedule, changes, is_told):
     before = config(**{"steps": 6, "schedule": schedule})
     now = config(**{"steps": 6, "schedule": schedule, **changes})
-    message = list(remarks(now, FINISHED, before=before))
+    message = list(remarks(plan_stages(now), FINISHED, before=plan_stages(before)))
     assert len(message) == is_told
     if message:
         (key, value) = next(iter(changes.items()))
@@ -152,7 +153,8 @@ def test_a_rate_that_another_setting_makes_jump_at_a_resume_is_reported_with_bot
 def test_a_longer_wsd_run_has_the_same_rates_up_to_where_the_shorter_one_decays():
     """What is saved before the decay can be trained on for longer without a jump."""
     before, now = (config(steps=steps, schedule="wsd", warmup_steps=10) for steps in (100, 1000))
-    assert list(remarks(now, RunState(step=79, samples=79 * 8), before=before)) == []
+    state = RunState(step=79, samples=79 * 8)
+    assert list(remarks(plan_stages(now), state, before=plan_stages(before))) == []
 
 
 @pytest.mark.parametrize("batches", [(8, 16), (16, 8), (8, 8), (16, 16, 8, 32)])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lamda.config.schema import Config
+from lamda.config.stages import plan_stages
 from lamda.data.loader import StepBatch
 from lamda.distributed import World
 from lamda.engines.protocol import StepMetrics
@@ -13,6 +14,7 @@ from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
 from lamda.training import loggers, trainer
 from lamda.training.anomalies import AnomalyDetector
+from lamda.training.stages import StagedInputs
 from lamda.training.trainer import Trainer
 
 STEP, FETCH, LAUNCH, LOG, EVALUATION = 2.0, 0.1, 0.2, 0.3, 50.0
@@ -59,7 +61,7 @@ def a_trainer(folder, clock, rows, *, evaluated):
     return Trainer(
         RunDirectory(folder),
         engine,
-        SimpleNamespace(domains=("a",)),
+        StagedInputs(plan_stages(config), lambda stage: SimpleNamespace(domains=("a",))),
         SimpleNamespace(is_due=lambda step, *, is_last: step == evaluated, evaluate=evaluate),
         SimpleNamespace(completed_parts=0, advance=lambda parts: None),
         SimpleNamespace(profile=profile, log=log),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
+from lamda.config.stages import plan_stages
 from lamda.model.counts import flops_per_token
 
 if TYPE_CHECKING:
@@ -32,9 +33,11 @@ def is_worthwhile(config: Config, device_type: str, *, stage: int) -> bool:
 
 def run_flops(config: Config) -> float:
     """FLOPs of the whole run."""
-    tokens = config.steps * config.train.global_batch_size * config.data.sequence_length
-    length, rank = config.data.sequence_length, config.train.lora_rank
-    return float(tokens * flops_per_token(config.model, length, lora_rank=rank))
+    flops = 0
+    for stage in plan_stages(config):
+        length, rank = stage.config.data.sequence_length, stage.config.train.lora_rank
+        flops += stage.rows * length * flops_per_token(config.model, length, lora_rank=rank)
+    return float(flops)
 
 
 def compile_blocks(model: LaMDA) -> None:

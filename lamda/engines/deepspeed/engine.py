@@ -113,6 +113,27 @@ class DeepSpeedEngine:
         compile.compile_blocks(self.model)
         self.is_compiled = self._is_first = True
 
+    def enter_stage(self, config: Config, *, domains: int) -> None:
+        before, train = self.config, config.train
+        self.config, self.domains = config, domains
+        self.deepspeed.set_train_micro_batch_size(train.micro_batch_size)
+        self.deepspeed.set_train_batch_size(train.global_batch_size)
+        self.deepspeed.micro_steps = 0  # a step ends when this is a multiple of the accumulation, which may be another
+        self.deepspeed.optimizer.gradient_accumulation_steps = self.deepspeed.gradient_accumulation_steps()
+        for module in (self.model, *self.model.layers):
+            module.recompute = train.recompute
+        shapes = [
+            (
+                each.train.micro_batch_size,
+                each.data.sequence_length,
+                each.train.recompute,
+                each.data.separates_documents,
+            )
+            for each in (before, config)
+        ]
+        if self.is_compiled and shapes[0] != shapes[1]:
+            self.compile_blocks()
+
     def train_step(
         self,
         batch: StepBatch,
@@ -240,7 +261,7 @@ class DeepSpeedEngine:
         return {"framework": "deepspeed", "zero_stage": self.stage, "attention": self.model.attention}
 
     def _too_large(self, reason: str) -> str:
-        """The error message after memory ran out. Every step has the same shapes, so this happens in the first one.
+        """The error message after memory ran out: in the first step of a stage, since all of its steps have one size.
 
         At ZeRO stage 3 no smaller size is tried: every rank would have to gather weights, and others still compute.
         """

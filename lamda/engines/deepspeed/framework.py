@@ -10,6 +10,7 @@ from lamda.config.batches import micro_batches_per_rank
 from lamda.config.errors import UserError
 from lamda.config.resources import find
 from lamda.config.schema import Config
+from lamda.config.stages import plan_stages
 from lamda.distributed import World
 from lamda.durable import Progress
 
@@ -45,7 +46,8 @@ class DeepSpeed:
         return distributed.read_world()
 
     def check(self, config: Config, world: World) -> None:
-        micro_batches_per_rank(config.train, world_size=world.world_size)
+        for stage in plan_stages(config):
+            micro_batches_per_rank(stage.config.train, world_size=world.world_size)
         ds_config.build(config, world_size=world.world_size)
 
     def start(self, config: Config, world: World) -> torch.device:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from lamda.config.batches import micro_batches_per_rank
 from lamda.config.schema import Config
+from lamda.config.stages import plan_stages
 from lamda.data.loader import StepBatch, batch_digest
 from lamda.distributed import World, gather
 from lamda.durable import Progress
@@ -63,14 +64,13 @@ class FlaxEngine:
         self._placement = MeshPlacement(self.mesh)
         self.num_devices = self.mesh.size
         self.peak_flops = peak_flops(jax.devices()[0].device_kind)
-        self.micro_batches = micro_batches_per_rank(config.train, world_size=row_ranks(self.mesh))
         self._dtype = jnp.bfloat16 if is_bf16 else jnp.float32
         self._optimizer = make_optimizer(config.train, config.model)
         self._progress = progress
         self.state = self._empty_state()
-        self._step = make_step(
-            config, self._optimizer, state=self.state, mesh=self.mesh, dtype=self._dtype, domains=domains
-        )
+        for stage in plan_stages(config):
+            micro_batches_per_rank(stage.config.train, world_size=row_ranks(self.mesh))
+        self.enter_stage(config, domains=domains)
         self._checkpointer = Checkpointer(dtype=self._dtype, is_main_process=world.is_main_process)
         self._rows = NamedSharding(self.mesh, PartitionSpec(ROWS))
         self._to_compute_dtype = jax.jit(
@@ -78,6 +78,13 @@ class FlaxEngine:
         )
         self._logits = jax.jit(self._logits_of, out_shardings=self._rows)
         self._nll = jax.jit(self._nll_of, out_shardings=self._rows)
+
+    def enter_stage(self, config: Config, *, domains: int) -> None:
+        self.config = config
+        self.micro_batches = micro_batches_per_rank(config.train, world_size=row_ranks(self.mesh))
+        self._step = make_step(
+            config, self._optimizer, state=self.state, mesh=self.mesh, dtype=self._dtype, domains=domains
+        )
 
     def train_step(
         self,

@@ -8,12 +8,13 @@ from pathlib import Path
 from jinja2 import Environment
 
 from lamda.config.errors import UserError
+from lamda.config.stages import stage_at
 from lamda.data.card import Card, load_card
 from lamda.interop.huggingface.source import ExportSource
 from lamda.interop.huggingface.tokenization import JOINER, SPELLINGS
 from lamda.model.counts import parameters
 from lamda.storage.commit import sync_and_describe
-from lamda.training.lr_schedule import total_steps
+from lamda.training.lr_schedule import final_step
 from lamda.training.task import FULL
 
 TEMPLATE = "model_card.jinja"
@@ -44,10 +45,16 @@ def model_card(source: ExportSource, folder: Path, *, dtype: str, masters: bool)
 
 
 def _corpus(source: ExportSource) -> Card | None:
+    """The card of the training text; with the sources of all stages that the model has been trained in."""
+    configs = [source.config]
+    if source.state is not None and len(source.stages) > 1:
+        configs = [each.config for each in source.stages if each.first < source.state.step]
     try:
-        return load_card(source.config.data)
+        cards = [load_card(each.data) for each in configs]
     except UserError:
         return None
+    sources = {(each.name, each.files, each.dataset): each for card in cards for each in card.sources}
+    return cards[0].model_copy(update={"sources": tuple(sources.values())})
 
 
 def _places(patterns: tuple[str, ...]) -> str:
@@ -57,11 +64,12 @@ def _places(patterns: tuple[str, ...]) -> str:
 
 
 def _training(source: ExportSource) -> dict[str, str] | None:
-    train, state = source.config.train, source.state
+    state = source.state
     if state is None:
         return None
+    train = stage_at(source.stages, state.step - 1).config.train
     return {
-        "steps": f"{state.step:,} of {total_steps(source.config, state):,}",
+        "steps": f"{state.step:,} of {final_step(source.stages, state):,}",
         "tokens": f"{state.tokens:,}",
         "rows per step": f"{train.global_batch_size:,} of {source.config.data.sequence_length:,} targets",
         "optimizer": f"{train.optimizer}, peak learning rate {train.lr:g}, {train.schedule}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
+from lamda.config.stages import Stage, plan_stages
 from lamda.inference.loading import saved_config
 from lamda.storage import manifest
 from lamda.storage.metrics import read_metrics
@@ -20,7 +22,7 @@ from lamda.storage.state import RunState
 class ExportSource:
     """A verified checkpoint. manifest and state: empty for a folder of weights only (`lamda import`).
 
-    metrics: the rows of its run up to its step.
+    metrics: the rows of its run up to its step. stages: of its run.
     """
 
     path: Path
@@ -28,6 +30,7 @@ class ExportSource:
     manifest: dict[str, Any]
     state: RunState | None
     metrics: list[dict[str, Any]]
+    stages: Sequence[Stage] = ()
 
     @classmethod
     def of(cls, path: Path) -> ExportSource:
@@ -37,11 +40,12 @@ class ExportSource:
         problem = manifest.problem_of(path)
         if problem:
             raise UserError(f"{path}: {problem}; `lamda checkpoint ls` shows the others")
-        config = load_config(["--config", str(manifest.named(path, "config.yaml"))])
+        stages = plan_stages(load_config(["--config", str(manifest.named(path, "config.yaml"))]))
         content = manifest.read(path)
         state = manifest.read_state(path) if manifest.STATE in content["files"] else None
         rows = read_metrics(RunDirectory(path.absolute().parents[1]).metrics) if state else []
-        return cls(path, config, content, state, [row for row in rows if row["step"] <= content["step"]])
+        rows = [row for row in rows if row["step"] <= content["step"]]
+        return cls(path, saved_config(path), content, state, rows, stages)
 
     def newest(self, prefix: str) -> tuple[int, dict[str, float]] | None:
         """The step and values of the last row with keys of this prefix."""

@@ -1,0 +1,40 @@
+"""Kinds of values in a configuration: numbers, paths, lists of patterns, and sections of keys."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+def _path(path: str) -> str:
+    """Expand `~`; a control character would break lines of scripts and logs."""
+    if any(unicodedata.category(character) == "Cc" for character in path):
+        raise ValueError("should hold no line break or other control character")
+    return os.path.expanduser(path)  # noqa: PTH111 - Path raises where there is no such home
+
+
+def _without_password(pattern: str) -> str:
+    if "@" in urlsplit(pattern).netloc:
+        raise ValueError(
+            "an address must not hold a user or a password, because the run directory and W&B would store them; "
+            "download the files, or put them on the Hugging Face hub, whose token comes from HF_TOKEN"
+        )
+    return pattern
+
+
+_Parts = BeforeValidator(lambda value: [part.strip() for part in value.split(",")] if isinstance(value, str) else value)
+Patterns = Annotated[tuple[Annotated[str, AfterValidator(_without_password)], ...], _Parts, Field(min_length=1)]
+Names = Annotated[tuple[str, ...], _Parts, Field(min_length=1)]
+FilePath = Annotated[str, AfterValidator(_path)]
+
+
+class Section(BaseModel):
+    """A frozen group of keys that rejects unknown ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, str_min_length=1)
