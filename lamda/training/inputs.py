@@ -65,6 +65,8 @@ class Inputs:
         on_phase("corpus")
         corpus = distributed.on_main(world, lambda: _open_corpus(config, form, on_wait)).waiting(on_wait)
         distributed.agree(world, lambda: require_here(corpus.files))
+        if corpus.drop is not None:
+            distributed.agree(world, corpus.drop.entries)
         on_phase("tokenizer")
         path = directory.tokenizer
         distributed.on_main(
