@@ -90,6 +90,15 @@ def masked(text: str) -> str:
     return f"{one_line(text[:2])}… ({len(text)} characters)"
 
 
+def hidden(text: str) -> str:
+    """A text with such strings masked, and without a last word that may be cut from one."""
+    whole = text[: max(text.rfind(" "), text.rfind("\n"), 0)]
+    for strings in found_in(whole, whole.encode()).values():
+        for string in strings:
+            whole = whole.replace(string, masked(string))
+    return whole
+
+
 def _passes_luhn(digits: str) -> bool:
     """Luhn's checksum (ISO/IEC 7812): every second digit from the right counts twice, its digits added."""
     doubled = (int(digit) * (1 + place % 2) for place, digit in enumerate(reversed(digits)))

@@ -7,6 +7,8 @@ text and place alone, so it is the same in every lane, rank and epoch.
 
 from __future__ import annotations
 
+import io
+from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -56,15 +58,23 @@ class DropList(NamedTuple):
 
 
 class Entries:
-    """The content of a drop list in memory, 20 bytes per entry. documents: by reason, number of entries."""
+    """The content of a drop list in memory, 20 bytes per entry. reasons: number of entries by reason."""
 
     def __init__(self, header: dict[str, Any], entries: Iterable[Entry]) -> None:
-        rows = sorted((int(entry.hash, 16), *(entry.kept or (NOWHERE, NOWHERE)), entry.reason) for entry in entries)
-        self._hashes = np.array([row[0] for row in rows], np.uint64)
-        self._kept_file = np.array([row[1] for row in rows], np.int32)
-        self._kept_position = np.array([row[2] for row in rows], np.int64)
-        self.reasons = Counter(row[3] for row in rows)
         self.files: list[list[Any]] = header["files"]
+        self.reasons: Counter[str] = Counter()
+        hashes, kept_files, kept_positions = array("Q"), array("i"), array("q")
+        for entry in entries:
+            file, position = (NOWHERE, NOWHERE) if entry.kept is None else entry.kept
+            hashes.append(int(entry.hash, 16))
+            kept_files.append(file)
+            kept_positions.append(position)
+            self.reasons[entry.reason] += 1
+        self._hashes: NDArray[np.uint64] = np.frombuffer(hashes, np.uint64)
+        self._kept_file: NDArray[np.int32] = np.frombuffer(kept_files, np.int32)
+        self._kept_position: NDArray[np.int64] = np.frombuffer(kept_positions, np.int64)
+        if (self._hashes[1:] <= self._hashes[:-1]).any() or (self._kept_file >= len(self.files)).any():
+            raise ValueError("not sorted by hash, or without a file")
         self._by_name: dict[str, list[int]] = {}
         for number, (name, *_) in enumerate(self.files):
             self._by_name.setdefault(_last_part(name), []).append(number)
@@ -106,13 +116,12 @@ def position_of(document: Document) -> int:
     return document.byte or document.line
 
 
-def write(header: dict[str, Any], entries: Iterable[Entry]) -> bytes:
-    """The content of a list. header: with `files`, see `file_entries`."""
-    lines = [orjson.dumps({"drop_list": VERSION, **header})]
-    for entry in sorted(entries):
+def lines_of(header: dict[str, Any], entries: Iterable[Entry]) -> Iterator[bytes]:
+    """The lines of a list. header: with `files`, see `file_entries`. entries: sorted by hash, each hash once."""
+    yield orjson.dumps({"drop_list": VERSION, **header}) + b"\n"
+    for entry in entries:
         kept = {} if entry.kept is None else {"kept": entry.kept}
-        lines.append(orjson.dumps({"hash": entry.hash, "reason": entry.reason, **kept}))
-    return b"\n".join([*lines, b""])
+        yield orjson.dumps({"hash": entry.hash, "reason": entry.reason, **kept}) + b"\n"
 
 
 def file_entries(files: list[File]) -> list[list[Any]]:
@@ -148,13 +157,13 @@ def _entries(drop: DropList) -> Entries:
     content = _read(drop.path)
     if sha256(content).hexdigest() != drop.sha256:
         raise UserError(f"data.drop {drop.path}: has changed since the run started, or is another file on this machine")
-    first, *lines = content.splitlines() or [b""]
+    lines = io.BytesIO(content)
     try:
-        header = orjson.loads(first)
+        header = orjson.loads(lines.readline())
         if header["drop_list"] != VERSION or not all(len(file) == 3 for file in header["files"]):
-            raise ValueError(first)
+            raise ValueError(header)
         return Entries(header, map(_entry, lines))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"data.drop {drop.path}: is no drop list of this version; `lamda data clean FILES --to LIST` writes one"
         ) from error
@@ -163,6 +172,4 @@ def _entries(drop: DropList) -> Entries:
 def _entry(line: bytes) -> Entry:
     values = orjson.loads(line)
     file, position = values.get("kept", (NOWHERE, NOWHERE))
-    if len(values["hash"]) != 16 or not isinstance(file, int) or not isinstance(position, int):
-        raise ValueError(line)
     return Entry(values["hash"], values["reason"], (file, position))
