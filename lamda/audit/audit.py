@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from lamda.audit.options import (
-    PARTS, add_text_options, collected, names, parts_of, scan_into, shard_folders,
+    PARTS,
+    add_text_options,
+    collected,
+    names,
+    parts_of,
+    scan_into,
+    shard_folders,
 )  # fmt: skip
 from lamda.config.errors import UserError
 
@@ -70,6 +76,7 @@ def _write_shard(options: argparse.Namespace, chosen: set[str]) -> int:
 
 def show(report: dict[str, Any]) -> None:
     """Print the report as tables."""
+    from lamda.audit.report import found, lengths, place
     from lamda.console import one_line, show_table, size_of
 
     tokens = "" if report["tokens"] is None else f", {report['tokens']:,} tokens"
@@ -98,57 +105,3 @@ def _shares(rows: dict[str, list[int]], size: int, *, has_tokens: bool) -> Itera
     for name, (documents, bytes_, tokens) in listed:
         cells = [name, f"{documents:,}", f"{bytes_:,}", f"{bytes_ / max(1, size):.1%}"]
         yield [*cells, f"{tokens:,}"] if has_tokens else cells
-
-
-def lengths(report: dict[str, Any]) -> Iterator[list[str]]:
-    """Documents by length, in powers of two."""
-    for name, (documents, *_) in report["tables"].get("lengths", {}).items():
-        power = int(name)
-        label = f"{1 << power - 1:,} to {(1 << power) - 1:,}" if power else "0"
-        yield [label, f"{documents:,}", f"{documents / max(1, report['documents']):.1%}"]
-
-
-def found(report: dict[str, Any]) -> Iterator[list[str]]:
-    """What was found: name, documents, their share of all, and more about it."""
-    for name, documents, about in _found(report):
-        yield [name, f"{documents:,}", f"{documents / max(1, report['documents']):.2%}", about]
-
-
-def _found(report: dict[str, Any]) -> Iterator[tuple[str, int, str]]:
-    tables, parts = report["tables"], report["options"]["parts"]
-    for kind in ("exact", "near"):
-        if report[kind] is not None:
-            yield f"{kind} duplicates", report[kind]["documents"], f"{report[kind]['bytes']:,} bytes beside the first"
-    if report["not_compared"]:
-        yield "not compared", report["not_compared"], "candidates in bands that too many documents share"
-    if report["overlap"] is not None:
-        overlap = report["overlap"]
-        yield (
-            "evaluation overlap",
-            overlap["documents"],
-            f"13-grams of {overlap['evaluation_documents_found']:,} of {overlap['evaluation_documents']:,} evaluation "
-            f"documents ({overlap['evaluation_documents_too_short']:,} are shorter)",
-        )
-    yield "without a letter or digit", report["empty"], ""
-    if "lines" in parts:
-        rows = {int(tenth): row for tenth, row in tables.get("repeated lines", {}).items()}
-        yield (
-            "30% or more repeated lines",
-            sum(row[0] for tenth, row in rows.items() if tenth >= 3),
-            f"{sum(row[1] for row in rows.values()):,} lines in all documents are repeated within one",
-        )
-    if "pii" in parts:
-        from lamda.audit.pii import KINDS
-
-        for kind in KINDS:
-            documents, strings = tables.get("pii", {}).get(kind, (0, 0))
-            yield f"{kind}", documents, f"{strings:,} strings"
-    for kind, (documents,) in tables.get("encoding", {}).items():
-        yield f"encoding: {kind}", documents, ""
-    for reason, (lines,) in tables.get("bad lines", {}).items():
-        yield "no document", lines, f"lines: {reason}"
-
-
-def place(example: dict[str, Any]) -> str:
-    """File and line."""
-    return f"{example['file']}, line {example['line']:,}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -109,5 +108,3 @@ def _roots(parents: Numbers) -> Numbers:
     while not np.array_equal(parents, found := parents[parents]):
         parents = found
     return parents
-
-

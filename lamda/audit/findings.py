@@ -30,8 +30,8 @@ _STAYS = 0
 class Findings:
     """Why each document is left out.
 
-    reasons: [n], the number of a reason from 1, or 0. kept: [n], the document that stays for a duplicate, itself for
-    others. not_compared: candidates for near duplicates that were left, in bands that too many documents share.
+    reasons: [n], the number of a reason from 1, or 0. kept: [n], for an exact duplicate the first copy, for a near
+    duplicate the document that stays, for others itself. not_compared: candidates for near duplicates that were left, in bands that too many documents share.
     """
 
     shards: Shards
@@ -48,7 +48,7 @@ class Findings:
         return found
 
     def entries(self) -> Iterator[Entry]:
-        """The entries of the drop list, sorted by hash, each hash once."""
+        """The entries of the drop list, sorted by hash, each hash once: the first copy says why all are left out."""
         documents = self.shards.documents
         dropped = np.flatnonzero(self.reasons)
         hashes, first = np.unique(documents["hash"][dropped], return_index=True)
@@ -89,7 +89,7 @@ def find(shards: Shards, chosen: Collection[str]) -> Findings:
         root[distinct] = distinct[roots]
         is_near = root[first] != first
         reasons[rest[is_near]], kept[rest[is_near]] = _NUMBERS["near"], root[first[is_near]]
-    if "exact" in chosen:
-        is_copy = (first != rest) & (reasons[rest] == _STAYS)
+    if "exact" in chosen:  # also a copy of a near duplicate
+        is_copy = first != rest
         reasons[rest[is_copy]], kept[rest[is_copy]] = _NUMBERS["exact"], first[is_copy]
     return Findings(shards, reasons, kept, not_compared)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lamda import __version__
-from lamda.audit.audit import found, lengths, place
+from lamda.audit.report import found, lengths, place
 from lamda.config.errors import UserError
 from lamda.config.resources import templates
 from lamda.console import visible

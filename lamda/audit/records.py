@@ -1,9 +1,9 @@
 """Records: what an audit keeps of each document, a fixed number of bytes, on disk. A folder of them is a shard.
 
-    SHARD/summary.json  counts and examples, the files of the whole corpus, the options
-    SHARD/documents     DOCUMENT records
-    SHARD/beginnings    [documents] S80, UTF-8, for examples
-    SHARD/signatures    [documents, SIGNATURE] uint32, the MinHash signatures
+SHARD/summary.json  counts and examples, the files of the whole corpus, the options
+SHARD/documents     DOCUMENT records
+SHARD/beginnings    [documents] S80, UTF-8, for examples
+SHARD/signatures    [documents, SIGNATURE] uint32, the MinHash signatures
 """
 
 from __future__ import annotations
@@ -172,7 +172,9 @@ def _summary(folder: Path) -> dict[str, Any]:
                 raise ValueError(f"{name} has {size} bytes")
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{folder}: is no shard of an audit ({reason}); `--shard I/N --to FOLDER` writes one") from error
+        raise UserError(
+            f"{folder}: is no shard of an audit ({reason}); `--shard I/N --to FOLDER` writes one"
+        ) from error
     return summary
 
 

@@ -38,12 +38,11 @@ def report_of(shards: Shards, findings: Findings) -> dict[str, Any]:
         "near": _duplicates(counts["near"]) if "near" in first["options"]["parts"] else None,
         "not_compared": findings.not_compared,
         "overlap": _overlap(summary, first),
-        "tables": {name: _sorted(name, rows) for name, rows in summary.tables.items() if name not in ("total", "overlap")},
-        "examples": {kind: list(_examples(kept, names)) for kind, kept in sorted(summary.examples.items())},
-        "groups": {
-            kind: list(_groups(findings, kind, names))
-            for kind in ("exact", "near")
+        "tables": {
+            name: _sorted(name, rows) for name, rows in summary.tables.items() if name not in ("total", "overlap")
         },
+        "examples": {kind: list(_examples(kept, names)) for kind, kept in sorted(summary.examples.items())},
+        "groups": {kind: list(_groups(findings, kind, names)) for kind in ("exact", "near")},
         "options": first["options"],
     }
 
@@ -93,3 +92,55 @@ def _groups(findings: Findings, kind: str, names: list[str]) -> Iterator[dict[st
             for document in [shards.documents[number]]
         ]
         yield {"documents": len(group), "members": members}
+
+
+def lengths(report: dict[str, Any]) -> Iterator[list[str]]:
+    """Documents by length, in powers of two."""
+    for name, (documents, *_) in report["tables"].get("lengths", {}).items():
+        power = int(name)
+        label = f"{1 << power - 1:,} to {(1 << power) - 1:,}" if power else "0"
+        yield [label, f"{documents:,}", f"{documents / max(1, report['documents']):.1%}"]
+
+
+def found(report: dict[str, Any]) -> Iterator[list[str]]:
+    """What was found: name, documents, their share of all, and more about it."""
+    for name, documents, about in _found(report):
+        yield [name, f"{documents:,}", f"{documents / max(1, report['documents']):.2%}", about]
+
+
+def _found(report: dict[str, Any]) -> Iterator[tuple[str, int, str]]:
+    tables, parts = report["tables"], report["options"]["parts"]
+    for kind in ("exact", "near"):
+        if report[kind] is not None:
+            yield f"{kind} duplicates", report[kind]["documents"], f"{report[kind]['bytes']:,} bytes beside the first"
+    if report["not_compared"]:
+        yield "not compared", report["not_compared"], "candidates in bands that too many documents share"
+    if report["overlap"] is not None:
+        overlap = report["overlap"]
+        yield (
+            "evaluation overlap",
+            overlap["documents"],
+            f"13-grams of {overlap['evaluation_documents_found']:,} of {overlap['evaluation_documents']:,} evaluation "
+            f"documents ({overlap['evaluation_documents_too_short']:,} are shorter)",
+        )
+    yield "without a letter or digit", report["empty"], ""
+    if "lines" in parts:
+        rows = {int(tenth): row for tenth, row in tables.get("repeated lines", {}).items()}
+        yield (
+            "30% or more repeated lines",
+            sum(row[0] for tenth, row in rows.items() if tenth >= 3),
+            f"{sum(row[1] for row in rows.values()):,} lines in all documents are repeated within one",
+        )
+    if "pii" in parts:
+        for kind in pii.KINDS:
+            documents, strings = tables.get("pii", {}).get(kind, (0, 0))
+            yield kind, documents, f"{strings:,} strings"
+    for kind, (documents,) in tables.get("encoding", {}).items():
+        yield f"encoding: {kind}", documents, ""
+    for reason, (lines,) in tables.get("bad lines", {}).items():
+        yield "no document", lines, f"lines: {reason}"
+
+
+def place(example: dict[str, Any]) -> str:
+    """File and line."""
+    return f"{example['file']}, line {example['line']:,}"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,15 @@ from numpy.typing import NDArray
 from lamda.audit import pii
 from lamda.audit.evaluation_overlap import EvaluationNgrams
 from lamda.audit.records import (
-    BEGINNING, DOCUMENT, EMPTY, OVERLAP, PII, SIGNATURE, SIGNED, Writer, require_memory,
+    BEGINNING,
+    DOCUMENT,
+    EMPTY,
+    OVERLAP,
+    PII,
+    SIGNATURE,
+    SIGNED,
+    Writer,
+    require_memory,
 )  # fmt: skip
 from lamda.audit.summary import Summary
 from lamda.audit.words import NOT_WORD, Hashes, Offsets, ngrams, words
@@ -40,7 +49,7 @@ LANGUAGE_CHARACTERS = 200
 
 _CONTROLS = bytes({*range(32), 127} - set(b"\t\n\r"))
 _DECODED_TWICE = re.compile(rb"\xc3[\x82\x83]\xc2[\x80-\xbf]|\xc3\xa2\xe2\x82\xac")
-"""UTF-8 that was read as Latin-1 or Windows-1252 and written as UTF-8 again: `Ã©` for `é`, `â€` for a quotation mark."""
+"""UTF-8 that was read as Latin-1 or Windows-1252 and written as UTF-8: `Ã©` for `é`, `â€` for a quotation mark."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +133,13 @@ class Scan:
             self.summary.overlapping = set(self._parts.evaluation.seen())
 
     def _items(self, lane: Lane) -> Iterator[Item]:
+        files = [(self._numbers[each.file.url], each.file.name) for each in lane.slices]
         for entry in lane.read(Cursor()):
             if isinstance(entry, BadLine):
                 self.summary.count("bad lines", entry.reason.partition(" (")[0], 1)
                 continue
-            file = lane.slices[entry.file].file
-            source = file.name if entry.domain == UNKNOWN_DOMAIN else entry.domain
-            yield Item(entry, entry.text.encode(), self._numbers[file.url], source)
+            number, name = files[entry.file]
+            yield Item(entry, entry.text.encode(), number, name if entry.domain == UNKNOWN_DOMAIN else entry.domain)
 
     def _add(self, batch: Sequence[Item]) -> None:
         """Count a batch of documents, and write their records."""
@@ -255,8 +264,5 @@ def _identify(text: str) -> str:
 
 def require_packages() -> None:
     """Raise UserError if the packages of an audit are not installed."""
-    try:
-        import py3langid
-        import rensa  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"an audit needs {error.name}: pip install 'lamda-pytorch[audit]'") from error
+    if missing := [name for name in ("rensa", "py3langid") if find_spec(name) is None]:
+        raise UserError(f"an audit needs {' and '.join(missing)}: pip install 'lamda-pytorch[audit]'")

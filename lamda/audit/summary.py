@@ -44,7 +44,7 @@ class Summary:
 
     def accepts(self, kind: str, rank: tuple[int, ...]) -> bool:
         """Whether `keep` would keep it."""
-        kept = self.examples.get(kind, ())
+        kept = self.examples.get(kind, [])
         return len(kept) < KEPT or rank < kept[-1][0]
 
     def add(self, other: Summary) -> None:

@@ -32,7 +32,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "data audit": Command("lamda.audit.audit", "what text holds: duplicates, overlap, languages, personal data, trouble"),
+    "data audit": Command("lamda.audit.audit", "what text holds: duplicates, overlap, languages, personal data"),
     "data clean": Command("lamda.audit.clean", "write the list of documents that data.drop leaves out of training"),
     "pretrain": Command("lamda.launch.pretrain", "train a model on raw text, or resume a run"),
     "finetune": Command("lamda.launch.finetune", "fine-tune a model on dialogues and ratings, or resume a run"),
