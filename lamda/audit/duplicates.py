@@ -18,7 +18,7 @@ SIMILARITY = 0.8
 ROUNDS = 64
 """Documents of a band that are compared with all later ones in it."""
 
-CHUNK = 1 << 16
+CHUNK = 1 << 12
 """Documents whose signatures are in memory at a time."""
 
 Numbers = NDArray[np.int64]
@@ -44,10 +44,10 @@ def near_groups(shards: Shards, candidates: Numbers) -> tuple[Numbers, int]:
     left = 0
     for band in range(BANDS):
         keys = _band_keys(shards, candidates[signed], band)
-        pairs, unseen = _similar_pairs(shards, candidates, signed, keys)
-        left += unseen
-        _join(parents, pairs)
-    return _roots(parents), left
+        order = np.argsort(keys, kind="stable")
+        left += _join_similar(parents, shards, candidates, signed[order], keys[order])
+        parents = _roots(parents)
+    return parents, left
 
 
 def _band_keys(shards: Shards, numbers: Numbers, band: int) -> NDArray[np.uint64]:
@@ -62,38 +62,32 @@ def _band_keys(shards: Shards, numbers: Numbers, band: int) -> NDArray[np.uint64
     return keys
 
 
-def _similar_pairs(
-    shards: Shards, candidates: Numbers, signed: Numbers, keys: NDArray[np.uint64]
-) -> tuple[Numbers, int]:
-    """Pairs of similar candidates that share a key, [n, 2]; and the number of those left after ROUNDS.
+def _join_similar(
+    parents: Numbers, shards: Shards, candidates: Numbers, members: Numbers, keys: NDArray[np.uint64]
+) -> int:
+    """Join similar members that share a key; returns how many were left after ROUNDS. members: sorted by key.
 
     In each round the first of each group is compared with all others of it; those that are similar leave with it.
     """
-    order = np.argsort(keys, kind="stable")
-    members, keys = signed[order], keys[order]
-    found = [np.zeros((0, 2), np.int64)]
     for _ in range(ROUNDS):
         is_first = np.append(True, keys[1:] != keys[:-1]) if len(keys) else np.zeros(0, bool)
         is_alone = is_first & np.append(is_first[1:], True)[: len(is_first)]
         members, keys, is_first = members[~is_alone], keys[~is_alone], is_first[~is_alone]
         if not len(members):
-            return np.concatenate(found), 0
+            return 0
         first = members[is_first][np.cumsum(is_first) - 1]
-        is_similar = np.zeros(len(members), bool)
-        for start in range(0, len(members), CHUNK):
-            part = slice(start, start + CHUNK)
+        is_similar = parents[first] == parents[members]  # joined by a band before
+        others = np.flatnonzero(~is_similar)
+        for start in range(0, len(others), CHUNK):
+            part = others[start : start + CHUNK]
             one, other = (shards.signatures(candidates[each[part]]) for each in (first, members))
-            is_similar[part] = (one == other).mean(axis=1) >= SIMILARITY
-        found.append(np.stack([first[is_similar & ~is_first], members[is_similar & ~is_first]], axis=1))
+            part = part[(one == other).mean(axis=1) >= SIMILARITY]
+            is_similar[part] = True
+            for pair in zip(first[part].tolist(), members[part].tolist(), strict=True):
+                low, high = sorted(_root(parents, member) for member in pair)
+                parents[high] = low
         members, keys = members[~is_similar], keys[~is_similar]
-    return np.concatenate(found), len(members)
-
-
-def _join(parents: Numbers, pairs: Numbers) -> None:
-    """Join the groups of each pair; the root of a group is its first member."""
-    for one, other in pairs.tolist():
-        one, other = _root(parents, one), _root(parents, other)
-        parents[max(one, other)] = min(one, other)
+    return len(members)
 
 
 def _root(parents: Numbers, member: int) -> int:

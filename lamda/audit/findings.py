@@ -31,7 +31,8 @@ class Findings:
     """Why each document is left out.
 
     reasons: [n], the number of a reason from 1, or 0. kept: [n], for an exact duplicate the first copy, for a near
-    duplicate the document that stays, for others itself. not_compared: candidates for near duplicates that were left, in bands that too many documents share.
+    duplicate the document that stays, for others itself. not_compared: candidates for near duplicates that were left,
+    in bands that too many documents share.
     """
 
     shards: Shards

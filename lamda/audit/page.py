@@ -69,7 +69,7 @@ def bars(rows: Sequence[tuple[str, float]]) -> dict[str, Any]:
     """The shapes of a bar chart: bars with names, labels and ticks, in the coordinates of `lamda.runs.svg_chart`."""
     axis = Axis(0.0, max([value for _, value in rows], default=0.0) or 1.0, BOTTOM, TOP)
     width = (RIGHT - LEFT) / max(1, len(rows))
-    every = -(-len(rows) // LABELS)
+    every = max(1, -(-len(rows) // LABELS))
     named = [(LEFT + number * width, axis.position(value), name, value) for number, (name, value) in enumerate(rows)]
     return {
         "bars": [(x + 1, y, max(1.0, width - 2), BOTTOM - y, f"{name}: {value:,.6g}") for x, y, name, value in named],

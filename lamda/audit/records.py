@@ -140,7 +140,7 @@ class Shards:
 
 
 BYTES_PER_DOCUMENT = 160
-"""Memory that finding duplicates takes: the documents twice while they are sorted, and arrays of one number each."""
+"""Memory that finding duplicates takes, beside some 30 MB: the documents twice, and arrays of one number for each."""
 
 
 def require_memory(documents: int, memory: int) -> None:

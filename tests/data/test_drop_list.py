@@ -30,7 +30,7 @@ def without(config, path):
     return config.model_copy(update={"data": config.data.model_copy(update={"drop": path})})
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @example(Case((BOOK,), most=64), 3)
 @example(Case((SMALL, BOOK), weights=(1, 1), length=3), 2)
 @given(cases(), st.integers(2, 5))
