@@ -92,9 +92,9 @@ def masked(text: str) -> str:
     return f"{one_line(text[:2])}… ({len(text)} characters)"
 
 
-def hidden(text: str) -> str:
-    """A text with such strings masked, and without a last word that may be cut from one."""
-    whole = text[: max(text.rfind(" "), text.rfind("\n"), 0)]
+def hidden(text: str, *, is_whole: bool) -> str:
+    """A text with such strings masked. If it is cut from a longer one, its last word is left out, which may be half."""
+    whole = text if is_whole else text[: max(text.rfind(" "), text.rfind("\n"), 0)]
     for strings in found_in(whole, whole.encode()).values():
         for string in strings:
             whole = whole.replace(string, masked(string))

@@ -7,7 +7,7 @@ from typing import Any
 
 from lamda.audit import pii
 from lamda.audit.findings import Findings
-from lamda.audit.records import Shards
+from lamda.audit.records import BEGINNING, Shards
 from lamda.audit.summary import Summary
 
 GROUPS_SHOWN = 10
@@ -86,7 +86,7 @@ def _groups(findings: Findings, kind: str, names: list[str]) -> Iterator[dict[st
                 "file": names[document["file"]],
                 "line": int(document["line"]) + 1,
                 "byte": int(document["byte"]),
-                "beginning": pii.hidden(shards.beginning(number)),
+                "beginning": pii.hidden(shards.beginning(number), is_whole=document["size"] < BEGINNING.itemsize),
             }
             for number in group[:MEMBERS_SHOWN].tolist()
             for document in [shards.documents[number]]

@@ -224,8 +224,9 @@ class Scan:
     def _keep(self, kind: str, item: Item, text: str, *, rank: int = 0, shows_text: bool = True) -> None:
         """Keep an example: what is said of it, and its beginning unless that may hold what must not be shown."""
         if self.summary.accepts(kind, (rank, *item.place)):
-            shown = f"{text}\n{pii.hidden(f'{item.document.text[:SHOWN]} ')}" if shows_text else text
-            self.summary.keep(kind, (rank, *item.place), shown)
+            beginning = item.document.text[:SHOWN]
+            shown = pii.hidden(beginning, is_whole=beginning == item.document.text) if shows_text else ""
+            self.summary.keep(kind, (rank, *item.place), f"{text}\n{shown}")
 
 
 def signatures_of(found: Hashes, offsets: Offsets) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:

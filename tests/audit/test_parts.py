@@ -91,9 +91,10 @@ def test_strings_like_personal_data_are_found_by_form_and_checksum(kind, text, e
 
 def test_what_is_shown_holds_no_such_string():
     text = "Mail a.person@example.org or call 212-555-0100, card 4111 1111 1111 1111 and half a.person@exam"
-    shown = hidden(text)
+    shown = hidden(text, is_whole=False)
     assert shown.startswith("Mail a.… (20 characters) or call")
     assert not any(part in shown for part in ("person", "555", "1111"))
+    assert hidden("x y", is_whole=True) == "x y"
 
 
 @pytest.mark.parametrize("unit", ["a", "1", "@", "a@", "1 ", "1.", "AB12", "+", "(1", "a.", "\x00", "中"])
