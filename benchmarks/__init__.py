@@ -19,8 +19,8 @@ from lamda.config.errors import UserError
 from lamda.distributed import choose_accelerator
 
 BENCHMARKS = (
-    "attention", "coordinates", "data", "flax", "flax_memory", "generate", "learning", "month", "order", "ranking",
-    "summation", "train",
+    "attention", "audit", "coordinates", "data", "flax", "flax_memory", "generate", "learning", "month", "order",
+    "ranking", "summation", "train",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,6 +33,20 @@ def replace_file(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
         error.filename = str(path)
         raise
+    sync_folder(path.parent)
+
+
+def create_file(path: Path, parts: Iterable[bytes]) -> None:
+    """Write a new file atomically, part by part. Raises FileExistsError if there is one already, and OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.writelines(parts)
+            stream.flush()
+            os.fsync(stream.fileno())
+        path.hardlink_to(temporary)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

@@ -32,6 +32,8 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "data audit": Command("lamda.audit.audit", "what text holds: duplicates, overlap, languages, personal data"),
+    "data clean": Command("lamda.audit.clean", "write the list of documents that data.drop leaves out of training"),
     "pretrain": Command("lamda.launch.pretrain", "train a model on raw text, or resume a run"),
     "finetune": Command("lamda.launch.finetune", "fine-tune a model on dialogues and ratings, or resume a run"),
     "eval": Command("lamda.interop.harness.command", "loss and bits per byte on text, or results on lm-eval tasks"),
@@ -91,6 +93,7 @@ OLD_NAMES = {
 """Earlier names of commands; they work, but help and completion do not show them."""
 
 GROUPS: dict[str, tuple[str, ...]] = {
+    "Your text": ("data audit", "data clean"),
     "Before a run": ("doctor", "prove-gpu", "plan", "config show", "tokenizer train", "prepare"),
     "Train": ("pretrain", "finetune", "branch", "supervise", "submit", "test-resume"),
     "Look at runs": ("list", "watch", "plot", "report", "dashboard", "trace"),

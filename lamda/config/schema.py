@@ -98,6 +98,7 @@ class DataConfig(Section):
     accept_changed: Patterns | None = Field(
         None, description="files that a resumed run treats as unchanged, even if their hash or tag differs"
     )
+    drop: FilePath | None = Field(None, description="list of documents to leave out of training (`lamda data clean`)")
     sequence_length: Positive = Field(1024, description="L, target tokens per row")
     shuffle: Shuffle = Field(
         16384,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,6 +16,7 @@ from lamda.config.schema import Config, DataConfig, Shuffle
 from lamda.data.blocks import Packing
 from lamda.data.card import Card, load_card
 from lamda.data.documents import Document, Form, RawText
+from lamda.data.drop_list import NOWHERE, DropList
 from lamda.data.files import File, no_op
 from lamda.data.lanes import RAW_TEXT, Cursor, Lane, in_turn
 from lamda.data.order import BEGINNING, DataStart, Mixture, make_mixture
@@ -23,6 +25,8 @@ from lamda.data.quarantine import BadLine, examples, few
 from lamda.data.resolving import resolve
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.windows import Shape
+
+log = logging.getLogger(__name__)
 
 SCANNED = 1000
 """Documents that are searched for domain names if the card has none."""
@@ -51,6 +55,11 @@ class Corpus:
     def form(self) -> Form:
         """The kind of records."""
         return self.lanes[0].form
+
+    @property
+    def drop(self) -> DropList | None:
+        """The documents that are left out."""
+        return self.lanes[0].drop
 
     @property
     def files(self) -> list[File]:
@@ -139,7 +148,27 @@ def open_corpus(config: DataConfig, *, form: Form = RAW_TEXT, on_wait: Callable[
             max_bad_line_fraction=config.max_bad_line_fraction,
             form=form,
         )
-    return Corpus(card, tuple(lanes), config.sequence_length, config.shuffle)
+    corpus = Corpus(card, tuple(lanes), config.sequence_length, config.shuffle)
+    return corpus if config.drop is None else _without(config.drop, corpus)
+
+
+def _without(path: str, corpus: Corpus) -> Corpus:
+    """The corpus without the documents of a drop list. Raises UserError if the list does not fit its files."""
+    if not isinstance(corpus.form, RawText):
+        raise UserError("data.drop: a list names raw texts, and these are dialogues; remove the key")
+    drop = DropList.of(path)
+    entries = drop.entries()
+    if problems := list(entries.problems(corpus.files)):
+        raise UserError(
+            f"data.drop {path}: does not fit data.files: {'; '.join(problems[:3])}; write it again with `lamda data "
+            "clean` from the files of this run"
+        )
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(entries.reasons.items()))
+    log.info("data.drop %s: leaves out %s texts (%s)", path, f"{len(entries):,}", reasons)
+    unknown = [file.url for file in corpus.files if entries.number_of(file.url) == NOWHERE]
+    if unknown:
+        log.warning("data.drop %s was made without %d files of data.files, such as %s", path, len(unknown), unknown[0])
+    return replace(corpus, lanes=tuple(replace(lane, drop=drop) for lane in corpus.lanes))
 
 
 def packing_of(config: Config) -> Packing:
@@ -160,6 +189,7 @@ def fingerprint(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> dict[st
         "sequence_length": config.data.sequence_length,
         "shuffle": config.data.shuffle,
         "seed": config.run.seed,
+        **({} if corpus.drop is None else {"drop": corpus.drop.sha256}),
         **corpus.form.identity,
     }
 
@@ -214,7 +244,8 @@ def require_a_batch(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> Non
             + (other if isinstance(corpus.form, RawText) else "")
         )
     if not found:
-        raise UserError(f"there is no document in {few(file.name for file in corpus.files)}: look at data.files")
+        keys = "data.files" if corpus.drop is None else "data.files and data.drop"
+        raise UserError(f"there is no document in {few(file.name for file in corpus.files)}: look at {keys}")
     raise UserError(
         f"the corpus has {found:,} tokens, fewer than one batch of {needed:,} "
         f"(train.global_batch_size {config.train.global_batch_size} rows of data.sequence_length + 1 = "

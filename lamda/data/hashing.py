@@ -1,4 +1,6 @@
-"""A fixed integer hash, so that the order of data does not depend on the random generator of a library."""
+"""Fixed hashes: of integers, so that the order of data does not depend on a library's generator, and of documents."""
+
+from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,3 +31,8 @@ def permutation(length: int, *key: int) -> NDArray[np.int64]:
     """A permutation of `range(length)`, a function of `key`."""
     hashes = splitmix64(mixed(*key) ^ splitmix64(np.arange(length, dtype=np.uint64)))
     return np.argsort(hashes, kind="stable")
+
+
+def document_hash(text: str) -> str:
+    """The hash by which a document is known, 16 hex digits."""
+    return blake2b(text.encode(), digest_size=8).hexdigest()

@@ -21,6 +21,7 @@ import orjson
 from lamda.config.errors import DataError
 from lamda.data.card import Source
 from lamda.data.documents import Document, Form, RawText, get_path
+from lamda.data.drop_list import DropList
 from lamda.data.files import LONGEST_LINE, File, read_all, read_lines
 from lamda.data.open_files import allow_open_files
 from lamda.data.parquet import read_rows
@@ -102,13 +103,17 @@ class FileSlice:
 
 @dataclass(frozen=True)
 class Lane:
-    """A deterministic stream of documents. max_bad_line_fraction: fraction of bad lines that is accepted."""
+    """A deterministic stream of documents. max_bad_line_fraction: fraction of bad lines that is accepted.
+
+    drop: the documents to leave out, which do not count as lines.
+    """
 
     index: int
     source: Source
     slices: tuple[FileSlice, ...]
     max_bad_line_fraction: float
     form: Form = RAW_TEXT
+    drop: DropList | None = None
 
     @cached_property
     def axis_length(self) -> int:
@@ -129,19 +134,23 @@ class Lane:
         """
         allow_open_files(OPEN_FILES)
         tally = Tally(self.index, self.max_bad_line_fraction, start.lines, start.bad)
+        dropped = None if self.drop is None else self.drop.entries()
         begin = sum(file_slice.axis_length for file_slice in self.slices[: start.file])
         for position, file_slice in enumerate(self.slices[start.file :], start=start.file):
             line, byte = (start.line, start.byte) if position == start.file else (0, 0)
+            number = 0 if dropped is None else dropped.number_of(file_slice.file.url)
             for entry in _read_slice(file_slice, self, line=line, byte=byte):
                 if isinstance(entry.content, _Bad):
                     bad = BadLine.of(file_slice.place(entry.line, entry.byte), *entry.content)
                     tally.quarantine(bad)
                     yield bad
                     continue
-                tally.good()
                 length = file_slice.axis_length
                 ends = begin + min(length, entry.begin), begin + min(length, entry.end)
-                yield Document(*entry.content, position, entry.line, entry.byte, *ends)
+                document = Document(*entry.content, position, entry.line, entry.byte, *ends)
+                if dropped is None or not dropped.drops(document, number):
+                    tally.good()
+                    yield document
             begin += file_slice.axis_length
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from lamda.config.errors import DataError
 from lamda.data.documents import Document
+from lamda.data.hashing import document_hash
 from lamda.data.lanes import Cursor, Lane
 from lamda.data.quarantine import BadLine
 from lamda.data.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ class TokenSpan(NamedTuple):
             self.token + taken,
             piece.lines,
             piece.bad_lines,
-            _digest(piece.text),
+            document_hash(piece.text),
         )
 
     def cut(self, count: int) -> tuple[TokenSpan, TokenSpan]:
@@ -147,14 +147,10 @@ class SpanReader:
                 self._token = 0
 
 
-def _digest(text: str) -> str:
-    return blake2b(text.encode(), digest_size=8).hexdigest()
-
-
 def _require_same(lane: Lane, cursor: Cursor, document: Document | None) -> None:
     """Raise DataError if the document at a cursor is no longer there."""
     is_there = document is not None and document.place == cursor.document_place
-    if document is not None and is_there and cursor.digest in (None, _digest(document.text)):
+    if document is not None and is_there and cursor.digest in (None, document_hash(document.text)):
         return
     raise text_changed(lane, cursor, "the document there is not the one at which the checkpoint stopped")
 

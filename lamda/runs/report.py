@@ -214,7 +214,7 @@ def page(runs: Sequence[RunReport]) -> str:
     return TEMPLATES.get_template("report.html.jinja").render(
         style=style,
         script=script,
-        hash=_hash,
+        hash=source_hash,
         runs=runs,
         figures=figures,
         columns=dict.fromkeys(name for each in figures for name in each),
@@ -229,5 +229,6 @@ def page(runs: Sequence[RunReport]) -> str:
     )
 
 
-def _hash(text: str) -> str:
+def source_hash(text: str) -> str:
+    """The source of a style or script in a Content-Security-Policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -29,6 +29,7 @@ from lamda.data.row_cache import RowCache
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.windows import SourceOrder, Window, places
 from lamda.dialog.examples import form_of
+from lamda.runs.checkpoints import read_config
 from lamda.storage.manifest import STATE, complete, problem_of, read_state
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
@@ -76,11 +77,15 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """`RUN --step S [--row R] [--json]`; raises UserError."""
     options = parser().parse_args(argv)
-    for row, pieces in trace(RunDirectory(options.run), step=options.step, row=options.row):
+    directory = RunDirectory(options.run)
+    rows = list(trace(directory, step=options.step, row=options.row))
+    drop = read_config(directory.config).get("data.drop")
+    for row, pieces in rows:
         if options.json:
-            print(json.dumps({"step": options.step, "row": row, "pieces": [asdict(piece) for piece in pieces]}))
+            values = {"step": options.step, "row": row, "pieces": [asdict(piece) for piece in pieces]}
+            print(json.dumps(values | ({} if drop is None else {"drop": drop})))
         else:
-            print(f"step {options.step}, row {row}")
+            print(f"step {options.step}, row {row}" + ("" if drop is None else f", without the texts of {drop}"))
             for piece in pieces:
                 place = f"{piece.file}, line {piece.line}, tokens {piece.first} to {piece.last}"
                 print(f"--- {place} ({piece.domain}, epoch {piece.epoch})")

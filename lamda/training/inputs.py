@@ -71,6 +71,8 @@ class Inputs:
         corpus = distributed.on_main(world, lambda: open_corpus(config.data, form=form, on_wait=on_wait).waiting(no_op))
         corpus = corpus.waiting(on_wait)  # a callback of each rank's own
         distributed.agree(world, lambda: require_here(corpus.files))
+        if corpus.drop is not None:
+            distributed.agree(world, corpus.drop.entries)
         on_phase("tokenizer")
         path = directory.tokenizer
         distributed.on_main(

@@ -17,7 +17,7 @@ SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.sampled_from(
     ["null", "1e5", "off", "12", "2024-01-01", "~", "[a]", "# x", " a ", "a,b", "...", "1:30"]
 )
-PATHS = ("run.dir", "model.weights", "tokenizer.path", "data.cache_dir", "eval.tasks_path")
+PATHS = ("run.dir", "model.weights", "tokenizer.path", "data.cache_dir", "data.drop", "eval.tasks_path")
 PATH = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(lambda path: path[0] != "~")
 VALUES = {
     "number": st.floats(1e-300, 0.999),

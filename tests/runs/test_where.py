@@ -10,7 +10,9 @@ from lamda.config.loading import load_config
 from lamda.data import windows
 from lamda.data.blocks import LaneReader
 from lamda.data.corpus import fingerprint, open_corpus, packing_of
+from lamda.data.drop_list import Entry, file_entries, lines_of
 from lamda.data.files import read_lines
+from lamda.data.hashing import document_hash
 from lamda.data.loader import Loader, batch_digest
 from lamda.data.order import consumed_after, next_samples
 from lamda.data.row_cache import RowCache
@@ -218,3 +220,18 @@ def test_the_place_of_a_late_step_needs_no_list_of_the_samples_before():
         count = int(draw.integers(1, 60))
         assert consumed_after(count, skipped) == next_samples(0, count, skipped)[1]
     assert consumed_after(0, [(0, 5)]) == 0
+
+
+def test_a_row_of_a_run_with_a_drop_list_has_no_text_of_it_and_names_it(begin, text, tmp_path, capsys):
+    corpus = open_corpus(load_config(["--data.files", str(text), "--train.steps", "1"]).data)
+    texts = [document.text for document in corpus.documents_once()]
+    dropped = set(texts[::3])
+    entries = sorted(Entry(document_hash(each), "planted") for each in dropped)
+    (tmp_path / "list").write_bytes(b"".join(lines_of({"files": file_entries(corpus.files)}, entries)))
+    run = begin(drop=str(tmp_path / "list")).train(4)
+    lines = {piece.line for _, pieces in run.rows(4) for piece in pieces}
+    written = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    assert lines
+    assert not any(written[line - 1] in dropped for line in lines)
+    assert module.main([str(run.directory.path), "--step", "4", "--row", "0"]) == 0
+    assert f"step 4, row 0, without the texts of {tmp_path}/list" in capsys.readouterr().out
