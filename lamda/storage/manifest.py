@@ -23,6 +23,8 @@ from lamda.storage.state import RunState
 
 MANIFEST = "manifest.json"
 STATE = "run_state.json"
+START = "start.json"
+"""The record of the start that wrote the checkpoint (`lamda.training.provenance`)."""
 DAMAGED, ROLLED_BACK = ".damaged", ".spoilt"
 """Suffixes of checkpoints set aside: a hash did not match; the run rolled back from it."""
 

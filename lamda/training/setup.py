@@ -8,7 +8,7 @@ import signal
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lamda import distributed
 from lamda.best_effort import BestEffort
@@ -27,10 +27,12 @@ from lamda.storage.reading import UnreadableError, reading
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.run_log import run_log
 from lamda.storage.state import RunState
+from lamda.training.changes import report_start
 from lamda.training.fault_injection import STEP_POINTS
 from lamda.training.inputs import Inputs, check_other_files, with_initial_weights
 from lamda.training.loggers import RunLogger, TrainingProgress
 from lamda.training.lr_schedule import final_step, remarks
+from lamda.training.provenance import describe_start
 from lamda.training.resume import backend_change, find_resume_point, settings_of
 from lamda.training.saver import Saver
 from lamda.training.stages import StagedInputs
@@ -53,13 +55,14 @@ HIGHER_AGAIN = dict.fromkeys(("cosine", "wsd"), " (the learning rate then rises 
 
 
 class _Opened(NamedTuple):
-    """What a run trains with. checkpoint: the one that it resumes from, if it does."""
+    """What a run trains with. checkpoint: the one that it resumes from, if it does. record: of this start."""
 
     engine: Engine
     checkpoint: Path | None
     state: RunState
     inputs: StagedInputs
     benchmarks: Benchmarks | None
+    record: dict[str, Any]
 
 
 @dataclass
@@ -146,6 +149,8 @@ class TrainingJob:
             if world.is_main_process:
                 with BestEffort(f"{directory.config} cannot be written"):
                     replace_file(directory.config, to_yaml(config))
+                checkpoint = None if opened.checkpoint is None else str(opened.checkpoint)
+                directory.note_start({"step": opened.state.step, "checkpoint": checkpoint, **opened.record})
             steps = final_step(self.stages, opened.state)
             self.attempt.train(step=opened.state.step, steps=steps)
             self.signals.call_on_signal(lambda number: self._hurry(number, watchdog))
@@ -186,7 +191,10 @@ class TrainingJob:
         else:
             engine.initialize_weights()
         watchdog.mark("start", step=0)
-        return _Opened(engine, origin.path, state, inputs, benchmarks)
+        record = describe_start(config, world, framework=self.framework.name)
+        if origin.path is not None and world.is_main_process:
+            report_start(record, origin.path, step=state.step + 1)
+        return _Opened(engine, origin.path, state, inputs, benchmarks, record)
 
     def _open_text(self, stage: Stage, watchdog: Watchdog) -> Inputs:
         return Inputs.open(
@@ -256,7 +264,7 @@ class TrainingJob:
             directory.checkpoints,
             engine=opened.engine,
             tokenizer=directory.tokenizer,
-            config=self.config,
+            start=opened.record,
             require_lock=self.lock.require,
             sync_rows=directory.sync_metrics,
             note=directory.note_checkpoint,

@@ -1,5 +1,6 @@
 """The loop and all that it needs know no framework; what knows DeepSpeed loads it by the time it is needed."""
 
+import json
 import os
 import subprocess
 import sys
@@ -68,7 +69,8 @@ def test_another_framework_trains_evaluates_saves_and_shows_a_sample_in_the_same
     message = manifest.read(newest)
     assert manifest.framework_of(message) == "plain"
     assert sorted(message["files"]) == [
-        "config.yaml", "model.safetensors", "run_state.json", "state/moments.safetensors", "tokenizer.model",
+        "config.yaml", "model.safetensors", "run_state.json", "start.json", "state/moments.safetensors",
+        "tokenizer.model",
     ]  # fmt: skip
     assert "sample:\n" in straight.stdout
 
@@ -77,6 +79,8 @@ def test_killed_in_a_save_it_continues_exactly(place, straight):
     assert train(place, "killed", fault="save.written:kill:0:6").returncode == -9
     assert len(rows_of(place, "killed")) < 10
     assert train(place, "killed").returncode == 0
+    starts = (place.folder / "killed" / "starts.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(start)["step"] for start in starts] == [0, 3]
     for name in ("loss", "batch_digest"):
         assert [row[name] for row in rows_of(place, "killed")] == [row[name] for row in rows_of(place, "straight")]
 
