@@ -14,7 +14,7 @@ from pydantic_core.core_schema import ValidationInfo
 from lamda.config.errors import nearest
 from lamda.config.presets import PRESETS
 from lamda.config.spans import End, Span, StageConfig, spans
-from lamda.config.values import FilePath, Names, Patterns, Positive, Section
+from lamda.config.values import Address, FilePath, Names, Patterns, Positive, Section
 
 COMPUTATION = ("data.document_mask", "train.fp8", "bf16")
 """Settings that change what a model of the same dimensions computes; `bf16` is that of the DeepSpeed file."""
@@ -240,6 +240,11 @@ class CheckpointConfig(Section):
     keep_every: Positive | None = Field(None, description="keep checkpoints at multiples of this step for good")
     resume: str = Field(
         "auto", description="auto (newest valid one, else start), required, never (error if one exists), or a path"
+    )
+    mirror: Address | None = Field(
+        None,
+        description="second place for checkpoints: a folder, s3://..., hf://...; copied in the background, and fetched "
+        "where run.dir has none",
     )
     accept_changed: Names | None = Field(
         None,

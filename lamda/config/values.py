@@ -35,6 +35,7 @@ _Parts = BeforeValidator(lambda value: [part.strip() for part in value.split(","
 Patterns = Annotated[tuple[Annotated[str, AfterValidator(_without_password)], ...], _Parts, Field(min_length=1)]
 Names = Annotated[tuple[str, ...], _Parts, Field(min_length=1)]
 FilePath = Annotated[str, AfterValidator(_path)]
+Address = Annotated[FilePath, AfterValidator(_without_password)]
 
 
 class Section(BaseModel):

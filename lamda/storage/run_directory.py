@@ -57,6 +57,7 @@ class RunDirectory:
     stages = _RelativePath("stages.jsonl")  # where the text of each stage began
     branch = _RelativePath("branch.json")  # the run and step that this run began from
     starts = _RelativePath("starts.jsonl")  # where each start came from
+    mirror = _RelativePath("mirror.json")  # the state of the copies in checkpoint.mirror
     samples = _RelativePath("samples")  # sampled text
     log = _RelativePath("train.log")  # console output and warnings
     stop = _RelativePath("STOP")  # its presence asks the run to save and exit
@@ -107,6 +108,11 @@ class RunDirectory:
         """Write what an earlier `read_status` returned."""
         with BestEffort(f"status.json cannot say that the run is {content['status']}"):
             replace_file(self._status, json.dumps(content, indent=1))
+
+    def amend_status(self, **details: Any) -> None:
+        """Add details to status.json."""
+        if content := self.read_status():
+            self.restore_status({**content, **details})
 
     def read_status(self) -> dict[str, Any]:
         """The content of status.json; empty if it is missing or invalid."""

@@ -16,6 +16,7 @@ from lamda.data.corpus import changed_files, differences
 from lamda.distributed import World, on_main
 from lamda.durable import Progress
 from lamda.storage import commit, manifest
+from lamda.storage.mirror import Mirror, require_empty, restore_newer
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
 from lamda.training.anomalies import set_aside_rolled_back
@@ -78,6 +79,9 @@ def find_resume_point(
     UnreadableError.
     """
     resume_mode = config.checkpoint.resume
+    if config.checkpoint.mirror is not None:
+        mirror = config.checkpoint.mirror
+        on_main(world, lambda: _consult(mirror, directory, resume_mode=resume_mode, progress=progress))
     on_main(world, lambda: _check_resume_mode(config, directory))
     if resume_mode == "never":
         return ResumePoint(None, RunState())
@@ -176,6 +180,15 @@ def backend_change(path: Path, settings: Config | None, *, attention: str | None
         f"attention: {attention}, but {path} was trained with {before}, which rounds differently; "
         f"model.attention {before} continues as before"
     ]
+
+
+def _consult(address: str, directory: RunDirectory, *, resume_mode: str, progress: Progress) -> None:
+    """Fetch a newer checkpoint from the mirror, where the resume mode takes the newest one."""
+    mirror = Mirror(address, directory.path)
+    if resume_mode in ("auto", "required"):
+        restore_newer(mirror, directory, progress=progress)
+    else:
+        require_empty(mirror, directory)
 
 
 def _check_resume_mode(config: Config, directory: RunDirectory) -> None:

@@ -59,6 +59,7 @@ class Saver:
         require_lock: Callable[[], None] = lambda: None,
         sync_rows: Callable[[], None] = lambda: None,
         note: Callable[[int], None] = lambda step: None,
+        is_used: Callable[[Path], bool] = lambda path: False,
         progress: Progress = lambda: None,
     ) -> None:
         """start: the record of this start (`lamda.training.provenance`).
@@ -66,10 +67,10 @@ class Saver:
         require_lock: raises LostLockError on rank 0 if another process has taken over the run; then every rank does.
 
         sync_rows: syncs the metrics up to a checkpoint before it is complete. note: records the step of a
-        complete one. config: to save, if it is not the engine's. progress: called while a save that is waited for makes
-        progress.
+        complete one. config: to save, if it is not the engine's. is_used: whether an old checkpoint must stay for now.
+        progress: called while a save that is waited for makes progress.
         """
-        self._require_lock, self._sync_rows, self._note = require_lock, sync_rows, note
+        self._require_lock, self._sync_rows, self._note, self._is_used = require_lock, sync_rows, note, is_used
         self._folder, self._engine, self._tokenizer, self._start_record = folder, engine, tokenizer, start
         self._world, self._config = engine.world, config or engine.config
         self._state = RunState()
@@ -209,8 +210,15 @@ class Saver:
             "configuration": files["config.yaml"]["sha256"],
             "files": files,
         }
-        keep = self._config.checkpoint
-        commit(self._temporary, self._final, content, keep=keep.keep, keep_every=keep.keep_every, on_point=self._mark)
+        commit(
+            self._temporary,
+            self._final,
+            content,
+            keep=self._config.checkpoint.keep,
+            keep_every=self._config.checkpoint.keep_every,
+            is_used=self._is_used,
+            on_point=self._mark,
+        )
         self._note(self._state.step)
         return {}
 

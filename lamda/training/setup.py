@@ -23,6 +23,8 @@ from lamda.engines.protocol import Engine, Framework
 from lamda.storage import commit
 from lamda.storage.lock import LostLockError, RunLock
 from lamda.storage.metrics import read_metrics
+from lamda.storage.mirror import Mirror
+from lamda.storage.mirror_thread import MirrorThread
 from lamda.storage.reading import UnreadableError, reading
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.run_log import run_log
@@ -144,6 +146,7 @@ class TrainingJob:
             # A GPU's collectives spin while they wait, so CPU time shows no progress there.
             with computing(watchdog.progress) if device.type == "cpu" else nullcontext():
                 opened = self._open(device, watchdog)
+            mirror = self._start_mirror(stack)
             if opened is None:
                 return 0
             if world.is_main_process:
@@ -157,7 +160,7 @@ class TrainingJob:
             logger = self._open_logger(opened, stack, steps=steps)
             stack.callback(watchdog.close)  # W&B's last uploads have a time limit of their own
             stack.callback(logger.profile.write)
-            trainer = self._make_trainer(opened, logger, Guard(requests, watchdog, world=world))
+            trainer = self._make_trainer(opened, logger, Guard(requests, watchdog, world=world), mirror)
             trainer.fit()
             return self._finish(trainer)
 
@@ -241,7 +244,16 @@ class TrainingJob:
             log.warning("%s", warning)
         return self.logger
 
-    def _make_trainer(self, opened: _Opened, logger: RunLogger, guard: Guard) -> Trainer:
+    def _start_mirror(self, stack: ExitStack) -> MirrorThread | None:
+        """Begin to copy checkpoints to `checkpoint.mirror`, on rank 0; the end of `stack` waits for the newest."""
+        address, directory = self.config.checkpoint.mirror, self.directory
+        if address is None or not self.world.is_main_process:
+            return None
+        mirror = MirrorThread(Mirror(address, directory.path), directory, keep=self.config.checkpoint, lock=self.lock)
+        stack.callback(lambda: directory.amend_status(mirror=mirror.state))
+        return stack.enter_context(mirror)
+
+    def _make_trainer(self, opened: _Opened, logger: RunLogger, guard: Guard, mirror: MirrorThread | None) -> Trainer:
         directory, watchdog = self.directory, guard.watchdog
         tokenizer = opened.inputs.of(opened.state.stage).tokenizer
         state = replace(opened.state, wandb_id=logger.wandb_id)
@@ -268,6 +280,7 @@ class TrainingJob:
             require_lock=self.lock.require,
             sync_rows=directory.sync_metrics,
             note=directory.note_checkpoint,
+            is_used=(lambda path: False) if mirror is None else mirror.is_copying,
             progress=watchdog.progress,
         )
         return Trainer(directory, opened.engine, opened.inputs, evaluator, saver, logger, guard, state)
