@@ -138,10 +138,11 @@ class MirrorThread:
         finally:
             self._current = None
         self._prune()
-        self.state |= {"copied": path.name, "time": time.time(), "problem": None}
-        self._note()
         self._copied[path.name] = written
         self._waiting.discard(path.name)
+        copied = [each.name for each in complete(self._directory.checkpoints) if each.name in self._copied]
+        self.state |= {"copied": next(iter(copied[::-1]), None), "time": time.time(), "problem": None}
+        self._note()
         return True
 
     def _copy(self, path: Path) -> None:

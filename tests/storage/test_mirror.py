@@ -192,8 +192,8 @@ def test_a_disk_that_is_behind_takes_the_newer_checkpoint(directory, tmp_path):
 def test_a_checkpoint_that_the_run_rolled_back_from_goes_and_does_not_come_back(directory, folder):
     save(directory, 2)
     bad = save(directory, 4)
-    with copies(directory, str(folder.parent)) as thread:
-        wait_for(lambda: (folder / bad.name).exists() and thread.state["copied"] == "step-00000002")
+    with copies(directory, str(folder.parent)):
+        wait_for(lambda: all((folder / name / "manifest.json").exists() for name in (bad.name, "step-00000002")))
         bad.rename(bad.with_name(f"{bad.name}.spoilt"))
         restore_newer(Mirror(str(folder.parent), directory.path), directory)
         assert not bad.exists()
