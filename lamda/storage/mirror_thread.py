@@ -65,14 +65,14 @@ class MirrorThread:
     ) -> None:
         """Wait for the newest copy, unless the run has failed."""
         self._ending.set()
-        newest = next(iter(self._missing()[::-1]), None)
+        newest = self._newest_missing()
         if value is None:
             if (awaited := newest or self._current) is not None:
                 log.info(
                     "waiting for the copy of %s to %s, at most %g s", awaited.name, self._mirror.address, END_SECONDS
                 )
             self._wait()
-        if newest is not None and newest in self._missing():
+        if (newest := self._newest_missing()) is not None:
             problem = self.state["problem"] or "there was no time"
             self.state["problem"] = f"{newest.name} is not copied: {problem}"
             log.warning("%s is not on %s (%s); the same command copies it", newest.name, self._mirror.address, problem)
@@ -112,8 +112,13 @@ class MirrorThread:
         kept = [path for path in here if path in here[-self._keep.keep :] or self._stays(path.name)]
         return [path for path in kept if self._copied.get(path.name) != _written(path)]
 
+    def _newest_missing(self) -> Path | None:
+        """The newest checkpoint, if it is not on the mirror."""
+        here = complete(self._directory.checkpoints)
+        return here[-1] if here and here[-1] in self._missing() else None
+
     def _copy_newest(self) -> bool:
-        """Copy the newest checkpoint that is not on the mirror; whether there was one."""
+        """Copy the newest checkpoint that is not on the mirror, at the end only the last; whether there was one."""
         missing, void = self._missing(), rolled_back(self._directory.checkpoints)
         names = {path.name for path in missing}
         for name in sorted(self._waiting - names - void):
@@ -125,7 +130,7 @@ class MirrorThread:
         self._waiting = names
         if void & self._copied.keys():
             self._prune()
-        if not missing:
+        if not missing or (self._ending.is_set() and self._newest_missing() is None):
             return False
         path, written = missing[-1], _written(missing[-1])
         self._current = path
