@@ -62,6 +62,18 @@ def write_file(path: Path, content: str | bytes) -> None:
         raise
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line and fsync it; one that a kill or a full disk has cut short before ends first. Raises OSError."""
+    with path.open("ab+") as stream:
+        is_cut = False
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            is_cut = stream.read(1) != b"\n"
+        stream.write(b"\n" * is_cut + line.encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
 def sync_file(path: Path, *, progress: Progress = lambda: None) -> None:
     """Fsync a file that others wrote. progress: called after each piece. Raises OSError."""
     with path.open("rb") as stream:

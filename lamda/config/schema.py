@@ -14,7 +14,10 @@ from pydantic_core.core_schema import ValidationInfo
 from lamda.config.errors import nearest
 from lamda.config.presets import PRESETS
 from lamda.config.spans import End, Span, StageConfig, spans
-from lamda.config.values import FilePath, Names, Patterns, Positive, Section
+from lamda.config.values import Address, FilePath, Names, Patterns, Positive, Section
+
+COMPUTATION = ("data.document_mask", "train.fp8", "bf16")
+"""Settings that change what a model of the same dimensions computes; `bf16` is that of the DeepSpeed file."""
 
 FEWEST_LOSSES = 8
 """Smallest window in which the spread of losses means anything."""
@@ -238,6 +241,23 @@ class CheckpointConfig(Section):
     resume: str = Field(
         "auto", description="auto (newest valid one, else start), required, never (error if one exists), or a path"
     )
+    mirror: Address | None = Field(
+        None,
+        description="second place for checkpoints: a folder, s3://..., hf://...; copied in the background, and fetched "
+        "where run.dir has none",
+    )
+    accept_changed: Names | None = Field(
+        None,
+        description="settings that a resumed run may change although the model then computes something else: "
+        f"{', '.join(COMPUTATION)}",
+    )
+
+    @field_validator("accept_changed")
+    @classmethod
+    def _known_settings(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if unknown := [name for name in names or () if name not in COMPUTATION]:
+            raise ValueError(f"{unknown[0]!r} is none of {', '.join(COMPUTATION)}{nearest(unknown[0], COMPUTATION)}")
+        return names
 
 
 class DialogConfig(Section):

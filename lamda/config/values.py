@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -10,6 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
+_SECRET = re.compile(r"(?i)(^|&)[^=&]*(signature|token|password|secret|credential|api_?key|\bsig)=")
 
 
 def _path(path: str) -> str:
@@ -20,10 +22,11 @@ def _path(path: str) -> str:
 
 
 def _without_password(pattern: str) -> str:
-    if "@" in urlsplit(pattern).netloc:
+    if "@" in urlsplit(pattern).netloc or _SECRET.search(urlsplit(pattern).query):
         raise ValueError(
-            "an address must not hold a user or a password, because the run directory and W&B would store them; "
-            "download the files, or put them on the Hugging Face hub, whose token comes from HF_TOKEN"
+            "an address must not hold a user or a password (nor a token or a signature), because the run directory and "
+            "W&B would store them; download the files, or put them on the Hugging Face hub, whose token comes from "
+            "HF_TOKEN"
         )
     return pattern
 
@@ -32,6 +35,7 @@ _Parts = BeforeValidator(lambda value: [part.strip() for part in value.split(","
 Patterns = Annotated[tuple[Annotated[str, AfterValidator(_without_password)], ...], _Parts, Field(min_length=1)]
 Names = Annotated[tuple[str, ...], _Parts, Field(min_length=1)]
 FilePath = Annotated[str, AfterValidator(_path)]
+Address = Annotated[FilePath, AfterValidator(_without_password)]
 
 
 class Section(BaseModel):

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import time
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from lamda import __version__
 from lamda.proof.devices import device, timed
 from lamda.proof.findings import Findings, LeftOutError
 from lamda.proof.sizes import Sizes
+from lamda.training.provenance import cpu_name, versions
 
 PACKAGES = ("torch", "triton", "deepspeed", "numpy", "einops", "pydantic", "safetensors", "sentencepiece")
 SMI_FIELDS = (
@@ -27,22 +27,12 @@ SMI_FIELDS = (
 
 def measure(sizes: Sizes, findings: Findings, folder: Path) -> None:
     """Record the machine and its libraries."""
-    findings.record("packages", {"python": platform.python_version(), "lamda": __version__} | _versions())
+    findings.record("packages", {"python": platform.python_version(), "lamda": __version__} | versions(PACKAGES))
     findings.attempt("gpu", _gpu)
     findings.attempt("driver", _driver)
-    findings.record("host", {"cpu": _cpu(), "cores": os.cpu_count(), "memory_bytes": _host_memory()})
+    findings.record("host", {"cpu": cpu_name(), "cores": os.cpu_count(), "memory_bytes": _host_memory()})
     findings.attempt("copies", lambda: _copies(sizes.transfer_bytes))
     findings.attempt("disk", lambda: _disk(folder, sizes.transfer_bytes))
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def _gpu() -> dict[str, Any]:
@@ -68,12 +58,6 @@ def _driver() -> dict[str, str]:
     command = ["nvidia-smi", f"--query-gpu={SMI_FIELDS}", "--format=csv,noheader", "--id=0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     return dict(zip(SMI_FIELDS.split(","), map(str.strip, done.stdout.split(",")), strict=True))
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8").splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _host_memory() -> int:

@@ -19,6 +19,7 @@ from lamda.config.resources import templates
 from lamda.console import NONE, duration, size_of
 from lamda.durable import read_object
 from lamda.runs.checkpoints import NAME, NAME_HELP, find_checkpoint, inspect_checkpoint, read_config, read_manifest
+from lamda.storage.manifest import START
 
 SHOWN = ("step", "updates", "samples", "tokens", "skipped")
 """What is shown of the state; "-" for what an older version did not record."""
@@ -41,12 +42,13 @@ def main(argv: list[str]) -> int:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Manifest, state, non-default configuration, and tensors. Raises UserError."""
+    """Manifest, state, record of the start, non-default configuration, and tensors. Raises UserError."""
     config = read_config(path / "config.yaml")
     return {
         "checkpoint": str(path),
         "manifest": read_manifest(path),
         "state": read_state(path),
+        "start": read_start(path),
         "configuration": {key: value for key, value in config.items() if value != default_of(key, config)},
         "tensors": read_tensors(path / "model.safetensors"),
     }
@@ -58,6 +60,16 @@ def read_state(path: Path) -> dict[str, Any]:
         return read_object(path / "run_state.json")
     except (OSError, ValueError) as error:
         raise UserError(f"{path / 'run_state.json'}: cannot be read ({error})") from error
+
+
+def read_start(path: Path) -> dict[str, Any] | None:
+    """start.json of a checkpoint, None in those of earlier versions. Raises UserError."""
+    try:
+        return read_object(path / START)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / START}: cannot be read ({error})") from error
 
 
 def read_tensors(file: Path) -> dict[str, dict[str, Any]]:

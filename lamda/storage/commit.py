@@ -46,12 +46,13 @@ def commit(
     *,
     keep: int,
     keep_every: int | None = None,
+    is_used: Callable[[Path], bool] = lambda path: False,
     on_point: Callable[[str], None] = lambda point: None,
 ) -> None:
     """Turn the written files into the newest checkpoint, then delete old ones.
 
-    Keeps the `keep` newest, and those at multiples of `keep_every`. on_point: called with the name of each point
-    in between (`lamda.training.fault_injection`). Raises OSError.
+    Keeps the `keep` newest, those at multiples of `keep_every`, and one that `is_used`. on_point: called with the name
+    of each point in between (`lamda.training.fault_injection`). Raises OSError.
     """
     seal(temporary, manifest)
     on_point("commit.manifest")
@@ -62,7 +63,7 @@ def commit(
     on_point("commit.latest")
     with BestEffort(f"{final.parent}: an old checkpoint cannot be deleted"):
         for old in complete(final.parent)[:-keep]:
-            if keep_every is None or step_of(old) % keep_every:
+            if (keep_every is None or step_of(old) % keep_every) and not is_used(old):
                 remove(old)
     on_point("commit.pruned")
 

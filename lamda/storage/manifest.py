@@ -23,6 +23,8 @@ from lamda.storage.state import RunState
 
 MANIFEST = "manifest.json"
 STATE = "run_state.json"
+START = "start.json"
+"""The record of the start that wrote the checkpoint (`lamda.training.provenance`)."""
 DAMAGED, ROLLED_BACK = ".damaged", ".spoilt"
 """Suffixes of checkpoints set aside: a hash did not match; the run rolled back from it."""
 
@@ -34,9 +36,14 @@ def name_of(step: int) -> str:
 
 def step_of(path: Path) -> int:
     """The step in the name of a checkpoint. Raises ValueError for other names."""
-    step = int(path.name.removeprefix("step-"))
-    if path.name != name_of(step):
-        raise ValueError(f"{path.name!r} is no checkpoint's name")
+    return step_in_name(path.name)
+
+
+def step_in_name(name: str) -> int:
+    """The step in the name of a checkpoint. Raises ValueError for other names."""
+    step = int(name.removeprefix("step-"))
+    if name != name_of(step):
+        raise ValueError(f"{name!r} is no checkpoint's name")
     return step
 
 
@@ -53,6 +60,12 @@ def complete(folder: Path) -> list[Path]:
 def set_aside(folder: Path) -> list[Path]:
     """Checkpoints that were set aside. Raises UnreadableError."""
     return sorted(_entries(folder, lambda name: name.startswith("step-") and name.endswith((DAMAGED, ROLLED_BACK))))
+
+
+def rolled_back(folder: Path) -> set[str]:
+    """Names of checkpoints that a run rolled back from and has not saved again. Raises UnreadableError."""
+    names = {path.name.partition(".")[0] for path in set_aside(folder) if path.suffix == ROLLED_BACK}
+    return names - {path.name for path in complete(folder)}
 
 
 def _entries(folder: Path, is_wanted: Callable[[str], bool]) -> list[Path]:
@@ -183,7 +196,7 @@ def _check(path: Path, name: str, entry: Any, progress: Progress) -> str | None:
     except (TypeError, KeyError):
         return f"{MANIFEST} has no size and sha256 of {name}"
     try:
-        if not _is_inside(path, name):
+        if not is_inside(path, name):
             return f"{MANIFEST} lists {name!r}, which is not a file inside the checkpoint"
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -201,7 +214,7 @@ def _check(path: Path, name: str, entry: Any, progress: Progress) -> str | None:
     return None
 
 
-def _is_inside(path: Path, name: str) -> bool:
+def is_inside(path: Path, name: str) -> bool:
     """Whether a name is a normalized relative path to a place below `path`, with links resolved."""
     parts = PurePosixPath(name)
     if str(parts) != name or not parts.name or parts.is_absolute() or ".." in parts.parts or "\\" in name:

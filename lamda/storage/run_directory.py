@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from lamda.best_effort import BestEffort
 from lamda.config.errors import RunError, UserError
 from lamda.config.loading import load_config
-from lamda.durable import read_object, read_regular, replace_file, sync_file
+from lamda.durable import append_line, read_object, read_regular, replace_file, sync_file
 from lamda.storage import lock
 from lamda.storage.lock import RunLock
 from lamda.storage.reading import reading
@@ -56,6 +56,8 @@ class RunDirectory:
     order = _RelativePath("order.jsonl")  # the windows of the data order
     stages = _RelativePath("stages.jsonl")  # where the text of each stage began
     branch = _RelativePath("branch.json")  # the run and step that this run began from
+    starts = _RelativePath("starts.jsonl")  # where each start came from
+    mirror = _RelativePath("mirror.json")  # the state of the copies in checkpoint.mirror
     samples = _RelativePath("samples")  # sampled text
     log = _RelativePath("train.log")  # console output and warnings
     stop = _RelativePath("STOP")  # its presence asks the run to save and exit
@@ -107,6 +109,11 @@ class RunDirectory:
         with BestEffort(f"status.json cannot say that the run is {content['status']}"):
             replace_file(self._status, json.dumps(content, indent=1))
 
+    def amend_status(self, **details: Any) -> None:
+        """Add details to status.json."""
+        if content := self.read_status():
+            self.restore_status({**content, **details})
+
     def read_status(self) -> dict[str, Any]:
         """The content of status.json; empty if it is missing or invalid."""
         try:
@@ -115,6 +122,11 @@ class RunDirectory:
             return {}
         is_status = content.get("status") in (*get_args(Status),) and isinstance(content.get("time", 0.0), int | float)
         return content if is_status else {}
+
+    def note_start(self, record: Mapping[str, Any]) -> None:
+        """Append the record of a start to starts.jsonl."""
+        with BestEffort(f"{self.starts} cannot be written"):
+            append_line(self.starts, json.dumps(record))
 
     def sync_metrics(self) -> None:
         """Sync metrics.jsonl to disk. Raises OSError."""

@@ -8,20 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lamda.config.errors import UserError
-from lamda.config.loading import DEPRECATED, load_config
+from lamda.config.loading import load_config
 from lamda.config.schema import Config
 from lamda.config.stages import FREE, RATE_KEYS, Stage, plan_stages
 from lamda.data.corpus import changed_files, differences
 from lamda.distributed import World, on_main
-from lamda.durable import Progress, read_regular
+from lamda.durable import Progress
 from lamda.storage import commit, manifest
-from lamda.storage.reading import reading
+from lamda.storage.mirror import Mirror, require_empty, restore_newer
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
 from lamda.training.anomalies import set_aside_rolled_back
+from lamda.training.changes import report_settings, require_same_computation, was_and_is
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ class ResumePoint:
             )
         changed = changed_files(saved, current)
         names = [name for name in differences(saved, current) if name != "contents"]
-        changes = [f"{name} {_change(saved.get(name), current.get(name))}" for name in names]
+        changes = [f"{name} {was_and_is(saved.get(name), current.get(name))}" for name in names]
         if changes:
             raise UserError(
                 f"{self.path}: the data differs from the checkpoint: {'; '.join(changes)}. Restore these settings, or "
@@ -80,6 +79,9 @@ def find_resume_point(
     UnreadableError.
     """
     resume_mode = config.checkpoint.resume
+    if config.checkpoint.mirror is not None:
+        mirror = config.checkpoint.mirror
+        on_main(world, lambda: _consult(mirror, directory, resume_mode=resume_mode, progress=progress))
     on_main(world, lambda: _check_resume_mode(config, directory))
     if resume_mode == "never":
         return ResumePoint(None, RunState())
@@ -102,9 +104,11 @@ def find_resume_point(
         saved, stages = settings_of(path), plan_stages(config)
         earlier = () if saved is None else plan_stages(saved)
         _check_stages(stages, earlier, state, path)
-        _report_changes(
-            stages[state.stage - 1].config, path, before=earlier[state.stage - 1] if state.stage > 1 else None
-        )
+        now, before = stages[state.stage - 1].config, None
+        if len(earlier) >= max(2, state.stage):  # a stage's settings are not those at the head of the file
+            before = earlier[state.stage - 1].config
+        require_same_computation(now, path, before=before)
+        report_settings(now, path, before=before, step=state.step + 1)
         if path.parent == directory.checkpoints and not directory.metrics.exists():
             log.warning("%s is gone: the rows up to step %d are missing", directory.metrics, state.step)
         return state
@@ -149,9 +153,9 @@ def _stage_changes(before: Stage, now: Stage, *, is_over: bool) -> list[str]:
     old, new = before.settings(), now.settings()
     may_change = () if is_over else tuple(key for key in new if key.removeprefix("train.") in RATE_KEYS)
     ignored = (*FREE, *may_change, *(() if is_over else _OF_THE_DATA))
-    changes = [f"{key} {_change(old[key], new[key])}" for key in new if key not in ignored and old[key] != new[key]]
+    changes = [f"{key} {was_and_is(old[key], new[key])}" for key in new if key not in ignored and old[key] != new[key]]
     if is_over and before.last != now.last:
-        changes.append(f"its last step {_change(before.last, now.last)}")
+        changes.append(f"its last step {was_and_is(before.last, now.last)}")
     return changes
 
 
@@ -176,6 +180,15 @@ def backend_change(path: Path, settings: Config | None, *, attention: str | None
         f"attention: {attention}, but {path} was trained with {before}, which rounds differently; "
         f"model.attention {before} continues as before"
     ]
+
+
+def _consult(address: str, directory: RunDirectory, *, resume_mode: str, progress: Progress) -> None:
+    """Fetch a newer checkpoint from the mirror, where the resume mode takes the newest one."""
+    mirror = Mirror(address, directory.path)
+    if resume_mode in ("auto", "required"):
+        restore_newer(mirror, directory, progress=progress)
+    else:
+        require_empty(mirror, directory)
 
 
 def _check_resume_mode(config: Config, directory: RunDirectory) -> None:
@@ -241,64 +254,3 @@ def _inherit_windows(path: Path, directory: RunDirectory) -> None:
     folder = path.resolve().parent
     if folder.name == directory.checkpoints.name and folder.parent != directory.path.resolve():
         directory.inherit_skipped(RunDirectory(folder.parent))
-
-
-def _report_changes(config: Config, path: Path, *, before: Stage | None) -> None:
-    """Warn in one line of training settings that differ from the checkpoint's; the run continues with the new ones.
-
-    before: the checkpoint's stage, if it is not the first one.
-    """
-    current = _settings(config.model_dump(mode="json"))
-    try:
-        with reading(path / "config.yaml"):
-            text = read_regular(manifest.named(path, "config.yaml"))
-        saved = _settings(yaml.safe_load(text) if before is None else before.config.model_dump(mode="json"))
-        known = {
-            key: float(saved[key]) if isinstance(value, float) else saved[key]
-            for key, value in current.items()
-            if key in saved
-        }
-    except (FileNotFoundError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path / 'config.yaml'}: cannot be read ({error})") from error
-    changes = [f"{key} {_change(known[key], current[key])}" for key in known if known[key] != current[key]]
-    if "train.norm_lr_scale" not in saved:
-        changes.append("rates of query, norms and bias tables, and no decay of the embedding (CHANGELOG.md)")
-    if changes:
-        log.warning("these settings differ from those that %s was trained with: %s", path, "; ".join(changes))
-
-
-def _settings(sections: dict[str, Any]) -> dict[str, Any]:
-    """Settings that training depends on and that the data fingerprint does not cover."""
-    train = {f"train.{key}": value for key, value in dict(sections["train"]).items() if key not in _MAY_CHANGE}
-    settings = {DEPRECATED.get(key, key): value for key, value in train.items()}
-    if "document_mask" in sections.get("data", {}):
-        settings["data.document_mask"] = sections["data"]["document_mask"]
-    return settings
-
-
-_MAY_CHANGE = {"steps", "tokens", "micro_batch_size", "recompute", "compile", "profile"}  # without a warning
-
-
-def _change(before: Any, now: Any) -> str:
-    """`was A, is B`; of long values only the part that differs."""
-    if isinstance(before, list) and isinstance(now, list):
-        removed, added = [each for each in before if each not in now], [each for each in now if each not in before]
-        if removed or added:
-            parts = [f"{verb} {_listed(values)}" for verb, values in (("lost", removed), ("gained", added)) if values]
-            return " and ".join(parts)
-    texts = str(before), str(now)
-    same = next((place for place, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), 0)
-    return "was {}, is {}".format(*(_around(text, same) for text in texts))
-
-
-def _listed(values: list[Any]) -> str:
-    shown = ", ".join(_around(str(each), 0) for each in values[:3])
-    return shown + (f" and {len(values) - 3} more" if len(values) > 3 else "")
-
-
-def _around(text: str, place: int) -> str:
-    """A text, or the part of it around `place`."""
-    if len(text) <= 60:
-        return text
-    start = max(0, min(place - 20, len(text) - 57))
-    return "..." * (start > 0) + text[start : start + 57] + "..." * (start + 57 < len(text))

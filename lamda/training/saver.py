@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich import filesize
@@ -27,6 +28,7 @@ from lamda.durable import Progress
 from lamda.engines.protocol import Engine
 from lamda.storage.commit import commit, make_fresh, sync_and_describe
 from lamda.storage.lock import LostLockError
+from lamda.storage.manifest import START
 from lamda.storage.state import RunState
 from lamda.training import fault_injection
 
@@ -53,19 +55,23 @@ class Saver:
         engine: Engine,
         tokenizer: Path,
         config: Config | None = None,
+        start: Mapping[str, Any] = MappingProxyType({}),
         require_lock: Callable[[], None] = lambda: None,
         sync_rows: Callable[[], None] = lambda: None,
         note: Callable[[int], None] = lambda step: None,
+        is_used: Callable[[Path], bool] = lambda path: False,
         progress: Progress = lambda: None,
     ) -> None:
-        """require_lock: raises LostLockError on rank 0 if another process has taken over the run; then every rank does.
+        """start: the record of this start (`lamda.training.provenance`).
+
+        require_lock: raises LostLockError on rank 0 if another process has taken over the run; then every rank does.
 
         sync_rows: syncs the metrics up to a checkpoint before it is complete. note: records the step of a
-        complete one. config: to save, if it is not the engine's. progress: called while a save that is waited for makes
-        progress.
+        complete one. config: to save, if it is not the engine's. is_used: whether an old checkpoint must stay for now.
+        progress: called while a save that is waited for makes progress.
         """
-        self._require_lock, self._sync_rows, self._note = require_lock, sync_rows, note
-        self._folder, self._engine, self._tokenizer = folder, engine, tokenizer
+        self._require_lock, self._sync_rows, self._note, self._is_used = require_lock, sync_rows, note, is_used
+        self._folder, self._engine, self._tokenizer, self._start_record = folder, engine, tokenizer, start
         self._world, self._config = engine.world, config or engine.config
         self._state = RunState()
         self._job: _Job | None = None
@@ -179,7 +185,8 @@ class Saver:
             self._state.write(folder / "run_state.json")
             (folder / "config.yaml").write_text(to_yaml(self._config), "utf-8")
             shutil.copyfile(self._tokenizer, folder / "tokenizer.model")
-            files = [*files, *(folder / name for name in ("run_state.json", "config.yaml", "tokenizer.model"))]
+            (folder / START).write_text(json.dumps(dict(self._start_record)), "utf-8")
+            files = [*files, *(folder / name for name in ("run_state.json", "config.yaml", "tokenizer.model", START))]
         first = next(iter(files), None)
         self._mark("save.written", first)
         described = {
@@ -203,8 +210,15 @@ class Saver:
             "configuration": files["config.yaml"]["sha256"],
             "files": files,
         }
-        keep = self._config.checkpoint
-        commit(self._temporary, self._final, content, keep=keep.keep, keep_every=keep.keep_every, on_point=self._mark)
+        commit(
+            self._temporary,
+            self._final,
+            content,
+            keep=self._config.checkpoint.keep,
+            keep_every=self._config.checkpoint.keep_every,
+            is_used=self._is_used,
+            on_point=self._mark,
+        )
         self._note(self._state.step)
         return {}
 

@@ -8,7 +8,7 @@ import signal
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lamda import distributed
 from lamda.best_effort import BestEffort
@@ -23,14 +23,18 @@ from lamda.engines.protocol import Engine, Framework
 from lamda.storage import commit
 from lamda.storage.lock import LostLockError, RunLock
 from lamda.storage.metrics import read_metrics
+from lamda.storage.mirror import Mirror
+from lamda.storage.mirror_thread import MirrorThread
 from lamda.storage.reading import UnreadableError, reading
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.run_log import run_log
 from lamda.storage.state import RunState
+from lamda.training.changes import report_start
 from lamda.training.fault_injection import STEP_POINTS
 from lamda.training.inputs import Inputs, check_other_files, with_initial_weights
 from lamda.training.loggers import RunLogger, TrainingProgress
 from lamda.training.lr_schedule import final_step, remarks
+from lamda.training.provenance import describe_start
 from lamda.training.resume import backend_change, find_resume_point, settings_of
 from lamda.training.saver import Saver
 from lamda.training.stages import StagedInputs
@@ -53,13 +57,14 @@ HIGHER_AGAIN = dict.fromkeys(("cosine", "wsd"), " (the learning rate then rises 
 
 
 class _Opened(NamedTuple):
-    """What a run trains with. checkpoint: the one that it resumes from, if it does."""
+    """What a run trains with. checkpoint: the one that it resumes from, if it does. record: of this start."""
 
     engine: Engine
     checkpoint: Path | None
     state: RunState
     inputs: StagedInputs
     benchmarks: Benchmarks | None
+    record: dict[str, Any]
 
 
 @dataclass
@@ -141,18 +146,21 @@ class TrainingJob:
             # A GPU's collectives spin while they wait, so CPU time shows no progress there.
             with computing(watchdog.progress) if device.type == "cpu" else nullcontext():
                 opened = self._open(device, watchdog)
+            mirror = self._start_mirror(stack)
             if opened is None:
                 return 0
             if world.is_main_process:
                 with BestEffort(f"{directory.config} cannot be written"):
                     replace_file(directory.config, to_yaml(config))
+                checkpoint = None if opened.checkpoint is None else str(opened.checkpoint)
+                directory.note_start({"step": opened.state.step, "checkpoint": checkpoint, **opened.record})
             steps = final_step(self.stages, opened.state)
             self.attempt.train(step=opened.state.step, steps=steps)
             self.signals.call_on_signal(lambda number: self._hurry(number, watchdog))
             logger = self._open_logger(opened, stack, steps=steps)
             stack.callback(watchdog.close)  # W&B's last uploads have a time limit of their own
             stack.callback(logger.profile.write)
-            trainer = self._make_trainer(opened, logger, Guard(requests, watchdog, world=world))
+            trainer = self._make_trainer(opened, logger, Guard(requests, watchdog, world=world), mirror)
             trainer.fit()
             return self._finish(trainer)
 
@@ -186,7 +194,10 @@ class TrainingJob:
         else:
             engine.initialize_weights()
         watchdog.mark("start", step=0)
-        return _Opened(engine, origin.path, state, inputs, benchmarks)
+        record = describe_start(config, world, framework=self.framework.name)
+        if origin.path is not None and world.is_main_process:
+            report_start(record, origin.path, step=state.step + 1)
+        return _Opened(engine, origin.path, state, inputs, benchmarks, record)
 
     def _open_text(self, stage: Stage, watchdog: Watchdog) -> Inputs:
         return Inputs.open(
@@ -233,7 +244,16 @@ class TrainingJob:
             log.warning("%s", warning)
         return self.logger
 
-    def _make_trainer(self, opened: _Opened, logger: RunLogger, guard: Guard) -> Trainer:
+    def _start_mirror(self, stack: ExitStack) -> MirrorThread | None:
+        """Begin to copy checkpoints to `checkpoint.mirror`, on rank 0; the end of `stack` waits for the newest."""
+        address, directory = self.config.checkpoint.mirror, self.directory
+        if address is None or not self.world.is_main_process:
+            return None
+        mirror = MirrorThread(Mirror(address, directory.path), directory, keep=self.config.checkpoint, lock=self.lock)
+        stack.callback(lambda: directory.amend_status(mirror=mirror.state))
+        return stack.enter_context(mirror)
+
+    def _make_trainer(self, opened: _Opened, logger: RunLogger, guard: Guard, mirror: MirrorThread | None) -> Trainer:
         directory, watchdog = self.directory, guard.watchdog
         tokenizer = opened.inputs.of(opened.state.stage).tokenizer
         state = replace(opened.state, wandb_id=logger.wandb_id)
@@ -256,10 +276,11 @@ class TrainingJob:
             directory.checkpoints,
             engine=opened.engine,
             tokenizer=directory.tokenizer,
-            config=self.config,
+            start=opened.record,
             require_lock=self.lock.require,
             sync_rows=directory.sync_metrics,
             note=directory.note_checkpoint,
+            is_used=(lambda path: False) if mirror is None else mirror.is_copying,
             progress=watchdog.progress,
         )
         return Trainer(directory, opened.engine, opened.inputs, evaluator, saver, logger, guard, state)

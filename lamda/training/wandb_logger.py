@@ -30,6 +30,7 @@ from lamda.durable import replace_file
 from lamda.storage import manifest
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
+from lamda.training.provenance import git_state
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +199,7 @@ class WandbMirror:
             resume="allow",
             dir=self._folder,
             mode=mode,
-            config={**self._config.model_dump(mode="json"), "git_commit": _git_commit()},
+            config={**self._config.model_dump(mode="json"), "git_commit": (git_state() or {}).get("commit")},
             settings=wandb.Settings(
                 console="off",
                 silent=True,
@@ -316,13 +317,3 @@ def _kill_service() -> None:
             for child in children.read_text("utf-8").split():
                 if Path(f"/proc/{child}/comm").read_text("utf-8").strip() == "wandb-core":
                     os.kill(int(child), signal.SIGKILL)
-
-
-def _git_commit() -> str | None:
-    """The commit of the code that runs, where it runs from a checkout."""
-    folder = Path(__file__).parent
-    try:
-        result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return result.stdout.strip() or None

@@ -42,6 +42,17 @@ def subject(tmp_path):
     return Subject(config, World(world_size=4, local_world_size=2, launched=True), torch.device("cpu"))
 
 
+def test_a_mirror_is_written_and_nothing_stays_there(subject, tmp_path):
+    assert environment.mirror(subject).text.startswith("checkpoint.mirror is not set")
+    address = tmp_path / "mirror"
+    finding = environment.mirror(changed(subject, checkpoint={"mirror": str(address)}))
+    assert finding == ok(f"{address}/run can be written; no checkpoint yet")
+    assert list((address / "run").iterdir()) == []
+    (tmp_path / "file").touch()
+    finding = environment.mirror(changed(subject, checkpoint={"mirror": f"{tmp_path}/file/mirror"}))
+    assert (finding.level, finding.text) == ("failure", f"{tmp_path}/file/mirror/run cannot be used (Not a directory)")
+
+
 def changed(subject, **sections):
     """The subject with another configuration."""
     values = subject.config.model_dump()

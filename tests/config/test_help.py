@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 from lamda.config import Config
 from lamda.config.help import help_text, to_yaml
 from lamda.config.loading import KEYS, load_config
+from lamda.config.schema import COMPUTATION
 from lamda.config.settings import choices, kind
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.sampled_from(
     ["null", "1e5", "off", "12", "2024-01-01", "~", "[a]", "# x", " a ", "a,b", "...", "1:30"]
 )
-PATHS = ("run.dir", "model.weights", "tokenizer.path", "data.cache_dir", "data.drop", "eval.tasks_path")
+PATHS = (
+    "run.dir", "model.weights", "tokenizer.path", "data.cache_dir", "data.drop", "eval.tasks_path", "checkpoint.mirror",
+)  # fmt: skip
 PATH = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(lambda path: path[0] != "~")
 VALUES = {
     "number": st.floats(1e-300, 0.999),
@@ -35,6 +38,8 @@ def lowest(field):
 def strategy(key, field):
     if key == "model.preset":
         return st.sampled_from(["tiny", "2b", "137b"])
+    if key == "checkpoint.accept_changed":
+        return st.lists(st.sampled_from(COMPUTATION), min_size=1).map(tuple)
     if key == "train.profile":
         return st.sampled_from([None, (1, 1), (3, 20)])
     if key in PATHS:

@@ -133,6 +133,14 @@ def test_globs_pass_through_a_flag(text, files):
     assert values("--train.steps", 1, "--data.files", text).data.files == files
 
 
+@pytest.mark.parametrize("secret", ["X-Amz-Signature", "access_token", "api_key", "sig"])
+def test_a_token_in_an_address_is_refused_and_not_repeated(write, secret):
+    path = write(f"data: {{files: 'https://store.org/a.jsonl?version=3&{secret}=canary'}}")
+    (line,) = problems("--config", path, "--train.steps", "1")
+    assert "data.files: item 1 an address must not hold a user or a password (nor a token or a signature)" in line
+    assert "canary" not in line
+
+
 @pytest.mark.parametrize("key", ["files", "eval_files"])
 def test_a_password_in_an_address_is_refused_and_not_repeated(write, key):
     path = write(f"data: {{{key}: 'https://some@store.org/a.jsonl, https://one:canary@store.org/b.jsonl'}}")
@@ -141,7 +149,7 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(write, key):
     for item, line in enumerate(output, start=1):
         assert line.startswith(f"{path}:1: data.{key}: item {item} an address must not hold a user or a password")
         assert "canary" not in line
-    allowed = "hf://datasets/some/where@main/*.jsonl.zst,https://store.org/a@b.jsonl,/data/[0-9]@x.jsonl"
+    allowed = "hf://datasets/some/where@main/*.jsonl.zst,https://store.org/a@b.jsonl?design=2,/data/[0-9]@x.jsonl"
     config = values("--config", write("train: {steps: 1}"), f"--data.{key}", allowed)
     assert ",".join(getattr(config.data, key)) == allowed
 

@@ -97,6 +97,22 @@ def test_show_tells_state_tensors_and_what_was_configured(tmp_path, weights, cap
         assert line in text
 
 
+def test_show_tells_the_code_and_the_machines_that_wrote_it(tmp_path, weights, capsys):
+    path = save_checkpoint(tmp_path, 10, weights(0))
+    start = {
+        "lamda": "0.1.0",
+        "git": {"commit": "0123456789abcdef", "dirty": True},
+        "packages": {"torch": "2.13.0", "numpy": "2.4"},
+        "hosts": {"AMD EPYC, 64 cores": 2, "Intel Xeon, 8 cores": 1},
+    }
+    (path / "start.json").write_text(json.dumps(start))
+    assert message(capsys, checkpoint_show, path)["start"] == start
+    assert checkpoint_show.main([str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "code             lamda 0.1.0, commit 0123456789ab with changes, torch 2.13.0" in lines
+    assert "machines         2 x (AMD EPYC, 64 cores); 1 x (Intel Xeon, 8 cores)" in lines
+
+
 def test_what_an_older_version_did_not_record_is_shown_as_missing(tmp_path, weights, capsys):
     paths = [save_checkpoint(tmp_path / name, 5, weights(0), ranks=1) for name in "ab"]
     for path in paths:

@@ -1,8 +1,10 @@
 """Where a run begins follows from checkpoint.resume and what is there; what does not fit is refused by name."""
 
+import json
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from lamda.config import Config
 from lamda.config.errors import UserError
@@ -32,15 +34,17 @@ def config(resume, **model):
     return Config(model={**MODEL, **model}, train={"steps": 10}, checkpoint={"resume": str(resume)})
 
 
-def save(directory, step, *, without="", **named):
-    """without: a key that the version which wrote it did not know."""
+def save(directory, step, *, without="", start=None, **named):
+    """without: a key that the version which wrote it did not know. start: the record of the start that wrote it."""
     final = directory.checkpoints / f"step-{step:08d}"
     temporary = directory.checkpoints / f".{final.name}.tmp"
     make_fresh(temporary)
     RunState(step=step).write(temporary / "run_state.json")
     lines = to_yaml(config("auto")).splitlines(keepends=True)
     (temporary / "config.yaml").write_text("".join(line for line in lines if not without or without not in line))
-    files = {name: sync_and_describe(temporary / name) for name in ("run_state.json", "config.yaml")}
+    if start is not None:
+        (temporary / "start.json").write_text(json.dumps(start))
+    files = {file.name: sync_and_describe(file) for file in temporary.iterdir()}
     dimensions = config("auto").model.dimensions
     commit(temporary, final, {"step": step, "model": dimensions, **named, "files": files}, keep=9)
     return final
@@ -105,15 +109,14 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(directory
     assert find_resume_point(config("auto"), directory, world) == ResumePoint(None, RunState())
 
 
-def test_other_settings_of_training_are_reported_in_one_line(directory, world, caplog):
+def test_other_settings_of_training_are_reported_in_one_line_each(directory, world, caplog):
     save(directory, 2)
     directory.metrics.touch()
     find_resume_point(config("auto"), directory, world)
     assert caplog.messages == []
     train = TrainConfig(steps=20, lr=2e-5, schedule="wsd", micro_batch_size=2)
     find_resume_point(config("auto").model_copy(update={"train": train}), directory, world)
-    (line,) = caplog.messages
-    assert line.endswith("train.lr was 0.0003, is 2e-05; train.schedule was cosine, is wsd")
+    assert caplog.messages == ["train.lr 0.0003 -> 2e-05 from step 3 on", "train.schedule cosine -> wsd from step 3 on"]
 
 
 def test_a_checkpoint_from_before_each_part_had_its_rate_is_reported(directory, world, caplog):
@@ -121,17 +124,40 @@ def test_a_checkpoint_from_before_each_part_had_its_rate_is_reported(directory, 
     directory.metrics.touch()
     find_resume_point(config("auto"), directory, world)
     (line,) = caplog.messages
-    assert line.endswith("rates of query, norms and bias tables, and no decay of the embedding (CHANGELOG.md)")
+    assert line.startswith("from step 3 on: rates of query, norms and bias tables")
 
 
-def test_another_attention_between_documents_is_reported_as_well(directory, world, caplog):
-    save(directory, 2)
+def test_another_computation_is_rejected_unless_it_is_accepted_by_name(directory, world, caplog):
+    ds_config = directory.path / "bf16.json"
+    ds_config.write_text('{"bf16": {"enabled": true}}')
+    save(directory, 2, start={"deepspeed": {"bf16": {"enabled": False}}})
     directory.metrics.touch()
-    before = config("auto")
-    data = before.data.model_copy(update={"document_mask": True})
-    find_resume_point(before.model_copy(update={"data": data}), directory, world)
-    (line,) = caplog.messages
-    assert line.endswith("data.document_mask was False, is True")
+
+    def changed(*accepted):
+        return Config(
+            model=MODEL,
+            data={"document_mask": True},
+            train={"steps": 10, "fp8": True},
+            checkpoint={"accept_changed": accepted or None},
+            deepspeed={"config": str(ds_config)},
+        )
+
+    with pytest.raises(UserError) as caught:
+        find_resume_point(changed(), directory, world)
+    assert str(caught.value).endswith(
+        "the model would compute something else: data.document_mask False -> True; train.fp8 False -> True; bf16 False "
+        "-> True. Restore these settings, or accept the change by name: --checkpoint.accept_changed "
+        "data.document_mask,train.fp8,bf16"
+    )
+    with pytest.raises(UserError, match=r"something else: bf16 False -> True\. "):
+        find_resume_point(changed("data.document_mask", "train.fp8"), directory, world)
+    assert find_resume_point(changed("data.document_mask", "train.fp8", "bf16"), directory, world).state.step == 2
+    assert "data.document_mask False -> True from step 3 on" in caplog.messages
+
+
+def test_a_name_that_is_not_accepted_is_an_error():
+    with pytest.raises(ValidationError, match=r"'document_mask' is none of .*; did you mean 'data.document_mask'"):
+        Config(train={"steps": 10}, checkpoint={"accept_changed": ["document_mask"]})
 
 
 @pytest.mark.parametrize("trace", ["metrics", "checkpoint"])
@@ -280,5 +306,4 @@ def test_an_earlier_name_of_a_key_is_the_same_setting(directory, world, caplog, 
     directory.metrics.touch()
     train = TrainConfig(steps=10, max_rollbacks=7)
     find_resume_point(config("auto").model_copy(update={"train": train}), directory, world)
-    (line,) = caplog.messages
-    assert line.endswith("train.max_rollbacks was 3, is 7")
+    assert caplog.messages == ["train.max_rollbacks 3 -> 7 from step 3 on"]

@@ -1,4 +1,4 @@
-"""Run directory, disk, training text, W&B, and clocks."""
+"""Run directory, disk, training text, W&B, the mirror, and clocks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TypeVar
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+from lamda.best_effort import reason_of
 from lamda.cluster import estimates
 from lamda.cluster.checks.finding import Check, Finding, Subject, failure, ok, warning
 from lamda.config import ds_config
@@ -139,6 +140,25 @@ def weights_and_biases(subject: Subject) -> Finding:
     return ok(f"{host} is reachable, and an API key is set")
 
 
+def mirror(subject: Subject) -> Finding:
+    """Check that the mirror of the checkpoints can be read and written: a small file, removed again."""
+    from lamda.storage.mirror import Mirror
+
+    address = subject.config.checkpoint.mirror
+    if address is None:
+        return ok("checkpoint.mirror is not set: checkpoints are in run.dir alone")
+    there = Mirror(address, Path(subject.config.run.dir))
+    try:
+        found = _with_timeout(there.checkpoints)
+        _with_timeout(there.check)
+    except Exception as error:  # of the file system's library
+        return failure(
+            f"{there.address} cannot be used ({reason_of(error)})", "check the address, the credentials and the network"
+        )
+    newest = next((name for name in reversed(found) if found[name]), "no checkpoint yet")
+    return ok(f"{there.address} can be written; {newest}")
+
+
 def checkpoint_bytes(subject: Subject) -> int:
     """Bytes of a checkpoint."""
     deepspeed = ds_config.build(subject.config, world_size=subject.world.world_size)
@@ -188,4 +208,5 @@ CHECKS = (
     Check("file clock", "node", file_clock),
     Check("data", "node", data),
     Check("wandb", "main", weights_and_biases),
+    Check("mirror", "main", mirror),
 )

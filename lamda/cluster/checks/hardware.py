@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from lamda.cluster.checks.finding import Check, Finding, Subject, failure, ok, w
 from lamda.cluster.memory import MemorySetting, host_bytes_offloaded, snapshot_bytes
 from lamda.cluster.zero import Sharding
 from lamda.config import ds_config
+from lamda.training.provenance import driver_version
 
 if TYPE_CHECKING:
     import torch
@@ -126,19 +126,6 @@ def available_memory() -> int:
     """Bytes of host memory that are free or can be freed."""
     lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-
-
-def driver_version() -> str | None:
-    """The NVIDIA driver version, None if there is no driver."""
-    if not shutil.which("nvidia-smi"):
-        return None
-    answer = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return next(iter(answer.stdout.split()), None) if answer.returncode == 0 else None
 
 
 def gpu_name(subject: Subject) -> str | None:

@@ -10,17 +10,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from statistics import median
 
-import lamda
 from lamda.cluster.checks.environment import judge_skew
 from lamda.cluster.checks.finding import Finding, Subject, failure, ok, warning
-from lamda.cluster.checks.hardware import driver_version, gpu_name, nccl_version
+from lamda.cluster.checks.hardware import gpu_name, nccl_version
 from lamda.cluster.checks.software import installed, requirements
 from lamda.distributed import barrier, broadcast, gather
 from lamda.model.counts import parameters
+from lamda.training.provenance import code_digest, driver_version
 
 SHARED_SECONDS = 5.0
 """Time for a file to become visible on other nodes."""
@@ -124,14 +123,6 @@ def all_reduce(subject: Subject) -> tuple[float, bool]:
             spent += time.perf_counter() - began
     right = bool((tensor == size * (size + 1) / 2).all())
     return tensor.nbytes * 2 * (size - 1) / size * REPEATS / spent, right
-
-
-def code_digest() -> str:
-    """A short hash of the package's source files."""
-    root, digest = Path(lamda.__file__).parent, sha256()
-    for file in sorted(root.rglob("*.py")):
-        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def _sees_the_file(subject: Subject) -> bool:
