@@ -237,7 +237,7 @@ class _LineNumbers:
 
     def in_file(self, file_slice: FileSlice, line: int) -> int:
         """The number in the file of a line of a slice, both from 0."""
-        if file_slice.start == 0 or file_slice.file.format.is_indexed:
+        if file_slice.start == 0 or file_slice.file.is_indexed:
             return line
         first = self._first.setdefault(file_slice.file.url, {0: (0, 0)})
         if file_slice.start not in first:
