@@ -30,7 +30,7 @@ _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError,
 
 
 class _Member(NamedTuple):
-    """A file in an archive. stored: about its offset there. stream: its bytes; None if it cannot be read (`problem`)."""
+    """A file in an archive. stored: about its offset there. stream: its bytes; None if unreadable (`problem`)."""
 
     name: str
     stored: int
@@ -70,7 +70,9 @@ def _records_of(member: _Member) -> Iterator[tuple[int, object]]:
         if found.records in ("document", "page"):
             data = _limited(chunks)
             if len(data) > LONGEST_LINE:
-                raise ValueError(f"a document of more than {LONGEST_LINE >> 20} MiB; write it as JSON lines, or unpack it")
+                raise ValueError(
+                    f"a document of more than {LONGEST_LINE >> 20} MiB; write it as JSON lines, or unpack it"
+                )
             text = decoded(data)
             yield len(data), Text(text_of_page(text) if found.records == "page" else text)
         elif found.records == "table":

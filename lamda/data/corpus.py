@@ -44,7 +44,8 @@ FORMAT = 2
 class Corpus:
     """The training text of a run, cut into lanes.
 
-    sequence_length: L, targets per row. shuffle: as `data.shuffle`. start: where the run begins to read it.
+    sequence_length: L, targets per row. shuffle: as `data.shuffle`. start: where the run begins to read it. held_out:
+    identifies the documents that were left out for validation (`lamda.data.split`).
     """
 
     card: Card
@@ -52,6 +53,7 @@ class Corpus:
     sequence_length: int
     shuffle: Shuffle
     start: DataStart = BEGINNING
+    held_out: list[int | str] | None = None
 
     @property
     def form(self) -> Form:
@@ -197,6 +199,7 @@ def fingerprint(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> dict[st
         "seed": config.run.seed,
         **({} if corpus.drop is None else {"drop": corpus.drop.sha256}),
         **_text_rules(corpus.files),
+        **({} if corpus.held_out is None else {"held_out": corpus.held_out}),
         **corpus.form.identity,
     }
 

@@ -15,9 +15,11 @@ MARKS = {
 }
 """Byte order marks, the longer ones first."""
 
-CANDIDATES = (
-    "cp1252 cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 cp1257 koi8_r cp932 euc_jp gb18030 big5 euc_kr"  # of the web
-).split()
+CANDIDATES = [
+    "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "koi8_r", "cp932", "euc_jp",
+    "gb18030", "big5", "euc_kr",
+]  # fmt: skip
+"""The usual ones; among all that Python has, more are mistaken for each other."""
 
 
 def encoding_of(sample: bytes) -> str | None:

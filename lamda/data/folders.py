@@ -46,7 +46,9 @@ class LeftOut:
         self.add(path, suffix_of(path) or "without a suffix")
 
     def __str__(self) -> str:
-        parts = [f"{count:,} {reason} ({one_line(self.first[reason])})" for reason, count in self.counts.most_common(12)]
+        parts = [
+            f"{count:,} {reason} ({one_line(self.first[reason])})" for reason, count in self.counts.most_common(12)
+        ]
         return "; ".join([*parts, *(["..."] if len(self.counts) > 12 else [])])
 
 

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import orjson
 
-from lamda.config.errors import DataError
 from lamda.data.card import Source
 from lamda.data.documents import Document, Form, RawText, get_path
 from lamda.data.drop_list import DropList
 from lamda.data.files import LONGEST_LINE, File, chunks_of, read_lines
+from lamda.data.hashing import document_hash
 from lamda.data.open_files import allow_open_files
 from lamda.data.parquet import read_rows
 from lamda.data.quarantine import BadLine, Tally
@@ -109,7 +109,7 @@ class FileSlice:
 class Lane:
     """A deterministic stream of documents. max_bad_line_fraction: fraction of bad lines that is accepted.
 
-    drop: the documents to leave out, which do not count as lines.
+    drop: the documents to leave out. held_out: hashes of those left out for validation. Neither count as lines.
     """
 
     index: int
@@ -118,6 +118,7 @@ class Lane:
     max_bad_line_fraction: float
     form: Form = RAW_TEXT
     drop: DropList | None = None
+    held_out: frozenset[str] = frozenset()
 
     @cached_property
     def axis_length(self) -> int:
@@ -148,6 +149,8 @@ class Lane:
                     bad = BadLine.of(file_slice.place(entry.line, entry.byte), *entry.content)
                     tally.quarantine(bad)
                     yield bad
+                    continue
+                if self.held_out and document_hash(entry.content.text) in self.held_out:
                     continue
                 length = file_slice.axis_length
                 ends = begin + min(length, entry.begin), begin + min(length, entry.end)

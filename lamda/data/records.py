@@ -80,8 +80,8 @@ def read_array(chunks: Iterable[Chunk], name: str) -> Iterator[Record]:
         if len(text) - place > LONGEST_LINE:
             break
     raise DataError(
-        f"{name}: item {max(0, number) + 1} of its JSON array cannot be read{problem}: damaged, truncated, or longer than "
-        f"{LONGEST_LINE >> 20} MiB; write one JSON record per line"
+        f"{name}: item {max(0, number) + 1} of its JSON array cannot be read{problem}: damaged, truncated, or longer "
+        f"than {LONGEST_LINE >> 20} MiB; write one JSON record per line"
     )
 
 

@@ -76,9 +76,13 @@ def find(
             left_out.add_unknown(url)
     readable = _readable(sorted(url for url in walked if format_of(url)), left_out, source, form, on_wait, whole_texts)
     files = resolve_files(sorted(url for url in named if format_of(url)), on_wait)
-    files = sorted([*readable, *(described(file, whole_texts=whole_texts) for file in files)], key=lambda file: file.url)
+    files = sorted(
+        [*readable, *(described(file, whole_texts=whole_texts) for file in files)], key=lambda file: file.url
+    )
     if not files:
-        nothing = f"none of its {left_out.counts.total():,} files can be read: {left_out}" if left_out.counts else "no file"
+        nothing = (
+            f"none of its {left_out.counts.total():,} files can be read: {left_out}" if left_out.counts else "no file"
+        )
         raise UserError(f"source {source.name!r}: {', '.join(source.files)}: {nothing}. {READABLE}")
     return Found(apply_checksums(files, source), left_out)
 
