@@ -29,6 +29,10 @@ MAX_RATIO = 1100
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, NotImplementedError, DataError)
 
 
+class _BrokenArchiveError(DataError):
+    """The archive itself cannot be read any further."""
+
+
 class _Member(NamedTuple):
     """A file in an archive. stored: about its offset there. stream: its bytes; None if unreadable (`problem`)."""
 
@@ -81,6 +85,8 @@ def _records_of(member: _Member) -> Iterator[tuple[int, object]]:
         else:
             yield from _json_records(chunks, member.name, may_be_array=found.records == "json")
     except (*_DAMAGED, ValueError) as error:
+        if isinstance(error, _BrokenArchiveError) or getattr(error, "errno", None) is not None:  # of the whole file
+            raise
         yield 0, ValueError(f"{member.name}: {error}".replace(f"{member.name}: {member.name}: ", f"{member.name}: "))
 
 
@@ -141,7 +147,10 @@ class _Stream(io.RawIOBase):
         parts, wanted = [], size
         while wanted:
             if not self._left:
-                chunk = next(self._chunks, None)
+                try:
+                    chunk = next(self._chunks, None)
+                except DataError as error:
+                    raise _BrokenArchiveError(str(error)) from error
                 if chunk is None:
                     break
                 self._left, self.stored = memoryview(chunk.data), chunk.after

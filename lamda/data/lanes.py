@@ -177,8 +177,8 @@ def why_unread(lane: Lane, *, is_whole: bool) -> str | None:
     reason: str | None = "is empty"
     with closing(_read_slice(lane.slices[0], lane, line=0, byte=0)) as entries:
         for count, entry in enumerate(entries, start=1):
-            if not isinstance(entry.content, _Bad):
-                reason = None
+            if isinstance(entry.content, _Good):
+                reason = None if entry.content.text.strip() else reason
             elif count == 1:
                 reason = entry.content.reason
             if not is_whole and (reason is None or count == PROBED):

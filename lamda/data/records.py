@@ -6,6 +6,7 @@ import codecs
 import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from lamda.config.errors import DataError
@@ -54,9 +55,9 @@ def read_array(chunks: Iterable[Chunk], name: str) -> Iterator[Record]:
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     decoder = json.JSONDecoder(parse_constant=lambda _: None)
     text, place, number, wanted, problem = "", 0, -1, 1, ""
-    for chunk in chunks:
+    for chunk in chain(chunks, [Chunk(b"", 0, 0, 0)]):
         added = decode(chunk.data)
-        text, place = text[place:] + added, 0
+        text, place, wanted = text[place:] + added, 0, wanted if added else 1
         while len(text) - place >= wanted:
             while place < len(text) and text[place] in _BETWEEN_ITEMS:
                 place += 1
