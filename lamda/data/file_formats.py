@@ -223,7 +223,7 @@ LINES = FileFormat("lines", ".jsonl")
 
 def format_of(name: str) -> FileFormat | None:
     """The format of a file by its name; None for an unknown suffix."""
-    name = name.partition("?")[0].lower() if "://" in name else name.lower()
+    name = name.partition("?")[0].lower() if name.startswith("http") else name.lower()
     name = next((name.removesuffix(short) + long for short, long in SHORT.items() if name.endswith(short)), name)
     compression = next((each for suffix, each in COMPRESSIONS.items() if name.endswith(suffix)), None)
     if compression is not None:
