@@ -119,7 +119,7 @@ def _limited(chunks: Iterator[Chunk]) -> bytes:
 def _in_zip(file: File) -> Iterator[_Member]:
     with open_seekable(file) as (source, require_same):
         try:
-            archive = zipfile.ZipFile(source)  # type: ignore[arg-type]
+            archive = zipfile.ZipFile(source)
         except _DAMAGED as error:
             raise DataError(f"{file.url}: cannot be read as zip ({error})") from error
         if sum(info.file_size for info in archive.infolist()) > MAX_RATIO * file.size:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -150,7 +150,7 @@ def read_all(file: File) -> bytes:
     return b"".join(chunk.data for chunk in chunks_of(file)).removeprefix(BOM)
 
 
-def chunks_of(file: File, *, skip: int = 0) -> Iterator[Chunk]:
+def chunks_of(file: File, *, skip: int = 0) -> Generator[Chunk]:
     """The decompressed text of a file, as UTF-8, from offset `skip` on, in chunks of which none is empty."""
     compression = file.format.compression
     if not file.is_compressed:
