@@ -140,6 +140,8 @@ def _choose(corpus: Corpus, share: float, progress: Callable[[], object]) -> lis
         if length < wanted and length + size <= most:
             chosen.append(document)
             length += size
+    if scanned and not chosen:
+        log.warning("no text is held out: there is no document of at most a tenth of it; see data.eval_files")
     return chosen
 
 
