@@ -42,7 +42,7 @@ class LeftOut:
         self.first.setdefault(kind, path if kind == reason else f"{path}: {reason.removeprefix(kind).strip(' ;()')}")
 
     def add_unknown(self, path: str) -> None:
-        """Count a file of a kind that holds no text, or none that can be told."""
+        """Count a file of a kind that holds no text, or that has no suffix."""
         self.add(path, suffix_of(path) or "without a suffix")
 
     def __str__(self) -> str:
