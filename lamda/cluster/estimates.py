@@ -11,7 +11,6 @@ from pathlib import Path
 from lamda.config.errors import nearest
 from lamda.config.schema import Config
 from lamda.data.card import load_card
-from lamda.data.folders import LeftOut, walk
 from lamda.model.counts import PEAK_FLOPS, parameters
 
 RESERVED_FRACTION = 0.05
@@ -176,6 +175,8 @@ def text_bytes(config: Config) -> int | None:
 
     Raises UserError for a card that cannot be read.
     """
+    from lamda.data.folders import LeftOut, walk  # slow to import, for `lamda plan --help`
+
     total = 0
     for source in load_card(config.data).sources:
         hits = [path for pattern in source.files for path in glob(pattern, recursive=True)]  # noqa: PTH207 - may be absolute

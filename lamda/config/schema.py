@@ -102,7 +102,7 @@ class DataConfig(Section):
     held_out: float = Field(
         0.005,
         ge=0,
-        le=0.1,
+        le=1,
         description="share of the text that a run without validation text holds out for it; 0: none",
     )
     accept_changed: Patterns | None = Field(
