@@ -122,8 +122,7 @@ RECIPES = (
         "A file format for text",
         changes={
             "lamda/data/file_formats.py": [
-                ("import zlib\n", "import bz2\nimport zlib\n"),
-                ("FORMATS = (\n", 'FORMATS = (\n    FileFormat(".jsonl.bz2", "lines", bz2.BZ2Decompressor),\n'),
+                ('FORMATS: dict[str, Records] = {\n', 'FORMATS: dict[str, Records] = {\n    ".records": "lines",\n'),
             ],
         },
     ),
@@ -161,11 +160,11 @@ def copy(tmp_path_factory):
 def trained(copy):
     """A finished run of the copy with the new optimizer, attention backend, metric and file format."""
     lines = [json.dumps({"text": make_text(n, 200), "meta": {"pile_set_name": "speech"}}) for n in range(60)]
-    (copy / "text.jsonl.bz2").write_bytes(bz2.compress("\n".join(lines).encode()))
+    (copy / "text.records.bz2").write_bytes(bz2.compress("\n".join(lines).encode()))
     (copy / "val.jsonl").write_text("\n".join(lines[:2]) + "\n", "utf-8")
     (copy / "run.yaml").write_text(SETTINGS, "utf-8")
     done = lamda(
-        copy, "pretrain", "--config", "run.yaml", "--data.files", "text.jsonl.bz2", "--data.eval_files", "val.jsonl",
+        copy, "pretrain", "--config", "run.yaml", "--data.files", "text.records.bz2", "--data.eval_files", "val.jsonl",
         "--deepspeed.config", str(ROOT / "deepspeed/fp32.json"), "--run.dir", "run",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

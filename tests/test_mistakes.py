@@ -68,9 +68,9 @@ def answers(tmp_path_factory, tokenizer_path):
         "required": case(checkpoint__resume="required"),
         "no such checkpoint": case(checkpoint__resume=folder / "nowhere"),
         "no validation text": case(
-            data__corpus=card_without_validation(folder, text), data__eval_files="null", eval__every=1
+            data__corpus=card_without_validation(folder, text), data__eval_files="null", data__held_out=0, eval__every=1
         ),
-        "own text alone": case(data__eval_files="null", eval__every=1),
+        "own text alone": case(data__eval_files="null", data__held_out=0, eval__every=1),
         "validation without a document": case(data__eval_files=folder / "empty.jsonl"),
         "validation under another key": case(data__eval_files=folder / "other.jsonl"),
         "bad validation": case(data__eval_files=folder / "nothing.jsonl"),

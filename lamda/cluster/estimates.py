@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from glob import glob
+from itertools import chain
 from pathlib import Path
 
 from lamda.config.errors import nearest
@@ -174,9 +175,13 @@ def text_bytes(config: Config) -> int | None:
 
     Raises UserError for a card that cannot be read.
     """
+    from lamda.data.folders import LeftOut, walk  # slow to import, for `lamda plan --help`
+
     total = 0
     for source in load_card(config.data).sources:
-        found = [path for pattern in source.files for path in glob(pattern, recursive=True)]  # noqa: PTH207 - may be absolute
+        hits = [path for pattern in source.files for path in glob(pattern, recursive=True)]  # noqa: PTH207 - may be absolute
+        below = (walk(path, LeftOut()) if Path(path).is_dir() else [path] for path in hits)
+        found = [path for path in chain.from_iterable(below) if Path(path).is_file()]
         sizes = [checksum.size for checksum in source.checksums.values()] or [
             Path(path).stat().st_size for path in found
         ]

@@ -124,10 +124,17 @@ def _read_flags(argv: Sequence[str], problems: list[Problem]) -> tuple[str | Non
     """The config file's name and the overrides by dotted key; a later flag wins."""
     file: str | None = None
     settings: dict[str, Setting] = {}
+    list_key: str | None = None  # of the flag before, to which bare words belong: an unquoted glob is many
     for position, (name, value) in enumerate(_split(argv)):
         place = flag_place(position)
         if name == "local_rank":
             continue
+        if not name and list_key is not None:
+            before = settings[list_key]
+            values = before.value if isinstance(before.value, list) else [before.value]
+            settings[list_key] = before._replace(value=[*values, value])
+            continue
+        list_key = None
         if not name:
             place = place._replace(prefix="")
             problems.append(Problem(place, "", f"{value}: is not a flag; write --section.key VALUE"))
@@ -148,6 +155,7 @@ def _read_flags(argv: Sequence[str], problems: list[Problem]) -> tuple[str | Non
             if key in settings and settings[key].old_name != old_name:
                 problems.append(Problem(place, name, SCHEMA.given_twice(key)))
             settings[key] = Setting(_flag_value(value, wanted=kind(KEYS[key])), place, old_name)
+            list_key = key if kind(KEYS[key]) == "list" and value != "null" else None
     return file, settings
 
 

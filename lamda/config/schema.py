@@ -96,8 +96,18 @@ class DataConfig(Section):
     """The text of a run, and how it becomes rows of tokens."""
 
     corpus: str = Field("pile", description="dataset card: a name in data/, or a path to a YAML file")
-    files: Patterns | None = Field(None, description="globs or URLs that replace the card's training files")
-    eval_files: Patterns | None = Field(None, description="globs or URLs that replace the card's validation files")
+    files: Patterns | None = Field(
+        None, description="files, folders, globs or URLs that replace the card's training files"
+    )
+    eval_files: Patterns | None = Field(
+        None, description="files, folders, globs or URLs that replace the card's validation files"
+    )
+    held_out: float = Field(
+        0.005,
+        ge=0,
+        le=1,
+        description="share of the text that a run without validation text holds out for it; 0: none",
+    )
     accept_changed: Patterns | None = Field(
         None, description="files that a resumed run treats as unchanged, even if their hash or tag differs"
     )

@@ -32,7 +32,8 @@ def _without_password(pattern: str) -> str:
 
 
 _Parts = BeforeValidator(lambda value: [part.strip() for part in value.split(",")] if isinstance(value, str) else value)
-Patterns = Annotated[tuple[Annotated[str, AfterValidator(_without_password)], ...], _Parts, Field(min_length=1)]
+AnyPatterns = Annotated[tuple[Annotated[str, AfterValidator(_without_password)], ...], _Parts]
+Patterns = Annotated[AnyPatterns, Field(min_length=1)]
 Names = Annotated[tuple[str, ...], _Parts, Field(min_length=1)]
 FilePath = Annotated[str, AfterValidator(_path)]
 Address = Annotated[FilePath, AfterValidator(_without_password)]

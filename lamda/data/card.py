@@ -13,7 +13,7 @@ from pydantic_core.core_schema import ValidationInfo
 from lamda.config.errors import UserError, nearest
 from lamda.config.resources import card_path
 from lamda.config.schema import DataConfig
-from lamda.config.values import Patterns
+from lamda.config.values import AnyPatterns
 
 
 class _CardSection(BaseModel):
@@ -47,7 +47,7 @@ class Source(_CardSection):
 
     name: str
     license: str = Field(validation_alias=AliasChoices("license", "licence"))
-    files: Patterns = ()
+    files: AnyPatterns = ()
     dataset: HubDataset | None = None
     standard_library: str | None = None
     text: str = "text"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -22,7 +23,8 @@ from lamda.data.lanes import RAW_TEXT, Cursor, Lane, in_turn
 from lamda.data.order import BEGINNING, DataStart, Mixture, make_mixture
 from lamda.data.partitioning import MAX_LANES, cut_into_lanes
 from lamda.data.quarantine import BadLine, examples, few
-from lamda.data.resolving import resolve
+from lamda.data.resolving import find, report
+from lamda.data.sections import SECTION
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.windows import Shape
 
@@ -42,7 +44,8 @@ FORMAT = 2
 class Corpus:
     """The training text of a run, cut into lanes.
 
-    sequence_length: L, targets per row. shuffle: as `data.shuffle`. start: where the run begins to read it.
+    sequence_length: L, targets per row. shuffle: as `data.shuffle`. start: where the run begins to read it. held_out:
+    identifies the documents that were left out for validation (`lamda.data.split`).
     """
 
     card: Card
@@ -50,6 +53,7 @@ class Corpus:
     sequence_length: int
     shuffle: Shuffle
     start: DataStart = BEGINNING
+    held_out: list[int | str] | None = None
 
     @property
     def form(self) -> Form:
@@ -125,10 +129,13 @@ class Corpus:
         return in_turn([lane.read(Cursor()) for lane in self.lanes])
 
 
-def open_corpus(config: DataConfig, *, form: Form = RAW_TEXT, on_wait: Callable[[], object] = no_op) -> Corpus:
+def open_corpus(
+    config: DataConfig, *, form: Form = RAW_TEXT, on_wait: Callable[[], object] = no_op, whole_texts: bool = False
+) -> Corpus:
     """Resolve the card's files and cut them into lanes. Raises UserError if something is missing.
 
-    on_wait: called while waiting for a server, now and when text is read, from any thread.
+    on_wait: called while waiting for a server, now and when text is read, from any thread. whole_texts: see
+    `lamda.data.resolving.find`.
     """
     if config.packing not in form.packings:
         raise UserError(
@@ -138,10 +145,11 @@ def open_corpus(config: DataConfig, *, form: Form = RAW_TEXT, on_wait: Callable[
     card = load_card(config)
     lanes: list[Lane] = []
     for source in card.sources:
-        files = resolve(source, on_wait=on_wait)
+        found = find(source, form=form, on_wait=on_wait, whole_texts=whole_texts)
+        report(source, found)
         lanes += cut_into_lanes(
             source,
-            files,
+            found.files,
             sequence_length=config.sequence_length,
             max_lanes=1 if config.shuffle == "none" else MAX_LANES,
             first=len(lanes),
@@ -190,6 +198,8 @@ def fingerprint(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> dict[st
         "shuffle": config.data.shuffle,
         "seed": config.run.seed,
         **({} if corpus.drop is None else {"drop": corpus.drop.sha256}),
+        **_text_rules(corpus.files),
+        **({} if corpus.held_out is None else {"held_out": corpus.held_out}),
         **corpus.form.identity,
     }
 
@@ -206,10 +216,22 @@ def source_identities(corpus: Corpus, fingerprint: Mapping[str, Any]) -> list[st
     return found
 
 
+def _text_rules(files: Sequence[File]) -> dict[str, Any]:
+    """How texts are read that versions before would have read otherwise, or not at all."""
+    encodings = Counter(file.encoding for file in files if file.encoding is not None)
+    if not encodings and not any(file.is_sectioned for file in files):
+        return {}
+    return {"texts": {"section": SECTION, "encodings": dict(sorted(encodings.items()))}}
+
+
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """The entries in which two fingerprints differ; `contents` if a file is known to have changed."""
-    names = [name for name in {**current, **saved} if name != "contents" and saved.get(name) != current.get(name)]
-    return names or (["contents"] if changed_files(saved, current) else [])
+    """The entries in which two fingerprints differ; `contents` if a file is known to have changed.
+
+    `texts` alone is last: a changed file may be in another encoding.
+    """
+    differing = [name for name in {**current, **saved} if saved.get(name) != current.get(name)]
+    names = [name for name in differing if name not in ("contents", "texts")]
+    return names or (["contents"] if changed_files(saved, current) else [name for name in differing if name == "texts"])
 
 
 def changed_files(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import codecs
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 from lamda.config.errors import DataError, DataUnavailableError, RunError, UserError
-from lamda.data.file_formats import DECOMPRESSION_ERRORS, Decompressor, FileFormat, format_of
+from lamda.data.file_formats import LINES, FileFormat, Records, format_of
 from lamda.data.identity import Stored, cannot_open, content_of, require_sha256, wrong_sha256
+from lamda.data.inflate import Chunk, inflate, plain, transcoded
 from lamda.data.remote import CHUNK, RemoteFile, Version
 
 LONGEST_LINE = 1 << 26
 HTTP = ("http://", "https://")
 BOM = codecs.BOM_UTF8
 
-INPUT_CHUNK = 1 << 11
-"""Compressed bytes per call of a decompressor: 4 bytes of zstd can expand to 128 KiB, so these to at most 64 MiB."""
+ASSUMED_COMPRESSION_RATIO = 3
+"""Assumed compression ratio of a file that is not decompressed beforehand."""
 
 
 def no_op() -> None:
@@ -38,7 +39,8 @@ class File:
 
     sha256: of the stored bytes, if the card states it. address: download address of a file with an `hf://` name.
     content: identifies the content: a hash of pieces of a local file, or the tag of a server; None if there is none.
-    version: from the server. on_wait: called while waiting for a server.
+    version: from the server. encoding: of its text, if that is not UTF-8. is_sectioned: a plain text so long that it is
+    read as several documents (`lamda.data.sections`). on_wait: called while waiting for a server.
     """
 
     url: str
@@ -47,6 +49,8 @@ class File:
     address: str | None = field(default=None, compare=False)
     content: str | None = field(default=None, compare=False)
     version: Version | None = field(default=None, compare=False)
+    encoding: str | None = field(default=None, compare=False)
+    is_sectioned: bool = field(default=False, compare=False)
     on_wait: Callable[[], object] = field(default=no_op, compare=False, repr=False)
 
     @property
@@ -57,12 +61,28 @@ class File:
     @property
     def format(self) -> FileFormat:
         """What it holds, and how it is stored."""
-        return format_of(self.url)
+        return format_of(self.url) or LINES
+
+    @property
+    def records(self) -> Records | Literal["sections"]:
+        """How its documents are found."""
+        return "sections" if self.is_sectioned else self.format.records
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether a record is found by its number in the file, as in parquet; lines are found by their byte."""
+        return self.records not in ("lines", "json")
+
+    @property
+    def text_size(self) -> int:
+        """About the bytes of its text."""
+        packed = self.format.compression is not None or self.records == "zip"
+        return self.size * (ASSUMED_COMPRESSION_RATIO if packed else 1)
 
     @property
     def is_compressed(self) -> bool:
-        """Whether it is stored compressed."""
-        return self.format.new_decompressor is not None
+        """Whether it is stored compressed or in another encoding, so that offsets in its text are not those stored."""
+        return self.format.compression is not None or self.encoding is not None
 
     @property
     def name(self) -> str:
@@ -85,14 +105,22 @@ class Line(NamedTuple):
 
 
 def read_lines(file: File, *, number: int = 0, byte: int = 0) -> Iterator[Line]:
-    """The lines of a file from decompressed offset `byte` on, numbered from `number`.
+    """The lines of a file from decompressed offset `byte` on, numbered from `number`; see `lines_in`.
+
+    Raises DataError if the file is shorter than its size, ends inside a compressed frame, or is not the one that was
+    resolved.
+    """
+    yield from lines_in(chunks_of(file, skip=byte), number=number, byte=byte)
+
+
+def lines_in(chunks: Iterable[Chunk], *, number: int = 0, byte: int = 0) -> Iterator[Line]:
+    """The lines of a text whose first chunk begins at offset `byte`, numbered from `number`.
 
     A line longer than LONGEST_LINE is cut to LONGEST_LINE + 1 bytes. Byte order marks are removed from every line:
-    files that have one are often concatenated. Raises DataError if the file is shorter than its size, ends inside a
-    compressed frame, or is not the one that was resolved.
+    files that have one are often concatenated.
     """
     begun, length, stored = bytearray(), 0, byte  # of a line that continues in the next chunk
-    for chunk in _decompressed(file, skip=byte):
+    for chunk in chunks:
         *complete, rest = chunk.data.split(b"\n")
         at = 0  # in the chunk
         for data in complete:
@@ -114,77 +142,27 @@ def read_lines(file: File, *, number: int = 0, byte: int = 0) -> Iterator[Line]:
 
 def decompressed_size(file: File) -> int:
     """Size of the decompressed file in bytes, by decompressing it; raises as `read_lines`."""
-    return sum(len(chunk.data) for chunk in _decompressed(file, skip=0))
+    return sum(len(chunk.data) for chunk in chunks_of(file))
 
 
 def read_all(file: File) -> bytes:
     """The whole decompressed file without a byte order mark; raises as `read_lines`."""
-    return b"".join(chunk.data for chunk in _decompressed(file, skip=0)).removeprefix(BOM)
+    return b"".join(chunk.data for chunk in chunks_of(file)).removeprefix(BOM)
 
 
-class _Chunk(NamedTuple):
-    """Decompressed bytes from offset `skipped` on, of `size` bytes that are stored in bytes `before` to `after`."""
-
-    data: bytes
-    before: int
-    after: int
-    size: int
-    skipped: int = 0
-
-    def stored(self, place: int) -> int:
-        """Approximate stored offset of a position in the data, independent of where reading began."""
-        return self.before + (self.after - self.before) * (self.skipped + place) // self.size
-
-
-def _decompressed(file: File, *, skip: int) -> Iterator[_Chunk]:
-    """Chunks from decompressed offset `skip` on, none empty."""
-    if file.format.new_decompressor is None:
+def chunks_of(file: File, *, skip: int = 0) -> Generator[Chunk]:
+    """The decompressed text of a file, as UTF-8, from offset `skip` on, in chunks of which none is empty."""
+    compression = file.format.compression
+    if not file.is_compressed:
         for data in stored_bytes(file, start=skip):
-            yield _Chunk(data, skip, skip + len(data), len(data))
+            yield Chunk(data, skip, skip + len(data), len(data))
             skip += len(data)
         return
-    for chunk in _inflate(stored_bytes(file), file.format.new_decompressor, file, padding=file.format.padding):
+    chunks = plain(stored_bytes(file)) if compression is None else inflate(stored_bytes(file), compression, file.url)
+    for chunk in chunks if file.encoding is None else transcoded(chunks, file.encoding):
         if skip < chunk.size:
             yield chunk._replace(data=chunk.data[skip:], skipped=skip) if skip else chunk
         skip = max(0, skip - chunk.size)
-
-
-def _inflate(
-    stored: Iterable[bytes], new: Callable[[], Decompressor], file: File, *, padding: bytes
-) -> Iterator[_Chunk]:
-    """The content of all frames, in bounded chunks; `padding` may follow a frame, as gzip allows."""
-    frame: Decompressor | None = None
-    begun, fed = False, 0
-    try:
-        for compressed in _input_chunks(stored):
-            while compressed:
-                if frame is None:
-                    stripped = compressed.lstrip(padding) if begun else compressed
-                    fed, compressed = fed + len(compressed) - len(stripped), stripped
-                    if not compressed:
-                        break
-                    frame, begun = new(), True
-                found, before = frame.decompress(compressed), fed
-                rest, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-                fed, compressed = fed + len(compressed) - len(rest), rest
-                if found:
-                    yield _Chunk(found, before, fed, len(found))
-    except DECOMPRESSION_ERRORS as error:
-        raise DataError(f"{file.url}: cannot be decompressed: damaged, or another format ({error})") from error
-    if frame is not None:
-        raise DataError(f"{file.url}: ends inside a compressed frame; the file is truncated")
-
-
-def _input_chunks(stored: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes, INPUT_CHUNK at a time, whatever the sizes of the reads: chunks are a function of the file."""
-    rest = b""
-    for chunk in stored:
-        joined = rest + chunk
-        whole = len(joined) - len(joined) % INPUT_CHUNK
-        yield from (joined[start : start + INPUT_CHUNK] for start in range(0, whole, INPUT_CHUNK))
-        rest = joined[whole:]
-    if rest:
-        yield rest
 
 
 def stored_bytes(file: File, *, start: int = 0) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import cycle, islice
@@ -18,23 +19,26 @@ from typing import Any, NamedTuple, TypeVar
 
 import orjson
 
-from lamda.config.errors import DataError
 from lamda.data.card import Source
 from lamda.data.documents import Document, Form, RawText, get_path
 from lamda.data.drop_list import DropList
-from lamda.data.files import LONGEST_LINE, File, read_all, read_lines
+from lamda.data.files import LONGEST_LINE, File, chunks_of, read_lines
+from lamda.data.hashing import document_hash
 from lamda.data.open_files import allow_open_files
 from lamda.data.parquet import read_rows
 from lamda.data.quarantine import BadLine, Tally
+from lamda.data.records import Text, is_array
+from lamda.data.sections import SECTION
+from lamda.data.streams import read_records
 
 BYTES_PER_TOKEN = 4
 """Assumed until the first window has been read."""
 
-ASSUMED_COMPRESSION_RATIO = 3
-"""Assumed compression ratio of a file that is not decompressed beforehand."""
-
 OPEN_FILES = 1 << 16
 """Open files requested from the system: each lane keeps a file open while it is read."""
+
+PROBED = 100
+"""Records of a file in a folder, of which one has to hold a document; else the file is left out."""
 
 UNKNOWN_DOMAIN = "unknown"
 RAW_TEXT = RawText()
@@ -96,7 +100,7 @@ class FileSlice:
 
     def place(self, line: int, byte: int) -> str:
         """Where a line is, for messages; lines are counted from 1."""
-        if self.file.format.is_indexed:
+        if self.file.is_indexed:
             return f"{self.file.url}, line {line + 1}"
         return f"{self.file.url}, byte {byte:,}" if self.start else f"{self.file.url}, line {line + 1}"
 
@@ -105,7 +109,7 @@ class FileSlice:
 class Lane:
     """A deterministic stream of documents. max_bad_line_fraction: fraction of bad lines that is accepted.
 
-    drop: the documents to leave out, which do not count as lines.
+    drop: the documents to leave out. held_out: hashes of those left out for validation. Neither count as lines.
     """
 
     index: int
@@ -114,6 +118,7 @@ class Lane:
     max_bad_line_fraction: float
     form: Form = RAW_TEXT
     drop: DropList | None = None
+    held_out: frozenset[str] = frozenset()
 
     @cached_property
     def axis_length(self) -> int:
@@ -145,6 +150,8 @@ class Lane:
                     tally.quarantine(bad)
                     yield bad
                     continue
+                if self.held_out and document_hash(entry.content.text) in self.held_out:
+                    continue
                 length = file_slice.axis_length
                 ends = begin + min(length, entry.begin), begin + min(length, entry.end)
                 document = Document(*entry.content, position, entry.line, entry.byte, *ends)
@@ -160,6 +167,23 @@ def in_turn(streams: Sequence[Iterator[Item]]) -> Iterator[Item]:
     for count in range(len(streams), 0, -1):
         left = cycle(islice(left, count))
         yield from map(next, left)
+
+
+def why_unread(lane: Lane, *, is_whole: bool) -> str | None:
+    """Why the first PROBED records of a lane hold no document; None if one does.
+
+    is_whole: read it to its end. Raises DataError if it cannot be read.
+    """
+    reason: str | None = "is empty"
+    with closing(_read_slice(lane.slices[0], lane, line=0, byte=0)) as entries:
+        for count, entry in enumerate(entries, start=1):
+            if isinstance(entry.content, _Good):
+                reason = None if entry.content.text.strip() else reason
+            elif count == 1:
+                reason = entry.content.reason
+            if not is_whole and (reason is None or count == PROBED):
+                break
+    return reason
 
 
 class _Good(NamedTuple):
@@ -182,16 +206,15 @@ class _Entry(NamedTuple):
     content: _Good | _Bad
 
 
-def _read_slice(file_slice: FileSlice, lane: Lane, *, line: int, byte: int) -> Iterator[_Entry]:
+def _read_slice(file_slice: FileSlice, lane: Lane, *, line: int, byte: int) -> Generator[_Entry]:
     """The entries of a slice from a line on, without blank lines."""
-    records = file_slice.file.format.records
+    records = file_slice.file.records
     if records == "rows":
         yield from _read_rows(file_slice, lane, first=line)
-    elif records == "lines":
+    elif records == "lines" or (records == "json" and not is_array(chunks_of(file_slice.file))):
         yield from _read_lines(file_slice, lane, line=line, byte=byte)
-    elif line == 0:  # the only line: a cursor beyond it finds no document, so the text was changed
-        text = _decoded(read_all(file_slice.file), file_slice.file.url)
-        yield _Entry(0, 0, 0, file_slice.axis_length, _Good(text, lane.source.name))
+    else:
+        yield from _read_stream(file_slice, lane, line=line, byte=byte)
 
 
 def _read_rows(file_slice: FileSlice, lane: Lane, *, first: int) -> Iterator[_Entry]:
@@ -202,8 +225,26 @@ def _read_rows(file_slice: FileSlice, lane: Lane, *, first: int) -> Iterator[_En
         if file_slice.holds(number):
             done, total = number - file_slice.start, stop - file_slice.start
             begin, end = (row * file_slice.axis_length // total for row in (done, done + 1))
-            content = _Bad(str(record), b"") if isinstance(record, ValueError) else _of_record(record, lane, None)
-            yield _Entry(number, 0, begin, end, content)
+            yield _Entry(number, 0, begin, end, _of_value(record, lane))
+
+
+def _read_stream(file_slice: FileSlice, lane: Lane, *, line: int, byte: int) -> Iterator[_Entry]:
+    file, first = file_slice.file, max(line, file_slice.start)
+    before = file_slice.start * SECTION  # only sections are cut
+    for record in read_records(file, first=first, byte=byte, columns=lane.columns):
+        if file_slice.stop is not None and record.number >= file_slice.stop:
+            return
+        if file_slice.holds(record.number):
+            begin = max(0, record.stored - before) * file.text_size // max(1, file.size) // file_slice.modulus
+            yield _Entry(record.number, record.byte, begin, begin + record.size, _of_value(record.value, lane))
+
+
+def _of_value(value: Any, lane: Lane) -> _Good | _Bad:
+    if isinstance(value, Text):
+        return _Good(value.text, lane.source.name)
+    if isinstance(value, bytes):
+        return _of_json(value, lane)
+    return _Bad(str(value), b"") if isinstance(value, ValueError) else _of_record(value, lane, None)
 
 
 def _read_lines(file_slice: FileSlice, lane: Lane, *, line: int, byte: int) -> Iterator[_Entry]:
@@ -219,7 +260,7 @@ def _read_lines(file_slice: FileSlice, lane: Lane, *, line: int, byte: int) -> I
         if file_slice.holds(number) and data and not data.isspace():
             begin = offset - file_slice.start
             if file_slice.is_estimated:
-                begin = stored * ASSUMED_COMPRESSION_RATIO // file_slice.modulus
+                begin = stored * file.text_size // max(1, file.size) // file_slice.modulus
             yield _Entry(number, offset, begin, begin + len(data) + 1, _of_json(data, lane))
 
 
@@ -250,14 +291,8 @@ def _of_record(record: Any, lane: Lane, data: bytes | None) -> _Good | _Bad:
     source = lane.source
     try:
         text = lane.form.text_of(record, source)
-    except ValueError as error:
-        return _Bad(str(error), repr(record).encode() if data is None else data)
+        text.encode()
+    except ValueError as error:  # UnicodeEncodeError: a lone surrogate of JSON
+        return _Bad(str(error), repr(record).encode("utf-8", "replace") if data is None else data)
     domain = source.name if source.domain is None else get_path(record, source.domain)
     return _Good(text, domain if isinstance(domain, str) else UNKNOWN_DOMAIN)
-
-
-def _decoded(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 ({error})") from error

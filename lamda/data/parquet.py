@@ -70,13 +70,14 @@ def _records(batches: Iterator[pa.RecordBatch], number: int, *, first: int) -> I
         begin, number = max(number, first), number + batch.num_rows
         if begin < number:  # rows before `first` are decoded, but not converted to Python objects
             kept = batch.slice(batch.num_rows - (number - begin))
-            yield from enumerate(_records_of(kept), start=begin)
+            yield from enumerate(records_of(kept), start=begin)
 
 
-def _records_of(batch: pa.RecordBatch) -> list[Any]:
+def records_of(batch: pa.RecordBatch) -> list[Any]:
+    """The records of a batch; one that cannot be decoded is replaced by a ValueError."""
     try:
         return batch.to_pylist()
     except (ValueError, OverflowError) as error:  # text that is not UTF-8, or a date outside of Python's range
         if batch.num_rows == 1:
             return [ValueError(f"cannot be decoded ({error})")]
-        return [record for row in range(batch.num_rows) for record in _records_of(batch.slice(row, 1))]
+        return [record for row in range(batch.num_rows) for record in records_of(batch.slice(row, 1))]

@@ -8,10 +8,12 @@ from typing import NamedTuple
 from lamda.config.errors import UserError
 from lamda.data.card import Source
 from lamda.data.documents import Form
-from lamda.data.files import File, decompressed_size
-from lamda.data.lanes import ASSUMED_COMPRESSION_RATIO, BYTES_PER_TOKEN, RAW_TEXT, FileSlice, Lane
+from lamda.data.files import File, chunks_of, decompressed_size
+from lamda.data.lanes import BYTES_PER_TOKEN, RAW_TEXT, FileSlice, Lane
 from lamda.data.parquet import row_groups
 from lamda.data.quarantine import few
+from lamda.data.records import is_array
+from lamda.data.sections import count_sections
 
 MAX_LANES = 64
 """Lanes per source, at most. They mix a sorted file: with 8, batches are further from the corpus than random draws."""
@@ -29,8 +31,7 @@ MIN_LANES = 8
 
 def whole_lane(source: Source, file: File, *, form: Form = RAW_TEXT) -> Lane:
     """A whole file as one lane."""
-    size = file.size * (ASSUMED_COMPRESSION_RATIO if file.is_compressed else 1)
-    whole = FileSlice(file, size, is_estimated=file.is_compressed)
+    whole = FileSlice(file, file.text_size, is_estimated=file.text_size != file.size)
     return Lane(0, source, (whole,), max_bad_line_fraction=0.001, form=form)
 
 
@@ -73,8 +74,8 @@ def cut_into_lanes(
 class _Extent(NamedTuple):
     """A file on the axis.
 
-    units: bytes or rows, in which a slice's start and stop are counted; None if the file cannot be cut. groups: rows of
-    each parquet row group.
+    units: bytes, rows or sections, in which a slice's start and stop are counted; None if the file cannot be cut.
+    groups: rows of each parquet row group.
     """
 
     file: File
@@ -84,26 +85,32 @@ class _Extent(NamedTuple):
 
     @classmethod
     def of(cls, file: File, *, cut_compressed: bool) -> _Extent:
-        if file.format.records == "document":
-            return cls(file, file.size, None)
-        if file.format.records == "rows":
+        if file.records == "rows":
             groups = () if file.is_remote else row_groups(file)
             return cls(file, file.size, None if file.is_remote else sum(groups), groups)
+        if file.records == "sections" and not file.is_compressed:
+            return cls(file, file.size, count_sections(file.size))
+        is_cut = not file.is_compressed or (cut_compressed and file.size <= CUT_COMPRESSED[0])
+        if file.records == "json" and is_cut:
+            is_cut = not file.is_remote and not is_array(chunks_of(file))
+        if file.records not in ("lines", "json") or not is_cut:
+            return cls(file, file.text_size, None)
         if not file.is_compressed:
             return cls(file, file.size, file.size)
-        if cut_compressed and not file.is_remote and file.size <= CUT_COMPRESSED[0]:
-            size = decompressed_size(file)
-            return cls(file, size, size)
-        return cls(file, file.size * ASSUMED_COMPRESSION_RATIO, None)
+        if file.is_remote:
+            return cls(file, file.text_size, None)
+        size = decompressed_size(file)
+        return cls(file, size, size)
 
     def slices(self, begin: int, *, count: int, total: int, ways: int) -> Iterator[tuple[int, FileSlice]]:
         """The slices of this file, which begins at `begin`, with lanes. ways: their number if it cannot be cut."""
         if self.units is None:
-            ways = 1 if self.file.format.records == "document" else ways
+            ways = 1 if self.file.records in ("document", "page") else ways
+            is_estimated = self.file.records not in ("document", "rows") or self.file.text_size != self.file.size
             for way in range(ways):
                 middle = begin + self.axis_length * (2 * way + 1) // (2 * ways)
                 part = min(count - 1, middle * count // max(1, total))
-                yield part, FileSlice(self.file, self.axis_length // ways, 0, None, way, ways, self.file.is_compressed)
+                yield part, FileSlice(self.file, self.axis_length // ways, 0, None, way, ways, is_estimated)
             return
         if self.axis_length == 0:
             return

@@ -21,10 +21,11 @@ from lamda.config.loading import load_config
 from lamda.config.schema import Config
 from lamda.console import Progress
 from lamda.data.blocks import LaneProgress, Packing, Part, RowBlock
-from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of
+from lamda.data.corpus import Corpus, fingerprint, packing_of
 from lamda.data.lanes import Lane
 from lamda.data.row_cache import RowCache
 from lamda.data.rows import PartReader
+from lamda.data.split import open_text
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.tokenizer_training import ensure_tokenizer
 from lamda.data.windows import SourceOrder
@@ -98,7 +99,7 @@ def main(argv: list[str]) -> int:
             "stages: rows are prepared for one stage at a time: --stages=null prepares the first, and a file with the "
             "keys of another stage that one"
         )
-    corpus = open_corpus(config.data)
+    corpus = open_text(config)
     target = Path(config.run.dir) / "tokenizer.model"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -9,19 +9,23 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, NamedTuple
 
-from lamda.config.errors import DataError, UserError
+from lamda.config.errors import DataError, DataUnavailableError, UserError
 from lamda.data.card import HubDataset, Source
-from lamda.data.file_formats import SUFFIXES
+from lamda.data.documents import Form
+from lamda.data.file_formats import READABLE, format_of
 from lamda.data.files import HTTP, File, address_of, no_op, wrap_library_errors
+from lamda.data.folders import LeftOut, described, is_special, problem_of, walk
 from lamda.data.identity import Stored, cannot_open, content_of, verify_some
+from lamda.data.lanes import RAW_TEXT
 from lamda.data.remote import RemoteFile
 from lamda.data.standard_library import write_corpus
 
@@ -30,25 +34,105 @@ OPENED_TOGETHER = 16
 log = logging.getLogger(__name__)
 
 
-def resolve(source: Source, *, on_wait: Callable[[], object] = no_op) -> list[File]:
-    """All files of a source, sorted by address, with the identity of their content.
+class Found(NamedTuple):
+    """The files of a source, and what was found beside them."""
 
-    on_wait: called while waiting for a server, now and when the files are read. Raises UserError if a pattern matches
-    no file, DataError if a size or sha256 differs from the card.
+    files: list[File]
+    left_out: LeftOut
+
+
+def resolve(source: Source, *, form: Form = RAW_TEXT, on_wait: Callable[[], object] = no_op) -> list[File]:
+    """All files of a source, sorted by address; see `find`."""
+    return find(source, form=form, on_wait=on_wait).files
+
+
+def find(
+    source: Source, *, form: Form = RAW_TEXT, on_wait: Callable[[], object] = no_op, whole_texts: bool = False
+) -> Found:
+    """All files of a source that hold text, sorted by address, with the identity of their content.
+
+    Files of unknown kinds are left out. So is what cannot be read in a folder; named by itself or by a pattern, it is
+    an error. on_wait: called while waiting for a server, now and when the files are read. whole_texts: as versions
+    before sections and encodings read files. Raises UserError if a pattern matches no file or there is none of a known
+    kind, DataError if a size or sha256 differs from the card.
     """
+    left_out = LeftOut()
     if source.dataset is not None:
-        return apply_checksums(resolve_files(_hub_files(source.dataset, source.name), on_wait), source)
+        files = resolve_files(_hub_files(source.dataset, source.name), on_wait)
+        return Found(apply_checksums(files, source), left_out)
     if source.standard_library is not None:
         write_corpus(Path(source.standard_library))
-    found = set(chain.from_iterable(_matching(pattern, source.name) for pattern in source.files))
-    unknown = sorted(url for url in found if not url.endswith(SUFFIXES))
-    if unknown:
-        raise UserError(f"source {source.name!r}: cannot read {unknown[0]}; files end in {', '.join(SUFFIXES)}")
-    return apply_checksums(resolve_files(sorted(found), on_wait), source)
+    named: set[str] = set()
+    walked: set[str] = set()
+    for pattern in source.files:
+        folder = os.path.expanduser(pattern)  # noqa: PTH111 - a pattern is not a path
+        if "://" not in pattern and Path(folder).is_dir():
+            walked.update(walk(os.path.abspath(folder), left_out))  # noqa: PTH100 - a link stays a link
+        else:
+            named.update(_matching(pattern, source.name))
+    walked -= named
+    for url in sorted(walked | named):
+        if format_of(url) is None:
+            left_out.add_unknown(url)
+    readable = _readable(sorted(url for url in walked if format_of(url)), left_out, source, form, on_wait, whole_texts)
+    files = resolve_files(sorted(url for url in named if format_of(url)), on_wait)
+    files = sorted(
+        [*readable, *(described(file, whole_texts=whole_texts) for file in files)], key=lambda file: file.url
+    )
+    if not files:
+        nothing = (
+            f"none of its {left_out.counts.total():,} files can be read: {left_out}" if left_out.counts else "no file"
+        )
+        raise UserError(f"source {source.name!r}: {', '.join(source.files)}: {nothing}. {READABLE}")
+    return Found(apply_checksums(files, source), left_out)
+
+
+def report(source: Source, found: Found) -> None:
+    """Log once what a source reads and what it leaves out."""
+    encodings = Counter(file.encoding for file in found.files if file.encoding is not None)
+    if encodings:
+        others = ", ".join(f"{count:,} in {name}" for name, count in sorted(encodings.items()))
+        log.info("source %r: %s files, of which not UTF-8: %s", source.name, f"{len(found.files):,}", others)
+    if found.left_out.counts:
+        log.warning(
+            "source %r: reads %s files and leaves out %s: %s",
+            source.name,
+            f"{len(found.files):,}",
+            f"{found.left_out.counts.total():,}",
+            found.left_out,
+        )
+
+
+def _readable(
+    paths: list[str],
+    left_out: LeftOut,
+    source: Source,
+    form: Form,
+    on_wait: Callable[[], object],
+    whole_texts: bool,  # noqa: FBT001
+) -> Iterator[File]:
+    """The files of folders that hold text. Raises DataUnavailableError for a disk or server that fails."""
+    for path in paths:
+        on_wait()
+        if is_special(path):
+            left_out.add(path, "not a file")
+            continue
+        try:
+            file = described(stat_file(path, on_wait), whole_texts=whole_texts)
+        except DataUnavailableError:
+            raise
+        except DataError as error:
+            left_out.add(path, str(error).removeprefix(f"{path}: "))
+            continue
+        problem = problem_of(file, source, form)
+        if problem is None:
+            yield file
+        else:
+            left_out.add(path, problem)
 
 
 def _matching(pattern: str, source: str) -> list[str]:
-    """The addresses that match a pattern; an http(s) address matches itself."""
+    """The addresses that match a pattern; an http(s) address matches itself, a folder in a store all below it."""
     if pattern.startswith(HTTP):
         return [pattern]
     if "://" not in pattern:
@@ -57,10 +141,10 @@ def _matching(pattern: str, source: str) -> list[str]:
         from datasets.data_files import resolve_pattern
 
         with wrap_library_errors(f"source {source!r}: {pattern}"):
-            try:
-                found = resolve_pattern(pattern, base_path="")
-            except FileNotFoundError:
-                found = []
+            found = []
+            for each in (pattern, f"{pattern.rstrip('/')}/**"):
+                with suppress(FileNotFoundError):
+                    found = found or resolve_pattern(each, base_path="")
     if not found:
         where = "" if "://" in pattern else f" (from {Path.cwd()})"
         raise UserError(f"source {source!r}: no file matches {pattern!r}{where}")

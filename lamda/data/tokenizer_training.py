@@ -14,7 +14,8 @@ import sentencepiece
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.console import Progress, computing, waiting
-from lamda.data.corpus import Corpus, open_corpus
+from lamda.data.corpus import Corpus
+from lamda.data.split import open_text
 from lamda.data.tokenizer import (
     CONTROL_PIECES,
     RESERVED_PIECES,
@@ -60,7 +61,7 @@ def train_run_tokenizer(config: Config) -> Path:
     target = Path(config.tokenizer.path or Path(config.run.dir) / "tokenizer.model")
     if target.exists():
         raise UserError(f"{target} exists already; remove it, or use another tokenizer.path")
-    corpus = open_corpus(config.data)
+    corpus = open_text(config)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -15,7 +15,7 @@ def parser() -> argparse.ArgumentParser:
     """The options of `lamda dialog evaluate`."""
     parser = argparse.ArgumentParser(prog="lamda dialog evaluate", allow_abbrev=False)
     parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", type=Path, help="a run's newest checkpoint, or this one")
-    parser.add_argument("--files", metavar="GLOB", help="conversations instead of the run's validation files")
+    parser.add_argument("--files", metavar="PATH", nargs="+", help="conversations instead of the run's validation text")
     parser.add_argument("--examples", metavar="N", type=int, help="number of examples, shuffled; default: all")
     parser.add_argument("--length", metavar="L", type=int, help="row length, to compare runs that differ in it")
     parser.add_argument("--json", action="store_true", help="one JSON object")

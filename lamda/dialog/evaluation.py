@@ -13,9 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lamda.config.errors import UserError
 from lamda.console import Progress
-from lamda.data.card import load_card
 from lamda.data.hashing import permutation
 from lamda.data.held_out import HeldOut
 from lamda.data.tokenizer import Tokenizer
@@ -23,10 +21,11 @@ from lamda.dialog.conversation import ATTRIBUTES
 from lamda.dialog.encoding import Encoding, Example
 from lamda.dialog.examples import Conversations, Rating, examples_in
 from lamda.engines.protocol import Scorer
-from lamda.inference.loading import load_model, saved_config
+from lamda.inference.loading import load_model
 from lamda.inference.sampling import check_finite
 from lamda.model.loss import token_nll
 from lamda.training.evaluation import TorchScorer
+from lamda.training.inputs import saved_validation
 
 BINS = 10
 """Bins of the expected calibration error."""
@@ -35,15 +34,11 @@ SAMPLES = 1000
 
 
 def evaluate_checkpoint(
-    path: Path, *, files: str | None, examples: int | None, length: int | None = None
+    path: Path, *, files: Sequence[str] | None, examples: int | None, length: int | None = None
 ) -> dict[str, Any]:
     """The report for a checkpoint. Raises UserError without dialogues, NotFiniteError if the model has diverged."""
-    overrides = [] if files is None else ["--data.eval_files", files]
-    overrides += ["--data.sequence_length", str(length)] if length else []
-    config = saved_config(path, *overrides)
-    sources = load_card(config.data).validation
-    if not sources:
-        raise UserError(f"{path}: its run has no validation dialogues; give --files")
+    overrides = ["--data.sequence_length", str(length)] if length else []
+    config, sources = saved_validation(path, files, *overrides, form_of=Conversations.of)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = TorchScorer(load_model(path, config.model).to(device))
     tokenizer = Tokenizer.load(path / "tokenizer.model")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from lamda.best_effort import BestEffort
 from lamda.config.schema import Config
+from lamda.data.card import Source
 from lamda.data.documents import Form
 from lamda.data.held_out import HeldOut
 from lamda.data.tokenizer import Tokenizer
@@ -15,7 +16,6 @@ from lamda.dialog.evaluation import HeldOutDialogues, table
 from lamda.dialog.examples import Conversations, Response, examples_in
 from lamda.distributed import on_main
 from lamda.engines.protocol import Engine
-from lamda.training.inputs import validation
 from lamda.training.task import Scores, continuation
 
 
@@ -30,12 +30,17 @@ class Finetuning:
         return Conversations.of(config)
 
     def open_evaluation(
-        self, config: Config, tokenizer: Tokenizer, *, on_wait: Callable[[], object] = lambda: None
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        sources: Sequence[Source],
+        *,
+        on_wait: Callable[[], object] = lambda: None,
     ) -> HeldOutDialogues | None:
         """The validation dialogues, if there are any."""
-        if sources := validation(config):
+        if sources:
             form, length = Conversations.of(config), config.data.sequence_length
-            self._evaluation = HeldOutDialogues(HeldOut(sources, tokenizer, length, form, on_wait=on_wait))
+            self._evaluation = HeldOutDialogues(HeldOut(tuple(sources), tokenizer, length, form, on_wait=on_wait))
         return self._evaluation
 
     def summary(self, scores: Scores) -> Iterator[str]:

@@ -20,12 +20,13 @@ from lamda.config.loading import load_config
 from lamda.config.schema import Config
 from lamda.config.stages import plan_stages, stage_at
 from lamda.data.blocks import LaneReader, Packing, PartRows, RowBlock
-from lamda.data.corpus import Corpus, differences, fingerprint, open_corpus, packing_of
+from lamda.data.corpus import Corpus, differences, fingerprint, packing_of
 from lamda.data.files import read_lines
 from lamda.data.lanes import RAW_TEXT, FileSlice, Lane
 from lamda.data.loader import batch_digest, row_digest
 from lamda.data.order import consumed_after, next_samples
 from lamda.data.row_cache import RowCache
+from lamda.data.split import open_text
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.windows import SourceOrder, Window, places
 from lamda.dialog.examples import form_of
@@ -100,14 +101,19 @@ def trace(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
     """
     if not directory.config.is_file():
         raise UserError(f"{directory.path}: no run here (no config.yaml); `lamda list DIR` lists the runs in a folder")
-    stages = plan_stages(load_config(["--config", str(directory.config)]))
+    moved = f"--run.dir={directory.path}"  # perhaps
+    stages = plan_stages(load_config(["--config", str(directory.config), moved]))
     stage = stage_at(stages, step - 1)
     config = stage.config
     intact = (path for path in complete(directory.checkpoints) if problem_of(path, only={STATE}) is None)
     states = [read_state(path) for path in intact]
     newest = states[-1] if states else RunState()
     start = newest.start if newest.stage == stage.number else stage_start(directory.stages, stage.number)
-    corpus = replace(open_corpus(config.data, form=form_of(config)), start=start)
+    is_current = newest.stage == stage.number
+    corpus = open_text(
+        config, form=form_of(config), saved=newest.fingerprint, first=stages[0].config, is_current=is_current
+    )
+    corpus = replace(corpus, start=start)
     tokenizer = Tokenizer.load(directory.tokenizer)
     current = fingerprint(corpus, config, tokenizer)
     if newest.fingerprint and newest.stage == stage.number and (differing := differences(newest.fingerprint, current)):
@@ -237,7 +243,7 @@ class _LineNumbers:
 
     def in_file(self, file_slice: FileSlice, line: int) -> int:
         """The number in the file of a line of a slice, both from 0."""
-        if file_slice.start == 0 or file_slice.file.format.is_indexed:
+        if file_slice.start == 0 or file_slice.file.is_indexed:
             return line
         first = self._first.setdefault(file_slice.file.url, {0: (0, 0)})
         if file_slice.start not in first:

@@ -58,6 +58,7 @@ class RunDirectory:
     branch = _RelativePath("branch.json")  # the run and step that this run began from
     starts = _RelativePath("starts.jsonl")  # where each start came from
     mirror = _RelativePath("mirror.json")  # the state of the copies in checkpoint.mirror
+    data = _RelativePath("data")  # the held-out text of a run without validation text
     samples = _RelativePath("samples")  # sampled text
     log = _RelativePath("train.log")  # console output and warnings
     stop = _RelativePath("STOP")  # its presence asks the run to save and exit
@@ -93,7 +94,7 @@ class RunDirectory:
 
     def remove_if_rejected(self, kind: type[BaseException] | None, value: BaseException | None, _: object) -> None:
         """Remove a new folder if its start was rejected and it holds nothing of use."""
-        leftovers = {self.log, self._status, self.heartbeats, self.path / "hang"}
+        leftovers = {self.log, self._status, self.heartbeats, self.data, self.path / "hang"}
         with suppress(OSError):
             if isinstance(value, UserError) and {*self.path.iterdir()} <= leftovers:
                 shutil.rmtree(self.path)

@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 
 from lamda.config.errors import UserError
 from lamda.console import Progress, visible
-from lamda.data.card import load_card
 from lamda.data.held_out import EvalRow, HeldOut, micro_batches
+from lamda.data.lanes import RAW_TEXT
 from lamda.data.tokenizer import Tokenizer
 from lamda.engines.protocol import Scorer
-from lamda.inference.loading import load_model, saved_config
+from lamda.inference.loading import load_model
 from lamda.model import LaMDA
 from lamda.model.loss import token_nll
 from lamda.storage.run_log import each_bad_line_once
+from lamda.training.inputs import saved_validation
 
 Nats = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """(inputs_BL, targets_BL, documents_BL) -> nll_BL on the model's device."""
@@ -208,12 +209,9 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def evaluate_checkpoint(path: Path, *, files: str | None) -> dict[str, Any]:
+def evaluate_checkpoint(path: Path, *, files: Sequence[str] | None) -> dict[str, Any]:
     """The report of `Scores.report` for a checkpoint, with its path. Raises UserError where there is no text."""
-    config = saved_config(path, *([] if files is None else ["--data.eval_files", files]))
-    sources = load_card(config.data).validation
-    if not sources:
-        raise UserError(f"{path}: its run has no validation text; give --files")
+    config, sources = saved_validation(path, files, form_of=lambda config: RAW_TEXT)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = TorchScorer(load_model(path, config.model).to(device))
     text = HeldOut(
@@ -232,5 +230,7 @@ def evaluate_checkpoint(path: Path, *, files: str | None) -> dict[str, Any]:
             model, device=device, micro_batch=config.train.micro_batch_size, on_progress=shown.advance
         )
     if not scores.utf8_bytes.sum():
-        raise UserError(f"there is no text to score: {files or 'data.eval_files'} has only empty documents")
+        raise UserError(
+            f"there is no text to score: {', '.join(files or ['data.eval_files'])} has only empty documents"
+        )
     return {"checkpoint": str(path), **scores.report()}

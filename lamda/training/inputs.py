@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,16 @@ from lamda.best_effort import BestEffort
 from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
+from lamda.data import split
 from lamda.data.card import Source, load_card
-from lamda.data.corpus import Corpus, fingerprint, open_corpus, packing_of, require_a_batch, source_identities
+from lamda.data.corpus import Corpus, fingerprint, packing_of, require_a_batch, source_identities
 from lamda.data.documents import Form
 from lamda.data.files import no_op
 from lamda.data.held_out import require_documents
 from lamda.data.loader import Loader, alone
 from lamda.data.resolving import require_here
 from lamda.data.row_cache import RowCache
+from lamda.data.split import held_out_source
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.tokenizer_training import ensure_tokenizer
 from lamda.data.windows import SourceOrder
@@ -29,6 +31,7 @@ from lamda.distributed import World
 from lamda.durable import Progress
 from lamda.inference.loading import WEIGHTS, find_checkpoint, saved_config
 from lamda.model.weights import check_shapes, weight_shapes
+from lamda.storage import manifest
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
 
@@ -57,18 +60,21 @@ class Inputs:
         world: World,
         *,
         form: Form,
+        open_text: Callable[[], Corpus] | None = None,
         on_phase: Callable[[str], object] = lambda phase: None,
         progress: Progress = lambda: None,
         on_wait: Progress = lambda: None,
     ) -> Inputs:
         """Open the inputs on all ranks: rank 0 lists the files and trains a missing tokenizer.
 
-        on_phase: called on every rank with the name of each phase. progress: called during a phase. on_wait: called
-        while a server is waited for, now and when the text is read, from any thread.
+        open_text: opens the corpus on rank 0; default: that of the configuration, as a new run. on_phase: called on
+        every rank with the name of each phase. progress: called during a phase. on_wait: called while a server is
+        waited for, now and when the text is read, from any thread.
         Raises UserError for everything that the run would fail on later.
         """
         on_phase("corpus")
-        corpus = distributed.on_main(world, lambda: open_corpus(config.data, form=form, on_wait=on_wait).waiting(no_op))
+        opened = open_text or (lambda: split.open_text(config, form=form, on_wait=on_wait, progress=progress))
+        corpus = distributed.on_main(world, lambda: opened().waiting(no_op))
         corpus = corpus.waiting(on_wait)  # a callback of each rank's own
         distributed.agree(world, lambda: require_here(corpus.files))
         if corpus.drop is not None:
@@ -118,9 +124,10 @@ class Inputs:
         return RowCache.of(folder, state.fingerprint, guard=keeping)
 
 
-def check_other_files(config: Config, form: Form, *, on_wait: Progress) -> None:
+def check_other_files(config: Config, sources: Sequence[Source], form: Form, *, on_wait: Progress) -> None:
     """Raise UserError where validation text or initial weights cannot be read."""
-    for source in validation(config):
+    _require_validation(config, sources)
+    for source in sources:
         require_documents(source, form=form, on_wait=on_wait)
     if config.model.weights is not None:
         check_initial_weights(Path(config.model.weights), config.model)
@@ -131,20 +138,43 @@ def _describe(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> tuple[lis
     return corpus.domains(), fingerprint(corpus, config, tokenizer)
 
 
-def validation(config: Config) -> tuple[Source, ...]:
-    """The sources of the validation text. Raises UserError where there are none but `eval.every` is set."""
+def _require_validation(config: Config, sources: Sequence[Source]) -> None:
+    """Raise UserError where there is no validation text but `eval.every` is set."""
+    if sources or config.eval.every is None:
+        return
+    problem = (
+        f"card {config.data.corpus!r} has no validation text"
+        if config.data.files is None
+        else "data.files has no validation text"
+    )
+    why = " (data.held_out is 0)" if not config.data.held_out else " and no document that can be held out"
+    raise UserError(
+        f"eval.every is {config.eval.every}, but {problem}{why}; set data.eval_files to files that are not "
+        "trained on, or --eval.every null"
+    )
+
+
+def validation(config: Config, corpus: Corpus) -> tuple[Source, ...]:
+    """The validation text of a run, or what it holds out of its corpus. config: of the run; corpus: of any stage."""
+    return load_card(config.data).validation or (() if corpus.held_out is None else corpus.card.validation)
+
+
+def saved_validation(
+    path: Path, files: Sequence[str] | None, *overrides: str, form_of: Callable[[Config], Form]
+) -> tuple[Config, tuple[Source, ...]]:
+    """The configuration of a checkpoint, and its validation text: `files`, its run's, or what that has held out.
+
+    Raises UserError where there is none.
+    """
+    config = saved_config(path, *overrides, *([] if files is None else ["--data.eval_files", *files]))
     sources = load_card(config.data).validation
-    if not sources and config.eval.every is not None:
-        problem = (
-            f"card {config.data.corpus!r} has no validation text"
-            if config.data.files is None
-            else "data.files has no validation text"
-        )
-        raise UserError(
-            f"eval.every is {config.eval.every}, but {problem}; set data.eval_files to files that are not "
-            "trained on, or --eval.every null"
-        )
-    return sources
+    if not sources and (path / manifest.STATE).is_file():
+        run, fingerprint = path.absolute().parents[1], manifest.read_state(path).fingerprint
+        held_out = held_out_source(run, fingerprint, form_of(config))
+        sources = () if held_out is None else (held_out,)
+    if not sources:
+        raise UserError(f"{path}: its run has no validation text; give --files")
+    return config, sources
 
 
 def with_initial_weights(config: Config) -> Config:

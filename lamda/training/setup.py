@@ -17,6 +17,7 @@ from lamda.config.help import to_yaml
 from lamda.config.schema import Config
 from lamda.config.stages import Stage, plan_stages, stage_lines, with_rows_of
 from lamda.console import computing
+from lamda.data.split import open_text
 from lamda.distributed import FailedElsewhereError, ReportedElsewhereError, World
 from lamda.durable import replace_file
 from lamda.engines.protocol import Engine, Framework
@@ -31,7 +32,7 @@ from lamda.storage.run_log import run_log
 from lamda.storage.state import RunState
 from lamda.training.changes import report_start
 from lamda.training.fault_injection import STEP_POINTS
-from lamda.training.inputs import Inputs, check_other_files, with_initial_weights
+from lamda.training.inputs import Inputs, check_other_files, validation, with_initial_weights
 from lamda.training.loggers import RunLogger, TrainingProgress
 from lamda.training.lr_schedule import final_step, remarks
 from lamda.training.provenance import describe_start
@@ -175,10 +176,11 @@ class TrainingJob:
             return None
         watchdog.mark("benchmarks", step=0)
         benchmarks = self.open_benchmarks(config, world)
-        inputs = StagedInputs(self.stages, lambda stage: self._open_text(stage, watchdog))
+        inputs = StagedInputs(self.stages, lambda stage: self._open_text(stage, watchdog, origin.state))
         form, on_wait = self.task.form(config), lambda: watchdog.progress_during(TEXT_PHASES)
-        distributed.on_main(world, lambda: check_other_files(config, form, on_wait=on_wait))
         current = inputs.of(origin.state.stage)
+        sources = validation(config, current.corpus)
+        distributed.on_main(world, lambda: check_other_files(config, sources, form, on_wait=on_wait))
         state = origin.check_data(current.fingerprint, accepted=config.data.accept_changed or ())
         for stage in self.stages[state.stage :]:
             inputs.of(stage.number)  # now, not after weeks, something may be missing
@@ -199,12 +201,22 @@ class TrainingJob:
             report_start(record, origin.path, step=state.step + 1)
         return _Opened(engine, origin.path, state, inputs, benchmarks, record)
 
-    def _open_text(self, stage: Stage, watchdog: Watchdog) -> Inputs:
+    def _open_text(self, stage: Stage, watchdog: Watchdog, resumed: RunState) -> Inputs:
+        form = self.task.form(stage.config)
         return Inputs.open(
             stage.config,
             self.directory,
             self.world,
-            form=self.task.form(stage.config),
+            form=form,
+            open_text=lambda: open_text(
+                stage.config,
+                form=form,
+                saved=resumed.fingerprint,
+                first=self.stages[0].config,
+                is_current=stage.number == resumed.stage,
+                on_wait=lambda: watchdog.progress_during(TEXT_PHASES),
+                progress=watchdog.progress,
+            ),
             on_phase=lambda phase: watchdog.mark(phase, step=0),
             progress=watchdog.progress,
             on_wait=lambda: watchdog.progress_during(TEXT_PHASES),
@@ -257,10 +269,13 @@ class TrainingJob:
         directory, watchdog = self.directory, guard.watchdog
         tokenizer = opened.inputs.of(opened.state.stage).tokenizer
         state = replace(opened.state, wandb_id=logger.wandb_id)
+        sources = validation(self.config, opened.inputs.of(opened.state.stage).corpus)
 
         def open_held_out(config: Config) -> Evaluation | None:
             config = with_rows_of(self.config, config)
-            return self.task.open_evaluation(config, tokenizer, on_wait=lambda: watchdog.progress_during(TEXT_PHASES))
+            return self.task.open_evaluation(
+                config, tokenizer, sources, on_wait=lambda: watchdog.progress_during(TEXT_PHASES)
+            )
 
         evaluator = Evaluator(
             opened.engine,

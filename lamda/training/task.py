@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lamda.best_effort import BestEffort
 from lamda.config.schema import Config
+from lamda.data.card import Source
 from lamda.data.compression import compressed_bits_per_byte
 from lamda.data.documents import Form
 from lamda.data.held_out import HeldOut
@@ -25,7 +26,6 @@ from lamda.distributed import World, on_main
 from lamda.engines.protocol import Engine, Scorer
 from lamda.inference.sampling import Sampling
 from lamda.training.evaluation import HeldOutText, ScoreOptions, held_out_bytes, table
-from lamda.training.inputs import validation
 from lamda.training.loggers import RunLogger
 from lamda.training.watchdog import Guard
 
@@ -66,9 +66,14 @@ class Task(Protocol):
         """The kind of records in the corpus."""
 
     def open_evaluation(
-        self, config: Config, tokenizer: Tokenizer, *, on_wait: Callable[[], object] = lambda: None
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        sources: Sequence[Source],
+        *,
+        on_wait: Callable[[], object] = lambda: None,
     ) -> Evaluation | None:
-        """The held-out data, if there is any. on_wait: called while a server is waited for."""
+        """The held-out data in `sources`, if there are any. on_wait: called while a server is waited for."""
 
     def summary(self, scores: Scores) -> Iterator[str]:
         """The last evaluation as lines for a person."""
@@ -265,12 +270,17 @@ class Pretraining:
         return RAW_TEXT
 
     def open_evaluation(
-        self, config: Config, tokenizer: Tokenizer, *, on_wait: Callable[[], object] = lambda: None
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        sources: Sequence[Source],
+        *,
+        on_wait: Callable[[], object] = lambda: None,
     ) -> HeldOutText | None:
         """The validation text, if there is any."""
-        if sources := validation(config):
+        if sources:
             length, is_masked = config.data.sequence_length, config.data.separates_documents
-            text = HeldOut(sources, tokenizer, length, document_mask=is_masked, on_wait=on_wait)
+            text = HeldOut(tuple(sources), tokenizer, length, document_mask=is_masked, on_wait=on_wait)
             self._evaluation, self._evaluates_all = HeldOutText(text), config.eval.full_batches is None
         return self._evaluation
 

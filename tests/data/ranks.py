@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
 import gzip
+import io
 import json
+import lzma
+import tarfile
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -45,22 +51,69 @@ Line = list[int] | str
 """A document's ids, or BAD or BLANK."""
 
 
+PACK = {".gz": gzip.compress, ".zst": zstandard.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
+SUFFIXES = (
+    ".jsonl", ".jsonl.zst", ".ndjson.gz", ".json", ".json.xz", ".jsonl.bz2", ".array.json", ".array.json.gz", ".csv",
+    ".tsv.gz", ".parquet", ".arrow", ".stream.arrow", ".zip", ".tar", ".tar.gz", ".txt", ".md.gz", ".html",
+)  # fmt: skip
+"""One or more of each kind of file that is read."""
+SINGLE = (".txt", ".md.gz", ".html")
+"""Those that hold one document."""
+
+
 def write_file(path: Path, lines: Sequence[Line]) -> None:
-    """A file of lines by its suffix; a .txt holds the one line that it is given, parquet no blank ones."""
-    texts = [" ".join(map(str, line)) for line in lines if not isinstance(line, str)]
-    if path.suffix == ".txt":
-        path.write_text(texts[0])
+    """A file of lines by its name; a SINGLE one holds the one line that it is given, a file of rows no blank ones."""
+    name, pack = path.name, PACK.get(path.suffix, bytes)
+    texts = [None if line == BAD else " ".join(map(str, line)) for line in lines if line != BLANK]
+    rows = iter(texts)
+    if name.endswith(SINGLE):
+        path.write_bytes(pack(texts[0].encode()))
     elif path.suffix == ".parquet":
-        rows = iter(texts)
-        column = [None if line == BAD else next(rows) for line in lines if line != BLANK]
-        pq.write_table(pa.table({"text": pa.array(column, pa.string())}), path, row_group_size=3)
+        pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path, row_group_size=3)
+    elif path.suffix == ".arrow":
+        table = pa.table({"n": list(range(len(texts))), "text": pa.array(texts, pa.string())})
+        new = pa.ipc.new_stream if ".stream" in name else pa.ipc.new_file
+        with new(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    elif ".array.json" in name:
+        content = json.dumps([{"text": text} for text in texts], indent=len(texts) % 3 or None)
+        path.write_bytes(pack(content.encode()))
+    elif ".csv" in name or ".tsv" in name:
+        with io.StringIO(newline="") as file:
+            writer = csv.writer(file, delimiter="," if ".csv" in name else "\t")
+            writer.writerow(["note", "text"])
+            for line in lines:
+                text = None if line == BLANK else next(rows)
+                writer.writerow([] if line == BLANK else ["a"] if text is None else ['two "lines",\nhere', text])
+            path.write_bytes(pack(file.getvalue().encode()))
+    elif path.suffix == ".zip" or ".tar" in name:
+        members = [
+            (f"{n}.png", b"x") if line == BLANK else (f"{n}.jsonl", b"{no json") if line == BAD
+            else (f"{n}.txt", " ".join(map(str, line)).encode())
+            for n, line in enumerate(lines)
+        ]  # fmt: skip
+        write_archive(path, members)
     else:
-        rows = iter(texts)
         kinds = {BAD: "{no json", BLANK: " "}
-        content = [kinds[line] if isinstance(line, str) else json.dumps({"text": next(rows)}) for line in lines]
-        data = "".join(line + "\n" for line in content).encode()
-        pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(path.suffix, bytes)
-        path.write_bytes(pack(data))
+        content = [
+            json.dumps({"text": " ".join(map(str, line))}) if not isinstance(line, str) else kinds[line]
+            for line in lines
+        ]
+        path.write_bytes(pack("".join(line + "\n" for line in content).encode()))
+
+
+def write_archive(path: Path, members: Sequence[tuple[str, bytes]]) -> None:
+    """A .zip, .tar or .tar.gz with these files."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in members:
+                archive.writestr(name, data)
+        return
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
 
 
 def config_of(folder: Path, weights: Sequence[float], *, batch: int = 12, **data: Any) -> Config:

@@ -18,10 +18,9 @@ from lamda.data.corpus import open_corpus
 from lamda.data.documents import Encoded, RawText
 from lamda.data.lanes import RAW_TEXT
 from lamda.data.row_cache import RowCache
-from tests.data.ranks import BAD, BLANK, Numbers, Run, config_of, read, write_file
+from tests.data.ranks import BAD, BLANK, SINGLE, SUFFIXES, Numbers, Run, config_of, read, write_file
 
 BATCH = 12
-SUFFIXES = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt"]
 LENGTHS = st.one_of(st.just(0), st.integers(1, 6), st.integers(7, 60), st.just(300))
 LINES = st.lists(st.one_of(LENGTHS, LENGTHS, st.sampled_from([BAD, BLANK])), min_size=1, max_size=10)
 FILES = st.lists(st.tuples(st.sampled_from(SUFFIXES), LENGTHS, LINES), min_size=1, max_size=4)
@@ -46,7 +45,7 @@ class Case:
 def cases(draw, **fixed):
     drawn = draw(st.lists(FILES, min_size=1, max_size=3))
     sources = tuple(
-        tuple((suffix, (first, *(() if suffix == ".txt" else lines))) for suffix, first, lines in files)
+        tuple((suffix, (first, *(() if suffix in SINGLE else lines))) for suffix, first, lines in files)
         for files in drawn
     )
     values = {

@@ -139,12 +139,12 @@ def test_a_diverged_model_is_given_no_figures(place, tmp_path):
     weights = load_file(diverged / "model.safetensors")
     save_file({**weights, "final_norm.scale": weights["final_norm.scale"] * nan}, diverged / "model.safetensors")
     with pytest.raises(NotFiniteError, match="diverged"):
-        evaluate_checkpoint(diverged, files=str(place / "val.jsonl"), examples=None)
+        evaluate_checkpoint(diverged, files=[str(place / "val.jsonl")], examples=None)
 
 
 def test_files_that_are_named_empty_are_not_the_runs_own(place):
     with pytest.raises(UserError):
-        evaluate_checkpoint(place / "pretrained", files="", examples=None)
+        evaluate_checkpoint(place / "pretrained", files=[""], examples=None)
 
 
 def test_a_perplexity_that_no_number_holds_is_infinite():

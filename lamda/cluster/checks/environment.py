@@ -103,7 +103,7 @@ def data(subject: Subject) -> Finding:
         lanes = open_corpus(subject.config.data).lanes
         files = {each.file.url: each.file for lane in lanes for each in lane.slices}
         first = next(iter(files.values()))
-        if not first.format.is_indexed:
+        if not first.is_indexed:
             next(read_lines(first))
         return len(files), sum(file.size for file in files.values()), first.url
 

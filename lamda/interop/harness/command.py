@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _on_text(path: Path, files: str | None) -> tuple[dict[str, Any], Iterable[str]]:
+def _on_text(path: Path, files: list[str] | None) -> tuple[dict[str, Any], Iterable[str]]:
     """The report, and its lines for a person."""
     from lamda.training import evaluation
 
@@ -84,7 +84,9 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lamda eval", allow_abbrev=False)
     parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", type=Path, help="a run's newest checkpoint, or this one")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--files", metavar="GLOB", help="text; default: the run's validation files")
+    what.add_argument(
+        "--files", metavar="PATH", nargs="+", help="text: files, folders or globs; default: the run's validation text"
+    )
     what.add_argument("--tasks", metavar="NAME,NAME", help="tasks, groups or tags; `lm-eval ls tasks` lists them")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON object to a file as well")

@@ -38,6 +38,7 @@ def model_card(source: ExportSource, folder: Path, *, dtype: str, masters: bool)
         training=_training(source),
         loss=_loss(source),
         held_out=_held_out(source),
+        held_out_documents=(source.state.fingerprint.get("held_out") or [0])[0] if source.state else 0,
         symbol=SPELLINGS[2],
         joiner=JOINER,
         hashes=_hashes(source, folder),

@@ -1,0 +1,171 @@
+"""The documents in .zip and .tar archives, in the order of the archive.
+
+A member is read by its suffix, as a file is. Members of other kinds, hidden ones, and archives in archives are left
+out. Sizes that a header states are not trusted: a document is read up to LONGEST_LINE.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import IO, NamedTuple
+
+from lamda.config.errors import DataError
+from lamda.data.encodings import decoded
+from lamda.data.file_formats import UNCOMPRESSED, format_of
+from lamda.data.files import LONGEST_LINE, File, chunks_of, lines_in, open_seekable
+from lamda.data.inflate import Chunk, inflate, plain
+from lamda.data.pages import text_of_page
+from lamda.data.records import DELIMITERS, Record, Text, is_array, read_array, read_table
+from lamda.data.remote import CHUNK
+
+MAX_RATIO = 1100
+"""Deflate expands at most by this; an archive that states more has overlapping members."""
+
+_DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, NotImplementedError, DataError)
+
+
+class _BrokenArchiveError(DataError):
+    """The archive itself cannot be read any further."""
+
+
+class _Member(NamedTuple):
+    """A file in an archive. stored: about its offset there. stream: its bytes; None if unreadable (`problem`)."""
+
+    name: str
+    stored: int
+    stream: IO[bytes] | None
+    problem: str = ""
+
+
+def read_archive(file: File, *, first: int) -> Iterator[Record]:
+    """The records of an archive's members from number `first` on.
+
+    Raises DataError if it is no archive, truncated, or made to expand without end.
+    """
+    number = 0
+    for member in _in_zip(file) if file.records == "zip" else _in_tar(file):
+        for size, value in _records_of(member):
+            if number >= first:
+                yield Record(number, 0, member.stored, size, value)
+            number += 1
+
+
+def is_read(name: str) -> bool:
+    """Whether a member of this name is read."""
+    found = format_of(name)
+    is_hidden = any(part.startswith((".", "__")) for part in PurePosixPath(name).parts)
+    return found is not None and found.records not in (*UNCOMPRESSED, "tar") and not is_hidden
+
+
+def _records_of(member: _Member) -> Iterator[tuple[int, object]]:
+    """Size, about, and value of each record of a member."""
+    stream, found = member.stream, format_of(member.name)
+    if stream is None or found is None:
+        yield 0, ValueError(f"{member.name}: {member.problem}")
+        return
+    try:
+        stored = iter(lambda: stream.read(CHUNK), b"")
+        chunks = plain(stored) if found.compression is None else inflate(stored, found.compression, member.name)
+        if found.records in ("document", "page"):
+            data = _limited(chunks)
+            if len(data) > LONGEST_LINE:
+                raise ValueError(
+                    f"a document of more than {LONGEST_LINE >> 20} MiB; write it as JSON lines, or unpack it"
+                )
+            text = decoded(data)
+            yield len(data), Text(text_of_page(text) if found.records == "page" else text)
+        elif found.records == "table":
+            for record in read_table(lines_in(chunks), delimiter=DELIMITERS[found.suffix]):
+                yield record.size, record.value
+        else:
+            yield from _json_records(chunks, member.name, may_be_array=found.records == "json")
+    except (*_DAMAGED, ValueError) as error:
+        if isinstance(error, _BrokenArchiveError) or getattr(error, "errno", None) is not None:  # of the whole file
+            raise
+        yield 0, ValueError(f"{member.name}: {error}".replace(f"{member.name}: {member.name}: ", f"{member.name}: "))
+
+
+def _json_records(chunks: Iterator[Chunk], name: str, *, may_be_array: bool) -> Iterator[tuple[int, object]]:
+    head = next(chunks, None)
+    if head is None:
+        return
+
+    def whole() -> Iterator[Chunk]:
+        yield head
+        yield from chunks
+
+    if may_be_array and is_array([head]):
+        yield from ((record.size, record.value) for record in read_array(whole(), name))
+    else:
+        yield from ((len(line.data), line.data) for line in lines_in(whole()) if line.data.strip())
+
+
+def _limited(chunks: Iterator[Chunk]) -> bytes:
+    """The text of the chunks, or a little more than LONGEST_LINE of it."""
+    parts, length = [], 0
+    for chunk in chunks:
+        parts.append(chunk.data)
+        length += len(chunk.data)
+        if length > LONGEST_LINE:
+            break
+    return b"".join(parts)
+
+
+def _in_zip(file: File) -> Iterator[_Member]:
+    with open_seekable(file) as (source, require_same):
+        try:
+            archive = zipfile.ZipFile(source)
+        except _DAMAGED as error:
+            raise DataError(f"{file.url}: cannot be read as zip ({error})") from error
+        if sum(info.file_size for info in archive.infolist()) > MAX_RATIO * file.size:
+            raise DataError(f"{file.url}: states more text than a zip of its size can hold; it is left unread")
+        for info in archive.infolist():
+            require_same()
+            if info.is_dir() or not is_read(info.filename):
+                continue
+            try:
+                stream = archive.open(info)
+            except (*_DAMAGED, RuntimeError) as error:  # RuntimeError: encrypted
+                yield _Member(info.filename, info.header_offset, None, f"cannot be read ({error})")
+                continue
+            with stream:
+                yield _Member(info.filename, info.header_offset, stream)
+
+
+class _Stream(io.RawIOBase):
+    """Chunks as a stream; `stored` is about the offset of what was read last."""
+
+    def __init__(self, chunks: Iterator[Chunk]) -> None:
+        self._chunks, self._left, self.stored = chunks, memoryview(b""), 0
+
+    def read(self, size: int = -1) -> bytes:
+        parts, wanted = [], size
+        while wanted:
+            if not self._left:
+                try:
+                    chunk = next(self._chunks, None)
+                except DataError as error:
+                    raise _BrokenArchiveError(str(error)) from error
+                if chunk is None:
+                    break
+                self._left, self.stored = memoryview(chunk.data), chunk.after
+            parts.append(bytes(self._left[:wanted]))
+            self._left, wanted = self._left[wanted:], wanted - len(parts[-1])
+        return b"".join(parts)
+
+
+def _in_tar(file: File) -> Iterator[_Member]:
+    source = _Stream(chunks_of(file))
+    try:
+        with tarfile.open(fileobj=source, mode="r|") as archive:
+            for info in archive:
+                archive.members = []  # type: ignore[attr-defined] # it would keep all
+                if info.isfile() and is_read(info.name):
+                    yield _Member(info.name, source.stored, archive.extractfile(info))
+    except tarfile.TarError as error:
+        raise DataError(f"{file.url}: cannot be read as tar ({error}); damaged or truncated") from error
