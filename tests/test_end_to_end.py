@@ -1,6 +1,9 @@
 """Whole runs through DeepSpeed's launcher, as a user types them."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -212,15 +215,26 @@ def test_where_tells_the_text_of_a_row(place, straight, capsys):
     assert batch_digest(np.stack(digests)) == rows(place, "straight")[6]["batch_digest"]
 
 
-def test_prepared_blocks_give_the_same_samples(place, straight, capsys):
+def all_tokens(table):
+    return int(re.search(r"^all +[\d,]+ +([\d,]+)", table, re.MULTILINE)[1].replace(",", ""))
+
+
+def test_rows_that_two_shards_prepare_give_the_same_samples(place, straight, capsys):
     flags = ["--config", str(place / "run.yaml"), "--data.cache_dir", str(place / "blocks")]
     flags += ["--tokenizer.path", str(place / "straight" / "tokenizer.model")]
-    assert prepare_command([*flags, "--run.dir", str(place / "prepared")]) == 0
-    message = capsys.readouterr().out
+    code = "import sys; from lamda.data.prepare import main; sys.exit(main(sys.argv[1:]))"
+    second = [sys.executable, "-c", code, "--shard", "2/2", *flags, "--run.dir", str(place / "other")]
+    with subprocess.Popen(second, stdout=subprocess.PIPE, text=True) as process:
+        assert prepare_command(["--shard", "1/2", *flags, "--run.dir", str(place / "prepared")]) == 0
+        message = capsys.readouterr().out
+        own, other = map(all_tokens, (message, process.communicate()[0]))
+    assert own > 0
+    assert other > 0
     assert "bytes/token" in message
     assert "cuts: pieces that continue" in message
     assert prepare_command(["--json", *flags, "--run.dir", str(place / "prepared")]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"] > 0
+    both = json.loads(capsys.readouterr().out)
+    assert sum(both["tokens"].values()) == own + other
     config = load_config(flags)
     corpus, tokenizer = open_corpus(config.data), Tokenizer.load(config.tokenizer.path)
     row_cache = RowCache.of(config.data.cache_dir, fingerprint(corpus, config, tokenizer))

@@ -1,9 +1,16 @@
-"""`lamda prepare`: fill the row cache of a run in parallel processes; resumes where it was stopped."""
+"""`lamda prepare`: fill the row cache of a run in parallel processes; resumes where it was stopped.
+
+Several machines that share the folder divide the lanes (`--shard`). Where a lane's next window ends depends on the rows
+of all lanes, so each waits for the files of the others.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -11,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,6 +36,25 @@ from lamda.data.split import open_text
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.tokenizer_training import ensure_tokenizer
 from lamda.data.windows import SourceOrder
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS, NOTABLE_SECONDS = 1.0, 60.0
+"""Between two looks for the file of another shard, and until a wait for it is worth a line."""
+
+
+class Shard(NamedTuple):
+    """One of `count` shares of the lanes; number: from 0."""
+
+    number: int = 0
+    count: int = 1
+
+    def has(self, lane: Lane) -> bool:
+        """Whether the lane is in this share."""
+        return lane.index % self.count == self.number
+
+    def __str__(self) -> str:
+        return f"{self.number + 1}/{self.count}"
 
 
 @dataclass
@@ -85,11 +111,22 @@ def parser() -> ConfigParser:
     """The options of `lamda prepare`."""
     parser = ConfigParser("lamda prepare")
     parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument(
+        "--shard", type=_shard, default=Shard(), metavar="I/N",
+        help="only the I-th of N shares of the lanes, from 1; all N run at the same time and share data.cache_dir",
+    )  # fmt: skip
     return parser
 
 
+def _shard(text: str) -> Shard:
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise UserError(f"--shard {text}: is no share such as 1/4, from 1/4 to 4/4")
+    return Shard(int(found[1]) - 1, int(found[2]))
+
+
 def main(argv: list[str]) -> int:
-    """`[--json] --config FILE [--section.key VALUE ...]` with `data.cache_dir` set; raises UserError."""
+    """`[--json] [--shard I/N] --config FILE [--section.key VALUE ...]` with `data.cache_dir`; raises UserError."""
     options, flags = parser().parse_known_args(argv)
     config = load_config(flags)
     if config.data.cache_dir is None:
@@ -107,22 +144,25 @@ def main(argv: list[str]) -> int:
         raise UserError(f"run.dir {config.run.dir}: cannot be created ({error.strerror})") from error
     tokenizer = ensure_tokenizer(config, target=target, corpus=corpus)
     cache = RowCache.of(config.data.cache_dir, fingerprint(corpus, config, tokenizer))
-    summary = prepare(corpus, cache, config=config, tokenizer=target)
+    summary = prepare(corpus, cache, config=config, tokenizer=target, shard=options.shard)
     if options.json:
-        print(json.dumps({"folder": str(cache.path), **vars(summary)}, indent=1))
+        print(json.dumps({"folder": str(cache.path), "shard": str(options.shard), **vars(summary)}, indent=1))
     else:
         print("\n".join(summary.table()))
-        print(f"ready in {cache.path}")
+        print(f"ready in {cache.path}" + f", shard {options.shard}" * (options.shard.count > 1))
     return 0
 
 
-def prepare(corpus: Corpus, cache: RowCache, *, config: Config, tokenizer: Path) -> BlockStats:
-    """Fill the row cache with all rows of the run's steps, with one process per core and disjoint lanes per process."""
+def prepare(corpus: Corpus, cache: RowCache, *, config: Config, tokenizer: Path, shard: Shard) -> BlockStats:
+    """Fill the row cache with all rows of the run's steps, with one process per core and disjoint lanes per process.
+
+    The statistics are of this shard's lanes.
+    """
     samples = config.steps * config.train.global_batch_size
     needed = corpus.mixture.rows_before(samples).tolist()
     total = BlockStats()
     with (
-        _Workers(corpus, cache, packing_of(config), tokenizer) as workers,
+        _Workers(shard, corpus, cache, packing_of(config), tokenizer) as workers,
         Progress("making rows", total=sum(needed), unit="rows") as shown,
     ):
         for lanes, shape, rows in zip(corpus.sources, corpus.shapes, needed, strict=True):
@@ -144,8 +184,9 @@ def prepare(corpus: Corpus, cache: RowCache, *, config: Config, tokenizer: Path)
 class _Workers:
     """One process per core. A lane is always read by the same process, which continues after its last part."""
 
-    def __init__(self, *initial: Any) -> None:
-        context = get_context("spawn")
+    def __init__(self, shard: Shard, corpus: Corpus, cache: RowCache, packing: Packing, tokenizer: Path) -> None:
+        self._shard, self._cache = shard, cache
+        context, initial = get_context("spawn"), (corpus, cache, packing, tokenizer)
         self._pools = [
             ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=initial)
             for _ in os.sched_getaffinity(0)
@@ -159,12 +200,32 @@ class _Workers:
             pool.shutdown(cancel_futures=True)
 
     def fill(self, lanes: Sequence[Lane], number: int, parts: Sequence[Part]) -> list[tuple[LaneProgress, BlockStats]]:
-        """Write the lanes' parts of a window to the cache. Raises RunError if a process was killed, and DataError."""
-        jobs = [
-            self._pools[lane.index % len(self._pools)].submit(_fill, lane.index, number, part)
+        """Write this shard's parts of a window to the cache, and wait for those of the others.
+
+        Raises RunError if a process was killed, and DataError.
+        """
+        jobs = {
+            lane.index: self._pools[place % len(self._pools)].submit(_fill, lane.index, number, part)
+            for place, (lane, part) in enumerate(
+                (lane, part) for lane, part in zip(lanes, parts, strict=True) if self._shard.has(lane)
+            )
+        }
+        made = {index: _result(job) for index, job in jobs.items()}  # before any wait: the others wait for these
+        return [
+            made.get(lane.index) or (self._made_elsewhere(lane, number, part), BlockStats())
             for lane, part in zip(lanes, parts, strict=True)
         ]
-        return [_result(job) for job in jobs]
+
+    def _made_elsewhere(self, lane: Lane, number: int, part: Part) -> LaneProgress:
+        """The progress of another shard's lane, once its file is there."""
+        notable = time.monotonic() + NOTABLE_SECONDS
+        while (rows := self._cache.find(lane.index, number, part)) is None:
+            if time.monotonic() > notable:
+                maker = Shard(lane.index % self._shard.count, self._shard.count)
+                log.warning("waiting for lane %d of window %d, which --shard %s makes", lane.index, number, maker)
+                notable = float("inf")
+            time.sleep(POLL_SECONDS)
+        return rows.progress
 
 
 def _result(job: Future[tuple[LaneProgress, BlockStats]]) -> tuple[LaneProgress, BlockStats]:
