@@ -74,7 +74,7 @@ class Rows:
             raise UserError("data.document_mask and data.packing whole: the peers have no mask of documents")
         self.config, self.corpus = config, open_corpus(config.data)
         self.tokenizer = _tokenizer(config, self.corpus)
-        self.held_out = _held_out(config, self.tokenizer)
+        self.held_out = _held_out(config, self.corpus, self.tokenizer)
         self.digest = cache(self._digest)
 
     def steps(self, seed: int) -> Generator[StepBatch, None, None]:
@@ -97,8 +97,8 @@ def _tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
     return ensure_tokenizer(config, target=target, corpus=corpus)
 
 
-def _held_out(config: Config, tokenizer: Tokenizer) -> HeldOutRows:
-    sources = validation(config)
+def _held_out(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> HeldOutRows:
+    sources = validation(config, corpus)
     if not sources:
         raise UserError("there is no held-out text: give --data.eval_files, which are not trained on")
     text = HeldOut(sources, tokenizer, config.data.sequence_length)

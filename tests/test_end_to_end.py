@@ -91,7 +91,7 @@ def test_a_run_trains_evaluates_saves_and_shows_a_sample(place, straight):
     assert (run / "checkpoints" / "LATEST").read_text() == "step-00000012"
     names = {path.name for path in (run / "checkpoints" / "step-00000012").iterdir()}
     assert names == {
-        "manifest.json", "run_state.json", "model.safetensors", "config.yaml", "tokenizer.model",
+        "manifest.json", "run_state.json", "model.safetensors", "config.yaml", "start.json", "tokenizer.model",
         "optimizer-00000-of-00002.safetensors", "optimizer-00001-of-00002.safetensors",
     }  # fmt: skip
     assert (run / "samples" / "step-00000012.txt").read_text("utf-8")

@@ -40,7 +40,7 @@ def require_same_computation(config: Config, path: Path, *, before: Config | Non
     """
     saved, current = _settings_in(path, before), _flat(config.model_dump(mode="json"))
     known = {name: saved[name] for name in COMPUTATION if name in saved}
-    if (start := read_start(path)) is not None:
+    if start := read_start(path):
         known["bf16"] = ds_config.is_bf16(start["deepspeed"])
         current["bf16"] = ds_config.is_bf16(ds_config.read(config))
     changed = [

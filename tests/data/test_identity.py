@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,7 @@ def test_an_older_checkpoint_resumes_and_says_what_is_not_verified(tmp_path, tok
 
 def test_a_checkpoint_of_the_former_order_is_refused_in_words(tmp_path, tokenizer):
     now = print_of(shards(tmp_path / "text"), tokenizer)
-    values = dict(vars(RunState(step=4, fingerprint={**now, "format": 1})))
+    values = asdict(RunState(step=4, fingerprint={**now, "format": 1}))
     del values["order"]
     (tmp_path / "run_state.json").write_text(json.dumps({**values, "cursors": {"0": {"block": 1, "line": 3}}}))
     state = RunState.read(tmp_path / "run_state.json")
