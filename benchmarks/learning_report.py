@@ -164,7 +164,7 @@ def _table(lines: Sequence[Line], reference: Line | None, times: Mapping[str, An
                "parameters", "FLOPs per token", "other rates")  # fmt: skip
     yield _row("---", *["---:"] * 8, "---")
     for line in lines:
-        sizes, time = line.runs[0]["parameters"], times.get(line.model.removesuffix("+"))
+        sizes, time = line.runs[0]["parameters"], times.get(line.model)
         yield _row(
             line.name,
             f"{line.rate:g}",
@@ -250,8 +250,8 @@ def _draw_setting(left: Axes, right: Axes, runs: Sequence[Run], times: Mapping[s
         dash = "-" if line.name == kind else "--" if line.name == line.model else ":"
         style: dict[str, Any] = {"color": COLORS[kind], "linestyle": dash, "marker": "o", "markersize": 3}
         left.plot(tokens / 1e6, nats, label=line.name, **style)
-        if kind in times:
-            right.plot(tokens * times[kind]["seconds_per_token"], nats, **style)
+        if line.model in times:
+            right.plot(tokens * times[line.model]["seconds_per_token"], nats, **style)
     setting = runs[0]["setting"]
     left.set_title(f"{setting['size']}, {setting['precision']}", loc="left", fontsize="small")
     left.set_xlabel("million tokens")

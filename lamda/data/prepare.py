@@ -44,17 +44,17 @@ POLL_SECONDS, NOTABLE_SECONDS = 1.0, 60.0
 
 
 class Shard(NamedTuple):
-    """One of `count` shares of the lanes; number: from 0."""
+    """One of `shards` shares of the lanes; number: from 0."""
 
     number: int = 0
-    count: int = 1
+    shards: int = 1
 
     def has(self, lane: Lane) -> bool:
         """Whether the lane is in this share."""
-        return lane.index % self.count == self.number
+        return lane.index % self.shards == self.number
 
     def __str__(self) -> str:
-        return f"{self.number + 1}/{self.count}"
+        return f"{self.number + 1}/{self.shards}"
 
 
 @dataclass
@@ -149,7 +149,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps({"folder": str(cache.path), "shard": str(options.shard), **vars(summary)}, indent=1))
     else:
         print("\n".join(summary.table()))
-        print(f"ready in {cache.path}" + f", shard {options.shard}" * (options.shard.count > 1))
+        print(f"ready in {cache.path}" + f", shard {options.shard}" * (options.shard.shards > 1))
     return 0
 
 
@@ -221,7 +221,7 @@ class _Workers:
         notable = time.monotonic() + NOTABLE_SECONDS
         while (rows := self._cache.find(lane.index, number, part)) is None:
             if time.monotonic() > notable:
-                maker = Shard(lane.index % self._shard.count, self._shard.count)
+                maker = Shard(lane.index % self._shard.shards, self._shard.shards)
                 log.warning("waiting for lane %d of window %d, which --shard %s makes", lane.index, number, maker)
                 notable = float("inf")
             time.sleep(POLL_SECONDS)

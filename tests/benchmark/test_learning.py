@@ -352,7 +352,7 @@ def test_times_are_of_all_models_in_turn(small, tmp_path):
     file = tmp_path / "found.json"
     assert main(["learning", "--time", "--rounds", "2", "--models", "nanochat+", "--json", str(file), *small]) == 0
     (entry,) = json.loads(file.read_text())["times"]
-    assert list(entry["models"]) == ["lamda", "nanochat"]
+    assert list(entry["models"]) == ["lamda", "nanochat+"]
     assert entry["models"]["lamda"]["ratio"] == 1
     assert all(len(each["rounds"]) == 2 for each in entry["models"].values())
 
