@@ -1,4 +1,4 @@
-"""Words and word n-grams of many documents at once, as 64-bit hashes.
+"""Words and word n-grams of many documents together, as 64-bit hashes.
 
 A word is a run of letters, digits and non-ASCII characters, in lower case; a Chinese character or kana is a word in
 itself. Each array operation covers a megabyte of text, since documents are short and a call costs a microsecond.

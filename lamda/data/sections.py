@@ -1,7 +1,7 @@
 """Long plain texts in sections: a file of any size is read in bounded memory, from any place, as several documents.
 
 Section n of a text begins at the first line end from byte n * SECTION on (without one in a section's length: at the
-first space, or at once) and ends where the next one begins. So it depends on the text alone.
+first space, or immediately) and ends where the next one begins. So it depends on the text alone.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class RunState:
         return replace(self, step=step, updates=updates, consumed=consumed, samples=samples)
 
     def with_parked(self, later: Mapping[str, dict[str, Any]]) -> RunState:
-        """The state after a return from a later stage, whose own sources go on behind what they have given."""
+        """The state after a return from a later stage, whose own sources continue behind what they have given."""
         parked = dict(self.parked)
         for name, values in later.items():
             source = ParkedSource.from_json(values)

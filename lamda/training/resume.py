@@ -53,7 +53,7 @@ class ResumePoint:
         if changes:
             raise UserError(
                 f"{self.path}: the data differs from the checkpoint: {'; '.join(changes)}. Restore these settings, or "
-                "go on with other text in another run (`lamda branch --fresh-data`)"
+                "continue with other text in another run (`lamda branch --fresh-data`)"
             )
         if rejected := [name for name in changed if name not in accepted]:
             raise UserError(

@@ -1,7 +1,7 @@
 """From one stage of a run to the next: where the text of the next one begins.
 
-A source that several stages read goes on where it was, so that nothing comes twice before its epoch ends; a new source
-begins at its beginning. Stages with the same text go on as if they were one.
+A source that several stages read continues where it was, so that nothing comes twice before its epoch ends; a new
+source begins at its beginning. Stages with the same text continue as if they were one.
 """
 
 from __future__ import annotations
