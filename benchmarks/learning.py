@@ -2,7 +2,8 @@
 
 All models use the project's loader and tokenizer; a seed gives all of them the same rows in the same order. Each has
 its usual recipe, with a sweep of learning rates; a peer's `+` has LaMDA's recipe as far as it applies. Every run is
-added to the record when it ends, and runs that are in the record are not repeated.
+added to the record when it ends, and runs that are in the record are not repeated. An interrupted run continues from
+its last saved state.
 
 Loss over seconds is not taken from single runs, since runs at different times on a shared machine do not compare.
 `--time` times a few steps of all models in turn, and the seconds of a curve are its tokens times the median time per
@@ -27,6 +28,7 @@ from benchmarks import environment, learning_ablations, read_report
 from benchmarks.learning_peers import EMBEDDING_SCALE, MODELS, PEERS, make_learner, recipe_of
 from benchmarks.learning_report import best_rate, draw, markdown
 from benchmarks.learning_runs import LOSS_EVERY, How, Rows, batch_of, run, time_in_turn
+from benchmarks.learning_state import state_file
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.config.presets import PRESETS
@@ -208,7 +210,8 @@ def _run(
             speeds = f"{speed:,.0f} tokens/s, {left:.0f} s left"
             print(f"{title}: step {step}/{steps}, loss {loss:.3f}, {speeds}", flush=True)
 
-    found = run(learner, rows, how, seed=config.run.seed, steps=steps, on_progress=on_progress)
+    state = state_file(Path(config.run.dir), _key(planned.identity))
+    found = run(learner, rows, how, seed=config.run.seed, steps=steps, state=state, on_progress=on_progress)
     final = "diverged" if found["final"] is None else f"{found['final']:.4f} nats held out"
     print(f"{title}: {final}", flush=True)
     return {"parameters": learner.sizes, **found}

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks import learning_state
 from benchmarks.data_stages import loader_steps
 from benchmarks.learning_peers import Learner
 from lamda.config.errors import UserError
@@ -180,42 +181,55 @@ def evaluate(learner: Learner, held_out: HeldOutRows, how: How, *, rows: int) ->
 
 
 def run(
-    learner: Learner, rows: Rows, how: How, *, seed: int, steps: int, on_progress: Callable[[int, float, float], object]
+    learner: Learner,
+    rows: Rows,
+    how: How,
+    *,
+    seed: int,
+    steps: int,
+    state: Path,
+    on_progress: Callable[[int, float, float], object],
 ) -> dict[str, Any]:
     """Train and evaluate. Curves are of [tokens, nats]; a loss that is not finite ends the run without figures.
 
-    on_progress: called every LOSS_EVERY steps with the step, the mean loss since the last time, and all steps' seconds.
+    state: where an interrupted run continues from; removed at the end. on_progress: called every LOSS_EVERY steps with
+    the step, the mean loss since the last time, and all steps' seconds.
     """
     batch_tokens = rows.config.train.global_batch_size * rows.config.data.sequence_length
     evaluated = {round(steps * point / POINTS) for point in range(1, POINTS)} - {0, steps}
-    losses: list[list[float]] = []
-    held_out: list[list[float]] = []
-    seconds, summed, count = 0.0, torch.zeros((), device=how.device), 0
+    done = learning_state.load(state, learner)
+    saved, summed = time.monotonic(), torch.zeros((), device=how.device)
     with closing(rows.steps(seed)) as coming:
-        for step, fetched in enumerate(islice(coming, steps), 1):
+        for step, fetched in enumerate(islice(coming, done.step, steps), done.step + 1):
             batch = batch_of(fetched, how.device)
             how.wait()
             began = time.perf_counter()
             summed += train_step(learner, batch, how, step=step, steps=steps)
-            count += 1
             how.wait()
-            seconds += time.perf_counter() - began
-            if count == LOSS_EVERY or step == steps:
-                loss = float(summed) / count
-                on_progress(step, loss, seconds)
-                if not isfinite(loss):
-                    return {**_curves(losses, held_out, seconds), "diverged_at": step}
-                losses.append([step * batch_tokens, round(loss, DIGITS)])
-                summed.zero_()
-                count = 0
+            done.seconds += time.perf_counter() - began
             if step in evaluated:
                 nats, targets = evaluate(learner, rows.held_out, how, rows=POINT_ROWS).sum(0)
-                held_out.append([step * batch_tokens, round(nats / targets, DIGITS)])
-    return {**_curves(losses, held_out, seconds), **_final(learner, rows, how, held_out, steps * batch_tokens)}
+                done.held_out.append([step * batch_tokens, round(float(nats / targets), DIGITS)])
+            if step % LOSS_EVERY and step != steps:
+                continue
+            loss = float(summed) / (step - done.step)
+            on_progress(step, loss, done.seconds)
+            if not isfinite(loss):
+                state.unlink(missing_ok=True)
+                return {**_curves(done), "diverged_at": step}
+            done.losses.append([step * batch_tokens, round(loss, DIGITS)])
+            done.step = step
+            summed.zero_()
+            if time.monotonic() - saved > learning_state.EVERY:
+                learning_state.save(state, learner, done)
+                saved = time.monotonic()
+    found = {**_curves(done), **_final(learner, rows, how, done.held_out, steps * batch_tokens)}
+    state.unlink(missing_ok=True)
+    return found
 
 
-def _curves(losses: list[list[float]], held_out: list[list[float]], seconds: float) -> dict[str, Any]:
-    return {"losses": losses, "held_out": held_out, "seconds": seconds, "final": None}
+def _curves(done: learning_state.Progress) -> dict[str, Any]:
+    return {"losses": done.losses, "held_out": done.held_out, "seconds": done.seconds, "final": None}
 
 
 def _final(learner: Learner, rows: Rows, how: How, held_out: list[list[float]], tokens: int) -> dict[str, Any]:
@@ -224,7 +238,7 @@ def _final(learner: Learner, rows: Rows, how: How, held_out: list[list[float]], 
     nats, targets = found[:POINT_ROWS].sum(0)
     all_nats, all_targets = found.sum(0)
     return {
-        "held_out": [*held_out, [tokens, round(nats / targets, DIGITS)]],
+        "held_out": [*held_out, [tokens, round(float(nats / targets), DIGITS)]],
         "final": all_nats / all_targets,
         "bits_per_byte": all_nats / log(2) / rows.held_out.utf8_bytes,
         "targets": int(all_targets),

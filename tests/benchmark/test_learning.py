@@ -357,10 +357,11 @@ def test_times_are_of_all_models_in_turn(small, tmp_path):
     assert all(len(each["rounds"]) == 2 for each in entry["models"].values())
 
 
-def test_a_run_whose_loss_is_not_finite_ends(rows, monkeypatch):
+def test_a_run_whose_loss_is_not_finite_ends(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(learning_runs, "train_step", lambda *_, **__: torch.tensor(torch.nan))
     learner = make_learner("nanochat", rows.config, rate=1.0, device=CPU.device)
-    found = learning_runs.run(learner, rows, CPU, seed=0, steps=40, on_progress=lambda *_: None)
+    state = tmp_path / "state.pt"
+    found = learning_runs.run(learner, rows, CPU, seed=0, steps=40, state=state, on_progress=lambda *_: None)
     assert found["diverged_at"] == 10
     assert found["final"] is None
     json.dumps(found, allow_nan=False)
