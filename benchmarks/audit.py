@@ -27,7 +27,7 @@ ROUNDS = 5
 HELD_OUT = 200
 """Documents of evaluation text, of 200 words each."""
 PACKAGES = ("numpy", "orjson", "py3langid", "rensa")
-NOTHING = {"near": False, "pii": False, "lines": False, "language": False}
+NOTHING: dict[str, Any] = {"near": False, "pii": False, "lines": False, "language": False}
 
 
 def main(argv: list[str]) -> int:

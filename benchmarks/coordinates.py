@@ -99,7 +99,7 @@ def watch(model: LaMDA, tokens_BL: torch.Tensor) -> dict[str, torch.Tensor]:
     """The outputs of both halves of the last block, the residual stream after it, and the logits."""
     seen: dict[str, torch.Tensor] = {}
 
-    def keep(name: str, module: torch.nn.Module) -> torch.utils.hooks.RemovableHandle:
+    def keep(name: str, module: Any) -> torch.utils.hooks.RemovableHandle:
         return module.register_forward_hook(lambda _module, _inputs, output: seen.__setitem__(name, output.clone()))
 
     last = model.layers[-1]

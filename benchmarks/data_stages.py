@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import chain, islice
+from math import nan
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -33,11 +34,11 @@ ENCODER, WHOLE, USUAL = "encode", "whole path", "usual way"
 
 
 class Timing(NamedTuple):
-    """Seconds for a number of tokens; first: seconds to the first micro-batch, if measured."""
+    """Seconds for a number of tokens; first: seconds to the first micro-batch, NaN where it is not measured."""
 
     seconds: float
     tokens: int
-    first: float | None = None
+    first: float = nan
 
 
 def run_config(shards: Sequence[Path], **data: Any) -> Config:
@@ -50,7 +51,7 @@ def run_config(shards: Sequence[Path], **data: Any) -> Config:
     )
 
 
-def micro_batches(config: Config, tokenizer: Tokenizer) -> Iterator[NDArray[np.uint32]]:
+def micro_batches(config: Config, tokenizer: Tokenizer) -> Generator[NDArray[np.uint32], None, None]:
     """Our way, endless: from files to the ids [b, L+1] of a rank's micro-batches."""
     with closing(loader_steps(config, open_corpus(config.data), tokenizer, seed=config.run.seed)) as steps:
         for step in steps:
@@ -77,7 +78,7 @@ def loader_steps(
 
 def usual_dataset(config: Config) -> IterableDataset:
     """The same files as `datasets` streams them."""
-    return load_dataset("json", data_files=list(config.data.files), split="train", streaming=True)
+    return load_dataset("json", data_files=list(config.data.files or ()), split="train", streaming=True)
 
 
 def usual_micro_batches(
@@ -155,7 +156,7 @@ def stages(text: Text, model: Path, config: Config) -> dict[str, Callable[[], Ti
     plain = [_unpacked(file) for file in compressed]
     lines = [line.data for file in plain for line in read_lines(file)]
     batches = list(_encoder_batches(chain.from_iterable(text.documents)))
-    replay = _Replay(text, tokenizer)
+    replay: Any = _Replay(text, tokenizer)  # stands for a lane and for a tokenizer
     parts: dict[str, Callable[[], Iterable[object]]] = {
         "decompress": lambda: map(read_all, compressed),
         "split lines": lambda: chain.from_iterable(map(read_lines, plain)),

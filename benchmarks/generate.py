@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -66,10 +67,9 @@ def measure(
     model = model.to(device, dtype)
     ids = torch.randint(config.vocab_size, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
     sampling = Sampling(max_new_tokens=new)
-    peaks = {
-        count: _peak(lambda count=count: _sample(model, ids, count, sampling), device) for count in (1, candidates)
-    }
-    narrow, theirs = to_int8(copy.deepcopy(model)), _llama(config).to(device, dtype).eval()
+    peaks = {count: _peak(partial(_sample, model, ids, count, sampling), device) for count in (1, candidates)}
+    narrow, theirs = to_int8(copy.deepcopy(model)), _llama(config)
+    theirs.to(device, dtype).eval()  # type: ignore[arg-type]  # transformers' decorator hides its self
     data = torch.zeros(_bytes(model) // 4, device=device)
     prefixes = {"one": prefill(model, ids), "int8": prefill(narrow, ids)}
     tokens_BL = torch.tensor([ids], device=device)
@@ -130,7 +130,7 @@ def _llama(config: ModelConfig) -> LlamaForCausalLM:
 
 
 def _continue(model: LlamaForCausalLM, tokens_BL: torch.Tensor, new: int) -> None:
-    model.generate(
+    model.generate(  # type: ignore[misc]  # transformers gives its own self a protocol's type
         tokens_BL, attention_mask=torch.ones_like(tokens_BL), do_sample=True, top_k=40, max_new_tokens=new,
         min_new_tokens=new, pad_token_id=0,
     )  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -115,6 +116,7 @@ def restart_x_transformers(module: nn.Module) -> None:
     residual = [weight for name, weight in module.named_parameters() if name.endswith(("to_out.weight", "ff.2.weight"))]
     for weight in residual:
         weight.mul_(len(residual) ** -0.5)
+    bias: Any
     (bias,) = (part for part in module.modules() if hasattr(part, "relative_attention_bias"))
     slopes(bias.relative_attention_bias.weight).div_(bias.scale)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, ShapeDtypeStruct
+from jax import ShapeDtypeStruct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lamda.config import ds_config
@@ -24,7 +24,7 @@ def measure(config: Config) -> dict[str, Any]:
     mesh = make_mesh(config.flax, config.model)
     is_bf16 = ds_config.is_bf16(ds_config.read(config))
     state, batch = _state(config, mesh), _batch(config, mesh)
-    step = make_step(
+    step: Any = make_step(
         config, make_optimizer(config.train, config.model), state=state, mesh=mesh,
         dtype=jnp.bfloat16 if is_bf16 else jnp.float32, domains=1,
     )  # fmt: skip
@@ -41,10 +41,10 @@ def measure(config: Config) -> dict[str, Any]:
     }
 
 
-def _state(config: Config, mesh: Mesh) -> TrainState:
+def _state(config: Config, mesh: Mesh) -> Any:
     """The shapes of a state and where they lie."""
     shapes = stacked_shapes(config.model)
-    weights = {
+    weights: dict[str, Any] = {
         name: ShapeDtypeStruct(shape, jnp.float32, sharding=weight_sharding(name, mesh))
         for name, shape in shapes.items()
     }
@@ -60,7 +60,7 @@ def _batch(config: Config, mesh: Mesh) -> Batch:
     train, length = config.train, config.data.sequence_length
     shape = (micro_batches_per_rank(train, world_size=row_ranks(mesh)), train.micro_batch_size * row_ranks(mesh))
 
-    def rows(length: int, dtype: Any) -> Array:
+    def rows(length: int, dtype: Any) -> Any:
         return ShapeDtypeStruct((*shape, length), dtype, sharding=NamedSharding(mesh, PartitionSpec(None, ROWS)))
 
     documents = rows(length + 1, jnp.int32) if config.data.separates_documents else None

@@ -63,9 +63,8 @@ def _gradients(model: LaMDA, config: Config, tokenizer: Tokenizer, count: int) -
         for ids in islice(batches, count):
             ids_BL = torch.from_numpy(ids.astype("int64"))
             nll_BL, log_z_BL = token_losses(model(ids_BL[:, :-1]), ids_BL[:, 1:])
-            model.zero_grad()
-            (nll_BL + config.train.z_loss * log_z_BL.square()).mean().backward()
-            found.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+            loss = (nll_BL + config.train.z_loss * log_z_BL.square()).mean()
+            found.append(torch.cat([each.flatten() for each in torch.autograd.grad(loss, tuple(model.parameters()))]))
     return found
 
 

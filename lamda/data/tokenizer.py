@@ -22,6 +22,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Self
 
 import numpy as np
 import sentencepiece
@@ -86,7 +87,7 @@ class Tokenizer:
         self._words, self._cached = self._white_space(), 0
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
+    def load(cls, path: str | Path) -> Self:
         """Load a model file written by `train_tokenizer`. Raises UserError if it is not one, or cannot be read."""
         remedy = "set tokenizer.path to a model that `lamda tokenizer train` wrote"
         try:
