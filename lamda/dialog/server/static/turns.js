@@ -1,0 +1,102 @@
+// A turn on the page: the user's message, and the reply or what is known of it.
+
+import { button, count, make, textOf } from "./dom.js";
+import { marks, reasonsBelow } from "./reasons.js";
+
+// pending: null, or the state of its running request: {text, progress}.
+export function turnElement(turn, index, { pending, isLast, isBusy, isTuned }) {
+  const said = make("div", "user", [
+    textOf(turn.user), make("div", "actions", [button("edit", "Edit", "Edit message"), button("copy-user", "Copy", "Copy message")]),
+  ]);
+  const parts = [said];
+  if (pending) parts.push(pendingOf(pending, isTuned));
+  else if (turn.replies.length) parts.push(replyOf(turn, index, isLast));
+  if (!pending && (turn.problem || !turn.replies.length)) parts.push(problemOf(turn, isLast));
+  const element = make("article", "turn", parts);
+  element.dataset.index = index;
+  element.setAttribute("aria-label", `Turn ${index + 1}`);
+  for (const each of element.querySelectorAll("button")) {
+    if (!each.dataset.action.startsWith("copy")) each.disabled = isBusy;
+  }
+  return element;
+}
+
+// Only the last reply can be another one: later ones rest on those before them.
+function replyOf(turn, index, isLast) {
+  const reply = turn.replies[turn.shown];
+  const body = textOf(reply.text);
+  const place = `${index + 1}-${turn.shown + 1}`;
+  if (reply.reasons) body.append(...marks(reply.reasons.sources, place));
+  const actions = [button("copy", "Copy", "Copy reply")];
+  if (isLast) actions.push(button("again", "Regenerate", "Regenerate reply"));
+  if (isLast && turn.replies.length > 1) actions.push(versionsOf(turn));
+  const stopped = reply.end === "stopped" ? [make("p", "note", "Stopped. The model reads what is shown here.")] : [];
+  return make("div", "assistant", [body, make("div", "actions", actions), ...stopped, ...(reply.reasons ? reasonsBelow(reply, place) : [])]);
+}
+
+function versionsOf({ shown, replies }) {
+  const back = button("back", "‹", "Previous version"), forth = button("forth", "›", "Next version");
+  const place = make("span", "note", `${shown + 1} of ${replies.length}`);
+  return make("span", "versions", [...(shown > 0 ? [back] : []), place, ...(shown < replies.length - 1 ? [forth] : [])]);
+}
+
+function problemOf(turn, isLast) {
+  const parts = [make("p", "reason", turn.problem || "No reply came.")];
+  if (!turn.replies.length) {
+    parts.push(make("p", "note", "The model does not read this message again."));
+    if (isLast) parts.push(make("div", "actions", [button("again", "Try again")]));
+  }
+  return make("div", "problem", parts);
+}
+
+function pendingOf({ text, progress }, isTuned) {
+  const element = make("div", "assistant pending", [textOf(text)]);
+  if (!text) {
+    element.firstChild.hidden = true;
+    element.append(progressOf(progress, isTuned));
+  }
+  return element;
+}
+
+// What the server is doing: with more than one candidate, or a filter, no text may be shown before all are finished.
+export function progressOf(progress, isTuned) {
+  const { stage, candidates = 0, finished = 0, tokens = 0 } = progress ?? {};
+  const parts = [];
+  if (stage === "sampling" && candidates > 1) {
+    const bar = make("progress");
+    Object.assign(bar, { max: candidates, value: finished });
+    bar.setAttribute("aria-label", "Finished candidates");
+    parts.push(bar);
+    parts.push(make("p", "note", `${finished} of ${candidates} candidates finished, ${count(tokens, "token")}`));
+    parts.push(make("p", "note", isTuned ? "The best one appears when all are rated." : "The likeliest one appears when all are finished."));
+  } else {
+    const rated = `Rating ${count(candidates, "candidate")}…`;
+    const sampled = `Writing: ${count(tokens, "token")}. The reply appears when it is rated.`;
+    const words = { sampling: sampled, rating: rated, tools: `Using the tools: ${count(tokens, "token")}…` };
+    parts.push(make("p", "note pulse", words[stage] ?? "Reading the conversation…"));
+  }
+  return make("div", "progress", parts);
+}
+
+// The form in place of a message that is edited. later: the number of turns after it.
+export function editor(turn, later) {
+  const area = make("textarea");
+  area.value = turn.user;
+  area.setAttribute("aria-label", "Edited message");
+  const send = make("button", "", "Send");
+  const parts = [area, make("div", "actions", [button("cancel", "Cancel", "Cancel editing"), send])];
+  if (later) parts.splice(1, 0, make("p", "note", `Sending it removes the ${later === 1 ? "turn" : `${later} turns`} below.`));
+  return make("form", "editor", parts);
+}
+
+export function emptyElement(model) {
+  const { is_tuned: isTuned, candidates = 1, tools = [] } = model.lamda ?? {};
+  const lines = [
+    isTuned
+      ? `Each reply is the best of ${count(candidates, "candidate")}: the model rates them itself, and a filter drops those that it finds unsafe.`
+      : "This model was only pre-trained: it continues lines of text, and no filter sees them.",
+    tools.length > 0 && `It may use tools: ${tools.join(", ")}.`,
+    "Enter sends, Shift+Enter breaks a line, Escape stops. Settings lists more keys.",
+  ].filter(Boolean);
+  return make("div", "empty", [make("h2", "", `Talk with ${model.id}`), ...lines.map((line) => make("p", "note", line))]);
+}
