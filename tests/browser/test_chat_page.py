@@ -30,6 +30,7 @@ def test_a_model_answers_and_its_candidates_are_shown(page):
     assert page.locator(".candidates > li").count() == 4
     assert page.locator(".candidates meter").count() == 16
     ask(page, "to in", replies=2)
+    expect(page.locator(".candidates")).to_be_visible()  # what was unfolded stays so
     assert page.locator(".user").count() == 2
     page.click("#new")
     expect(page.locator(".turn")).to_have_count(0)
@@ -74,6 +75,28 @@ def test_what_was_written_before_a_stop_stays_and_is_said(page):
     expect(page.locator(".assistant")).to_contain_text("Stopped.")
     ask(page, "the of", replies=2)
     assert Prepared.read == ["stream", "One", "the of"]
+
+
+def test_another_conversation_is_opened_while_one_is_answered(page):
+    ask(page, "nadal")
+    page.fill("#input", "wait")
+    page.keyboard.press("Enter")
+    expect(page.locator(".progress")).to_be_visible()
+    page.keyboard.press("Alt+n")
+    expect(page.locator("#send")).to_be_visible()
+    ask(page, "refuse")
+    page.click("#open-history")
+    page.locator("#conversations .name").nth(1).click()
+    expect(page.locator(".user .text")).to_have_text(["nadal", "wait"])
+    expect(page.locator(".problem")).to_contain_text("Stopped.")
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator(".progress")).to_be_visible()
+    page.click("#open-history")
+    page.locator("#conversations button", has_text="Delete").first.click()
+    expect(page.locator("#conversations .name")).to_have_text(["refuse"])
+    page.keyboard.press("Escape")
+    page.click("#open-history")
+    expect(page.locator("#conversations .name")).to_have_text(["refuse"])
 
 
 def test_a_request_that_fails_can_be_repeated(page):
@@ -175,6 +198,7 @@ def test_settings_and_system_text_reach_the_server_and_stay(page):
     sent = {name: bodies[0].get(name) for name in ("temperature", "candidates", "seed")}
     assert sent == {"temperature": 0.5, "candidates": 2, "seed": 7}
     assert Prepared.read == ["Be brief.", "the of"]
+    expect(page.locator(".system")).to_have_text("System text: Be brief.")
     expect(page.locator("summary")).to_have_text("2 candidates")
     page.get_by_role("button", name="Regenerate reply").click()
     expect(page.locator(".versions")).to_be_visible()

@@ -6,7 +6,7 @@ import { openHistory } from "./history.js";
 import { messagesFor, newConversation, reasonsOf } from "./records.js";
 import { openSettings, reset, settings } from "./settings.js";
 import * as store from "./store.js";
-import { editor, emptyElement, progressOf, turnElement } from "./turns.js";
+import { editor, emptyElement, progressOf, systemElement, turnElement } from "./turns.js";
 
 const [talk, form, input, sendButton, stopButton, keyForm, keyInput, systemInput] =
   ["talk", "form", "input", "send", "stop", "key-form", "key", "system"].map(find);
@@ -17,20 +17,41 @@ let running = null;                     // {index, text, progress, controller} o
 
 // --- What is shown
 
+const isTuned = () => model?.lamda?.is_tuned ?? true;
+
 function show() {
-  const turns = conversation.turns.map((turn, index) => elementOf(turn, index));
-  talk.replaceChildren(...(turns.length || !model ? turns : [emptyElement(model)]));
+  talk.replaceChildren();
+  if (model && !conversation.turns.length) talk.append(emptyElement(model));
+  conversation.turns.forEach((_, index) => showTurn(index));
+  showSystem();
+  showBusy();
+}
+
+// A turn as it is now. The others stay as they are, with what is unfolded in them.
+function showTurn(index) {
+  const pending = running?.index === index ? running : null;
+  const element = turnElement(conversation.turns[index], index, { pending, isTuned: isTuned() });
+  const before = elementAt(index);
+  if (before) before.replaceWith(element);
+  else talk.append(element);
+  for (const gone of talk.querySelectorAll(".empty, .turn")) {
+    if (!(gone.dataset.index <= last())) gone.remove();
+  }
+}
+
+function showSystem() {
+  talk.querySelector(".system")?.remove();
+  if (conversation.system) talk.prepend(systemElement(conversation.system));
+}
+
+function showBusy() {
   sendButton.hidden = running !== null;
   stopButton.hidden = running === null;
   talk.setAttribute("aria-busy", running !== null);
+  for (const each of talk.querySelectorAll("button:not([data-action^=copy])")) each.disabled = running !== null;
 }
 
-function elementOf(turn, index) {
-  const pending = running?.index === index ? running : null;
-  const isLast = index === conversation.turns.length - 1;
-  return turnElement(turn, index, { pending, isLast, isBusy: running !== null, isTuned: model?.lamda?.is_tuned ?? true });
-}
-
+const last = () => conversation.turns.length - 1;
 const elementAt = (index) => talk.querySelector(`[data-index="${index}"]`);
 
 // Keep the end in view for a reader who is there.
@@ -56,10 +77,11 @@ function focusInput() {
 // --- The conversation
 
 async function keep() {
-  conversation.changed = Date.now();
+  const kept = conversation;
+  kept.changed = Date.now();
   try {
-    await store.save(conversation);
-    history.replaceState(null, "", `?c=${conversation.id}`);
+    await store.save(kept);
+    if (conversation === kept) history.replaceState(null, "", `?c=${kept.id}`);
   } catch (error) {
     notify(`This browser cannot keep the conversation (${error.message}). It ends with the page.`);
   }
@@ -67,6 +89,7 @@ async function keep() {
 
 function open(next) {
   running?.controller.abort();
+  running = null;
   conversation = next;
   systemInput.value = next.system;
   history.replaceState(null, "", next.turns.length ? `?c=${next.id}` : location.pathname);
@@ -90,7 +113,8 @@ async function answer(index) {
   const request = running;
   turn.problem = "";
   const reply = { text: "", end: "stop", seed: used.seed, temperature: used.temperature ?? null, reasons: null };
-  show();
+  showTurn(index);
+  showBusy();
   document.documentElement.scrollTop = document.documentElement.scrollHeight;
   announce("Waiting for the reply.");
   keep();
@@ -111,17 +135,19 @@ async function answer(index) {
   }
   if (reply.text || reply.end !== "stopped") turn.shown = turn.replies.push(reply) - 1;
   if (running === request) running = null;
-  await finish(asked, turn);
+  await finish(asked, index);
 }
 
-async function finish(asked, turn) {
+async function finish(asked, index) {
   if (conversation === asked) {
-    following(show);
+    const turn = asked.turns[index];
+    following(() => showTurn(index));
+    showBusy();
     announce(turn.problem || `Reply: ${turn.replies[turn.shown].text}`);
     if (document.activeElement === document.body) focusInput();
     await keep();
-  } else {
-    await store.save(asked).catch(() => {}); // `keep` has told why it fails
+  } else if (await store.load(asked.id).catch(() => null)) { // another is open, and this one was not deleted
+    await store.save(asked);
   }
 }
 
@@ -135,7 +161,7 @@ function showProgress({ index, text, progress }) {
   element.firstChild.textContent = visible(text);
   const shown = element.querySelector(".progress");
   if (text) shown?.remove();
-  else shown?.replaceWith(progressOf(progress, model.lamda?.is_tuned ?? true));
+  else shown?.replaceWith(progressOf(progress, isTuned()));
 }
 
 // --- What a click or a key does
@@ -148,7 +174,7 @@ const actions = {
   forth: (turn, _, index) => version(turn, index, 1),
   edit: (turn, _, index) => edit(turn, index),
   cancel: (turn, _, index) => {
-    elementAt(index).replaceWith(elementOf(turn, index));
+    showTurn(index);
     elementAt(index).querySelector("[data-action=edit]").focus();
   },
 };
@@ -166,7 +192,7 @@ async function copied(text, clicked) {
 
 function version(turn, index, step) {
   turn.shown += step;
-  elementAt(index).replaceWith(elementOf(turn, index));
+  showTurn(index);
   const buttons = [step < 0 ? "back" : "forth", step < 0 ? "forth" : "back"];
   elementAt(index).querySelector(`[data-action=${buttons[0]}], [data-action=${buttons[1]}]`)?.focus();
   keep();
@@ -174,7 +200,7 @@ function version(turn, index, step) {
 
 function edit(turn, index) {
   const place = editor(turn, conversation.turns.length - index - 1);
-  elementAt(index).querySelector(".user").replaceWith(place);
+  elementAt(index).querySelector(".user, .editor").replaceWith(place);
   const area = place.querySelector("textarea");
   fit(area);
   area.focus();
@@ -213,7 +239,6 @@ form.addEventListener("submit", (event) => {
   say(text);
 });
 
-const last = () => conversation.turns.length - 1;
 const shortcuts = {
   KeyN: () => open(newConversation(conversation.system)),
   KeyR: () => { if (!running && last() >= 0) answer(last()); },
@@ -252,8 +277,9 @@ for (const dialog of document.querySelectorAll("dialog")) {
   dialog.addEventListener("click", ({ target }) => { if (target === dialog) dialog.close(); }); // beside it
 }
 find("defaults").addEventListener("click", reset);
-systemInput.addEventListener("change", () => {
-  conversation.system = systemInput.value.trim();
+systemInput.addEventListener("input", () => { conversation.system = systemInput.value.trim(); });
+find("settings").addEventListener("close", () => {
+  showSystem();
   if (conversation.turns.length) keep();
 });
 
@@ -290,8 +316,7 @@ async function start() {
   find("model").textContent = model.id;
   keyForm.hidden = true;
   form.hidden = false;
-  const isTuned = model.lamda?.is_tuned ?? true;
-  find("candidates-help").textContent = isTuned
+  find("candidates-help").textContent = isTuned()
     ? "A reply appears when all of them are rated."
     : "With 1, a reply appears as it is written; else the likeliest one, when all are finished.";
   openSettings(model);

@@ -4,32 +4,28 @@ import { button, count, make, textOf } from "./dom.js";
 import { marks, reasonsBelow } from "./reasons.js";
 
 // pending: null, or the state of its running request: {text, progress}.
-export function turnElement(turn, index, { pending, isLast, isBusy, isTuned }) {
+export function turnElement(turn, index, { pending, isTuned }) {
   const said = make("div", "user", [
     textOf(turn.user), make("div", "actions", [button("edit", "Edit", "Edit message"), button("copy-user", "Copy", "Copy message")]),
   ]);
   const parts = [said];
   if (pending) parts.push(pendingOf(pending, isTuned));
-  else if (turn.replies.length) parts.push(replyOf(turn, index, isLast));
-  if (!pending && (turn.problem || !turn.replies.length)) parts.push(problemOf(turn, isLast));
+  else if (turn.replies.length) parts.push(replyOf(turn, index));
+  if (!pending && (turn.problem || !turn.replies.length)) parts.push(problemOf(turn));
   const element = make("article", "turn", parts);
   element.dataset.index = index;
   element.setAttribute("aria-label", `Turn ${index + 1}`);
-  for (const each of element.querySelectorAll("button")) {
-    if (!each.dataset.action.startsWith("copy")) each.disabled = isBusy;
-  }
   return element;
 }
 
-// Only the last reply can be another one: later ones rest on those before them.
-function replyOf(turn, index, isLast) {
+// Only the last reply can be another one, since later ones rest on those before them: chat.css hides the buttons of others.
+function replyOf(turn, index) {
   const reply = turn.replies[turn.shown];
   const body = textOf(reply.text);
   const place = `${index + 1}-${turn.shown + 1}`;
   if (reply.reasons) body.append(...marks(reply.reasons.sources, place));
-  const actions = [button("copy", "Copy", "Copy reply")];
-  if (isLast) actions.push(button("again", "Regenerate", "Regenerate reply"));
-  if (isLast && turn.replies.length > 1) actions.push(versionsOf(turn));
+  const actions = [button("copy", "Copy", "Copy reply"), button("again", "Regenerate", "Regenerate reply")];
+  if (turn.replies.length > 1) actions.push(versionsOf(turn));
   const stopped = reply.end === "stopped" ? [make("p", "note", "Stopped. The model reads what is shown here.")] : [];
   return make("div", "assistant", [body, make("div", "actions", actions), ...stopped, ...(reply.reasons ? reasonsBelow(reply, place) : [])]);
 }
@@ -40,11 +36,11 @@ function versionsOf({ shown, replies }) {
   return make("span", "versions", [...(shown > 0 ? [back] : []), place, ...(shown < replies.length - 1 ? [forth] : [])]);
 }
 
-function problemOf(turn, isLast) {
+function problemOf(turn) {
   const parts = [make("p", "reason", turn.problem || "No reply came.")];
   if (!turn.replies.length) {
     parts.push(make("p", "note", "The model does not read this message again."));
-    if (isLast) parts.push(make("div", "actions", [button("again", "Try again")]));
+    parts.push(make("div", "actions", [button("again", "Try again")]));
   }
   return make("div", "problem", parts);
 }
@@ -89,6 +85,8 @@ export function editor(turn, later) {
   return make("form", "editor", parts);
 }
 
+export const systemElement = (text) => make("p", "note system", `System text: ${text}`);
+
 export function emptyElement(model) {
   const { is_tuned: isTuned, candidates = 1, tools = [] } = model.lamda ?? {};
   const lines = [
@@ -96,7 +94,9 @@ export function emptyElement(model) {
       ? `Each reply is the best of ${count(candidates, "candidate")}: the model rates them itself, and a filter drops those that it finds unsafe.`
       : "This model was only pre-trained: it continues lines of text, and no filter sees them.",
     tools.length > 0 && `It may use tools: ${tools.join(", ")}.`,
-    "Enter sends, Shift+Enter breaks a line, Escape stops. Settings lists more keys.",
   ].filter(Boolean);
-  return make("div", "empty", [make("h2", "", `Talk with ${model.id}`), ...lines.map((line) => make("p", "note", line))]);
+  const keys = "Enter sends, Shift+Enter breaks a line, Escape stops. Settings lists more keys.";
+  return make("div", "empty", [
+    make("h2", "", `Talk with ${model.id}`), ...lines.map((line) => make("p", "note", line)), make("p", "note keyboard", keys),
+  ]);
 }
