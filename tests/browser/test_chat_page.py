@@ -51,7 +51,7 @@ def test_progress_is_shown_while_nothing_else_may_be(page):
     page.fill("#input", "wait")
     page.keyboard.press("Enter")
     expect(page.locator(".progress")).to_contain_text("5 of 16 candidates finished, 312 tokens")
-    expect(page.locator(".progress")).to_contain_text("The best one appears when all are rated.")
+    expect(page.locator(".progress")).to_contain_text("The best appears when all are rated.")
     assert page.locator("progress").evaluate("bar => bar.value / bar.max") == 5 / 16
     page.keyboard.press("Escape")
 

@@ -29,8 +29,9 @@ export async function openHistory({ current, open, notify }) {
 
 function itemOf(conversation, { isCurrent, open, refresh }) {
   const name = conversation.turns[0]?.user.slice(0, 80) || "(empty)";
-  const when = `${new Date(conversation.changed).toLocaleString([], { dateStyle: "medium", timeStyle: "short" })} · ${count(conversation.turns.length, "turn")}`;
-  const title = make("button", "title", [make("span", "name", name), make("span", "note", when)]);
+  const when = new Date(conversation.changed).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
+  const details = `${when} · ${count(conversation.turns.length, "turn")}`;
+  const title = make("button", "title", [make("span", "name", name), make("span", "note", details)]);
   title.type = "button";
   if (isCurrent) title.setAttribute("aria-current", "true");
   title.addEventListener("click", () => {

@@ -27,10 +27,11 @@ export function marks(sources, place) {
 
 function notes({ reasons, end }) {
   const { messages_left_out: left, last_message_cut: isCut } = reasons.context;
+  const oldest = left === 1 ? "message" : `${left} messages`;
   return [
     reasons.refused && "The filter dropped every candidate. This is the text that is set for that case.",
     end === "length" && "Cut off at the length limit.",
-    left > 0 && `The conversation is longer than what the model reads: it did not read the oldest ${left === 1 ? "message" : `${left} messages`}.`,
+    left > 0 && `The conversation is longer than what the model reads: it did not read the oldest ${oldest}.`,
     isCut && "The message is longer than what the model reads: it read only the end of it.",
   ].filter(Boolean);
 }
@@ -60,20 +61,20 @@ function candidatesOf(candidates, { seed, temperature }) {
     return item;
   });
   const used = [temperature !== null && `temperature ${temperature}`, seed !== null && `seed ${seed}`].filter(Boolean);
-  return make("div", "", [make("ol", "candidates", items), make("p", "note", used.length ? `Sampled with ${used.join(", ")}.` : "")]);
+  const footer = make("p", "note", used.length ? `Sampled with ${used.join(", ")}.` : "");
+  return make("div", "", [make("ol", "candidates", items), footer]);
 }
 
 function scoresOf(scores) {
   const rows = Object.entries(scores).map(([name, value]) => {
-    if (!ATTRIBUTES.includes(name) || value === null) {
-      const row = make("div", "score", [make("span", "", name.replaceAll("_", "-")), make("span"), make("span", "", digits(value, 2))]);
-      if (name === "log_likelihood") row.title = "mean over the tokens";
-      return row;
+    const isProbability = ATTRIBUTES.includes(name) && value !== null;
+    const bar = make(isProbability ? "meter" : "span", name === "unsafe" ? "bad" : "");
+    if (isProbability) {
+      bar.value = value;
+      bar.setAttribute("aria-label", `P(${name})`);
     }
-    const bar = make("meter", name === "unsafe" ? "bad" : "");
-    bar.value = value;
-    bar.setAttribute("aria-label", `P(${name})`);
-    return make("div", "score", [make("span", "", name), bar, make("span", "", digits(value, 2))]);
+    const shown = [make("span", "", name.replaceAll("_", "-")), bar, make("span", "", digits(value, 2))];
+    return make("div", "score", shown);
   });
   return make("div", "scores", rows);
 }
@@ -84,7 +85,9 @@ function stepsOf(steps) {
   const items = steps.map((step) => {
     const isQuery = step.to === "TS";
     const item = make("li", "", [make("div", "place", isQuery ? "Query to the tools" : "Answer"), textOf(step.text)]);
-    if (step.dropped !== null) item.append(make("div", "reason", `Dropped: ${step.dropped}. The best candidate is the reply.`));
+    if (step.dropped !== null) {
+      item.append(make("div", "reason", `Dropped: ${step.dropped}. The best candidate is the reply.`));
+    }
     for (const { text, source } of step.results) {
       item.append(make("div", "result", [textOf(text), ...(source === null ? [] : [sourceOf(source)])]));
     }

@@ -11,7 +11,8 @@ const object = (value) => (value !== null && typeof value === "object" ? value :
 
 export function newConversation(system = "") {
   const bytes = crypto.getRandomValues(new Uint8Array(8));
-  return { id: Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join(""), changed: Date.now(), system, turns: [] };
+  const id = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+  return { id, changed: Date.now(), system, turns: [] };
 }
 
 // Null for what is not a conversation.
@@ -26,7 +27,8 @@ function turnOf(record) {
   if (typeof user !== "string") return null;
   const kept = list(replies, replyOf);
   const last = kept.length - 1;
-  return { user, replies: kept, shown: Number.isInteger(shown) && shown >= 0 && shown <= last ? shown : last, problem: text(problem) };
+  const isPlace = Number.isInteger(shown) && shown >= 0 && shown <= last;
+  return { user, replies: kept, shown: isPlace ? shown : last, problem: text(problem) };
 }
 
 function replyOf(record) {
@@ -46,11 +48,17 @@ export function reasonsOf(record) {
     candidates: list(candidates, (candidate) => {
       const { text: said, value, rank, dropped, scores } = object(candidate);
       const pairs = Object.entries(object(scores)).map(([name, score]) => [name, number(score)]);
-      return { text: text(said), value: number(value), rank: number(rank), dropped: text(dropped, null), scores: Object.fromEntries(pairs) };
+      return {
+        text: text(said), value: number(value), rank: number(rank), dropped: text(dropped, null),
+        scores: Object.fromEntries(pairs),
+      };
     }),
     steps: list(steps, (step) => {
       const { to, text: said, results, dropped } = object(step);
-      const found = list(results, (result) => ({ text: text(object(result).text), source: text(object(result).source, null) }));
+      const found = list(results, (result) => {
+        const { text: snippet, source } = object(result);
+        return { text: text(snippet), source: text(source, null) };
+      });
       return { to: text(to), text: text(said), results: found, dropped: text(dropped, null) };
     }),
     sources: list(sources, (source) => text(source, null)),

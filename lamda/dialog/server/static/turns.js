@@ -5,9 +5,8 @@ import { marks, reasonsBelow } from "./reasons.js";
 
 // pending: null, or the state of its running request: {text, progress}.
 export function turnElement(turn, index, { pending, isTuned }) {
-  const said = make("div", "user", [
-    textOf(turn.user), make("div", "actions", [button("edit", "Edit", "Edit message"), button("copy-user", "Copy", "Copy message")]),
-  ]);
+  const buttons = [button("edit", "Edit", "Edit message"), button("copy-user", "Copy", "Copy message")];
+  const said = make("div", "user", [textOf(turn.user), make("div", "actions", buttons)]);
   const parts = [said];
   if (pending) parts.push(pendingOf(pending, isTuned));
   else if (turn.replies.length) parts.push(replyOf(turn, index));
@@ -18,7 +17,7 @@ export function turnElement(turn, index, { pending, isTuned }) {
   return element;
 }
 
-// Only the last reply can be another one, since later ones rest on those before them: chat.css hides the buttons of others.
+// Only the last reply can be another one: later ones rest on those before them, whose buttons chat.css hides.
 function replyOf(turn, index) {
   const reply = turn.replies[turn.shown];
   const body = textOf(reply.text);
@@ -26,14 +25,17 @@ function replyOf(turn, index) {
   if (reply.reasons) body.append(...marks(reply.reasons.sources, place));
   const actions = [button("copy", "Copy", "Copy reply"), button("again", "Regenerate", "Regenerate reply")];
   if (turn.replies.length > 1) actions.push(versionsOf(turn));
-  const stopped = reply.end === "stopped" ? [make("p", "note", "Stopped. The model reads what is shown here.")] : [];
-  return make("div", "assistant", [body, make("div", "actions", actions), ...stopped, ...(reply.reasons ? reasonsBelow(reply, place) : [])]);
+  const element = make("div", "assistant", [body, make("div", "actions", actions)]);
+  if (reply.end === "stopped") element.append(make("p", "note", "Stopped. The model will read it as it is."));
+  if (reply.reasons) element.append(...reasonsBelow(reply, place));
+  return element;
 }
 
 function versionsOf({ shown, replies }) {
-  const back = button("back", "‹", "Previous version"), forth = button("forth", "›", "Next version");
-  const place = make("span", "note", `${shown + 1} of ${replies.length}`);
-  return make("span", "versions", [...(shown > 0 ? [back] : []), place, ...(shown < replies.length - 1 ? [forth] : [])]);
+  const parts = [make("span", "note", `${shown + 1} of ${replies.length}`)];
+  if (shown > 0) parts.unshift(button("back", "‹", "Previous version"));
+  if (shown < replies.length - 1) parts.push(button("forth", "›", "Next version"));
+  return make("span", "versions", parts);
 }
 
 function problemOf(turn) {
@@ -62,9 +64,9 @@ export function progressOf(progress, isTuned) {
     const bar = make("progress");
     Object.assign(bar, { max: candidates, value: finished });
     bar.setAttribute("aria-label", "Finished candidates");
-    parts.push(bar);
-    parts.push(make("p", "note", `${finished} of ${candidates} candidates finished, ${count(tokens, "token")}`));
-    parts.push(make("p", "note", isTuned ? "The best one appears when all are rated." : "The likeliest one appears when all are finished."));
+    const end = isTuned ? "The best appears when all are rated." : "The likeliest appears when all are finished.";
+    const counts = `${finished} of ${candidates} candidates finished, ${count(tokens, "token")}`;
+    parts.push(bar, make("p", "note", counts), make("p", "note", end));
   } else {
     const rated = `Rating ${count(candidates, "candidate")}…`;
     const sampled = `Writing: ${count(tokens, "token")}. The reply appears when it is rated.`;
@@ -80,23 +82,22 @@ export function editor(turn, later) {
   area.value = turn.user;
   area.setAttribute("aria-label", "Edited message");
   const send = make("button", "", "Send");
-  const parts = [area, make("div", "actions", [button("cancel", "Cancel", "Cancel editing"), send])];
-  if (later) parts.splice(1, 0, make("p", "note", `Sending it removes the ${later === 1 ? "turn" : `${later} turns`} below.`));
-  return make("form", "editor", parts);
+  const form = make("form", "editor", [area]);
+  const gone = later === 1 ? "turn" : `${later} turns`;
+  if (later) form.append(make("p", "note", `Sending it removes the ${gone} below.`));
+  form.append(make("div", "actions", [button("cancel", "Cancel", "Cancel editing"), send]));
+  return form;
 }
 
 export const systemElement = (text) => make("p", "note system", `System text: ${text}`);
 
 export function emptyElement(model) {
   const { is_tuned: isTuned, candidates = 1, tools = [] } = model.lamda ?? {};
-  const lines = [
-    isTuned
-      ? `Each reply is the best of ${count(candidates, "candidate")}: the model rates them itself, and a filter drops those that it finds unsafe.`
-      : "This model was only pre-trained: it continues lines of text, and no filter sees them.",
-    tools.length > 0 && `It may use tools: ${tools.join(", ")}.`,
-  ].filter(Boolean);
+  const rated = `Each reply is the best of ${count(candidates, "candidate")}: the model rates them itself, `
+    + "and a filter drops those that it finds unsafe.";
+  const continued = "This model was only pre-trained: it continues lines of text, and no filter sees them.";
+  const parts = [make("h2", "", `Talk with ${model.id}`), make("p", "note", isTuned ? rated : continued)];
+  if (tools.length) parts.push(make("p", "note", `It may use tools: ${tools.join(", ")}.`));
   const keys = "Enter sends, Shift+Enter breaks a line, Escape stops. Settings lists more keys.";
-  return make("div", "empty", [
-    make("h2", "", `Talk with ${model.id}`), ...lines.map((line) => make("p", "note", line)), make("p", "note keyboard", keys),
-  ]);
+  return make("div", "empty", [...parts, make("p", "note keyboard", keys)]);
 }
