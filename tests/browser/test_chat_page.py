@@ -34,7 +34,7 @@ def test_a_model_answers_and_its_candidates_are_shown(page):
     assert page.locator(".user").count() == 2
     page.click("#new")
     expect(page.locator(".turn")).to_have_count(0)
-    expect(page.locator(".empty")).to_contain_text("Each reply is the best of 4 candidates")
+    expect(page.locator(".empty")).to_contain_text("the best of 4 candidates: the model rates them itself; no filter")
 
 
 def test_a_text_that_may_be_shown_appears_word_by_word(page):

@@ -50,8 +50,9 @@ def test_a_text_that_nothing_rates_is_streamed_and_is_the_same_as_whole(pretrain
     assert len(pieces_of(pretrained, extra_body={"candidates": 2})) == 1
 
 
-def test_a_text_that_is_rated_comes_in_one_piece(tuned):
-    assert len(pieces_of(tuned, extra_body={"candidates": 1})) == 1
+def test_a_text_that_a_filter_may_drop_comes_in_one_piece(tuned):
+    assert len(pieces_of(tuned, extra_body={"candidates": 1})) > 3
+    assert len(pieces_of(tuned, extra_body={"candidates": 1, "threshold": 0.999})) == 1
 
 
 def test_progress_counts_candidates_and_their_tokens_then_they_are_rated(tuned, pretrained):

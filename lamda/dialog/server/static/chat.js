@@ -316,9 +316,10 @@ async function start() {
   find("model").textContent = model.id;
   keyForm.hidden = true;
   form.hidden = false;
-  find("candidates-help").textContent = isTuned()
+  const { threshold = 1, tools = [] } = model.lamda ?? {};
+  find("candidates-help").textContent = isTuned() && (threshold < 1 || tools.length)
     ? "A reply appears when all of them are rated."
-    : "With 1, a reply appears as it is written; else the likeliest one, when all are finished.";
+    : "With 1, a reply appears as it is written; else when all are finished.";
   openSettings(model);
   if (conversation.turns.length) {  // the key was asked for again
     show();

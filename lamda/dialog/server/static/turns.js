@@ -92,9 +92,9 @@ export function editor(turn, later) {
 export const systemElement = (text) => make("p", "note system", `System text: ${text}`);
 
 export function emptyElement(model) {
-  const { is_tuned: isTuned, candidates = 1, tools = [] } = model.lamda ?? {};
-  const rated = `Each reply is the best of ${count(candidates, "candidate")}: the model rates them itself, `
-    + "and a filter drops those that it finds unsafe.";
+  const { is_tuned: isTuned, candidates = 1, threshold = 1, tools = [] } = model.lamda ?? {};
+  const filter = threshold < 1 ? "a filter drops those that it finds unsafe" : "no filter drops unsafe ones";
+  const rated = `Each reply is the best of ${count(candidates, "candidate")}: the model rates them itself; ${filter}.`;
   const continued = "This model was only pre-trained: it continues lines of text, and no filter sees them.";
   const parts = [make("h2", "", `Talk with ${model.id}`), make("p", "note", isTuned ? rated : continued)];
   if (tools.length) parts.push(make("p", "note", `It may use tools: ${tools.join(", ")}.`));
