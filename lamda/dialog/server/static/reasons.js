@@ -10,7 +10,7 @@ export function reasonsBelow(reply, place) {
   const parts = notes(reply).map((note) => make("p", "note", note));
   if (sources.length) parts.push(sourcesOf(sources, steps, place));
   const queries = steps.filter((step) => step.to === "TS").length;
-  if (steps.length) parts.push(fold(`Research: ${count(queries, "query", "queries")}`, () => stepsOf(steps)));
+  if (steps.length) parts.push(fold(`Research: ${queries ? count(queries, "query", "queries") : "no query"}`, () => stepsOf(steps)));
   if (candidates.length) parts.push(fold(summaryOf(candidates), () => candidatesOf(candidates, reply)));
   return parts;
 }
@@ -51,9 +51,14 @@ function fold(title, content) {
 function candidatesOf(candidates, { seed, temperature }) {
   const items = candidates.map((candidate) => {
     const isDropped = candidate.dropped !== null;
-    const rank = isDropped ? "Dropped" : `No. ${candidate.rank}`;
+    const likelihood = candidate.scores.log_likelihood ?? null;
+    const place = [
+      isDropped ? "Dropped" : `No. ${candidate.rank}`,
+      `value ${digits(candidate.value, 3)}`,
+      `log-likelihood ${digits(likelihood, 2)}`,
+    ];
     const item = make("li", isDropped ? "dropped" : candidate.rank === 1 ? "chosen" : "", [
-      make("div", "place", `${rank} · ranking value ${digits(candidate.value, 3)}`),
+      make("div", "place", place.join(" · ")),
       textOf(candidate.text || "(empty)"),
       scoresOf(candidate.scores),
     ]);
@@ -66,20 +71,16 @@ function candidatesOf(candidates, { seed, temperature }) {
 }
 
 function scoresOf(scores) {
-  const rows = Object.entries(scores).map(([name, value]) => {
-    const isProbability = ATTRIBUTES.includes(name) && value !== null;
-    const bar = make(isProbability ? "meter" : "span", name === "unsafe" ? "bad" : "");
-    if (isProbability) {
-      bar.value = value;
-      bar.setAttribute("aria-label", `P(${name})`);
-    }
-    const shown = [make("span", "", name.replaceAll("_", "-")), bar, make("span", "", digits(value, 2))];
-    return make("div", "score", shown);
-  });
-  return make("div", "scores", rows);
+  const rated = ATTRIBUTES.filter((name) => name in scores);
+  return make("div", "scores", rated.map((name) => {
+    const bar = make("meter", name === "unsafe" ? "bad" : "");
+    bar.value = scores[name] ?? 0;
+    bar.setAttribute("aria-label", `P(${name})`);
+    return make("div", "score", [make("span", "", name), bar, make("span", "", digits(scores[name], 2))]);
+  }));
 }
 
-const digits = (value, places) => (value === null ? "not finite" : value.toFixed(places));
+const digits = (value, places) => (value === null ? "none" : value.toFixed(places));
 
 function stepsOf(steps) {
   const items = steps.map((step) => {
