@@ -173,7 +173,7 @@ STORED = {
                                       "scores": {MARKUP: 1, "__proto__": 2, "unsafe": "high"}}],
                 "steps": [{"to": "TS", "text": MARKUP, "results": [{"text": MARKUP, "source": "javascript:alert(1)"}]}],
                 "sources": ["javascript:document.title='broken'", "data:text/html,x", 5, "https://exa\u202emple.org/"],
-                "refused": "yes", "context": {"messages_left_out": MARKUP}}}]},
+                "refused": "yes", "context": {"messages_left_out": MARKUP, "system_cut": True}}}]},
     ],
 }  # fmt: skip
 PUT = """record => new Promise((resolve, reject) => {
@@ -195,6 +195,8 @@ def test_a_hostile_history_is_text_or_left_out(page):
     page.goto(f"{page.url}?c=0123456789abcdef")
     expect(page.locator(".user .text")).to_have_text(["no replies", MARKUP])
     expect(page.locator(".assistant > .text")).to_contain_text(MARKUP)
+    notes = page.locator(".assistant > .note")
+    expect(notes).to_have_text("The system text is longer than what the model reads: it read only the beginning of it.")
     unfold(page)
     assert page.locator("main a[target]").count() == 0
     page.click("#open-history")

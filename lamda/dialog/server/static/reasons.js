@@ -26,12 +26,13 @@ export function marks(sources, place) {
 }
 
 function notes({ reasons, end }) {
-  const { messages_left_out: left, last_message_cut: isCut } = reasons.context;
+  const { messages_left_out: left, system_cut: isSystemCut, last_message_cut: isCut } = reasons.context;
   const oldest = left === 1 ? "message" : `${left} messages`;
   return [
     reasons.refused && "The filter dropped every candidate. This is the text that is set for that case.",
     end === "length" && "Cut off at the length limit.",
     left > 0 && `The conversation is longer than what the model reads: it did not read the oldest ${oldest}.`,
+    isSystemCut && "The system text is longer than what the model reads: it read only the beginning of it.",
     isCut && "The message is longer than what the model reads: it read only the end of it.",
   ].filter(Boolean);
 }

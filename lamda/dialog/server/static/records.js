@@ -43,7 +43,7 @@ function replyOf(record) {
 // The field `lamda` of a reply.
 export function reasonsOf(record) {
   const { candidates, steps, sources, refused, context } = object(record);
-  const { messages_left_out, last_message_cut } = object(context);
+  const { messages_left_out, system_cut, last_message_cut } = object(context);
   return {
     candidates: list(candidates, (candidate) => {
       const { text: said, value, rank, dropped, scores } = object(candidate);
@@ -63,7 +63,11 @@ export function reasonsOf(record) {
     }),
     sources: list(sources, (source) => text(source, null)),
     refused: refused === true,
-    context: { messages_left_out: number(messages_left_out) ?? 0, last_message_cut: last_message_cut === true },
+    context: {
+      messages_left_out: number(messages_left_out) ?? 0,
+      system_cut: system_cut === true,
+      last_message_cut: last_message_cut === true,
+    },
   };
 }
 
