@@ -129,7 +129,7 @@ def visit(browser, address):
             assert page.title() == "LaMDA"  # no markup has run
             assert page.locator("img, iframe, main script").count() == 0
         context.close()
-    assert [each for each in complaints if "429" not in each] == []
+    assert [each for each in complaints if "429" not in each and "502" not in each] == []
     assert foreign == []
 
 

@@ -110,6 +110,19 @@ def test_a_request_that_fails_can_be_repeated(page):
     assert page.locator(".user .text").all_inner_texts() == ["nadal"]
 
 
+def test_half_a_reply_is_not_taken_for_a_whole_one(page):
+    event = {"choices": [{"index": 0, "delta": {"content": "Half"}, "finish_reason": None}]}
+    half = f"data: {json.dumps(event)}\n\n"
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=half, content_type="text/event-stream"))
+    ask(page, "the of")
+    expect(page.locator(".assistant > .text")).to_have_text("Half")
+    expect(page.locator(".problem")).to_have_text("The connection ended before the reply was complete.")
+    page.unroute("**/v1/chat/completions")
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body="<b>502</b>", status=502))
+    page.get_by_role("button", name="Regenerate reply").click()
+    expect(page.locator(".problem")).to_have_text("The server answered 502.")
+
+
 def test_a_reply_is_regenerated_and_both_are_kept(page):
     ask(page, "seed")
     first = page.locator(".assistant > .text").inner_text()
