@@ -6,6 +6,7 @@ Text of the model and of files is escaped, so that it cannot control the termina
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.text import Text
 
 from lamda.config.errors import UserError
 from lamda.console import visible
@@ -113,7 +115,8 @@ class Chat:
     def _command(self, line: str) -> str:
         name, _, argument = line.partition(" ")
         if name == "/why":
-            return "there is no reply yet" if self.reply is None else explanation(self.reply)
+            width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+            return "there is no reply yet" if self.reply is None else explanation(self.reply, width=width)
         if name == "/reset":
             self.messages, self.reply = [*self._first], None
             return "(new conversation)"
@@ -122,30 +125,41 @@ class Chat:
         return HELP if name == "/help" else visible(f"there is no command {name}\n") + HELP
 
 
-def explanation(reply: Reply) -> str:
-    """The text of /why: candidates with scores and drop reasons, research steps and sources."""
-    lines = [_candidate(candidate) for candidate in reply.candidates]
+def explanation(reply: Reply, *, width: int | None = None) -> str:
+    """The text of /why: candidates with scores and drop reasons, research steps and sources; wrapped to `width`."""
+    entries = [entry for candidate in reply.candidates for entry in _candidate(candidate)]
     if reply.refused:
-        lines.append("every candidate was dropped: the reply is the configured refusal")
-    for step in reply.steps:
-        lines += _step(step)
-    lines += [f"source: {source}" for source in reply.sources]
-    return visible("\n".join(lines))
+        entries.append(("", "every candidate was dropped: the reply is the configured refusal"))
+    entries += [entry for step in reply.steps for entry in _step(step)]
+    entries += [("source: ", source) for source in reply.sources]
+    return "\n".join(_wrapped(prefix, visible(_line(text)), width) for prefix, text in entries)
 
 
-def _candidate(candidate: Scored) -> str:
+def _candidate(candidate: Scored) -> list[tuple[str, str]]:
     place = "dropped" if candidate.rank is None else f"#{candidate.rank}"
     scores = " ".join(f"{name} {value:.3f}" for name, value in candidate.scores.items())
     reason = f" ({candidate.dropped})" if candidate.dropped else ""
-    return f"{place:>8} {candidate.value:7.3f}  {scores}{reason}\n{'':18}{_line(candidate.text)}"
+    return [(f"{place:>8} {candidate.value:7.3f}  ", scores + reason), (" " * 18, candidate.text)]
 
 
-def _step(step: ToolCall) -> list[str]:
+def _step(step: ToolCall) -> list[tuple[str, str]]:
     if step.to == "user":
         dropped = f" (dropped: {step.dropped}; the base answer is the reply)" if step.dropped else ""
-        return [f"research: User, {_line(step.text)}{dropped}"]
-    found = [f"{_line(result.text)}{f' [{result.source}]' if result.source else ''}" for result in step.results]
-    return [f"research: TS, {_line(step.text)}", *(f"          {line}" for line in found or ["(no results)"])]
+        return [("research: User, ", step.text + dropped)]
+    found = [f"{result.text}{f' [{result.source}]' if result.source else ''}" for result in step.results]
+    return [("research: TS, ", step.text), *((" " * 10, text) for text in found or ["(no results)"])]
+
+
+def _wrapped(prefix: str, text: str, width: int | None) -> str:
+    """The text after its prefix, further lines indented as far; in a narrow terminal, below it."""
+    if width is None:
+        return prefix + text
+    indent = " " * len(prefix)
+    if len(prefix) * 2 > width:
+        indent = "  "
+        prefix = f"{prefix.strip()}\n{indent}" if prefix.strip() else indent
+    lines = Text(text).wrap(Console(), max(width - len(indent), 1), overflow="fold")
+    return prefix + f"\n{indent}".join(line.plain.rstrip() for line in lines)
 
 
 def _line(text: str) -> str:

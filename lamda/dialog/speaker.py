@@ -138,8 +138,10 @@ class Speaker:
         )
 
     def streams(self, options: ReplyOptions | None = None) -> bool:
-        """Whether a reply can be streamed: there is one candidate, and no filter."""
-        return not self.is_tuned and (options or self.options).candidates == 1
+        """Whether a reply can be streamed: there is one candidate, and nothing may replace it."""
+        options = options or self.options
+        is_unfiltered = not self.is_tuned or (options.threshold >= 1 and self._toolset is None)
+        return is_unfiltered and options.candidates == 1
 
     def reply(
         self,

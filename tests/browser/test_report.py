@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lamda.cli import main
-from tests.chromium import PICTURES, browser, sync_api  # noqa: F401 - a fixture
+from tests.chromium import CONTRASTS, PICTURES, browser, sync_api  # noqa: F401 - a fixture
 from tests.runs.conftest import save_checkpoint
 from tests.runs.test_report import MARKUP, write_run
 
@@ -72,36 +72,11 @@ def test_every_panel_is_seen_in_light_and_dark_on_a_desk_and_on_a_phone(visit, s
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_and_curves_stand_out_from_what_is_behind_them(visit, scheme):
     page = visit("both", scheme=scheme)
-    contrasts = page.evaluate(CONTRASTS)
+    names = ["h1", "h2", "h2 small", "dt", "th", "figcaption span", "svg text", ".status", "path.line", "footer"]
+    contrasts = page.evaluate(CONTRASTS, names)
     assert {"h1", "h2", "dt", "svg text", ".status", "path.line"} - set(contrasts) <= {"dt"}
     for what, contrast in contrasts.items():
         assert contrast >= (3.0 if what == "path.line" else 4.5), (what, contrast)
-
-
-CONTRASTS = """() => {
-  const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
-    .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const parse = text => text.match(/[0-9.]+/g).map(Number);
-  const behind = element => {
-    for (let e = element; e; e = e.parentElement) {
-      const [r, g, b, a = 1] = parse(getComputedStyle(e).backgroundColor);
-      if (a > 0) return [r, g, b];
-    }
-    return [255, 255, 255];
-  };
-  const found = {};
-  const all = ["h1", "h2", "h2 small", "dt", "th", "figcaption span", "svg text", ".status", "path.line", "footer"];
-  for (const what of all) {
-    for (const element of document.querySelectorAll(what)) {
-      const style = getComputedStyle(element);
-      const own = what === "path.line" ? style.stroke : what === "svg text" ? style.fill : style.color;
-      const [one, two] = [light(parse(own)), light(behind(element))].sort((a, b) => b - a);
-      found[what] = Math.min(found[what] ?? 99, (one + 0.05) / (two + 0.05));
-    }
-  }
-  return found;
-}"""
 
 
 def test_a_pointer_finds_the_values_below_it(visit):

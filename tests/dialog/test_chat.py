@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+from rich.cells import cell_len
 
 from lamda.cli import main
 from lamda.console import visible
@@ -179,6 +180,29 @@ def test_the_explanation_has_scores_reasons_steps_and_sources_and_no_escapes():
     assert "\x1b" not in text
     refused = explanation(Reply(REFUSAL, candidates[1:], refused=True))
     assert "the reply is the configured refusal" in refused
+
+
+@pytest.mark.parametrize("width", [30, 60, 100])
+def test_the_explanation_fits_the_terminal(width):
+    words = [f"word{number}" for number in range(30)]
+    scores = dict.fromkeys(("sensible", "specific", "interesting", "unsafe", "log_likelihood"), 0.5)
+    texts = (" ".join(words), "x" * 300, "\u4e2d\u6587" * 60, "\x1b" * 40)
+    candidates = tuple(Scored(text, scores, 3.5, rank=rank) for rank, text in enumerate(texts, start=1))
+    steps = (ToolCall("TS", " ".join(words), (Result(" ".join(words), "a.txt:1"),)),)
+    text = explanation(Reply("", candidates, steps, ("https://example.org/" + "y" * 200,)), width=width)
+    assert max(map(cell_len, text.splitlines())) <= width
+    joined = "".join(text.split())
+    for part in (
+        "".join(words),
+        "x" * 300,
+        "\u4e2d\u6587" * 60,
+        "\\x1b" * 40,
+        "y" * 200,
+        "log_likelihood0.500",
+        "[a.txt:1]",
+    ):
+        assert joined.count(part) >= 1, part
+    assert "#4" in text
 
 
 def test_a_closed_standard_input_is_reported(monkeypatch, capsys):

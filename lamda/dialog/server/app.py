@@ -21,6 +21,7 @@ from starlette.routing import Route
 from lamda.dialog.server.admission import Admission, Slot
 from lamda.dialog.server.endpoint import Answer, Endpoint, Handler, OnText, Record
 from lamda.dialog.server.guard import Receive, RequestGuard, Scope, Send
+from lamda.dialog.server.progress import OnProgress
 from lamda.dialog.server.protocol import ChatRequest, CompletionRequest, RequestError, shortened
 from lamda.dialog.server.scheduler import Scheduler
 from lamda.dialog.server.service import Service
@@ -111,7 +112,9 @@ class App:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     def _model(self) -> dict[str, Any]:
-        return {"id": self._service.name, "object": "model", "created": self._started, "owned_by": "open-lamda"}
+        return {"id": self._service.name, "object": "model", "created": self._started, "owned_by": "open-lamda"} | {
+            "lamda": self._service.summary
+        }
 
 
 def _check_name(name: str, service: Service) -> None:
@@ -143,6 +146,10 @@ class _Handler(Handler):
         """An answer, or an event of a stream."""
         return {**self._head, "choices": choices, **more}
 
+    def progress(self, progress: Record) -> Record:
+        """An event without a choice."""
+        return self.record([], progress=progress)
+
     def answer(self, choices: list[Record], events: list[Record], prompt: int, completion: int, **more: Any) -> Answer:
         """The answer with its usage, which is added to the metrics."""
         self.metrics.tokens.labels("prompt").inc(prompt)
@@ -159,7 +166,7 @@ class _Completion(_Handler):
     path, body = "/v1/completions", CompletionRequest
     kind, prefix = "text_completion", "cmpl"
 
-    def __call__(self, slot: Slot, on_text: OnText | None) -> Answer:
+    def __call__(self, slot: Slot, on_text: OnText | None, _: OnProgress | None) -> Answer:
         found, prompt_tokens = self.service.complete(self.request, ticket=slot, on_text=on_text)
         return self.answer(
             [_choice(number, each.text, each.reason) for number, each in enumerate(found)],
@@ -179,14 +186,20 @@ class _Chat(_Handler):
     path, body = "/v1/chat/completions", ChatRequest
     kind, prefix = "chat.completion", "chatcmpl"
 
-    def __call__(self, slot: Slot, _: OnText | None) -> Answer:
-        result = self.service.reply(self.request, ticket=slot)
+    def __call__(self, slot: Slot, on_text: OnText | None, on_progress: OnProgress | None) -> Answer:
+        options = self.request.stream_options
+        result = self.service.reply(
+            self.request,
+            ticket=slot,
+            on_text=on_text and partial(on_text, 0),
+            on_progress=on_progress if options is not None and options.include_progress else None,
+        )
         text, lamda = result.reply.text, result.reply.to_record()
         message = {"role": "assistant", "content": text, "refusal": None}
         end = {"index": 0, "delta": {}, "finish_reason": result.reason}
         return self.answer(
             [{"index": 0, "message": message, "logprobs": None, "finish_reason": result.reason}],
-            [self.piece(0, text), self.record([end], lamda=lamda)],
+            [*([] if result.is_streamed else [self.piece(0, text)]), self.record([end], lamda=lamda)],
             result.reply.context_tokens,
             result.tokens,
             lamda=lamda,

@@ -19,6 +19,7 @@ from prometheus_client import Histogram
 from lamda.config.errors import RunError, UserError
 from lamda.dialog.server.admission import Admission, Slot
 from lamda.dialog.server.guard import OUTCOME, Receive, Scope, Send, send_error
+from lamda.dialog.server.progress import OnProgress
 from lamda.dialog.server.protocol import ChatRequest, CompletionRequest, RequestError, parse
 
 log = logging.getLogger(__name__)
@@ -39,12 +40,19 @@ class Answer:
 class Handler(Protocol):
     """Handles one request, in a thread."""
 
-    def __call__(self, slot: Slot, on_text: OnText | None) -> Answer:
-        """The answer; calls `on_text(choice, text)` for each new text. Raises RequestError and others."""
+    def __call__(self, slot: Slot, on_text: OnText | None, on_progress: OnProgress | None) -> Answer:
+        """The answer; calls `on_text(choice, text)` for each new text, and `on_progress(record)` while there is none.
+
+        Raises RequestError and others.
+        """
         ...
 
     def piece(self, number: int, text: str) -> Record:
         """The event for new text of a choice."""
+        ...
+
+    def progress(self, progress: Record) -> Record:
+        """The event for progress."""
         ...
 
 
@@ -72,7 +80,7 @@ class Endpoint:
                     await self._stream(handler, slot, scope, receive, send)
                 else:
                     async with _watched(slot, receive):
-                        answer = await self._in_thread(handler, slot, None)
+                        answer = await self._in_thread(handler, slot, None, None)
                     await JSONResponse(answer.whole)(scope, receive, send)
         except RequestError as error:
             if error.status == 499:
@@ -95,7 +103,7 @@ class Endpoint:
         """Server-sent events. An error before the first one becomes the response's status."""
         outbox = _Outbox()
         loop = asyncio.get_running_loop()
-        working = loop.run_in_executor(self.pool, _outcome, handler, (slot, outbox.put))
+        working = loop.run_in_executor(self.pool, _outcome, handler, (slot, outbox.put, outbox.report))
         working.add_done_callback(lambda _: outbox.wake())
         has_begun = False
 
@@ -110,8 +118,11 @@ class Endpoint:
 
         async with _watched(slot, receive):
             while not (working.done() and outbox.is_empty):
-                for number, text in await outbox.take():
+                texts, progress = await outbox.take()
+                for number, text in texts:
                     await event(handler.piece(number, text))
+                if progress is not None:
+                    await event(handler.progress(progress))
         outcome = working.result()
         if isinstance(outcome, RequestError):
             if not has_begun:
@@ -140,11 +151,12 @@ def _outcome(work: Callable[..., Result], arguments: tuple[Any, ...]) -> Result 
 
 
 class _Outbox:
-    """Texts to send, merged per choice: a slow client gets longer texts, not a longer queue."""
+    """Texts to send, merged per choice, and the last progress: a slow client gets longer texts, not a longer queue."""
 
     def __init__(self) -> None:
         self._loop, self._ready = asyncio.get_running_loop(), asyncio.Event()
         self._lock, self._texts = threading.Lock(), dict[int, list[str]]()
+        self._progress: Record | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -158,17 +170,23 @@ class _Outbox:
         if is_first:
             self._loop.call_soon_threadsafe(self._ready.set)
 
+    def report(self, progress: Record) -> None:
+        """From any thread; replaces the one before."""
+        self._progress = progress
+        self._loop.call_soon_threadsafe(self._ready.set)
+
     def wake(self) -> None:
         """Make `take` return, even with no text."""
         self._ready.set()
 
-    async def take(self) -> list[tuple[int, str]]:
-        """Wait for text or `wake`; all new text, by choice."""
+    async def take(self) -> tuple[list[tuple[int, str]], Record | None]:
+        """Wait for text, progress or `wake`; all new text, by choice, and the last progress."""
         await self._ready.wait()
         self._ready.clear()
         with self._lock:
             texts, self._texts = self._texts, {}
-        return [(number, "".join(parts)) for number, parts in texts.items()]
+        progress, self._progress = self._progress, None
+        return [(number, "".join(parts)) for number, parts in texts.items()], progress
 
 
 @asynccontextmanager

@@ -94,9 +94,13 @@ class _Tolerant(_Strict):
 
 
 class StreamOptions(_Strict):
-    """Options of a stream; `include_obfuscation` requests padding, which is not supported."""
+    """Options of a stream; `include_obfuscation` requests padding, which is not supported.
+
+    include_progress: events that say how far a chat's candidates are, while no text may be sent.
+    """
 
     include_usage: bool = False
+    include_progress: bool = False
     include_obfuscation: Literal[False] = False
 
 

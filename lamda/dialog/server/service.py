@@ -12,7 +12,8 @@ from lamda.data.tokenizer import Tokenizer
 from lamda.dialog.encoding import Encoding
 from lamda.dialog.server.admission import Slot
 from lamda.dialog.server.limits import Limits
-from lamda.dialog.server.protocol import ChatMessage, ChatRequest, CompletionRequest, RequestError
+from lamda.dialog.server.progress import OnProgress, ReplyProgress, StrippedText
+from lamda.dialog.server.protocol import ChatRequest, CompletionRequest, RequestError
 from lamda.dialog.server.scheduler import Scheduler
 from lamda.dialog.speaker import Reply, ReplyOptions, Speaker
 from lamda.dialog.tools.toolset import Toolset
@@ -36,17 +37,22 @@ class Choice:
 
 @dataclass(frozen=True)
 class ChatResult:
-    """A reply, its finish reason, and the number of tokens generated for its text: 0 for a refusal."""
+    """A reply, its finish reason, and the number of tokens generated for its text: 0 for a refusal.
+
+    is_streamed: whether `on_text` has received the text.
+    """
 
     reply: Reply
     reason: Literal["stop", "length", "content_filter"]
     tokens: int
+    is_streamed: bool = False
 
 
 class Service:
     """One model behind a scheduler. Its methods block and may be called from many threads.
 
     name: what clients call the model. scheduler: runs it. token_bytes: of the keys and values of one token.
+    summary: how it answers unless a request says otherwise, as JSON.
     """
 
     def __init__(
@@ -67,7 +73,14 @@ class Service:
         self.token_bytes = 2 * config.n_layers * config.n_heads * config.d_head * model.final_norm.scale.element_size()
         self._model, self._tokenizer = model, tokenizer
         self._options, self._has_tools = options or ReplyOptions(), toolset is not None
-        self._sequence_length = sequence_length
+        self._sequence_length, self._is_tuned = sequence_length, is_tuned
+        self.summary = {
+            "is_tuned": is_tuned,
+            "candidates": self._options.candidates,
+            "max_candidates": self.limits.candidates,
+            "threshold": self._options.threshold,
+            "tools": [tool.name for tool in toolset.tools] if toolset else [],
+        }
         self._token_length = max(len(tokenizer.utf8(id)) for id in range(tokenizer.vocab_size))
         self._stop_ids = Encoding(tokenizer).stop_ids
         self._speaker = partial(
@@ -115,8 +128,15 @@ class Service:
         ends = zip(texts, found.stopped, found.ids, strict=True)
         return [Choice(t.text, "stop" if s or t.stopped else "length", len(ids)) for t, s, ids in ends]
 
-    def reply(self, request: ChatRequest, *, ticket: Slot) -> ChatResult:
-        """The speaker's reply to the conversation."""
+    def reply(
+        self,
+        request: ChatRequest,
+        *,
+        ticket: Slot,
+        on_text: Callable[[str], None] | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> ChatResult:
+        """The speaker's reply to the conversation; `on_text` gets each new text of one that needs no rating."""
         if request.messages[-1].role == "assistant":
             problem = "messages: the last one is the assistant's own; end with the user's"
             raise RequestError(400, problem, param="messages")
@@ -132,9 +152,11 @@ class Service:
         prefixes = 3 if self._has_tools else 1
         ticket.reserve(prefixes * self._sequence_length + rows * options.sampling.max_new_tokens)
         ended: dict[str, tuple[bool, int]] = {}
+        progress = ReplyProgress(on_progress, is_rated=self._is_tuned)
 
         def sample(prefix: Prefix, *, count: int, sampling: Sampling, on_token: OnToken | None = None) -> Candidates:
-            found = self.scheduler.sample(prefix, count=count, sampling=sampling, ticket=ticket, on_token=on_token)
+            with progress.of(count, on_token) as watched:
+                found = self.scheduler.sample(prefix, count=count, sampling=sampling, ticket=ticket, on_token=watched)
             for ids, stopped in zip(found.ids, found.stopped, strict=True):
                 text = self._tokenizer.decode(ids).strip()
                 ended[text] = max((stopped, len(ids)), ended.get(text, (False, 0)))
@@ -142,12 +164,14 @@ class Service:
 
         speaker = self._speaker(sample=sample, run=partial(self.scheduler.run, ticket=ticket))
         most = self._sequence_length * self._token_length  # characters of a message that can fit
-        messages = map(ChatMessage.to_message, request.messages)
-        reply = speaker.reply([replace(each, content=each.content[-most:]) for each in messages], options)
+        messages = [message.to_message() for message in request.messages]
+        messages = [replace(each, content=each.content[-most:]) for each in messages]
+        text = StrippedText(on_text)
+        reply = speaker.reply(messages, options, on_text=on_text and text.add)
         if reply.refused:
             return ChatResult(reply, "content_filter", 0)
         stopped, tokens = ended[reply.text]
-        return ChatResult(reply, "stop" if stopped else "length", tokens)
+        return ChatResult(reply, "stop" if stopped else "length", tokens, is_streamed=text.sent > 0)
 
     def _threshold(self, requested: float | None) -> float:
         """The operator's is an upper bound: a client may request a stricter filter, but not a weaker one."""
