@@ -135,18 +135,20 @@ def prefill(model: LaMDA, ids: Sequence[int]) -> Prefix:
 
 
 @torch.no_grad()
-def prefill_pieces(model: LaMDA, ids: Sequence[int]) -> Pieces[Prefix]:
-    """`prefill` in pieces."""
+def prefill_pieces(model: LaMDA, ids: Sequence[int], *, start: Prefix | None = None, shared: int = 0) -> Pieces[Prefix]:
+    """`prefill` in pieces. `start` begins with the same `shared` tokens, fewer than all, and gives theirs."""
     if not ids:
         raise UserError("the prompt is empty: give at least one token")
     rows = Rows(model, count=1, most=len(ids))
-    for start in range(0, len(ids), CHUNK):
-        if start:
+    if start is not None:
+        rows.copy(start, shared)
+    for begin in range(shared, len(ids), CHUNK):
+        if begin > shared:
             yield
-        chunk = ids[start : start + CHUNK]
+        chunk = ids[begin : begin + CHUNK]
         logits_NV = feed(model, [rows], [chunk])
         rows.lengths[0] += len(chunk)
-    return rows.as_prefix(ids, logits_NV[0])
+    return rows.as_prefix(ids, logits_NV[0], cached=shared)
 
 
 def sample(

@@ -122,13 +122,31 @@ def test_prompts_that_cannot_be_are_refused(client, prompt, output):
     assert output in error.value.body["message"]
 
 
-def test_usage_counts_what_was_read_and_a_cut_is_reported(client):
+def test_usage_counts_what_was_read_and_the_turns_that_were_not(client):
     messages = [{"role": "user", "content": "the of and to in is " * 3}] * 200
     found = client.chat.completions.create(**{**CHAT, "messages": messages, "max_tokens": 6})
     context = found.model_extra["lamda"]["context"]
     assert found.usage.prompt_tokens == context["tokens"] <= 250  # the row is 256
-    assert 100 < context["messages_left_out"] < 200
+    assert 100 < found.usage.model_extra["turns_left_out"] == context["turns_left_out"] < 200
     assert found.usage.completion_tokens <= 6
+
+
+def test_a_conversation_is_answered_for_ever_and_its_turns_are_read_from_the_cache(client, tokenizer):
+    """Ten times as long as the row; the system text is read at every turn."""
+    system = "be kind to all of them"
+    messages, read, cached, left = [{"role": "system", "content": system}], [], [], []
+    for number in range(60):
+        messages.append({"role": "user", "content": f"the of and to in is {number}"})
+        found = client.chat.completions.create(**{**CHAT, "messages": messages, "max_tokens": 12})
+        messages.append(found.choices[0].message.model_dump())
+        usage = found.usage
+        read.append(usage.prompt_tokens)
+        cached.append(usage.prompt_tokens_details.cached_tokens)
+        left.append(usage.model_extra["turns_left_out"])
+    assert max(read) <= 256 - 12
+    assert left == sorted(left)
+    assert left[0] == 0 < left[-1]
+    assert all(now == before - 1 for before, now in zip(read, cached[1:9], strict=False))
 
 
 def test_a_conversation_may_hold_what_is_longer_than_any_prompt(client):
