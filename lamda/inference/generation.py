@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Generator, Sequence
-from typing import Protocol, TypeVar, cast
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -184,6 +184,36 @@ def score_pieces(model: LaMDA, prefix: Prefix, continuations: Sequence[Sequence[
         scores_N = scores_N - nats_NL.where(scored_NL[:, chunk].to(device), 0.0).sum(-1)
         rows.lengths = [chunk.stop] * len(continuations)
     return scores_N.tolist()
+
+
+class TokenScore(NamedTuple):
+    """A token's log probability, and the likeliest tokens in its place, likeliest first."""
+
+    id: int
+    log_probability: float
+    likeliest: list[tuple[int, float]]
+
+
+@torch.no_grad()
+def token_scores_pieces(
+    model: LaMDA, prefix: Prefix, ids: Sequence[int], *, likeliest: int
+) -> Pieces[list[TokenScore]]:
+    """The score of each token of a continuation, with so many `likeliest` others."""
+    device, scores = prefix.logits_V.device, list[TokenScore]()
+    rows, before_1V = Rows(model, count=1, most=len(ids), prefix=prefix), prefix.logits_V[None]
+    for start in range(0, len(ids), CHUNK):
+        if start:
+            yield
+        chunk = ids[start : start + CHUNK]
+        after_LV = model(torch.tensor([chunk], device=device), cache=layers(model, [rows], new=len(chunk)))[0]
+        rows.lengths[0] += len(chunk)
+        logits_LV, before_1V = torch.cat([before_1V, after_LV[:-1]]), after_LV[-1:]
+        logs_LV = logits_LV.to(torch.promote_types(logits_LV.dtype, torch.float32)).log_softmax(-1)
+        own_L = logs_LV.gather(-1, torch.tensor(chunk, device=device)[:, None])[:, 0].tolist()
+        best = logs_LV.topk(likeliest)
+        for id, own, *other in zip(chunk, own_L, best.indices.tolist(), best.values.tolist(), strict=True):
+            scores.append(TokenScore(id, own, list(zip(*other, strict=True))))
+    return scores
 
 
 class TextStream:

@@ -47,9 +47,10 @@ def test_each_turn_computes_its_own_tokens_alone_and_equals_the_whole(model, fed
         assert cache.tokens == len(ids) + 1  # one entry for the conversation
         equal(prefix, prefill(model, [*ids, response]))
         sampling = Sampling(max_new_tokens=5, temperature=0)
-        assert sample(model, prefix, sampling=sampling).ids == sample(
-            model, prefill(model, prefix.ids), sampling=sampling
-        ).ids
+        assert (
+            sample(model, prefix, sampling=sampling).ids
+            == sample(model, prefill(model, prefix.ids), sampling=sampling).ids
+        )
     fed.clear()
     again = whole(cache.prefill_pieces([*ids, response]))  # such as another candidate
     assert (fed, again.cached) == ([], len(ids) + 1)

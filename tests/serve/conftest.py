@@ -53,7 +53,7 @@ def make_service(loaded: LoadedModel, **limits: float) -> Service:
 def serving(service: Service, *, key: str | None = KEY, **options: bool) -> Iterator[str]:
     """Its address."""
     listening = socket.create_server(("127.0.0.1", 0))
-    server = Server(App(service, hosts=LOOPBACK, key=key, **options))
+    server = Server(App(service, hosts=LOOPBACK, keys={} if key is None else {"tests": key}, **options))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     while not server.started:
