@@ -8,13 +8,15 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
 import pytest
 
 from lamda.config.errors import UserError
-from lamda.dialog.server.main import read_key
+from lamda.dialog.server.main import read_key, read_keys
 from lamda.dialog.server.protocol import ChatRequest, CompletionRequest, RequestError, parse
 from tests.serve.conftest import KEY, make_service, serving
 
@@ -56,14 +58,13 @@ def test_a_value_that_asks_for_nothing_is_taken(values):
 
 
 SOMETHING = [
-    ("logprobs", 0),
-    ("logprobs", True),
     ("best_of", True),
     ("echo", 0),
     ("echo", True),
     ("top_logprobs", 1),
     ("tools", [{"type": "function"}]),
     ("metadata", {"a": "b"}),
+    ("response_format", {"type": "json_object"}),
     ("store", 0),
 ]
 
@@ -182,12 +183,67 @@ def test_a_key_that_no_header_can_carry_is_refused_at_the_start(tmp_path, key):
         read_key(tmp_path / "key")
 
 
+def test_keys_are_told_apart_by_their_files_names(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("one")
+    (tmp_path / "b").write_text("two")
+    (tmp_path / "c").write_text("two")
+    assert read_keys([tmp_path / "a", tmp_path / "b"]) == {"a": "one", "b": "two"}
+    with pytest.raises(UserError, match="a key of its own"):
+        read_keys([tmp_path / "b", tmp_path / "c"])
+    monkeypatch.setenv("LAMDA_API_KEY", "three")
+    assert read_keys([]) == {"LAMDA_API_KEY": "three"}
+
+
+def test_one_keys_requests_keep_no_other_key_out(loaded):
+    """Each may have so many requests at a time, and so many tokens."""
+    service = make_service(loaded, key_requests=1, key_tokens=600)
+    keys = {"one": "first", "other": "second"}
+    with serving(service, keys=keys) as address:
+
+        def client(key):
+            return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0)
+
+        with client("first") as one, client("second") as other:
+            stream = one.completions.create(**{**ASKED, "max_tokens": 500}, stream=True)
+            next(iter(stream))
+            with pytest.raises(openai.RateLimitError, match="1 requests of this key are in progress"):
+                one.completions.create(**ASKED)
+            assert other.completions.create(**ASKED).choices
+            stream.close()
+            with pytest.raises(openai.BadRequestError, match="at most 600"):
+                other.completions.create(**{**ASKED, "max_tokens": 500, "n": 2})
+            message = httpx.get(f"{address}/metrics", headers={"authorization": "Bearer second"}).text
+    counted = re.findall(r'lamda_requests_total{key="(\w+)",status="(\d+)"} (\d)', message)
+    assert {("one", "429", "1"), ("other", "200", "1"), ("other", "400", "1")} <= {*counted}
+
+
+def test_who_works_may_finish_and_who_comes_later_is_sent_on(loaded):
+    service, headers = make_service(loaded), {"authorization": f"Bearer {KEY}"}
+
+    def come_later(address):
+        while httpx.get(f"{address}/ready").status_code == 200:
+            time.sleep(0.01)
+        later = httpx.post(f"{address}/v1/completions", json=ASKED, headers=headers)
+        return httpx.get(f"{address}/health").status_code, later.status_code, later.headers["retry-after"]
+
+    with ThreadPoolExecutor() as pool:
+        with serving(service, grace=60.0) as address:
+            asked = {**ASKED, "max_tokens": 590, "n": 8}
+            at_work = pool.submit(httpx.post, f"{address}/v1/completions", json=asked, headers=headers, timeout=60)
+            while service.scheduler.rows == 0:
+                time.sleep(0.001)
+            assert httpx.get(f"{address}/ready").json() == {"status": "ready"}
+            later = pool.submit(come_later, address)
+        assert later.result() == (200, 503, "1")
+        assert at_work.result().status_code == 200
+
+
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_its_end_is_an_answer_to_whoever_is_at_work(run, end):
     code = "import sys; from lamda.cli import main; sys.exit(main(['serve', *sys.argv[1:]]))"
     environment = {name: value for name, value in os.environ.items() if name != "LAMDA_API_KEY"}
     server = subprocess.Popen(
-        [sys.executable, "-c", code, str(run), "--port", "0"],
+        [sys.executable, "-c", code, str(run), "--port", "0", "--grace", "0.2"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
