@@ -1,9 +1,9 @@
 """`benchmark.py generate`: sampling speed, beside `transformers` and the memory bandwidth of the device.
 
 Each round measures, on random weights: a token of one candidate, of several, and of the int8 model; a token of
-`transformers.generate` with a Llama of the same matrices; the tenth turn of a conversation of as many tokens as the
-prompt, of which the first nine are in the cache of prompts, up to its first token; and a sum over as many bytes as the weights. A token of one
-sequence has to read every weight once, so the time of the sum is a lower bound.
+`transformers.generate` with a Llama of the same matrices; the time to the first token of a conversation of the prompt's
+length, from the beginning and as its tenth turn, where the keys and values of nine are known; and a sum over as many
+bytes as the weights. A token of one sequence has to read every weight once, so the time of the sum is a lower bound.
 """
 
 from __future__ import annotations
