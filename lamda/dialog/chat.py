@@ -109,7 +109,7 @@ class Chat:
                 write(self.reply.text)
             print(flush=True)
             if note := self.reply.context.note():
-                print(f"({note})", flush=True)
+                print(f"({note})", file=sys.stderr, flush=True)  # through a pipe, a reply is one line
             self.messages = [*messages, Message("assistant", self.reply.text, knowledge=self.reply.sources)]
             for source in self.reply.sources:
                 print(visible(f"  [{source}]"), flush=True)

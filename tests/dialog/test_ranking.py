@@ -202,7 +202,7 @@ def test_the_next_turn_reads_what_the_last_one_has_computed(model, tokenizer, is
         options = ReplyOptions(candidates=2, sampling=Sampling(max_new_tokens=8, seed=1), threshold=1.0)
         return Speaker(model, tokenizer, sequence_length=256, is_tuned=is_tuned, options=options)
 
-    answers, talk, before = make(), [Message("system", "be kind to all of them and to it")], 0
+    answers, talk, before = make(), [Message("system", "be kind to all of them and to it " * 4)], 0
     for number in range(3):
         talk.append(Message("user", f"the of and {number}"))
         reply, fresh = answers.reply(talk), make().reply(talk)

@@ -104,7 +104,7 @@ def test_candidates_that_were_dropped_are_no_answers(loaded):
             each["scores"]["unsafe"]
             for each in client.chat.completions.create(**CHAT).model_extra["lamda"]["candidates"]
         ]
-        strict = {"threshold": sorted(unsafe)[1]}  # two of four pass
+        strict = {"threshold": sum(sorted(unsafe)[1:3]) / 2}  # two of four pass
         found = client.chat.completions.create(**CHAT, n=4, extra_body=strict)
         reasons = [choice.finish_reason for choice in found.choices]
         assert [reason == "content_filter" for reason in reasons] == [False, False, True, True]

@@ -176,8 +176,8 @@ class _Handler(Handler):
 
     def answer(self, choices: list[Record], events: list[Record], usage: Usage, **more: Any) -> Answer:
         """The answer with its usage, which is added to the metrics."""
-        for kind, count in zip(("prompt", "cached", "completion"), usage, strict=False):
-            self.metrics.tokens.labels(kind).inc(count)
+        for kind in ("prompt", "cached", "completion"):
+            self.metrics.tokens.labels(kind).inc(getattr(usage, kind))
         record = usage.to_record()
         if self.request.stream_options is not None and self.request.stream_options.include_usage:
             events = [*events, self.record([], usage=record)]

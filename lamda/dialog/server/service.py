@@ -177,7 +177,8 @@ class Service:
     def _shown(self, ids: list[int], text: str) -> list[int]:
         """The tokens that begin inside the text: the others are of the string that stopped it, or follow it."""
         starts = accumulate((len(self.tokenizer.utf8(id)) for id in ids), initial=0)
-        return [id for id, start in zip(ids, starts, strict=False) if start < len(text.encode())]
+        end = len(text.encode())
+        return [id for id, start in zip(ids, starts, strict=False) if start < end]
 
     def _scores(
         self, prefix: Prefix, ids: Sequence[int], *, likeliest: int | None, ticket: Slot
@@ -207,6 +208,7 @@ class Service:
         if request.messages[-1].role == "assistant":
             problem = "messages: the last one is the assistant's own; end with the user's"
             raise RequestError(400, problem, param="messages")
+        self._check_count("n", request.n, param="n")
         count = request.candidates or max(self._options.candidates, request.n)
         self._check_count("candidates", count, param="candidates")
         if request.n > (most := 1 if self._has_tools else count):
