@@ -153,7 +153,7 @@ async def malformed(client: Client, reader: Reader, writer: Writer) -> None:
             lambda: chat({"role": "user", "content": [0] * 300_000}),
             lambda: chat(**{f"k{number}": 0 for number in range(70_000)}),
             lambda: chat(*[{"role": "user", "content": "x", "a": 1, "b": 2}] * 15_000),
-            lambda: chat(*[{"role": "user", "content": "x"}] * 4096),
+            lambda: chat(*[{"role": "user", "content": "x"}] * 16_000),
             lambda: asked(prompt="x" * 990_000),
             lambda: asked(prompt=" " * 990_000),
             lambda: asked(prompt=[[]] * 40_000),

@@ -152,6 +152,14 @@ def test_a_conversation_is_answered_for_ever_and_its_turns_are_read_from_the_cac
     assert min(cached[1:]) > 32
 
 
+def test_a_conversation_may_have_thousands_of_messages(loaded):
+    talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}] * 5000
+    service = make_service(loaded, bytes=1_000_000)
+    with serving(service) as address, openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as client:
+        found = client.chat.completions.create(**{**CHAT, "messages": [*talk, *CHAT["messages"]], "max_tokens": 1})
+    assert 4900 < found.usage.model_extra["turns_left_out"] < 5000
+
+
 def test_a_conversation_may_hold_what_is_longer_than_any_prompt(client):
     long = {"role": "user", "content": "the of and to in is " * 700}
     for messages in ([long], [long, {"role": "assistant", "content": "x"}, *CHAT["messages"]]):

@@ -153,7 +153,8 @@ class RequestGuard:
         body += message.get("body", b"")
         self._held += _counted(body) - before
         if len(body) > self._limits.bytes:
-            raise RequestError(413, f"the body is longer than {self._limits.bytes:,} bytes")
+            most = f"{self._limits.bytes:,} bytes"
+            raise RequestError(413, f"the body is longer than {most}: of a conversation, send the newest messages")
         if self._held > self._limits.total_bytes and len(body) > SMALL_BODY:
             raise RequestError(429, f"bodies of {self._limits.total_bytes:,} bytes are being read: try again soon")
         return bool(message.get("more_body", False))

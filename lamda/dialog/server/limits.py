@@ -42,8 +42,8 @@ STRUCTURE = 50_000
 KEYS = 100
 """Keys of a JSON object, more than any of OpenAI's has."""
 
-MESSAGES, PARTS, STOPS = 4096, 1000, 4
-"""Messages of a conversation, parts of a message, stop strings of a request."""
+PARTS, STOPS = 1000, 4
+"""Parts of a message, stop strings of a request. A conversation may have as many messages as its body holds."""
 
 PROBLEMS = 20
 """Problems of a request listed in an error message, which counts the others."""

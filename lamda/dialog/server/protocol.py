@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from lamda.dialog.conversation import Message
-from lamda.dialog.server.limits import KEYS, MESSAGES, PARTS, PROBLEMS, STOPS, STRUCTURE
+from lamda.dialog.server.limits import KEYS, PARTS, PROBLEMS, STOPS, STRUCTURE
 from lamda.inference.sampling import PENALTIES, TEMPERATURES
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -198,7 +198,7 @@ class ChatMessage(_Tolerant):
 class ChatRequest(_GenerationRequest):
     """`POST /v1/chat/completions`: answer the last message."""
 
-    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1), _at_most(MESSAGES)]
+    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1)]
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**63)
     candidates: int | None = Field(None, ge=1, lt=2**63)
     threshold: float | None = Field(None, ge=0, le=1)
