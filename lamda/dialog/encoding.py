@@ -31,12 +31,14 @@ _MIN_IDS = 8
 class Context(NamedTuple):
     """What a model reads of a conversation.
 
-    turns_left_out: the oldest turns, which did not fit. A turn is a user's message and what answers it.
+    turns_left_out, messages_left_out: the oldest ones, which did not fit. A turn is a user's message and what answers
+    it.
     system_cut, last_message_cut: whether even system messages and the last message did not fit together.
     """
 
     ids: list[int]
     turns_left_out: int = 0
+    messages_left_out: int = 0
     system_cut: bool = False
     last_message_cut: bool = False
 
@@ -103,8 +105,10 @@ class Encoding:
         """
         piece, symbols = (self._line, 0) if as_lines else (self._piece, 1)
         end = [] if as_lines else [self.response_symbol]
-        kept, left_out, system_cut, last_cut = _fitting(messages, max_tokens - 1 - len(end), piece, symbols=symbols)
-        return Context([self.end, *chain.from_iterable(kept), *end], left_out, system_cut, last_cut)
+        room = max_tokens - 1 - len(end)
+        kept, left, system_cut, last_cut = _fitting(messages, room, piece, symbols=symbols)
+        ids = [self.end, *chain.from_iterable(kept), *end]
+        return Context(ids, len(left), sum(map(len, left)), system_cut, last_cut)
 
     def research_context(
         self, messages: Sequence[Message], base: str, steps: Sequence[tuple[str, str]], *, max_tokens: int = maxsize
@@ -178,14 +182,14 @@ class Encoding:
 
 def _fitting(
     messages: Sequence[Message], room: int, piece: Callable[[Message], list[int]], *, symbols: int
-) -> tuple[list[list[int]], int, bool, bool]:
-    """The ids of each message, none if it is left out, `room` in all; then as in `Context`.
+) -> tuple[list[list[int]], list[list[int]], bool, bool]:
+    """The ids of each message, none if it is left out, `room` in all; the turns that are; then as in `Context`.
 
     symbols: the number of ids at a message's beginning that are kept where its beginning is cut.
     """
     kept: list[list[int]] = [[] for _ in messages]
     if not messages:
-        return kept, 0, False, False
+        return kept, [], False, False
     *earlier, last = range(len(messages))
     ids, system_cut = piece(messages[last]), False
     for_system = max(room // 2, room - len(ids))
@@ -203,10 +207,10 @@ def _fitting(
         pieces = {number: piece(messages[number]) for number in turns[left - 1]}
         room -= sum(map(len, pieces.values()))
         if room < 0:
-            return kept, left, system_cut, len(kept[last]) < len(ids)
+            return kept, turns[:left], system_cut, len(kept[last]) < len(ids)
         for number, found in pieces.items():
             kept[number] = found
-    return kept, 0, system_cut, len(kept[last]) < len(ids)
+    return kept, [], system_cut, len(kept[last]) < len(ids)
 
 
 def _turns(messages: Sequence[Message], numbers: Iterable[int]) -> list[list[int]]:

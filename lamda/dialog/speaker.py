@@ -80,6 +80,7 @@ class Reply:
                 "tokens": len(self.context.ids),
                 "cached_tokens": self.cached_tokens,
                 "turns_left_out": self.context.turns_left_out,
+                "messages_left_out": self.context.messages_left_out,
                 "system_cut": self.context.system_cut,
                 "last_message_cut": self.context.last_message_cut,
             },

@@ -172,6 +172,7 @@ def test_turns_leave_as_a_whole_and_are_counted(encoding, as_lines):
         kept = encoding.fitted_context([talk[0], *talk[1 + 2 * left :]], max_tokens=1000, as_lines=as_lines)
         assert fitted.ids == kept.ids
         assert len(fitted.ids) <= room
+        assert fitted.messages_left_out == 2 * left
         assert (fitted.system_cut, fitted.last_message_cut) == (False, False)
         assert (str(left) in fitted.note()) == (left > 0)
         seen.add(left)

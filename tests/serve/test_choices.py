@@ -91,7 +91,7 @@ def test_a_chat_has_the_n_best_candidates_with_their_log_probabilities(client, s
     if stream:  # the official client joins the events
         with client.chat.completions.stream(**asked) as events:
             assert list(events)
-            joined = events.get_final_completion()
+            joined = events.current_completion_snapshot
         assert [choice.message.content for choice in joined.choices] == [each["text"] for each in best[:3]]
         assert {choice.message.role for choice in joined.choices} == {"assistant"}
         assert [choice.logprobs.content for choice in joined.choices] == content
