@@ -28,7 +28,7 @@ from tests.random_run import write_run
 
 KEY, HOSTILE_KEY = "a-key-of-the-attack", "another-one"
 KINDS = ("text", "chat", "text stream", "chat stream")
-TURNS = 20
+TURNS = 12
 """More than the row of the model holds."""
 
 WARM_SECONDS = 180.0
