@@ -224,7 +224,7 @@ def _report(server: Server, seconds: float, warm_seconds: float, honest_clients:
     log = server.log.read_text("utf-8", "replace")
     took = server.stop()
     print(json.dumps({"tried": tried, "honest": honest.found}, indent=1))
-    print("\n".join(line for line in figures.splitlines() if line.startswith("lamda_") and "bucket" not in line))
+    print("\n".join(line for line in figures.splitlines() if re.match(r"lamda_(?!.*(bucket|created))", line)))
     print(f"log: {len(log.splitlines())} lines, {log.count('Traceback')} tracebacks; ended in {took:.1f} s")
     print(log[-3000:])
     print(f"health {honest.slowest:.2f} s at worst (the process that asks was itself up to {honest.late:.2f} s late)")

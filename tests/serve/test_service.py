@@ -193,7 +193,7 @@ def test_a_key_that_no_header_can_carry_is_refused_at_the_start(tmp_path, key):
         read_key(tmp_path / "key")
 
 
-def test_keys_are_told_apart_by_their_files_names(tmp_path, monkeypatch):
+def test_keys_have_the_names_of_their_files(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("one")
     (tmp_path / "b").write_text("two")
     (tmp_path / "c").write_text("two")

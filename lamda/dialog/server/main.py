@@ -84,7 +84,7 @@ def read_keys(files: list[Path]) -> dict[str, str]:
         return {} if key is None else {KEY_VARIABLE: key}
     keys = {file.name: key for file in files if (key := read_key(file)) is not None}
     if len({*keys.values()}) < len(files):
-        raise UserError("--key-file: each must have a name and a key of its own, so that clients can be told apart")
+        raise UserError("--key-file: each must have a name and a key of its own, so that clients can be distinguished")
     return keys
 
 
