@@ -248,12 +248,15 @@ def test_who_works_may_finish_and_who_comes_later_is_sent_on(loaded):
         assert at_work.result().status_code == 200
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_its_end_is_an_answer_to_whoever_is_at_work(run, end):
+@pytest.mark.parametrize(
+    ("end", "again", "grace"),
+    [(signal.SIGINT, 0, 0.2), (signal.SIGTERM, 0, 0.2), (signal.SIGHUP, 0, 0.2), (signal.SIGINT, signal.SIGINT, 600)],
+)
+def test_its_end_is_an_answer_to_whoever_is_at_work(run, end, again, grace):
     code = "import sys; from lamda.cli import main; sys.exit(main(['serve', *sys.argv[1:]]))"
     environment = {name: value for name, value in os.environ.items() if name != "LAMDA_API_KEY"}
     server = subprocess.Popen(
-        [sys.executable, "-c", code, str(run), "--port", "0", "--grace", "0.2"],
+        [sys.executable, "-c", code, str(run), "--port", "0", "--grace", str(grace)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -266,6 +269,9 @@ def test_its_end_is_an_answer_to_whoever_is_at_work(run, end):
             lines = stream.iter_lines()
             next(lines)
             server.send_signal(end)
+            while "active requests may take" not in server.stdout.readline():
+                pass
+            server.send_signal(again)  # 0 is none
             rest = "".join(lines)
         assert "the server is shutting down" in rest
         out, err = server.communicate(timeout=30)

@@ -79,8 +79,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let active requests finish and answer new ones with 503; then end the rest, and Uvicorn."""
         if active := self._app.drain():
-            seconds = f"{self._grace:g} seconds for active requests to finish"
-            self._report(f"shutting down; {seconds}, of which there are {active}; Ctrl-C ends them at once")
+            may = f"active requests may take {self._grace:g} more seconds"
+            self._report(f"shutting down; {may}, unless Ctrl-C ends them: {active}")
         deadline = time.monotonic() + self._grace
         while self._app.active and not self.force_exit and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
