@@ -2,7 +2,7 @@
 # make test               install, then run the whole test suite
 # make test-long          longer suites: runs killed at random on real text (needs LAMDA_TEST_DATA)
 # make serve-test         the HTTP server under the official client; its page and reports in Chromium (else skipped)
-# make serve-attack       1,000 hostile and four honest clients against the HTTP server for ten minutes (or SECONDS=60)
+# make serve-attack       30 clients, a third of them hostile, on the HTTP server for ten minutes (or SECONDS=60 HOSTILE=1000)
 # make faults             fault-injection tests: every failure mode once, on two ranks (about 10 minutes)
 # make faults-full        the same as often as docs/reliability.md says (about 40 minutes)
 # make cluster            jobs on SLURM and on two hosts, set up on this machine (needs root and Debian, else skipped)
@@ -36,7 +36,7 @@ serve-test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -rs tests/serve tests/browser
 
 serve-attack: $(VENV)/.installed-dev
-	$(BIN)/python -m tests.serve.attack --seconds $(or $(SECONDS),600)
+	$(BIN)/python -m tests.serve.attack --seconds $(or $(SECONDS),600) $(if $(HOSTILE),--hostile $(HOSTILE))
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/long

@@ -1,8 +1,9 @@
 """`benchmark.py generate`: sampling speed, beside `transformers` and the memory bandwidth of the device.
 
 Each round measures, on random weights: a token of one candidate, of several, and of the int8 model; a token of
-`transformers.generate` with a Llama of the same matrices; and a sum over as many bytes as the weights. A token of one
-sequence has to read every weight once, so the time of the sum is a lower bound.
+`transformers.generate` with a Llama of the same matrices; the time to the first token of a conversation of the prompt's
+length, from the beginning and as its tenth turn, where the keys and values of nine are known; and a sum over as many
+bytes as the weights. A token of one sequence has to read every weight once, so the time of the sum is a lower bound.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import new_parser, report
 from lamda.config import ModelConfig
 from lamda.config.loading import load_config
-from lamda.inference.generation import prefill, sample
+from lamda.inference.cache import Prefix
+from lamda.inference.generation import prefill, prefill_pieces, sample, whole
 from lamda.inference.int8 import to_int8
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
@@ -71,10 +73,13 @@ def measure(
     narrow, theirs = to_int8(copy.deepcopy(model)), _llama(config)
     theirs.to(device, dtype).eval()  # type: ignore[arg-type]  # transformers' decorator hides its self
     data = torch.zeros(_bytes(model) // 4, device=device)
+    nine = prefill(model, ids[: len(ids) * 9 // 10])
     prefixes = {"one": prefill(model, ids), "int8": prefill(narrow, ids)}
     tokens_BL = torch.tensor([ids], device=device)
     works: dict[str, Callable[[], object]] = {
         "prefill": lambda: prefill(model, ids),
+        "first_token": lambda: sample(model, prefill(model, ids), sampling=Sampling(max_new_tokens=1)),
+        "tenth_turn": lambda: sample(model, _after(model, nine, ids), sampling=Sampling(max_new_tokens=1)),
         "one": lambda: sample(model, prefixes["one"], sampling=sampling),
         "several": lambda: sample(model, prefixes["one"], count=candidates, sampling=sampling),
         "int8": lambda: sample(narrow, prefixes["int8"], sampling=sampling),
@@ -88,6 +93,7 @@ def measure(
         for name, steps in (("one", new - 1), ("several", new - 1), ("int8", new - 1), ("transformers", new - 1)):
             each[name] /= steps
     ratios = {
+        "tenth_turn_to_first_token": [each["tenth_turn"] / each["first_token"] for each in found],
         "several_to_one": [each["several"] / each["one"] for each in found],
         "transformers_to_one": [each["transformers"] / each["one"] for each in found],
         "one_to_int8": [each["one"] / each["int8"] for each in found],
@@ -112,6 +118,10 @@ def measure(
 
 def _sample(model: LaMDA, ids: list[int], count: int, sampling: Sampling) -> None:
     sample(model, prefill(model, ids), count=count, sampling=sampling)
+
+
+def _after(model: LaMDA, start: Prefix, ids: list[int]) -> Prefix:
+    return whole(prefill_pieces(model, ids, start=start, shared=len(start.ids)))
 
 
 def _llama(config: ModelConfig) -> LlamaForCausalLM:
@@ -176,6 +186,8 @@ def markdown(report: dict[str, Any]) -> str:
 
     rows = [
         ("prompt, once", f"{seconds['prefill'] * 1e3:.0f} ms"),
+        ("first token of a tenth turn", f"{seconds['tenth_turn'] * 1e3:.0f} ms"),
+        ("time to it, nine turns cached / none", ratio("tenth_turn_to_first_token")),
         ("a token of one candidate", f"{seconds['one'] * 1e3:.1f} ms"),
         (f"a token of {several}", f"{seconds['several'] * 1e3:.1f} ms"),
         (f"time, {several} / one", ratio("several_to_one")),

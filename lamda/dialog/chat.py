@@ -108,6 +108,8 @@ class Chat:
             if "".join(written).strip() != self.reply.text:  # it was not streamed, or is the refusal
                 write(self.reply.text)
             print(flush=True)
+            if note := self.reply.context.note():
+                print(f"({note})", file=sys.stderr, flush=True)  # through a pipe, a reply is one line
             self.messages = [*messages, Message("assistant", self.reply.text, knowledge=self.reply.sources)]
             for source in self.reply.sources:
                 print(visible(f"  [{source}]"), flush=True)

@@ -10,7 +10,7 @@ The tokenizer never produces a control symbol from text, so text cannot imitate 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from sys import maxsize
 from typing import NamedTuple
@@ -26,6 +26,30 @@ _SYMBOLS = {"system": "SYSTEM", "user": "USER", "assistant": "ASSISTANT", "tool"
 
 _MIN_IDS = 8
 """Minimum ids of a query or snippet; pairs that would be cut below it are left out."""
+
+
+class Context(NamedTuple):
+    """What a model reads of a conversation.
+
+    turns_left_out, messages_left_out: the oldest ones, which did not fit. A turn is a user's message and what answers
+    it.
+    system_cut, last_message_cut: whether even system messages and the last message did not fit together.
+    """
+
+    ids: list[int]
+    turns_left_out: int = 0
+    messages_left_out: int = 0
+    system_cut: bool = False
+    last_message_cut: bool = False
+
+    def note(self) -> str:
+        """What the model did not read, for people; empty if it read everything."""
+        found = (
+            (self.turns_left_out, f"the oldest turns no longer fit, and were not read: {self.turns_left_out}"),
+            (self.system_cut, "of the system text only the beginning fits"),
+            (self.last_message_cut, "of this message only the end fits"),
+        )
+        return "; ".join(text for is_so, text in found if is_so)
 
 
 class Example(NamedTuple):
@@ -69,13 +93,22 @@ class Encoding:
         return self._tokenizer.decode(ids)
 
     def context(self, messages: Sequence[Message], *, max_tokens: int = maxsize) -> list[int]:
-        """Ids of the conversation so far, from EOS to RESPONSE.
+        """Ids of the conversation so far, from EOS to RESPONSE; see `fitted_context`."""
+        return self.fitted_context(messages, max_tokens=max_tokens).ids
 
-        Beyond `max_tokens` (at least 4), the oldest messages are left out, but never system messages or the last
-        one. If even these are too long, each of the two gets half, and what the other leaves: system messages keep
-        their beginning, the last message keeps its end.
+    def fitted_context(self, messages: Sequence[Message], *, max_tokens: int, as_lines: bool = False) -> Context:
+        """The conversation so far, from EOS to RESPONSE, or as lines of text for a model without fine-tuning.
+
+        Beyond `max_tokens` (at least 4), the oldest turns are left out, each as a whole, but never system messages or
+        the last message. If even these are too long, each of the two gets half, and what the other leaves: system
+        messages keep their beginning, the last message keeps its end.
         """
-        return [self.end, *chain.from_iterable(self._fitting(messages, max_tokens - 2)), self.response_symbol]
+        piece, symbols = (self._line, 0) if as_lines else (self._piece, 1)
+        end = [] if as_lines else [self.response_symbol]
+        room = max_tokens - 1 - len(end)
+        kept, left, system_cut, last_cut = _fitting(messages, room, piece, symbols=symbols)
+        ids = [self.end, *chain.from_iterable(kept), *end]
+        return Context(ids, len(left), sum(map(len, left)), system_cut, last_cut)
 
     def research_context(
         self, messages: Sequence[Message], base: str, steps: Sequence[tuple[str, str]], *, max_tokens: int = maxsize
@@ -133,40 +166,62 @@ class Encoding:
         room = max(max_tokens - len(targets), max_tokens // 2)
         return _fitted(self.research_context(context, base, steps, max_tokens=room), targets, max_tokens)
 
-    def _fitting(self, messages: Sequence[Message], room: int) -> list[list[int]]:
-        """The ids of each message, none if it is left out (see `context`); at most `room` in all."""
-        kept: list[list[int]] = [[] for _ in messages]
-        if not messages:
-            return kept
-        *earlier, last = range(len(messages))
-        ids = self._piece(messages[last])
-        for_system = max(room // 2, room - len(ids))
-        for number in earlier:
-            if messages[number].role == "system":
-                piece = self._piece(messages[number])
-                kept[number] = piece[:for_system] if len(piece) <= for_system or for_system > 1 else []
-                for_system -= len(kept[number])
-        room -= sum(map(len, kept))
-        kept[last] = [ids[0], *ids[max(1, len(ids) - room + 1) :]]
-        room -= len(kept[last])
-        for number in reversed(earlier):
-            if messages[number].role != "system":
-                ids = self._piece(messages[number])
-                room -= len(ids)
-                if room < 0:
-                    break
-                kept[number] = ids
-        return kept
-
     def _piece(self, message: Message) -> list[int]:
         symbol = "TS" if message.to == "TS" else _SYMBOLS[message.role]
         return [self._tokenizer.symbols[symbol], *self.text(message.content)]
+
+    def _line(self, message: Message) -> list[int]:
+        return self.text(" ".join(message.content.split()) + "\n")
 
     def _rating_id(self, digit: str) -> int:
         ids = self._tokenizer.encode(digit)
         if len(ids) != 1:
             raise UserError(f"the tokenizer writes {digit!r} as {len(ids)} ids; ratings need one: use another one")
         return ids[0]
+
+
+def _fitting(
+    messages: Sequence[Message], room: int, piece: Callable[[Message], list[int]], *, symbols: int
+) -> tuple[list[list[int]], list[list[int]], bool, bool]:
+    """The ids of each message, none if it is left out, `room` in all; the turns that are; then as in `Context`.
+
+    symbols: the number of ids at a message's beginning that are kept where its beginning is cut.
+    """
+    kept: list[list[int]] = [[] for _ in messages]
+    if not messages:
+        return kept, [], False, False
+    *earlier, last = range(len(messages))
+    ids, system_cut = piece(messages[last]), False
+    for_system = max(room // 2, room - len(ids))
+    for number in earlier:
+        if messages[number].role == "system":
+            whole = piece(messages[number])
+            kept[number] = whole[:for_system] if len(whole) <= for_system or for_system > 1 else []
+            for_system -= len(kept[number])
+            system_cut |= len(kept[number]) < len(whole)
+    room -= sum(map(len, kept))
+    kept[last] = [*ids[:symbols], *ids[max(symbols, len(ids) - room + symbols) :]]
+    room -= len(kept[last])
+    turns = _turns(messages, earlier)
+    for left in range(len(turns), 0, -1):
+        pieces = {number: piece(messages[number]) for number in turns[left - 1]}
+        room -= sum(map(len, pieces.values()))
+        if room < 0:
+            return kept, turns[:left], system_cut, len(kept[last]) < len(ids)
+        for number, found in pieces.items():
+            kept[number] = found
+    return kept, [], system_cut, len(kept[last]) < len(ids)
+
+
+def _turns(messages: Sequence[Message], numbers: Iterable[int]) -> list[list[int]]:
+    """These messages but the system's, by turn."""
+    turns: list[list[int]] = []
+    for number in numbers:
+        if messages[number].role == "user" or (messages[number].role != "system" and not turns):
+            turns.append([])
+        if messages[number].role != "system":
+            turns[-1].append(number)
+    return turns
 
 
 def _divided(needs: Sequence[int], room: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -10,14 +10,15 @@ from typing import Any, Literal, Protocol
 from lamda.config.errors import UserError
 from lamda.data.tokenizer import Tokenizer
 from lamda.dialog.conversation import Message
-from lamda.dialog.encoding import Encoding
+from lamda.dialog.encoding import Context, Encoding
 from lamda.dialog.ranking import Scored, drop_reason, judge, rank_by_attributes, rank_by_likelihood
 from lamda.dialog.research import MAX_QUERIES, ToolCall, research, sources
 from lamda.dialog.tools.toolset import Toolset
 from lamda.inference import generation
 from lamda.inference.cache import Prefix
-from lamda.inference.generation import Candidates, OnToken, Run, TextStream, prefill_pieces, whole
+from lamda.inference.generation import Candidates, OnToken, Pieces, Run, TextStream, whole
 from lamda.inference.loading import LoadedModel
+from lamda.inference.prefix_cache import PrefixCache
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
 
@@ -57,8 +58,7 @@ class Reply:
 
     candidates: of the base answer, best first, dropped ones last. steps: of the research loop.
     sources: of the tool results behind the text. refused: whether the text is the refusal.
-    context_tokens: read by the model before the answer. left_out: messages that did not fit. cut: whether the
-    last message alone was too long, so that its beginning was cut.
+    context: what the model read before the answer. cached_tokens: of it, computed for an earlier reply.
     """
 
     text: str
@@ -66,9 +66,8 @@ class Reply:
     steps: tuple[ToolCall, ...] = ()
     sources: tuple[str, ...] = ()
     refused: bool = False
-    context_tokens: int = 0
-    left_out: int = 0
-    cut: bool = False
+    context: Context = field(default_factory=lambda: Context([]))
+    cached_tokens: int = 0
 
     def to_record(self) -> dict[str, Any]:
         """All but the text, as JSON."""
@@ -78,9 +77,12 @@ class Reply:
             "sources": list(self.sources),
             "refused": self.refused,
             "context": {
-                "tokens": self.context_tokens,
-                "messages_left_out": self.left_out,
-                "last_message_cut": self.cut,
+                "tokens": len(self.context.ids),
+                "cached_tokens": self.cached_tokens,
+                "turns_left_out": self.context.turns_left_out,
+                "messages_left_out": self.context.messages_left_out,
+                "system_cut": self.context.system_cut,
+                "last_message_cut": self.context.last_message_cut,
             },
         }
 
@@ -96,7 +98,7 @@ class Sample(Protocol):
 
 
 class Speaker:
-    """Replies to conversations with one model. It keeps no state between calls.
+    """Replies to conversations with one model. Between calls it keeps only computed prompts.
 
     options: defaults for `reply`. is_tuned: whether the model was fine-tuned on dialogues to score and to research
     (data.packing whole); otherwise it continues lines of text, and candidates are ranked by likelihood.
@@ -112,11 +114,13 @@ class Speaker:
         toolset: Toolset | None = None,
         options: ReplyOptions | None = None,
         sample: Sample | None = None,
+        prefill: Callable[[Sequence[int]], Pieces[Prefix]] | None = None,
         run: Run = whole,
     ) -> None:
         """toolset: enables the research loop. sample: default `lamda.inference.generation.sample`.
 
-        run: runs all other work on the model. Raises UserError for tools with a model that is not fine-tuned.
+        prefill: computes prompts; default: with a cache of its own, for one conversation. run: runs all other work on
+        the model. Raises UserError for tools with a model that is not fine-tuned.
         """
         if toolset is not None and not is_tuned:
             raise UserError("tools need a model that was fine-tuned to use them; leave them out")
@@ -124,6 +128,7 @@ class Speaker:
         self._model, self._tokenizer, self._toolset = model, tokenizer, toolset
         self._sequence_length = sequence_length
         self._sample, self._run = sample or partial(generation.sample, model), run
+        self._prompt = prefill or PrefixCache(model, capacity=2 * sequence_length).prefill_pieces
 
     @classmethod
     def of(cls, loaded: LoadedModel, *, toolset: Toolset | None = None, options: ReplyOptions | None = None) -> Speaker:
@@ -154,8 +159,9 @@ class Speaker:
         if not messages:
             raise UserError("there is no message to answer")
         options = options or self.options
-        ids, left_out, is_cut = self._context(messages, options)
-        prefix = self._prefill(ids)
+        room = self._room(options)
+        context = self.encoding.fitted_context(messages, max_tokens=room, as_lines=not self.is_tuned)
+        prefix = self._prefill(context.ids)
         newline = () if self.is_tuned else self.encoding.text("\n")  # ends the line that another model continues
         sampling = replace(options.sampling, stop_ids=self.encoding.stop_ids.union(newline))
         if on_text is None or not self.streams(options):
@@ -169,7 +175,7 @@ class Speaker:
         else:
             ranked = rank_by_likelihood(candidates, self.encoding)
         del candidates  # frees keys and values, for research
-        base = Reply(ranked[0].text, ranked, context_tokens=len(ids), left_out=left_out, cut=is_cut)
+        base = Reply(ranked[0].text, ranked, context=context, cached_tokens=prefix.cached)
         if ranked[0].dropped is not None:
             return replace(base, text=options.refusal, refused=True)
         return base if self._toolset is None else self._researched(base, self._toolset, messages, prefix, options)
@@ -205,30 +211,8 @@ class Speaker:
         return ("TS" if asks else "user"), encoding.decode(candidates.ids[0]).strip()
 
     def _prefill(self, ids: Sequence[int]) -> Prefix:
-        return self._run(prefill_pieces(self._model, ids), tokens=len(ids))
-
-    def _context(self, messages: Sequence[Message], options: ReplyOptions) -> tuple[list[int], int, bool]:
-        """The ids that the model reads, the number of messages that did not fit, and whether the last was cut."""
-        encoding, room = self.encoding, self._room(options)
-        if self.is_tuned:
-            ids = encoding.context(messages, max_tokens=room)
-            # Of EOS, of each message's symbol and of RESPONSE.
-            _, *places = (place for place, id in enumerate(ids) if id in encoding.stop_ids)
-            kept = len(places) - 1
-            is_cut = places[-1] - places[-2] - 1 < len(encoding.text(messages[-1].content))
-            return ids, len(messages) - kept, is_cut
-        first = encoding.text(_lines(m for m in messages if m.role == "system"))[: room // 2]
-        dialog = encoding.text(_lines(m for m in messages if m.role != "system"))
-        kept_ids = dialog[max(len(dialog) - (room - 1 - len(first)), 0) :]
-        lines = encoding.decode(kept_ids).count("\n") + sum(m.role == "system" for m in messages)
-        is_cut = len(kept_ids) < len(encoding.text(_lines(messages[-1:])))
-        return [encoding.end, *first, *kept_ids], len(messages) - max(lines, 1), is_cut
+        return self._run(self._prompt(ids), tokens=len(ids))
 
     def _room(self, options: ReplyOptions) -> int:
         """Maximum tokens of a context, so that context and response fit a training row."""
         return max(self._sequence_length - options.sampling.max_new_tokens, self._sequence_length // 2, 8)
-
-
-def _lines(messages: Iterable[Message]) -> str:
-    """One line of text per message."""
-    return "".join(" ".join(message.content.split()) + "\n" for message in messages)

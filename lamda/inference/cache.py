@@ -32,11 +32,13 @@ class Prefix:
     """A computed prompt.
 
     ids: its tokens. key_values_SNHPK: keys and values of every layer, [S, 2, H, P, K]. logits_V: of the next token.
+    cached: how many of the tokens were not computed for it, but taken from an earlier prompt.
     """
 
     ids: tuple[int, ...]
     key_values_SNHPK: Tensor
     logits_V: Tensor
+    cached: int = 0
 
 
 class Rows:
@@ -58,9 +60,15 @@ class Rows:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def as_prefix(self, ids: Sequence[int], logits_V: Tensor) -> Prefix:
+    def copy(self, prefix: Prefix, length: int) -> None:
+        """Begin the only row with the first tokens of a prefix."""
+        self._reserve(length)
+        self._own[:, :, 0, :, :length] = prefix.key_values_SNHPK[..., :length, :]
+        self.lengths[0] = length
+
+    def as_prefix(self, ids: Sequence[int], logits_V: Tensor, *, cached: int) -> Prefix:
         """The only row, as a prefix for others."""
-        return Prefix(tuple(ids), self._own[:, :, 0, :, : len(ids)], logits_V)
+        return Prefix(tuple(ids), self._own[:, :, 0, :, : len(ids)], logits_V, cached)
 
     def places(self, new: int) -> Places:
         """Slots and distances of the next `new` tokens of each row; reserves memory for them."""

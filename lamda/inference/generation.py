@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Generator, Sequence
-from typing import Protocol, TypeVar, cast
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -135,18 +135,20 @@ def prefill(model: LaMDA, ids: Sequence[int]) -> Prefix:
 
 
 @torch.no_grad()
-def prefill_pieces(model: LaMDA, ids: Sequence[int]) -> Pieces[Prefix]:
-    """`prefill` in pieces."""
+def prefill_pieces(model: LaMDA, ids: Sequence[int], *, start: Prefix | None = None, shared: int = 0) -> Pieces[Prefix]:
+    """`prefill` in pieces. `start` begins with the same `shared` tokens, fewer than all, and gives theirs."""
     if not ids:
         raise UserError("the prompt is empty: give at least one token")
     rows = Rows(model, count=1, most=len(ids))
-    for start in range(0, len(ids), CHUNK):
-        if start:
+    if start is not None:
+        rows.copy(start, shared)
+    for begin in range(shared, len(ids), CHUNK):
+        if begin > shared:
             yield
-        chunk = ids[start : start + CHUNK]
+        chunk = ids[begin : begin + CHUNK]
         logits_NV = feed(model, [rows], [chunk])
         rows.lengths[0] += len(chunk)
-    return rows.as_prefix(ids, logits_NV[0])
+    return rows.as_prefix(ids, logits_NV[0], cached=shared)
 
 
 def sample(
@@ -182,6 +184,36 @@ def score_pieces(model: LaMDA, prefix: Prefix, continuations: Sequence[Sequence[
         scores_N = scores_N - nats_NL.where(scored_NL[:, chunk].to(device), 0.0).sum(-1)
         rows.lengths = [chunk.stop] * len(continuations)
     return scores_N.tolist()
+
+
+class TokenScore(NamedTuple):
+    """A token's log probability, and the likeliest tokens in its place, likeliest first."""
+
+    id: int
+    log_probability: float
+    likeliest: list[tuple[int, float]]
+
+
+@torch.no_grad()
+def token_scores_pieces(
+    model: LaMDA, prefix: Prefix, ids: Sequence[int], *, likeliest: int
+) -> Pieces[list[TokenScore]]:
+    """The score of each token of a continuation, with so many `likeliest` others."""
+    device, scores = prefix.logits_V.device, list[TokenScore]()
+    rows, before_1V = Rows(model, count=1, most=len(ids), prefix=prefix), prefix.logits_V[None]
+    for start in range(0, len(ids), CHUNK):
+        if start:
+            yield
+        chunk = ids[start : start + CHUNK]
+        after_LV = model(torch.tensor([chunk], device=device), cache=layers(model, [rows], new=len(chunk)))[0]
+        rows.lengths[0] += len(chunk)
+        logits_LV, before_1V = torch.cat([before_1V, after_LV[:-1]]), after_LV[-1:]
+        logs_LV = logits_LV.to(torch.promote_types(logits_LV.dtype, torch.float32)).log_softmax(-1)
+        own_L = logs_LV.gather(-1, torch.tensor(chunk, device=device)[:, None])[:, 0].tolist()
+        best = logs_LV.topk(likeliest)
+        for id, own, *other in zip(chunk, own_L, best.indices.tolist(), best.values.tolist(), strict=True):
+            scores.append(TokenScore(id, own, list(zip(*other, strict=True))))
+    return scores
 
 
 class TextStream:

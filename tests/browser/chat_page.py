@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import pytest
 
+from lamda.dialog.encoding import Context
 from lamda.dialog.ranking import Scored
 from lamda.dialog.research import ToolCall
 from lamda.dialog.server.protocol import RequestError
@@ -46,12 +47,13 @@ FOUND = Reply(
     ),
     ("https://example.org/nadal", "javascript:document.title='broken'", "docs/a.md:3"),
 )
+CUT = Context([], turns_left_out=2, messages_left_out=3, last_message_cut=True)
 REPLIES = {
     "nadal": FOUND,
     "refuse": Reply(REFUSAL, FOUND.candidates[2:3], refused=True),
     "echo": Reply(MARKUP, FOUND.candidates[1:2]),
     "hidden": Reply("safe\x1b[31m \u202egnp.exe", FOUND.candidates[:1]),
-    "long": Reply("Yes. " * 40, FOUND.candidates[:1], left_out=3, cut=True),
+    "long": Reply("Yes. " * 40, FOUND.candidates[:1], context=CUT),
 }
 PROGRESS = {"stage": "sampling", "candidates": 16, "finished": 5, "tokens": 312}
 

@@ -9,14 +9,16 @@ import select
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 from rich.cells import cell_len
 
 from lamda.cli import main
 from lamda.console import visible
-from lamda.dialog.chat import explanation
+from lamda.dialog.chat import Chat, explanation
 from lamda.dialog.conversation import parse_conversation
+from lamda.dialog.encoding import Context
 from lamda.dialog.options import usable_tools
 from lamda.dialog.ranking import Scored
 from lamda.dialog.research import ToolCall
@@ -209,3 +211,17 @@ def test_a_closed_standard_input_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", None)
     assert main(["chat", "runs/none"]) == 2
     assert "standard input is closed" in capsys.readouterr().err
+
+
+def test_turns_that_no_longer_fit_are_counted_beside_the_reply(capsys):
+    class Forgetful:
+        def streams(self):
+            return False
+
+        def reply(self, messages, *, on_text):
+            return Reply("fine", (), context=Context([], turns_left_out=len(messages)))
+
+    Chat(Forgetful()).run(["the of", "and to"], busy=nullcontext)
+    out, err = capsys.readouterr()
+    assert out == "fine\nfine\n"
+    assert [line.rpartition(" ")[2] for line in err.splitlines()] == ["1)", "3)"]

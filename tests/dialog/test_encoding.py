@@ -99,7 +99,7 @@ def test_text_that_spells_out_sentinels_stays_text(encoding, tokenizer, texts):
 
 @settings(max_examples=200, deadline=None)
 @given(texts=st.lists(TEXT, min_size=2, max_size=6), room=st.integers(8, 60), data=st.data())
-def test_what_is_too_long_loses_its_oldest_messages_and_fits(encoding, texts, room, data):
+def test_what_is_too_long_loses_its_oldest_turns_and_fits(encoding, texts, room, data):
     messages = [Message("user" if n % 2 else "assistant", text) for n, text in enumerate(texts[:-1])]
     cut, whole = encoding.context(messages, max_tokens=room), encoding.context(messages)
     assert len(cut) <= room
@@ -124,16 +124,18 @@ ROLE = st.sampled_from(["system", "user", "assistant"])
 
 @settings(max_examples=100, deadline=None)
 @given(said=st.lists(st.tuples(ROLE, TEXT), min_size=1, max_size=8), room=st.integers(4, 60))
-def test_system_messages_stay_and_the_oldest_others_leave_first(encoding, tokenizer, said, room):
+def test_system_messages_stay_and_the_oldest_turns_leave_first(encoding, tokenizer, said, room):
     messages = [Message(role, text) for role, text in said]
     pieces = [encoding.context([message])[1:-1] for message in messages]
     context = encoding.context(messages, max_tokens=room)
     assert len(context) <= room
     needed = sum(len(p) for p, m in zip(pieces[:-1], messages, strict=False) if m.role == "system") + len(pieces[-1])
     if needed <= room - 2:
+        # Whole turns only: what stays begins with a user's message, with everything, or is the last message alone.
+        begins = [n for n, m in enumerate(messages) if m.role == "user" or n in (0, len(messages) - 1)]
         fits = [
             [p for n, (p, m) in enumerate(zip(pieces, messages, strict=True)) if m.role == "system" or n >= first]
-            for first in range(len(messages))
+            for first in begins
         ]
         best = next(kept for kept in fits if sum(map(len, kept)) <= room - 2)
         assert context == [encoding.end, *(id for piece in best for id in piece), encoding.response_symbol]
@@ -152,6 +154,31 @@ def test_a_system_message_outlives_a_long_conversation(encoding, tokenizer):
     assert parts[-3:] == ["ASSISTANT", "the of 12", "RESPONSE"]
     example = encoding.generative([TALK[0], *talk], "it was", max_tokens=64)
     assert shown(encoding, tokenizer, example.ids)[1:3] == ["SYSTEM", "Be brief."]
+
+
+@pytest.mark.parametrize("as_lines", [False, True])
+def test_turns_leave_as_a_whole_and_are_counted(encoding, as_lines):
+    talk = [TALK[0]]
+    for number in range(9):
+        talk += [Message("user", f"the of {number}"), Message("assistant", f"and to {number}")]
+    talk.append(Message("user", "in is"))
+    whole = encoding.fitted_context(talk, max_tokens=1000, as_lines=as_lines)
+    assert whole.turns_left_out == 0
+    assert not whole.note()
+    seen = set()
+    for room in range(40, len(whole.ids) + 1):
+        fitted = encoding.fitted_context(talk, max_tokens=room, as_lines=as_lines)
+        left = fitted.turns_left_out
+        kept = encoding.fitted_context([talk[0], *talk[1 + 2 * left :]], max_tokens=1000, as_lines=as_lines)
+        assert fitted.ids == kept.ids
+        assert len(fitted.ids) <= room
+        assert fitted.messages_left_out == 2 * left
+        assert (fitted.system_cut, fitted.last_message_cut) == (False, False)
+        assert (str(left) in fitted.note()) == (left > 0)
+        seen.add(left)
+    assert len(seen) > 4
+    small = encoding.fitted_context([Message("system", "the of " * 30), *talk[1:]], max_tokens=30, as_lines=as_lines)
+    assert (small.turns_left_out, small.system_cut, len(small.ids)) == (9, True, 30)
 
 
 def test_research_takes_the_room_that_the_conversation_leaves(encoding, tokenizer):

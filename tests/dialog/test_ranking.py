@@ -186,14 +186,37 @@ def test_a_reply_says_what_of_the_conversation_was_read(model, tokenizer, is_tun
     answers = speaker(model, tokenizer, is_tuned=is_tuned, options=replace(REPLY_OPTIONS, candidates=1))
     turn = Message("user", "the of")
     whole = answers.reply([turn] * 3)
-    assert (whole.left_out, whole.cut) == (0, False)
+    assert (whole.context.turns_left_out, whole.context.last_message_cut) == (0, False)
     grown = answers.reply([turn] * 100)
-    assert 50 < grown.left_out < 100
-    assert not grown.cut
-    assert whole.context_tokens < grown.context_tokens <= 56
+    assert 50 < grown.context.turns_left_out < 100
+    assert not grown.context.last_message_cut
+    assert len(whole.context.ids) < len(grown.context.ids) <= 56
     long = answers.reply([turn, Message("user", "the of and to " * 100)])
-    assert (long.context_tokens, long.left_out, long.cut) == (56, 1, True)
-    assert long.to_record()["context"] == {"tokens": 56, "messages_left_out": 1, "last_message_cut": True}
+    assert long.to_record()["context"] == {
+        "tokens": 56,
+        "cached_tokens": 0,
+        "turns_left_out": 1,
+        "messages_left_out": 1,
+        "system_cut": False,
+        "last_message_cut": True,
+    }
+
+
+@pytest.mark.parametrize("is_tuned", [True, False])
+def test_the_next_turn_reads_what_the_last_one_has_computed(model, tokenizer, is_tuned):
+    def make():
+        options = ReplyOptions(candidates=2, sampling=Sampling(max_new_tokens=8, seed=1), threshold=1.0)
+        return Speaker(model, tokenizer, sequence_length=256, is_tuned=is_tuned, options=options)
+
+    answers, talk, before = make(), [Message("system", "be kind to all of them and to it " * 4)], 0
+    for number in range(3):
+        talk.append(Message("user", f"the of and {number}"))
+        reply, fresh = answers.reply(talk), make().reply(talk)
+        assert (reply.text, reply.context) == (fresh.text, fresh.context)
+        assert (reply.cached_tokens, fresh.cached_tokens) == (before, 0)
+        before = len(reply.context.ids) - is_tuned  # all but RESPONSE
+        talk.append(Message("assistant", reply.text))
+    assert before > 60
 
 
 def test_a_line_of_the_system_stays_when_an_untuned_models_conversation_has_grown(model, tokenizer):
@@ -207,4 +230,4 @@ def test_a_line_of_the_system_stays_when_an_untuned_models_conversation_has_grow
     options = replace(REPLY_OPTIONS, candidates=1)
     reply = speaker(model, tokenizer, is_tuned=False, sample=watched, options=options).reply(talk)
     assert read[0].startswith("be kind\n")
-    assert 50 < reply.left_out < 100
+    assert 50 < reply.context.turns_left_out < 100

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,10 +50,19 @@ def make_service(loaded: LoadedModel, **limits: float) -> Service:
 
 
 @contextmanager
-def serving(service: Service, *, key: str | None = KEY, **options: bool) -> Iterator[str]:
+def serving(
+    service: Service,
+    *,
+    key: str | None = KEY,
+    keys: Mapping[str, str] | None = None,
+    grace: float = 0.0,
+    **options: bool,
+) -> Iterator[str]:
     """Its address."""
+    if keys is None:
+        keys = {} if key is None else {"tests": key}
     listening = socket.create_server(("127.0.0.1", 0))
-    server = Server(App(service, hosts=LOOPBACK, key=key, **options))
+    server = Server(App(service, hosts=LOOPBACK, keys=keys, **options), grace=grace)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     while not server.started:

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from itertools import count
 
 Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -153,7 +154,7 @@ async def malformed(client: Client, reader: Reader, writer: Writer) -> None:
             lambda: chat({"role": "user", "content": [0] * 300_000}),
             lambda: chat(**{f"k{number}": 0 for number in range(70_000)}),
             lambda: chat(*[{"role": "user", "content": "x", "a": 1, "b": 2}] * 15_000),
-            lambda: chat(*[{"role": "user", "content": "x"}] * 4096),
+            lambda: chat(*[{"role": "user", "content": "x"}] * 16_000),
             lambda: asked(prompt="x" * 990_000),
             lambda: asked(prompt=" " * 990_000),
             lambda: asked(prompt=[[]] * 40_000),
@@ -249,8 +250,10 @@ async def attack_all(client: Client, *, clients: int, seconds: float) -> Counter
 
     async def one(number: int) -> None:
         await asyncio.sleep(random.uniform(0, min(10, seconds / 4)))
-        while time.monotonic() < end:
-            way = WAYS[number % len(WAYS)] if random.random() < 0.7 else random.choice(WAYS)
+        for turn in count(number):
+            if time.monotonic() > end:
+                return
+            way = WAYS[turn % len(WAYS)]
             tried[way.__name__] += 1
             await attack(client, way)
             await asyncio.sleep(random.uniform(0.5, 4))

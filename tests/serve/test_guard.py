@@ -22,7 +22,7 @@ def test_health_needs_no_key_and_figures_do(address):
         f"{address}/v1/completions", json={"model": "random", "prompt": "a", "max_tokens": 3}, headers=AUTHORISED
     )
     message = httpx.get(f"{address}/metrics", headers=AUTHORISED).text
-    assert 'lamda_requests_total{status="200"}' in message
+    assert 'lamda_requests_total{key="tests",status="200"}' in message
     assert 'lamda_tokens_total{kind="completion"}' in message
     assert "lamda_request_seconds_count" in message
 

@@ -8,13 +8,15 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
 import pytest
 
 from lamda.config.errors import UserError
-from lamda.dialog.server.main import read_key
+from lamda.dialog.server.main import read_key, read_keys
 from lamda.dialog.server.protocol import ChatRequest, CompletionRequest, RequestError, parse
 from tests.serve.conftest import KEY, make_service, serving
 
@@ -56,14 +58,13 @@ def test_a_value_that_asks_for_nothing_is_taken(values):
 
 
 SOMETHING = [
-    ("logprobs", 0),
-    ("logprobs", True),
     ("best_of", True),
     ("echo", 0),
     ("echo", True),
     ("top_logprobs", 1),
     ("tools", [{"type": "function"}]),
     ("metadata", {"a": "b"}),
+    ("response_format", {"type": "json_object"}),
     ("store", 0),
 ]
 
@@ -122,13 +123,41 @@ def test_prompts_that_cannot_be_are_refused(client, prompt, output):
     assert output in error.value.body["message"]
 
 
-def test_usage_counts_what_was_read_and_a_cut_is_reported(client):
+def test_usage_counts_what_was_read_and_the_turns_that_were_not(client):
     messages = [{"role": "user", "content": "the of and to in is " * 3}] * 200
     found = client.chat.completions.create(**{**CHAT, "messages": messages, "max_tokens": 6})
     context = found.model_extra["lamda"]["context"]
     assert found.usage.prompt_tokens == context["tokens"] <= 250  # the row is 256
-    assert 100 < context["messages_left_out"] < 200
+    assert 100 < found.usage.model_extra["turns_left_out"] == context["turns_left_out"] < 200
     assert found.usage.completion_tokens <= 6
+
+
+def test_a_conversation_is_answered_for_ever_and_its_turns_are_read_from_the_cache(client, tokenizer):
+    """Several times as long as the row; then its oldest turns leave, and what begins alike is the system text."""
+    system = "be kind to all of them and to it " * 3
+    messages, read, cached, left = [{"role": "system", "content": system}], [], [], []
+    for number in range(20):
+        messages.append({"role": "user", "content": f"the of and to in is {number}"})
+        found = client.chat.completions.create(**{**CHAT, "messages": messages, "max_tokens": 12})
+        messages.append(found.choices[0].message.model_dump())
+        usage = found.usage
+        read.append(usage.prompt_tokens)
+        cached.append(usage.prompt_tokens_details.cached_tokens)
+        left.append(usage.model_extra["turns_left_out"])
+    assert max(read) <= 256 - 12
+    assert left == sorted(left)
+    whole = left.index(next(filter(None, left)))
+    assert whole >= 3
+    assert cached[1:whole] == [tokens - 1 for tokens in read[: whole - 1]]  # all but RESPONSE
+    assert min(cached[1:]) > 32
+
+
+def test_a_conversation_may_have_thousands_of_messages(loaded):
+    talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}] * 5000
+    service = make_service(loaded, bytes=1_000_000)
+    with serving(service) as address, openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as client:
+        found = client.chat.completions.create(**{**CHAT, "messages": [*talk, *CHAT["messages"]], "max_tokens": 1})
+    assert 4900 < found.usage.model_extra["turns_left_out"] < 5000
 
 
 def test_a_conversation_may_hold_what_is_longer_than_any_prompt(client):
@@ -164,12 +193,70 @@ def test_a_key_that_no_header_can_carry_is_refused_at_the_start(tmp_path, key):
         read_key(tmp_path / "key")
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_its_end_is_an_answer_to_whoever_is_at_work(run, end):
+def test_keys_have_the_names_of_their_files(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("one")
+    (tmp_path / "b").write_text("two")
+    (tmp_path / "c").write_text("two")
+    assert read_keys([tmp_path / "a", tmp_path / "b"]) == {"a": "one", "b": "two"}
+    with pytest.raises(UserError, match="a key of its own"):
+        read_keys([tmp_path / "b", tmp_path / "c"])
+    monkeypatch.setenv("LAMDA_API_KEY", "three")
+    assert read_keys([]) == {"LAMDA_API_KEY": "three"}
+
+
+def test_one_keys_requests_keep_no_other_key_out(loaded):
+    """Each may have so many requests at a time, and so many tokens."""
+    service = make_service(loaded, key_requests=1, key_tokens=600)
+    keys = {"one": "first", "other": "second"}
+    with serving(service, keys=keys) as address:
+
+        def client(key):
+            return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0)
+
+        with client("first") as one, client("second") as other:
+            stream = one.completions.create(**{**ASKED, "max_tokens": 500}, stream=True)
+            next(iter(stream))
+            with pytest.raises(openai.RateLimitError, match="1 requests of this key are in progress"):
+                one.completions.create(**ASKED)
+            assert other.completions.create(**ASKED).choices
+            stream.close()
+            with pytest.raises(openai.BadRequestError, match="at most 600"):
+                other.completions.create(**{**ASKED, "max_tokens": 500, "n": 2})
+            message = httpx.get(f"{address}/metrics", headers={"authorization": "Bearer second"}).text
+    counted = re.findall(r'lamda_requests_total{key="(\w+)",status="(\d+)"} (\d)', message)
+    assert {("one", "429", "1"), ("other", "200", "1"), ("other", "400", "1")} <= {*counted}
+
+
+def test_who_works_may_finish_and_who_comes_later_is_sent_on(loaded):
+    service, headers = make_service(loaded), {"authorization": f"Bearer {KEY}"}
+
+    def come_later(address):
+        while httpx.get(f"{address}/ready", timeout=60).status_code == 200:
+            time.sleep(0.01)
+        later = httpx.post(f"{address}/v1/completions", json=ASKED, headers=headers, timeout=60)
+        return httpx.get(f"{address}/health", timeout=60).status_code, later.status_code, later.headers["retry-after"]
+
+    with ThreadPoolExecutor() as pool:
+        with serving(service, grace=60.0) as address:
+            asked = {**ASKED, "max_tokens": 200, "n": 4}
+            at_work = pool.submit(httpx.post, f"{address}/v1/completions", json=asked, headers=headers, timeout=60)
+            while service.scheduler.rows == 0:
+                time.sleep(0.001)
+            assert httpx.get(f"{address}/ready").json() == {"status": "ready"}
+            later = pool.submit(come_later, address)
+        assert later.result() == (200, 503, "1")
+        assert at_work.result().status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("end", "again", "grace"),
+    [(signal.SIGINT, 0, 0.2), (signal.SIGTERM, 0, 0.2), (signal.SIGHUP, 0, 0.2), (signal.SIGINT, signal.SIGINT, 600)],
+)
+def test_its_end_is_an_answer_to_whoever_is_at_work(run, end, again, grace):
     code = "import sys; from lamda.cli import main; sys.exit(main(['serve', *sys.argv[1:]]))"
     environment = {name: value for name, value in os.environ.items() if name != "LAMDA_API_KEY"}
     server = subprocess.Popen(
-        [sys.executable, "-c", code, str(run), "--port", "0"],
+        [sys.executable, "-c", code, str(run), "--port", "0", "--grace", str(grace)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -182,6 +269,9 @@ def test_its_end_is_an_answer_to_whoever_is_at_work(run, end):
             lines = stream.iter_lines()
             next(lines)
             server.send_signal(end)
+            while "active requests may take" not in server.stdout.readline():
+                pass
+            server.send_signal(again)  # 0 is none
             rest = "".join(lines)
         assert "the server is shutting down" in rest
         out, err = server.communicate(timeout=30)

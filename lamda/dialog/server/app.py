@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
@@ -18,13 +18,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from lamda.dialog.server.admission import Admission, Slot
+from lamda.dialog.server.admission import Admission, ShuttingDown, Slot
 from lamda.dialog.server.endpoint import Answer, Endpoint, Handler, OnText, Record
 from lamda.dialog.server.guard import Receive, RequestGuard, Scope, Send
+from lamda.dialog.server.logprobs import chat_logprobs, text_logprobs
 from lamda.dialog.server.progress import OnProgress
 from lamda.dialog.server.protocol import ChatRequest, CompletionRequest, RequestError, shortened
 from lamda.dialog.server.scheduler import Scheduler
-from lamda.dialog.server.service import Service
+from lamda.dialog.server.service import Service, Usage
 
 PAGE = Path(__file__).parent / "static"
 
@@ -35,7 +36,7 @@ class Metrics:
     def __init__(self, scheduler: Scheduler, admission: Admission) -> None:
         self.registry = CollectorRegistry()
         counter = partial(Counter, registry=self.registry)
-        self.requests = counter("lamda_requests", "requests by HTTP status", ["status"])
+        self.requests = counter("lamda_requests", "requests by HTTP status and API key", ["status", "key"])
         self.closed = counter("lamda_connections_closed", "connections that a limit closed", ["limit"])
         self.tokens = counter("lamda_tokens", "tokens by kind", ["kind"])
         self.seconds = Histogram(
@@ -56,8 +57,10 @@ class Metrics:
 class App:
     """The whole server as an ASGI application."""
 
-    def __init__(self, service: Service, *, hosts: frozenset[str], key: str | None, chat_only: bool = False) -> None:
-        """hosts, key: as `RequestGuard`. chat_only: leave out /v1/completions, whose texts are not filtered."""
+    def __init__(
+        self, service: Service, *, hosts: frozenset[str], keys: Mapping[str, str], chat_only: bool = False
+    ) -> None:
+        """hosts, keys: as `RequestGuard`. chat_only: leave out /v1/completions, whose texts are not filtered."""
         self.limits = service.limits
         self._service, self._admission = service, Admission(service.limits)
         self.metrics = Metrics(service.scheduler, self._admission)
@@ -73,6 +76,7 @@ class App:
             ("/v1/models", self._models),
             ("/v1/models/{name:path}", self._one_model),
             ("/health", self._health),
+            ("/ready", self._ready),
             ("/metrics", self._metrics_text),
             ("/", _page),
         ):
@@ -80,11 +84,21 @@ class App:
         app.mount("/static", StaticFiles(directory=PAGE, check_dir=False))
         app.exception_handler(RequestError)(_request_error)
         app.exception_handler(HTTPException)(_http_exception)
-        self._guard = RequestGuard(app, hosts=hosts, key=key, limits=service.limits, requests=self.metrics.requests)
+        self._guard = RequestGuard(app, hosts=hosts, keys=keys, limits=service.limits, requests=self.metrics.requests)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI entry point."""
         await self._guard(scope, receive, send)
+
+    @property
+    def active(self) -> int:
+        """The number of active requests."""
+        return self._admission.active
+
+    def drain(self) -> int:
+        """Answer new requests with 503; returns the number of active ones."""
+        self._admission.is_ending = True
+        return self.active
 
     def end(self) -> int:
         """Answer active and new requests with 503; returns the number of active ones."""
@@ -106,7 +120,16 @@ class App:
         return self._model()
 
     async def _health(self) -> dict[str, str]:
+        """Whether the process works; if not, only a restart helps."""
+        if not self._service.scheduler.is_alive:
+            raise RequestError(503, "the thread that runs the model has ended: restart the server")
         return {"status": "ok"}
+
+    async def _ready(self) -> dict[str, str]:
+        """Whether new requests should be sent here."""
+        if self._admission.is_ending:
+            raise ShuttingDown
+        return {"status": "ready"}
 
     async def _metrics_text(self) -> Response:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
@@ -120,7 +143,7 @@ class App:
 def _check_name(name: str, service: Service) -> None:
     if name != service.name:
         problem = f"there is no model {shortened(name)}; this server has {service.name!r}"
-        raise RequestError(404, problem, param="model")
+        raise RequestError(404, problem, param="model", code="model_not_found")
 
 
 class _Handler(Handler):
@@ -135,6 +158,7 @@ class _Handler(Handler):
         """Raises RequestError for the name of another model."""
         _check_name(request.model, service)
         self.service, self.metrics, self.request = service, metrics, request
+        self._begun: set[int] = set()
         self._head = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "object": self.kind + (".chunk" if request.stream and self.kind == "chat.completion" else ""),
@@ -150,14 +174,14 @@ class _Handler(Handler):
         """An event without a choice."""
         return self.record([], progress=progress)
 
-    def answer(self, choices: list[Record], events: list[Record], prompt: int, completion: int, **more: Any) -> Answer:
+    def answer(self, choices: list[Record], events: list[Record], usage: Usage, **more: Any) -> Answer:
         """The answer with its usage, which is added to the metrics."""
-        self.metrics.tokens.labels("prompt").inc(prompt)
-        self.metrics.tokens.labels("completion").inc(completion)
-        usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        for kind in ("prompt", "cached", "completion"):
+            self.metrics.tokens.labels(kind).inc(getattr(usage, kind))
+        record = usage.to_record()
         if self.request.stream_options is not None and self.request.stream_options.include_usage:
-            events = [*events, self.record([], usage=usage)]
-        return Answer(self.record(choices, usage=usage, **more), events)
+            events = [*events, self.record([], usage=record)]
+        return Answer(self.record(choices, usage=record, **more), events)
 
 
 class _Completion(_Handler):
@@ -167,12 +191,13 @@ class _Completion(_Handler):
     kind, prefix = "text_completion", "cmpl"
 
     def __call__(self, slot: Slot, on_text: OnText | None, _: OnProgress | None) -> Answer:
-        found, prompt_tokens = self.service.complete(self.request, ticket=slot, on_text=on_text)
+        found, usage = self.service.complete(self.request, ticket=slot, on_text=on_text)
+        scores = [text_logprobs(self.service.tokenizer, each.scores) for each in found]
+        ends = list(enumerate(zip(found, scores, strict=True)))
         return self.answer(
-            [_choice(number, each.text, each.reason) for number, each in enumerate(found)],
-            [self.record([_choice(number, "", each.reason)]) for number, each in enumerate(found)],
-            prompt_tokens,
-            sum(each.tokens for each in found),
+            [_choice(number, each.text, each.reason, logprobs) for number, (each, logprobs) in ends],
+            [self.record([_choice(number, "", each.reason, logprobs)]) for number, (each, logprobs) in ends],
+            usage,
         )
 
     def piece(self, number: int, text: str) -> Record:
@@ -194,25 +219,24 @@ class _Chat(_Handler):
             on_text=on_text and partial(on_text, 0),
             on_progress=on_progress if options is not None and options.include_progress else None,
         )
-        text, lamda = result.reply.text, result.reply.to_record()
-        message = {"role": "assistant", "content": text, "refusal": None}
-        end = {"index": 0, "delta": {}, "finish_reason": result.reason}
-        return self.answer(
-            [{"index": 0, "message": message, "logprobs": None, "finish_reason": result.reason}],
-            [*([] if result.is_streamed else [self.piece(0, text)]), self.record([end], lamda=lamda)],
-            result.reply.context_tokens,
-            result.tokens,
-            lamda=lamda,
-        )
+        lamda, choices, events = result.reply.to_record(), [], []
+        for number, each in enumerate(result.choices):
+            logprobs = chat_logprobs(self.service.tokenizer, each.scores)
+            end = {"index": number, "logprobs": logprobs, "finish_reason": each.reason}
+            choices.append({**end, "message": {"role": "assistant", "content": each.text, "refusal": None}})
+            events += [] if result.is_streamed else [self.piece(number, each.text)]
+            events.append(self.record([{**end, "delta": {}}], **({} if number else {"lamda": lamda})))
+        return self.answer(choices, events, result.usage, lamda=lamda)
 
     def piece(self, number: int, text: str) -> Record:
         """An event."""
-        delta = {"role": "assistant", "content": text}
+        delta = {"content": text} if number in self._begun else {"role": "assistant", "content": text}
+        self._begun.add(number)  # clients join the strings of all deltas
         return self.record([{"index": number, "delta": delta, "finish_reason": None}])
 
 
-def _choice(number: int, text: str, reason: str | None) -> Record:
-    return {"index": number, "text": text, "logprobs": None, "finish_reason": reason}
+def _choice(number: int, text: str, reason: str | None, logprobs: Record | None = None) -> Record:
+    return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
 async def _page() -> Response:

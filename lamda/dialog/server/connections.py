@@ -10,6 +10,7 @@ import asyncio
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -36,12 +37,13 @@ _OTHER_DESCRIPTORS = 64
 class Server(uvicorn.Server):
     """The application on a socket. SIGINT, SIGTERM or SIGHUP stops it after all active requests are answered.
 
+    A second SIGINT ends these at once.
     A SIGHUP that is ignored, as under nohup, stays ignored.
     """
 
-    def __init__(self, app: App, *, on_end: Callable[[int], None] = lambda _: None) -> None:
-        """on_end: called at shutdown with the number of active requests, which get 503."""
-        self._app, self._on_end = app, on_end
+    def __init__(self, app: App, *, grace: float = 0.0, report: Callable[[str], None] = lambda _: None) -> None:
+        """grace: seconds for active requests to finish; then they get 503. report: gets lines about the shutdown."""
+        self._app, self._grace, self._report = app, grace, report
         shared = ConnectionLimits(app)
         super().__init__(
             uvicorn.Config(
@@ -75,8 +77,15 @@ class Server(uvicorn.Server):
                 signal.signal(signal.SIGHUP, before)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End active requests, then shut down Uvicorn."""
-        self._on_end(self._app.end())
+        """Let active requests finish and answer new ones with 503; then end the rest, and Uvicorn."""
+        if active := self._app.drain():
+            may = f"active requests may take {self._grace:g} more seconds"
+            self._report(f"shutting down; {may}, unless Ctrl-C ends them: {active}")
+        deadline = time.monotonic() + self._grace
+        while self._app.active and not self.force_exit and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        self._report(f"shutting down; active requests answered with 503: {self._app.end()}")
+        self.force_exit = False  # those answers are sent
         await super().shutdown(sockets)
 
 
@@ -144,7 +153,7 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Count malformed HTTP like every other error."""
-        self._shared.metrics.requests.labels("400").inc()
+        self._shared.metrics.requests.labels("400", "").inc()
         try:
             super().send_400_response(msg)
         except h11.LocalProtocolError:  # a response has already started

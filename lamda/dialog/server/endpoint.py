@@ -18,7 +18,7 @@ from prometheus_client import Histogram
 
 from lamda.config.errors import RunError, UserError
 from lamda.dialog.server.admission import Admission, Slot
-from lamda.dialog.server.guard import OUTCOME, Receive, Scope, Send, send_error
+from lamda.dialog.server.guard import KEY, OUTCOME, REQUEST_ID, Receive, Scope, Send, send_error
 from lamda.dialog.server.progress import OnProgress
 from lamda.dialog.server.protocol import ChatRequest, CompletionRequest, RequestError, parse
 
@@ -72,15 +72,15 @@ class Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, unless the client disconnects."""
         try:
-            with self.admission.enter() as slot, self.seconds.time():
+            with self.admission.enter(key=scope[KEY], request_id=scope[REQUEST_ID]) as slot, self.seconds.time():
                 body = (await receive())["body"]
-                request, handler = await self._in_thread(self._parsed, body)
+                request, handler = await self._in_thread(slot, self._parsed, body)
                 del body
                 if request.stream:
                     await self._stream(handler, slot, scope, receive, send)
                 else:
                     async with _watched(slot, receive):
-                        answer = await self._in_thread(handler, slot, None, None)
+                        answer = await self._in_thread(slot, handler, slot, None, None)
                     await JSONResponse(answer.whole)(scope, receive, send)
         except RequestError as error:
             if error.status == 499:
@@ -92,9 +92,11 @@ class Endpoint:
         request = parse(self.kind, body)
         return request, self.handler(request)
 
-    async def _in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:
+    async def _in_thread(self, slot: Slot, work: Callable[..., Result], *arguments: Any) -> Result:
         """Run `work` in the pool. Raises only RequestError."""
-        outcome = await asyncio.get_running_loop().run_in_executor(self.pool, _outcome, work, arguments)
+        outcome = await asyncio.get_running_loop().run_in_executor(
+            self.pool, _outcome, work, arguments, slot.request_id
+        )
         if isinstance(outcome, RequestError):
             raise outcome
         return outcome
@@ -103,7 +105,7 @@ class Endpoint:
         """Server-sent events. An error before the first one becomes the response's status."""
         outbox = _Outbox()
         loop = asyncio.get_running_loop()
-        working = loop.run_in_executor(self.pool, _outcome, handler, (slot, outbox.put, outbox.report))
+        working = loop.run_in_executor(self.pool, _outcome, handler, (slot, outbox.put, outbox.report), slot.request_id)
         working.add_done_callback(lambda _: outbox.wake())
         has_begun = False
 
@@ -136,18 +138,18 @@ class Endpoint:
         await send({"type": "http.response.body", "body": b""})
 
 
-def _outcome(work: Callable[..., Result], arguments: tuple[Any, ...]) -> Result | RequestError:
+def _outcome(work: Callable[..., Result], arguments: tuple[Any, ...], request_id: str) -> Result | RequestError:
     """The result, or the client's error: in a future, a traceback would hold keys and values until it is collected."""
     try:
         return work(*arguments)
     except RequestError as error:
-        return RequestError(error.status, error.message, param=error.param)
+        return RequestError(error.status, error.message, param=error.param, code=error.code)
     except UserError as error:
         return RequestError(400, str(error))
     except Exception as error:
         if not isinstance(error, RunError):  # the scheduler logs those
-            log.error("a request failed\n%s", "".join(format_exception(error)))
-        return RequestError(500, "internal error; see the server's log")
+            log.error("request %s failed\n%s", request_id, "".join(format_exception(error)))
+        return RequestError(500, f"internal error; the server's log has it under {request_id}")
 
 
 class _Outbox:

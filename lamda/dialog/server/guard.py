@@ -9,7 +9,8 @@ import asyncio
 import hmac
 import json
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from prometheus_client import Counter
@@ -27,8 +28,11 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OUTCOME = "lamda.outcome"
 """Key of the ASGI scope for the outcome to count, if it is not the response's status."""
 
+KEY, REQUEST_ID = "lamda.key", "lamda.request_id"
+"""Keys of the scope for the name of the client's API key, and for the id that the response's header has."""
+
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-_OPEN = ("/", "/health")
+_OPEN = ("/", "/health", "/ready")
 _HEADERS = (
     (
         b"content-security-policy",
@@ -45,11 +49,14 @@ _HEADERS = (
 class RequestGuard:
     """ASGI middleware."""
 
-    def __init__(self, app: App, *, hosts: frozenset[str], key: str | None, limits: Limits, requests: Counter) -> None:
-        """hosts: allowed Host headers, against DNS rebinding. key: required as `Authorization: Bearer`, if given;
-        the page and /health need none. requests: counts requests by status.
+    def __init__(
+        self, app: App, *, hosts: frozenset[str], keys: Mapping[str, str], limits: Limits, requests: Counter
+    ) -> None:
+        """hosts: allowed Host headers, against DNS rebinding. keys: by name; if there are any, requests
+        carry one as `Authorization: Bearer`, except for the page, /health and /ready. requests: counts requests by
+        status and key.
         """
-        self._app, self._hosts, self._key, self._limits, self._requests = app, hosts, key, limits, requests
+        self._app, self._hosts, self._keys, self._limits, self._requests = app, hosts, keys, limits, requests
         self._reading: set[asyncio.Timeout] = set()
         self._held = 0
         self._is_ending = False
@@ -60,17 +67,19 @@ class RequestGuard:
             await self._app(scope, receive, send)
             return
         scope[OUTCOME] = 499  # unless a response starts, the client has left
+        scope[KEY], scope[REQUEST_ID] = "", f"req_{uuid.uuid4().hex}"
+        request_id = (b"x-request-id", scope[REQUEST_ID].encode())
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 scope[OUTCOME] = message["status"]
-                message = {**message, "headers": [*message.get("headers", []), *_HEADERS]}
+                message = {**message, "headers": [*message.get("headers", []), request_id, *_HEADERS]}
             await send(message)
 
         try:
             await self._pass(scope, receive, with_headers)
         finally:
-            self._requests.labels(str(scope[OUTCOME])).inc()
+            self._requests.labels(str(scope[OUTCOME]), scope[KEY]).inc()
 
     def end(self) -> None:
         """Answer clients that are still sending a body with 503."""
@@ -81,7 +90,7 @@ class RequestGuard:
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-            self._check(scope["path"], headers)
+            scope[KEY] = self._check(scope["path"], headers)
             body = await self._read(headers, receive) if scope["method"] == "POST" else b""
         except RequestError as error:
             await send_error(error, send)
@@ -89,7 +98,8 @@ class RequestGuard:
             if body is not None:
                 await self._app(scope, _replay(body, receive), send)
 
-    def _check(self, path: str, headers: dict[str, str]) -> None:
+    def _check(self, path: str, headers: dict[str, str]) -> str:
+        """The name of the key. Raises RequestError."""
         host = headers.get("host", "")
         if _name(host) not in self._hosts:
             raise RequestError(421, f"host {shortened(host)} is not allowed; `lamda serve --allow-host NAME` allows it")
@@ -97,10 +107,14 @@ class RequestGuard:
         if origin is not None and origin.partition("://")[2] != host:
             raise RequestError(403, "cross-origin requests are not allowed")
         is_open = path in _OPEN or path.startswith("/static/")
-        if self._key is not None and not is_open:
-            scheme, _, given = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._key.encode()):
-                raise RequestError(401, "the key is missing or wrong: send it as `Authorization: Bearer KEY`")
+        if not self._keys or is_open:
+            return ""
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        given = given.strip() if scheme.lower() == "bearer" else ""
+        found = [name for name, key in self._keys.items() if hmac.compare_digest(given.encode(), key.encode())]
+        if not found:
+            raise RequestError(401, "the key is missing or wrong: send it as `Authorization: Bearer KEY`")
+        return found[0]
 
     async def _read(self, headers: dict[str, str], receive: Receive) -> bytes | None:
         """The body, or None if the client disconnected. Raises RequestError for one that is too long or too slow."""
@@ -139,7 +153,8 @@ class RequestGuard:
         body += message.get("body", b"")
         self._held += _counted(body) - before
         if len(body) > self._limits.bytes:
-            raise RequestError(413, f"the body is longer than {self._limits.bytes:,} bytes")
+            most = f"{self._limits.bytes:,} bytes"
+            raise RequestError(413, f"the body is longer than {most}: of a conversation, send the newest messages")
         if self._held > self._limits.total_bytes and len(body) > SMALL_BODY:
             raise RequestError(429, f"bodies of {self._limits.total_bytes:,} bytes are being read: try again soon")
         return bool(message.get("more_body", False))
@@ -171,7 +186,7 @@ async def send_error(error: RequestError, send: Send) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if error.status in (408, 411):
         headers.append((b"connection", b"close"))
-    if error.status == 429:
+    if error.status in (429, 503):
         headers.append((b"retry-after", b"1"))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -11,6 +11,7 @@ class Limits:
 
     tokens: of a prompt's text and of each generated choice. candidates: of a request, and prompts times choices.
     bytes: of a body. requests: active together. total_tokens: of keys and values that all active requests may hold.
+    cached_tokens: of keys and values kept of earlier prompts. key_requests, key_tokens: of one API key, if limited.
     total_bytes: of the bodies over `SMALL_BODY` that are being read. connections: open together.
     head_seconds: for the head of a request, and between two requests. body_seconds: for its body. seconds: for its
     work, waiting included. delivery_seconds: within which a client that falls behind must read some bytes.
@@ -21,6 +22,9 @@ class Limits:
     bytes: int = 1_000_000
     requests: int = 64
     total_tokens: int = 262_144
+    cached_tokens: int = 32_768
+    key_requests: int | None = None
+    key_tokens: int | None = None
     total_bytes: int = 64_000_000
     connections: int = 1024
     head_seconds: float = 10.0
@@ -38,8 +42,8 @@ STRUCTURE = 50_000
 KEYS = 100
 """Keys of a JSON object, more than any of OpenAI's has."""
 
-MESSAGES, PARTS, STOPS = 4096, 1000, 4
-"""Messages of a conversation, parts of a message, stop strings of a request."""
+PARTS, STOPS = 1000, 4
+"""Parts of a message, stop strings of a request. A conversation may have as many messages as its body holds."""
 
 PROBLEMS = 20
 """Problems of a request listed in an error message, which counts the others."""

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,13 +31,14 @@ def main(argv: list[str]) -> int:
     missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
     if missing:
         raise UserError(f"the server needs {', '.join(missing)}: pip install 'lamda-pytorch[serve]'")
-    key = read_key(options.key_file)
+    keys = read_keys(options.key_file)
+    key = next(iter(keys.values()), None)
     all_of(lambda: check_exposure(options.host, key=key, is_meant=options.without_key), lambda: _limits(options))
-    _serve(options, key)
+    _serve(options, keys)
     return 0
 
 
-def _serve(options: argparse.Namespace, key: str | None) -> None:
+def _serve(options: argparse.Namespace, keys: dict[str, str]) -> None:
     """Load the model and answer requests until a signal ends the server."""
     from lamda.dialog.server.app import App
     from lamda.dialog.server.connections import Server
@@ -59,17 +61,31 @@ def _serve(options: argparse.Namespace, key: str | None) -> None:
         limits=_limits(options),
     )
     hosts = LOOPBACK | {options.host, *options.allow_host}
-    app = App(service, hosts=hosts, key=key, chat_only=options.chat_only)
+    app = App(service, hosts=hosts, keys=keys, chat_only=options.chat_only)
     console.outlive()
     sys.setswitchinterval(_SWITCH_SECONDS)
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of responses to clients that have just left
     gc.collect()
     gc.freeze()  # a collection that walks through all loaded objects would stop every thread for 0.2 s
-    gigabytes = options.total_tokens * service.token_bytes / 1e9
+    gigabytes, kept = (n * service.token_bytes / 1e9 for n in (options.total_tokens, options.cached_tokens))
     print(f"{loaded.path.name} of {options.run} listens on {_address(options.host, listening.getsockname()[1])}")
-    print(f"{options.total_tokens:,} tokens of all requests take up to {gigabytes:.1f} GB", flush=True)
-    message = "shutting down; active requests answered with 503"
-    Server(app, on_end=lambda active: print(f"{message}: {active}", flush=True)).run(sockets=[listening])
+    print(f"{options.total_tokens:,} tokens of all requests take up to {gigabytes:.1f} GB")
+    print(f"{options.cached_tokens:,} tokens of earlier prompts take up to {kept:.1f} GB", flush=True)
+    Server(app, grace=options.grace, report=partial(print, flush=True)).run(sockets=[listening])
+
+
+def read_keys(files: list[Path]) -> dict[str, str]:
+    """The API keys by name: those of the files, named as these are, or that of the environment, if any.
+
+    Raises UserError if one cannot be read or used, and for equal names or keys.
+    """
+    if not files:
+        key = read_key(None)
+        return {} if key is None else {KEY_VARIABLE: key}
+    keys = {file.name: key for file in files if (key := read_key(file)) is not None}
+    if len({*keys.values()}) < len(files):
+        raise UserError("--key-file: each must have a name and a key of its own, so that clients can be distinguished")
+    return keys
 
 
 def read_key(file: Path | None) -> str | None:
@@ -114,13 +130,14 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _limits(options: argparse.Namespace) -> Limits:
-    """The limits that the options set. Raises UserError if one is less than 1."""
-    names = ("max_tokens", "requests", "seconds", "total_tokens", "connections")
-    given = {name: getattr(options, name) for name in names}
-    if wrong := {name: value for name, value in given.items() if not value >= 1}:
-        lines = (f"--{name.replace('_', '-')} is {value}: give at least 1" for name, value in wrong.items())
+    """The limits that the options set. Raises UserError if one is too low."""
+    least = dict.fromkeys(("max_tokens", "requests", "seconds", "total_tokens", "connections"), 1)
+    least |= {"key_requests": 1, "key_tokens": 1, "cached_tokens": 0, "grace": 0}
+    given = {name: getattr(options, name) for name in least}
+    if wrong := {name: value for name, value in given.items() if value is not None and not value >= least[name]}:
+        lines = (f"--{name.replace('_', '-')} is {value}: give at least {least[name]}" for name, value in wrong.items())
         raise UserError("\n".join(lines))
-    tokens = given.pop("max_tokens")
+    tokens, _ = given.pop("max_tokens"), given.pop("grace")
     return Limits(tokens=tokens, candidates=max(options.candidates, Limits.candidates), **given)
 
 
@@ -136,8 +153,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=8000, metavar="P", help="default %(default)s")
     parser.add_argument("--name", help="the model's name in requests; default: the run's folder")
     parser.add_argument(
-        "--key-file", type=Path, metavar="FILE", help=f"requests must carry its content, or that of {KEY_VARIABLE}"
-    )
+        "--key-file", type=Path, action="append", default=[], metavar="FILE",
+        help=f"requests must carry its content, or that of {KEY_VARIABLE}; may be repeated, one for each client",
+    )  # fmt: skip
     parser.add_argument("--without-key", action="store_true", help="accept other machines without a key")
     parser.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME",
@@ -151,7 +169,17 @@ def parser() -> argparse.ArgumentParser:
         "--total-tokens", type=int, default=limits.total_tokens, metavar="N",
         help="in the caches of all requests; default %(default)s",
     )  # fmt: skip
+    add(
+        "--cached-tokens", type=int, default=limits.cached_tokens, metavar="N",
+        help="of earlier prompts whose keys and values are kept; default %(default)s",
+    )  # fmt: skip
+    add("--key-requests", type=int, metavar="N", help="the same as --requests for each key; default: no limit")
+    add("--key-tokens", type=int, metavar="N", help="the same as --total-tokens for each key; default: no limit")
     add("--connections", type=int, default=limits.connections, metavar="N", help="open at a time; default %(default)s")
     add("--seconds", type=float, default=limits.seconds, metavar="S", help="time per request; default %(default)g")
+    add(
+        "--grace", type=float, default=10.0, metavar="S",
+        help="time for active requests to finish when the server ends; default %(default)g",
+    )  # fmt: skip
     add_options(parser)
     return parser

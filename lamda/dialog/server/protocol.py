@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from lamda.dialog.conversation import Message
-from lamda.dialog.server.limits import KEYS, MESSAGES, PARTS, PROBLEMS, STOPS, STRUCTURE
+from lamda.dialog.server.limits import KEYS, PARTS, PROBLEMS, STOPS, STRUCTURE
 from lamda.inference.sampling import PENALTIES, TEMPERATURES
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -36,17 +36,18 @@ _NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
 
 
 class RequestError(Exception):
-    """A request answered with an error: HTTP status, message and the parameter at fault."""
+    """A request answered with an error: HTTP status, message, the parameter at fault and OpenAI's code."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None) -> None:
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.status, self.message, self.param = status, message, param
+        self.code = code or {401: "invalid_api_key", 429: "rate_limit_exceeded"}.get(status)
 
     def to_record(self) -> dict[str, Any]:
         """OpenAI's error object."""
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": None}}
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def shortened(text: str) -> str:
@@ -163,6 +164,7 @@ class CompletionRequest(_GenerationRequest):
     """`POST /v1/completions`: continue texts or ids; choice `p * n + c` continues prompt p."""
 
     prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts)]
+    logprobs: int | None = Field(None, ge=0, le=5)
 
 
 class TextPart(_Strict):
@@ -196,17 +198,19 @@ class ChatMessage(_Tolerant):
 class ChatRequest(_GenerationRequest):
     """`POST /v1/chat/completions`: answer the last message."""
 
-    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1), _at_most(MESSAGES)]
+    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1)]
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**63)
     candidates: int | None = Field(None, ge=1, lt=2**63)
     threshold: float | None = Field(None, ge=0, le=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
 
-    @field_validator("n")
+    @field_validator("top_logprobs")
     @classmethod
-    def _one(cls, n: int) -> int:
-        if n != 1:
-            raise ValueError("a chat has one answer; all candidates are in the field `lamda`")
-        return n
+    def _with_logprobs(cls, value: int, info: Any) -> int:
+        if value and not info.data.get("logprobs"):
+            raise ValueError("only with logprobs: true")
+        return value
 
     @field_validator("stop")
     @classmethod

@@ -58,7 +58,8 @@ class _Job:
     def fail(self, error: Exception) -> None:
         """Hold nothing but the error, which `Scheduler` raises in the request's own thread."""
         if not isinstance(error, RequestError | UserError):
-            log.error("a request failed\n%s", "".join(format_exception(error)))  # text: a record would keep the frames
+            trace = "".join(format_exception(error))
+            log.error("request %s failed\n%s", self.ticket.request_id, trace)  # text: a record would keep the frames
             error = RunError(f"{type(error).__name__}: {error}")
         self.pieces = self.begin = self.candidates = None
         self.done.set_exception(error.with_traceback(None))
@@ -111,6 +112,11 @@ class Scheduler:
             return self._put(job).result()
         finally:
             del job, pieces
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread works."""
+        return self._thread.is_alive()
 
     def close(self) -> None:
         """Stop after the current step; pending requests raise ClientDisconnected."""

@@ -6,7 +6,8 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
 
 from lamda.data.tokenizer import Tokenizer
 from lamda.dialog.encoding import Encoding
@@ -18,7 +19,8 @@ from lamda.dialog.server.scheduler import Scheduler
 from lamda.dialog.speaker import Reply, ReplyOptions, Speaker
 from lamda.dialog.tools.toolset import Toolset
 from lamda.inference.cache import Prefix
-from lamda.inference.generation import Candidates, OnToken, TextStream, prefill_pieces
+from lamda.inference.generation import Candidates, OnToken, Pieces, Run, TextStream, TokenScore, token_scores_pieces
+from lamda.inference.prefix_cache import PrefixCache
 from lamda.inference.sampling import Sampling
 from lamda.model import LaMDA
 
@@ -26,32 +28,70 @@ _JUDGED = 9
 """Rows to score a research step's response: itself, and four attributes with two ratings each."""
 
 
+Reason = Literal["stop", "length", "content_filter"]
+
+
 @dataclass(frozen=True)
 class Choice:
-    """A finished choice of a completion."""
+    """A finished choice. tokens: generated for its text, 0 for a refusal. scores: of these, if they were requested."""
 
     text: str
-    reason: Literal["stop", "length"]
+    reason: Reason
     tokens: int
+    scores: Sequence[TokenScore] | None = None
+
+
+class Usage(NamedTuple):
+    """Tokens of a request: of its context or prompts, of these from the cache, and of its choices."""
+
+    prompt: int
+    cached: int
+    completion: int
+    turns_left_out: int | None = None
+
+    def to_record(self) -> dict[str, Any]:
+        """As OpenAI's, and how many of a conversation's oldest turns the model did not read."""
+        record = {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+        return record if self.turns_left_out is None else record | {"turns_left_out": self.turns_left_out}
 
 
 @dataclass(frozen=True)
 class ChatResult:
-    """A reply, its finish reason, and the number of tokens generated for its text: 0 for a refusal.
+    """A reply; reason, tokens and scores are of its `Choice`.
 
-    is_streamed: whether `on_text` has received the text.
+    is_streamed: whether `on_text` has received the text. others: further choices, the next-best candidates.
     """
 
     reply: Reply
-    reason: Literal["stop", "length", "content_filter"]
+    reason: Reason
     tokens: int
     is_streamed: bool = False
+    scores: Sequence[TokenScore] | None = None
+    others: tuple[Choice, ...] = ()
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """The reply and the others."""
+        return (Choice(self.reply.text, self.reason, self.tokens, self.scores), *self.others)
+
+    @property
+    def usage(self) -> Usage:
+        """What the model has read and written."""
+        context = self.reply.context
+        tokens = sum(choice.tokens for choice in self.choices)
+        return Usage(len(context.ids), self.reply.cached_tokens, tokens, context.turns_left_out)
 
 
 class Service:
     """One model behind a scheduler. Its methods block and may be called from many threads.
 
-    name: what clients call the model. scheduler: runs it. token_bytes: of the keys and values of one token.
+    name: what clients call the model. scheduler: runs it, and alone uses the cache of prompts. token_bytes: of the
+    keys and values of one token.
     summary: how it answers unless a request says otherwise, as JSON.
     """
 
@@ -71,7 +111,8 @@ class Service:
         self.scheduler = Scheduler(model)
         config = model.config
         self.token_bytes = 2 * config.n_layers * config.n_heads * config.d_head * model.final_norm.scale.element_size()
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self.tokenizer = model, tokenizer
+        self._cache = PrefixCache(model, capacity=self.limits.cached_tokens)
         self._options, self._has_tools = options or ReplyOptions(), toolset is not None
         self._sequence_length, self._is_tuned = sequence_length, is_tuned
         self.summary = {
@@ -89,26 +130,32 @@ class Service:
 
     def complete(
         self, request: CompletionRequest, *, ticket: Slot, on_text: Callable[[int, str], None] | None = None
-    ) -> tuple[list[Choice], int]:
-        """The choices and the number of prompt tokens; calls `on_text(choice, text)` for each new text."""
+    ) -> tuple[list[Choice], Usage]:
+        """The choices and their usage; calls `on_text(choice, text)` for each new text."""
         name = "prompt, times n," if len(request.prompt) > 1 else "n"
         self._check_count(name, request.n * len(request.prompt), param="n")
         prompts = [self._ids(prompt) for prompt in request.prompt]
         sampling = replace(self._sampling(request, request.max_tokens), stop_ids=self._stop_ids)
-        ticket.reserve(max(map(len, prompts)) + request.n * sampling.max_new_tokens)
-        choices: list[Choice] = []
+        rows = request.n + (request.logprobs is not None)
+        ticket.reserve(max(map(len, prompts)) + rows * sampling.max_new_tokens)
+        choices, cached = list[Choice](), 0
         for ids in prompts:
-            texts = [TextStream(self._tokenizer, request.stop) for _ in range(request.n)]
-            choices += self._choices(ids, texts, sampling, ticket, partial(_emit, on_text, len(choices)))
-        return choices, sum(map(len, prompts))
+            prefix = self._run(ticket)(self._prefill(ticket)(ids), tokens=len(ids))
+            cached += prefix.cached
+            texts = [TextStream(self.tokenizer, request.stop) for _ in range(request.n)]
+            emit = partial(_emit, on_text, len(choices))
+            choices += self._choices(prefix, texts, sampling, ticket, emit, likeliest=request.logprobs)
+        return choices, Usage(sum(map(len, prompts)), cached, sum(choice.tokens for choice in choices))
 
     def _choices(
         self,
-        ids: list[int],
+        prefix: Prefix,
         texts: list[TextStream],
         sampling: Sampling,
         ticket: Slot,
         emit: Callable[[int, str], None],
+        *,
+        likeliest: int | None,
     ) -> list[Choice]:
         """The choices of one prompt."""
 
@@ -116,17 +163,38 @@ class Service:
             emit(number, texts[number].add(id))
             return texts[number].stopped
 
-        found = self.scheduler.sample(
-            self.scheduler.run(prefill_pieces(self._model, ids), tokens=len(ids), ticket=ticket),
-            count=len(texts),
-            sampling=sampling,
-            ticket=ticket,
-            on_token=on_token,
-        )
+        found = self.scheduler.sample(prefix, count=len(texts), sampling=sampling, ticket=ticket, on_token=on_token)
         for number, text in enumerate(texts):
             emit(number, text.end())
-        ends = zip(texts, found.stopped, found.ids, strict=True)
-        return [Choice(t.text, "stop" if s or t.stopped else "length", len(ids)) for t, s, ids in ends]
+        choices = []
+        for text, stopped, ids in zip(texts, found.stopped, found.ids, strict=True):
+            reason: Reason = "stop" if stopped or text.stopped else "length"
+            shown = self._shown(ids, text.text) if text.stopped else ids
+            scores = self._scores(prefix, shown, likeliest=likeliest, ticket=ticket)
+            choices.append(Choice(text.text, reason, len(ids), scores))
+        return choices
+
+    def _shown(self, ids: list[int], text: str) -> list[int]:
+        """The tokens that begin inside the text: the others are of the string that stopped it, or follow it."""
+        starts = accumulate((len(self.tokenizer.utf8(id)) for id in ids), initial=0)
+        end = len(text.encode())
+        return [id for id, start in zip(ids, starts, strict=False) if start < end]
+
+    def _scores(
+        self, prefix: Prefix, ids: Sequence[int], *, likeliest: int | None, ticket: Slot
+    ) -> Sequence[TokenScore] | None:
+        """The scores of a choice's tokens, with so many others; None if there is no request for them."""
+        if likeliest is None:
+            return None
+        pieces = token_scores_pieces(self._model, prefix, ids, likeliest=likeliest)
+        return self.scheduler.run(pieces, tokens=len(ids), ticket=ticket)
+
+    def _run(self, ticket: Slot) -> Run:
+        return partial(self.scheduler.run, ticket=ticket)
+
+    def _prefill(self, ticket: Slot) -> Callable[[Sequence[int]], Pieces[Prefix]]:
+        """The cache as the client's key sees it."""
+        return partial(self._cache.prefill_pieces, owner=ticket.key)
 
     def reply(
         self,
@@ -140,38 +208,52 @@ class Service:
         if request.messages[-1].role == "assistant":
             problem = "messages: the last one is the assistant's own; end with the user's"
             raise RequestError(400, problem, param="messages")
-        count = request.candidates or self._options.candidates
+        self._check_count("n", request.n, param="n")
+        count = request.candidates or max(self._options.candidates, request.n)
         self._check_count("candidates", count, param="candidates")
+        if request.n > (most := 1 if self._has_tools else count):
+            why = "with tools a chat has one answer" if self._has_tools else "the candidates"
+            raise RequestError(400, f"n is {request.n}: at most {most}, {why}", param="n")
         options = replace(
             self._options,
             candidates=count,
             threshold=self._threshold(request.threshold),
             sampling=self._sampling(request, request.max_completion_tokens or request.max_tokens),
         )
-        rows = count + (_JUDGED if self._has_tools else 0)
+        rows = count + (_JUDGED if self._has_tools else 0) + request.logprobs
         prefixes = 3 if self._has_tools else 1
         ticket.reserve(prefixes * self._sequence_length + rows * options.sampling.max_new_tokens)
-        ended: dict[str, tuple[bool, int]] = {}
+        ended: dict[str, tuple[bool, list[int], Prefix]] = {}
         progress = ReplyProgress(on_progress, is_rated=self._is_tuned)
 
         def sample(prefix: Prefix, *, count: int, sampling: Sampling, on_token: OnToken | None = None) -> Candidates:
             with progress.of(count, on_token) as watched:
                 found = self.scheduler.sample(prefix, count=count, sampling=sampling, ticket=ticket, on_token=watched)
             for ids, stopped in zip(found.ids, found.stopped, strict=True):
-                text = self._tokenizer.decode(ids).strip()
-                ended[text] = max((stopped, len(ids)), ended.get(text, (False, 0)))
+                text = self.tokenizer.decode(ids).strip()
+                if text not in ended or (stopped, len(ids)) > (ended[text][0], len(ended[text][1])):
+                    ended[text] = (stopped, ids, prefix)
             return found
 
-        speaker = self._speaker(sample=sample, run=partial(self.scheduler.run, ticket=ticket))
+        def choice(text: str) -> Choice:
+            stopped, ids, prefix = ended[text]
+            likeliest = request.top_logprobs if request.logprobs else None
+            scores = self._scores(prefix, ids, likeliest=likeliest, ticket=ticket)
+            return Choice(text, "stop" if stopped else "length", len(ids), scores)
+
+        speaker = self._speaker(sample=sample, prefill=self._prefill(ticket), run=self._run(ticket))
         most = self._sequence_length * self._token_length  # characters of a message that can fit
         messages = [message.to_message() for message in request.messages]
-        messages = [replace(each, content=each.content[-most:]) for each in messages]
+        kept = {"system": slice(most)}  # of others the end, as in a context
+        messages = [replace(each, content=each.content[kept.get(each.role, slice(-most, None))]) for each in messages]
         text = StrippedText(on_text)
         reply = speaker.reply(messages, options, on_text=on_text and text.add)
-        if reply.refused:
-            return ChatResult(reply, "content_filter", 0)
-        stopped, tokens = ended[reply.text]
-        return ChatResult(reply, "stop" if stopped else "length", tokens, is_streamed=text.sent > 0)
+        refusal = Choice(options.refusal, "content_filter", 0)
+        first = refusal if reply.refused else choice(reply.text)
+        others = (refusal if each.dropped else choice(each.text) for each in reply.candidates[1 : request.n])
+        return ChatResult(
+            reply, first.reason, first.tokens, is_streamed=text.sent > 0, scores=first.scores, others=tuple(others)
+        )
 
     def _threshold(self, requested: float | None) -> float:
         """The operator's is an upper bound: a client may request a stricter filter, but not a weaker one."""
@@ -195,25 +277,28 @@ class Service:
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt after EOS; given ids may begin with it, but have no other control symbol."""
-        end = self._tokenizer.end_of_document
+        end = self.tokenizer.end_of_document
         if isinstance(prompt, str):
             if len(prompt) > self.limits.tokens * self._token_length:  # do not encode what will be rejected
-                raise RequestError(400, f"prompt has more than {self.limits.tokens} tokens", param="prompt")
-            ids: Sequence[int] = self._tokenizer.encode(prompt)
+                raise _too_long(f"prompt has more than {self.limits.tokens} tokens")
+            ids: Sequence[int] = self.tokenizer.encode(prompt)
         else:
             ids = prompt[1:] if prompt and prompt[0] == end else prompt
         if len(ids) >= self.limits.tokens:
-            problem = f"prompt has {len(ids)} tokens: fewer than {self.limits.tokens} are allowed"
-            raise RequestError(400, problem, param="prompt")
+            raise _too_long(f"prompt has {len(ids)} tokens: fewer than {self.limits.tokens} are allowed")
         if not isinstance(prompt, str):
             for id in ids:
-                if not 0 <= id < self._tokenizer.vocab_size or id in self._stop_ids:
+                if not 0 <= id < self.tokenizer.vocab_size or id in self._stop_ids:
                     raise RequestError(400, f"prompt: {str(id)[:20]} is not the id of a text token", param="prompt")
         return [end, *ids]
 
     def _check_count(self, name: str, count: int, *, param: str) -> None:
         if count > self.limits.candidates:
             raise RequestError(400, f"{name} is {count}: at most {self.limits.candidates}", param=param)
+
+
+def _too_long(problem: str) -> RequestError:
+    return RequestError(400, problem, param="prompt", code="context_length_exceeded")
 
 
 def _emit(on_text: Callable[[int, str], None] | None, first: int, number: int, text: str) -> None:
