@@ -158,7 +158,7 @@ class Schema(Generic[Whole]):
                     place = contents.sections.get(".".join([name, *item]), place)
                     name, item = item_name(section, int(key), ".".join(item)), []
                 numbers = [number for number in item if number.isdigit()]  # the others name a member of a union
-                text = " ".join([f"item {int(number) + 1}" for number in numbers] + [_plain(each)])
+                text = " ".join([f"item {int(number) + 1}" for number in numbers] + [in_plain_words(each)])
                 if place:
                     problems.append(Problem(place, name, text))
                 elif elsewhere:
@@ -270,6 +270,8 @@ class _Reading:
 
     def _read_items(self, name: str, body: yaml.Node, place: Place) -> Iterator[dict[str, Any]]:
         """The items of a list, with values of the keys' own kinds; `section` and `section.key` of each have a place."""
+        if body.tag.endswith(":null"):
+            return
         if not isinstance(body, yaml.SequenceNode):
             self._problems.append(Problem(place, name, "should be a list of items that begin with `- `"))
             return
@@ -326,7 +328,7 @@ class _Reading:
         return f"there is no such section, and keys stand in sections{schema.nearest_key(name)}"
 
 
-def _plain(error: Mapping[str, Any]) -> str:
+def in_plain_words(error: Mapping[str, Any]) -> str:
     """A pydantic error in words for someone who has never heard of pydantic."""
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])

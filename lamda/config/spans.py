@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from pydantic import Field, field_validator
 
-from lamda.config.values import Section
+from lamda.config.values import Section, without_control_characters
 
-_END = re.compile(r"(\d[\d_]*(?:\.\d+)?(?:e\d+)?) (steps|tokens)")
+_END = re.compile(r"(?i)(\d[\d_]*(?:\.\d+)?(?:e\d\d?)?) (steps|tokens)")
 
 
 class End(NamedTuple):
@@ -28,10 +29,13 @@ class StageConfig(Section):
     data: dict[str, Any] = Field({}, description="keys of the section data")
     train: dict[str, Any] = Field({}, description="keys of the section train")
 
+    _one_line = field_validator("name")(without_control_characters)
+
     @field_validator("until")
     @classmethod
     def _has_a_unit(cls, until: str | None) -> str | None:
-        if until is not None and not _END.fullmatch(until):
+        found = until and _END.fullmatch(until)
+        if until is not None and not (found and int(number := Decimal(found[1])) == number):
             raise ValueError(f"should be `8000 steps` or `4e9 tokens`, not {until!r}")
         return until
 
@@ -39,7 +43,7 @@ class StageConfig(Section):
     def end(self) -> End | None:
         """`until` as a number."""
         found = self.until and _END.fullmatch(self.until)
-        return End(round(float(found[1])), found[2]) if found else None
+        return End(int(Decimal(found[1])), found[2].lower()) if found else None
 
 
 class Span(NamedTuple):

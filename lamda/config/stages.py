@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from lamda.config.errors import UserError, nearest
 from lamda.config.schema import Config
-from lamda.config.settings import item_name
+from lamda.config.settings import in_plain_words, item_name
 from lamda.config.spans import StageConfig
 
 RATE_KEYS = ("lr", "schedule", "warmup_steps", "decay_fraction", "min_lr_ratio")
@@ -98,7 +98,7 @@ def plan_stages(config: Config) -> tuple[Stage, ...]:
         begin = max(each for each in begins if each <= index)
         end = min((each for each in begins if each > index), default=len(spans)) - 1
         schedule = spans[begin].first, spans[end].last
-        stages.append(Stage(index + 1, stage.name or str(index + 1), own, *span, schedule))
+        stages.append(Stage(index + 1, _name(index, stage), own, *span, schedule))
     return tuple(stages)
 
 
@@ -149,10 +149,14 @@ def _wrong_ends(stages: tuple[StageConfig, ...]) -> Iterator[StageProblem]:
             )
         elif not is_last and stage.until is None:
             yield StageProblem(index, "until", "is missing; write `until: 8000 steps` or `until: 4e9 tokens`")
-    names = [stage.name for stage in stages if stage.name is not None]
-    for index, stage in enumerate(stages):
-        if names.count(stage.name or "") > 1:
-            yield StageProblem(index, "name", f"two stages are called {stage.name!r}; give each its own")
+    names = [*map(_name, range(len(stages)), stages)]
+    for index, name in enumerate(names):
+        if names.count(name) > 1:
+            yield StageProblem(index, "name", f"two stages are called {name!r}; give each its own")
+
+
+def _name(index: int, stage: StageConfig) -> str:
+    return stage.name or str(index + 1)
 
 
 class _WrongValueError(Exception):
@@ -177,6 +181,5 @@ def _configs(config: Config) -> Iterator[Config]:
             except ValidationError as error:
                 first = error.errors(include_url=False)[0]
                 key = ".".join([name, *map(str, first["loc"][:1])])
-                cause = first.get("ctx", {}).get("error")
-                raise _WrongValueError(StageProblem(index, key, str(cause or first["msg"]))) from error
+                raise _WrongValueError(StageProblem(index, key, in_plain_words(first))) from error
         yield config.model_copy(update={**parts, "stages": ()})

@@ -14,10 +14,15 @@ Positive = Annotated[int, Field(gt=0)]
 _SECRET = re.compile(r"(?i)(^|&)[^=&]*(signature|token|password|secret|credential|api_?key|\bsig)=")
 
 
-def _path(path: str) -> str:
-    """Expand `~`; a control character would break lines of scripts and logs."""
-    if any(unicodedata.category(character) == "Cc" for character in path):
+def without_control_characters(text: str | None) -> str | None:
+    """The text; a control character would break lines of scripts and logs. Raises ValueError."""
+    if any(unicodedata.category(character) == "Cc" for character in text or ""):
         raise ValueError("should hold no line break or other control character")
+    return text
+
+
+def _path(path: str) -> str:
+    without_control_characters(path)
     return os.path.expanduser(path)  # noqa: PTH111 - Path raises where there is no such home
 
 

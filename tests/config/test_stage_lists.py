@@ -80,6 +80,12 @@ def test_a_schedule_lasts_until_the_next_stage_that_names_a_rate(tmp_path):
             "2 does not divide train.global_batch_size 9",
         ),
         ("  - {name: a, until: 5 steps}\n  - name: a\n", 6, "item 2: name: two stages are called 'a'"),
+        ("  - {name: '2', until: 5 steps}\n  - {}\n", 6, "item 2: name: two stages are called '2'"),
+        ('  - {name: "a\\nb", until: 5 steps}\n  - {}\n', 5, "item 1: name: should hold no line break"),
+        ("  - until: 5.5 steps\n  - {}\n", 5, "item 1: until: should be `8000 steps`"),
+        ("  - until: 1e400 tokens\n  - {}\n", 5, "item 1: until: should be `8000 steps`"),
+        ("  - until: 1e99 tokens\n  - {}\n", 6, "item 2: until: ends at step 79, and the stage begins after step 39"),
+        ("  - until: 5 steps\n  - train: {lr: -1}\n", 6, "item 2: train.lr: should be greater than 0, not -1"),
         ("  name: a\n", 4, "stages: should be a list of items that begin with `- `"),
     ],
 )
@@ -89,6 +95,10 @@ def test_a_mistake_is_named_with_its_line(tmp_path, stages, line, message):
     found = [text for text in str(caught.value).splitlines() if message in text]
     assert found, str(caught.value)
     assert f"run.yaml:{line}: " in found[0]
+
+
+def test_an_empty_list_is_no_stages(tmp_path):
+    assert load(tmp_path, "").stages == load(tmp_path, "  []\n").stages == ()
 
 
 def test_a_card_behind_files_is_refused(tmp_path):
