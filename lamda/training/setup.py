@@ -23,7 +23,6 @@ from lamda.durable import replace_file
 from lamda.engines.protocol import Engine, Framework
 from lamda.storage import commit
 from lamda.storage.lock import LostLockError, RunLock
-from lamda.storage.metrics import read_metrics
 from lamda.storage.mirror import Mirror
 from lamda.storage.mirror_thread import MirrorThread
 from lamda.storage.reading import UnreadableError, reading
@@ -36,6 +35,7 @@ from lamda.training.inputs import Inputs, check_other_files, validation, with_in
 from lamda.training.loggers import RunLogger, TrainingProgress
 from lamda.training.lr_schedule import final_step, remarks
 from lamda.training.provenance import describe_start
+from lamda.training.results import show_results
 from lamda.training.resume import backend_change, find_resume_point, settings_of
 from lamda.training.saver import Saver
 from lamda.training.stages import StagedInputs
@@ -53,8 +53,6 @@ STOP_TIMEOUT_SECONDS = 20.0  # of a step without progress after a signal: a rank
 
 TEXT_PHASES = ("corpus", "tokenizer", "text", "fetch", "evaluate", "finish")
 """Phases in which the main thread may wait for text, and so for a server."""
-
-HIGHER_AGAIN = dict.fromkeys(("cosine", "wsd"), " (the learning rate then rises again: docs/faq.md)")
 
 
 class _Opened(NamedTuple):
@@ -147,14 +145,12 @@ class TrainingJob:
             # A GPU's collectives spin while they wait, so CPU time shows no progress there.
             with computing(watchdog.progress) if device.type == "cpu" else nullcontext():
                 opened = self._open(device, watchdog)
+            if opened is not None and world.is_main_process:
+                self._note_start(opened)
             mirror = self._start_mirror(stack)
             if opened is None:
+                watchdog.close()  # the last copies have a time limit of their own
                 return 0
-            if world.is_main_process:
-                with BestEffort(f"{directory.config} cannot be written"):
-                    replace_file(directory.config, to_yaml(config))
-                checkpoint = None if opened.checkpoint is None else str(opened.checkpoint)
-                directory.note_start({"step": opened.state.step, "checkpoint": checkpoint, **opened.record})
             steps = final_step(self.stages, opened.state)
             self.attempt.train(step=opened.state.step, steps=steps)
             self.signals.call_on_signal(lambda number: self._hurry(number, watchdog))
@@ -200,6 +196,13 @@ class TrainingJob:
         if origin.path is not None and world.is_main_process:
             report_start(record, origin.path, step=state.step + 1)
         return _Opened(engine, origin.path, state, inputs, benchmarks, record)
+
+    def _note_start(self, opened: _Opened) -> None:
+        """Record this start in the run directory, and its configuration."""
+        with BestEffort(f"{self.directory.config} cannot be written"):
+            replace_file(self.directory.config, to_yaml(self.config))
+        checkpoint = None if opened.checkpoint is None else str(opened.checkpoint)
+        self.directory.note_start({"step": opened.state.step, "checkpoint": checkpoint, **opened.record})
 
     def _open_text(self, stage: Stage, watchdog: Watchdog, resumed: RunState) -> Inputs:
         form = self.task.form(stage.config)
@@ -302,7 +305,7 @@ class TrainingJob:
 
     def _finish(self, trainer: Trainer) -> int:
         steps = {"step": trainer.state.step, "steps": final_step(self.stages, trainer.state)}
-        stopped = trainer.stopped or _show_results(trainer)
+        stopped = trainer.stopped or show_results(trainer)
         if stopped is not None:
             rest = " and shows the results" if trainer.is_over else ""
             trainer.logger.progress.say(
@@ -328,42 +331,3 @@ class TrainingJob:
         self.attempt.end("failed", reason=verdict)
         if self.logger is not None:
             self.logger.hang(verdict)
-
-
-def _show_results(trainer: Trainer) -> str | None:
-    """Show the last evaluation, a sample and the folder; returns the reason if a rank is asked to stop first."""
-    evaluator, guard, say = trainer.evaluator, trainer.guard, trainer.logger.progress.say
-    guard.mark("finish", step=trainer.state.step)
-    then = "the run is complete without it"
-    with BestEffort("the final table cannot be made", errors=Exception, then=then):
-        if evaluator.scores is not None and trainer.world.is_main_process:
-            with computing(guard.watchdog.progress):
-                for line in evaluator.task.summary(evaluator.scores):
-                    say(line)
-        metrics = _recorded_metrics(trainer) if evaluator.scores is None else evaluator.task_metrics
-        for name, value in metrics.items():
-            say(f"{name} {value:.4f}")
-    if (reason := guard.agreed_stop_reason()) is not None:
-        return reason
-    # No BestEffort: if one rank failed alone, the others would wait for it.
-    sample = evaluator.task.sample(trainer.engine, evaluator.tokenizer)
-    if trainer.world.is_main_process:
-        say(f"sample:\n{sample}")
-        file = trainer.directory.samples / f"step-{trainer.state.step:08d}.txt"
-        with BestEffort(f"{file} cannot be written", then=then):
-            file.parent.mkdir(exist_ok=True)
-            replace_file(file, sample)
-        higher_again = HIGHER_AGAIN.get(trainer.config.train.schedule, "")
-        say(
-            f"everything is in {trainer.directory.path}; to continue, run the same command with a larger train.steps "
-            f"or train.tokens{higher_again}"
-        )
-    return None
-
-
-def _recorded_metrics(trainer: Trainer) -> dict[str, float]:
-    """`eval/...` of the last step from metrics.jsonl, on rank 0: a previous start may have evaluated it."""
-    rows = read_metrics(trainer.directory.metrics)[-1:] if trainer.world.is_main_process else []
-    return {
-        name: value for row in rows for name, value in row.items() if name.startswith("eval/") and value is not None
-    }
