@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -70,8 +71,8 @@ def _fill(directory: RunDirectory, path: Path, state: RunState, *, fresh_data: b
     """Tokenizer, parent, metrics up to the checkpoint, and where its data order stands."""
     parent = RunDirectory(path.resolve().parent.parent)
     shutil.copyfile(manifest.named(path, "tokenizer.model"), directory.tokenizer)
-    origin = {"run": str(parent.path), "step": state.step, "fresh_data": fresh_data}
-    replace_file(directory.branch, json.dumps(origin, indent=1))
+    origin = {"run": str(parent.path), "step": state.step, "fresh_data": fresh_data, "time": time.time()}
+    replace_file(directory.branch, json.dumps(origin) + "\n")
     rows = [row for row in read_metrics(parent.metrics) if row["step"] <= state.step]
     directory.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     if not fresh_data:

@@ -18,11 +18,11 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from lamda.best_effort import BestEffort, reason_of
+from lamda.best_effort import reason_of
 from lamda.config.errors import UserError
-from lamda.durable import Progress, replace_file, sync_file, sync_folder
+from lamda.durable import Progress, open_regular, replace_file, sync_file, sync_folder
 from lamda.storage import manifest
-from lamda.storage.commit import make_fresh
+from lamda.storage.commit import free_name, make_fresh
 from lamda.storage.manifest import MANIFEST
 from lamda.storage.reading import UnreadableError
 from lamda.storage.run_directory import RunDirectory
@@ -66,6 +66,30 @@ class Mirror:
         probe = f"{self._root}/.writable"
         self._fs.pipe_file(probe, b"")
         self._fs.rm_file(probe)
+
+    def require_own(self, directory: RunDirectory) -> None:
+        """Raises UserError if the copies are those of another run: the first start, or the branch, is another."""
+        if (theirs := self._first_line(directory.starts)) is None:
+            return
+        if (ours := _first_line(directory.starts)) is not None:
+            is_own = ours == theirs
+        else:
+            is_empty_disk = not manifest.complete(directory.checkpoints)
+            is_own = is_empty_disk or _first_line(directory.branch) == self._first_line(directory.branch)
+        if not is_own:
+            raise UserError(
+                f"checkpoint.mirror: {self.address} holds the copies of another run; choose another checkpoint.mirror, "
+                "or a run.dir of another name"
+            )
+
+    def _first_line(self, file: Path) -> bytes | None:
+        """The first line of the mirror's version of a file of the run directory, if it is a record."""
+        self._fs.invalidate_cache()
+        try:
+            with self._fs.open(f"{self._root}/{file.name}", "rb") as stream:
+                return _record(stream.readline())
+        except FileNotFoundError:
+            return None
 
     def checkpoints(self) -> dict[str, bool]:
         """The names of checkpoints there, oldest first, and whether each is complete."""
@@ -157,20 +181,39 @@ class Mirror:
                 progress()
 
 
+def _first_line(file: Path) -> bytes | None:
+    """The first line of a file, if it is a record."""
+    try:
+        with open_regular(file) as stream:
+            return _record(stream.readline())
+    except OSError:
+        return None
+
+
+def _record(line: bytes) -> bytes | None:
+    try:
+        return line if isinstance(json.loads(line), dict) else None
+    except (ValueError, RecursionError):
+        return None
+
+
 def beside(directory: RunDirectory) -> tuple[Path, ...]:
     """The files of a run directory that its mirror has, too."""
     return directory.metrics, directory.starts, directory.stages, directory.branch
 
 
-def restore_newer(mirror: Mirror, directory: RunDirectory, *, progress: Progress = lambda: None) -> None:
+def restore_newer(
+    mirror: Mirror, directory: RunDirectory, *, all_damaged: bool = False, progress: Progress = lambda: None
+) -> bool:
     """Fetch the newest good checkpoint of the mirror, if it is newer than those of the run directory.
 
-    Raises UnreadableError if there is none here and the mirror cannot be read (or written, where it is empty, too), and
-    UserError if its checkpoints are all damaged: a run never starts over by itself.
+    all_damaged: those of the run directory are, so any is wanted. Returns whether one was fetched. Raises
+    UnreadableError if there is none here and the mirror cannot be read (or written, where it is empty, too), and
+    UserError if its checkpoints are all damaged, or another run's: a run never starts over by itself.
     """
-    here = manifest.complete(directory.checkpoints)
-    if (found := _look(mirror, has_own=bool(here))) is None:
-        return
+    here = [] if all_damaged else manifest.complete(directory.checkpoints)
+    if (found := _look(mirror, directory, has_own=bool(here))) is None:
+        return False
     newest, void = manifest.step_of(here[-1]) if here else -1, manifest.rolled_back(directory.checkpoints)
     problems = []
     for name in reversed(found):
@@ -178,38 +221,45 @@ def restore_newer(mirror: Mirror, directory: RunDirectory, *, progress: Progress
             continue
         try:
             _fetch(mirror, name, directory, progress)
-            return
+            return True
         except ValueError as error:
             problems.append(f"{name}: {error}")
             log.warning("%s/%s is damaged: %s; trying the one before it", mirror.address, name, error)
         except Exception as error:
             reason = f"{name} cannot be fetched from {mirror.address} to {directory.checkpoints} ({reason_of(error)})"
             if not here:
-                raise UnreadableError(f"{reason}, and there is no checkpoint here: start again when it can") from error
+                raise UnreadableError(f"{reason}, and there is none here: start again when it can") from error
             log.warning("%s: continuing with the checkpoints here", reason)
-            return
+            return False
     if problems and not here:
         raise UserError(
             f"{mirror.address}: every checkpoint is damaged ({'; '.join(problems)}), and the run does not start over "
             "by itself; use another checkpoint.mirror, or another run.dir, to start over"
         )
+    return False
 
 
 def require_empty(mirror: Mirror, directory: RunDirectory) -> None:
     """Raises UserError if a run that does not begin with its own checkpoints has some on the mirror."""
-    if not manifest.complete(directory.checkpoints) and (found := _look(mirror, has_own=False)):
+    if not manifest.complete(directory.checkpoints) and (found := _look(mirror, directory, has_own=False)):
         raise UserError(
             f"checkpoint.mirror: {mirror.address} already holds a run ({found[-1]}); choose another mirror, or a "
             "run.dir of another name"
         )
 
 
-def _look(mirror: Mirror, *, has_own: bool) -> list[str] | None:
-    """The complete checkpoints of the mirror, None if it does not answer. Raises UnreadableError unless `has_own`."""
+def _look(mirror: Mirror, directory: RunDirectory, *, has_own: bool) -> list[str] | None:
+    """The complete checkpoints of the mirror, None if it does not answer.
+
+    Raises UserError if they are another run's, and UnreadableError unless `has_own`.
+    """
     answers: list[dict[str, bool] | Exception] = []
 
     def look() -> None:
         try:
+            mirror.require_own(directory)
+            if has_own and not directory.starts.exists():
+                mirror.download_beside(directory.starts)
             found = mirror.checkpoints()
             if not has_own and not any(found.values()):
                 mirror.check()
@@ -221,6 +271,8 @@ def _look(mirror: Mirror, *, has_own: bool) -> list[str] | None:
     thread.start()
     thread.join(LOOK_SECONDS if has_own else None)
     answer = answers[0] if answers else TimeoutError(f"no answer within {LOOK_SECONDS:g} s")
+    if isinstance(answer, UserError):
+        raise answer
     if isinstance(answer, Exception):
         if not has_own:
             raise _unreadable(mirror, answer) from answer
@@ -246,10 +298,11 @@ def _fetch(mirror: Mirror, name: str, directory: RunDirectory, progress: Progres
         for folder in (*filter(Path.is_dir, temporary.rglob("*")), temporary):
             sync_folder(folder)
         for file in beside(directory):
-            with BestEffort(f"{file.name} is not fetched from {mirror.address}", errors=Exception):
-                mirror.download_beside(file)
+            mirror.download_beside(file)
         if not directory.tokenizer.exists():
             replace_file(directory.tokenizer, (temporary / "tokenizer.model").read_bytes())
+        if final.exists():
+            final.rename(free_name(final, suffix=manifest.DAMAGED))
         temporary.rename(final)
         sync_folder(final.parent)
         replace_file(final.parent / "LATEST", name)

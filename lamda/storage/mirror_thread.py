@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from lamda.best_effort import BestEffort, reason_of
+from lamda.config.errors import UserError
 from lamda.config.schema import CheckpointConfig
 from lamda.durable import replace_file
 from lamda.storage.lock import LostLockError, RunLock
@@ -86,19 +87,23 @@ class MirrorThread:
             self._thread.join(0.1)
 
     def _work(self) -> None:
-        is_first = True
+        is_prepared = is_clean = False
         while True:
             is_ending = self._ending.is_set()  # before looking: a checkpoint may come meanwhile
             try:
-                if is_first:
+                if not is_prepared:
                     self._mirror.prepare()
+                    is_prepared = True
+                if not is_clean:
+                    self._mirror.require_own(self._directory)
                     self._prune()
-                    is_first = False
+                    is_clean = True
                 has_copied = self._copy_newest()
             except LostLockError:
                 return  # the run is another process's; training reports it
             except Exception as error:
                 self._failed(error)
+                is_clean = False  # a torn copy may take the room of the next one
                 continue
             self._succeeded()
             if is_ending:
@@ -152,6 +157,7 @@ class MirrorThread:
 
     def _copy(self, path: Path) -> None:
         self._lock.require()
+        self._mirror.require_own(self._directory)
         if self._mirror.holds(path):
             return
         for file in filter(Path.exists, beside(self._directory)):
@@ -182,11 +188,9 @@ class MirrorThread:
     def _failed(self, error: Exception) -> None:
         """Report the first failure of an outage, and wait before the next attempt."""
         self._failures += 1
-        self.state["problem"] = reason_of(error)
+        self.state["problem"] = reason = str(error) if isinstance(error, UserError) else reason_of(error)
         if self._failures == 1:
-            log.warning(
-                "%s cannot be used (%s): trying again, training continues", self._mirror.address, reason_of(error)
-            )
+            log.warning("%s cannot be used (%s): trying again, training continues", self._mirror.address, reason)
             self._note()
         seconds = min(MAX_WAIT, FIRST_WAIT * 2.0 ** min(self._failures - 1, 20)) * random.uniform(0.5, 1)
         if self._ending.is_set():

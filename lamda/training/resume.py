@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +80,17 @@ def find_resume_point(
     UnreadableError.
     """
     resume_mode = config.checkpoint.resume
-    if config.checkpoint.mirror is not None:
-        mirror = config.checkpoint.mirror
-        on_main(world, lambda: _consult(mirror, directory, resume_mode=resume_mode, progress=progress))
+    mirror = None if config.checkpoint.mirror is None else Mirror(config.checkpoint.mirror, directory.path)
+    path = None
+    if resume_mode in ("auto", "required"):
+        on_main(world, lambda: set_aside_rolled_back(directory))
+        path = _newest(directory, mirror, world, progress)
+    elif mirror is not None:
+        on_main(world, lambda: require_empty(mirror, directory))
     on_main(world, lambda: _check_resume_mode(config, directory))
     if resume_mode == "never":
         return ResumePoint(None, RunState())
-    if resume_mode in ("auto", "required"):
-        on_main(world, lambda: set_aside_rolled_back(directory))
-        path = commit.find_valid(directory.checkpoints, world=world, progress=progress)
-    else:
+    if resume_mode not in ("auto", "required"):
         path = Path(resume_mode)
         problem = commit.verify(path, world=world, progress=progress)
         if problem is not None:
@@ -182,13 +184,22 @@ def backend_change(path: Path, settings: Config | None, *, attention: str | None
     ]
 
 
-def _consult(address: str, directory: RunDirectory, *, resume_mode: str, progress: Progress) -> None:
-    """Fetch a newer checkpoint from the mirror, where the resume mode takes the newest one."""
-    mirror = Mirror(address, directory.path)
-    if resume_mode in ("auto", "required"):
-        restore_newer(mirror, directory, progress=progress)
-    else:
-        require_empty(mirror, directory)
+def _newest(directory: RunDirectory, mirror: Mirror | None, world: World, progress: Progress) -> Path | None:
+    """The newest valid checkpoint, of the mirror if it has a newer one; every rank calls it."""
+    find = partial(commit.find_valid, directory.checkpoints, world=world, progress=progress)
+    if mirror is None:
+        return find()
+    path, damage = None, None
+    try:
+        path = find()
+    except UserError as error:
+        damage = error
+    is_lost = damage is not None
+    if on_main(world, lambda: restore_newer(mirror, directory, all_damaged=is_lost, progress=progress)):
+        return find()
+    if damage is not None:
+        raise damage
+    return path
 
 
 def _check_resume_mode(config: Config, directory: RunDirectory) -> None:

@@ -49,6 +49,12 @@ def test_a_mirror_is_written_and_nothing_stays_there(subject, tmp_path):
     assert finding == ok(f"{address}/run can be written; no checkpoint yet")
     assert list((address / "run").iterdir()) == []
     (tmp_path / "file").touch()
+    run = Path(subject.config.run.dir)
+    for folder, began in ((run, 1.0), (address / run.name, 2.0)):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "starts.jsonl").write_text(json.dumps({"time": began}))
+    finding = environment.mirror(changed(subject, checkpoint={"mirror": str(address)}))
+    assert finding.text == f"checkpoint.mirror: {address}/{run.name} holds the copies of another run"
     finding = environment.mirror(changed(subject, checkpoint={"mirror": f"{tmp_path}/file/mirror"}))
     assert (finding.level, finding.text) == ("failure", f"{tmp_path}/file/mirror/run cannot be used (Not a directory)")
 

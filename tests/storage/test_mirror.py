@@ -189,6 +189,57 @@ def test_a_disk_that_is_behind_takes_the_newer_checkpoint(directory, tmp_path):
     assert behind.metrics.read_text() == directory.metrics.read_text()
 
 
+@pytest.mark.parametrize("kind", ["start", "branch"])
+def test_runs_of_one_name_neither_mix_nor_overwrite_each_other(directory, address, tmp_path, caplog, kind):
+    directory.note_start({"time": 1.0})
+    with copies(directory, address):
+        save(directory, 8)
+    other = RunDirectory(tmp_path / "elsewhere" / "one")
+    other.create()
+    if kind == "start":
+        other.note_start({"time": 2.0})
+    else:
+        other.branch.write_text('{"run": "runs/one", "step": 2}\n')
+    before = contents(save(other, 4).parent)
+    with pytest.raises(UserError, match="holds the copies of another run; choose"):
+        restore_newer(Mirror(address, other.path), other)
+    with copies(other, address):
+        pass
+    assert there(directory, address) == {"step-00000008": True}
+    assert contents(other.checkpoints) == before
+    assert sum("holds the copies of another run" in message for message in caplog.messages) == 2
+
+
+def test_a_run_that_has_lost_its_record_of_starts_keeps_its_mirror(directory, folder):
+    directory.note_start({"time": 1.0})
+    with copies(directory, str(folder.parent)):
+        save(directory, 2)
+    directory.starts.unlink()
+    restore_newer(Mirror(str(folder.parent), directory.path), directory)
+    directory.note_start({"time": 2.0})
+    assert [json.loads(line)["time"] for line in directory.starts.read_text().splitlines()] == [1, 2]
+    restore_newer(Mirror(str(folder.parent), directory.path), directory)
+
+
+def test_a_torn_copy_gives_its_room_to_the_next_one(directory, folder, monkeypatch):
+    """The mirror has room for two and a half."""
+    put = LocalFileSystem.put_file
+
+    def fail(self, source, target, **more):
+        if not str(target).endswith("model.safetensors") and len([*folder.rglob("model.safetensors")]) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        put(self, source, target, **more)
+
+    monkeypatch.setattr(LocalFileSystem, "put_file", fail)
+    save(directory, 2)
+    with copies(directory, str(folder.parent), keep=1) as thread:
+        wait_for(lambda: thread.state["copied"])
+        (folder / "step-00000003").mkdir()
+        (folder / "step-00000003" / "model.safetensors").touch()
+        newest = save(directory, 4, keep=1, is_used=thread.is_copying)
+        wait_for(lambda: thread.state["copied"] == newest.name)
+
+
 def test_a_checkpoint_that_the_run_rolled_back_from_goes_and_does_not_come_back(directory, folder):
     save(directory, 2)
     bad = save(directory, 4)

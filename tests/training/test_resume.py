@@ -10,11 +10,13 @@ from lamda.config import Config
 from lamda.config.errors import UserError
 from lamda.config.help import to_yaml
 from lamda.config.schema import TrainConfig
+from lamda.storage import manifest
 from lamda.storage.commit import commit, make_fresh, sync_and_describe
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
 from lamda.training import resume as resuming
 from lamda.training.resume import ResumePoint
+from tests.storage.copies import copies
 
 MODEL = {"vocab_size": 97, "d_model": 24, "n_layers": 3, "n_heads": 3, "d_head": 8, "d_ff": 40}
 
@@ -30,8 +32,9 @@ def find_resume_point(config, directory, world, framework="deepspeed"):
     return resuming.find_resume_point(config, directory, world, framework=framework)
 
 
-def config(resume, **model):
-    return Config(model={**MODEL, **model}, train={"steps": 10}, checkpoint={"resume": str(resume)})
+def config(resume, mirror=None, **model):
+    checkpoint = {"resume": str(resume), "mirror": mirror and str(mirror)}
+    return Config(model={**MODEL, **model}, train={"steps": 10}, checkpoint=checkpoint)
 
 
 def save(directory, step, *, without="", start=None, **named):
@@ -95,6 +98,24 @@ def test_checkpoints_that_are_away_never_start_a_run_over(directory, world, tmp_
     if away != "removed":
         (tmp_path / "elsewhere").rename(directory.checkpoints)
         assert find_resume_point(config("auto"), directory, world).state.step == 2
+
+
+def test_a_damaged_checkpoint_comes_from_the_mirror(directory, world, tmp_path):
+    directory.tokenizer.touch()
+    with copies(directory, str(tmp_path / "mirror")):
+        good = [save(directory, step) for step in (2, 4)]
+    newer = save(directory, 6)
+    mirrored = config("auto", mirror=tmp_path / "mirror")
+    for damaged, step in (([*good[1:], newer], 4), ([*good, newer], 4)):
+        for path in damaged:
+            damage(path)
+        assert find_resume_point(mirrored, directory, world).state.step == step
+        assert manifest.complete(directory.checkpoints)[-1] == good[1]
+        newer.mkdir(exist_ok=True)
+    assert {path.name for path in manifest.set_aside(directory.checkpoints)} >= {
+        "step-00000004.damaged",
+        "step-00000006.damaged",
+    }
 
 
 def test_rows_that_are_gone_are_reported(directory, world, caplog):

@@ -147,10 +147,14 @@ def mirror(subject: Subject) -> Finding:
     address = subject.config.checkpoint.mirror
     if address is None:
         return ok("checkpoint.mirror is not set: checkpoints are in run.dir alone")
-    there = Mirror(address, Path(subject.config.run.dir))
+    directory = RunDirectory(Path(subject.config.run.dir))
+    there = Mirror(address, directory.path)
     try:
+        _with_timeout(lambda: there.require_own(directory))
         found = _with_timeout(there.checkpoints)
         _with_timeout(there.check)
+    except UserError as error:
+        return failure(*str(error).split("; ", 1))
     except Exception as error:  # of the file system's library
         return failure(
             f"{there.address} cannot be used ({reason_of(error)})", "check the address, the credentials and the network"
