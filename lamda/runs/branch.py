@@ -21,6 +21,7 @@ from lamda.storage import manifest
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
+from lamda.training.resume import require_same_model
 
 
 def parser() -> ConfigParser:
@@ -49,20 +50,25 @@ def branch(checkpoint: str, flags: Sequence[str], *, to: Path, fresh_data: bool)
     path, directory = find_checkpoint(checkpoint), RunDirectory(to)
     if (problem := manifest.problem_of(path)) is not None:
         raise UserError(f"{path}: {problem}; `lamda checkpoint verify` checks the others")
+    if taken := [flag for flag in flags if flag.partition("=")[0] in ("--run.dir", "--checkpoint.resume")]:
+        raise UserError(f"{taken[0]}: a branch begins in the folder --to, from its checkpoint there; remove it")
     names_a_file = any(flag.partition("=")[0] == "--config" for flag in flags)
     base = [] if names_a_file else ["--config", str(path / "config.yaml")]
     config = load_config([*base, *flags, "--run.dir", str(to), "--checkpoint.resume", "auto"])
+    require_same_model(config, path, framework=manifest.framework_of(manifest.read(path)))
     state = replace(manifest.read_state(path), wandb_id=None)
     if not directory.create():
         raise UserError(f"--to {to}: exists already; choose another folder")
     try:
+        directory.note_checkpoint(state.step)  # first: what a kill leaves is no run that starts over
         _fill(directory, path, state, fresh_data=fresh_data)
         replace_file(directory.config, to_yaml(config))
         final = directory.checkpoints / manifest.name_of(state.step)
         _copy_checkpoint(path, final, state.with_fresh_data() if fresh_data else state)
-        directory.note_checkpoint(state.step)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(directory.path, ignore_errors=True)
+        if isinstance(error, FileNotFoundError) and not path.exists():
+            raise UserError(f"{path}: its run has deleted it meanwhile (checkpoint.keep); name a newer one") from error
         raise
     return directory
 

@@ -93,16 +93,18 @@ def _summarize(path: Path) -> _Entry:
 
 def _as_tree(runs: list[_Entry]) -> Iterator[tuple[int, RunSummary, Metrics | None]]:
     """Depth, summary and last row of each run, branches below their parent."""
-    known = {Path(summary.run).resolve() for _, summary, _ in runs}
-    below: dict[Path | None, list[_Entry]] = {}
-    for entry in runs:
-        parent = None if entry[1].parent is None else Path(entry[1].parent).resolve()
-        below.setdefault(parent if parent in known else None, []).append(entry)
-    left = [(0, entry) for entry in below.get(None, [])]
+    entries = {Path(entry[1].run).resolve(): entry for entry in runs}
+    below: dict[Path | None, list[Path]] = {}
+    for path, (_, summary, _) in entries.items():
+        parent = None if summary.parent is None else Path(summary.parent)
+        below.setdefault(parent if parent in entries and parent != path else None, []).append(path)
+    # Folders that were renamed may name each other as parents; from the top they are never reached.
+    left = [(0, path) for path in (*below.get(None, []), *entries)]
     while left:
-        depth, (_, summary, row) = left.pop(0)
-        yield depth, summary, row
-        left[:0] = [(depth + 1, entry) for entry in below.get(Path(summary.run).resolve(), [])]
+        depth, path = left.pop(0)
+        if (entry := entries.pop(path, None)) is not None:
+            yield depth, *entry[1:]
+            left[:0] = [(depth + 1, each) for each in below.get(path, [])]
 
 
 def _cells(summary: RunSummary, row: Metrics | None, *, depth: int) -> tuple[str, ...]:

@@ -87,7 +87,7 @@ def find(path: Path) -> Path | None:
     Raises UserError for a step that the run does not have, and UnreadableError.
     """
     run, separator, step = path.name.rpartition("@")
-    if separator and not path.exists():
+    if run and separator and not path.exists():
         by_step = {step_of(each): each for each in complete(path.with_name(run) / "checkpoints")}
         if by_step and (not step.isdecimal() or int(step) not in by_step):
             steps = ", ".join(map(str, by_step))

@@ -152,8 +152,8 @@ class RunDirectory:
 
     def parent(self) -> Path | None:
         """The run that this one is a branch of, if it is one."""
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            return Path(read_object(self.branch)["run"])
+        with suppress(OSError, ValueError, KeyError, TypeError, RuntimeError):
+            return Path(read_object(self.branch)["run"]).resolve()
         return None
 
     def note_skipped(

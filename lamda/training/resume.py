@@ -102,7 +102,7 @@ def find_resume_point(
 
     def check() -> RunState:
         state = manifest.read_state(path)
-        _check_manifest(config, path, framework=framework)
+        require_same_model(config, path, framework=framework)
         saved, stages = settings_of(path), plan_stages(config)
         earlier = () if saved is None else plan_stages(saved)
         _check_stages(stages, earlier, state, path)
@@ -223,7 +223,7 @@ def _check_resume_mode(config: Config, directory: RunDirectory) -> None:
         )
 
 
-def _check_manifest(config: Config, path: Path, *, framework: str) -> None:
+def require_same_model(config: Config, path: Path, *, framework: str) -> None:
     """Raise UserError if framework, model, optimizer or adapters are not those of the configuration."""
     saved, train = manifest.read(path), config.train
     instead = f"start from the weights alone: model.weights {path / 'model.safetensors'} and another run.dir"

@@ -53,6 +53,17 @@ def test_a_script_gets_json(folder, capsys):
     assert (old["status"], old["steps"], old["tokens_per_second"]) == ("unknown", None, None)
 
 
+@pytest.mark.parametrize("parent", ["one", "two", "gone", "a\0b", 5])
+def test_a_branch_whose_parent_has_another_folder_now_stays_in_the_list(tmp_path, capsys, parent):
+    one, two = (make_run(tmp_path / name, losses=[3.0]) for name in ("one", "two"))
+    one.branch.write_text(json.dumps({"run": f"{tmp_path}/{parent}" if isinstance(parent, str) else parent}))
+    two.branch.write_text(json.dumps({"run": str(tmp_path / "one"), "step": 1}))
+    main([str(tmp_path)])
+    listed = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    trees = {"two": [str(tmp_path / "two"), f"└ {tmp_path}/one"]}
+    assert listed in ([str(tmp_path / "one"), f"└ {tmp_path}/two"], trees.get(parent))
+
+
 def test_a_run_that_has_only_begun_has_no_step_yet(tmp_path, capsys):
     directory = make_run(tmp_path / "run")
     leave_status(directory, "running", step=0, steps=5)

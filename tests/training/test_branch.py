@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from lamda.data.tokenizer import Tokenizer
 from lamda.runs.branch import main
 from lamda.storage.manifest import read_state
 from lamda.storage.metrics import read_metrics
+from lamda.storage.run_directory import RunDirectory
 from tests.conftest import make_text, write_shard
 from tests.faults.harness import Place
 from tests.launch import ENVIRONMENT, ROOT
@@ -100,4 +102,32 @@ def test_a_folder_that_exists_and_a_damaged_checkpoint_are_refused(place, tmp_pa
     with pytest.raises(UserError, match=r"run_state\.json has .* bytes|run_state\.json has changed"):
         main([f"{parent}@3", "--to", str(tmp_path / "new")])
     file.write_text(whole)
+    for flags, message in (
+        (("--model.d_model", "64"), r"is a checkpoint of another model: d_model is 32, the configuration says 64"),
+        (("--train.optimizer", "adafactor"), r"holds the state of adamw, which train\.optimizer adafactor cannot"),
+        (("--run.dir", "elsewhere"), r"--run\.dir: a branch begins in the folder --to"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main([f"{parent}@6", "--to", str(tmp_path / "new"), *flags])
+    with pytest.raises(UserError, match=r"/@6: no checkpoint here"):
+        main([f"{parent}/@6", "--to", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()
+
+
+def test_a_checkpoint_that_its_run_deletes_meanwhile_and_a_kill_leave_no_run(place, tmp_path, monkeypatch):
+    parent = shutil.copytree(place.folder / "parent", tmp_path / "parent")
+
+    def delete(source, target):
+        shutil.rmtree(parent / "checkpoints" / "step-00000006")
+        raise OSError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", delete)
+        with pytest.raises(UserError, match=r"its run has deleted it meanwhile"):
+            main([f"{parent}@6", "--to", str(tmp_path / "new")])
+        assert not (tmp_path / "new").exists()
+        patch.setattr(os, "link", lambda *_: 1 / 0)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a kill cleans nothing up
+        with pytest.raises(ZeroDivisionError):
+            main([f"{parent}@9", "--to", str(tmp_path / "new")])
+    assert RunDirectory(tmp_path / "new").noted_checkpoint() == 9, "it does not start over"
