@@ -6,12 +6,14 @@ import os
 import re
 import unicodedata
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
-_SECRET = re.compile(r"(?i)(^|&)[^=&]*(signature|token|password|secret|credential|api_?key|\bsig)=")
+_SECRETS = re.compile(
+    r"(?i)://([^/?#]*@|.*[?&#][^=&#/]*(signature|token|passw(or)?d|pwd|secret|credential|auth|key|\bsig)=)"
+)
+"""A user or a password in an address (also in one behind another, `simplecache::s3://...`), or in its query."""
 
 
 def without_control_characters(text: str | None) -> str | None:
@@ -27,7 +29,7 @@ def _path(path: str) -> str:
 
 
 def _without_password(pattern: str) -> str:
-    if "@" in urlsplit(pattern).netloc or _SECRET.search(urlsplit(pattern).query):
+    if _SECRETS.search(pattern):
         raise ValueError(
             "an address must not hold a user or a password (nor a token or a signature), because the run directory and "
             "W&B would store them; download the files, or put them on the Hugging Face hub, whose token comes from "

@@ -39,6 +39,9 @@ def require_same_computation(config: Config, path: Path, *, before: Config | Non
     before: the checkpoint's settings, where its stage has others than its file.
     """
     saved, current = _settings_in(path, before), _flat(config.model_dump(mode="json"))
+    for settings in (saved, current):  # rows of whole documents have the mask, too
+        if settings.get("data.packing") == "whole":
+            settings["data.document_mask"] = True
     known = {name: saved[name] for name in COMPUTATION if name in saved}
     if start := read_start(path):
         known["bf16"] = ds_config.is_bf16(start["deepspeed"])

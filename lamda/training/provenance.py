@@ -36,8 +36,10 @@ _CREDENTIALS = re.compile(r"//[^/\s]*@")
 
 
 def describe_start(config: Config, world: World, *, framework: str) -> dict[str, Any]:
-    """The record of this start; every rank calls it. hosts: their number by kind, without names."""
+    """The record of this start, on rank 0; every rank calls it. hosts: their number by kind, without names."""
     hosts = gather(_host() if world.local_rank == 0 else None)
+    if not world.is_main_process:
+        return {}
     return {
         "time": time.time(),
         "lamda": lamda.__version__,
@@ -119,7 +121,9 @@ def _cuda() -> str | None:
 
 def _output(*command: str) -> str | None:
     """What a command prints, None where it fails."""
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    # Without GIT_DIR and the like, which a hook of another repository leaves to its children.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment["GIT_OPTIONAL_LOCKS"] = "0"
     try:
         result = subprocess.run(
             command, cwd=_SOURCE, env=environment, capture_output=True, text=True, timeout=_COMMAND_SECONDS, check=True

@@ -133,7 +133,7 @@ def test_globs_pass_through_a_flag(text, files):
     assert values("--train.steps", 1, "--data.files", text).data.files == files
 
 
-@pytest.mark.parametrize("secret", ["X-Amz-Signature", "access_token", "api_key", "sig"])
+@pytest.mark.parametrize("secret", ["X-Amz-Signature", "access_token", "api_key", "sig", "key", "auth"])
 def test_a_token_in_an_address_is_refused_and_not_repeated(write, secret):
     path = write(f"data: {{files: 'https://store.org/a.jsonl?version=3&{secret}=canary'}}")
     (line,) = problems("--config", path, "--train.steps", "1")
@@ -143,13 +143,14 @@ def test_a_token_in_an_address_is_refused_and_not_repeated(write, secret):
 
 @pytest.mark.parametrize("key", ["files", "eval_files"])
 def test_a_password_in_an_address_is_refused_and_not_repeated(write, key):
-    path = write(f"data: {{{key}: 'https://some@store.org/a.jsonl, https://one:canary@store.org/b.jsonl'}}")
+    secret = "https://some@store.org/a.jsonl, https://one:canary@store.org/b, simplecache::s3://one:canary@store/c"
+    path = write(f"data: {{{key}: '{secret}'}}")
     output = problems("--config", path, "--train.steps", "1")
-    assert len(output) == 2
+    assert len(output) == 3
     for item, line in enumerate(output, start=1):
         assert line.startswith(f"{path}:1: data.{key}: item {item} an address must not hold a user or a password")
         assert "canary" not in line
-    allowed = "hf://datasets/some/where@main/*.jsonl.zst,https://store.org/a@b.jsonl?design=2,/data/[0-9]@x.jsonl"
+    allowed = "hf://datasets/some/where@main/*.jsonl.zst,https://store.org/a@b.jsonl?design=2,/data/[0-9]@x?/key=3/a"
     config = values("--config", write("train: {steps: 1}"), f"--data.{key}", allowed)
     assert ",".join(getattr(config.data, key)) == allowed
 

@@ -97,10 +97,13 @@ def test_the_commit_is_that_of_the_code_and_an_edit_makes_it_dirty(tmp_path, mon
     git("commit", "-qm", "one")
     commit = git("rev-parse", "HEAD")
     assert git_state() == {"commit": commit, "dirty": False}
+    monkeypatch.setenv("GIT_DIR", "/nowhere")  # as a hook of another repository has it
     before = provenance.code_digest()
     file.write_text("a = 2\n")
     assert git_state() == {"commit": commit, "dirty": True}
     assert provenance.code_digest() != before
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_state() is None, "without git"
 
 
 def test_a_line_that_a_kill_cut_short_does_not_spoil_the_next(tmp_path):

@@ -174,6 +174,8 @@ def test_another_computation_is_rejected_unless_it_is_accepted_by_name(directory
         find_resume_point(changed("data.document_mask", "train.fp8"), directory, world)
     assert find_resume_point(changed("data.document_mask", "train.fp8", "bf16"), directory, world).state.step == 2
     assert "data.document_mask False -> True from step 3 on" in caplog.messages
+    with pytest.raises(UserError, match=r"something else: data\.document_mask False -> True"):
+        find_resume_point(Config(model=MODEL, data={"packing": "whole"}, train={"steps": 10}), directory, world)
 
 
 def test_a_name_that_is_not_accepted_is_an_error():
