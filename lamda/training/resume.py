@@ -120,20 +120,18 @@ def find_resume_point(
 
 def _check_stages(stages: Sequence[Stage], before: Sequence[Stage], state: RunState, path: Path) -> None:
     """Report changed stages to come. Raises UserError if one that has begun changed. before: the checkpoint's."""
-    if len(before) <= 1 and len(stages) == 1:
+    if len(before) <= 1 and len(stages) == state.stage == 1:
         return
     problems = []
     for number in range(1, state.stage + 1):
-        if number > len(stages):
-            problems.append(f"stage {before[number - 1].name} is missing")
-        elif number <= len(before):
-            changes = _stage_changes(before[number - 1], stages[number - 1], is_over=number < state.stage)
-            problems += [f"stage {stages[number - 1].name}: {change}" for change in changes]
-    if not problems and stages[state.stage - 1].last < state.step:
-        stage = stages[state.stage - 1]
-        problems.append(
-            f"stage {stage.name} would have ended at step {stage.last}; raise its `until`, or add a later stage"
-        )
+        known, now = ((each[number - 1] if number <= len(each) else None) for each in (before, stages))
+        if now is None:
+            problems.append(f"stage {known.name if known else number} is missing")
+            continue
+        changes = [] if known is None else _stage_changes(known, now, is_over=number < state.stage)
+        if number == state.stage and now.last < state.step:
+            changes.append(f"would have ended at step {now.last}; raise its end, or add a later stage")
+        problems += [f"stage {now.name or number}: {change}" for change in changes]
     if problems:
         raise UserError(
             f"{path}: stages that the run has begun cannot change: {'; '.join(problems)}. Restore them; to change "
@@ -144,6 +142,11 @@ def _check_stages(stages: Sequence[Stage], before: Sequence[Stage], state: RunSt
         changes = ["is new"] if known is None else _stage_changes(known, stage, is_over=True)
         if changes:
             log.warning("stage %s, which is to come: %s", stage.name, "; ".join(changes))
+    begun = [stage for stage in stages if stage.first < state.step]
+    rows = sum((min(stage.last, state.step) - stage.first) * stage.config.train.global_batch_size for stage in begun)
+    if rows != state.samples:  # it had another batch before it had stages
+        text = "%s: the run has read %d rows, by its stages %d: an `until` in tokens ends as much off; give steps"
+        log.warning(text, path, state.samples, rows)
 
 
 _OF_THE_DATA = ("data.corpus", "data.files", "data.shuffle", "data.packing", "data.document_mask")

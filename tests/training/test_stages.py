@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
+from lamda.config.errors import UserError
+from lamda.config.loading import load_config
 from lamda.config.stages import plan_stages
 from lamda.data.corpus import fingerprint, open_corpus
 from lamda.runs.trace import trace
@@ -19,6 +21,7 @@ from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
 from lamda.training.inputs import Inputs
+from lamda.training.resume import _check_stages
 from lamda.training.stages import StagedInputs
 from tests.conftest import make_text, write_shard
 from tests.data.ranks import Numbers, config_of, read, write_file
@@ -158,6 +161,18 @@ def test_stages_that_have_begun_cannot_change_and_later_ones_may(place, straight
     allowed = train(place, "stopped", fault="forward:kill:0:9", config=later)
     assert "stage long, which is to come: data.corpus was " in allowed.stderr
     assert "sequence_length was 48, is 32" in allowed.stderr
+
+
+def test_a_list_that_lacks_a_stage_that_has_begun_is_rejected(place, caplog):
+    stages = plan_stages(load_config(["--config", str(place.folder / "run.yaml")]))
+    state = RunState(step=7, stage=2, samples=5 * 8 + 2 * 12)
+    for before, name in ((stages, "mix"), ((), "2")):  # no stages: this version rejects the checkpoint's settings
+        with pytest.raises(UserError, match=f"stage {name} is missing"):
+            _check_stages(stages[:1], before, state, place.folder)
+    _check_stages(stages, stages, state, place.folder)
+    assert caplog.messages == []
+    _check_stages(stages, stages[:1], replace(state, samples=7 * 8), place.folder)
+    assert "has read 56 rows, by its stages 64" in caplog.messages[-1]
 
 
 def staged(folder, *cards):
