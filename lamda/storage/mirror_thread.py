@@ -160,7 +160,7 @@ class MirrorThread:
         self._mirror.require_own(self._directory)
         if self._mirror.holds(path):
             return
-        for file in filter(Path.exists, beside(self._directory)):
+        for file in filter(Path.is_file, beside(self._directory)):
             self._mirror.upload_beside(file)
         self._mirror.upload(path, before_manifest=self._lock.require)
         log.info("copied %s to %s", path.name, self._mirror.address)
