@@ -15,6 +15,7 @@ from pathlib import Path
 from lamda.config.errors import UserError
 from lamda.config.help import ConfigParser, to_yaml
 from lamda.config.loading import load_config
+from lamda.config.stages import plan_stages, stage_at
 from lamda.durable import replace_file
 from lamda.runs.checkpoints import NAME, find_checkpoint
 from lamda.storage import manifest
@@ -64,7 +65,8 @@ def branch(checkpoint: str, flags: Sequence[str], *, to: Path, fresh_data: bool)
         _fill(directory, path, state, fresh_data=fresh_data)
         replace_file(directory.config, to_yaml(config))
         final = directory.checkpoints / manifest.name_of(state.step)
-        _copy_checkpoint(path, final, state.with_fresh_data() if fresh_data else state)
+        stage = stage_at(plan_stages(config), state.step)
+        _copy_checkpoint(path, final, state.with_fresh_data(stage=stage.number) if fresh_data else state)
     except BaseException as error:
         shutil.rmtree(directory.path, ignore_errors=True)
         if isinstance(error, FileNotFoundError) and not path.exists():

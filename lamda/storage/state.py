@@ -78,11 +78,11 @@ class RunState:
         """Whether the next sample may be of any text."""
         return not self.fingerprint and self.start.sample == self.consumed > 0
 
-    def with_fresh_data(self) -> RunState:
-        """The state at the beginning of any text."""
+    def with_fresh_data(self, *, stage: int) -> RunState:
+        """The state at the beginning of any text, that of the stage of this number."""
         skipped = tuple(window for window in self.skipped if window[1] <= self.consumed)
         start = DataStart(self.consumed)
-        return replace(self, skipped=skipped, start=start, order=(), fingerprint={}, parked={})
+        return replace(self, skipped=skipped, start=start, order=(), fingerprint={}, stage=stage, parked={})
 
     def write(self, path: Path) -> None:
         """Save as JSON."""

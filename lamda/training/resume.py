@@ -12,7 +12,7 @@ from typing import Any
 from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
-from lamda.config.stages import FREE, RATE_KEYS, Stage, plan_stages
+from lamda.config.stages import FREE, RATE_KEYS, Stage, plan_stages, stage_at
 from lamda.data.corpus import changed_files, differences
 from lamda.distributed import World, on_main
 from lamda.durable import Progress
@@ -107,8 +107,8 @@ def find_resume_point(
         earlier = () if saved is None else plan_stages(saved)
         _check_stages(stages, earlier, state, path)
         now, before = stages[state.stage - 1].config, None
-        if len(earlier) >= max(2, state.stage):  # a stage's settings are not those at the head of the file
-            before = earlier[state.stage - 1].config
+        if len(earlier) > 1:  # a stage's settings are not those at the head of the file
+            before = stage_at(earlier, state.step - 1).config
         require_same_computation(now, path, before=before)
         report_settings(now, path, before=before, step=state.step + 1)
         if path.parent == directory.checkpoints and not directory.metrics.exists():
@@ -120,7 +120,7 @@ def find_resume_point(
 
 def _check_stages(stages: Sequence[Stage], before: Sequence[Stage], state: RunState, path: Path) -> None:
     """Report changed stages to come. Raises UserError if one that has begun changed. before: the checkpoint's."""
-    if len(before) <= 1 and len(stages) == state.stage == 1:
+    if state.takes_any_text or (len(before) <= 1 and len(stages) == state.stage == 1):
         return
     problems = []
     for number in range(1, state.stage + 1):

@@ -16,12 +16,13 @@ from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.config.stages import plan_stages
 from lamda.data.corpus import fingerprint, open_corpus
+from lamda.runs.branch import main as branch
 from lamda.runs.trace import trace
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
 from lamda.training.inputs import Inputs
-from lamda.training.resume import _check_stages
+from lamda.training.resume import _check_stages, find_resume_point
 from lamda.training.stages import StagedInputs
 from tests.conftest import make_text, write_shard
 from tests.data.ranks import Numbers, config_of, read, write_file
@@ -173,6 +174,15 @@ def test_a_list_that_lacks_a_stage_that_has_begun_is_rejected(place, caplog):
     assert caplog.messages == []
     _check_stages(stages, stages[:1], replace(state, samples=7 * 8), place.folder)
     assert "has read 56 rows, by its stages 64" in caplog.messages[-1]
+
+
+def test_a_branch_with_fresh_data_may_have_other_stages(place, straight, tmp_path, world):
+    for flags, stage in (("--stages=null", 1), ("--data.shuffle=1", 3)):
+        new = RunDirectory(tmp_path / str(stage))
+        flags = ("--fresh-data", flags, "--data.corpus", str(place.folder / "two.yaml"))
+        branch([f"{place.folder}/straight@9", "--to", str(new.path), *flags])
+        point = find_resume_point(load_config(["--config", str(new.config)]), new, world, framework="plain")
+        assert (point.state.step, point.state.stage, point.state.start.sample) == (9, stage, 5 * 8 + 4 * 12)
 
 
 def staged(folder, *cards):
