@@ -22,7 +22,7 @@ from lamda.storage import manifest
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
 from lamda.storage.state import RunState
-from lamda.training.resume import require_same_model
+from lamda.training.resume import require_resumable
 
 
 def parser() -> ConfigParser:
@@ -56,8 +56,11 @@ def branch(checkpoint: str, flags: Sequence[str], *, to: Path, fresh_data: bool)
     names_a_file = any(flag.partition("=")[0] == "--config" for flag in flags)
     base = [] if names_a_file else ["--config", str(path / "config.yaml")]
     config = load_config([*base, *flags, "--run.dir", str(to), "--checkpoint.resume", "auto"])
-    require_same_model(config, path, framework=manifest.framework_of(manifest.read(path)))
     state = replace(manifest.read_state(path), wandb_id=None)
+    begin = state
+    if fresh_data:
+        begin = state.with_fresh_data(stage=stage_at(plan_stages(config), state.step).number)
+    require_resumable(config, path, begin, framework=manifest.framework_of(manifest.read(path)))
     if not directory.create():
         raise UserError(f"--to {to}: exists already; choose another folder")
     try:
@@ -65,8 +68,7 @@ def branch(checkpoint: str, flags: Sequence[str], *, to: Path, fresh_data: bool)
         _fill(directory, path, state, fresh_data=fresh_data)
         replace_file(directory.config, to_yaml(config))
         final = directory.checkpoints / manifest.name_of(state.step)
-        stage = stage_at(plan_stages(config), state.step)
-        _copy_checkpoint(path, final, state.with_fresh_data(stage=stage.number) if fresh_data else state)
+        _copy_checkpoint(path, final, begin)
     except BaseException as error:
         shutil.rmtree(directory.path, ignore_errors=True)
         if isinstance(error, FileNotFoundError) and not path.exists():

@@ -102,20 +102,29 @@ def find_resume_point(
 
     def check() -> RunState:
         state = manifest.read_state(path)
-        require_same_model(config, path, framework=framework)
-        saved, stages = settings_of(path), plan_stages(config)
-        earlier = () if saved is None else plan_stages(saved)
-        _check_stages(stages, earlier, state, path)
-        now, before = stages[state.stage - 1].config, None
-        if len(earlier) > 1:  # a stage's settings are not those at the head of the file
-            before = stage_at(earlier, state.step - 1).config
-        require_same_computation(now, path, before=before)
+        now, before = require_resumable(config, path, state, framework=framework)
         report_settings(now, path, before=before, step=state.step + 1)
         if path.parent == directory.checkpoints and not directory.metrics.exists():
             log.warning("%s is gone: the rows up to step %d are missing", directory.metrics, state.step)
         return state
 
     return ResumePoint(path, _with_noted_windows(on_main(world, check), directory))
+
+
+def require_resumable(config: Config, path: Path, state: RunState, *, framework: str) -> tuple[Config, Config | None]:
+    """The configuration of the stage of a checkpoint with this state, now and, if the run had stages, before.
+
+    Raises UserError if the configuration cannot continue from it.
+    """
+    _check_manifest(config, path, framework=framework)
+    saved, stages = settings_of(path), plan_stages(config)
+    earlier = () if saved is None else plan_stages(saved)
+    _check_stages(stages, earlier, state, path)
+    now, before = stages[state.stage - 1].config, None
+    if len(earlier) > 1:  # a stage's settings are not those at the head of the file
+        before = stage_at(earlier, state.step - 1).config
+    require_same_computation(now, path, before=before)
+    return now, before
 
 
 def _check_stages(stages: Sequence[Stage], before: Sequence[Stage], state: RunState, path: Path) -> None:
@@ -226,7 +235,7 @@ def _check_resume_mode(config: Config, directory: RunDirectory) -> None:
         )
 
 
-def require_same_model(config: Config, path: Path, *, framework: str) -> None:
+def _check_manifest(config: Config, path: Path, *, framework: str) -> None:
     """Raise UserError if framework, model, optimizer or adapters are not those of the configuration."""
     saved, train = manifest.read(path), config.train
     instead = f"start from the weights alone: model.weights {path / 'model.safetensors'} and another run.dir"

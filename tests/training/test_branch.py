@@ -105,6 +105,7 @@ def test_a_folder_that_exists_and_a_damaged_checkpoint_are_refused(place, tmp_pa
     for flags, message in (
         (("--model.d_model", "64"), r"is a checkpoint of another model: d_model is 32, the configuration says 64"),
         (("--train.optimizer", "adafactor"), r"holds the state of adamw, which train\.optimizer adafactor cannot"),
+        (("--data.document_mask=true",), r"compute something else: data\.document_mask False -> True"),
         (("--run.dir", "elsewhere"), r"--run\.dir: a branch begins in the folder --to"),
     ):
         with pytest.raises(UserError, match=message):

@@ -183,6 +183,8 @@ def test_a_branch_with_fresh_data_may_have_other_stages(place, straight, tmp_pat
         branch([f"{place.folder}/straight@9", "--to", str(new.path), *flags])
         point = find_resume_point(load_config(["--config", str(new.config)]), new, world, framework="plain")
         assert (point.state.step, point.state.stage, point.state.start.sample) == (9, stage, 5 * 8 + 4 * 12)
+    with pytest.raises(UserError, match=r"stages that the run has begun cannot change: stage main: train\.lr was"):
+        branch([f"{place.folder}/straight@9", "--to", str(tmp_path / "new"), "--train.lr", "1e-3"])
 
 
 def staged(folder, *cards):
