@@ -7,7 +7,11 @@ import sys
 import time
 
 import pytest
+import torch
 
+from lamda.config import Config
+from lamda.training.setup import TrainingJob
+from lamda.training.stop_requests import Signals
 from lamda.training.watchdog import HANG_EXIT, Heartbeat, clear_heartbeats, kernel_state, verdict
 
 RANK = """
@@ -147,3 +151,15 @@ def test_old_signs_of_life_are_cleared_before_ranks_are_judged_and_killed_by_the
     clear_heartbeats(tmp_path)
     assert not list(tmp_path.iterdir())
     clear_heartbeats(tmp_path / "none")
+
+
+def test_a_finished_run_that_waits_for_its_last_copy_is_no_hang(tmp_path, world, monkeypatch):
+    config = Config(run={"dir": str(tmp_path), "hang_timeout_seconds": 0.3}, train={"steps": 1})
+    hung = []
+    with Signals() as signals:
+        job = TrainingJob(config, world, None, None, None, signals)
+        monkeypatch.setattr(job, "_open", lambda *_: None)
+        monkeypatch.setattr(job, "_start_mirror", lambda stack: stack.callback(time.sleep, 2))
+        monkeypatch.setattr(job, "_report_hang", hung.append)  # then the process would end
+        assert job._train(torch.device("cpu")) == 0
+    assert hung == []
