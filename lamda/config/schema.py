@@ -271,10 +271,13 @@ class CheckpointConfig(Section):
 
 
 class DialogConfig(Section):
-    """Examples per conversation and epoch in fine-tuning; the rest come in later epochs."""
+    """Examples per conversation and epoch in fine-tuning, the rest in later epochs; and the calibration at its end."""
 
     generative: int = Field(1, ge=0, description="responses and tool calls, with loss on the model's own text")
     discriminative: int = Field(4, ge=0, description="ratings of a response, with loss on the rating alone")
+    false_refusals: float = Field(
+        0.05, ge=0, lt=1, description="share of safe responses that the calibrated safety filter may refuse"
+    )
 
 
 class EvalConfig(Section):

@@ -20,7 +20,7 @@ from rich.text import Text
 from lamda.config.errors import UserError
 from lamda.console import visible
 from lamda.dialog.conversation import Conversation, Message, to_line
-from lamda.dialog.options import add_options, reply_options_of, toolset_of, usable_tools
+from lamda.dialog.options import add_options, calibrated, reply_options_of, toolset_of, usable_tools
 from lamda.inference.command import add_sampling_options
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def main(argv: list[str]) -> int:
     from lamda.inference.loading import load_run
 
     loaded = load_run(options.run, int8=options.int8)
+    reply_options = calibrated(reply_options, loaded, threshold=options.threshold)
     toolset = usable_tools(toolset, loaded.path)
     speaker = Speaker.of(loaded, toolset=toolset, options=reply_options)
     for stream in (sys.stdin, sys.stdout):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import chain
 from pathlib import Path
 
 import orjson
 
 from lamda.config.errors import UserError
+from lamda.dialog.report import check_picture, diagrams, draw, table
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,6 +20,15 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--files", metavar="PATH", nargs="+", help="conversations instead of the run's validation text")
     parser.add_argument("--examples", metavar="N", type=int, help="number of examples, shuffled; default: all")
     parser.add_argument("--length", metavar="L", type=int, help="row length, to compare runs that differ in it")
+    parser.add_argument(
+        "--baselines", action="store_true",
+        help="also two predictors trained on the ratings of the run's training files: TF-IDF, and length alone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibrate", metavar="SHARE", type=float,
+        help="calibrate on these dialogues so that the filter refuses this share of safe responses, and store that",
+    )  # fmt: skip
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="reliability diagrams as .png, .svg or .pdf")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     return parser
 
@@ -27,11 +38,26 @@ def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     if options.examples is not None and options.examples < 1:
         raise UserError(f"--examples {options.examples}: give a number of at least 1")
-    from lamda.dialog.evaluation import evaluate_checkpoint, table
+    if options.calibrate is not None and not 0 <= options.calibrate < 1:
+        raise UserError(f"--calibrate {options.calibrate}: give a share, from 0 to below 1")
+    if options.plot is not None:
+        check_picture(options.plot)
+    from lamda.dialog.evaluation import evaluate_checkpoint
     from lamda.inference.loading import find_checkpoint
 
-    path = find_checkpoint(options.path)
-    report = evaluate_checkpoint(path, files=options.files, examples=options.examples, length=options.length)
-    finite = orjson.loads(orjson.dumps(report))  # null for NaN and infinity, which JSON lacks
-    print(json.dumps(finite, indent=1) if options.json else "\n".join(table(report)))
+    report = evaluate_checkpoint(
+        find_checkpoint(options.path),
+        files=options.files,
+        examples=options.examples,
+        length=options.length,
+        false_refusals=options.calibrate,
+        with_baselines=options.baselines,
+    )
+    if options.json:
+        finite = orjson.loads(orjson.dumps(report, default=list))  # null for NaN and infinity, which JSON lacks
+        print(json.dumps(finite, indent=1))
+    else:
+        print("\n".join(chain(table(report), diagrams(report))))
+    if options.plot is not None:
+        draw(report, options.plot)
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,29 +14,37 @@ import torch
 from numpy.typing import NDArray
 
 from lamda.console import Progress
+from lamda.data.card import load_card
 from lamda.data.hashing import permutation
 from lamda.data.held_out import HeldOut
 from lamda.data.tokenizer import Tokenizer
+from lamda.dialog.calibration import CALIBRATION, Calibration
 from lamda.dialog.conversation import ATTRIBUTES
 from lamda.dialog.encoding import Encoding, Example
-from lamda.dialog.examples import Conversations, Rating, examples_in
+from lamda.dialog.examples import Conversations, Rating, ResearchStep, Response, examples_in
+from lamda.dialog.ratings import Ratings
 from lamda.engines.protocol import Scorer
 from lamda.inference.loading import load_model
 from lamda.inference.sampling import check_finite
 from lamda.model.loss import token_nll
+from lamda.storage.commit import add_file
 from lamda.training.evaluation import TorchScorer
 from lamda.training.inputs import saved_validation
 
-BINS = 10
-"""Bins of the expected calibration error."""
-SAMPLES = 1000
-"""Bootstrap samples of a confidence interval."""
-
 
 def evaluate_checkpoint(
-    path: Path, *, files: Sequence[str] | None, examples: int | None, length: int | None = None
+    path: Path,
+    *,
+    files: Sequence[str] | None,
+    examples: int | None,
+    length: int | None = None,
+    false_refusals: float | None = None,
+    with_baselines: bool = False,
 ) -> dict[str, Any]:
-    """The report for a checkpoint. Raises UserError without dialogues, NotFiniteError if the model has diverged."""
+    """The report for a checkpoint. Raises UserError without dialogues, NotFiniteError if the model has diverged.
+
+    false_refusals: calibrate to this share on the dialogues, and store the calibration in the checkpoint.
+    """
     overrides = ["--data.sequence_length", str(length)] if length else []
     config, sources = saved_validation(path, files, *overrides, form_of=Conversations.of)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,39 +56,28 @@ def evaluate_checkpoint(
             model, device=device, micro_batch=config.train.micro_batch_size, rows=examples, on_progress=shown.advance
         )
     check_finite(scores.nats, *(float(ratings.probabilities.sum()) for ratings in scores.ratings.values()))
-    return {"checkpoint": str(path), **scores.report()}
+    if false_refusals is None:
+        calibration = Calibration.read(path)
+    else:
+        calibration = Calibration.of(scores.ratings, false_refusals=false_refusals)
+        add_file(path, CALIBRATION, calibration.model_dump_json(indent=1))
+    report = {"checkpoint": str(path), **scores.report(calibration)}
+    if with_baselines:
+        from lamda.dialog.baselines import baselines
+
+        training = HeldOut(load_card(config.data).sources, tokenizer, config.data.sequence_length, dialogues.text.form)
+        for name, figures in baselines(training, dialogues.examples[:examples]).items():
+            report["attributes"][name]["baselines"] = figures
+    return report
 
 
 @dataclass(frozen=True)
 class EvalExample:
-    """An encoded example. rating: the label of a rating. conversation: its index among the held-out ones."""
+    """An example and its encoding. conversation: its index among the held-out ones."""
 
-    kind: str
+    source: Response | ResearchStep | Rating
     example: Example
-    rating: bool
     conversation: int
-
-
-@dataclass(frozen=True)
-class Ratings:
-    """Per rating of one attribute: the model's P(1), the label, and the index of the conversation. [n] each."""
-
-    probabilities: NDArray[np.float64]
-    positive: NDArray[np.bool_]
-    conversations: NDArray[np.int64]
-
-    def metrics(self) -> dict[str, float]:
-        """AUC, accuracy and expected calibration error."""
-        measures = {"auc": auc, "accuracy": accuracy, "calibration_error": calibration_error}
-        return {name: measure(self.probabilities, self.positive) for name, measure in measures.items()}
-
-    def report(self) -> dict[str, Any]:
-        """`metrics`, the 95% interval of AUC, the fraction of the majority class, and the size of both classes."""
-        positives = int(self.positive.sum())
-        majority = max(positives, len(self.positive) - positives) / len(self.positive)
-        interval = auc_interval(self.probabilities, self.positive, self.conversations)
-        counts = {"commoner_class": majority, "positives": positives, "negatives": len(self.positive) - positives}
-        return {**self.metrics(), "auc_interval": interval, **counts}
 
 
 @dataclass(frozen=True)
@@ -98,11 +95,14 @@ class DialogScores:
             values |= {f"eval/{name}/{attribute}": value for name, value in ratings.metrics().items()}
         return values
 
-    def report(self) -> dict[str, Any]:
-        """All metrics, with the bootstrap intervals."""
+    def report(self, calibration: Calibration | None = None) -> dict[str, Any]:
+        """All metrics, with the bootstrap intervals, and what the calibration makes of them."""
         loss, perplexity = (self.loss(), self.perplexity()) if self.targets else (math.nan, math.nan)
         responses = {"loss": loss, "perplexity": perplexity, "tokens": self.targets}
-        return {**responses, "attributes": {name: ratings.report() for name, ratings in self.ratings.items()}}
+        attributes = {name: ratings.report() for name, ratings in self.ratings.items()}
+        for name, calibrated in ({} if calibration is None else calibration.report(self.ratings)).items():
+            attributes[name]["calibrated"] = calibrated
+        return {**responses, "attributes": attributes, "filter": calibration and calibration.filter_note}
 
     def loss(self) -> float:
         """Nats per target token."""
@@ -130,8 +130,7 @@ class HeldOutDialogues:
             generative, ratings = examples_in(document)
             for example in (*generative, *ratings):
                 encoded = example.encode(encoding, max_tokens=self.text.sequence_length + 1)
-                rating = isinstance(example, Rating) and example.rating
-                found.append(EvalExample(example.kind, encoded, rating, number))
+                found.append(EvalExample(example, encoded, number))
         return [found[place] for place in permutation(len(found), 0)]
 
     def rows(self, limit: int | None) -> Sequence[object]:
@@ -183,7 +182,7 @@ def _score(
     found = np.ones((2, len(examples)))
     for row, each in enumerate(examples):
         mask = loss_mask[row, 1:]
-        if each.kind in ATTRIBUTES:
+        if isinstance(each.source, Rating):
             found[0, row] = of_ratings_BL2[row, mask, 1].item()
         else:
             found[:, row] = nll_BL[row, mask].sum(), mask.sum()
@@ -191,74 +190,10 @@ def _score(
 
 
 def _summed(examples: Sequence[EvalExample], found: NDArray[np.float64]) -> DialogScores:
-    kinds = np.array([each.kind for each in examples])
-    labels = np.array([each.rating for each in examples])
+    kinds = np.array([each.source.kind for each in examples])
+    labels = np.array([isinstance(each.source, Rating) and each.source.rating for each in examples])
     conversations = np.array([each.conversation for each in examples])
     generative = ~np.isin(kinds, ATTRIBUTES)
     places: dict[str, NDArray[np.bool_]] = {name: kinds == name for name in ATTRIBUTES if name in kinds}
     ratings = {name: Ratings(found[0, at], labels[at], conversations[at]) for name, at in places.items()}
     return DialogScores(float(found[0, generative].sum()), int(found[1, generative].sum()), ratings)
-
-
-def auc(scores: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
-    """Area under the ROC curve by ranks (Mann-Whitney U): ties count half. [n] each; NaN if a class is absent."""
-    count = int(positive.sum())
-    if count in (0, len(positive)):
-        return float("nan")
-    _, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
-    rank = np.cumsum(sizes) - (sizes - 1) / 2  # mean rank, from 1, of equal scores
-    return float((rank[group][positive].sum() - count * (count + 1) / 2) / (count * (len(positive) - count)))
-
-
-def auc_interval(
-    scores: NDArray[np.float64], positive: NDArray[np.bool_], clusters: NDArray[np.int64], *, seed: int = 0
-) -> tuple[float, float]:
-    """A 95% interval of `auc` by the percentile bootstrap over clusters (conversations).
-
-    Samples without both classes are dropped; NaN if no sample remains or there is only one cluster.
-    """
-    draw = np.random.default_rng(seed)
-    _, cluster = np.unique(clusters, return_inverse=True)
-    order = np.argsort(cluster, kind="stable")
-    members = np.split(order, np.cumsum(np.bincount(cluster))[:-1])
-    if len(members) < 2:
-        return float("nan"), float("nan")
-    found = []
-    for _ in range(SAMPLES):
-        chosen = np.concatenate([members[place] for place in draw.integers(len(members), size=len(members))])
-        found.append(auc(scores[chosen], positive[chosen]))
-    kept = [value for value in found if not np.isnan(value)]
-    low, high = np.percentile(kept, [2.5, 97.5]) if kept else (float("nan"), float("nan"))
-    return float(low), float(high)
-
-
-def accuracy(probabilities: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
-    """The fraction of labels that the likelier class predicts."""
-    return float(((probabilities > 0.5) == positive).mean())
-
-
-def calibration_error(probabilities: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
-    """Expected calibration error: |mean probability - fraction of positives| over BINS equal bins, weighted by size."""
-    place = np.minimum((probabilities * BINS).astype(int), BINS - 1)
-    gaps = (abs(probabilities[place == bin].sum() - positive[place == bin].sum()) for bin in range(BINS))
-    return float(sum(gap / len(positive) for gap in gaps))
-
-
-def table(report: dict[str, Any]) -> Iterator[str]:
-    """The report as lines of text."""
-    loss, perplexity = report["loss"], report["perplexity"]
-    if report["tokens"]:
-        yield f"responses: {loss:.4f} nats per token, perplexity {perplexity:.2f} ({report['tokens']:,} tokens)"
-    else:
-        yield "responses: none among these examples"
-    if report["attributes"]:
-        heads = {"AUC": 7, "95% interval": 18, "accuracy": 10, "majority": 10, "ECE": 8, "of 1": 8, "of 0": 8}
-        yield f"{'rating':14}" + "".join(f"{head:>{width}}" for head, width in heads.items())
-    for name, part in report["attributes"].items():
-        low, high = part["auc_interval"]
-        area, without = ("-", "only one class") if math.isnan(part["auc"]) else (f"{part['auc']:.3f}", "too few")
-        interval = without if math.isnan(low) else f"{low:.3f} to {high:.3f}"
-        yield (
-            f"{name:14}{area:>7}{interval:>18}{part['accuracy']:10.3f}"
-            f"{part['commoner_class']:10.3f}{part['calibration_error']:8.3f}{part['positives']:8,}{part['negatives']:8,}"
-        )

@@ -10,10 +10,12 @@ from lamda.data.card import Source
 from lamda.data.documents import Form
 from lamda.data.held_out import HeldOut
 from lamda.data.tokenizer import Tokenizer
+from lamda.dialog.calibration import CALIBRATION, Calibration
 from lamda.dialog.conversation import Message
 from lamda.dialog.encoding import Encoding
-from lamda.dialog.evaluation import HeldOutDialogues, table
+from lamda.dialog.evaluation import DialogScores, HeldOutDialogues
 from lamda.dialog.examples import Conversations, Response, examples_in
+from lamda.dialog.report import table
 from lamda.distributed import on_main
 from lamda.engines.protocol import Engine
 from lamda.training.task import Scores, continuation
@@ -24,6 +26,7 @@ class Finetuning:
 
     def __init__(self) -> None:
         self._evaluation: HeldOutDialogues | None = None
+        self._calibration: Calibration | None = None
 
     def form(self, config: Config) -> Form:
         """Conversations."""
@@ -45,7 +48,16 @@ class Finetuning:
 
     def summary(self, scores: Scores) -> Iterator[str]:
         """Perplexity of responses, and AUC, accuracy and calibration of ratings."""
-        yield from table(scores.report())
+        assert isinstance(scores, DialogScores)
+        yield from table(scores.report(self._calibration))
+
+    def attachments(self, config: Config, scores: Scores) -> dict[str, str]:
+        """The calibration, if any held-out response is rated."""
+        assert isinstance(scores, DialogScores)
+        if not scores.ratings:
+            return {}
+        self._calibration = Calibration.of(scores.ratings, false_refusals=config.dialog.false_refusals)
+        return {CALIBRATION: self._calibration.model_dump_json(indent=1)}
 
     def sample(self, engine: Engine, tokenizer: Tokenizer) -> str:
         """The model's response to the first held-out message that has one, or to nothing."""

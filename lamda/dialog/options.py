@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from lamda.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from lamda.dialog.speaker import ReplyOptions
+    from lamda.inference.loading import LoadedModel
 
 _log = logging.getLogger(__name__)
 
@@ -25,8 +27,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--candidates", type=int, default=16, metavar="N", help="samples per reply; default %(default)s")
     add(
-        "--threshold", type=float, default=0.5, metavar="P",
-        help="drop candidates with P(unsafe) above this; default %(default)s (the paper gives none)",
+        "--threshold", type=float, metavar="P",
+        help="drop candidates with P(unsafe) above this; default: the calibration's, 0.5 without one",
     )  # fmt: skip
     add(
         "--refusal", default="I have no safe answer to that.", metavar="TEXT",
@@ -55,11 +57,37 @@ def reply_options_of(options: argparse.Namespace) -> ReplyOptions:
 
     return ReplyOptions(
         candidates=options.candidates,
-        threshold=options.threshold,
+        **({} if options.threshold is None else {"threshold": options.threshold}),
         max_queries=options.max_queries,
         refusal=options.refusal,
         sampling=sampling_of(options),
     )
+
+
+def calibrated(options: ReplyOptions, loaded: LoadedModel, *, threshold: float | None) -> ReplyOptions:
+    """The options with the calibration of a fine-tuned checkpoint, and its threshold unless one is given.
+
+    Logs why there is no calibration or no filter. Raises UserError for a damaged calibration.
+    """
+    if loaded.config.data.packing != "whole":
+        return options
+    from lamda.dialog.calibration import NO_FILTER, Calibration
+
+    calibration = Calibration.read(loaded.path)
+    if calibration is None and threshold is None:
+        _log.warning(
+            "%s has no calibration: the safety filter drops P(unsafe) above %g, whatever that means for this model; "
+            "`lamda dialog evaluate RUN --calibrate 0.05` finds a threshold on held-out ratings and stores it",
+            loaded.path,
+            options.threshold,
+        )
+    if calibration is None:
+        return options
+    if threshold is None:
+        threshold = calibration.threshold
+        if threshold == NO_FILTER:
+            _log.warning("%s; --threshold P sets one", calibration.filter_note)
+    return replace(options, calibration=calibration, threshold=threshold)
 
 
 def toolset_of(options: argparse.Namespace) -> Toolset | None:

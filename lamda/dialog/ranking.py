@@ -1,8 +1,8 @@
 """Sample-and-rank: the model scores its own candidates; unsafe ones are dropped and the best of the rest is the reply.
 
 As in section 4 of the paper: a candidate whose P(unsafe) is above a threshold is dropped, and the rest are
-ranked by 3 P(sensible) + P(specific) + P(interesting). Without fine-tuning (section 3) they are ranked by
-their log-likelihood per token.
+ranked by 3 P(sensible) + P(specific) + P(interesting), with calibrated probabilities if there is a calibration. Without
+fine-tuning (section 3) they are ranked by their log-likelihood per token.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lamda.dialog.calibration import Calibration
 from lamda.dialog.encoding import Encoding
 from lamda.inference.cache import Prefix
 from lamda.inference.generation import Candidates, Pieces, Run, score_pieces, whole
@@ -45,10 +46,18 @@ class Scored:
 
 
 def rank_by_attributes(
-    candidates: Candidates, encoding: Encoding, *, threshold: float, run: Run = whole
+    candidates: Candidates,
+    encoding: Encoding,
+    *,
+    threshold: float,
+    calibration: Calibration | None = None,
+    run: Run = whole,
 ) -> tuple[Scored, ...]:
     """The kept candidates, best first, then the dropped ones."""
-    return _ranked(candidates, run(_judgement_pieces(candidates, encoding)), encoding, threshold=threshold)
+    judgements = run(_judgement_pieces(candidates, encoding))
+    if calibration is not None:
+        judgements = [calibration.apply(judgement) for judgement in judgements]
+    return _ranked(candidates, judgements, encoding, threshold=threshold)
 
 
 def rank_by_likelihood(candidates: Candidates, encoding: Encoding) -> tuple[Scored, ...]:
@@ -67,7 +76,13 @@ def drop_reason(text: str, judgement: Mapping[str, float], *, threshold: float) 
 
 
 def judge(
-    model: LaMDA, prefix: Prefix, response: Sequence[int], encoding: Encoding, *, run: Run = whole
+    model: LaMDA,
+    prefix: Prefix,
+    response: Sequence[int],
+    encoding: Encoding,
+    *,
+    calibration: Calibration | None = None,
+    run: Run = whole,
 ) -> dict[str, float]:
     """P(attribute) of a given response (not empty) after its context."""
     continuations = [
@@ -75,7 +90,8 @@ def judge(
     ]
     scores = run(score_pieces(model, prefix, continuations), tokens=sum(map(len, continuations)))
     logs = torch.tensor(scores, dtype=torch.float64).view(len(RATED_ATTRIBUTES), 2)
-    return dict(zip(RATED_ATTRIBUTES, (logs[:, 1] - logs[:, 0]).sigmoid().tolist(), strict=True))
+    judgement = dict(zip(RATED_ATTRIBUTES, (logs[:, 1] - logs[:, 0]).sigmoid().tolist(), strict=True))
+    return judgement if calibration is None else calibration.apply(judgement)
 
 
 def _judgement_pieces(candidates: Candidates, encoding: Encoding) -> Pieces[list[dict[str, float]]]:

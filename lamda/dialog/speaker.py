@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 from lamda.config.errors import UserError
 from lamda.data.tokenizer import Tokenizer
+from lamda.dialog.calibration import Calibration
 from lamda.dialog.conversation import Message
 from lamda.dialog.encoding import Context, Encoding
 from lamda.dialog.ranking import Scored, drop_reason, judge, rank_by_attributes, rank_by_likelihood
@@ -30,12 +31,14 @@ class ReplyOptions:
     """Options of a reply. Raises UserError with every invalid one.
 
     candidates: number of samples. threshold: candidates with P(unsafe) above it are dropped (the paper names no
-    value). sampling: of a candidate; the stop symbols are the speaker's. max_queries: of the research loop.
+    value). calibration: of the probabilities. sampling: of a candidate; the stop symbols are the speaker's.
+    max_queries: of the research loop.
     refusal: the reply if every candidate is dropped.
     """
 
     candidates: int = 16
     threshold: float = 0.5
+    calibration: Calibration | None = None
     sampling: Sampling = field(default_factory=Sampling)
     max_queries: int = MAX_QUERIES
     refusal: str = REFUSAL
@@ -171,7 +174,9 @@ class Speaker:
             candidates = self._sample(prefix, count=1, sampling=sampling, on_token=lambda _, id: emit(stream.add(id)))
             emit(stream.end())
         if self.is_tuned:
-            ranked = rank_by_attributes(candidates, self.encoding, threshold=options.threshold, run=self._run)
+            ranked = rank_by_attributes(
+                candidates, self.encoding, threshold=options.threshold, calibration=options.calibration, run=self._run
+            )
         else:
             ranked = rank_by_likelihood(candidates, self.encoding)
         del candidates  # frees keys and values, for research
@@ -187,7 +192,8 @@ class Speaker:
         ask = partial(self._next_step, messages=messages, base=base.text, options=options)
         *queries, last = research(ask, toolset, max_queries=options.max_queries)
         ids = self.encoding.text(last.text)
-        judgement = judge(self._model, prefix, ids, self.encoding, run=self._run) if ids else {}
+        rate = partial(judge, calibration=options.calibration, run=self._run)
+        judgement = rate(self._model, prefix, ids, self.encoding) if ids else {}
         dropped = drop_reason(last.text, judgement, threshold=options.threshold)
         steps = (*queries, replace(last, dropped=dropped))
         if dropped is not None:

@@ -25,6 +25,7 @@ from lamda.storage.manifest import (
     is_checkpoint_name,
     name_of,
     problem_of,
+    read,
     sealed,
     set_aside,
     step_of,
@@ -73,6 +74,19 @@ def seal(folder: Path, content: dict[str, object]) -> None:
     write_file(folder / MANIFEST, sealed(content))
     for each in (*filter(Path.is_dir, folder.rglob("*")), folder):
         sync_folder(each)
+
+
+def add_file(checkpoint: Path, name: str, text: str) -> None:
+    """Add a small file to a complete checkpoint, or replace one that its manifest lists. Raises OSError.
+
+    In between, the manifest does not match an older file of this name.
+    """
+    replace_file(checkpoint / name, text)
+    if (checkpoint / MANIFEST).is_file():
+        content = read(checkpoint)
+        del content["sha256"]
+        content["files"][name] = sync_and_describe(checkpoint / name)
+        replace_file(checkpoint / MANIFEST, sealed(content))
 
 
 def remove(path: Path) -> None:

@@ -74,6 +74,7 @@ class Saver:
         self._folder, self._engine, self._tokenizer, self._start_record = folder, engine, tokenizer, start
         self._world, self._config = engine.world, config or engine.config
         self._state = RunState()
+        self._attachments: Mapping[str, str] = {}
         self._job: _Job | None = None
         self._is_written = False
         self._jobs = 0
@@ -84,9 +85,12 @@ class Saver:
         """Parts of saves that this rank has completed since the start; their sum over the ranks is for `advance`."""
         return self._jobs - (self._job is not None and not self._job.is_done)
 
-    def begin(self, state: RunState) -> SaveResult | None:
-        """Copy the state and begin to write it; no other save is in progress. Returns a failure for lack of room."""
-        self._state, self._is_written = state, False
+    def begin(self, state: RunState, attachments: Mapping[str, str] = MappingProxyType({})) -> SaveResult | None:
+        """Copy the state and begin to write it; no other save is in progress. Returns a failure for lack of room.
+
+        attachments: further small files, by name; of rank 0.
+        """
+        self._state, self._attachments, self._is_written = state, attachments, False
         self._mark("save.begin")
         size = sum(gather(self._engine.checkpoint_bytes()))
         problem = on_main(self._world, lambda: self._make_room(size))
@@ -183,10 +187,12 @@ class Saver:
         folder, files = self._temporary, write()
         if self._world.is_main_process:
             self._state.write(folder / "run_state.json")
-            (folder / "config.yaml").write_text(to_yaml(self._config), "utf-8")
             shutil.copyfile(self._tokenizer, folder / "tokenizer.model")
-            (folder / START).write_text(json.dumps(dict(self._start_record)), "utf-8")
-            files = [*files, *(folder / name for name in ("run_state.json", "config.yaml", "tokenizer.model", START))]
+            start = json.dumps(dict(self._start_record))
+            texts = {"config.yaml": to_yaml(self._config), START: start, **self._attachments}
+            for name, text in texts.items():
+                (folder / name).write_text(text, "utf-8")
+            files = [*files, *(folder / name for name in ("run_state.json", "tokenizer.model", *texts))]
         first = next(iter(files), None)
         self._mark("save.written", first)
         described = {

@@ -78,6 +78,9 @@ class Task(Protocol):
     def summary(self, scores: Scores) -> Iterator[str]:
         """The last evaluation as lines for a person."""
 
+    def attachments(self, config: Config, scores: Scores) -> dict[str, str]:
+        """Small files that the last checkpoint gets, by name, from the evaluation of its model."""
+
     def sample(self, engine: Engine, tokenizer: Tokenizer) -> str:
         """Text that the trained model generates; every rank calls it."""
 
@@ -151,6 +154,10 @@ class Evaluator:
             self.scores, self.task_metrics = None, {}
             raise
         return metrics
+
+    def attachments(self) -> dict[str, str]:
+        """The task's files for the checkpoint of the model that was evaluated last."""
+        return {} if self.scores is None else self.task.attachments(self.engine.config, self.scores)
 
     def _held_out_is_due(self, step: int, *, is_last: bool) -> bool:
         return self.held_out is not None and (is_last or _is_multiple(step, self.engine.config.eval.every))
@@ -292,6 +299,10 @@ class Pretraining:
         if text := held_out_bytes(self._evaluation.text, limit=COMPARED_BYTES):
             others = ", ".join(f"{name} {bits:.4f}" for name, bits in compressed_bits_per_byte(text).items())
             yield f"bits per byte on the same text: {others}"
+
+    def attachments(self, config: Config, scores: Scores) -> dict[str, str]:
+        """None."""
+        return {}
 
     def sample(self, engine: Engine, tokenizer: Tokenizer) -> str:
         """A continuation of the first held-out words, or of an empty document."""

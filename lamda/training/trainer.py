@@ -250,7 +250,8 @@ class Trainer:
         if self.world.is_main_process:
             self.report_bad_lines(chain.from_iterable(quarantined))
         self.report_save(self.saver.finish())
-        result = self.saver.begin(replace(self.state, order=loader.order()))
+        attachments = self.evaluator.attachments() if self.is_over and self.world.is_main_process else {}
+        result = self.saver.begin(replace(self.state, order=loader.order()), attachments)
         if result is None and wait:
             result = self.saver.finish()
         self._save_seconds += time.monotonic() - began

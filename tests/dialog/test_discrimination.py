@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from lamda.config import ModelConfig
 from lamda.data.card import Source
 from lamda.data.held_out import HeldOut
-from lamda.dialog.evaluation import HeldOutDialogues, accuracy, auc, auc_interval, calibration_error, table
+from lamda.dialog.evaluation import HeldOutDialogues
 from lamda.dialog.examples import Conversations
+from lamda.dialog.ratings import accuracy, auc, auc_interval, calibration_error
+from lamda.dialog.report import table
 from lamda.model import LaMDA
 from lamda.model.initialization import initialize_weights
 from lamda.training.evaluation import TorchScorer
@@ -78,13 +80,13 @@ def test_held_out_scores_are_those_of_a_walk_over_all_examples(held_out, model, 
     for item in held_out.examples:
         logits = model(torch.tensor([item.example.ids]))[0].double().log_softmax(-1)
         places = [place for place, scored in enumerate(item.example.loss_mask) if scored]
-        if item.kind in ("generative", "research"):
+        if item.source.kind in ("generative", "research"):
             nats -= sum(logits[place - 1, item.example.ids[place]].item() for place in places)
             targets += len(places)
         else:
             (place,) = places
             odds = (logits[place - 1, one] - logits[place - 1, zero]).item()
-            found.setdefault(item.kind, []).append((1 / (1 + math.exp(-odds)), item.rating))
+            found.setdefault(item.source.kind, []).append((1 / (1 + math.exp(-odds)), item.source.rating))
     scores = held_out.score(TorchScorer(model), device=torch.device("cpu"), micro_batch=5)
     assert scores.targets == targets
     assert scores.loss() == pytest.approx(nats / targets, rel=1e-5)

@@ -12,6 +12,7 @@ from lamda.cli import main
 from lamda.config import ModelConfig
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
+from lamda.dialog.calibration import Calibration
 from lamda.dialog.conversation import ATTRIBUTES
 from lamda.dialog.evaluate import main as evaluate
 from lamda.dialog.evaluation import DialogScores, evaluate_checkpoint
@@ -19,6 +20,7 @@ from lamda.inference.sampling import NotFiniteError
 from lamda.model import LaMDA
 from lamda.model.initialization import initialize_weights
 from lamda.runs.trace import trace
+from lamda.storage import manifest
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
 from lamda.training.inputs import with_initial_weights
@@ -88,6 +90,15 @@ def test_a_stopped_run_continues_with_other_ranks_to_the_same_weights(place, mon
             evaluate([str(place / "alone"), "--examples", count])
     report = evaluate_checkpoint(place / "alone/checkpoints/step-00000006", files=None, examples=None)
     assert report["perplexity"] == pytest.approx(final["eval/perplexity"], rel=1e-4)
+    checkpoint = place / "alone/checkpoints/step-00000006"
+    calibration = Calibration.read(checkpoint)
+    assert calibration.attributes.keys() == report["attributes"].keys()
+    assert calibration.filter_note == report["filter"]
+    assert calibration.filter_note in message
+    assert Calibration.read(checkpoint.with_name("step-00000004")) is None
+    assert evaluate([str(place / "alone"), "--calibrate", "0.5"]) == 0
+    assert Calibration.read(checkpoint).false_refusals == 0.5
+    assert manifest.problem_of(checkpoint) is None
     (_, pieces), *_ = trace(RunDirectory(place / "alone"), step=6, row=0)
     assert {piece.domain for piece in pieces} <= {"generative", "research", *ATTRIBUTES}
     assert all(piece.file == f"{place}/train.jsonl" for piece in pieces)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lamda import console
 from lamda.config.errors import UserError, all_of
-from lamda.dialog.options import add_options, reply_options_of, toolset_of, usable_tools
+from lamda.dialog.options import add_options, calibrated, reply_options_of, toolset_of, usable_tools
 from lamda.dialog.server.limits import Limits
 from lamda.host_memory import limit_arenas
 
@@ -57,7 +57,7 @@ def _serve(options: argparse.Namespace, keys: dict[str, str]) -> None:
         sequence_length=loaded.config.data.sequence_length,
         is_tuned=loaded.config.data.packing == "whole",
         toolset=usable_tools(toolset, loaded.path),
-        options=reply_options,
+        options=calibrated(reply_options, loaded, threshold=options.threshold),
         limits=_limits(options),
     )
     hosts = LOOPBACK | {options.host, *options.allow_host}
