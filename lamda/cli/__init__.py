@@ -75,6 +75,7 @@ COMMANDS = {
         "lamda.dialog.tool_data", "make conversations that teach tool use, from a corpus and arithmetic"
     ),
     "dialog convert": Command("lamda.dialog.convert", "convert published dialogue sets to conversations (JSON lines)"),
+    "dialog filter": Command("lamda.dialog.self_filter", "keep the conversations that a model's own ratings accept"),
     "dialog evaluate": Command(
         "lamda.dialog.evaluate", "perplexity of responses and quality of ratings on held-out dialogues"
     ),
@@ -100,7 +101,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Checkpoints": ("checkpoint ls", "checkpoint show", "checkpoint verify", "checkpoint diff"),
     "Evaluate": ("eval", "dialog evaluate"),
     "Use a model": ("generate", "chat", "serve", "export", "import"),
-    "Data for dialogue": ("dialog convert", "dialog make-tool-data"),
+    "Data for dialogue": ("dialog convert", "dialog make-tool-data", "dialog filter"),
     "Your shell": ("completion",),
 }
 """The commands as `lamda --help` groups them."""

@@ -137,6 +137,14 @@ class Calibration(BaseModel):
             if name in self.attributes
         }
 
+    def objection(self, judgement: Mapping[str, float]) -> str | None:
+        """The first attribute that beats chance whose calibrated probability is beyond its threshold."""
+        for name, scaling in self.attributes.items():
+            excess = (judgement.get(name, scaling.threshold) - scaling.threshold) * (1 if name in UNWANTED else -1)
+            if scaling.beats_chance and excess > 0:
+                return name
+        return None
+
     @property
     def threshold(self) -> float:
         """Of P(unsafe); NO_FILTER if P(unsafe) does not beat chance."""

@@ -6,7 +6,7 @@ import argparse
 import codecs
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,9 @@ def convert(name: str, files: list[Path], target: Path) -> int:
     """Convert all records of all files to `target` (.jsonl, .jsonl.zst or .jsonl.gz); the number of conversations."""
     if name not in FORMATS:
         raise UserError(f"there is no format {name!r} among {', '.join(FORMATS)}{nearest(name, FORMATS)}")
-    if not target.name.endswith(_LINES):
-        raise UserError(f"-o {target}: name a file that ends in {', '.join(_LINES)}")
+    check_target(target, files)
     problems, lines = [], []
     for file in files:
-        if target.exists() and file.exists() and target.samefile(file):
-            raise UserError(f"-o {target}: is the file that is read; name another one")
         for number, found in FORMATS[name](read_records(file)):
             if isinstance(found, ValueError):
                 problems.append(f"{file}, line {number}: {found}")
@@ -67,13 +64,26 @@ def convert(name: str, files: list[Path], target: Path) -> int:
         raise UserError("\n".join([*problems, "nothing was written: fix these records, or remove them"]))
     if not lines:
         raise UserError(f"{', '.join(map(str, files))}: there are no conversations")
+    write_lines(target, lines)
+    return len(lines)
+
+
+def check_target(target: Path, files: Sequence[Path]) -> None:
+    """Raises UserError if `write_lines` cannot write there, or would replace one of the files."""
+    if not target.name.endswith(_LINES):
+        raise UserError(f"-o {target}: name a file that ends in {', '.join(_LINES)}")
+    if any(target.exists() and file.exists() and target.samefile(file) for file in files):
+        raise UserError(f"-o {target}: is the file that is read; name another one")
+
+
+def write_lines(target: Path, lines: Sequence[bytes]) -> None:
+    """Write lines to a .jsonl, .jsonl.zst or .jsonl.gz, whole or not at all. Raises UserError."""
     packed = {".zst": zstandard.compress, ".gz": lambda data: gzip.compress(data, mtime=0)}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         replace_file(target, packed.get(target.suffix, bytes)(b"".join(lines)))
     except OSError as error:
         raise UserError(f"-o {target}: cannot be written ({error.strerror})") from error
-    return len(lines)
 
 
 def read_records(path: Path) -> Iterator[Numbered]:
