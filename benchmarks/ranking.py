@@ -21,6 +21,7 @@ from lamda.dialog.conversation import Message, parse_conversation
 from lamda.dialog.convert import read_records
 from lamda.dialog.encoding import Encoding
 from lamda.dialog.examples import Response, examples_of
+from lamda.dialog.options import calibrated
 from lamda.dialog.ranking import WEIGHTS, Scored, judge
 from lamda.dialog.speaker import ReplyOptions, Speaker
 from lamda.inference.generation import prefill
@@ -49,7 +50,8 @@ def main(argv: list[str]) -> int:
         contexts = held_out_contexts(options.files)[: options.contexts]
         sampling = Sampling(max_new_tokens=options.max_new_tokens)
         # The threshold accepts all: the safety filter is not what is measured.
-        speaker = Speaker.of(run, options=ReplyOptions(candidates=options.candidates, threshold=1.0, sampling=sampling))
+        replies = ReplyOptions(candidates=options.candidates, threshold=1.0, sampling=sampling)
+        speaker = Speaker.of(run, options=calibrated(replies, run, threshold=replies.threshold))
         return summary(np.array(list(_compared(speaker, other, contexts, sampling))))
 
     return report(options, ["ranking", *argv], PACKAGES, measured, table)
