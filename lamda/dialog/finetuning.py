@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+
 from lamda.best_effort import BestEffort
 from lamda.config.schema import Config
 from lamda.data.card import Source
@@ -52,11 +54,12 @@ class Finetuning:
         yield from table(scores.report(self._calibration))
 
     def attachments(self, config: Config, scores: Scores) -> dict[str, str]:
-        """The calibration, if any held-out response is rated."""
+        """The calibration, if any held-out response is rated, and the model has not diverged."""
         assert isinstance(scores, DialogScores)
-        if not scores.ratings:
+        ratings = {name: each for name, each in scores.ratings.items() if np.isfinite(each.probabilities).all()}
+        if not ratings:
             return {}
-        self._calibration = Calibration.of(scores.ratings, false_refusals=config.dialog.false_refusals)
+        self._calibration = Calibration.of(ratings, false_refusals=config.dialog.false_refusals)
         return {CALIBRATION: self._calibration.model_dump_json(indent=1)}
 
     def sample(self, engine: Engine, tokenizer: Tokenizer) -> str:

@@ -49,13 +49,15 @@ class Ratings:
 
 
 def auc(scores: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
-    """Area under the ROC curve by ranks (Mann-Whitney U): ties count half. [n] each; NaN if a class is absent."""
-    count = int(positive.sum())
-    if count in (0, len(positive)):
-        return float("nan")
-    _, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
-    rank = np.cumsum(sizes) - (sizes - 1) / 2  # mean rank, from 1, of equal scores
-    return float((rank[group][positive].sum() - count * (count + 1) / 2) / (count * (len(positive) - count)))
+    """Area under the ROC curve (Mann-Whitney U): ties count half. [n] each; NaN if a class is absent."""
+    return _auc(np.unique(scores, return_inverse=True)[1], positive, np.ones(len(scores)))
+
+
+def _auc(ranks: NDArray[np.int64], positive: NDArray[np.bool_], weights: NDArray[np.float64]) -> float:
+    """The same with a weight for each score. ranks: from 0, equal ones for equal scores."""
+    ones, zeros = (np.bincount(ranks, weights=weights * of_class) for of_class in (positive, ~positive))
+    pairs = ones.sum() * zeros.sum()
+    return float(ones @ (np.cumsum(zeros) - zeros / 2) / pairs) if pairs else float("nan")
 
 
 def auc_interval(
@@ -66,15 +68,12 @@ def auc_interval(
     Samples without both classes are dropped; NaN if no sample remains or there is only one cluster.
     """
     draw = np.random.default_rng(seed)
-    _, cluster = np.unique(clusters, return_inverse=True)
-    order = np.argsort(cluster, kind="stable")
-    members = np.split(order, np.cumsum(np.bincount(cluster))[:-1])
-    if len(members) < 2:
+    ranks, cluster = (np.unique(values, return_inverse=True)[1] for values in (scores, clusters))
+    count = int(cluster.max()) + 1
+    if count < 2:
         return float("nan"), float("nan")
-    found = []
-    for _ in range(SAMPLES):
-        chosen = np.concatenate([members[place] for place in draw.integers(len(members), size=len(members))])
-        found.append(auc(scores[chosen], positive[chosen]))
+    drawn = (np.bincount(draw.integers(count, size=count), minlength=count) for _ in range(SAMPLES))
+    found = [_auc(ranks, positive, times[cluster]) for times in drawn]
     kept = [value for value in found if not np.isnan(value)]
     low, high = np.percentile(kept, [2.5, 97.5]) if kept else (float("nan"), float("nan"))
     return float(low), float(high)
@@ -92,8 +91,8 @@ def calibration_error(probabilities: NDArray[np.float64], positive: NDArray[np.b
 
 
 def reliability(probabilities: NDArray[np.float64], positive: NDArray[np.bool_]) -> list[Bin]:
-    """The reliability diagram: BINS bins of equal width; 0 for the means of an empty one."""
-    place = np.minimum((probabilities * BINS).astype(int), BINS - 1)
+    """The reliability diagram: BINS bins of equal width; 0 for the means of an empty one, and NaN stays NaN."""
+    place = np.minimum((np.nan_to_num(probabilities) * BINS).astype(int), BINS - 1)
     counts = np.bincount(place, minlength=BINS)
     sums = (np.bincount(place, weights=values, minlength=BINS) for values in (probabilities, positive))
     predicted, observed = (values / np.maximum(counts, 1) for values in sums)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
 from lamda.config.errors import UserError
+from lamda.config.schema import Config
 from lamda.data.card import Source
 from lamda.data.held_out import HeldOut
 from lamda.dialog.baselines import baselines
 from lamda.dialog.calibration import CALIBRATION, NO_FILTER, Calibration
-from lamda.dialog.evaluation import HeldOutDialogues
+from lamda.dialog.evaluation import DialogScores, HeldOutDialogues
 from lamda.dialog.examples import Conversations
+from lamda.dialog.finetuning import Finetuning
 from lamda.dialog.options import calibrated
 from lamda.dialog.ratings import Ratings, calibration_error
 from lamda.dialog.report import diagrams, draw
@@ -89,6 +92,15 @@ def test_a_rating_no_better_than_chance_switches_its_filter_off():
     without = Calibration.of({"sensible": ratings(slope=2.0)}, false_refusals=0.05)
     assert without.threshold == NO_FILTER
     assert "no held-out ratings" in without.filter_note
+
+
+def test_a_run_whose_model_has_diverged_ends_without_a_calibration():
+    given = ratings(slope=2.0)
+    diverged = replace(given, probabilities=given.probabilities * np.nan)
+    config = Config.model_validate({"train": {"steps": 1}})
+    for found, names in (({"unsafe": diverged}, []), ({"unsafe": given}, [CALIBRATION]), ({}, [])):
+        scores = DialogScores(nats=1.0, targets=1, ratings=found)
+        assert list(Finetuning().attachments(config, scores)) == names
 
 
 @pytest.fixture

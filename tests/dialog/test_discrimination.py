@@ -56,6 +56,7 @@ def test_accuracy_and_calibration_by_hand():
     assert accuracy(probabilities, positive) == pytest.approx(3 / 5)
     expected = (abs(2.87 - 2) + abs(0.70 - 1)) / 5
     assert calibration_error(probabilities, positive) == pytest.approx(expected)
+    assert math.isnan(calibration_error(np.append(probabilities, np.nan), np.append(positive, True)))
 
 
 @pytest.fixture(scope="module")
