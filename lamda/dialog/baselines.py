@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from lamda.config.errors import UserError
-from lamda.data.held_out import HeldOut
+from lamda.data.documents import Document
 from lamda.dialog.examples import Rating, examples_in
 from lamda.dialog.ratings import Ratings
-
-if TYPE_CHECKING:
-    from lamda.dialog.evaluation import EvalExample
 
 CONTEXT = 3
 """Messages of the context that TF-IDF sees."""
 
 
-def baselines(training: HeldOut, held_out: Sequence[EvalExample]) -> dict[str, dict[str, Any]]:
+def baselines(training: Iterable[Document], held_out: Sequence[tuple[Rating, int]]) -> dict[str, dict[str, Any]]:
     """AUC and its 95% interval of both baselines by attribute, trained on all ratings of the training conversations.
+
+    held_out: ratings to predict, with the index of their conversation.
 
     Raises UserError without scikit-learn, and where an attribute has no training ratings of both classes.
     """
@@ -35,20 +34,19 @@ def baselines(training: HeldOut, held_out: Sequence[EvalExample]) -> dict[str, d
     words = {"ngram_range": (1, 2), "min_df": 2, "sublinear_tf": True}
     columns = make_column_transformer((TfidfVectorizer(**words), 0), (TfidfVectorizer(**words), 1))
     tf_idf = make_pipeline(columns, LogisticRegression(max_iter=1000))
-    learned = [rating for document in training.documents() for rating in examples_in(document)[1]]
+    learned = [rating for document in training for rating in examples_in(document)[1]]
     found: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys(each.source.kind for each in held_out if isinstance(each.source, Rating)):
+    for name in dict.fromkeys(rating.kind for rating, _ in held_out):
         known = [rating for rating in learned if rating.kind == name]
-        asked = [each for each in held_out if each.source.kind == name]
+        asked = [rating for rating, _ in held_out if rating.kind == name]
+        conversations = np.array([number for rating, number in held_out if rating.kind == name])
         labels = [rating.rating for rating in known]
         if len(set(labels)) < 2:
             raise UserError(f"--baselines: the training files have no ratings of {name!r} with 0 and with 1")
-        sources = [each.source for each in asked if isinstance(each.source, Rating)]
-        conversations = np.array([each.conversation for each in asked])
         for baseline, model, features in (("TF-IDF", tf_idf, _texts), ("length", LogisticRegression(), _lengths)):
             model.fit(features(known), labels)
-            scores = model.predict_proba(features(sources))[:, 1]
-            ratings = Ratings(scores, np.array([source.rating for source in sources]), conversations)
+            scores = model.predict_proba(features(asked))[:, 1]
+            ratings = Ratings(scores, np.array([rating.rating for rating in asked]), conversations)
             figures = {"auc": ratings.metrics()["auc"], "auc_interval": ratings.auc_interval()}
             found.setdefault(name, {})[baseline] = figures
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lamda.config.schema import Config
 from lamda.console import Progress
 from lamda.data.card import load_card
 from lamda.data.hashing import permutation
@@ -63,12 +64,20 @@ def evaluate_checkpoint(
         add_file(path, CALIBRATION, calibration.model_dump_json(indent=1))
     report = {"checkpoint": str(path), **scores.report(calibration)}
     if with_baselines:
-        from lamda.dialog.baselines import baselines
-
-        training = HeldOut(load_card(config.data).sources, tokenizer, config.data.sequence_length, dialogues.text.form)
-        for name, figures in baselines(training, dialogues.examples[:examples]).items():
+        for name, figures in _baselines(config, dialogues, examples).items():
             report["attributes"][name]["baselines"] = figures
     return report
+
+
+def _baselines(config: Config, dialogues: HeldOutDialogues, examples: int | None) -> dict[str, dict[str, Any]]:
+    """`lamda.dialog.baselines.baselines` on the same examples; held-out conversations are left out of training."""
+    from lamda.dialog.baselines import baselines
+
+    held_out = {document.text for document in dialogues.text.documents()}
+    training = replace(dialogues.text, sources=load_card(config.data).sources).documents()
+    asked = [(each.source, each.conversation) for each in dialogues.examples[:examples]]
+    rated = [(source, number) for source, number in asked if isinstance(source, Rating)]
+    return baselines((document for document in training if document.text not in held_out), rated)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def auc(scores: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
     return _auc(np.unique(scores, return_inverse=True)[1], positive, np.ones(len(scores)))
 
 
-def _auc(ranks: NDArray[np.int64], positive: NDArray[np.bool_], weights: NDArray[np.float64]) -> float:
+def _auc(ranks: NDArray[np.int64], positive: NDArray[np.bool_], weights: NDArray[Any]) -> float:
     """The same with a weight for each score. ranks: from 0, equal ones for equal scores."""
     ones, zeros = (np.bincount(ranks, weights=weights * of_class) for of_class in (positive, ~positive))
     pairs = ones.sum() * zeros.sum()

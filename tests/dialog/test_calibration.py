@@ -16,8 +16,8 @@ from lamda.data.card import Source
 from lamda.data.held_out import HeldOut
 from lamda.dialog.baselines import baselines
 from lamda.dialog.calibration import CALIBRATION, NO_FILTER, Calibration
-from lamda.dialog.evaluation import DialogScores, HeldOutDialogues
-from lamda.dialog.examples import Conversations
+from lamda.dialog.evaluation import DialogScores
+from lamda.dialog.examples import Conversations, examples_in
 from lamda.dialog.finetuning import Finetuning
 from lamda.dialog.options import calibrated
 from lamda.dialog.ratings import Ratings, calibration_error
@@ -161,7 +161,9 @@ def test_baselines_find_what_words_and_lengths_give_away(tmp_path, tokenizer):
         form = Conversations(row_length=65, seed=0, generative=1, discriminative=1)
         return HeldOut((Source(name="s", license="none", files=(str(tmp_path / name),)),), tokenizer, 64, form)
 
-    found = baselines(held_out("train.jsonl"), HeldOutDialogues(held_out("val.jsonl")).examples)
+    documents = enumerate(held_out("val.jsonl").documents())
+    asked = [(rating, number) for number, document in documents for rating in examples_in(document)[1]]
+    found = baselines(held_out("train.jsonl").documents(), asked)
     assert found["unsafe"]["TF-IDF"]["auc"] > 0.99
     assert found["unsafe"]["length"]["auc"] < 0.65
     assert found["interesting"]["length"]["auc"] > 0.95
