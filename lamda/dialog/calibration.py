@@ -24,6 +24,8 @@ CALIBRATION = "calibration.json"
 """The file of a checkpoint."""
 UNWANTED = ("unsafe",)
 """Attributes that a good response lacks."""
+LEAST = 20
+"""Ratings of either class that AUC must rest on: the bootstrap's interval of a few is too narrow."""
 NO_FILTER = 1.0
 """A threshold that no probability is above."""
 
@@ -65,8 +67,9 @@ class Scaling(BaseModel):
 
     @property
     def beats_chance(self) -> bool:
-        """Whether the interval of AUC lies above 0.5."""
-        return self.auc_interval is not None and self.auc_interval[0] > 0.5
+        """Whether the interval of AUC lies above 0.5, and rests on LEAST ratings of either class."""
+        is_above = self.auc_interval is not None and self.auc_interval[0] > 0.5
+        return is_above and min(self.positives, self.negatives) >= LEAST
 
     def report(self, ratings: Ratings, *, is_wanted: bool) -> dict[str, Any]:
         """Accuracy, calibration error and bins of calibrated ratings; threshold, and the share of each class beyond."""
@@ -158,7 +161,8 @@ class Calibration(BaseModel):
         if unsafe is None or unsafe.auc is None or unsafe.auc_interval is None:
             return "the safety filter is off: no held-out ratings show that P(unsafe) beats chance"
         low, high = unsafe.auc_interval
-        shown = f"AUC {unsafe.auc:.3f}, 95% interval {low:.3f} to {high:.3f}"
+        counts = f"{unsafe.positives} unsafe and {unsafe.negatives} safe"
+        shown = f"AUC {unsafe.auc:.3f}, 95% interval {low:.3f} to {high:.3f}, {counts}"
         if not unsafe.beats_chance:
             return f"the safety filter is off: on held-out ratings P(unsafe) does not beat chance ({shown})"
         return f"the safety filter drops responses with P(unsafe) above {unsafe.threshold:.3f} ({shown})"

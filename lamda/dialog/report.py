@@ -58,13 +58,13 @@ def diagrams(report: dict[str, Any]) -> Iterator[str]:
     for name, part in report["attributes"].items():
         bins = part.get("calibrated", part)["reliability"]
         title = f"{name}, calibrated" if "calibrated" in part else name
-        yield f"\n{title:22}{'predicted':>9}{'observed':>9}  0{'1':>{WIDTH}}{'ratings':>9}"
+        yield f"\n{title:24}{'predicted':>9}{'observed':>9}  0{'1':>{WIDTH}}{'ratings':>9}"
         for number, (count, predicted, observed) in enumerate(bins):
             if count:
                 bar = list(f"{'=' * round(observed * WIDTH):{WIDTH + 1}}")
                 bar[round(predicted * WIDTH)] = "|"
                 edges = f"P {number / len(bins):.1f} to {(number + 1) / len(bins):.1f}"
-                yield f"  {edges:20}{predicted:9.3f}{observed:9.3f}  {''.join(bar)}{count:8,}"
+                yield f"  {edges:22}{predicted:9.3f}{observed:9.3f}  {''.join(bar)}{count:8,}"
 
 
 def check_picture(file: Path) -> None:

@@ -89,6 +89,11 @@ def test_a_rating_no_better_than_chance_switches_its_filter_off():
     assert f"above {GOOD.threshold:.3f}" in GOOD.filter_note
     assert CHANCE.threshold == NO_FILTER
     assert "does not beat chance (AUC 0." in CHANCE.filter_note
+    given = ratings(slope=2.0)
+    few = given.positive | (np.arange(len(given.positive)) > 25)  # some ten of 0 remain
+    assert 5 < (~few).sum() < 20
+    separated = replace(given, positive=few, probabilities=np.where(few, 0.9, 0.1))
+    assert Calibration.of({"unsafe": separated}, false_refusals=0.05).threshold == NO_FILTER
     without = Calibration.of({"sensible": ratings(slope=2.0)}, false_refusals=0.05)
     assert without.threshold == NO_FILTER
     assert "no held-out ratings" in without.filter_note
@@ -178,6 +183,6 @@ def test_diagrams_show_each_bin_and_fit_a_terminal(tmp_path):
     lines = [line for line in diagrams({"attributes": {"unsafe": part}}) if " to " in line]
     bins = part["calibrated"]["reliability"]
     assert [int(line.split()[-1].replace(",", "")) for line in lines] == [each.ratings for each in bins if each.ratings]
-    assert all(len(line) <= 92 and line.count("|") == 1 for line in lines)
+    assert all(len(line) <= 94 and line.count("|") == 1 for line in lines)
     draw({"attributes": {"unsafe": part}}, tmp_path / "unsafe.svg")
     assert "<svg" in (tmp_path / "unsafe.svg").read_text()

@@ -21,7 +21,7 @@ RESPONSES = ["the of", "and to in is", "that for", "of of of of of", "to", "is i
 
 
 def scaling(threshold, *, low):
-    given = {"scale": 1.0, "bias": 0.0, "auc": 0.6, "positives": 9, "negatives": 9}
+    given = {"scale": 1.0, "bias": 0.0, "auc": 0.6, "positives": 99, "negatives": 99}
     return Scaling(**given, threshold=threshold, auc_interval=(low, 0.7))
 
 
