@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     from lamda.inference.loading import load_run
 
     loaded = load_run(options.run, int8=options.int8)
-    toolset = usable_tools(toolset, loaded.path)
+    toolset = usable_tools(toolset, loaded.path, forced=options.force_tools)
     speaker = Speaker.of(loaded, toolset=toolset, options=reply_options)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, TextIOWrapper):

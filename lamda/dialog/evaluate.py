@@ -9,6 +9,7 @@ from pathlib import Path
 import orjson
 
 from lamda.config.errors import UserError
+from lamda.dialog.options import add_tool_options, toolset_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,6 +19,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--files", metavar="PATH", nargs="+", help="conversations instead of the run's validation text")
     parser.add_argument("--examples", metavar="N", type=int, help="number of examples, shuffled; default: all")
     parser.add_argument("--length", metavar="L", type=int, help="row length, to compare runs that differ in it")
+    add_tool_options(parser, purpose="whose use to measure on the turns of these conversations")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     return parser
 
@@ -27,11 +29,16 @@ def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     if options.examples is not None and options.examples < 1:
         raise UserError(f"--examples {options.examples}: give a number of at least 1")
+    from lamda.dialog import tool_use
     from lamda.dialog.evaluation import evaluate_checkpoint, table
     from lamda.inference.loading import find_checkpoint
 
+    toolset = toolset_of(options)
     path = find_checkpoint(options.path)
     report = evaluate_checkpoint(path, files=options.files, examples=options.examples, length=options.length)
+    if toolset is not None:
+        report["tools"] = tool_use.evaluate_tool_use(path, toolset, files=options.files, examples=options.examples)
     finite = orjson.loads(orjson.dumps(report))  # null for NaN and infinity, which JSON lacks
-    print(json.dumps(finite, indent=1) if options.json else "\n".join(table(report)))
+    lines = [*table(report), *tool_use.table(report.get("tools"))]
+    print(json.dumps(finite, indent=1) if options.json else "\n".join(lines))
     return 0
