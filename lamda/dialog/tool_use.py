@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import orjson
 
@@ -27,6 +27,9 @@ from lamda.dialog.tools.toolset import Toolset
 if TYPE_CHECKING:
     from lamda.dialog.speaker import Reply, Speaker
 
+Kind = Literal["passage", "result", "no call"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
 QUOTED_WORDS = 5
 """An answer uses a passage if it has so many consecutive words of it."""
 
@@ -38,15 +41,19 @@ class Turn(NamedTuple):
     calls: tuple[str, ...]
     answer: Message
 
+    @property
+    def kind(self) -> Kind:
+        """What the answer rests on."""
+        if not self.calls:
+            return "no call"
+        return "passage" if self.answer.knowledge else "result"
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model did with a turn.
+    """What a model did with a turn. unaided: whether the base answer already has what the reference finds."""
 
-    kind: "passage", "result" or "no call", what the reference finds. unaided: whether the base answer already has it.
-    """
-
-    kind: str
+    kind: Kind
     called: bool
     found: bool = False
     used: bool = False
@@ -70,7 +77,7 @@ def turns_of(conversation: Conversation) -> Iterator[Turn]:
 def evaluate_tool_use(
     path: Path, toolset: Toolset, *, files: Sequence[str] | None, examples: int | None
 ) -> dict[str, Any]:
-    """The report for a checkpoint on held-out conversations, at most `examples` turns with and without calls each.
+    """The report for a checkpoint on held-out conversations, at most `examples` turns of each kind.
 
     Base answers are the likeliest text, and nothing is filtered. Raises UserError for a model that was not fine-tuned,
     without turns, and if the tools do not find what the reference found.
@@ -97,10 +104,10 @@ def evaluate_tool_use(
 
 
 def chosen_turns(conversations: Iterable[Conversation], limit: int | None) -> list[Turn]:
-    """In a fixed random order, at most `limit` turns with calls, then as many without."""
+    """At most `limit` turns of each kind, kind by kind, in a fixed random order."""
     found = [turn for conversation in conversations for turn in turns_of(conversation)]
     shuffled = [found[place] for place in permutation(len(found), 0)]
-    return [turn for calls in (True, False) for turn in [t for t in shuffled if bool(t.calls) is calls][:limit]]
+    return [turn for kind in KINDS for turn in [turn for turn in shuffled if turn.kind == kind][:limit]]
 
 
 def outcomes(
@@ -113,7 +120,7 @@ def outcomes(
     """What the speaker, which has this toolset, does with each turn."""
     for turn in turns:
         wanted = _wanted(turn, toolset)
-        yield _outcome(speaker.reply(turn.context), wanted)
+        yield _outcome(turn.kind, speaker.reply(turn.context), wanted)
         on_progress(1)
 
 
@@ -134,15 +141,12 @@ def _wanted(turn: Turn, toolset: Toolset) -> list[Result]:
     return wanted
 
 
-def _outcome(reply: Reply, wanted: Sequence[Result]) -> Outcome:
+def _outcome(kind: Kind, reply: Reply, wanted: Sequence[Result]) -> Outcome:
     called = any(step.to == "TS" for step in reply.steps)
-    if not wanted:
-        return Outcome("no call", called)
     found = any(result in wanted for step in reply.steps for result in step.results)
-    source = wanted[0].source
-    used = found and (source is None or source in reply.sources) and _uses(reply.text, wanted)
-    unaided = _uses(reply.candidates[0].text, wanted)
-    return Outcome("result" if source is None else "passage", called, found, used, unaided)
+    cited = kind == "result" or any(result.source in reply.sources for result in wanted)
+    used = found and cited and _uses(reply.text, wanted)
+    return Outcome(kind, called, found, used, unaided=_uses(reply.candidates[0].text, wanted))
 
 
 def _uses(answer: str, wanted: Sequence[Result]) -> bool:
@@ -163,7 +167,7 @@ def _uses(answer: str, wanted: Sequence[Result]) -> bool:
 
 def summary(found: Sequence[Outcome]) -> dict[str, Any]:
     """By kind of turn: the number, and each share with its 95% interval."""
-    kinds = {kind: [each for each in found if each.kind == kind] for kind in ("passage", "result", "no call")}
+    kinds = {kind: [each for each in found if each.kind == kind] for kind in KINDS}
     return {kind: _shares(those) for kind, those in kinds.items() if those}
 
 

@@ -89,7 +89,7 @@ def test_turns_are_answers_to_a_user_with_the_calls_before_them():
     assert (looked_up.calls, looked_up.answer) == (SUM.calls, SUM.answer)
     assert looked_up.context == (*ASKED, TALK.answer, *ASKED)
     conversations = [Conversation(tuple(messages))] * 3
-    assert [bool(turn.calls) for turn in chosen_turns(conversations, 2)] == [True, True, False, False]
+    assert [turn.kind for turn in chosen_turns(conversations, 2)] == ["result", "result", "no call", "no call"]
     assert len(chosen_turns(conversations, None)) == 6
 
 
