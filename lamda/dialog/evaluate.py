@@ -35,10 +35,11 @@ def main(argv: list[str]) -> int:
 
     toolset = toolset_of(options)
     path = find_checkpoint(options.path)
-    report = evaluate_checkpoint(path, files=options.files, examples=options.examples, length=options.length)
-    if toolset is not None:
-        report["tools"] = tool_use.evaluate_tool_use(path, toolset, files=options.files, examples=options.examples)
+    given = {"files": options.files, "examples": options.examples}
+    tools = {} if toolset is None else tool_use.evaluate_tool_use(path, toolset, **given)
+    report = evaluate_checkpoint(path, **given, length=options.length)
+    report |= {"tools": tools} if tools else {}
     finite = orjson.loads(orjson.dumps(report))  # null for NaN and infinity, which JSON lacks
-    lines = [*table(report), *tool_use.table(report.get("tools"))]
+    lines = [*table(report), *tool_use.table(tools)]
     print(json.dumps(finite, indent=1) if options.json else "\n".join(lines))
     return 0

@@ -118,8 +118,7 @@ def outcomes(
     on_progress: Callable[[int], object] = lambda turns: None,
 ) -> Iterator[Outcome]:
     """What the speaker, which has this toolset, does with each turn."""
-    for turn in turns:
-        wanted = _wanted(turn, toolset)
+    for turn, wanted in [(turn, _wanted(turn, toolset)) for turn in turns]:  # all references first: one may be an error
         yield _outcome(turn.kind, speaker.reply(turn.context), wanted)
         on_progress(1)
 
@@ -188,9 +187,9 @@ def wilson(count: int, total: int) -> tuple[float, float]:
     return max(0.0, low), min(1.0, high)
 
 
-def table(report: dict[str, Any] | None) -> Iterator[str]:
-    """The report as lines of text; none without one."""
-    if report is None:
+def table(report: dict[str, Any]) -> Iterator[str]:
+    """The report as lines of text; none if it is empty."""
+    if not report:
         return
     heads = {"called": "call made", "found": "call right", "used": "answer uses it", "unaided": "without tools"}
     yield f"{'tool use':10}{'turns':>7}" + "".join(f"{head:>24}" for head in heads.values())

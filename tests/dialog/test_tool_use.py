@@ -110,7 +110,7 @@ def test_shares_are_of_the_turns_of_a_kind():
     }  # fmt: skip
     assert report["no call"]["called"]["share"] == 0
     assert [line.split()[:2] for line in table(report)][1:] == [["result", "2"], ["no", "call"]]
-    assert list(table(None)) == []
+    assert list(table({})) == []
 
 
 def test_evaluate_measures_the_tools_of_a_checkpoint(tmp_path, tokenizer_path, capsys):
