@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
 
     loaded = load_run(options.run, int8=options.int8)
     reply_options = calibrated(reply_options, loaded, threshold=options.threshold)
-    toolset = usable_tools(toolset, loaded.path)
+    toolset = usable_tools(toolset, loaded.path, forced=options.force_tools)
     speaker = Speaker.of(loaded, toolset=toolset, options=reply_options)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, TextIOWrapper):

@@ -10,6 +10,7 @@ from pathlib import Path
 import orjson
 
 from lamda.config.errors import UserError
+from lamda.dialog.options import add_tool_options, toolset_of
 from lamda.dialog.report import check_picture, diagrams, draw, table
 
 
@@ -29,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
         help="calibrate on these dialogues so that the filter refuses this share of safe responses, and store that",
     )  # fmt: skip
     parser.add_argument("--plot", metavar="FILE", type=Path, help="reliability diagrams as .png, .svg or .pdf")
+    add_tool_options(parser, purpose="whose use to measure on the turns of these conversations")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     return parser
 
@@ -42,22 +44,27 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--calibrate {options.calibrate}: give a share, from 0 to below 1")
     if options.plot is not None:
         check_picture(options.plot)
+    from lamda.dialog import tool_use
     from lamda.dialog.evaluation import evaluate_checkpoint
     from lamda.inference.loading import find_checkpoint
 
+    toolset = toolset_of(options)
+    path = find_checkpoint(options.path)
+    given = {"files": options.files, "examples": options.examples}
+    tools = {} if toolset is None else tool_use.evaluate_tool_use(path, toolset, **given)
     report = evaluate_checkpoint(
-        find_checkpoint(options.path),
-        files=options.files,
-        examples=options.examples,
+        path,
+        **given,
         length=options.length,
         false_refusals=options.calibrate,
         with_baselines=options.baselines,
     )
+    report |= {"tools": tools} if tools else {}
     if options.json:
         finite = orjson.loads(orjson.dumps(report, default=list))  # null for NaN and infinity, which JSON lacks
         print(json.dumps(finite, indent=1))
     else:
-        print("\n".join(chain(table(report), diagrams(report))))
+        print("\n".join(chain(table(report), tool_use.table(tools), diagrams(report))))
     if options.plot is not None:
         draw(report, options.plot)
     return 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lamda.config.loading import load_config
 from lamda.dialog.research import MAX_QUERIES
-from lamda.dialog.tools.toolset import Toolset, open_toolset
+from lamda.dialog.tools.toolset import NAMES, Toolset, open_toolset
 from lamda.inference.command import sampling_of
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
@@ -34,9 +34,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--refusal", default="I have no safe answer to that.", metavar="TEXT",
         help="reply if every candidate is dropped; default: %(default)s",
     )  # fmt: skip
+    add_tool_options(parser, purpose="for the model to call before it answers")
+    add("--force-tools", action="store_true", help="use the tools even if the model was not trained to use any")
+    add("--max-queries", type=int, default=MAX_QUERIES, metavar="N", help="tool calls per reply; default %(default)s")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="length of a candidate; default %(default)s")
+    add("--int8", action="store_true", help="quantize the weights to 8 bits")
+
+
+def add_tool_options(parser: argparse.ArgumentParser, *, purpose: str) -> None:
+    """The options that `toolset_of` reads."""
+    add = parser.add_argument
     add(
         "--tools", type=lambda names: names.split(","), metavar="NAMES",
-        help="some of calculator,translator,retrieval, for the model to call before it answers",
+        help=f"some of {','.join(NAMES)}, {purpose}",
     )  # fmt: skip
     add(
         "--corpus", type=Path, metavar="PATH",
@@ -46,9 +56,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--glossary", type=Path, metavar="FILE",
         help="JSON lines of translations for the translator tool, instead of Argos Translate's models",
     )  # fmt: skip
-    add("--max-queries", type=int, default=MAX_QUERIES, metavar="N", help="tool calls per reply; default %(default)s")
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="length of a candidate; default %(default)s")
-    add("--int8", action="store_true", help="quantize the weights to 8 bits")
 
 
 def reply_options_of(options: argparse.Namespace) -> ReplyOptions:
@@ -97,13 +104,13 @@ def toolset_of(options: argparse.Namespace) -> Toolset | None:
     return open_toolset(options.tools or [], corpus=options.corpus, glossary=options.glossary)
 
 
-def usable_tools(toolset: Toolset | None, checkpoint: Path) -> Toolset | None:
-    """The tools, or None with a logged warning if the model was not trained to use them."""
-    if toolset is None or knows_tools(checkpoint) is not False:
+def usable_tools(toolset: Toolset | None, checkpoint: Path, *, forced: bool = False) -> Toolset | None:
+    """The tools, or None with a logged warning if the model was not trained to use them, unless `forced`."""
+    if toolset is None or forced or knows_tools(checkpoint) is not False:
         return toolset
     _log.warning(
         "%s was not trained to use tools; they are disabled. Fine-tune it with conversations that use them, "
-        "such as those of `lamda dialog make-tool-data`",
+        "such as those of `lamda dialog make-tool-data`, or force their use with --force-tools",
         checkpoint,
     )
     return None
@@ -112,22 +119,20 @@ def usable_tools(toolset: Toolset | None, checkpoint: Path) -> Toolset | None:
 def knows_tools(checkpoint: Path) -> bool | None:
     """Whether its run, or a run that it started from, was trained on research steps, by their `metrics.jsonl`.
 
-    None if a run is missing, and for one that was only pre-trained, which uses no tools in any case.
+    None if the metrics of a run are missing.
     """
-    learned: bool | None = None
     seen: set[Path] = set()
     while (checkpoint / "config.yaml").is_file() and checkpoint not in seen:
         seen.add(checkpoint)
         config = load_config(["--config", str(checkpoint / "config.yaml")])
         if config.data.packing != "whole":
-            return learned
+            return False
         rows = read_metrics(RunDirectory(checkpoint.parent.parent).metrics)
         if not rows:
             return None
         if any(row.get("tokens/research") for row in rows):
             return True
-        learned = False
         if config.model.weights is None:
-            return learned
+            return False
         checkpoint = Path(config.model.weights).parent
     return None

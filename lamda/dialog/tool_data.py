@@ -2,8 +2,10 @@
 
 Every snippet is the toolset's real result for the query, so that training matches use. Three kinds alternate: a sum
 (calculator), a question about a heading or about a sentence such as `X is ...` of the corpus (retrieval; the query is
-repeated until the right passage comes), and a courtesy that needs no tool. The questions are templates: they teach the
-loop's form, not conversation.
+repeated until the right passage comes), and what needs no tool: a courtesy, or a turn of other conversations, whose
+base answer is the response. The questions are templates: they teach the loop's form, not conversation.
+
+A tenth of all questions, by a hash of the query, is kept apart: it measures what was learned.
 """
 
 from __future__ import annotations
@@ -12,12 +14,15 @@ import argparse
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lamda.config.errors import UserError
-from lamda.dialog.conversation import Conversation, Message, to_line
+from lamda.dialog.conversation import Conversation, Message, parse_conversation, to_line
+from lamda.dialog.convert import read_records
 from lamda.dialog.research import MAX_QUERIES
+from lamda.dialog.tool_use import turns_of
 from lamda.dialog.tools.result import Result
 from lamda.dialog.tools.retrieval import Passage, Retrieval, find_files
 from lamda.dialog.tools.toolset import Toolset, open_toolset
@@ -46,57 +51,130 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("corpus", type=Path, metavar="CORPUS", help="a folder of texts or a JSON-lines file")
     parser.add_argument("-o", dest="out", type=Path, required=True, metavar="OUT", help="conversations, JSON lines")
     parser.add_argument("--count", type=int, default=1000, metavar="N", help="conversations; default %(default)s")
+    parser.add_argument(
+        "--held-out", type=Path, metavar="FILE",
+        help="also write N/10 conversations, on questions that are never in OUT",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dialogues", type=Path, nargs="+", default=[], metavar="FILE",
+        help="conversations; some of their turns are examples of answers that need no tool",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of what is drawn; default %(default)s")
-    parser.add_argument("--json", action="store_true", help="print the counts as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print the counts as one JSON object a file")
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """`CORPUS -o OUT [--count N] [--seed N]`; raises UserError."""
+    """As `lamda dialog make-tool-data --help` says; raises UserError."""
     options = parser().parse_args(argv)
     if options.count < 1:
         raise UserError(f"--count {options.count}: give a number of at least 1")
     toolset = open_toolset(["calculator", "retrieval"], corpus=options.corpus)
-    if options.out.exists() and any(options.out.samefile(path) for path in find_files(options.corpus)):
-        raise UserError(f"-o {options.out}: is a file of the corpus; name another one")
-    conversations = list(make_conversations(toolset, count=options.count, seed=options.seed))
-    try:
-        replace_file(options.out, b"".join(map(to_line, conversations)))
-    except OSError as error:
-        raise UserError(f"{options.out}: cannot be written ({error.strerror})") from error
-    asking = [sum(message.to == "TS" for message in conversation.messages) for conversation in conversations]
-    made, queries, without = len(asking), sum(asking), asking.count(0)
-    report = {"file": str(options.out), "conversations": made, "queries": queries, "without_queries": without}
-    message = f"{options.out}: {made} conversations, {queries} queries, {without} without one"
-    print(json.dumps(report) if options.json else message)
+    if options.held_out == options.out:
+        raise UserError(f"--held-out {options.out}: is OUT; name another file")
+    for out in filter(None, (options.out, options.held_out)):
+        if out.exists() and any(out.samefile(path) for path in (*find_files(options.corpus), *options.dialogues)):
+            raise UserError(f"-o {out}: is a file that is read; name another one")
+    dialogues = list(_dialogues(options.dialogues))
+    made = {options.out: list(make_conversations(toolset, count=options.count, seed=options.seed, dialogues=dialogues))}
+    if options.held_out is not None:
+        made[options.held_out] = list(held_out_conversations(toolset, count=options.count // 10, seed=options.seed))
+    for out, conversations in made.items():
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(out, b"".join(map(to_line, conversations)))
+        except OSError as error:
+            raise UserError(f"{out}: cannot be written ({error.strerror})") from error
+        asking = [sum(message.to == "TS" for message in conversation.messages) for conversation in conversations]
+        count, queries, without = len(asking), sum(asking), asking.count(0)
+        report = {"file": str(out), "conversations": count, "queries": queries, "without_queries": without}
+        message = f"{out}: {count} conversations, {queries} queries, {without} without one"
+        print(json.dumps(report) if options.json else message)
     return 0
 
 
-def make_conversations(toolset: Toolset, *, count: int, seed: int) -> Iterator[Conversation]:
-    """`count` conversations, determined by corpus and seed. Raises UserError if there is nothing to ask about."""
+def make_conversations(
+    toolset: Toolset, *, count: int, seed: int, dialogues: Sequence[Conversation] = ()
+) -> Iterator[Conversation]:
+    """`count` conversations on questions that are not held out, determined by the arguments.
+
+    dialogues: some of their turns are examples that need no tool. Raises UserError if there is nothing to ask about.
+    """
     draw = random.Random(seed)
-    (retrieval,) = (tool for tool in toolset.tools if isinstance(tool, Retrieval))
-    questions = list(_questions(retrieval.passages))
+    questions = _questions_of(toolset, held_out=False)
     if not questions:
         raise UserError(
             "the corpus has no Markdown heading and no sentence `X is ...` at a passage's beginning to ask about"
         )
-    unanswered = made = 0
+    failures = made = 0
     while made < count:
         kind = made % 10
+        conversation: Conversation | None
         if kind == 9:
             greeting, answer = draw.choice(_COURTESIES)
-            conversation: Conversation | None = _conversation(greeting, answer, [], answer, ())
+            conversation = _conversation(greeting, answer, [], answer, ())
+        elif kind == 8 and dialogues:
+            conversation = _turn(draw.choice(dialogues), draw)
         elif kind % 2:
             conversation = _sum(toolset, draw)
         else:
             conversation = _lookup(toolset, draw.choice(questions))
-            unanswered += conversation is None
-            if unanswered > 10 * count:
-                raise UserError("retrieval does not find the corpus's own passages by their headings; give another one")
-        if conversation is not None:
+        failures += conversation is None
+        if failures > 10 * count:
+            raise UserError(
+                "retrieval does not find the corpus's own passages by their headings, or the dialogues have no answer "
+                "to a user; give others"
+            )
+        if conversation is not None and not _is_held_out(_first_query(conversation)):
             made += 1
             yield conversation
+
+
+def held_out_conversations(toolset: Toolset, *, count: int, seed: int) -> Iterator[Conversation]:
+    """At most `count` held-out questions, each once: up to half of them on the corpus, the others sums."""
+    draw = random.Random(seed + 1)
+    questions = _questions_of(toolset, held_out=True)
+    draw.shuffle(questions)
+    found = [lookup for lookup in (_lookup(toolset, question) for question in questions) if lookup is not None]
+    made = {_first_query(lookup): lookup for lookup in found[: count // 2]}
+    while len(made) < count:
+        conversation = _sum(toolset, draw)
+        if _is_held_out(query := _first_query(conversation)):
+            made[query] = conversation
+    yield from made.values()
+
+
+def _is_held_out(query: str | None) -> bool:
+    return query is not None and zlib.crc32(query.encode()) % 10 == 0
+
+
+def _first_query(conversation: Conversation) -> str | None:
+    return next((message.content for message in conversation.messages if message.to == "TS"), None)
+
+
+def _turn(dialogue: Conversation, draw: random.Random) -> Conversation | None:
+    """What the user says last before an answer without tools; the answer is both base answer and response."""
+    turns = [turn for turn in turns_of(dialogue) if not turn.calls]
+    if not turns:
+        return None
+    context, _, answer = draw.choice(turns)
+    return _conversation(context[-1].content, answer.content, [], answer.content, ())
+
+
+def _questions_of(toolset: Toolset, *, held_out: bool) -> list[tuple[str, str, Passage]]:
+    """The questions on the toolset's corpus that are held out, or the others."""
+    (retrieval,) = (tool for tool in toolset.tools if isinstance(tool, Retrieval))
+    return [question for question in _questions(retrieval.passages) if _is_held_out(question[1]) == held_out]
+
+
+def _dialogues(files: Iterable[Path]) -> Iterator[Conversation]:
+    """The conversations of files. Raises UserError with file and line for a record that is none."""
+    for file in files:
+        for line, record in read_records(file):
+            try:
+                yield parse_conversation(record)
+            except ValueError as error:
+                raise UserError(f"{file}, line {line}: {error}") from error
 
 
 def _questions(passages: Sequence[Passage]) -> Iterator[tuple[str, str, Passage]]:

@@ -106,7 +106,7 @@ def test_text_that_cannot_be_divided_is_not(folder, caplog):
     assert "no text is held out" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["pile", "lamda_mixture", "standard_library", "dialog"])
+@pytest.mark.parametrize("name", ["pile", "lamda_mixture", "standard_library", "dialog", "dialog_with_tools"])
 def test_every_shipped_card_names_files_that_can_be_opened(name, tmp_path, monkeypatch):
     """Globs of the hub are answered with a file of each name, whose text is local."""
     text = json.dumps({"text": "a", "meta": {"pile_set_name": "b"}}).encode() + b"\n"

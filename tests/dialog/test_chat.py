@@ -85,7 +85,8 @@ def test_tools_are_left_out_where_no_run_of_the_chain_was_taught_to_use_them(cha
     toolset = Toolset(())
     assert usable_tools(None, chain[0]) is None
     assert not caplog.text
-    assert [usable_tools(toolset, checkpoint) for checkpoint in chain] == [None, None, toolset]
+    assert [usable_tools(toolset, checkpoint) for checkpoint in chain] == [None, None, None]
+    assert [usable_tools(toolset, checkpoint, forced=True) for checkpoint in chain] == [toolset] * 3
     assert f"{chain[0]} was not trained to use tools; they are disabled" in caplog.text
     (tmp_path / "first" / "metrics.jsonl").write_text('{"step": 1, "tokens/research": 9}\n')
     assert usable_tools(toolset, chain[0]) is toolset
@@ -105,10 +106,14 @@ def test_a_chat_without_taught_tools_says_so_and_answers(run, tmp_path):
     assert "research:" not in out
 
 
-def test_tools_are_used_and_sources_kept(run, tmp_path):
+def test_forced_tools_are_used_by_a_model_that_was_not_taught(run, tmp_path):
+    (run / "metrics.jsonl").write_text('{"step": 1, "tokens/generative": 9}\n')
     (tmp_path / "a.txt").write_text("a zebra is the of and")
     options = ["--tools", "calculator,retrieval", "--corpus", str(tmp_path / "a.txt"), "--max-queries", "1"]
-    code, out, errors = piped(run, "the of\n/why\n", *options)
+    try:
+        code, out, errors = piped(run, "the of\n/why\n", *options, "--force-tools")
+    finally:
+        (run / "metrics.jsonl").unlink()
     assert (code, errors) == (0, "")
     assert "research: User, " in out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from contextlib import redirect_stdout
 from fractions import Fraction
 from pathlib import Path
@@ -12,9 +13,9 @@ import pytest
 
 from lamda.cli import main
 from lamda.config.errors import UserError
-from lamda.dialog.conversation import parse_conversation
+from lamda.dialog.conversation import Conversation, Message, parse_conversation, to_line
 from lamda.dialog.examples import Response, examples_of
-from lamda.dialog.tool_data import make_conversations
+from lamda.dialog.tool_data import held_out_conversations, make_conversations
 from lamda.dialog.tools.calculator import calculate
 from lamda.dialog.tools.toolset import open_toolset
 
@@ -103,6 +104,30 @@ def test_the_same_seed_makes_the_same_conversations():
     assert one == same != other
 
 
+def test_held_out_questions_are_asked_once_and_never_taught():
+    toolset = open_toolset(["calculator", "retrieval"], corpus=DOCS)
+    taught, held_out = (
+        [message.content for conversation in made for message in conversation.messages if message.to == "TS"]
+        for made in (make_conversations(toolset, count=300, seed=0), held_out_conversations(toolset, count=40, seed=0))
+    )
+    held_out_calls = Counter(held_out)
+    assert len(held_out_calls) == 40
+    assert not held_out_calls.keys() & {*taught}
+    assert sum(calculate(query) is not None for query in held_out_calls) >= 20
+
+
+def test_turns_of_other_dialogues_are_answers_without_a_tool(tmp_path):
+    talk = [Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")]
+    looked_up = [Message("assistant", "q", to="TS"), Message("tool", "r"), Message("assistant", "s")]
+    (tmp_path / "talk.jsonl").write_bytes(to_line(Conversation((*talk, Message("user", "e"), *looked_up))))
+    words = [str(DOCS), "-o", str(tmp_path / "out.jsonl"), "--count", "50"]
+    assert main(["dialog", "make-tool-data", *words, "--dialogues", str(tmp_path / "talk.jsonl")]) == 0
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()[8::10]
+    found = {tuple((m.role, m.content) for m in parse_conversation(json.loads(line)).messages) for line in lines}
+    pairs = (("a", "b"), ("c", "d"))
+    assert found == {(("user", said), ("assistant", answer), ("assistant", answer)) for said, answer in pairs}
+
+
 def test_a_corpus_with_nothing_to_ask_about_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("nothing here\n")
     toolset = open_toolset(["calculator", "retrieval"], corpus=tmp_path)
@@ -112,7 +137,13 @@ def test_a_corpus_with_nothing_to_ask_about_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "output"),
-    [(["-o", "docs/a.md"], "is a file of the corpus"), (["-o", "out.jsonl", "--count", "0"], "at least 1")],
+    [
+        (["-o", "docs/a.md"], "is a file that is read"),
+        (["-o", "out.jsonl", "--held-out", "docs/a.md"], "is a file that is read"),
+        (["-o", "out.jsonl", "--held-out", "out.jsonl"], "is OUT"),
+        (["-o", "out.jsonl", "--count", "0"], "at least 1"),
+        (["-o", "out.jsonl", "--dialogues", "docs/a.md"], "records come from"),
+    ],
 )
 def test_a_file_of_the_corpus_is_never_written_over(tmp_path, monkeypatch, capsys, words, output):
     monkeypatch.chdir(tmp_path)

@@ -56,7 +56,7 @@ def _serve(options: argparse.Namespace, keys: dict[str, str]) -> None:
         name=options.name or options.run.resolve().name,
         sequence_length=loaded.config.data.sequence_length,
         is_tuned=loaded.config.data.packing == "whole",
-        toolset=usable_tools(toolset, loaded.path),
+        toolset=usable_tools(toolset, loaded.path, forced=options.force_tools),
         options=calibrated(reply_options, loaded, threshold=options.threshold),
         limits=_limits(options),
     )
