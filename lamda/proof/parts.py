@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -62,5 +65,20 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def die_with_parent() -> None:
+    """Kill this session when its standard input closes: the proof that holds the other end is gone.
+
+    Else a part, and the runs that it has started, would keep the GPU.
+    """
+
+    def watch() -> None:
+        while os.read(sys.stdin.fileno(), 1):
+            pass
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 if __name__ == "__main__":
+    die_with_parent()
     sys.exit(main(sys.argv[1:]))
