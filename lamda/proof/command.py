@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lamda import distributed
 from lamda.config.errors import UserError, nearest
 from lamda.durable import read_object, replace_file
 from lamda.proof.parts import FINDINGS, PARTS, REHEARSE, TEXT, findings_file
@@ -24,15 +25,6 @@ JSON, PAGE = "proof.json", "proof.html"
 MIN_SECONDS = 15.0
 """A part with less time left does not begin."""
 LOG_LINES = 12
-LAUNCHER_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -189,7 +181,8 @@ def _session(command: list[str], out: Any, *, on_cpu: bool) -> Iterator[subproce
 
     It gets a pipe as its standard input, which closes even where this process is killed: then it kills its session.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    launchers = distributed.rank_variables(distributed.World(), "")
+    environment = {name: value for name, value in os.environ.items() if name not in launchers}
     if on_cpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     elif "PYTORCH_CUDA_ALLOC_CONF" not in environment:  # before CUDA starts: a part may ask for a GPU's memory first

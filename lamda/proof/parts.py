@@ -32,7 +32,7 @@ class Part(NamedTuple):
 PARTS: dict[str, Part] = {
     "environment": Part("Environment", "environment.measure", 45),
     "equality": Part("Attention against float64", "equality.measure", 120),
-    "rate": Part("GEMM rate", "rate.measure", 60),
+    "rate": Part("GEMM rate", "step.measure_rate", 60),
     "kernels": Part("Attention kernels", "kernels.measure", 180),
     "step-1024": Part("Training step, short rows", "step.measure_short", 200),
     "step-2048": Part("Training step, long rows", "step.measure_long", 200),

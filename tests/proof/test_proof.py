@@ -3,9 +3,11 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +24,8 @@ from lamda.proof.plain_loop import PlainLoop
 from lamda.proof.sizes import REHEARSAL
 from tests.launch import ENVIRONMENT, ROOT
 
-ABSENT = ("deepspeed", "datasets", "pyarrow", "pandas", "huggingface_hub", "fsspec", "aiohttp", "wandb", "hjson")
+ABSENT = ("deepspeed", "datasets", "pyarrow", "pandas", "huggingface_hub", "fsspec", "aiohttp", "wandb", "hjson",
+          "charset_normalizer")  # fmt: skip
 """What a bare machine and the carried wheels lack, deepspeed being carried but not needed."""
 
 
@@ -49,6 +52,13 @@ for name in {functions}:
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_kit_has_what_lamda_requires_but_what_it_can_do_without():
+    (listed,) = re.findall(r"^KIT_PACKAGES := ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.match(r"[\w-]+", each)[0] for each in required} - {"torch", "numpy"}
+    assert {name.replace("-", "_") for name in names} <= {*listed.replace("-", "_").split(), *ABSENT}
 
 
 def test_a_part_that_takes_too_long_is_cut_off_and_keeps_what_it_found(tmp_path, monkeypatch):
