@@ -1,6 +1,6 @@
 """The parts of a proof, most valuable first, and the process that runs one.
 
-`python -m lamda.proof.parts NAME FOLDER [--rehearse]`
+`python -m lamda.proof.parts NAME FOLDER [--rehearse]`, which lives as long as its standard input is open.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,11 +65,8 @@ class Clock:
         return start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
 
 
-class Steps(Protocol):
-    """A training loop's step: begins one, and returns a function that waits for it and returns its loss."""
-
-    def __call__(self, batch: StepBatch, on_phase: PhaseHook) -> Callable[[], float]:
-        """on_phase: called as the phases begin."""
+Steps = Callable[[StepBatch, PhaseHook], Callable[[], float]]
+"""A training loop's step: begins one, calls the hook, and returns a function that waits for it and returns its loss."""
 
 
 def measure_rate(sizes: Sizes, findings: Findings, folder: Path) -> None:
