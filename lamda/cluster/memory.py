@@ -181,6 +181,8 @@ def _states(sizes: Sequence[int], setting: MemorySetting) -> Iterator[MemoryItem
     if sharding.stage == 3 and sharding.ranks > 1:
         yield _state("small weights, kept whole", small * width, STEP)
         yield MemoryItem("weights, gathered", min(total - small, sharding.live) * width, COMPUTING)
+        second = -(-total // sharding.secondary) * width if sharding.secondary > 1 else 0
+        yield _state("weights, second copy", second, ("start", *COMPUTING, "reduction"))
     if sharding.offloads_optimizer:
         return
     yield _state("fp32 master weights", 4 * shard if has_masters else 0, STEP)

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
     try:
         with handling_signals(signal.default_int_handler):
             trials = test.run(ranks, others)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, OSError):
         if not options.keep:
             shutil.rmtree(test.folder, ignore_errors=True)
         raise

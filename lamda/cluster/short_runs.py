@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -11,22 +12,26 @@ from lamda.config.errors import UserError
 from lamda.config.loading import NO_STAGES
 from lamda.config.schema import Config
 
+HELD_OUT = "held-out.txt"
+
 
 def make_folder(config: Config, *, purpose: str) -> Path:
-    """A new folder for the runs. Raises UserError."""
+    """A new folder for the runs, with text to evaluate on. Raises UserError."""
     run = Path(config.run.dir)
+    folder = None
     try:
         run.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f"{run.name}-{purpose}-", dir=run.parent))
+        folder = Path(tempfile.mkdtemp(prefix=f"{run.name}-{purpose}-", dir=run.parent))
+        (folder / HELD_OUT).write_text("A line to evaluate on.\n", "utf-8")
+        return folder
     except OSError as error:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         raise UserError(f"{run.parent}: cannot be written to ({error.strerror}); choose another run.dir") from error
 
 
 def short_run(folder: Path, *, steps: int, every: int) -> dict[str, object]:
     """Settings of a run of `steps` steps with a checkpoint `every` steps, and no long work at its end."""
-    # The evaluation of the last step would read all held-out text, which is irrelevant for resuming.
-    held_out = folder / "held-out.txt"
-    held_out.write_text("A line to evaluate on.\n", "utf-8")
     return {
         "train.steps": steps,
         "train.tokens": "null",
@@ -34,7 +39,7 @@ def short_run(folder: Path, *, steps: int, every: int) -> dict[str, object]:
         "checkpoint.keep": steps,
         "checkpoint.resume": "auto",
         "eval.every": "null",
-        "data.eval_files": held_out,
+        "data.eval_files": folder / HELD_OUT,  # the evaluation of the last step would read all of the corpus's
         "wandb.mode": "disabled",
     }
 

@@ -70,7 +70,7 @@ def main(flags: list[str], *, ranks: int | None, as_json: bool) -> int:
         smoke = Smoke(flags, config, group, folder=_shared_folder(config, group))
         try:
             parts = smoke.run()
-        except KeyboardInterrupt:
+        except BaseException:
             smoke.remove()
             raise
     passed = all(part.verdict == "ok" for part in parts)

@@ -20,7 +20,8 @@ class Sharding:
     """ZeRO stage, ranks, and bytes per element of weights, accumulated gradients and communicated gradients.
 
     bucket: gradients reduced together. buckets: number of buffers of that size. live: the most weights that stage 3
-    keeps gathered. persistent: smaller parameters stay gathered. All but `buckets` are in elements.
+    keeps gathered. persistent: smaller parameters stay gathered. All but `buckets` are in elements. secondary: ranks
+    that share a second copy of the weights between forward and backward pass; 1 if there is none (stage 3).
     frees_gradients: each gradient is added to the accumulator and freed as soon as it is computed. offloads_optimizer:
     masters, optimizer state and accumulated gradients are in host memory; offloads_weights: the weights too.
     """
@@ -34,6 +35,7 @@ class Sharding:
     buckets: int = 1
     live: int = 1_000_000_000
     persistent: int = 100_000
+    secondary: int = 1
     frees_gradients: bool = False
     offloads_optimizer: bool = False
     offloads_weights: bool = False
@@ -55,6 +57,7 @@ class Sharding:
             buckets=2 if zero.get("overlap_comm") else 1,
             live=_elements("stage3_max_live_parameters", zero, default=cls.live),
             persistent=_elements("stage3_param_persistence_threshold", zero, default=cls.persistent),
+            secondary=min(ranks, _elements("zero_hpz_partition_size", zero, default=cls.secondary)),
             frees_gradients=bool(ds_config.get("bf16", {}).get("immediate_grad_update")),
             offloads_optimizer=offload_device(ds_config, "offload_optimizer") != "none",
             offloads_weights=offload_device(ds_config, "offload_param") != "none",

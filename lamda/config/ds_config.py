@@ -23,12 +23,19 @@ OWNED_BY_CONFIG = {
 }
 OffloadKey = Literal["offload_optimizer", "offload_param"]
 OFFLOAD: tuple[OffloadKey, ...] = get_args(OffloadKey)
-OLD_OFFLOAD = {
-    "cpu_offload": "offload_optimizer",
-    "cpu_offload_param": "offload_param",
-    "cpu_offload_use_pin_memory": "offload_optimizer.pin_memory",
+_RENAMED = "DeepSpeed has renamed it; use {} (deepspeed/offload-cpu.json)"
+_QUANTIZED = "rounds what the ranks exchange to 8 bits or less, so that results depend on their number; remove it"
+REFUSED_ZERO = {
+    "cpu_offload": _RENAMED.format("offload_optimizer"),
+    "cpu_offload_param": _RENAMED.format("offload_param"),
+    "cpu_offload_use_pin_memory": _RENAMED.format("offload_optimizer.pin_memory"),
+    "zenflow": "applies gradients in later steps, so no resume is exact; remove it",
+    "zero_quantized_weights": _QUANTIZED,
+    "zero_quantized_gradients": _QUANTIZED,
+    "zeropp_loco_param": _QUANTIZED,
+    "zero_quantized_nontrainable_weights": "needs frozen weights at ZeRO stage 3, where none are trained; remove it",
 }
-"""DeepSpeed's deprecated keys, which it still obeys."""
+"""Keys of `zero_optimization`, unless they are false or null."""
 SECTIONS = ("zero_optimization", "bf16", "data_types")
 """The sections that are read here; DeepSpeed checks the others (`lamda.engines.deepspeed.framework`)."""
 KNOWN = frozenset({
@@ -57,6 +64,7 @@ def build(config: Config, *, world_size: int) -> dict[str, Any]:
         *_problems_of_optimizer(ds_config, path, config.train.optimizer),
         *_problems_of_lora(ds_config, path, config),
         *_problems_of_offload(ds_config, path, config),
+        *_problems_of_second_copy(ds_config, path, world_size),
     ]
     if problems:
         raise UserError("\n".join(problems))
@@ -116,7 +124,13 @@ def _problems(ds_config: dict[str, Any], path: Path) -> list[str]:
         return [*problems, *(f"{path}: {key}: is not a JSON object" for key in flat)]
     if not isinstance(enabled := ds_config.get("bf16", {}).get("enabled", False), bool):
         problems.append(f"{path}: bf16.enabled: {enabled!r} must be true or false")
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    zero = ds_config.get("zero_optimization", {})
+    problems += [
+        f"{path}: zero_optimization.{key}: {reason}"
+        for key, reason in REFUSED_ZERO.items()
+        if zero.get(key) not in (None, False)
+    ]
+    stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in range(4):
         problems.append(f"{path}: zero_optimization.stage: {stage} must be 0, 1, 2 or 3")
     elif zero_stage(ds_config) == 0 and is_bf16(ds_config) and "data_types" in ds_config:
@@ -169,6 +183,14 @@ def _problems_of_lora(ds_config: dict[str, Any], path: Path, config: Config) -> 
     return problems
 
 
+def _problems_of_second_copy(ds_config: dict[str, Any], path: Path, world_size: int) -> list[str]:
+    """Whether the ranks can be divided into groups that each have a copy of the weights between them."""
+    size = ds_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    if not isinstance(size, int) or size <= 1 or world_size % min(size, world_size) == 0:
+        return []
+    return [f"{path}: zero_optimization.zero_hpz_partition_size: {size} does not divide the {world_size} ranks"]
+
+
 def _problems_of_offload(ds_config: dict[str, Any], path: Path, config: Config) -> list[str]:
     """Whether what the file offloads trains and resumes exactly here (docs/offload.md)."""
     zero, stage = ds_config.get("zero_optimization", {}), zero_stage(ds_config)
@@ -179,15 +201,6 @@ def _problems_of_offload(ds_config: dict[str, Any], path: Path, config: Config) 
         for key, device in devices.items()
         if device != "cpu"
     ]
-    problems += [
-        f"{path}: zero_optimization.{key}: DeepSpeed has renamed it; use {new} (deepspeed/offload-cpu.json)"
-        for key, new in OLD_OFFLOAD.items()
-        if key in zero
-    ]
-    if "zenflow" in zero:
-        problems.append(
-            f"{path}: zero_optimization.zenflow: applies gradients in later steps, so no resume is exact; remove it"
-        )
     if "offload_param" in devices and stage != 3:
         problems.append(f"{path}: zero_optimization.offload_param: needs zero_optimization.stage 3, not {stage}")
     if "offload_optimizer" not in devices:

@@ -117,7 +117,7 @@ class Engine(Scorer, Protocol):
         """Ranks whose weights do not match what the optimizer computed."""
 
     def checkpoint_bytes(self) -> int:
-        """Bytes that this rank would write."""
+        """Bytes that this rank would write; the first call makes the host memory for `snapshot`."""
 
     def snapshot(self, folder: Path) -> Callable[[], list[Path]]:
         """Copy this rank's state to host memory; the next steps may then change it. A copy is valid until the next one.

@@ -54,13 +54,17 @@ def initial_weights(config: ModelConfig, *, seed: int, base_width: int | None = 
     by_kind = draws(config)
 
     def drawn(name: str, shape: tuple[int, ...]) -> Tensor:
-        draw = by_kind[name.removesuffix(".weight").rpartition(".")[2]]
-        weight = draw(torch.empty(shape, device="cpu"), generator(seed, name))
+        weight = by_kind[kind_of(name)](torch.empty(shape, device="cpu"), generator(seed, name))
         if name == "final_norm.scale" and base_width is not None:
             weight.mul_((base_width / config.d_model) ** 0.5)
         return weight
 
     return {name: InitialWeight(shape, partial(drawn, name, shape)) for name, shape in weight_shapes(config).items()}
+
+
+def kind_of(name: str) -> str:
+    """The kind of a weight, a key of `draws`."""
+    return name.removesuffix(".weight").rpartition(".")[2]
 
 
 def draws(config: ModelConfig) -> dict[str, Draw]:

@@ -7,8 +7,7 @@ projection of queries, keys and values and the bias table to the output, and bac
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import Any, get_args
 
@@ -21,6 +20,7 @@ from lamda.config.schema import Backend as BackendName
 from lamda.model.attention.backends import Backend, backend_for, choose_backend
 from lamda.model.attention.bias import BAND, causal_buckets
 from lamda.model.weights import BUCKETS
+from lamda.proof.devices import device, timed
 
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 REFERENCE: BackendName = "math"
@@ -39,13 +39,13 @@ def measure(
     rounds: int = ROUNDS,
 ) -> dict[str, Any]:
     """Times, ratios to `math` and memory for each length, and why a backend is left out, or failed."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    here = device()
     backends: dict[str, Backend] = {}
     left_out: dict[str, str] = {}
     failed: dict[str, str] = {}
     for name in BACKENDS:
         try:
-            choose_backend(name, device, dtype=dtype, width=width, training=True)
+            choose_backend(name, here, dtype=dtype, width=width, training=True)
             backends[name] = backend_for(name)
         except UserError as error:
             left_out[name] = str(error)
@@ -57,7 +57,7 @@ def measure(
         work: dict[str, Work] = {}
         for way, backend in backends.items():
             each = Work(backend, rows=tokens // length, length=length, heads=heads, width=width, dtype=dtype,
-                        device=device, compiled=compiled)  # fmt: skip
+                        compiled=compiled)  # fmt: skip
             try:
                 each.run()
             except Exception as error:  # a kernel, a compiler or memory: the others are measured all the same
@@ -66,9 +66,8 @@ def measure(
                 work[way] = each
         measured[str(length)] = _rounds(work, rounds) | {"rows": tokens // length}
     shape = {"heads": heads, "width": width, "dtype": str(dtype).removeprefix("torch."), "compiled": compiled}
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {
-        "device": device_name,
+        "device": torch.cuda.get_device_name(here) if here.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
         "shape": shape,
         "lengths": measured,
@@ -89,21 +88,20 @@ class Work:
         heads: int,
         width: int,
         dtype: torch.dtype,
-        device: torch.device,
         compiled: bool,
     ) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device, dtype)
+            return torch.randn(shape, generator=generator).to(device(), dtype)
 
         self.flops = 2 * rows * heads * length**2 * width
         self._backend, self._length, self._heads = backend, length, heads
         self._packed = (width**-0.25 * draw(rows, length, 3 * heads * width)).requires_grad_()
         self._table = (0.1 * draw(BUCKETS, heads)).requires_grad_()
         self._d_out = draw(rows, length, heads * width)
-        self._mask = backend.mask(torch.empty(rows, length, dtype=torch.long, device=device), None)
-        self._buckets = causal_buckets(max(length, BAND), device=device)
+        self._mask = backend.mask(torch.empty(rows, length, dtype=torch.long, device=device()), None)
+        self._buckets = causal_buckets(max(length, BAND), device=device())
         self._attend = torch.compile(self._forward) if compiled else self._forward
 
     def _forward(self, packed: Tensor, table: Tensor) -> Tensor:
@@ -118,21 +116,11 @@ class Work:
         before = torch.cuda.memory_allocated() if on_gpu else 0
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        seconds, out = _timed(lambda: self._attend(self._packed, self._table), on_gpu=on_gpu)
-        found = {"forward": seconds, "backward": _timed(lambda: out.backward(self._d_out), on_gpu=on_gpu)[0]}
+        seconds, out = timed(lambda: self._attend(self._packed, self._table))
+        found = {"forward": seconds, "backward": timed(lambda: out.backward(self._d_out))[0]}
         if on_gpu:
             found["bytes"] = torch.cuda.max_memory_allocated() - before
         return found
-
-
-def _timed(work: Callable[[], Any], *, on_gpu: bool) -> tuple[float, Any]:
-    if on_gpu:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = work()
-    if on_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
 
 
 def _rounds(work: dict[str, Work], count: int) -> dict[str, Any]:

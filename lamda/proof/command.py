@@ -14,24 +14,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lamda import distributed
 from lamda.config.errors import UserError, nearest
 from lamda.durable import read_object, replace_file
 from lamda.proof.parts import FINDINGS, PARTS, REHEARSE, TEXT, findings_file
+from lamda.storage.lock import RunLock
 from lamda.training.stop_requests import handling_signals
 
 JSON, PAGE = "proof.json", "proof.html"
 MIN_SECONDS = 15.0
 """A part with less time left does not begin."""
 LOG_LINES = 12
-LAUNCHER_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,8 +56,9 @@ def main(argv: list[str]) -> int:
     if not options.minutes > 0:  # nor is nan
         raise UserError(f"--minutes: a proof takes more than 0 minutes, not {options.minutes:g}")
     _require_device(rehearse=options.rehearse)
-    proof = Proof(options.to.resolve(), text=options.text, seconds=60 * options.minutes, rehearse=options.rehearse)
-    with handling_signals(signal.default_int_handler):
+    folder = options.to.resolve()
+    with _only_proof(folder), handling_signals(signal.default_int_handler):
+        proof = Proof(folder, text=options.text, seconds=60 * options.minutes, rehearse=options.rehearse)
         for name in PARTS:
             if name in options.parts:
                 proof.run(name)
@@ -79,16 +73,21 @@ def _require_device(*, rehearse: bool) -> None:
         raise UserError("there is no GPU here; `lamda prove-gpu --rehearse` runs every part on the CPU at toy size")
 
 
+def _only_proof(folder: Path) -> RunLock:
+    """Make the folder, which two proofs at a time would spoil. Raises UserError."""
+    try:
+        (folder / FINDINGS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--to {folder}: cannot be written to ({error.strerror})") from error
+    return RunLock(folder, option="--to")
+
+
 class Proof:
     """A proof in a folder; it keeps the parts of an earlier one there. Raises UserError."""
 
     def __init__(self, folder: Path, *, text: Path | None, seconds: float, rehearse: bool) -> None:
         self.folder, self._rehearse = folder, rehearse
         self._ends = time.monotonic() + seconds
-        try:
-            (folder / FINDINGS).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--to {folder}: cannot be written to ({error.strerror})") from error
         if text is not None:
             _link(folder / TEXT, text.resolve())
         self._parts = _earlier_parts(folder / JSON, rehearse=rehearse)
@@ -178,16 +177,21 @@ def _link(link: Path, text: Path) -> None:
 
 @contextmanager
 def _session(command: list[str], out: Any, *, on_cpu: bool) -> Iterator[subprocess.Popen[bytes]]:
-    """A process without a launcher's variables, in its own session; what is left of it is killed at the end."""
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    """A process without a launcher's variables, in its own session; what is left of it is killed at the end.
+
+    It gets a pipe as its standard input, which closes even where this process is killed: then it kills its session.
+    """
+    launchers = distributed.rank_variables(distributed.World(), "")
+    environment = {name: value for name, value in os.environ.items() if name not in launchers}
     if on_cpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     elif "PYTORCH_CUDA_ALLOC_CONF" not in environment:  # before CUDA starts: a part may ask for a GPU's memory first
         environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=out, stderr=out, env=environment, start_new_session=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)

@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import subprocess
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from lamda import __version__
+from lamda.cluster.checks.environment import writing_rate
 from lamda.proof.devices import device, timed
 from lamda.proof.findings import Findings, LeftOutError
 from lamda.proof.sizes import Sizes
@@ -32,7 +32,7 @@ def measure(sizes: Sizes, findings: Findings, folder: Path) -> None:
     findings.attempt("driver", _driver)
     findings.record("host", {"cpu": cpu_name(), "cores": os.cpu_count(), "memory_bytes": _host_memory()})
     findings.attempt("copies", lambda: _copies(sizes.transfer_bytes))
-    findings.attempt("disk", lambda: _disk(folder, sizes.transfer_bytes))
+    findings.attempt("disk", lambda: {"written": writing_rate(folder), "free_bytes": shutil.disk_usage(folder).free})
 
 
 def _gpu() -> dict[str, Any]:
@@ -76,18 +76,3 @@ def _copies(size: int) -> dict[str, float]:
         rates[f"{kind}, to the device"] = size / min(timed(partial(there.copy_, here))[0] for _ in range(3))
         rates[f"{kind}, to the host"] = size / min(timed(partial(here.copy_, there))[0] for _ in range(3))
     return rates
-
-
-def _disk(folder: Path, size: int) -> dict[str, float]:
-    """Bytes per second that are written and synchronized where the report goes."""
-    file, block = folder / "disk-rate", os.urandom(1 << 20)
-    began = time.perf_counter()
-    try:
-        with file.open("wb") as out:
-            for _ in range(size >> 20):
-                out.write(block)
-            out.flush()
-            os.fsync(out.fileno())
-        return {"written": size / (time.perf_counter() - began), "free_bytes": shutil.disk_usage(folder).free}
-    finally:
-        file.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lamda.config import ModelConfig
+from lamda.proof.devices import wait
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,6 @@ class MatrixRate:
 
     def __init__(self, model: ModelConfig, *, rows: int, device: torch.device, dtype: torch.dtype) -> None:
         self._products = [_Products(shape, rows, device, dtype) for shape in shapes(model)]
-        self._device = device
         self._flops = dict.fromkeys((each.shape.name for each in self._products), 0)
         self._seconds = dict.fromkeys(self._flops, 0.0)
         for each in self._products:
@@ -46,13 +46,13 @@ class MatrixRate:
 
     def measure(self, seconds: float) -> float:
         """FLOP/s sustained over at least `seconds`."""
-        _wait(self._device)
+        wait()
         flops, began = 0, time.perf_counter()
         while (now := time.perf_counter()) - began < seconds:
             for each in self._products:
                 for _ in range(each.shape.count):
                     each.run()
-                _wait(self._device)
+                wait()
                 self._seconds[each.shape.name] += -now + (now := time.perf_counter())
                 self._flops[each.shape.name] += each.flops * each.shape.count
                 flops += each.flops * each.shape.count
@@ -82,8 +82,3 @@ class _Products:
 
     def run(self) -> None:
         _ = self._x @ self._w.T, self._dy @ self._w, self._dy.T @ self._x
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,8 +12,10 @@ from lamda.cluster.memory import MemorySetting, peak
 from lamda.cluster.zero import Sharding
 from lamda.config import ds_config
 from lamda.config.loading import load_config
-from lamda.config.schema import Config
+from lamda.config.schema import Config, ModelConfig
 from lamda.model.attention.backends import choose_backend
+from lamda.model.initialization import draws, kind_of
+from lamda.model.weights import weight_shapes
 from lamda.proof.devices import device
 from lamda.proof.sizes import Sizes
 
@@ -58,11 +61,22 @@ def _fits(config: Config) -> bool:
 
 
 def open_engine(config: Config) -> DeepSpeedEngine:
-    """DeepSpeed's engine on this device alone, with initial weights."""
+    """DeepSpeed's engine on this device alone, with weights as large as a run's initial ones, but drawn there.
+
+    Those of the 2B would take most of a minute to draw on the host.
+    """
     from lamda.engines.deepspeed.engine import DeepSpeedEngine
+    from lamda.engines.deepspeed.initialization import fill_weights
 
     distributed.choose_accelerator()
     world = distributed.World()
     engine = DeepSpeedEngine(config, world=world, device=distributed.start(world, threads=config.run.threads))
-    engine.initialize_weights()
+    fill_weights(engine.deepspeed, _drawn_on(engine.device, config.model))
     return engine
+
+
+def _drawn_on(device: torch.device, model: ModelConfig) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """Every weight: name, first element, values [n]."""
+    generator, by_kind = torch.Generator(device), draws(model)
+    for name, shape in weight_shapes(model).items():
+        yield name, 0, by_kind[kind_of(name)](torch.empty(shape, device=device), generator).view(-1)

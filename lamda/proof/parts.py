@@ -1,12 +1,15 @@
 """The parts of a proof, most valuable first, and the process that runs one.
 
-`python -m lamda.proof.parts NAME FOLDER [--rehearse]`
+`python -m lamda.proof.parts NAME FOLDER [--rehearse]`, which lives as long as its standard input is open.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +32,7 @@ class Part(NamedTuple):
 PARTS: dict[str, Part] = {
     "environment": Part("Environment", "environment.measure", 45),
     "equality": Part("Attention against float64", "equality.measure", 120),
-    "rate": Part("GEMM rate", "rate.measure", 60),
+    "rate": Part("GEMM rate", "step.measure_rate", 60),
     "kernels": Part("Attention kernels", "kernels.measure", 180),
     "step-1024": Part("Training step, short rows", "step.measure_short", 200),
     "step-2048": Part("Training step, long rows", "step.measure_long", 200),
@@ -62,5 +65,20 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def die_with_parent() -> None:
+    """Kill this session when its standard input closes: the proof that holds the other end is gone.
+
+    Else a part, and the runs that it has started, would keep the GPU.
+    """
+
+    def watch() -> None:
+        while os.read(sys.stdin.fileno(), 1):
+            pass
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 if __name__ == "__main__":
+    die_with_parent()
     sys.exit(main(sys.argv[1:]))

@@ -11,12 +11,12 @@ Flags = tuple[str, ...]
 class Sizes:
     """Sizes of all parts.
 
-    shapes: [B, H, L, K] of the attention inputs that are compared with float64. lengths: of rows. compiled: the parts
-    that are measured compiled, too. tokens, heads, width, rounds: of timed attention. gemm_seconds: of matrix products.
-    steps: timed steps of each kind. step_tokens, micro_tokens: tokens of a step, and of the micro-batches to try,
-    largest first. models: configurations for steps and checkpoints, largest first; the first that fits into memory is
-    used. learner, learn_steps, resume_steps: configuration and steps of real runs. takes_tokenizer: whether the
-    tokenizer that was carried has the model's vocabulary. transfer_bytes: copied and written.
+    shapes: [B, H, L, K] of the attention inputs that are compared with float64, most valuable first. lengths: of rows.
+    compiled: the parts that are measured compiled, too. tokens, heads, width, rounds: of timed attention. gemm_seconds:
+    of matrix products. steps: timed steps of each kind. step_tokens, micro_tokens: tokens of a step, and of the
+    micro-batches to try, largest first. models: configurations for steps and checkpoints, largest first; the first that
+    fits into memory is used. learner, learn_steps, resume_steps: configuration and steps of real runs. takes_tokenizer:
+    whether the tokenizer that was carried has the model's vocabulary. transfer_bytes: copied.
     """
 
     shapes: tuple[tuple[int, int, int, int], ...]
@@ -39,7 +39,7 @@ class Sizes:
 
 
 GPU = Sizes(
-    shapes=((2, 5, 1031, 64), (1, 3, 2048, 128), (2, 40, 1024, 128)),
+    shapes=((2, 40, 1024, 128), (1, 3, 2047, 128), (2, 5, 1031, 64)),
     lengths=(1024, 2048),
     compiled=frozenset({"kernels", "short", "long"}),
     tokens=32768,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,11 +65,15 @@ class Clock:
         return start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
 
 
-class Steps(Protocol):
-    """A training loop's step: begins one, and returns a function that waits for it and returns its loss."""
+Steps = Callable[[StepBatch, PhaseHook], Callable[[], float]]
+"""A training loop's step: begins one, calls the hook, and returns a function that waits for it and returns its loss."""
 
-    def __call__(self, batch: StepBatch, on_phase: PhaseHook) -> Callable[[], float]:
-        """on_phase: called as the phases begin."""
+
+def measure_rate(sizes: Sizes, findings: Findings, folder: Path) -> None:
+    """Record the GEMM rate over time, on the model's own products: it falls where the device gets hot."""
+    products = matrix_rate(choose_config(sizes, sizes.lengths[0]))
+    findings.record("over_time", [products.measure(sizes.gemm_seconds / 5) for _ in range(5)])
+    findings.record("rate", {**products.report(), "data_sheet": _peak_flops()})
 
 
 def measure_short(sizes: Sizes, findings: Findings, folder: Path) -> None:
@@ -192,7 +196,7 @@ def time_steps(begin: Steps, config: Config, products: MatrixRate, sizes: Sizes,
     parts = [clock.parts() for clock in clocks]
     tokens = config.train.global_batch_size * config.data.sequence_length
     flops = tokens * flops_per_token(config.model, config.data.sequence_length) / seconds
-    peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    peak = _peak_flops()
     return {
         "step_seconds": seconds,
         "fetch_to_fetch": [later - earlier for earlier, later in pairwise(begins)],
@@ -206,6 +210,11 @@ def time_steps(begin: Steps, config: Config, products: MatrixRate, sizes: Sizes,
         "reserved_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
         "loss": losses[-1],
     }
+
+
+def _peak_flops() -> float | None:
+    """FLOP/s by the data sheet, where there is one."""
+    return peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def _ignore(phase: str, tensor: torch.Tensor | None) -> None:

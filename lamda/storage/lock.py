@@ -105,19 +105,22 @@ def living_owner(run: Path) -> Owner | None:
     return next((owner for owner in owners(run) if owner.lives()), None)
 
 
-def refusal(owner: Owner, age: float) -> UserError:
-    """The error of a start while another writer is alive."""
+def refusal(owner: Owner, age: float, *, option: str = "run.dir") -> UserError:
+    """The error of a start while another writer is alive. option: the one that names the folder."""
     return UserError(
-        f"run.dir {owner.path.parent}: another process writes here (host {owner.host}, process {owner.pid}, last sign "
-        f"{age:.0f} s ago); stop it, or choose another run.dir (if no such process exists, remove {owner.path})"
+        f"{option} {owner.path.parent}: another process writes here (host {owner.host}, process {owner.pid}, last sign "
+        f"{age:.0f} s ago); stop it, or choose another {option} (if no such process exists, remove {owner.path})"
     )
 
 
 class RunLock:
-    """A context that makes this process the only writer of a run directory. Raises UserError if there is another."""
+    """A context that makes this process the only writer of a run directory. Raises UserError if there is another.
 
-    def __init__(self, run: Path) -> None:
-        self._id = os.urandom(6).hex()
+    option: the one that names the folder, for errors.
+    """
+
+    def __init__(self, run: Path, *, option: str = "run.dir") -> None:
+        self._id, self._option = os.urandom(6).hex(), option
         self._run, self.path = run, run / f"lock-{self._id}.json"
         self._descriptor = -1
         self._stopped = threading.Event()
@@ -132,7 +135,7 @@ class RunLock:
         except OSError as error:
             self._release()
             raise UserError(
-                f"run.dir {self._run}: cannot be written to ({error.strerror}); check free space and permissions"
+                f"{self._option} {self._run}: cannot be written to ({error.strerror}); check free space and permissions"
             ) from error
         except BaseException:
             self._release()
@@ -183,13 +186,13 @@ class RunLock:
             states = [(other, self._is_alive(other)) for other in others]
             for other in (other for other, is_alive in states if is_alive):
                 if other.holds or other.path < self.path or time.monotonic() > deadline:
-                    raise refusal(other, other.age(self._now()))
+                    raise refusal(other, other.age(self._now()), option=self._option)
             silent = [other for other, is_alive in states if is_alive is None]
             dead |= {other.path for other, is_alive in states if is_alive is False}
             dead |= _watch(silent)
             for other in silent:
                 if other.path not in dead:
-                    raise refusal(other, 0.0)
+                    raise refusal(other, 0.0, option=self._option)
             time.sleep(POLL_SECONDS)
         self._write({"holds": True})
         return dead

@@ -73,6 +73,7 @@ class Saver:
         self._require_lock, self._sync_rows, self._note, self._is_used = require_lock, sync_rows, note, is_used
         self._folder, self._engine, self._tokenizer, self._start_record = folder, engine, tokenizer, start
         self._world, self._config = engine.world, config or engine.config
+        self._bytes = engine.checkpoint_bytes()  # now, and not in the first save, which would take longer
         self._state = RunState()
         self._attachments: Mapping[str, str] = {}
         self._job: _Job | None = None
@@ -92,7 +93,7 @@ class Saver:
         """
         self._state, self._attachments, self._is_written = state, attachments, False
         self._mark("save.begin")
-        size = sum(gather(self._engine.checkpoint_bytes()))
+        size = sum(gather(self._bytes))
         problem = on_main(self._world, lambda: self._make_room(size))
         if isinstance(problem, LostLockError):
             raise problem

@@ -20,6 +20,7 @@ from lamda.cluster.checks import environment, hardware, ranks, software
 from lamda.cluster.checks.finding import Check, Finding, Subject, failure, ok, warning
 from lamda.config import Config
 from lamda.distributed import World
+from lamda.model.attention.backends import missing_for_triton
 from tests.conftest import make_text, write_shard
 from tests.launch import ENVIRONMENT, ROOT, free_port
 
@@ -146,13 +147,77 @@ def test_a_host_without_room_for_what_is_offloaded_is_a_failure(subject, monkeyp
     assert hardware.offload(offloading).level == "failure"
 
 
-def test_a_missing_compiler_matters_where_kernels_are_built(subject, monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda _: None)
+V1, V2 = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")
+
+
+@pytest.mark.parametrize(
+    ("version", "groups", "free"),
+    [
+        (V2, {}, 8000 << 10),
+        (V2, {"job": ("max", 5)}, 8000 << 10),
+        (V2, {".": ("max", 5), "job": (5000, 2000)}, 3007),
+        (V2, {".": (4000, 3000), "job": (5000, 2000)}, 1007),
+        (V2, {"job": (1000, 2000)}, 0),
+        (V1, {"memory": (4000, 1000), "memory/job": (2**63 - 4096, 1000)}, 3007),
+    ],
+)
+def test_the_free_memory_of_a_container_or_job_is_within_its_limits(tmp_path, monkeypatch, version, groups, free):
+    """Control groups of both versions, and those above them."""
+    monkeypatch.setattr(hardware, "PROC", tmp_path)
+    monkeypatch.setattr(hardware, "CGROUPS", tmp_path / "groups")
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self/cgroup").write_text("4:memory:/job\n3:cpu:/x\n0::/job\n")
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    for name, figures in groups.items():
+        (tmp_path / "groups" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name / "memory.stat").write_text("cache 9\ninactive_file 7\n")
+        for file, figure in zip(version, figures, strict=True):
+            (tmp_path / "groups" / name / file).write_text(f"{figure}\n")
+    assert hardware.available_memory() == free
+
+
+@pytest.fixture
+def compiler(monkeypatch, tmp_path):
+    """Makes a script the C compiler; None: there is none."""
+
+    def choose(script):
+        missing_for_triton.cache_clear()
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setattr(shutil, "which", lambda name: str(tmp_path / "gcc") if script and name == "gcc" else None)
+        (tmp_path / "gcc").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "gcc").chmod(0o755)
+
+    monkeypatch.setattr("lamda.model.attention.backends.find_spec", lambda _: True)
+    yield choose
+    missing_for_triton.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        (None, "which is not installed"),
+        (
+            "echo 'fatal error: Python.h: No such file' >&2; exit 1",
+            r"gcc does not \(fatal error: Python.h: No such file",
+        ),
+        ("exit 3", r"gcc does not \(exit code 3\)"),
+    ],
+)
+def test_a_compiler_that_builds_nothing_matters_where_kernels_are_built(subject, compiler, script, message):
+    compiler(script)
     assert hardware.compiler(subject).level == "ok"
     on_gpu = Subject(subject.config, subject.world, torch.device("cuda"))
     assert hardware.compiler(on_gpu).level == "warning"
+    assert re.search(message, hardware.compiler(on_gpu).text)
     fused = changed(on_gpu, model={"attention": "fused"})
     assert hardware.compiler(fused).level == "failure"
+
+
+def test_a_compiler_that_builds_a_module_is_enough(subject, compiler):
+    path = shutil.which("gcc")
+    compiler(f'exec {path} "$@"')
+    on_gpu = Subject(subject.config, subject.world, torch.device("cuda"))
+    assert hardware.compiler(on_gpu) == ok("builds Python modules, as Triton does")
 
 
 def test_the_room_for_checkpoints_is_judged_by_their_size(subject, monkeypatch):

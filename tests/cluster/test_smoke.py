@@ -1,14 +1,16 @@
 """`lamda doctor --smoke`: what it shows of ranks that work, die, hang, or resume otherwise than they were."""
 
+import errno
 import json
 import time
 from pathlib import Path
 
 import pytest
 
-from lamda.cluster import doctor, rank_group
+from lamda.cluster import doctor, rank_group, resume_test
 from lamda.cluster.compare import FirstDifference
 from lamda.cluster.rank_group import Ended, RankGroup
+from lamda.cluster.resume_test import ResumeTest
 from lamda.cluster.smoke import FIRST, Part, Smoke
 from lamda.config import Config
 from lamda.config.errors import UserError
@@ -150,6 +152,26 @@ def test_a_resume_counts_only_from_the_checkpoint_and_bit_for_bit(smoke, monkeyp
 def test_mistakes_are_reported_before_anything_runs(flags, message):
     with pytest.raises(UserError, match=message):
         doctor.main(flags)
+
+
+TINY = ["--config", "tiny", "--train.global_batch_size", "8"]
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(("command", "flags", "run"), [(doctor, ["--smoke"], Smoke), (resume_test, TINY, ResumeTest)])
+def test_a_full_disk_is_named_and_no_folder_stays_behind(tmp_path, monkeypatch, command, flags, run):
+    flags = [*flags, "--ranks", "2", "--run.dir", str(tmp_path / "run")]
+    monkeypatch.setattr(run, "run", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        command.main(flags)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(UserError, match=r"cannot be written to \(No space left"):
+        command.main(flags)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_ranks_of_a_launcher_pass_and_leave_nothing(tmp_path, shards, tokenizer_path):

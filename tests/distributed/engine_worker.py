@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from deepspeed.runtime.zero.muon import original_muon
+from deepspeed.utils import groups
 from safetensors.torch import save_file
 
 from lamda import distributed
@@ -207,6 +208,7 @@ def main() -> None:
     native = original_muon.ns_compute_dtype
     for job in jobs:
         dtype = getattr(torch, job["orthogonalize_in"]) if "orthogonalize_in" in job else None
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # of an earlier job; a run has one engine
         original_muon.ns_compute_dtype = native if dtype is None else lambda *_, dtype=dtype: dtype
         run(job, world, device, out)
     distributed.stop()

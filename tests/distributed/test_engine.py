@@ -65,6 +65,8 @@ OFFLOADS = {
     "offload-3": {"stage": 3, "bf16": True, "zero": {**CPU, "offload_param": {"device": "cpu"}}},
 }
 
+HPZ = {"stage": 3, "bf16": True, "zero": {"zero_hpz_partition_size": 2}}
+
 ASKED = [(1, False), (3, False), (3, True)]
 
 ON_TWO = [
@@ -100,6 +102,9 @@ ON_TWO = [
         )
         for how, own in OFFLOADS.items()
     ),
+    job("straight-hpz", **HPZ),
+    job("half-hpz", **{**HPZ, "steps": 2}, save="from-two-hpz"),
+    job("two-hpz", **HPZ, load="from-two-hpz", **{"from": 2}),
     *(job(f"asked-{label(*case)}", *case, asked=2) for case in ASKED),
     job("other-stage", 2, True, load="from-two-1-bf16", **{"from": 2}),
     job("other-stage-3", 3, True, load="from-two-1-bf16", **{"from": 2}),
@@ -307,6 +312,14 @@ def test_a_resumed_run_is_bit_identical_on_the_same_ranks(results, case):
     straight, resumed = results(f"straight-{case}"), results(f"two-{case}")
     assert_same_weights(straight, resumed)
     assert straight["losses"][2:].tolist() == resumed["losses"].tolist()
+
+
+def test_a_second_copy_of_the_weights_changes_nothing(results):
+    """`zero_hpz_partition_size`: the copy is made again after weights were drawn or loaded."""
+    straight = results("straight-3-bf16")
+    for name, losses in (("straight-hpz", straight["losses"]), ("two-hpz", straight["losses"][2:])):
+        assert_same_weights(straight, results(name))
+        assert torch.equal(results(name)["losses"], losses)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -243,7 +243,7 @@ def test_a_model_computes_with_the_backend_of_its_own_device_and_precision(monke
     assert model.attention == "sdpa"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr("lamda.model.attention.backends._is_interpreted", lambda: False)
-    monkeypatch.setattr("lamda.model.attention.backends._missing", lambda: None)
+    monkeypatch.setattr("lamda.model.attention.backends.missing_for_triton", lambda: None)
     choices = {
         dtype: choose_backend("auto", torch.device("cuda"), dtype=dtype, width=128)
         for dtype in (torch.bfloat16, torch.float32, torch.float64)

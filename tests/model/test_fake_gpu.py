@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import product
 
 import pytest
 
@@ -19,9 +20,7 @@ pytestmark = [needs_kernels, pytest.mark.skipif(not shutil.which("g++"), reason=
 BACKENDS = ("math", "sdpa", "flex", "fused", "split")
 OF_PRESETS = [Case(preset, compiled=compiled, documents=True) for preset in PRESETS for compiled in (False, True)]
 SAVED = [
-    *(Case("110m", backend, recompute, layers=2) for backend in BACKENDS for recompute in RECOMPUTE),
-    *(Case("110m", backend, compiled=True, layers=2) for backend in BACKENDS),
-    *(Case("110m", "fused", recompute, compiled=True, layers=2) for recompute in RECOMPUTE[1:]),
+    *(Case("110m", *how, layers=2) for how in product(BACKENDS, RECOMPUTE, (False, True))),
     *(Case("110m", backend, documents=True, layers=2) for backend in BACKENDS),
 ]
 

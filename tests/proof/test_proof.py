@@ -3,10 +3,13 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,12 +19,13 @@ from lamda.proof import attention, command, devices, kernels, parts, runs, step
 from lamda.proof.command import JSON, PAGE, Proof, main
 from lamda.proof.findings import Findings, LeftOutError
 from lamda.proof.page import page
-from lamda.proof.parts import PARTS, Part
+from lamda.proof.parts import FINDINGS, PARTS, Part
 from lamda.proof.plain_loop import PlainLoop
 from lamda.proof.sizes import REHEARSAL
 from tests.launch import ENVIRONMENT, ROOT
 
-ABSENT = ("deepspeed", "datasets", "pyarrow", "pandas", "huggingface_hub", "fsspec", "aiohttp", "wandb", "hjson")
+ABSENT = ("deepspeed", "datasets", "pyarrow", "pandas", "huggingface_hub", "fsspec", "aiohttp", "wandb", "hjson",
+          "charset_normalizer")  # fmt: skip
 """What a bare machine and the carried wheels lack, deepspeed being carried but not needed."""
 
 
@@ -30,6 +34,7 @@ def read(folder):
 
 
 def proof(folder, **more):
+    (folder / FINDINGS).mkdir(exist_ok=True)
     return Proof(folder, **{"text": None, "seconds": 60, "rehearse": True, **more})
 
 
@@ -47,6 +52,13 @@ for name in {functions}:
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_kit_has_what_lamda_requires_but_what_it_can_do_without():
+    (listed,) = re.findall(r"^KIT_PACKAGES := ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.match(r"[\w-]+", each)[0] for each in required} - {"torch", "numpy"}
+    assert {name.replace("-", "_") for name in names} <= {*listed.replace("-", "_").split(), *ABSENT}
 
 
 def test_a_part_that_takes_too_long_is_cut_off_and_keeps_what_it_found(tmp_path, monkeypatch):
@@ -68,6 +80,69 @@ def test_a_part_that_takes_too_long_is_cut_off_and_keeps_what_it_found(tmp_path,
     assert part["found"] == {"host": {"cores": 3}}
     assert "cut off after 0 s" in (tmp_path / PAGE).read_text()
     assert not made.is_complete(["environment"])
+
+
+PART = """
+import subprocess, time
+from lamda.proof.parts import die_with_parent
+die_with_parent()
+run = subprocess.Popen(["sleep", "600"])
+print(run.pid, flush=True)
+time.sleep(600)
+"""
+PROOF = f"""
+import sys
+from lamda.proof import command
+with open(sys.argv[1], "wb") as out, command._session([sys.executable, "-c", {PART!r}], out, on_cpu=True) as part:
+    print(part.pid, flush=True)
+    part.wait()
+"""
+
+
+def test_a_part_and_its_run_end_with_a_proof_that_is_killed(tmp_path):
+    log = tmp_path / "log"
+    with subprocess.Popen(
+        [sys.executable, "-c", PROOF, log], env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE
+    ) as killed:
+        part = int(killed.stdout.readline())
+        wait_until(lambda: log.read_text().strip())
+        killed.kill()
+    for process in (part, int(log.read_text())):
+        wait_until(lambda process=process: is_gone(process))
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_gone(process):
+    """Whether it has ended; nobody may have waited for it yet."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_a_second_proof_in_the_folder_of_a_running_one_is_refused(tmp_path):
+    code = "from pathlib import Path; from lamda.proof import command; import sys\n"
+    code += "with command._only_proof(Path(sys.argv[1])): print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path],
+        env={**os.environ, **ENVIRONMENT},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as first:
+        first.stdout.readline()
+        message = rf"--to {tmp_path}: another process writes here \(host .*, process {first.pid}, .*choose another --to"
+        with pytest.raises(UserError, match=message):
+            main(["--rehearse", "--to", str(tmp_path)])
+        assert not (tmp_path / JSON).exists()
+        first.kill()
+    with command._only_proof(tmp_path):
+        pass
 
 
 def test_a_part_that_crashes_ends_with_its_last_words_and_one_without_time_does_not_begin(tmp_path, monkeypatch):

@@ -201,12 +201,21 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
         ),
         ({"stage": 2, "offload_optimizer": "cpu"}, {}, "zero_optimization.offload_optimizer: is not a JSON object"),
         ({"stage": 2, "offload_param": []}, {}, "zero_optimization.offload_param: is not a JSON object"),
+        ({"stage": 3, "zero_quantized_weights": True}, {}, "zero_optimization.zero_quantized_weights: rounds what"),
+        ({"stage": 3, "zero_quantized_gradients": True}, {}, "zero_optimization.zero_quantized_gradients: rounds"),
         ({"stage": 2, "cpu_offload": True}, {}, "zero_optimization.cpu_offload: DeepSpeed has renamed it; use "),
     ],
 )  # fmt: skip
-def test_offload_that_does_not_resume_exactly_is_refused_with_its_key(build_from, zero, more, message):
+def test_zero_that_does_not_resume_exactly_is_refused_with_its_key(build_from, zero, more, message):
     (problem,) = problems(build_from, {"bf16": {"enabled": True}, "zero_optimization": zero, **more})
     assert re.match(message, problem)
+
+
+def test_a_second_copy_is_shared_by_ranks_that_divide_all(build_from):
+    own = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3, "zero_quantized_weights": False}}
+    assert build_from(own, world_size=1)
+    with pytest.raises(UserError, match="zero_hpz_partition_size: 3 does not divide the 4 ranks"):
+        build_from(own, world_size=4)
 
 
 def test_an_offload_device_of_none_is_none(build_from):

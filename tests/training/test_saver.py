@@ -251,6 +251,12 @@ def test_the_copies_of_a_checkpoint_lie_in_one_buffer_per_precision():
     assert sorted(storages.values()) == [5 * 2, (6 + 4) * 4]
 
 
+def test_the_memory_for_copies_is_made_before_the_first_save(tmp_path, engine):
+    vars(engine).pop("_snapshots", None)
+    Saver(tmp_path, engine=engine, tokenizer=tmp_path)
+    assert "_snapshots" in vars(engine)
+
+
 @pytest.mark.parametrize("error", [0, 2])
 def test_host_memory_is_pinned_as_large_as_it_is_and_let_go(monkeypatch, error):
     calls = []

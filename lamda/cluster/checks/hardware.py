@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,9 @@ FREE_SHARE = 0.9
 BF16_ERROR = 0.02
 SIZE, REPEATS = 4096, 20
 SHARED_BYTES = 1 << 30
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+"""Limit and usage of a control group, in versions 2 and 1."""
 
 
 def gpu(subject: Subject) -> Finding:
@@ -112,20 +117,39 @@ def offload(subject: Subject) -> Finding:
 
 
 def compiler(subject: Subject) -> Finding:
-    """Check for the C compiler that Triton needs on a GPU."""
+    """Check that Triton can build its kernels for a GPU."""
+    from lamda.model.attention.backends import missing_for_triton
+
     if subject.device.type != "cuda":
         return ok("not needed without a GPU")
-    if not (found := next((path for path in map(shutil.which, ("cc", "gcc", "clang")) if path), None)):
-        message, advice = "none found; Triton needs one to build its kernels", "install gcc on the node"
+    if missing := missing_for_triton():
+        message, advice = f"attention kernels need {missing}", "install gcc and Python's headers on the node"
         needed = subject.config.model.attention not in ("auto", "math", "sdpa")
         return failure(message, advice) if needed else warning(message, advice)
-    return ok(found)
+    return ok("builds Python modules, as Triton does")
 
 
 def available_memory() -> int:
-    """Bytes of host memory that are free or can be freed."""
-    lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    """Bytes of host memory that are free or can be freed, within the limits of this process's control groups."""
+    lines = (PROC / "meminfo").read_text("utf-8").splitlines()
+    free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return max(0, min([free, *_free_in_cgroups()]))
+
+
+def _free_in_cgroups() -> Iterator[int]:
+    """Bytes that each limited control group of this process can still take; unused page cache does not count."""
+    for line in (PROC / "self/cgroup").read_text("utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = CGROUPS / controllers
+        group = root / path.strip("/")
+        for folder in (each for each in (group, *group.parents) if each.is_relative_to(root)):
+            for limit, usage in CGROUP_FILES:
+                with suppress(OSError, ValueError):  # another version, a container's root, or the limit is "max"
+                    room = int((folder / limit).read_text("ascii")) - int((folder / usage).read_text("ascii"))
+                    statistics = dict(map(str.split, (folder / "memory.stat").read_text("ascii").splitlines()))
+                    yield room + int(statistics["inactive_file"])
 
 
 def gpu_name(subject: Subject) -> str | None:

@@ -151,7 +151,7 @@ class SavedState:
 
 
 class Snapshots:
-    """Copies of this rank's state in host memory, which is made once, at the start: it takes longer than a copy.
+    """Copies of this rank's state in host memory, which is made once: it takes longer than a copy.
 
     Raises UserError where a GPU's host has too little memory.
     """

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,10 @@ class DeepSpeedEngine:
             trim_memory()
             check_the_norm_alone(self.deepspeed.optimizer)
             reset_state(self.deepspeed, optimizer=config.train.optimizer, updates=0)
-        self._snapshots = checkpoint.Snapshots(self.deepspeed, device=device)
+
+    @cached_property
+    def _snapshots(self) -> checkpoint.Snapshots:
+        return checkpoint.Snapshots(self.deepspeed, device=self.device)
 
     @property
     def model(self) -> LaMDA:

@@ -86,6 +86,7 @@ def publish_weights(engine: deepspeed.DeepSpeedEngine) -> None:
     elif stage == 3:
         for group in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.invalidate_secondary_tensor()  # the copy of zero_hpz_partition_size
         if hasattr(optimizer, "persistent_parameters") and optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
     elif _has_masters(engine):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sysconfig
+import tempfile
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -47,8 +51,10 @@ def choose_backend(
     """
     if attention == "auto" and device.type != "cuda":
         return "sdpa"
+    if attention in ("math", "sdpa"):
+        return attention
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    target = Target(capability, dtype.itemsize, width, missing=_missing(), interpreted=_is_interpreted())
+    target = Target(capability, dtype.itemsize, width, missing=missing_for_triton(), interpreted=_is_interpreted())
     return resolve(attention, target, training=training)
 
 
@@ -61,10 +67,28 @@ def _is_interpreted() -> bool:
 
 
 @cache
-def _missing() -> str | None:
+def missing_for_triton() -> str | None:
     """What Triton needs and this machine lacks."""
     if find_spec("triton") is None:
         return "the package triton, which is not installed"
-    if "CC" not in os.environ and not (shutil.which("gcc") or shutil.which("clang")):
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
         return "a C compiler (gcc, clang or CC), which is not installed"
+    if problem := _build_problem(compiler):
+        return f"a C compiler that builds Python modules, and {compiler} does not ({problem})"
     return None
+
+
+def _build_problem(compiler: str) -> str | None:
+    """Why this compiler does not build a module of one line, as Triton builds the launcher of a kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "module.c")
+        source.write_text("#include <Python.h>\n", "utf-8")
+        command = [compiler, str(source), "-shared", "-fPIC", "-o", f"{folder}/module.so"]
+        command.append(f"-I{sysconfig.get_path('include')}")
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            return error.strerror
+    said = [*done.stderr.splitlines(), f"exit code {done.returncode}"]
+    return next((line for line in said if "error" in line), said[0]) if done.returncode else None
