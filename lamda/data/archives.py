@@ -1,12 +1,13 @@
 """The documents in .zip and .tar archives, in the order of the archive.
 
-A member is read by its suffix, as a file is. Members of other kinds, hidden ones, and archives in archives are left
-out. Sizes that a header states are not trusted: a document is read up to LONGEST_LINE.
+A member is read by its suffix, as a file is. Members of other kinds, hidden ones, links, and archives in archives are
+left out. Sizes that a header states are not trusted: a document is read up to LONGEST_LINE.
 """
 
 from __future__ import annotations
 
 import io
+import lzma
 import tarfile
 import zipfile
 import zlib
@@ -15,10 +16,10 @@ from pathlib import PurePosixPath
 from typing import IO, NamedTuple
 
 from lamda.config.errors import DataError
-from lamda.data.encodings import decoded
-from lamda.data.file_formats import UNCOMPRESSED, format_of
+from lamda.data.encodings import decoded, encoding_of_lines
+from lamda.data.file_formats import UNCOMPRESSED, FileFormat, format_of
 from lamda.data.files import LONGEST_LINE, File, chunks_of, lines_in, open_seekable
-from lamda.data.inflate import Chunk, inflate, plain
+from lamda.data.inflate import Chunk, inflate, joined, plain, sampled, transcoded
 from lamda.data.pages import text_of_page
 from lamda.data.records import DELIMITERS, Record, Text, is_array, read_array, read_table
 from lamda.data.remote import CHUNK
@@ -26,7 +27,9 @@ from lamda.data.remote import CHUNK
 MAX_RATIO = 1100
 """Deflate expands at most by this; an archive that states more has overlapping members."""
 
-_DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, NotImplementedError, DataError)
+_DAMAGED = (
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, NotImplementedError, DataError,
+)  # fmt: skip
 
 
 class _BrokenArchiveError(DataError):
@@ -38,7 +41,7 @@ class _Member(NamedTuple):
 
     name: str
     stored: int
-    stream: IO[bytes] | None
+    stream: IO[bytes] | None = None
     problem: str = ""
 
 
@@ -48,29 +51,41 @@ def read_archive(file: File, *, first: int) -> Iterator[Record]:
     Raises DataError if it is no archive, truncated, or made to expand without end.
     """
     number = 0
-    for member in _in_zip(file) if file.records == "zip" else _in_tar(file):
-        for size, value in _records_of(member):
+    for member in _members(file):
+        for size, value in _records_of(member) if is_read(member.name) else ():
             if number >= first:
-                yield Record(number, 0, member.stored, size, value)
+                yield Record(number, 0, member.stored, size, value, member.name)
             number += 1
+
+
+def unread_members(file: File) -> Iterator[str]:
+    """The names of members that are not read for their kind; raises as `read_archive`."""
+    return (member.name for member in _members(file) if not is_read(member.name) and not _is_hidden(member.name))
 
 
 def is_read(name: str) -> bool:
     """Whether a member of this name is read."""
     found = format_of(name)
-    is_hidden = any(part.startswith((".", "__")) for part in PurePosixPath(name).parts)
-    return found is not None and found.records not in (*UNCOMPRESSED, "tar") and not is_hidden
+    return found is not None and found.records not in (*UNCOMPRESSED, "tar") and not _is_hidden(name)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith((".", "__")) and part != ".." for part in PurePosixPath(name).parts)
+
+
+def _members(file: File) -> Iterator[_Member]:
+    return _in_zip(file) if file.records == "zip" else _in_tar(file)
 
 
 def _records_of(member: _Member) -> Iterator[tuple[int, object]]:
     """Size, about, and value of each record of a member."""
     stream, found = member.stream, format_of(member.name)
     if stream is None or found is None:
-        yield 0, ValueError(f"{member.name}: {member.problem}")
+        yield 0, ValueError(member.problem)
         return
     try:
         stored = iter(lambda: stream.read(CHUNK), b"")
-        chunks = plain(stored) if found.compression is None else inflate(stored, found.compression, member.name)
+        chunks = plain(stored) if found.compression is None else inflate(stored, found.compression, "its content")
         if found.records in ("document", "page"):
             data = _limited(chunks)
             if len(data) > LONGEST_LINE:
@@ -79,30 +94,25 @@ def _records_of(member: _Member) -> Iterator[tuple[int, object]]:
                 )
             text = decoded(data)
             yield len(data), Text(text_of_page(text) if found.records == "page" else text)
-        elif found.records == "table":
-            for record in read_table(lines_in(chunks), delimiter=DELIMITERS[found.suffix]):
-                yield record.size, record.value
         else:
-            yield from _json_records(chunks, member.name, may_be_array=found.records == "json")
+            yield from _many(found, chunks)
     except (*_DAMAGED, ValueError) as error:
         if isinstance(error, _BrokenArchiveError) or getattr(error, "errno", None) is not None:  # of the whole file
             raise
-        yield 0, ValueError(f"{member.name}: {error}".replace(f"{member.name}: {member.name}: ", f"{member.name}: "))
+        yield 0, ValueError(f"member cannot be read ({error})")
 
 
-def _json_records(chunks: Iterator[Chunk], name: str, *, may_be_array: bool) -> Iterator[tuple[int, object]]:
-    head = next(chunks, None)
-    if head is None:
-        return
-
-    def whole() -> Iterator[Chunk]:
-        yield head
-        yield from chunks
-
-    if may_be_array and is_array([head]):
-        yield from ((record.size, record.value) for record in read_array(whole(), name))
+def _many(found: FileFormat, chunks: Iterator[Chunk]) -> Iterator[tuple[int, object]]:
+    """Size, about, and value of each record of a table, of JSON lines, or of an array."""
+    first, chunks = sampled(chunks)
+    if (encoding := encoding_of_lines(joined(first))) is not None:
+        first, chunks = list(transcoded(first, encoding)), transcoded(chunks, encoding)
+    if found.records == "table":
+        yield from ((row.size, row.value) for row in read_table(lines_in(chunks), delimiter=DELIMITERS[found.suffix]))
+    elif found.records == "json" and is_array(first):
+        yield from ((item.size, item.value) for item in read_array(chunks, "its content"))
     else:
-        yield from ((len(line.data), line.data) for line in lines_in(whole()) if line.data.strip())
+        yield from ((len(line.data), line.data) for line in lines_in(chunks) if line.data.strip())
 
 
 def _limited(chunks: Iterator[Chunk]) -> bytes:
@@ -126,12 +136,12 @@ def _in_zip(file: File) -> Iterator[_Member]:
             raise DataError(f"{file.url}: states more text than a zip of its size can hold; it is left unread")
         for info in archive.infolist():
             require_same()
-            if info.is_dir() or not is_read(info.filename):
+            if info.is_dir():
                 continue
             try:
                 stream = archive.open(info)
             except (*_DAMAGED, RuntimeError) as error:  # RuntimeError: encrypted
-                yield _Member(info.filename, info.header_offset, None, f"cannot be read ({error})")
+                yield _Member(info.filename, info.header_offset, problem=f"member cannot be read ({error})")
                 continue
             with stream:
                 yield _Member(info.filename, info.header_offset, stream)
@@ -159,13 +169,26 @@ class _Stream(io.RawIOBase):
         return b"".join(parts)
 
 
+class _Header(tarfile.TarInfo):
+    """A header; tarfile takes a damaged, cut or missing one inside an archive for its end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> _Header:
+        try:
+            return super().fromtarfile(archive)  # type: ignore[return-value]
+        except tarfile.HeaderError as error:
+            if isinstance(error, tarfile.EOFHeaderError):
+                raise
+            raise tarfile.ReadError(str(error)) from error
+
+
 def _in_tar(file: File) -> Iterator[_Member]:
     source = _Stream(chunks_of(file))
     try:
-        with tarfile.open(fileobj=source, mode="r|") as archive:
+        with tarfile.open(fileobj=source, mode="r|", tarinfo=_Header) as archive:
             for info in archive:
                 archive.members = []  # type: ignore[attr-defined] # it would keep all
-                if info.isfile() and is_read(info.name):
+                if info.isfile():
                     yield _Member(info.name, source.stored, archive.extractfile(info))
     except tarfile.TarError as error:
         raise DataError(f"{file.url}: cannot be read as tar ({error}); damaged or truncated") from error

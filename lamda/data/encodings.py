@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections import Counter
 
 SAMPLE = 1 << 20
 """Bytes of a text that decide its encoding."""
@@ -21,6 +22,15 @@ CANDIDATES = [
 ]  # fmt: skip
 """The usual ones; among all that Python has, more are mistaken for each other."""
 
+LATIN = {
+    "cp1252": "àâæçèéêëîïôùûüÿœ äöüß áéíñóúü àèéìîòù àáâãçéêíóôõúü åäöé åæøéòô áðéíóúýþæö ëéïöüèê àçèéíïòóúü äöüõšž",
+    "cp1250": "áéíóöőúüű ąćęłńóśźż áčďéěíňóřšťúůýž áäčďéíĺľňóôŕšťúýž čćđšž ăâîşţ",
+    "cp1254": "âçğıîöşûü",
+    "cp1257": "āčēģīķļņšūž ąčęėįšųūž",
+}
+"""Encodings of Latin letters, with the letters beyond ASCII of the languages that use each. They share most of their
+bytes, and charset_normalizer takes French for Baltic and Croatian for French; the first of equals is the usual one."""
+
 
 def encoding_of(sample: bytes) -> str | None:
     """The encoding of a text that begins with `sample`, or is it; None for UTF-8.
@@ -38,6 +48,20 @@ def encoding_of(sample: bytes) -> str | None:
     elif is_utf8(sample) and sample.count(b"\0") * 100 < len(sample):
         return None
     raise ValueError("not text: neither UTF-8 nor another known encoding")
+
+
+def encoding_of_lines(sample: bytes) -> str | None:
+    """As `encoding_of`, of JSON lines or a table. UTF-8 with damaged lines is UTF-8: they are bad one by one."""
+    if not sample.startswith(tuple(MARKS)):
+        lines = sample.splitlines()
+        others = [line for line in lines if not line.isascii()]
+        good = sum(map(is_utf8, others))  # lines in other encodings hardly ever are
+        if good * 20 >= len(others) or (len(others) - good) * 100 <= len(lines):
+            return None
+    try:
+        return encoding_of(sample)
+    except ValueError:
+        return None
 
 
 def decoded(data: bytes) -> str:
@@ -60,10 +84,16 @@ def is_utf8(sample: bytes) -> bool:
 def _detected(sample: bytes) -> str | None:
     from charset_normalizer import from_bytes  # slow to import, and few texts need it
 
-    found = from_bytes(sample, cp_isolation=CANDIDATES, cp_exclusion=["utf_8"])
-    best = found.best()
-    if best is None:
-        return None
-    # Most letters of western languages are valid in cp1250 too, where a few are others: the more frequent one wins.
-    western = next((each for each in found if each.encoding == "cp1252" and each.chaos <= best.chaos), None)
-    return western.encoding if western is not None and best.encoding == "cp1250" else best.encoding
+    best = from_bytes(sample, cp_isolation=CANDIDATES, cp_exclusion=["utf_8"]).best()
+    if best is None or best.encoding not in LATIN:
+        return None if best is None else best.encoding
+    bytes_ = Counter(sample.translate(None, bytes(range(128))))
+    return max(LATIN, key=lambda encoding: _letters_of_one_language(bytes_, encoding))
+
+
+def _letters_of_one_language(counts: Counter[int], encoding: str) -> int:
+    """How many of the bytes above 127 are letters of the language that has most of them."""
+    letters: Counter[str] = Counter()
+    for byte, count in counts.items():
+        letters[bytes([byte]).decode(encoding, "replace").lower()] += count
+    return max(sum(letters[letter] for letter in alphabet) for alphabet in LATIN[encoding].split())

@@ -12,11 +12,13 @@ from pathlib import Path
 
 from lamda.config.errors import DataError, UserError
 from lamda.console import one_line
+from lamda.data.archives import unread_members
 from lamda.data.card import Source
 from lamda.data.documents import Form
-from lamda.data.encodings import MARKS, SAMPLE, encoding_of, is_utf8
+from lamda.data.encodings import SAMPLE, encoding_of, encoding_of_lines
 from lamda.data.file_formats import suffix_of
 from lamda.data.files import File, chunks_of
+from lamda.data.inflate import joined, sampled
 from lamda.data.lanes import why_unread
 from lamda.data.partitioning import whole_lane
 from lamda.data.sections import SECTIONED_FROM
@@ -44,6 +46,12 @@ class LeftOut:
     def add_unknown(self, path: str) -> None:
         """Count a file of a kind that holds no text, or that has no suffix."""
         self.add(path, suffix_of(path) or "without a suffix")
+
+    def add_members(self, file: File) -> None:
+        """Count such files in an archive, unless it has to be decompressed for that and is large."""
+        if file.records == "zip" or (file.records == "tar" and file.size <= READ_WHOLE):
+            for name in unread_members(file):
+                self.add_unknown(f"{file.url}/{name}")
 
     def __str__(self) -> str:
         parts = [
@@ -91,22 +99,13 @@ def described(file: File, *, whole_texts: bool) -> File:
 
 
 def _encoding(file: File) -> str | None:
-    sample = b""
     with closing(chunks_of(file)) as chunks:
-        for chunk in chunks:
-            sample += chunk.data
-            if len(sample) >= SAMPLE:
-                break
-    has_lines = file.records in ("lines", "json", "table")
-    if has_lines and not sample.startswith(tuple(MARKS)):
-        lines = sample[:SAMPLE].splitlines()
-        if sum(not is_utf8(line) for line in lines) * 100 <= len(lines):
-            return None  # damaged lines are quarantined one by one
+        sample = joined(sampled(chunks)[0])[:SAMPLE]
+    if file.records in ("lines", "json", "table"):
+        return encoding_of_lines(sample)
     try:
-        return encoding_of(sample[:SAMPLE])
+        return encoding_of(sample)
     except ValueError as error:
-        if has_lines:
-            return None
         raise DataError(f"{file.url}: {error}") from error
 
 

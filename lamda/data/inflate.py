@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import NamedTuple
 
 from lamda.config.errors import DataError
+from lamda.data.encodings import SAMPLE
 from lamda.data.file_formats import DECOMPRESSION_ERRORS, Compression, Decompressor
 
 INPUT_CHUNK = 1 << 11
@@ -74,6 +76,20 @@ def _input_chunks(stored: Iterable[bytes], size: int) -> Iterator[bytes]:
         rest = joined[whole:]
     if rest:
         yield rest
+
+
+def sampled(chunks: Iterator[Chunk]) -> tuple[list[Chunk], Iterator[Chunk]]:
+    """The first chunks of a text, from which its encoding follows, and all of its chunks."""
+    first, size = list[Chunk](), 0
+    while size < SAMPLE and (chunk := next(chunks, None)) is not None:
+        first.append(chunk)
+        size += len(chunk.data)
+    return first, chain(first, chunks)
+
+
+def joined(chunks: Iterable[Chunk]) -> bytes:
+    """Their text."""
+    return b"".join(chunk.data for chunk in chunks)
 
 
 def transcoded(chunks: Iterable[Chunk], encoding: str) -> Iterator[Chunk]:

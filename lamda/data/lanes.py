@@ -146,7 +146,8 @@ class Lane:
             number = 0 if dropped is None else dropped.number_of(file_slice.file.url)
             for entry in _read_slice(file_slice, self, line=line, byte=byte):
                 if isinstance(entry.content, _Bad):
-                    bad = BadLine.of(file_slice.place(entry.line, entry.byte), *entry.content)
+                    place = file_slice.place(entry.line, entry.byte)
+                    bad = BadLine.of(f"{place} ({entry.member})" if entry.member else place, *entry.content)
                     tally.quarantine(bad)
                     yield bad
                     continue
@@ -174,7 +175,8 @@ def why_unread(lane: Lane, *, is_whole: bool) -> str | None:
 
     is_whole: read it to its end. Raises DataError if it cannot be read.
     """
-    reason: str | None = "is empty"
+    file = lane.slices[0].file
+    reason: str | None = "holds no text" if file.size else "is empty"
     with closing(_read_slice(lane.slices[0], lane, line=0, byte=0)) as entries:
         for count, entry in enumerate(entries, start=1):
             if isinstance(entry.content, _Good):
@@ -197,13 +199,14 @@ class _Bad(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A line of a slice: its number, decompressed offset, interval on the axis of the slice, and content."""
+    """A line of a slice: its number, decompressed offset, interval on the axis of the slice, content, and member."""
 
     line: int
     byte: int
     begin: int
     end: int
     content: _Good | _Bad
+    member: str = ""
 
 
 def _read_slice(file_slice: FileSlice, lane: Lane, *, line: int, byte: int) -> Generator[_Entry]:
@@ -236,7 +239,8 @@ def _read_stream(file_slice: FileSlice, lane: Lane, *, line: int, byte: int) -> 
             return
         if file_slice.holds(record.number):
             begin = max(0, record.stored - before) * file.text_size // max(1, file.size) // file_slice.modulus
-            yield _Entry(record.number, record.byte, begin, begin + record.size, _of_value(record.value, lane))
+            content = _of_value(record.value, lane)
+            yield _Entry(record.number, record.byte, begin, begin + record.size, content, record.member)
 
 
 def _of_value(value: Any, lane: Lane) -> _Good | _Bad:

@@ -29,7 +29,7 @@ class Record(NamedTuple):
 
     number: from 0. byte: offset in the text from which it can be read alone; 0: only from the beginning of the file.
     stored: about its offset in the stored file. size: about its bytes. value: a `Text`, the bytes of a JSON record, a
-    record, or a ValueError for one that cannot be read.
+    record, or a ValueError for one that cannot be read. member: of the archive that it is in.
     """
 
     number: int
@@ -37,6 +37,7 @@ class Record(NamedTuple):
     stored: int
     size: int
     value: Any
+    member: str = ""
 
 
 def is_array(chunks: Iterable[Chunk]) -> bool:
@@ -52,6 +53,7 @@ def read_array(chunks: Iterable[Chunk], name: str) -> Iterator[Record]:
 
     Raises DataError with `name` if it is damaged, has no end, or has an item longer than LONGEST_LINE.
     """
+    chunks = iter(chunks)
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     decoder = json.JSONDecoder(parse_constant=lambda _: None)
     text, place, number, wanted, problem = "", 0, -1, 1, ""
@@ -62,6 +64,7 @@ def read_array(chunks: Iterable[Chunk], name: str) -> Iterator[Record]:
             while place < len(text) and text[place] in _BETWEEN_ITEMS:
                 place += 1
             if text[place : place + 1] == "]":
+                _require_end(chain([text[place + 1 :]], (decode(each.data) for each in chunks)), name)
                 return
             if place == len(text) or number < 0:  # the end of the chunk, or the opening bracket
                 place, number, wanted = place + (place < len(text)), max(0, number), 1
@@ -84,6 +87,13 @@ def read_array(chunks: Iterable[Chunk], name: str) -> Iterator[Record]:
         f"{name}: item {max(0, number) + 1} of its JSON array cannot be read{problem}: damaged, truncated, or longer "
         f"than {LONGEST_LINE >> 20} MiB; write one JSON record per line"
     )
+
+
+def _require_end(texts: Iterable[str], name: str) -> None:
+    """Raise DataError if there is more than space."""
+    for text in texts:
+        if text.strip():
+            raise DataError(f"{name}: more text follows the end of its JSON array; write one JSON record per line")
 
 
 class _Feed:

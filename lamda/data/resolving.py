@@ -79,6 +79,9 @@ def find(
     files = sorted(
         [*readable, *(described(file, whole_texts=whole_texts) for file in files)], key=lambda file: file.url
     )
+    for file in files:
+        if not file.is_remote:
+            left_out.add_members(file)
     if not files:
         nothing = (
             f"none of its {left_out.counts.total():,} files can be read: {left_out}" if left_out.counts else "no file"

@@ -83,7 +83,7 @@ def test_what_cannot_be_read_in_a_folder_is_left_out_and_named_by_itself_it_is_a
     assert [file.url for file in found.files] == [str(good)]
     message = str(found.left_out)
     for part in ("1 not a file", "2 cannot be read", "1 cannot be read as zip", "ends inside a compressed frame",
-                 "not JSON", "not text", "2 is empty", "folders of a run"):  # fmt: skip
+                 "not JSON", "not text", "1 is empty", "1 holds no text", "folders of a run"):  # fmt: skip
         assert part in message, (part, message)
     with pytest.raises(DataError, match=r"gone\.txt: cannot be read"):
         resolve(source_of(folder / "gone.txt"))
@@ -116,7 +116,8 @@ def test_archives_that_would_expand_without_end_take_bounded_memory(tmp_path, mo
     finally:
         tracemalloc.stop()
     assert isinstance(found[0], BadLine)
-    assert (found[0].reason[:20], found[-1]) == ("0.txt: a document of", "good")
+    assert "a document of more than" in found[0].reason
+    assert (found[0].place[-7:], found[-1]) == ("(0.txt)", "good")
     assert peak < 60 << 20
     # The same bytes listed many times, as the bombs of overlapping members do.
     path = named(tmp_path, "bomb.zip")
@@ -134,7 +135,7 @@ def test_a_damaged_member_is_counted_and_the_others_are_read(tmp_path):
     (tmp_path / "a.zip").write_bytes(data)
     first, bad, last = texts_of(source_of(tmp_path / "a.zip"))
     assert (first, last) == ("zero", "two")
-    assert bad.reason.startswith("1.txt: ")
+    assert bad.place.endswith("a.zip, line 2 (1.txt)")
     write_archive(tmp_path / "b.tar", [("0.txt", b"zero"), ("1.txt", b"one" * 999)])
     os.truncate(tmp_path / "b.tar", 2000)
     write_archive(tmp_path / "c.tar.gz", [("0.txt", b"zero"), ("1.txt", os.urandom(9999).hex().encode())])
@@ -142,6 +143,39 @@ def test_a_damaged_member_is_counted_and_the_others_are_read(tmp_path):
     for name in ("b.tar", "c.tar.gz"):
         with pytest.raises(DataError, match=f"{name}: .*truncated"):
             texts_of(source_of(tmp_path / name))
+
+
+def test_a_tar_that_is_damaged_between_members_is_not_taken_for_a_shorter_one(tmp_path):
+    path = tmp_path / "a.tar"
+    write_archive(path, [("0.txt", b"zero"), ("1.txt", b"one"), ("2.txt", b"two")])
+    whole = path.read_bytes()
+    assert texts_of(source_of(path)) == ["zero", "one", "two"]
+    for damaged in (whole[:2048], whole[:2148], whole[:1024] + b"x" + whole[1025:]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"a\.tar: cannot be read as tar"):
+            texts_of(source_of(path))
+
+
+def test_members_are_read_in_their_encodings_and_those_of_other_kinds_are_counted(tmp_path):
+    text = "Le café était fermé à Noël, où l'été naît déjà."
+    line = json.dumps({"text": text}, ensure_ascii=False)
+    members = [("a.csv", f'text\n"{text}"\n'.encode("latin-1")), ("b.jsonl", line.encode("latin-1")),
+               ("c.json", f"[{line}]".encode("utf-16")), ("../d.txt", text.encode("latin-1"))]  # fmt: skip
+    others = [("e.png", b""), ("f/g.png", b""), ("h.zip", b"PK"), (".hidden.png", b""), ("Makefile", b"")]
+    for name in ("a.zip", "b.tar.gz"):
+        write_archive(tmp_path / name, members + others)
+        found = find(source_of(tmp_path / name))
+        assert texts_of(source_of(tmp_path / name), found.files) == [text] * 4
+        assert found.left_out.counts == {".png": 2, ".zip": 1, "without a suffix": 1}
+        assert found.left_out.first[".png"] == f"{tmp_path / name}/e.png"
+
+
+def test_lines_of_two_encodings_are_read_or_counted_and_never_garbled(tmp_path):
+    text = "Le café était fermé à Noël, où l'été naît déjà."
+    line = json.dumps({"text": text}, ensure_ascii=False)
+    found = texts_of(source_of(named(tmp_path, "a.jsonl", b"\n".join([line.encode(), line.encode("latin-1")] * 9))))
+    assert [each for each in found if isinstance(each, str)] == [text] * 9
+    assert sum(isinstance(each, BadLine) for each in found) == 9
 
 
 @settings(max_examples=60, deadline=None)
@@ -162,6 +196,12 @@ def test_an_array_is_read_item_by_item_however_it_arrives(items, size, indent):
     assert all(0 <= item.stored <= len(data) for item in found)
     with pytest.raises(DataError, match="x: item"):
         list(read_array(chunks[:-1], "x"))
+
+
+def test_text_after_the_end_of_an_array_is_an_error(tmp_path):
+    for text in (b"[1]\n[2]\n", b"[]x", b"[1]" + b" " * (1 << 20) + b"{}"):
+        with pytest.raises(DataError, match="more text follows the end of its JSON array"):
+            list(read_array(streams.chunks_of(resolve(source_of(named(tmp_path, "a.json", text)))[0]), "a.json"))
 
 
 def test_an_item_that_never_ends_is_an_error_and_not_all_memory(monkeypatch):
@@ -211,6 +251,11 @@ def test_a_long_text_is_read_in_sections_and_cut_anywhere(tmp_path, monkeypatch,
 ENCODED = {
     "cp1252": "Il était une fois, à la lisière d'une forêt, une maison où vivait une grand-mère. Ça n'était rien.",
     "latin-1": "Der Müller fährt über die Straße nach Köln und grüßt die Käufer. Später möchte er ein Stück Kuchen.",
+    "iso8859_15": "Le café était fermé à Noël, où l'été naît déjà.",
+    "windows-1250": "Sva ljudska bića rađaju se slobodna i jednaka u dostojanstvu i pravima. Ona su obdarena sviješću.",
+    "windows_1250": "Minden emberi lény szabadon születik és egyenlő méltósága és joga van. Űrhajó, fűnyíró, őszibarack.",
+    "cp1254": "Bütün insanlar hür, haysiyet ve haklar bakımından eşit doğarlar. Akıl ve vicdana sahiptirler.",
+    "cp1257": "Visi žmonės gimsta laisvi ir lygūs savo orumu ir teisėmis. Jiems suteiktas protas ir sąžinė.",
     "cp1250": "Zażółć gęślą jaźń. Wszyscy ludzie rodzą się wolni i równi pod względem swej godności i swych praw.",
     "cp1251": "Все люди рождаются свободными и равными в своем достоинстве и правах. Они наделены разумом и совестью.",
     "koi8_r": "Все люди рождаются свободными и равными в своем достоинстве и правах. Они наделены разумом и совестью.",
