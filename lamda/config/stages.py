@@ -22,7 +22,7 @@ RATE_KEYS = ("lr", "schedule", "warmup_steps", "decay_fraction", "min_lr_ratio")
 KEYS: Mapping[str, tuple[str, ...]] = {
     "data": (
         "corpus", "files", "sequence_length", "shuffle", "packing", "document_mask", "cache_dir",
-        "max_bad_line_fraction",
+        "max_bad_line_fraction", "drop",
     ),
     "train": (*RATE_KEYS, "global_batch_size", "micro_batch_size", "recompute"),
 }  # fmt: skip

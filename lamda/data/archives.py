@@ -27,6 +27,9 @@ from lamda.data.remote import CHUNK
 MAX_RATIO = 1100
 """Deflate expands at most by this; an archive that states more has overlapping members."""
 
+LONGEST_HEADER = 1 << 20
+"""Bytes of a long name, or of other facts about a member of a tar."""
+
 _DAMAGED = (
     zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, NotImplementedError, DataError,
 )  # fmt: skip
@@ -170,16 +173,19 @@ class _Stream(io.RawIOBase):
 
 
 class _Header(tarfile.TarInfo):
-    """A header; tarfile takes a damaged, cut or missing one inside an archive for its end."""
+    """A header; tarfile takes a damaged or missing one inside an archive for its end, and reads long ones whole."""
 
     @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> _Header:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
         try:
-            return super().fromtarfile(archive)  # type: ignore[return-value]
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:
+            raise
         except tarfile.HeaderError as error:
-            if isinstance(error, tarfile.EOFHeaderError):
-                raise
             raise tarfile.ReadError(str(error)) from error
+        if not header.isreg() and header.size > LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {header.size:,} bytes")
+        return header
 
 
 def _in_tar(file: File) -> Iterator[_Member]:

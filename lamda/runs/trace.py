@@ -18,7 +18,7 @@ from lamda.best_effort import BestEffort
 from lamda.config.errors import DataError, UserError
 from lamda.config.loading import load_config
 from lamda.config.schema import Config
-from lamda.config.stages import plan_stages, stage_at
+from lamda.config.stages import Stage, plan_stages, stage_at
 from lamda.data.blocks import LaneReader, Packing, PartRows, RowBlock
 from lamda.data.corpus import Corpus, differences, fingerprint, packing_of
 from lamda.data.files import read_lines
@@ -30,7 +30,6 @@ from lamda.data.split import open_text
 from lamda.data.tokenizer import Tokenizer
 from lamda.data.windows import SourceOrder, Window, places
 from lamda.dialog.examples import form_of
-from lamda.runs.checkpoints import read_config
 from lamda.storage.manifest import STATE, complete, problem_of, read_state
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
@@ -80,7 +79,7 @@ def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     directory = RunDirectory(options.run)
     rows = list(trace(directory, step=options.step, row=options.row))
-    drop = read_config(directory.config).get("data.drop")
+    drop = stage_at(_stages(directory), options.step - 1).config.data.drop
     for row, pieces in rows:
         if options.json:
             values = {"step": options.step, "row": row, "pieces": [asdict(piece) for piece in pieces]}
@@ -99,10 +98,7 @@ def trace(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
 
     Raises UserError for a step that the run does not have, or if the text has changed since the run.
     """
-    if not directory.config.is_file():
-        raise UserError(f"{directory.path}: no run here (no config.yaml); `lamda list DIR` lists the runs in a folder")
-    moved = f"--run.dir={directory.path}"  # perhaps
-    stages = plan_stages(load_config(["--config", str(directory.config), moved]))
+    stages = _stages(directory)
     stage = stage_at(stages, step - 1)
     config = stage.config
     intact = (path for path in complete(directory.checkpoints) if problem_of(path, only={STATE}) is None)
@@ -134,6 +130,13 @@ def trace(directory: RunDirectory, *, step: int, row: int | None) -> Iterator[tu
             "text, skipped.json or the batch size has changed"
         )
     yield from sorted(found.items())
+
+
+def _stages(directory: RunDirectory) -> tuple[Stage, ...]:
+    if not directory.config.is_file():
+        raise UserError(f"{directory.path}: no run here (no config.yaml); `lamda list DIR` lists the runs in a folder")
+    moved = f"--run.dir={directory.path}"  # perhaps
+    return plan_stages(load_config(["--config", str(directory.config), moved]))
 
 
 def _read_rows(

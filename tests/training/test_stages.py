@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,10 @@ from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.config.stages import plan_stages
 from lamda.data.corpus import fingerprint, open_corpus
+from lamda.data.drop_list import Entry, lines_of
+from lamda.data.hashing import document_hash
 from lamda.runs.branch import main as branch
+from lamda.runs.trace import main as trace_step
 from lamda.runs.trace import trace
 from lamda.storage.metrics import read_metrics
 from lamda.storage.run_directory import RunDirectory
@@ -47,6 +51,9 @@ def place(tmp_path_factory, tokenizer_path):
         card = {"name": name, "description": name, "sources": own, "domains": ["words"]}
         (place.folder / f"{name}.yaml").write_text(yaml.safe_dump(card))
     config = yaml.safe_load((place.folder / "run.yaml").read_text())
+    dropped = Entry(document_hash(make_text(0, 90)), "near duplicate")
+    drop = str(place.folder / "drop.jsonl")
+    Path(drop).write_bytes(b"".join(lines_of({"files": []}, [dropped])))
     one, two = (str(place.folder / f"{name}.yaml") for name in ("one", "two"))
     del config["data"]["files"]
     config["data"]["corpus"] = one
@@ -57,7 +64,8 @@ def place(tmp_path_factory, tokenizer_path):
         {"name": "main", "until": "5 steps"},
         {"name": "mix", "until": "2816 tokens", "data": {"corpus": two},
          "train": {"schedule": "wsd", "lr": 3e-3, "global_batch_size": 12}},
-        {"name": "long", "data": {"corpus": one, "sequence_length": 48}, "train": {"micro_batch_size": 1}},
+        {"name": "long", "data": {"corpus": one, "sequence_length": 48, "drop": drop},
+         "train": {"micro_batch_size": 1}},
     ]  # fmt: skip
     (place.folder / "run.yaml").write_text(yaml.safe_dump(config))
     return place
@@ -103,6 +111,15 @@ def test_each_stage_has_its_text_rates_rows_and_batch(place, straight):
     assert "stage mix: steps 6 to 9, 1,536 tokens; data.corpus " in straight.stdout
     for step in (5, 6, 12):  # checked against the step's digest
         assert len(list(trace(RunDirectory(place.folder / "straight"), step=step, row=None))) == (8 if step < 6 else 12)
+
+
+def test_the_trace_of_a_step_names_the_drop_list_of_its_stage(place, straight, capsys):
+    for step, wanted in (
+        ("6", "row 0\n---"),
+        ("12", f"row 0, without the texts of {place.folder / 'drop.jsonl'}\n---"),
+    ):
+        assert trace_step([str(place.folder / "straight"), "--step", step, "--row", "0"]) == 0
+        assert wanted in capsys.readouterr().out
 
 
 def test_killed_at_random_and_on_the_ends_of_stages_it_ends_the_same(place, straight):
