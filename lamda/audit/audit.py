@@ -45,8 +45,11 @@ def main(argv: list[str]) -> int:
     if options.html and options.html.suffix not in (".html", ".htm"):
         raise UserError(f"--html {options.html}: a page is a .html file")
     from lamda.audit.findings import find
+    from lamda.audit.records import require_folder
     from lamda.audit.report import report_of
 
+    if options.html:
+        require_folder(options.html)
     with collected(options, chosen, options.tokenizer) as shards:
         report = report_of(shards, find(shards, {"exact", "near"}))
     if options.html:

@@ -38,9 +38,9 @@ def main(argv: list[str]) -> int:
     if not options.drop and options.against:
         chosen.add("overlap")
     from lamda.audit.findings import find
-    from lamda.audit.records import refuse_existing
+    from lamda.audit.records import require_new
 
-    refuse_existing(options.to)
+    require_new(options.to)
     with collected(options, chosen & {"near", "pii"}) as shards:
         chosen = _available(shards, chosen, is_default=not options.drop)
         findings = find(shards, chosen)

@@ -48,7 +48,7 @@ class Writer:
 
     def __init__(self, target: Path) -> None:
         self._target = target
-        refuse_existing(target)
+        require_new(target)
         try:
             self.folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
         except OSError as error:
@@ -85,15 +85,22 @@ class Writer:
             self.folder.rename(self._target)
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                refuse_existing(self._target)
+                require_new(self._target)
             raise
         sync_folder(self._target.parent)
 
 
-def refuse_existing(target: Path) -> None:
-    """Raise UserError if there is a file or a folder, which is not overwritten."""
+def require_new(target: Path) -> None:
+    """Raise UserError if there is a file or a folder, which is not overwritten, or no folder to write it in."""
     if target.exists():
         raise UserError(f"{target} exists already; name another one, or remove it")
+    require_folder(target)
+
+
+def require_folder(target: Path) -> None:
+    """Raise UserError if the folder of a file is missing: before the work, not after it."""
+    if not target.parent.is_dir():
+        raise UserError(f"{target}: there is no folder {target.parent}")
 
 
 @dataclass(frozen=True)

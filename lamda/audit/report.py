@@ -66,9 +66,10 @@ def _overlap(summary: Summary, first: dict[str, Any]) -> dict[str, int] | None:
 
 
 def _sorted(table: str, rows: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Rows by number where names are numbers, otherwise the largest first."""
+    """Rows by number where names are numbers, with those between that are empty; otherwise the largest first."""
     if table in ("lengths", "repeated lines"):
-        return {name: rows[name] for name in sorted(rows, key=int)}
+        numbers, empty = list(map(int, rows)), [0] * len(next(iter(rows.values())))
+        return {str(number): rows.get(str(number), empty) for number in range(min(numbers), max(numbers) + 1)}
     return dict(sorted(rows.items(), key=lambda row: ([-amount for amount in row[1]], row[0])))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +28,10 @@ from lamda.audit.records import (
 from lamda.audit.summary import Summary
 from lamda.audit.words import NOT_WORD, Hashes, Offsets, ngrams, words
 from lamda.config.errors import UserError
+from lamda.data.card import OWN_FILES
 from lamda.data.corpus import Corpus
 from lamda.data.documents import Document
+from lamda.data.files import File
 from lamda.data.hashing import document_hash
 from lamda.data.lanes import UNKNOWN_DOMAIN, Cursor, Lane
 from lamda.data.quarantine import BadLine
@@ -133,13 +136,14 @@ class Scan:
             self.summary.overlapping = set(self._parts.evaluation.seen())
 
     def _items(self, lane: Lane) -> Iterator[Item]:
-        files = [(self._numbers[each.file.url], each.file.name) for each in lane.slices]
+        files = [(self._numbers[each.file.url], _name(each.file)) for each in lane.slices]
         for entry in lane.read(Cursor()):
             if isinstance(entry, BadLine):
                 self.summary.count("bad lines", entry.reason.partition(" (")[0], 1)
                 continue
             number, name = files[entry.file]
-            yield Item(entry, entry.text.encode(), number, name if entry.domain == UNKNOWN_DOMAIN else entry.domain)
+            has_domain = entry.domain not in (UNKNOWN_DOMAIN, OWN_FILES)
+            yield Item(entry, entry.text.encode(), number, entry.domain if has_domain else name)
 
     def _add(self, batch: Sequence[Item]) -> None:
         """Count a batch of documents, and write their records."""
@@ -227,6 +231,12 @@ class Scan:
             beginning = item.document.text[:SHOWN]
             shown = pii.hidden(beginning, is_whole=beginning == item.document.text) if shows_text else ""
             self.summary.keep(kind, (rank, *item.place), f"{text}\n{shown}")
+
+
+def _name(file: File) -> str:
+    """The source of documents without a domain: their file, or the folder of a file that is a document."""
+    is_document = file.format.records in ("document", "page")
+    return f"{Path(file.url).parent.name}/" if is_document and not file.is_remote else file.name
 
 
 def signatures_of(found: Hashes, offsets: Offsets) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:

@@ -15,6 +15,9 @@ from lamda.config.resources import card_path
 from lamda.config.schema import DataConfig
 from lamda.config.values import AnyPatterns
 
+OWN_FILES = "files"
+"""The source of `data.files`."""
+
 
 class _CardSection(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
@@ -126,7 +129,7 @@ def load_card(config: DataConfig) -> Card:
     rules = card.sources[0].model_dump(include={"text", "domain"}) | {"license": "not stated"}
     if config.files is not None:
         own = {"name": "data.files", "description": "files that the run named itself", "homepage": None}
-        sources = (Source(name="files", files=config.files, **rules),)
+        sources = (Source(name=OWN_FILES, files=config.files, **rules),)
         card = card.model_copy(update={"sources": sources, "validation": (), "changes": (), "domains": (), **own})
     if config.eval_files is not None:
         card = card.model_copy(update={"validation": (Source(name="eval_files", files=config.eval_files, **rules),)})

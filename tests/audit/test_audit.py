@@ -128,7 +128,8 @@ def test_only_the_chosen_reasons_count(planted, capsys):
         (["clean", "TEXT", "--to", "LIST", "--drop", "overlap"], "--drop overlap: was not looked for; --against names"),
         (["clean", "TEXT", "--to", "LIST", "--drop", "nearr"], "there is no 'nearr'; there are .* did you mean 'near'"),
         (["clean", "TEXT", "--to", "EVAL"], "evaluation.jsonl exists already"),
-        (["clean", "TEXT", "--to", "/none/list"], "/none/list: cannot be written"),
+        (["clean", "TEXT", "--to", "/none/list"], "/none/list: there is no folder"),
+        (["audit", "TEXT", "--html", "/none/page.html"], "/none/page.html: there is no folder"),
         (["audit"], "name the text"),
         (["audit", "TEXT", "--without", "far"], "--without: there is no 'far'"),
         (["audit", "TEXT", "--memory", "0"], "is a number of gigabytes"),
@@ -231,6 +232,18 @@ def test_hostile_documents_are_counted_and_escaped(tmp_path, capsys):
     assert all(part not in page for part in ("<script", "<img src", "<i>", "<b>", "\x1b", "\u202e"))
     assert "&lt;script&gt;alert(1)" in page
     assert "default-src &#39;none&#39;" in page
+
+
+def test_texts_without_a_domain_are_counted_by_file_and_files_that_are_texts_by_folder(tmp_path, capsys):
+    (tmp_path / "notes").mkdir()
+    for name in ("a.txt", "b.md"):
+        (tmp_path / "notes" / name).write_text("some words")
+    write(tmp_path / "c.jsonl", ["some", "words"])
+    (tmp_path / "d.jsonl").write_text('{"text": "other", "meta": {"pile_set_name": "Books"}}\n')
+    tables = run(capsys, "audit", tmp_path)["tables"]
+    sources, lengths = tables["sources"], tables["lengths"]
+    assert {name: row[0] for name, row in lengths.items()} == {"3": 3, "4": 2}
+    assert {name: row[0] for name, row in sources.items()} == {"notes/": 2, "c.jsonl": 2, "Books": 1}
 
 
 def test_a_report_without_documents_is_one(tmp_path, capsys):
