@@ -12,7 +12,8 @@ import errno
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,34 +61,41 @@ class Writer:
 
     def __exit__(self, *_: object) -> None:
         for stream in self._files:
-            stream.close()
+            with suppress(OSError):  # a full disk, which was reported
+                stream.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, *parts: NDArray[Any]) -> None:
         """Append documents: an array of [n] or [n, width] for each of PARTS. Raises UserError if the disk is full."""
-        try:
+        with self._full_disk():
             for stream, part in zip(self._files, parts, strict=True):
                 stream.write(part.tobytes())
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Make the shard complete. Raises UserError if the disk is full, or another shard came first."""
+        with self._full_disk():
+            for stream in self._files:
+                stream.close()
+                sync_file(Path(stream.name))
+            write_file(self.folder / SUMMARY, json.dumps({"version": VERSION, **summary}))
+            self.folder.chmod(0o755)
+            try:
+                self.folder.rename(self._target)
+            except OSError as error:
+                if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    require_new(self._target)
+                raise
+            sync_folder(self._target.parent)
+
+    @contextmanager
+    def _full_disk(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(
                 f"{self.folder}: cannot be written ({error.strerror}); an audit keeps {BYTES_ON_DISK} bytes per "
                 "document; TMPDIR names another disk, or --to with --shard"
             ) from error
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Make the shard complete. Raises OSError, and UserError if another one came first."""
-        for stream in self._files:
-            stream.close()
-            sync_file(Path(stream.name))
-        write_file(self.folder / SUMMARY, json.dumps({"version": VERSION, **summary}))
-        self.folder.chmod(0o755)
-        try:
-            self.folder.rename(self._target)
-        except OSError as error:
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                require_new(self._target)
-            raise
-        sync_folder(self._target.parent)
 
 
 def require_new(target: Path) -> None:

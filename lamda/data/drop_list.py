@@ -8,6 +8,7 @@ text and place alone, so it is the same in every lane, rank and epoch.
 from __future__ import annotations
 
 import io
+import json
 from array import array
 from bisect import bisect_left
 from collections import Counter
@@ -73,7 +74,8 @@ class Entries:
         self._hashes: NDArray[np.uint64] = np.frombuffer(hashes, np.uint64)
         self._kept_file: NDArray[np.int32] = np.frombuffer(kept_files, np.int32)
         self._kept_position: NDArray[np.int64] = np.frombuffer(kept_positions, np.int64)
-        if (self._hashes[1:] <= self._hashes[:-1]).any() or (self._kept_file >= len(self.files)).any():
+        is_known = (self._kept_file >= NOWHERE) & (self._kept_file < len(self.files))
+        if (self._hashes[1:] <= self._hashes[:-1]).any() or not is_known.all():
             raise ValueError("not sorted by hash, or without a file")
         self._by_name: dict[str, list[int]] = {}
         for number, (name, *_) in enumerate(self.files):
@@ -118,7 +120,8 @@ def position_of(document: Document) -> int:
 
 def lines_of(header: dict[str, Any], entries: Iterable[Entry]) -> Iterator[bytes]:
     """The lines of a list. header: with `files`, see `file_entries`. entries: sorted by hash, each hash once."""
-    yield orjson.dumps({"drop_list": VERSION, **header}) + b"\n"
+    # Not orjson: a file name need not be UTF-8.
+    yield json.dumps({"drop_list": VERSION, **header}, separators=(",", ":")).encode() + b"\n"
     for entry in entries:
         kept = {} if entry.kept is None else {"kept": entry.kept}
         yield orjson.dumps({"hash": entry.hash, "reason": entry.reason, **kept}) + b"\n"
@@ -159,8 +162,9 @@ def _entries(drop: DropList) -> Entries:
         raise UserError(f"data.drop {drop.path}: has changed since the run started, or is another file on this machine")
     lines = io.BytesIO(content)
     try:
-        header = orjson.loads(lines.readline())
-        if header["drop_list"] != VERSION or not all(len(file) == 3 for file in header["files"]):
+        header = json.loads(lines.readline())
+        files = [[type(value) for value in file] for file in header["files"]]
+        if header["drop_list"] != VERSION or not all(len(file) == 3 and file[:2] == [str, int] for file in files):
             raise ValueError(header)
         return Entries(header, map(_entry, lines))
     except (ValueError, KeyError, TypeError, OverflowError) as error:
@@ -171,5 +175,5 @@ def _entries(drop: DropList) -> Entries:
 
 def _entry(line: bytes) -> Entry:
     values = orjson.loads(line)
-    file, position = values.get("kept", (NOWHERE, NOWHERE))
+    file, position = dict.get(values, "kept", (NOWHERE, NOWHERE))  # TypeError if it is no object
     return Entry(values["hash"], values["reason"], (file, position))

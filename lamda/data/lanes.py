@@ -293,10 +293,13 @@ def _with_nan(data: bytes) -> Any:
 
 def _of_record(record: Any, lane: Lane, data: bytes | None) -> _Good | _Bad:
     source = lane.source
+    domain = source.name if source.domain is None else get_path(record, source.domain)
+    domain = domain if isinstance(domain, str) else UNKNOWN_DOMAIN
     try:
         text = lane.form.text_of(record, source)
         text.encode()
-    except ValueError as error:  # UnicodeEncodeError: a lone surrogate of JSON
-        return _Bad(str(error), repr(record).encode("utf-8", "replace") if data is None else data)
-    domain = source.name if source.domain is None else get_path(record, source.domain)
-    return _Good(text, domain if isinstance(domain, str) else UNKNOWN_DOMAIN)
+        domain.encode()
+    except ValueError as error:
+        reason = f"a lone surrogate ({error})" if isinstance(error, UnicodeEncodeError) else str(error)
+        return _Bad(reason, repr(record).encode("utf-8", "replace") if data is None else data)
+    return _Good(text, domain)

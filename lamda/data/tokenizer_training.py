@@ -204,5 +204,7 @@ def _explained(error: RuntimeError, vocab_size: int) -> Exception:
             f"model.vocab_size to at least {smallest[1]}"
         )
     if "!sentences_.empty()" in message:
-        return UserError("data.files: there is no text to train a tokenizer on; give files with text")
+        return UserError(
+            "data.files: there is no text to train a tokenizer on, outside data.drop; give files with text"
+        )
     return error

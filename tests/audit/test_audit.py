@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from hypothesis import strategies as st
 
 from lamda.audit import duplicates, records
 from lamda.audit.findings import find
+from lamda.audit.records import BEGINNING, DOCUMENT, Writer
 from lamda.cli import main
+from lamda.config.errors import UserError
 from lamda.config.loading import load_config
 from lamda.data.corpus import open_corpus
 from lamda.data.drop_list import DropList
@@ -232,6 +235,17 @@ def test_hostile_documents_are_counted_and_escaped(tmp_path, capsys):
     assert all(part not in page for part in ("<script", "<img src", "<i>", "<b>", "\x1b", "\u202e"))
     assert "&lt;script&gt;alert(1)" in page
     assert "default-src &#39;none&#39;" in page
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_disk_that_is_full_at_the_end_is_named_and_nothing_is_left(tmp_path):
+    with Writer(tmp_path / "s") as writer:
+        writer._files[0].close()
+        writer._files[0] = Path("/dev/full").open("wb")  # noqa: SIM115 - the writer closes it
+        writer.add(np.zeros(1, DOCUMENT), np.zeros(1, BEGINNING), np.zeros((0, 1)))
+        with pytest.raises(UserError, match=r"No space left on device.*bytes per document"):
+            writer.finish({})
+    assert not list(tmp_path.iterdir())
 
 
 def test_texts_without_a_domain_are_counted_by_file_and_files_that_are_texts_by_folder(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The documents of a drop list are never trained on, all others exactly as without one, and a wrong list is refused."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -143,6 +144,10 @@ def test_a_list_that_does_not_fit_the_text_is_refused(config, tmp_path):
             b'{"drop_list": 1, "files": []}\n{"hash": "02", "reason": "r"}\n{"hash": "01", "reason": "r"}\n',
             "is no drop",
         ),
+        (b'{"drop_list": 1, "files": []}\n[]\n', "is no drop list"),
+        (b'{"drop_list": 1, "files": ["abc"]}\n', "is no drop list"),
+        (b'{"drop_list": 1, "files": [[3, 4, 5]]}\n', "is no drop list"),
+        (b'{"drop_list": 1, "files": [["x", 4, null]]}\n{"hash": "1", "reason": "r", "kept": [-5, 1]}\n', "is no drop"),
         (b'{"drop_list": 2, "files": []}\n', "is no drop list of this version"),
     ],
 )
@@ -163,9 +168,11 @@ def test_a_list_that_changes_under_a_run_is_an_error(config, tmp_path):
 
 
 def test_a_list_names_files_so_that_they_are_found_in_another_folder(config, tmp_path):
+    strange = os.fsdecode(b"y\xff.jsonl")  # not UTF-8
+    (tmp_path / "0/y.jsonl").rename(tmp_path / "0" / strange)
     corpus = open_corpus(config.data)
     names = [entry[0] for entry in file_entries(corpus.files)]
-    assert names == ["x.jsonl", "y.jsonl"]
+    assert names == ["x.jsonl", strange]
     write(tmp_path / "list", corpus, (document_hash("2 3"), "exact duplicate", (0, 0)))
     (tmp_path / "0").rename(tmp_path / "moved")
     moved = config.data.model_copy(update={"files": (f"{tmp_path}/moved/*",), "drop": str(tmp_path / "list")})

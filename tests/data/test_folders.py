@@ -207,6 +207,13 @@ def test_an_array_is_read_item_by_item_however_it_arrives(items, size, indent):
         list(read_array(chunks[:-1], "x"))
 
 
+def test_a_lone_surrogate_makes_a_bad_record_wherever_it_is(tmp_path):
+    path = named(tmp_path, "a.json", b'[{"text": "a", "d": "\\ud800"}, {"text": "\\ud800", "d": "x"}, {"text": "b"}]')
+    *bad, good = texts_of(source_of(path).model_copy(update={"domain": "d"}))
+    assert [each.reason.partition(" (")[0] for each in bad] == ["a lone surrogate"] * 2
+    assert good == "b"
+
+
 def test_text_after_the_end_of_an_array_is_an_error(tmp_path):
     for text in (b"[1]\n[2]\n", b"[]x", b"[1]" + b" " * (1 << 20) + b"{}"):
         with pytest.raises(DataError, match="more text follows the end of its JSON array"):
