@@ -117,17 +117,23 @@ def _source(file: Path, form: Form) -> Source:
 
 
 def _choose(corpus: Corpus, share: float, progress: Callable[[], object]) -> list[Document]:
-    """The documents with the lowest hashes, up to the share of the text: a pure function of the two."""
+    """The documents with the lowest hashes, up to the share of the text: a pure function of the two.
+
+    What training loses is at most MOST_SHARE of the text, all copies of a document counted.
+    """
     heap: list[tuple[int, str, Document, int]] = []  # the highest hash first
-    known: set[str] = set()
+    copies: dict[str, int] = {}  # bytes of all documents of a text that was among the lowest
     scanned = held = 0
     for size, document in _scan(corpus):
         progress()
         scanned += size
         key = document_hash(document.text)
-        if not 0 < size <= MOST // 10 or key in known or (held > MOST and int(key, 16) > -heap[0][0]):
+        if key in copies:
+            copies[key] += size
             continue
-        known.add(key)
+        if not 0 < size <= MOST // 10 or (held > MOST and int(key, 16) > -heap[0][0]):
+            continue
+        copies[key] = size
         heapq.heappush(heap, (-int(key, 16), key, document, size))
         held += size
         while held - heap[0][3] > MOST:
@@ -135,13 +141,13 @@ def _choose(corpus: Corpus, share: float, progress: Callable[[], object]) -> lis
             held -= size
     total = max(scanned, sum(lane.axis_length for lane in corpus.lanes) if scanned >= SCANNED else 0)
     most = min(MOST, int(total * MOST_SHARE))
-    wanted, chosen, length = min(most, max(LEAST, int(total * share))), list[Document](), 0
-    for _, _, document, size in sorted(heap, reverse=True):
-        if length < wanted and length + size <= most:
+    wanted, chosen, length, lost = min(most, max(LEAST, int(total * share))), list[Document](), 0, 0
+    for _, key, document, size in sorted(heap, reverse=True):
+        if length < wanted and lost + copies[key] <= most:
             chosen.append(document)
-            length += size
+            length, lost = length + size, lost + copies[key]
     if scanned and not chosen:
-        log.warning("no text is held out: there is no document of at most a tenth of it; see data.eval_files")
+        log.warning("no text is held out: no document, with its copies, is at most a tenth of it; see data.eval_files")
     return chosen
 
 

@@ -106,6 +106,19 @@ def test_text_that_cannot_be_divided_is_not(folder, caplog):
     assert "no text is held out" in caplog.text
 
 
+def test_a_text_that_is_a_tenth_of_the_corpus_in_copies_is_not_held_out(folder):
+    common, rare = make_text(900, 80), [make_text(n, 80) for n in range(60)]
+    lines = [json.dumps({"text": text}) + "\n" for text in [common] * 30 + rare]
+    for path in (folder / "text").iterdir():
+        path.unlink()
+    (folder / "text/a.jsonl").write_text("".join(lines))
+    corpus = open_text(config_of(folder, held_out=0.1))
+    assert common not in held_out(corpus)
+    assert 90 > len(trained_on(corpus)) >= 80
+    (folder / "text/a.jsonl").write_text("".join(lines[:30]))
+    assert open_text(config_of(folder, held_out=0.1)).held_out is None
+
+
 @pytest.mark.parametrize("name", ["pile", "lamda_mixture", "standard_library", "dialog", "dialog_with_tools"])
 def test_every_shipped_card_names_files_that_can_be_opened(name, tmp_path, monkeypatch):
     """Globs of the hub are answered with a file of each name, whose text is local."""
