@@ -113,7 +113,8 @@ def problems(row: dict[str, Any]) -> list[str]:
 def main(argv: Sequence[str]) -> int:
     """0 where every kernel is within its limits, 1 otherwise; prints a table."""
     parser = argparse.ArgumentParser(prog="kernel_resources.py", description=__doc__)
-    parser.add_argument("sm", nargs="*", type=int, choices=SHARED_KIB, default=list(SHARED_KIB), help="default: all")
+    # Not a positional: argparse of Python 3.11 checks an empty list against the choices.
+    parser.add_argument("--sm", nargs="+", type=int, choices=SHARED_KIB, default=list(SHARED_KIB), help="default: all")
     parser.add_argument("--quick", action="store_true", help="only bf16 with documents, which needs most in 16 bits")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
     options = parser.parse_args(argv)

@@ -42,4 +42,5 @@ def test_a_block_compiled_by_inductor_gives_the_logits_and_gradients_of_math(way
 @needs_kernels
 def test_every_kernel_is_within_the_limits_of_every_gpu():
     """All variants and devices; `tests/model/test_kernel_resources.py` has those that need most."""
-    assert run_kernel_resources().returncode == 0
+    done = run_kernel_resources()
+    assert done.returncode == 0, done.stdout + done.stderr
