@@ -87,6 +87,21 @@ class ChatResult:
         return Usage(len(context.ids), self.reply.cached_tokens, tokens, context.turns_left_out)
 
 
+class _Endings:
+    """How each generated text of a reply ended: whether by a stop, its ids, and the prefix that they continue."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.of: dict[str, tuple[bool, list[int], Prefix]] = {}
+
+    def add(self, prefix: Prefix, found: Candidates) -> None:
+        """Of equal texts, the one that stopped counts, then the longest."""
+        for ids, stopped in zip(found.ids, found.stopped, strict=True):
+            text = self._tokenizer.decode(ids).strip()
+            if text not in self.of or (stopped, len(ids)) > (self.of[text][0], len(self.of[text][1])):
+                self.of[text] = (stopped, ids, prefix)
+
+
 class Service:
     """One model behind a scheduler. Its methods block and may be called from many threads.
 
@@ -205,38 +220,21 @@ class Service:
         on_progress: OnProgress | None = None,
     ) -> ChatResult:
         """The speaker's reply to the conversation; `on_text` gets each new text of one that needs no rating."""
-        if request.messages[-1].role == "assistant":
-            problem = "messages: the last one is the assistant's own; end with the user's"
-            raise RequestError(400, problem, param="messages")
-        self._check_count("n", request.n, param="n")
-        count = request.candidates or max(self._options.candidates, request.n)
-        self._check_count("candidates", count, param="candidates")
-        if request.n > (most := 1 if self._has_tools else count):
-            why = "with tools a chat has one answer" if self._has_tools else "the candidates"
-            raise RequestError(400, f"n is {request.n}: at most {most}, {why}", param="n")
-        options = replace(
-            self._options,
-            candidates=count,
-            threshold=self._threshold(request.threshold),
-            sampling=self._sampling(request, request.max_completion_tokens or request.max_tokens),
-        )
-        rows = count + (_JUDGED if self._has_tools else 0) + request.logprobs
+        options = self._reply_options(request)
+        rows = options.candidates + (_JUDGED if self._has_tools else 0) + request.logprobs
         prefixes = 3 if self._has_tools else 1
         ticket.reserve(prefixes * self._sequence_length + rows * options.sampling.max_new_tokens)
-        ended: dict[str, tuple[bool, list[int], Prefix]] = {}
+        endings = _Endings(self.tokenizer)
         progress = ReplyProgress(on_progress, is_rated=self._is_tuned)
 
         def sample(prefix: Prefix, *, count: int, sampling: Sampling, on_token: OnToken | None = None) -> Candidates:
             with progress.of(count, on_token) as watched:
                 found = self.scheduler.sample(prefix, count=count, sampling=sampling, ticket=ticket, on_token=watched)
-            for ids, stopped in zip(found.ids, found.stopped, strict=True):
-                text = self.tokenizer.decode(ids).strip()
-                if text not in ended or (stopped, len(ids)) > (ended[text][0], len(ended[text][1])):
-                    ended[text] = (stopped, ids, prefix)
+            endings.add(prefix, found)
             return found
 
         def choice(text: str) -> Choice:
-            stopped, ids, prefix = ended[text]
+            stopped, ids, prefix = endings.of[text]
             likeliest = request.top_logprobs if request.logprobs else None
             scores = self._scores(prefix, ids, likeliest=likeliest, ticket=ticket)
             return Choice(text, "stop" if stopped else "length", len(ids), scores)
@@ -253,6 +251,24 @@ class Service:
         others = (refusal if each.dropped else choice(each.text) for each in reply.candidates[1 : request.n])
         return ChatResult(
             reply, first.reason, first.tokens, is_streamed=text.sent > 0, scores=first.scores, others=tuple(others)
+        )
+
+    def _reply_options(self, request: ChatRequest) -> ReplyOptions:
+        """What this request asks for, within the operator's bounds. Raises RequestError."""
+        if request.messages[-1].role == "assistant":
+            problem = "messages: the last one is the assistant's own; end with the user's"
+            raise RequestError(400, problem, param="messages")
+        self._check_count("n", request.n, param="n")
+        count = request.candidates or max(self._options.candidates, request.n)
+        self._check_count("candidates", count, param="candidates")
+        if request.n > (most := 1 if self._has_tools else count):
+            why = "with tools a chat has one answer" if self._has_tools else "the candidates"
+            raise RequestError(400, f"n is {request.n}: at most {most}, {why}", param="n")
+        return replace(
+            self._options,
+            candidates=count,
+            threshold=self._threshold(request.threshold),
+            sampling=self._sampling(request, request.max_completion_tokens or request.max_tokens),
         )
 
     def _threshold(self, requested: float | None) -> float:
