@@ -86,8 +86,8 @@ def _compared(
 def _value(other: LoadedModel, encoding: Encoding, context: Sequence[Message], candidate: Scored) -> float:
     room = other.config.data.sequence_length // 2
     prefix = prefill(other.model, encoding.context(context, max_tokens=room))
-    judgement = judge(other.model, prefix, encoding.text(candidate.text), encoding)
-    return sum(weight * judgement[name] for name, weight in WEIGHTS.items())
+    judgment = judge(other.model, prefix, encoding.text(candidate.text), encoding)
+    return sum(weight * judgment[name] for name, weight in WEIGHTS.items())
 
 
 def summary(found: NDArray[np.float64]) -> dict[str, Any]:

@@ -125,11 +125,11 @@ class Calibration(BaseModel):
         except (OSError, ValidationError) as error:
             raise UserError(f"{path}: cannot be read ({error})") from error
 
-    def apply(self, judgement: Mapping[str, float]) -> dict[str, float]:
-        """A judgement with calibrated probabilities; attributes without held-out ratings stay as they are."""
+    def apply(self, judgment: Mapping[str, float]) -> dict[str, float]:
+        """A judgment with calibrated probabilities; attributes without held-out ratings stay as they are."""
         return {
             name: float(self.attributes[name].applied(np.array(value))) if name in self.attributes else value
-            for name, value in judgement.items()
+            for name, value in judgment.items()
         }
 
     def report(self, ratings: Mapping[str, Ratings]) -> dict[str, Any]:
@@ -140,10 +140,10 @@ class Calibration(BaseModel):
             if name in self.attributes
         }
 
-    def objection(self, judgement: Mapping[str, float]) -> str | None:
+    def objection(self, judgment: Mapping[str, float]) -> str | None:
         """The first attribute that beats chance whose calibrated probability is beyond its threshold."""
         for name, scaling in self.attributes.items():
-            excess = (judgement.get(name, scaling.threshold) - scaling.threshold) * (1 if name in UNWANTED else -1)
+            excess = (judgment.get(name, scaling.threshold) - scaling.threshold) * (1 if name in UNWANTED else -1)
             if scaling.beats_chance and excess > 0:
                 return name
         return None

@@ -54,10 +54,10 @@ def rank_by_attributes(
     run: Run = whole,
 ) -> tuple[Scored, ...]:
     """The kept candidates, best first, then the dropped ones."""
-    judgements = run(_judgement_pieces(candidates, encoding))
+    judgments = run(_judgment_pieces(candidates, encoding))
     if calibration is not None:
-        judgements = [calibration.apply(judgement) for judgement in judgements]
-    return _ranked(candidates, judgements, encoding, threshold=threshold)
+        judgments = [calibration.apply(judgment) for judgment in judgments]
+    return _ranked(candidates, judgments, encoding, threshold=threshold)
 
 
 def rank_by_likelihood(candidates: Candidates, encoding: Encoding) -> tuple[Scored, ...]:
@@ -65,13 +65,13 @@ def rank_by_likelihood(candidates: Candidates, encoding: Encoding) -> tuple[Scor
     return _ranked(candidates, [{} for _ in candidates.ids], encoding, threshold=1.0)
 
 
-def drop_reason(text: str, judgement: Mapping[str, float], *, threshold: float) -> str | None:
+def drop_reason(text: str, judgment: Mapping[str, float], *, threshold: float) -> str | None:
     """Why a response is dropped, or None: empty, unsafe, or with a score that is not finite."""
     if not text.strip():
         return "empty"
-    if not all(map(isfinite, judgement.values())):
+    if not all(map(isfinite, judgment.values())):
         return "its scores are not finite"
-    unsafe = judgement.get("unsafe", 0.0)
+    unsafe = judgment.get("unsafe", 0.0)
     return f"P(unsafe) {unsafe:.3f} is above {threshold:g}" if unsafe > threshold else None
 
 
@@ -90,11 +90,11 @@ def judge(
     ]
     scores = run(score_pieces(model, prefix, continuations), tokens=sum(map(len, continuations)))
     logs = torch.tensor(scores, dtype=torch.float64).view(len(RATED_ATTRIBUTES), 2)
-    judgement = dict(zip(RATED_ATTRIBUTES, (logs[:, 1] - logs[:, 0]).sigmoid().tolist(), strict=True))
-    return judgement if calibration is None else calibration.apply(judgement)
+    judgment = dict(zip(RATED_ATTRIBUTES, (logs[:, 1] - logs[:, 0]).sigmoid().tolist(), strict=True))
+    return judgment if calibration is None else calibration.apply(judgment)
 
 
-def _judgement_pieces(candidates: Candidates, encoding: Encoding) -> Pieces[list[dict[str, float]]]:
+def _judgment_pieces(candidates: Candidates, encoding: Encoding) -> Pieces[list[dict[str, float]]]:
     """P(attribute) of each candidate: the probability of "1" against "0" after the attribute's symbol."""
     zero, one = encoding.rating_ids
     columns = []
@@ -111,16 +111,16 @@ def _number(value: float) -> float | None:
 
 
 def _ranked(
-    candidates: Candidates, judgements: Sequence[Mapping[str, float]], encoding: Encoding, *, threshold: float
+    candidates: Candidates, judgments: Sequence[Mapping[str, float]], encoding: Encoding, *, threshold: float
 ) -> tuple[Scored, ...]:
     """The scored candidates, best first, dropped ones last."""
     scored = []
-    totals = zip(candidates.ids, candidates.log_probabilities, candidates.stopped, judgements, strict=True)
-    for ids, total, stopped, judgement in totals:
+    totals = zip(candidates.ids, candidates.log_probabilities, candidates.stopped, judgments, strict=True)
+    for ids, total, stopped, judgment in totals:
         text, mean = encoding.decode(ids).strip(), total / (len(ids) + stopped)
-        value = sum(weight * judgement[name] for name, weight in WEIGHTS.items()) if judgement else mean
-        reason = drop_reason(text, judgement, threshold=threshold)
-        scored.append(Scored(text, {**judgement, "log_likelihood": mean}, value, dropped=reason))
+        value = sum(weight * judgment[name] for name, weight in WEIGHTS.items()) if judgment else mean
+        reason = drop_reason(text, judgment, threshold=threshold)
+        scored.append(Scored(text, {**judgment, "log_likelihood": mean}, value, dropped=reason))
     best_first = sorted(scored, key=lambda candidate: -candidate.value if isfinite(candidate.value) else inf)
     kept = [candidate for candidate in best_first if candidate.dropped is None]
     dropped = [candidate for candidate in best_first if candidate.dropped is not None]

@@ -193,8 +193,8 @@ class Speaker:
         *queries, last = research(ask, toolset, max_queries=options.max_queries)
         ids = self.encoding.text(last.text)
         rate = partial(judge, calibration=options.calibration, run=self._run)
-        judgement = rate(self._model, prefix, ids, self.encoding) if ids else {}
-        dropped = drop_reason(last.text, judgement, threshold=options.threshold)
+        judgment = rate(self._model, prefix, ids, self.encoding) if ids else {}
+        dropped = drop_reason(last.text, judgment, threshold=options.threshold)
         steps = (*queries, replace(last, dropped=dropped))
         if dropped is not None:
             return replace(base, steps=steps)

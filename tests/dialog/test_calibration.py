@@ -79,9 +79,9 @@ def test_probabilities_keep_their_order_unless_they_oppose_the_labels():
         assert len(set(mapped)) == distinct
         assert (np.diff(mapped) >= 0).all()
     calibration = Calibration.of({"unsafe": ratings(slope=2.0)}, false_refusals=0.05)
-    judgement = calibration.apply({"unsafe": 0.9, "sensible": 0.3})
-    assert judgement["sensible"] == 0.3
-    assert judgement["unsafe"] < 0.9
+    judgment = calibration.apply({"unsafe": 0.9, "sensible": 0.3})
+    assert judgment["sensible"] == 0.3
+    assert judgment["unsafe"] < 0.9
 
 
 def test_a_rating_no_better_than_chance_switches_its_filter_off():

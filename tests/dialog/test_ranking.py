@@ -174,10 +174,10 @@ def test_nothing_to_answer_is_said(model, tokenizer):
 
 @pytest.mark.parametrize("name", RATED_ATTRIBUTES)
 def test_a_candidate_that_could_not_be_judged_is_dropped(name):
-    judgement = dict.fromkeys(RATED_ATTRIBUTES, 0.1) | {name: float("nan")}
-    assert drop_reason("fine", judgement, threshold=1.0) == "its scores are not finite"
+    judgment = dict.fromkeys(RATED_ATTRIBUTES, 0.1) | {name: float("nan")}
+    assert drop_reason("fine", judgment, threshold=1.0) == "its scores are not finite"
     assert drop_reason("fine", dict.fromkeys(RATED_ATTRIBUTES, 0.1), threshold=1.0) is None
-    record = Scored("fine", judgement, float("nan")).to_record()
+    record = Scored("fine", judgment, float("nan")).to_record()
     assert json.loads(json.dumps(record, allow_nan=False))["scores"][name] is None
 
 

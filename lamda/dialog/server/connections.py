@@ -37,7 +37,7 @@ _OTHER_DESCRIPTORS = 64
 class Server(uvicorn.Server):
     """The application on a socket. SIGINT, SIGTERM or SIGHUP stops it after all active requests are answered.
 
-    A second SIGINT ends these at once.
+    A second SIGINT ends these immediately.
     A SIGHUP that is ignored, as under nohup, stays ignored.
     """
 
