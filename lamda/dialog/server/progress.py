@@ -29,7 +29,7 @@ class ReplyProgress:
         def watched(number: int, id: int) -> bool | None:
             longest = max(lengths)
             lengths[number] += 1
-            if lengths[number] > longest:  # those that go on are equally long: a shorter one has ended
+            if lengths[number] > longest:  # those that continue are equally long: a shorter one has ended
                 counts = {"candidates": count, "finished": sum(n < longest for n in lengths), "tokens": sum(lengths)}
                 report({"stage": self._stage, **counts})
             return on_token(number, id) if on_token else None
