@@ -55,6 +55,9 @@ REPLIES = {
     "hidden": Reply("safe\x1b[31m \u202egnp.exe", FOUND.candidates[:1]),
     "long": Reply("Yes. " * 40, FOUND.candidates[:1], context=CUT),
 }
+STORED_REPLIES = (
+    "import('/static/store.js').then(store => store.all()).then(all => all[0]?.turns.at(-1).replies.length ?? 0)"
+)
 PROGRESS = {"stage": "sampling", "candidates": 16, "finished": 5, "tokens": 312}
 
 
@@ -150,6 +153,20 @@ def ask(page, text, *, replies=1):
 def answered(page, replies=1):
     expect(page.locator(".assistant:not(.pending)")).to_have_count(replies, timeout=30_000)
     expect(page.locator("#send")).to_be_visible()
+
+
+def kept(page, *, replies=1):
+    """Wait until the browser has stored so many replies to the last message, which it does after showing them."""
+    deadline = time.monotonic() + 30
+    while page.evaluate(STORED_REPLIES) != replies:
+        assert time.monotonic() < deadline, "the reply is not stored"
+        time.sleep(0.05)
+
+
+def open_history(page):
+    """Open the dialog; it appears when the browser has read its conversations."""
+    page.click("#open-history")
+    expect(page.locator("#history")).to_be_visible()
 
 
 def unfold(page):

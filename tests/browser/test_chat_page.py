@@ -15,6 +15,8 @@ from tests.browser.chat_page import (
     answered,
     ask,
     expect,
+    kept,
+    open_history,
     page,
     service,
     unfold,
@@ -85,17 +87,17 @@ def test_another_conversation_is_opened_while_one_is_answered(page):
     page.keyboard.press("Alt+n")
     expect(page.locator("#send")).to_be_visible()
     ask(page, "refuse")
-    page.click("#open-history")
+    open_history(page)
     page.locator("#conversations .name").nth(1).click()
     expect(page.locator(".user .text")).to_have_text(["nadal", "wait"])
     expect(page.locator(".problem")).to_contain_text("Stopped.")
     page.get_by_role("button", name="Try again").click()
     expect(page.locator(".progress")).to_be_visible()
-    page.click("#open-history")
+    open_history(page)
     page.locator("#conversations button", has_text="Delete").first.click()
     expect(page.locator("#conversations .name")).to_have_text(["refuse"])
     page.keyboard.press("Escape")
-    page.click("#open-history")
+    open_history(page)
     expect(page.locator("#conversations .name")).to_have_text(["refuse"])
 
 
@@ -216,6 +218,7 @@ def test_settings_and_system_text_reach_the_server_and_stay(page):
     page.get_by_role("button", name="Regenerate reply").click()
     expect(page.locator(".versions")).to_be_visible()
     assert bodies[1]["seed"] == 8
+    kept(page, replies=2)
     page.reload()
     answered(page)
     page.keyboard.press("Alt+s")
@@ -232,34 +235,40 @@ def test_settings_and_system_text_reach_the_server_and_stay(page):
 
 def test_history_is_kept_opened_and_deleted(page):
     ask(page, "nadal")
+    kept(page)
     page.click("#new")
     ask(page, "the of")
+    kept(page)
     page.reload()
     expect(page.locator(".user .text")).to_have_text("the of")
-    page.click("#open-history")
+    open_history(page)
     titles = page.locator("#conversations .name")
     assert titles.all_inner_texts() == ["the of", "nadal"]
     titles.nth(1).click()
+    expect(page.locator(".user .text")).to_have_text("nadal")
     unfold(page)
     assert page.locator(".candidates > li").count() == 4
     ask(page, "to in", replies=2)
-    page.click("#open-history")
+    kept(page)
+    open_history(page)
     assert titles.all_inner_texts() == ["nadal", "the of"]
     page.get_by_role("button", name="Delete: the of").click()
     expect(titles).to_have_count(1)
     page.on("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Delete all").click()
     expect(page.locator(".turn")).to_have_count(0)
-    page.click("#open-history")
+    open_history(page)
     expect(page.locator("#conversations")).to_have_text("None yet.")
 
 
 def test_a_conversation_that_another_tab_continued_is_shown_as_it_is(page):
     ask(page, "nadal")
+    kept(page)
     other = page.context.new_page()
     other.goto(page.url)
     answered(other)
     ask(other, "the of", replies=2)
+    kept(other)
     page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
     expect(page.locator(".user .text")).to_have_text(["nadal", "the of"])
 

@@ -14,6 +14,7 @@ from tests.browser.chat_page import (
     answered,
     ask,
     expect,
+    open_history,
     page,
     picture,
     service,
@@ -53,6 +54,7 @@ def test_nothing_hangs_out_and_all_text_stands_out(visit, scheme, width):
     assert min(contrasts.values()) >= 4.5, contrasts
     for name in ("settings", "history"):
         page.click(f"#open-{name}")
+        expect(page.locator(f"#{name}")).to_be_visible()
         picture(page, f"{name}-{scheme}-{width}")
         box = page.locator(f"#{name}").bounding_box()
         assert 0 <= box["x"] <= box["x"] + box["width"] <= width
@@ -119,6 +121,7 @@ def test_the_keyboard_is_enough(page):
     page.keyboard.press("Alt+n")
     expect(page.locator(".turn")).to_have_count(0)
     page.keyboard.press("Alt+h")
+    expect(page.locator("#history")).to_be_visible()
     page.keyboard.press("Enter")  # the first conversation has the focus
     expect(page.locator(".user .text")).to_have_text("seed")
 
@@ -140,7 +143,7 @@ def test_markup_that_is_typed_or_generated_stays_text(page):
     assert page.locator(".assistant > .text").nth(1).inner_text() == MARKUP
     assert page.locator(".candidates .text").filter(has_text=MARKUP).count() >= 2
     assert page.locator(".steps .text").filter(has_text=MARKUP).count() == 2
-    page.click("#open-history")
+    open_history(page)
     expect(page.locator("#conversations .name")).to_have_text(MARKUP[:80])
 
 
@@ -199,7 +202,7 @@ def test_a_hostile_history_is_text_or_left_out(page):
     expect(notes).to_have_text("The system text is longer than what the model reads: it read only the beginning of it.")
     unfold(page)
     assert page.locator("main a[target]").count() == 0
-    page.click("#open-history")
+    open_history(page)
     expect(page.locator("#conversations li")).to_have_count(1)
     page.keyboard.press("Escape")
     page.click("#open-settings")
