@@ -1,4 +1,4 @@
-"""Prompts that begin alike: what is computed again, what is kept, and that no logit tells the difference."""
+"""Prompts that begin alike: what is computed again, what is kept, and that logits agree with those of a whole pass."""
 
 from __future__ import annotations
 
