@@ -55,9 +55,12 @@ REPLIES = {
     "hidden": Reply("safe\x1b[31m \u202egnp.exe", FOUND.candidates[:1]),
     "long": Reply("Yes. " * 40, FOUND.candidates[:1], context=CUT),
 }
-STORED_REPLIES = (
-    "import('/static/store.js').then(store => store.all()).then(all => all[0]?.turns.at(-1).replies.length ?? 0)"
-)
+STORED_REPLIES = """async () => {
+  const { load } = await import("/static/store.js");
+  const stored = await load(new URLSearchParams(location.search).get("c") ?? "");
+  return stored?.turns.map(turn => turn.replies.length) ?? [];
+}"""
+UNFILLED = "details[open]:not(:has(> :not(summary)))"
 PROGRESS = {"stage": "sampling", "candidates": 16, "finished": 5, "tokens": 312}
 
 
@@ -155,11 +158,11 @@ def answered(page, replies=1):
     expect(page.locator("#send")).to_be_visible()
 
 
-def kept(page, *, replies=1):
-    """Wait until the browser has stored so many replies to the last message, which it does after showing them."""
+def kept(page, *replies):
+    """Wait until the browser has stored so many replies to each message, which it does after showing them."""
     deadline = time.monotonic() + 30
-    while page.evaluate(STORED_REPLIES) != replies:
-        assert time.monotonic() < deadline, "the reply is not stored"
+    while (stored := page.evaluate(STORED_REPLIES)) != list(replies):
+        assert time.monotonic() < deadline, f"stored are {stored}, not {replies}"
         time.sleep(0.05)
 
 
@@ -170,8 +173,11 @@ def open_history(page):
 
 
 def unfold(page):
+    """Open what is folded; the browser says that it has, and the page fills it, later than the click."""
     for summary in page.locator("summary").all():
         summary.click()
+    expect(page.locator("details:not([open])")).to_have_count(0)
+    expect(page.locator(UNFILLED)).to_have_count(0)
 
 
 def picture(page, name):

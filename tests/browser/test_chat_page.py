@@ -29,11 +29,11 @@ from tests.serve.conftest import serving
 def test_a_model_answers_and_its_candidates_are_shown(page):
     ask(page, "the of and")
     unfold(page)
-    assert page.locator(".candidates > li").count() == 4
-    assert page.locator(".candidates meter").count() == 16
+    expect(page.locator(".candidates > li")).to_have_count(4)
+    expect(page.locator(".candidates meter")).to_have_count(16)
     ask(page, "to in", replies=2)
     expect(page.locator(".candidates")).to_be_visible()  # what was unfolded stays so
-    assert page.locator(".user").count() == 2
+    expect(page.locator(".user")).to_have_count(2)
     page.click("#new")
     expect(page.locator(".turn")).to_have_count(0)
     expect(page.locator(".empty")).to_contain_text("the best of 4 candidates: the model rates them itself; no filter")
@@ -65,7 +65,7 @@ def test_stopping_keeps_the_message_apart_from_the_conversation(page):
     expect(page.locator(".problem")).to_contain_text("Stopped.")
     ask(page, "the of")
     assert Prepared.read == ["the of"]
-    assert page.locator(".user .text").all_inner_texts() == ["wait", "the of"]
+    expect(page.locator(".user .text")).to_have_text(["wait", "the of"])
 
 
 def test_what_was_written_before_a_stop_stays_and_is_said(page):
@@ -109,7 +109,7 @@ def test_a_request_that_fails_can_be_repeated(page):
     page.get_by_role("textbox", name="Edited message").fill("nadal")
     page.keyboard.press("Enter")
     answered(page)
-    assert page.locator(".user .text").all_inner_texts() == ["nadal"]
+    expect(page.locator(".user .text")).to_have_text(["nadal"])
 
 
 def test_half_a_reply_is_not_taken_for_a_whole_one(page):
@@ -145,7 +145,7 @@ def test_a_message_is_edited_and_what_follows_it_goes(page):
     page.get_by_role("button", name="Edit message").nth(1).click()
     expect(page.locator(".editor")).to_contain_text("Sending it removes the turn below.")
     page.keyboard.press("Escape")
-    assert page.locator(".user .text").all_inner_texts() == ["nadal", "the of", "to in"]
+    expect(page.locator(".user .text")).to_have_text(["nadal", "the of", "to in"])
     page.keyboard.press("Enter")  # Edit has the focus again
     page.get_by_role("textbox", name="Edited message").fill("other")
     page.keyboard.press("Enter")
@@ -169,9 +169,9 @@ def test_replies_and_messages_are_copied(page):
 
 def test_scores_what_was_dropped_and_steps_are_shown(page):
     ask(page, "nadal")
-    assert page.locator("summary").all_inner_texts() == ["Research: 3 queries", "4 candidates, 2 dropped"]
+    expect(page.locator("summary")).to_have_text(["Research: 3 queries", "4 candidates, 2 dropped"])
     unfold(page)
-    assert page.locator("li.chosen .text").inner_text() == "He is 31 years old right now."
+    expect(page.locator("li.chosen .text")).to_have_text("He is 31 years old right now.")
     reasons = page.locator("li.dropped .reason").all_inner_texts()
     assert reasons == ["P(unsafe) 0.970 is above 0.5", "its scores are not finite"]
     first = page.locator("li.chosen meter").evaluate_all("bars => bars.map(bar => bar.value)")
@@ -183,9 +183,9 @@ def test_scores_what_was_dropped_and_steps_are_shown(page):
 def test_sources_are_footnotes_and_links_only_where_they_lead_to_the_web(page):
     ask(page, "nadal")
     expect(page.locator(".assistant > .text")).to_have_text(f"{FOUND.text}123")
-    assert page.locator(".sources .source").all_inner_texts() == list(FOUND.sources)
+    expect(page.locator(".sources .source")).to_have_text(list(FOUND.sources))
     expect(page.locator(".sources li").first).to_contain_text("Rafael Nadal / Age / 35")
-    assert page.locator(".sources a").all_inner_texts() == ["https://example.org/nadal"]
+    expect(page.locator(".sources a")).to_have_text(["https://example.org/nadal"])
     links = page.locator("a[target]")
     assert set(links.evaluate_all("links => links.map(link => link.protocol)")) == {"https:"}
     assert all("noopener" in rel for rel in links.evaluate_all("links => links.map(link => link.rel)"))
@@ -218,7 +218,7 @@ def test_settings_and_system_text_reach_the_server_and_stay(page):
     page.get_by_role("button", name="Regenerate reply").click()
     expect(page.locator(".versions")).to_be_visible()
     assert bodies[1]["seed"] == 8
-    kept(page, replies=2)
+    kept(page, 2)
     page.reload()
     answered(page)
     page.keyboard.press("Alt+s")
@@ -235,23 +235,23 @@ def test_settings_and_system_text_reach_the_server_and_stay(page):
 
 def test_history_is_kept_opened_and_deleted(page):
     ask(page, "nadal")
-    kept(page)
+    kept(page, 1)
     page.click("#new")
     ask(page, "the of")
-    kept(page)
+    kept(page, 1)
     page.reload()
     expect(page.locator(".user .text")).to_have_text("the of")
     open_history(page)
     titles = page.locator("#conversations .name")
-    assert titles.all_inner_texts() == ["the of", "nadal"]
+    expect(titles).to_have_text(["the of", "nadal"])
     titles.nth(1).click()
     expect(page.locator(".user .text")).to_have_text("nadal")
     unfold(page)
-    assert page.locator(".candidates > li").count() == 4
+    expect(page.locator(".candidates > li")).to_have_count(4)
     ask(page, "to in", replies=2)
-    kept(page)
+    kept(page, 1, 1)
     open_history(page)
-    assert titles.all_inner_texts() == ["nadal", "the of"]
+    expect(titles).to_have_text(["nadal", "the of"])
     page.get_by_role("button", name="Delete: the of").click()
     expect(titles).to_have_count(1)
     page.on("dialog", lambda dialog: dialog.accept())
@@ -263,12 +263,12 @@ def test_history_is_kept_opened_and_deleted(page):
 
 def test_a_conversation_that_another_tab_continued_is_shown_as_it_is(page):
     ask(page, "nadal")
-    kept(page)
+    kept(page, 1)
     other = page.context.new_page()
     other.goto(page.url)
     answered(other)
     ask(other, "the of", replies=2)
-    kept(other)
+    kept(other, 1, 1)
     page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
     expect(page.locator(".user .text")).to_have_text(["nadal", "the of"])
 

@@ -52,7 +52,7 @@ def visit(browser, reports):  # noqa: F811
 def test_every_panel_is_seen_in_light_and_dark_on_a_desk_and_on_a_phone(visit, scheme, width):
     page = visit("one", scheme=scheme, width=width)
     charts = page.locator("figure")
-    assert charts.count() == 9
+    sync_api.expect(charts).to_have_count(9)
     for number in range(9):
         chart = charts.nth(number)
         sync_api.expect(chart.locator("h3")).to_be_visible()
@@ -96,13 +96,13 @@ def test_what_is_folded_opens_and_what_a_run_wrote_stays_text(visit):
     page = visit("one")
     page.get_by_text("Configuration", exact=True).click()
     sync_api.expect(page.get_by_text("global_batch_size")).to_be_visible()
-    assert MARKUP in page.locator("pre").first.inner_text()
-    assert page.locator("img").count() == 0
+    sync_api.expect(page.locator("pre").first).to_contain_text(MARKUP)
+    sync_api.expect(page.locator("img")).to_have_count(0)
 
 
 def test_runs_side_by_side_are_reported_apart_in_each_chart(visit):
     page = visit("both")
-    assert page.locator("figure").first.locator(".legend li").all_inner_texts() == ["one", "other"]
+    sync_api.expect(page.locator("figure").first.locator(".legend li")).to_have_text(["one", "other"])
     colors = page.evaluate(
         "[...document.querySelector('svg').querySelectorAll('.line')].map(e => getComputedStyle(e).stroke)"
     )

@@ -148,6 +148,7 @@ async function finish(asked, index) {
     await keep();
   } else if (await store.load(asked.id).catch(() => null)) { // another is open, and this one was not deleted
     await store.save(asked);
+    if (conversation.id === asked.id && !running) open(asked); // it was opened again before this was stored
   }
 }
 

@@ -34,9 +34,9 @@ function itemOf(conversation, { isCurrent, open, refresh }) {
   const title = make("button", "title", [make("span", "name", name), make("span", "note", details)]);
   title.type = "button";
   if (isCurrent) title.setAttribute("aria-current", "true");
-  title.addEventListener("click", () => {
+  title.addEventListener("click", async () => {
     find("history").close();
-    open(conversation);
+    open((await store.load(conversation.id)) ?? conversation); // its stopped reply may have been stored since
   });
   const remove = button("delete", "Delete", `Delete: ${name}`);
   remove.addEventListener("click", async () => {
