@@ -11,15 +11,20 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lamda.cli import main
 from lamda.config import Config
 from lamda.config.errors import UserError
+from lamda.dialog.calibration import CALIBRATION, Calibration
+from lamda.dialog.options import calibrated
+from lamda.dialog.ratings import Ratings
+from lamda.dialog.speaker import ReplyOptions
 from lamda.distributed import World
 from lamda.engines.deepspeed.engine import DeepSpeedEngine
 from lamda.inference.loading import find_checkpoint, load_run
@@ -30,6 +35,7 @@ from lamda.interop.huggingface.export import export
 from lamda.interop.huggingface.importing import import_folder
 from lamda.interop.huggingface.source import ExportSource
 from lamda.storage import manifest
+from lamda.storage.commit import add_file
 from lamda.storage.metrics import MetricsFile
 from lamda.storage.state import RunState
 from lamda.training.inputs import check_initial_weights
@@ -162,6 +168,28 @@ def test_what_came_back_generates_trains_and_goes_out_again(run, exported, tmp_p
     export(tmp_path / "back", tmp_path / "again")
     assert (tmp_path / "again/model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
     assert "Unknown: these weights came without their run." in (tmp_path / "again/README.md").read_text("utf-8")
+
+
+def test_a_dialogue_model_keeps_its_ratings_calibration(tokenizer_path, tmp_path):
+    run = write_run(tmp_path / "run", tokenizer_path, packing="whole")
+    rng = np.random.default_rng(0)
+    positive = rng.random(400) < 0.5
+    ratings = Ratings(rng.normal(positive, 1.0).clip(-2, 2) / 5 + 0.5, positive, np.arange(400))
+    calibration = Calibration.of({"unsafe": ratings}, false_refusals=0.05)
+    add_file(run / "checkpoints" / "step-00000001", CALIBRATION, calibration.model_dump_json(indent=1))
+    export(run, tmp_path / "out")
+    assert AutoConfig.from_pretrained(tmp_path / "out").is_dialogue_model
+    import_folder(tmp_path / "out", tmp_path / "back")
+    loaded = load_run(tmp_path / "back")
+    options = calibrated(ReplyOptions(), loaded, threshold=None)
+    assert (options.calibration, options.threshold) == (calibration, calibration.threshold)
+    assert calibration.threshold < 1
+    (tmp_path / "out" / CALIBRATION).write_text("{}", "utf-8")
+    with pytest.raises(UserError, match="calibration"):
+        import_folder(tmp_path / "out", tmp_path / "damaged")
+    (tmp_path / "out" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"calibration\.json: cannot be read"):
+        import_folder(tmp_path / "out", tmp_path / "damaged")
 
 
 def test_float32_is_the_optimizers_own(saved, tmp_path):

@@ -13,7 +13,8 @@ class LamdaConfig(PreTrainedConfig):
     """The decoder's dimensions under this project's names; transformers' usual names are aliases.
 
     max_position_embeddings: L, targets per row in training. It is not a limit: all distances from 113 on share
-    a bucket of the relative bias.
+    a bucket of the relative bias. is_dialogue_model: whether it was fine-tuned on conversations, so that `lamda chat`
+    lets it rate its candidates.
     """
 
     model_type = "lamda"
@@ -34,6 +35,7 @@ class LamdaConfig(PreTrainedConfig):
     d_ff: int = 1536
     bias_per_layer: bool = True
     max_position_embeddings: int = 1024
+    is_dialogue_model: bool = False
     use_cache: bool = True
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 0

@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 
 from lamda.config.errors import UserError
 from lamda.data.tokenizer import CONTROL_SYMBOLS
+from lamda.dialog.calibration import CALIBRATION, Calibration
 from lamda.inference.loading import deleted, find_checkpoint
 from lamda.inference.sampling import Sampling
 from lamda.interop.huggingface import LamdaConfig, LamdaForCausalLM
@@ -40,10 +41,13 @@ def export(path: Path, to: Path, *, dtype: str | None = None, max_shard_size: st
             LamdaConfig(
                 **dimensions,
                 max_position_embeddings=source.config.data.sequence_length,
+                is_dialogue_model=source.config.data.packing == "whole",
                 architectures=[LamdaForCausalLM.__name__],
                 dtype=dtype,
             ).save_pretrained(folder)
             _generation().save_pretrained(folder)
+            if calibration := Calibration.read(source.path):
+                (folder / CALIBRATION).write_text(calibration.model_dump_json(indent=1), "utf-8")
             (folder / "README.md").write_text(model_card(source, folder, dtype=dtype, masters=takes_masters), "utf-8")
     except UserError as error:
         if gone := deleted(source.path):

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from lamda.config import Config, ModelConfig
 from lamda.config.errors import UserError
 from lamda.config.help import to_yaml
+from lamda.dialog.calibration import CALIBRATION, Calibration
 from lamda.durable import read_regular
 from lamda.interop.huggingface.configuration import LamdaConfig
 from lamda.interop.huggingface.folders import new_folder
@@ -26,19 +27,21 @@ _WHOLE = "1000000GB"
 def import_folder(path: Path, to: Path) -> None:
     """Write the model in the folder `path` to the new folder `to`: model.safetensors, config.yaml, tokenizer.model.
 
-    Weights are unchanged, byte for byte. Raises UserError if the folder is not LaMDA's, incomplete or damaged.
+    Weights are unchanged, byte for byte, and a calibration comes along (calibration.json). Raises UserError if the
+    folder is not LaMDA's, incomplete or damaged.
     """
     if (path / manifest.MANIFEST).is_file() and (problem := manifest.problem_of(path)):
         raise UserError(
             f"{path}: {problem}; export or download it again, or, if you changed it, delete {manifest.MANIFEST}"
         )
-    model, sequence_length = _configuration(path / "config.json")
+    model, data = _configuration(path / "config.json")
+    calibration = Calibration.read(path)
     stored = StoredWeights(path, model)
     tokenizer = path / "tokenizer.model"
     check_vocabulary(tokenizer, model)
     values = {
         "model": model.dimensions,
-        "data": {"sequence_length": sequence_length},
+        "data": data,
         # The configuration requires a length, though nothing is trained with it.
         "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
     }
@@ -46,10 +49,12 @@ def import_folder(path: Path, to: Path) -> None:
         write_shards(folder, weight_shapes(model), stored.read, dtype=stored.dtype, max_shard_size=_WHOLE)
         (folder / "config.yaml").write_text(to_yaml(Config.model_validate(values)), "utf-8")
         shutil.copyfile(tokenizer, folder / "tokenizer.model")
+        if calibration is not None:
+            (folder / CALIBRATION).write_text(calibration.model_dump_json(indent=1), "utf-8")
 
 
-def _configuration(path: Path) -> tuple[ModelConfig, int]:
-    """The dimensions and the row length in a config.json. Raises UserError that lists every problem."""
+def _configuration(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The dimensions and the `data` section of a config.json. Raises UserError that lists every problem."""
     try:
         values: dict[str, Any] = json.loads(read_regular(path))
         kind = values.get("model_type")
@@ -63,9 +68,11 @@ def _configuration(path: Path) -> tuple[ModelConfig, int]:
         problems.append("tie_word_embeddings is not true: LaMDA's output projection is its embedding")
     if not problems:
         try:
-            length = values["max_position_embeddings"]
-            Config.model_validate({"train": {"steps": 1}, "data": {"sequence_length": length}})
-            return ModelConfig.model_validate({key: values[key] for key in ModelConfig().dimensions}), length
+            # Chat and server tell dialogue models by their packing.
+            packing = {"packing": "whole"} if values.get("is_dialogue_model") is True else {}
+            data = {"sequence_length": values["max_position_embeddings"], **packing}
+            Config.model_validate({"train": {"steps": 1}, "data": data})
+            return ModelConfig.model_validate({key: values[key] for key in ModelConfig().dimensions}), data
         except ValidationError as error:
             problems = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
     raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
