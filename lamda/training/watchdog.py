@@ -124,8 +124,9 @@ class Watchdog:
             self.progress()
 
     def hurry(self, seconds: float, *, during: Collection[str]) -> None:
-        """From now on wait at most `seconds` in these phases."""
-        self._timeouts = dict.fromkeys(during, seconds)
+        """From now on wait at most `seconds` for other ranks in these phases; a rank alone is slow, not waiting."""
+        if self._world.world_size > 1:
+            self._timeouts = dict.fromkeys(during, seconds)
 
     @property
     def _timeout(self) -> float:

@@ -30,10 +30,11 @@ def tell(verdict):
 
 # Slow: longer than a step, by far, and shorter than all of them.
 seconds = 60.0 if behavior.startswith("hurried") else 3.0 if behavior == "slow" else 1.0
-with Watchdog(folder / "heartbeats", world=World(rank=rank, world_size=2), seconds=seconds, report=tell) as watchdog:
+world = World(rank=rank, world_size=1 if behavior == "hurried-alone" else 2)
+with Watchdog(folder / "heartbeats", world=world, seconds=seconds, report=tell) as watchdog:
     if behavior.startswith("hurried"):
         watchdog.hurry(0.5, during=("update",))
-        watchdog.mark(behavior.removeprefix("hurried-"), step=1)
+        watchdog.mark(behavior.removeprefix("hurried-").replace("alone", "update"), step=1)
         time.sleep(3)
         sys.exit()
     if behavior in ("saves", "waits-for-it"):
@@ -141,9 +142,9 @@ def test_ranks_that_all_wait_without_progress_are_a_hang(tmp_path, start):
     assert (tmp_path / "told").read_text() == "all 2 ranks have waited for 1 s in step 1, phase save\n"
 
 
-def test_a_stop_hurries_a_step_and_not_a_save(start):
-    step, save = start("hurried-update")[0].wait(600), start("hurried-save")[-1].wait(600)
-    assert (step, save) == (HANG_EXIT, 0)
+def test_a_stop_hurries_a_step_of_several_ranks_and_not_a_save(start):
+    started = [start(f"hurried-{what}")[-1] for what in ("update", "save", "alone")]
+    assert [process.wait(600) for process in started] == [HANG_EXIT, 0, 0]
 
 
 def test_old_signs_of_life_are_cleared_before_ranks_are_judged_and_killed_by_them(tmp_path):
