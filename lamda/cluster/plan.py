@@ -6,7 +6,7 @@ All figures are closed forms of the configuration; the tests compare them with P
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
@@ -120,36 +120,13 @@ def _added_up(config: Config, parts: Mapping[str, Plan]) -> Plan:
     """The plan of a run from those of its stages, by name."""
     plans = list(parts.values())
     largest = max(plans, key=lambda each: each.memory.peak)
-    steps, tokens, seconds = (
-        sum(each.steps for each in plans),
-        sum(each.tokens for each in plans),
-        sum(each.time.seconds for each in plans),
-    )
-    time = replace(
-        largest.time,
-        tokens_per_second=tokens / seconds,
-        step_seconds=seconds / steps,
-        seconds=seconds,
-        gpu_hours=sum(each.time.gpu_hours for each in plans),
-        cost=None if largest.time.cost is None else sum(each.time.cost or 0.0 for each in plans),
-    )
-    texts = {str((each.config.data.corpus, each.config.data.files)): each.config for each in plan_stages(config)}
-    sizes = [estimates.text_bytes(each) for each in texts.values()]
-    checkpoints = estimates.checkpoints(config)
-    disk = replace(
-        largest.disk,
-        checkpoints=checkpoints,
-        checkpoints_bytes=checkpoints * largest.disk.checkpoint_bytes,
-        blocks_bytes=sum(each.disk.blocks_bytes for each in plans),
-        text_bytes=None if None in sizes else sum(size or 0 for size in sizes),
-    )
     return replace(
         largest,
-        steps=steps,
-        tokens=tokens,
+        steps=sum(each.steps for each in plans),
+        tokens=sum(each.tokens for each in plans),
         flops=sum(each.flops for each in plans),
-        time=time,
-        disk=disk,
+        time=_added_time(plans, largest.time),
+        disk=_added_disk(config, plans, largest.disk),
         warnings=[f"stage {name}: {text}" for name, each in parts.items() for text in each.warnings],
         stages=[
             RunStage(
@@ -159,6 +136,31 @@ def _added_up(config: Config, parts: Mapping[str, Plan]) -> Plan:
             for name, each in parts.items()
         ],
     )  # fmt: skip
+
+
+def _added_time(plans: Sequence[Plan], of_largest: TimePlan) -> TimePlan:
+    seconds = sum(each.time.seconds for each in plans)
+    return replace(
+        of_largest,
+        tokens_per_second=sum(each.tokens for each in plans) / seconds,
+        step_seconds=seconds / sum(each.steps for each in plans),
+        seconds=seconds,
+        gpu_hours=sum(each.time.gpu_hours for each in plans),
+        cost=None if of_largest.cost is None else sum(each.time.cost or 0.0 for each in plans),
+    )
+
+
+def _added_disk(config: Config, plans: Sequence[Plan], of_largest: estimates.DiskUse) -> estimates.DiskUse:
+    texts = {str((each.config.data.corpus, each.config.data.files)): each.config for each in plan_stages(config)}
+    sizes = [estimates.text_bytes(each) for each in texts.values()]
+    checkpoints = estimates.checkpoints(config)
+    return replace(
+        of_largest,
+        checkpoints=checkpoints,
+        checkpoints_bytes=checkpoints * of_largest.checkpoint_bytes,
+        blocks_bytes=sum(each.disk.blocks_bytes for each in plans),
+        text_bytes=None if None in sizes else sum(size or 0 for size in sizes),
+    )
 
 
 def _plan_stage(config: Config, machine: Machine) -> Plan:

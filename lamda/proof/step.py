@@ -176,22 +176,7 @@ def time_steps(begin: Steps, config: Config, products: MatrixRate, sizes: Sizes,
     for _ in range(WARM_UP - 1):
         begin(next(batches), _ignore)()
     before = products.measure(sizes.gemm_seconds / 5)
-    clocks, begins, losses = [], [], []
-    wait()
-    previous: Callable[[], float] | None = None
-    for _ in range(sizes.steps):
-        begins.append(time.perf_counter())
-        batch, clock = next(batches), Clock(device())
-        step = begin(batch, clock.mark)
-        clock.mark("end")
-        clocks.append(clock)
-        if previous is not None:
-            losses.append(previous())
-        previous = step
-    if previous is not None:
-        losses.append(previous())
-    wait()
-    seconds = (time.perf_counter() - begins[0]) / sizes.steps
+    clocks, begins, seconds, loss = _timed_steps(begin, batches, sizes.steps)
     after = products.measure(sizes.gemm_seconds / 5)
     parts = [clock.parts() for clock in clocks]
     tokens = config.train.global_batch_size * config.data.sequence_length
@@ -208,8 +193,30 @@ def time_steps(begin: Steps, config: Config, products: MatrixRate, sizes: Sizes,
         "parts": {name: median(each[name] for each in parts) for name in parts[0]},
         "peak_bytes": _peak_bytes() - beside,
         "reserved_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
-        "loss": losses[-1],
+        "loss": loss,
     }
+
+
+def _timed_steps(
+    begin: Steps, batches: Iterator[StepBatch], count: int
+) -> tuple[list[Clock], list[float], float, float]:
+    """Clock and beginning of each step, the mean seconds of a step, and the last loss."""
+    clocks: list[Clock] = []
+    begins: list[float] = []
+    wait()
+    previous: Callable[[], float] | None = None
+    for _ in range(count):
+        begins.append(time.perf_counter())
+        batch, clock = next(batches), Clock(device())
+        step = begin(batch, clock.mark)
+        clock.mark("end")
+        clocks.append(clock)
+        if previous is not None:
+            previous()
+        previous = step
+    loss = step()
+    wait()
+    return clocks, begins, (time.perf_counter() - begins[0]) / count, loss
 
 
 def _peak_flops() -> float | None:
