@@ -17,6 +17,7 @@ which no learned piece crosses a cut, and the ids of words are cached: BPE never
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -129,9 +130,11 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids: the inverse of `encode`.
 
-        Control symbols have no text; invalid UTF-8 (for example a part of a character) becomes U+FFFD.
+        Control symbols have no text; invalid UTF-8 becomes U+FFFD, but the beginning of a character at the end, such
+        as a length limit leaves, is left out.
         """
-        return b"".join(self._utf8[id] for id in ids).decode(errors="replace")
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return decoder.decode(b"".join(self._utf8[id] for id in ids))
 
     def utf8(self, id: int) -> bytes:
         """The UTF-8 bytes of an id; empty for control symbols."""

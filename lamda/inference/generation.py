@@ -236,8 +236,8 @@ class TextStream:
         return self._release(self._decoder.decode(self._tokenizer.utf8(id)), is_last=False)
 
     def end(self) -> str:
-        """The text held back, with U+FFFD for an incomplete character."""
-        return self._release(self._decoder.decode(b"", final=True), is_last=True)
+        """The text held back, without an incomplete character."""
+        return self._release("", is_last=True)
 
     def _release(self, more: str, *, is_last: bool) -> str:
         if self.stopped:

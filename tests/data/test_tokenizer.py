@@ -134,10 +134,12 @@ def test_layout_of_reserved_ids_is_golden(tokenizer):
     assert (tokenizer.token_bytes[324:] >= 1).all()
 
 
-def test_control_symbols_decode_to_nothing_and_cut_characters_to_replacement(tokenizer):
+def test_control_symbols_and_a_character_cut_at_the_end_decode_to_nothing(tokenizer):
     ids = tokenizer.encode("one two")
     assert tokenizer.decode([0, *ids, 1, 2, 63, 64]) == "one two"
-    assert tokenizer.decode([68 + byte for byte in "é".encode()[:1]]) == "\ufffd"
+    begun = [68 + "é".encode()[0]]
+    assert tokenizer.decode([*ids, *begun]) == "one two"
+    assert tokenizer.decode([*begun, *ids, 68 + 0xFF]) == "\ufffdone two\ufffd", "invalid anywhere"
 
 
 def test_digits_stand_alone_and_no_piece_is_longer_than_16_characters(tokenizer):

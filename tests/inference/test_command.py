@@ -54,7 +54,7 @@ def test_no_piece_of_a_character_is_written(tokenizer):
     assert not any("\ufffd" in part for part in parts)
     cut = TextStream(tokenizer)
     ids = tokenizer.encode("a🙂")[:-1]
-    assert "".join(map(cut.add, ids)) + cut.end() == tokenizer.decode(ids) == "a\ufffd"
+    assert "".join(map(cut.add, ids)) + cut.end() == tokenizer.decode(ids) == "a"
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
+
 import openai
 import pytest
 import torch
 
+from lamda.data.tokenizer import RESERVED_PIECES, UNKNOWN_PIECE
 from lamda.dialog.server.logprobs import text_logprobs
-from lamda.inference.generation import TokenScore
+from lamda.inference.generation import TokenScore, prefill, sample
+from lamda.inference.sampling import Sampling
 from tests.serve.conftest import KEY, make_service, serving
 
 ASKED = {"model": "random", "prompt": "the of and", "max_tokens": 12, "seed": 3}
@@ -61,16 +65,47 @@ def test_log_probabilities_end_where_a_stop_string_does(client):
     text = client.completions.create(**ASKED).choices[0].text
     stop = text[len(text) // 2 :][:3]
     choice = client.completions.create(**ASKED, stop=stop, logprobs=0).choices[0]
-    tokens, length = choice.logprobs.tokens, len(choice.text.encode())
-    assert len(utf8_of(tokens[:-1])) < length <= len(utf8_of(tokens))
-    assert choice.logprobs.top_logprobs == [{}] * len(choice.logprobs.tokens)
+    tokens = choice.logprobs.tokens
+    shorter, covered = (len(utf8_of(part).decode(errors="replace")) for part in (tokens[:-1], tokens))
+    assert shorter < len(choice.text) <= covered
+    assert choice.logprobs.top_logprobs == [{}] * len(tokens)
+
+
+def test_no_answer_ends_in_a_part_of_a_character(client, loaded):
+    """With two tokens, the limit cuts the characters of many bytes that this model writes at random."""
+    asked = {**ASKED, "max_tokens": 2, "n": 64, "logprobs": 0}
+    whole = client.completions.create(**asked)
+    texts = [choice.text for choice in whole.choices]
+    tokens = [choice.logprobs.tokens for choice in whole.choices]
+    tokenizer, begun = loaded.tokenizer, codecs.getincrementaldecoder("utf-8")
+    prefix = prefill(loaded.model, [tokenizer.end_of_document, *tokenizer.encode(ASKED["prompt"])])
+    sampling = Sampling(max_new_tokens=2, seed=ASKED["seed"], stop_ids=frozenset(tokenizer.symbols.values()))
+    written = [
+        b"".join(map(tokenizer.utf8, ids)) for ids in sample(loaded.model, prefix, count=64, sampling=sampling).ids
+    ]
+    assert texts == [begun(errors="replace").decode(each) for each in written]
+    assert texts != [each.decode(errors="replace") for each in written], "some are cut"
+    assert [utf8_of(each).decode(errors="replace") for each in tokens] == texts
+    streamed, joined = client.completions.create(**asked, stream=True), [""] * 64
+    for event in streamed:
+        for choice in event.choices:
+            joined[choice.index] += choice.text
+    assert joined == texts
+    answers = client.chat.completions.create(**CHAT, max_tokens=2, n=64, logprobs=True)
+    content = [choice.logprobs.content for choice in answers.choices if choice.logprobs]
+    utf8 = [b"".join(bytes(token.bytes) for token in each) for each in content]
+    candidates = [each["text"] for each in answers.model_extra["lamda"]["candidates"]]
+    shown = [choice.message.content for choice in answers.choices if choice.logprobs]
+    assert shown == [each.decode(errors="replace").strip() for each in utf8] == candidates[: len(shown)]
+    assert sum(map(len, content)) < answers.usage.completion_tokens
 
 
 def test_a_token_that_is_no_text_is_named_by_its_bytes(tokenizer):
-    ids = [*tokenizer.encode("\u20ac"), tokenizer.end_of_document]
-    assert len(ids) == 4
+    unknown = RESERVED_PIECES.index(UNKNOWN_PIECE)
+    ids = [*tokenizer.encode("\u20ac"), tokenizer.end_of_document, unknown]
+    assert len(ids) == 5
     found = text_logprobs(tokenizer, [TokenScore(id, -1.0, []) for id in ids])
-    assert found["tokens"] == ["bytes:\\xe2", "bytes:\\x82", "bytes:\\xac", "<end_of_document>"]
+    assert found["tokens"] == ["bytes:\\xe2", "bytes:\\x82", "bytes:\\xac", "<end_of_document>", UNKNOWN_PIECE]
 
 
 @pytest.mark.parametrize("stream", [False, True])

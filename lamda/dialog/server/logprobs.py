@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from lamda.data.tokenizer import Tokenizer
+from lamda.data.tokenizer import RESERVED_PIECES, Tokenizer
 from lamda.inference.generation import TokenScore
 
 
@@ -43,7 +43,7 @@ def text_logprobs(tokenizer: Tokenizer, scores: Sequence[TokenScore] | None) -> 
 def _name(tokenizer: Tokenizer, id: int) -> str:
     utf8 = tokenizer.utf8(id)
     if not utf8:
-        return next(f"<{name}>" for name, symbol in tokenizer.symbols.items() if symbol == id)
+        return RESERVED_PIECES[id]
     try:
         return utf8.decode()
     except UnicodeDecodeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -184,16 +185,21 @@ class Service:
         choices = []
         for text, stopped, ids in zip(texts, found.stopped, found.ids, strict=True):
             reason: Reason = "stop" if stopped or text.stopped else "length"
-            shown = self._shown(ids, text.text) if text.stopped else ids
+            shown = self._shown(ids, text.text)
             scores = self._scores(prefix, shown, likeliest=likeliest, ticket=ticket)
             choices.append(Choice(text.text, reason, len(ids), scores))
         return choices
 
     def _shown(self, ids: list[int], text: str) -> list[int]:
-        """The tokens that begin inside the text: the others are of the string that stopped it, or follow it."""
-        starts = accumulate((len(self.tokenizer.utf8(id)) for id in ids), initial=0)
-        end = len(text.encode())
-        return [id for id, start in zip(ids, starts, strict=False) if start < end]
+        """The tokens that begin inside the text: others are of the string that stopped it, or of a cut character."""
+        parts = [self.tokenizer.utf8(id) for id in ids]
+        utf8, starts = b"".join(parts), [*accumulate(map(len, parts), initial=0)]
+
+        def characters(number: int) -> int:
+            """Up to the one that a token begins in."""
+            return len(utf8[: starts[number] + 1].decode(errors="replace"))
+
+        return ids[: bisect_right(range(len(ids)), len(text), key=characters)]
 
     def _scores(
         self, prefix: Prefix, ids: Sequence[int], *, likeliest: int | None, ticket: Slot
@@ -236,7 +242,8 @@ class Service:
         def choice(text: str) -> Choice:
             stopped, ids, prefix = endings.of[text]
             likeliest = request.top_logprobs if request.logprobs else None
-            scores = self._scores(prefix, ids, likeliest=likeliest, ticket=ticket)
+            shown = self._shown(ids, self.tokenizer.decode(ids))
+            scores = self._scores(prefix, shown, likeliest=likeliest, ticket=ticket)
             return Choice(text, "stop" if stopped else "length", len(ids), scores)
 
         speaker = self._speaker(sample=sample, prefill=self._prefill(ticket), run=self._run(ticket))
