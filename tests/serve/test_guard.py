@@ -109,6 +109,11 @@ def test_a_port_that_is_taken_is_reported(run, address, capsys):
     assert "cannot listen on" in capsys.readouterr().err
 
 
+def test_a_host_that_cannot_be_a_name_is_reported(run, capsys):
+    assert main(["serve", str(run), "--host", "a" * 64 + ".b", "--without-key"]) == 2
+    assert "cannot listen on" in capsys.readouterr().err
+
+
 def test_this_machine_needs_no_key():
     for host in ("127.0.0.1", "::1", "localhost", "127.0.0.2"):
         check_exposure(host, key=None, is_meant=False)

@@ -69,6 +69,8 @@ def test_a_chat_is_answered_with_its_candidates(client):
     again = client.chat.completions.create(**CHAT, max_completion_tokens=9)
     assert again.choices == found.choices
     assert found.choices[0].finish_reason == "length"
+    with pytest.raises(openai.BadRequestError, match="max_completion_tokens is 601: at most 600"):
+        client.chat.completions.create(**CHAT, max_completion_tokens=601)
 
 
 def test_a_streamed_chat_is_the_same(client):

@@ -124,7 +124,7 @@ def _listen(host: str, port: int) -> socket.socket:
     """Raises UserError if the address is not available."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         message = f"cannot listen on {_address(host, port)} ({error}): choose another --host or --port"
         raise UserError(message) from error
 

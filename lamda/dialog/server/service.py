@@ -151,7 +151,7 @@ class Service:
         name = "prompt, times n," if len(request.prompt) > 1 else "n"
         self._check_count(name, request.n * len(request.prompt), param="n")
         prompts = [self._ids(prompt) for prompt in request.prompt]
-        sampling = replace(self._sampling(request, request.max_tokens), stop_ids=self._stop_ids)
+        sampling = replace(self._sampling(request), stop_ids=self._stop_ids)
         rows = request.n + (request.logprobs is not None)
         ticket.reserve(max(map(len, prompts)) + rows * sampling.max_new_tokens)
         choices, cached = list[Choice](), 0
@@ -275,7 +275,7 @@ class Service:
             self._options,
             candidates=count,
             threshold=self._threshold(request.threshold),
-            sampling=self._sampling(request, request.max_completion_tokens or request.max_tokens),
+            sampling=self._sampling(request),
         )
 
     def _threshold(self, requested: float | None) -> float:
@@ -285,10 +285,14 @@ class Service:
             raise RequestError(400, f"threshold is {requested:g}: at most {most:g} on this server", param="threshold")
         return most if requested is None else requested
 
-    def _sampling(self, request: ChatRequest | CompletionRequest, max_tokens: int | None) -> Sampling:
-        longest = min(self._options.sampling.max_new_tokens, self.limits.tokens) if max_tokens is None else max_tokens
+    def _sampling(self, request: ChatRequest | CompletionRequest) -> Sampling:
+        name, longest = "max_tokens", request.max_tokens
+        if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
+            name, longest = "max_completion_tokens", request.max_completion_tokens
+        if longest is None:
+            longest = min(self._options.sampling.max_new_tokens, self.limits.tokens)
         if longest > self.limits.tokens:
-            raise RequestError(400, f"max_tokens is {longest}: at most {self.limits.tokens}", param="max_tokens")
+            raise RequestError(400, f"{name} is {longest}: at most {self.limits.tokens}", param=name)
         return Sampling(
             max_new_tokens=longest,
             temperature=request.temperature,
