@@ -6,7 +6,7 @@ import argparse
 import codecs
 import gzip
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import zstandard
 
 from lamda.config.errors import DataError, UserError, nearest
 from lamda.data.files import File, read_all, read_lines
-from lamda.dialog.conversation import to_line
+from lamda.dialog.conversation import Conversation, parse_conversation, to_line
 from lamda.dialog.formats import FORMATS, Numbered
 from lamda.durable import replace_file
 
@@ -73,7 +73,7 @@ def check_target(target: Path, files: Sequence[Path]) -> None:
     if not target.name.endswith(_LINES):
         raise UserError(f"-o {target}: name a file that ends in {', '.join(_LINES)}")
     if any(target.exists() and file.exists() and target.samefile(file) for file in files):
-        raise UserError(f"-o {target}: is the file that is read; name another one")
+        raise UserError(f"-o {target}: is a file that is read; name another one")
 
 
 def write_lines(target: Path, lines: Sequence[bytes]) -> None:
@@ -84,6 +84,18 @@ def write_lines(target: Path, lines: Sequence[bytes]) -> None:
         replace_file(target, packed.get(target.suffix, bytes)(b"".join(lines)))
     except OSError as error:
         raise UserError(f"-o {target}: cannot be written ({error.strerror})") from error
+
+
+def read_conversations(files: Iterable[Path]) -> Iterator[Conversation]:
+    """The conversations of files. Raises UserError with file and line for the first record that is none."""
+    for file in files:
+        for line, record in read_records(file):
+            try:
+                if isinstance(record, ValueError):
+                    raise record
+                yield parse_conversation(record)
+            except ValueError as error:
+                raise UserError(f"{file}, line {line}: {error}") from error
 
 
 def read_records(path: Path) -> Iterator[Numbered]:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from lamda.config.errors import UserError
 from lamda.console import Progress
-from lamda.dialog.conversation import Conversation, parse_conversation, to_line
-from lamda.dialog.convert import check_target, read_records, write_lines
+from lamda.dialog.conversation import Conversation, to_line
+from lamda.dialog.convert import check_target, read_conversations, write_lines
 
 if TYPE_CHECKING:
     from lamda.dialog.calibration import Calibration
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     """As `lamda dialog filter --help` says; raises UserError, before anything is written."""
     options = parser().parse_args(argv)
     check_target(options.target, options.files)
-    conversations = [each for file in options.files for each in _conversations(file)]
+    conversations = list(read_conversations(options.files))
     from lamda.dialog.calibration import Calibration
     from lamda.dialog.ranking import RATED_ATTRIBUTES
     from lamda.inference.loading import load_run
@@ -61,25 +61,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _conversations(file: Path) -> list[Conversation]:
-    """Raises UserError for the first record that is not a conversation."""
-    found = []
-    for number, record in read_records(file):
-        try:
-            if isinstance(record, ValueError):
-                raise record
-            found.append(parse_conversation(record))
-        except ValueError as error:
-            raise UserError(f"{file}, line {number}: {error}") from error
-    return found
-
-
 def objection(conversation: Conversation, loaded: LoadedModel, calibration: Calibration) -> str | None:
-    """The attribute by which a response of the conversation is rejected, if one is."""
+    """The attribute by which a response is rejected, if one is. Raises NotFiniteError if the model has diverged."""
     from lamda.dialog.encoding import Encoding
     from lamda.dialog.examples import Response, examples_of
     from lamda.dialog.ranking import judge
     from lamda.inference.generation import prefill
+    from lamda.inference.sampling import check_finite
 
     encoding, room = Encoding(loaded.tokenizer), loaded.config.data.sequence_length - 1
     for example in examples_of(conversation)[0]:
@@ -87,6 +75,7 @@ def objection(conversation: Conversation, loaded: LoadedModel, calibration: Cali
         ids = encoding.text(text)[: room // 2]
         context = encoding.context(example.context, max_tokens=room - len(ids))
         rated = judge(loaded.model, prefill(loaded.model, context), ids, encoding, calibration=calibration)
+        check_finite(*rated.values())
         if (reason := calibration.objection(rated)) is not None:
             return reason
     return None

@@ -15,18 +15,17 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lamda.config.errors import UserError
-from lamda.dialog.conversation import Conversation, Message, parse_conversation, to_line
-from lamda.dialog.convert import read_records
+from lamda.dialog.conversation import Conversation, Message, to_line
+from lamda.dialog.convert import check_target, read_conversations, write_lines
 from lamda.dialog.research import MAX_QUERIES
 from lamda.dialog.tool_use import turns_of
 from lamda.dialog.tools.result import Result
 from lamda.dialog.tools.retrieval import Passage, Retrieval, find_files
 from lamda.dialog.tools.toolset import Toolset, open_toolset
-from lamda.durable import replace_file
 
 _COURTESIES = (
     ("Hello!", "Hello! What would you like to know?"),
@@ -49,7 +48,9 @@ def parser() -> argparse.ArgumentParser:
     """The options of `lamda dialog make-tool-data`."""
     parser = argparse.ArgumentParser(prog="lamda dialog make-tool-data", allow_abbrev=False)
     parser.add_argument("corpus", type=Path, metavar="CORPUS", help="a folder of texts or a JSON-lines file")
-    parser.add_argument("-o", dest="out", type=Path, required=True, metavar="OUT", help="conversations, JSON lines")
+    parser.add_argument(
+        "-o", dest="out", type=Path, required=True, metavar="OUT", help=".jsonl, .jsonl.zst or .jsonl.gz"
+    )
     parser.add_argument("--count", type=int, default=1000, metavar="N", help="conversations; default %(default)s")
     parser.add_argument(
         "--held-out", type=Path, metavar="FILE",
@@ -69,22 +70,20 @@ def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     if options.count < 1:
         raise UserError(f"--count {options.count}: give a number of at least 1")
+    if options.held_out is not None and options.count < 10:
+        raise UserError(f"--count {options.count}: --held-out has a tenth of it, which is none; give at least 10")
     toolset = open_toolset(["calculator", "retrieval"], corpus=options.corpus)
-    if options.held_out == options.out:
-        raise UserError(f"--held-out {options.out}: is OUT; name another file")
-    for out in filter(None, (options.out, options.held_out)):
-        if out.exists() and any(out.samefile(path) for path in (*find_files(options.corpus), *options.dialogues)):
-            raise UserError(f"-o {out}: is a file that is read; name another one")
-    dialogues = list(_dialogues(options.dialogues))
+    targets = [options.out] if options.held_out is None else [options.out, options.held_out]
+    for target in targets:
+        check_target(target, [*find_files(options.corpus), *options.dialogues])
+    if len({target.resolve() for target in targets}) < len(targets):
+        raise UserError(f"--held-out {options.held_out}: is OUT; name another file")
+    dialogues = list(read_conversations(options.dialogues))
     made = {options.out: list(make_conversations(toolset, count=options.count, seed=options.seed, dialogues=dialogues))}
     if options.held_out is not None:
         made[options.held_out] = list(held_out_conversations(toolset, count=options.count // 10, seed=options.seed))
     for out, conversations in made.items():
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(out, b"".join(map(to_line, conversations)))
-        except OSError as error:
-            raise UserError(f"{out}: cannot be written ({error.strerror})") from error
+        write_lines(out, list(map(to_line, conversations)))
         asking = [sum(message.to == "TS" for message in conversation.messages) for conversation in conversations]
         count, queries, without = len(asking), sum(asking), asking.count(0)
         report = {"file": str(out), "conversations": count, "queries": queries, "without_queries": without}
@@ -165,16 +164,6 @@ def _questions_of(toolset: Toolset, *, held_out: bool) -> list[tuple[str, str, P
     """The questions on the toolset's corpus that are held out, or the others."""
     (retrieval,) = (tool for tool in toolset.tools if isinstance(tool, Retrieval))
     return [question for question in _questions(retrieval.passages) if _is_held_out(question[1]) == held_out]
-
-
-def _dialogues(files: Iterable[Path]) -> Iterator[Conversation]:
-    """The conversations of files. Raises UserError with file and line for a record that is none."""
-    for file in files:
-        for line, record in read_records(file):
-            try:
-                yield parse_conversation(record)
-            except ValueError as error:
-                raise UserError(f"{file}, line {line}: {error}") from error
 
 
 def _questions(passages: Sequence[Passage]) -> Iterator[tuple[str, str, Passage]]:

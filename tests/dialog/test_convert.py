@@ -162,7 +162,7 @@ def test_the_source_is_never_the_target_and_a_failed_write_leaves_the_old_file(t
     before = source.read_bytes()
     (tmp_path / "link.jsonl").symlink_to(source)
     for same in (source, tmp_path / "link.jsonl"):
-        with pytest.raises(UserError, match="is the file that is read"):
+        with pytest.raises(UserError, match="is a file that is read"):
             convert("chat", [source], same)
     assert source.read_bytes() == before
     (tmp_path / "folder.jsonl").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 from collections import Counter
@@ -120,9 +121,9 @@ def test_turns_of_other_dialogues_are_answers_without_a_tool(tmp_path):
     talk = [Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")]
     looked_up = [Message("assistant", "q", to="TS"), Message("tool", "r"), Message("assistant", "s")]
     (tmp_path / "talk.jsonl").write_bytes(to_line(Conversation((*talk, Message("user", "e"), *looked_up))))
-    words = [str(DOCS), "-o", str(tmp_path / "out.jsonl"), "--count", "50"]
+    words = [str(DOCS), "-o", str(tmp_path / "out.jsonl.gz"), "--count", "50"]
     assert main(["dialog", "make-tool-data", *words, "--dialogues", str(tmp_path / "talk.jsonl")]) == 0
-    lines = (tmp_path / "out.jsonl").read_text().splitlines()[8::10]
+    lines = gzip.decompress((tmp_path / "out.jsonl.gz").read_bytes()).splitlines()[8::10]
     found = {tuple((m.role, m.content) for m in parse_conversation(json.loads(line)).messages) for line in lines}
     pairs = (("a", "b"), ("c", "d"))
     assert found == {(("user", said), ("assistant", answer), ("assistant", answer)) for said, answer in pairs}
@@ -138,18 +139,25 @@ def test_a_corpus_with_nothing_to_ask_about_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("words", "output"),
     [
-        (["-o", "docs/a.md"], "is a file that is read"),
-        (["-o", "out.jsonl", "--held-out", "docs/a.md"], "is a file that is read"),
-        (["-o", "out.jsonl", "--held-out", "out.jsonl"], "is OUT"),
+        (["-o", "docs/b.jsonl"], "is a file that is read"),
+        (["-o", "out.jsonl", "--held-out", "docs/b.jsonl"], "is a file that is read"),
+        (["-o", "out.jsonl", "--held-out", "docs/../out.jsonl"], "is OUT"),
+        (["-o", "out.md"], "name a file that ends in .jsonl"),
         (["-o", "out.jsonl", "--count", "0"], "at least 1"),
+        (["-o", "out.jsonl", "--held-out", "new.jsonl", "--count", "9"], "at least 10"),
         (["-o", "out.jsonl", "--dialogues", "docs/a.md"], "records come from"),
+        (["-o", "out.jsonl", "--dialogues", "talk.jsonl"], "talk.jsonl, line 2: not JSON"),
+        (["-o", "talk.jsonl", "--dialogues", "talk.jsonl"], "is a file that is read"),
     ],
 )
 def test_a_file_of_the_corpus_is_never_written_over(tmp_path, monkeypatch, capsys, words, output):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.md").write_text("# Paris\n\nParis is the capital and largest city of France.\n")
+    (tmp_path / "docs" / "b.jsonl").write_text('{"text": "Lyon is a large city of France, on two rivers."}\n')
+    talk = to_line(Conversation((Message("user", "a"), Message("assistant", "b"))))
+    (tmp_path / "talk.jsonl").write_bytes(talk + b"{\n")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     assert main(["dialog", "research-data", "docs", *words]) == 2
     assert output in capsys.readouterr().err
-    assert (tmp_path / "docs" / "a.md").read_text().startswith("# Paris")
-    assert not (tmp_path / "out.jsonl").exists()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before

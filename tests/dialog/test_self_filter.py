@@ -8,12 +8,13 @@ import pytest
 
 from lamda.config.errors import UserError
 from lamda.dialog.calibration import CALIBRATION, Calibration, Scaling
-from lamda.dialog.conversation import Message
+from lamda.dialog.conversation import Conversation, Message
 from lamda.dialog.encoding import Encoding
 from lamda.dialog.ranking import judge
-from lamda.dialog.self_filter import main
+from lamda.dialog.self_filter import main, objection
 from lamda.inference.generation import prefill
 from lamda.inference.loading import load_run
+from lamda.inference.sampling import NotFiniteError
 from lamda.storage.commit import add_file
 from tests.random_run import write_run
 
@@ -56,3 +57,11 @@ def test_what_the_ratings_accept_is_kept_and_nothing_else(tmp_path, tokenizer_pa
     assert kept == [said for said, is_accepted in zip(RESPONSES, accepted, strict=True) if is_accepted]
     assert f"{len(kept)} of 6 conversations" in capsys.readouterr().out
     assert 0 < len(kept) < 6
+
+
+def test_a_model_that_has_diverged_accepts_nothing(tmp_path, tokenizer_path, monkeypatch):
+    loaded = load_run(write_run(tmp_path / "run", tokenizer_path, packing="whole"))
+    monkeypatch.setattr("lamda.dialog.ranking.judge", lambda *_, **__: {"unsafe": float("nan")})
+    calibration = Calibration(false_refusals=0.05, attributes={"unsafe": scaling(0.5, low=0.55)})
+    with pytest.raises(NotFiniteError):
+        objection(Conversation((Message("assistant", "the of"),)), loaded, calibration)
