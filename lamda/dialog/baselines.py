@@ -21,7 +21,7 @@ def baselines(training: Iterable[Document], held_out: Sequence[tuple[Rating, int
 
     held_out: ratings to predict, with the index of their conversation.
 
-    Raises UserError without scikit-learn, and where an attribute has no training ratings of both classes.
+    Raises UserError without scikit-learn, and where an attribute has too few training ratings, or none of a class.
     """
     try:
         from sklearn.compose import make_column_transformer
@@ -44,7 +44,10 @@ def baselines(training: Iterable[Document], held_out: Sequence[tuple[Rating, int
         if len(set(labels)) < 2:
             raise UserError(f"--baselines: the training files have no ratings of {name!r} with 0 and with 1")
         for baseline, model, features in (("TF-IDF", tf_idf, _texts), ("length", LogisticRegression(), _lengths)):
-            model.fit(features(known), labels)
+            try:
+                model.fit(features(known), labels)
+            except ValueError as error:  # such as texts that share no word
+                raise UserError(f"--baselines: {baseline} cannot learn the ratings of {name!r} ({error})") from error
             scores = model.predict_proba(features(asked))[:, 1]
             ratings = Ratings(scores, np.array([rating.rating for rating in asked]), conversations)
             figures = {"auc": ratings.metrics()["auc"], "auc_interval": ratings.auc_interval()}

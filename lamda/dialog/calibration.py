@@ -112,18 +112,18 @@ class Calibration(BaseModel):
     @classmethod
     def read(cls, checkpoint: Path) -> Calibration | None:
         """That of a checkpoint, None if it has none. Raises UserError if it is damaged."""
-        path = checkpoint / CALIBRATION
+        path, remedy = checkpoint / CALIBRATION, "`lamda dialog evaluate RUN --calibrate 0.05` makes another one"
         if (checkpoint / manifest.MANIFEST).is_file():
             if CALIBRATION not in manifest.read(checkpoint)["files"]:
                 return None
             if problem := manifest.problem_of(checkpoint, only=(CALIBRATION,)):
-                raise UserError(f"{checkpoint}: {problem}")
+                raise UserError(f"{checkpoint}: {problem}; {remedy}")
         elif not path.is_file():
             return None
         try:
             return cls.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
-            raise UserError(f"{path}: cannot be read ({error})") from error
+            raise UserError(f"{path}: cannot be read ({error}); {remedy}") from error
 
     def apply(self, judgment: Mapping[str, float]) -> dict[str, float]:
         """A judgment with calibrated probabilities; attributes without held-out ratings stay as they are."""

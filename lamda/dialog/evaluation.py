@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.console import Progress
 from lamda.data.card import load_card
@@ -44,29 +46,40 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """The report for a checkpoint. Raises UserError without dialogues, NotFiniteError if the model has diverged.
 
-    false_refusals: calibrate to this share on the dialogues, and store the calibration in the checkpoint.
+    false_refusals: calibrate to this share on the dialogues, of which some must be rated, and store the calibration in
+    the checkpoint.
     """
-    overrides = ["--data.sequence_length", str(length)] if length else []
+    overrides = ["--data.sequence_length", str(length)] if length is not None else []
     config, sources = saved_validation(path, files, *overrides, form_of=Conversations.of)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = TorchScorer(load_model(path, config.model).to(device))
     tokenizer = Tokenizer.load(path / "tokenizer.model")
     dialogues = HeldOutDialogues(HeldOut(sources, tokenizer, config.data.sequence_length, Conversations.of(config)))
+    _check(path, dialogues.examples[:examples], calibrates=false_refusals is not None)
+    calibration = None if false_refusals is not None else Calibration.read(path)
+    compared = _baselines(config, dialogues, examples) if with_baselines else {}
     with torch.no_grad(), Progress("evaluating", total=dialogues.rows(examples), unit="examples") as shown:
         scores = dialogues.score(
             model, device=device, micro_batch=config.train.micro_batch_size, rows=examples, on_progress=shown.advance
         )
     check_finite(scores.nats, *(float(ratings.probabilities.sum()) for ratings in scores.ratings.values()))
-    if false_refusals is None:
-        calibration = Calibration.read(path)
-    else:
+    if false_refusals is not None:
         calibration = Calibration.of(scores.ratings, false_refusals=false_refusals)
         add_file(path, CALIBRATION, calibration.model_dump_json(indent=1))
     report = {"checkpoint": str(path), **scores.report(calibration)}
-    if with_baselines:
-        for name, figures in _baselines(config, dialogues, examples).items():
-            report["attributes"][name]["baselines"] = figures
+    for name, figures in compared.items():
+        report["attributes"][name]["baselines"] = figures
     return report
+
+
+def _check(path: Path, examples: Sequence[EvalExample], *, calibrates: bool) -> None:
+    """Raise UserError if there is nothing to evaluate, or to calibrate on, or a calibration cannot be stored."""
+    if not examples:
+        raise UserError("there is nothing to evaluate: no conversation has a response or a rating")
+    if calibrates and not any(isinstance(each.source, Rating) for each in examples):
+        raise UserError("--calibrate: none of these responses is rated; give --files with ratings")
+    if calibrates and not os.access(path, os.W_OK):
+        raise UserError(f"--calibrate: {path} is read-only, and the calibration is stored there; give a copy")
 
 
 def _baselines(config: Config, dialogues: HeldOutDialogues, examples: int | None) -> dict[str, dict[str, Any]]:

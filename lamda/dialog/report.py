@@ -94,6 +94,7 @@ def draw(report: dict[str, Any], file: Path) -> None:
     panels[0].set_ylabel("observed")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=150)
     except OSError as error:
         raise UserError(f"--plot {file}: cannot be written ({error.strerror})") from error

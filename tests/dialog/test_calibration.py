@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+from lamda.cli import main
 from lamda.config.errors import UserError
 from lamda.config.schema import Config
 from lamda.data.card import Source
@@ -133,6 +134,23 @@ def test_chat_and_server_take_threshold_and_calibration_from_the_checkpoint(run,
     assert not caplog.records
 
 
+def test_unrated_dialogues_leave_the_calibration_as_it_is(run, tmp_path, capsys, monkeypatch):
+    checkpoint, talk = load_run(run).path, tmp_path / "talk.jsonl"
+    add_file(checkpoint, CALIBRATION, GOOD.model_dump_json())
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    talk.write_text(json.dumps({"messages": messages}) + "\n")
+    assert main(["dialog", "evaluate", str(run), "--files", str(talk), "--calibrate", "0.05"]) == 2
+    assert "none of these responses is rated" in capsys.readouterr().err
+    assert Calibration.read(checkpoint) == GOOD
+    talk.write_text(json.dumps({"messages": [messages[0], {**messages[1], "labels": {"unsafe": 0}}]}) + "\n")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert main(["dialog", "evaluate", str(run), "--files", str(talk), "--calibrate", "0.05"]) == 2
+    assert "is read-only" in capsys.readouterr().err
+    talk.write_text("")
+    assert main(["dialog", "evaluate", str(run), "--files", str(talk)]) == 2
+    assert "nothing to evaluate" in capsys.readouterr().err
+
+
 def test_only_a_calibration_that_the_manifest_lists_is_read(tmp_path):
     (tmp_path / "other").write_text("x")
     seal(tmp_path, {"step": 1, "files": {"other": sync_and_describe(tmp_path / "other")}})
@@ -156,24 +174,29 @@ def test_baselines_find_what_words_and_lengths_give_away(tmp_path, tokenizer):
     def conversation():
         unsafe, interesting = draw.random(2) < 0.5
         words = draw.choice(["tea", "cup", "sun", "day", "run"], size=draw.integers(4, 9) * (1 + interesting))
-        said = " ".join([*words[:-1], "kill" if unsafe else "walk"])
-        labels = {"unsafe": int(unsafe), "interesting": int(interesting)}
+        return line(" ".join([*words[:-1], "kill" if unsafe else "walk"]), unsafe=unsafe, interesting=interesting)
+
+    def line(said, **ratings):
+        labels = {name: int(rating) for name, rating in ratings.items()}
         messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": said, "labels": labels}]
         return json.dumps({"messages": messages}) + "\n"
 
-    def held_out(name):
-        (tmp_path / name).write_text("".join(conversation() for _ in range(150)))
+    def held_out(name, lines):
+        (tmp_path / name).write_text("".join(lines))
         form = Conversations(row_length=65, seed=0, generative=1, discriminative=1)
         return HeldOut((Source(name="s", license="none", files=(str(tmp_path / name),)),), tokenizer, 64, form)
 
-    documents = enumerate(held_out("val.jsonl").documents())
+    documents = enumerate(held_out("val.jsonl", (conversation() for _ in range(150))).documents())
     asked = [(rating, number) for number, document in documents for rating in examples_in(document)[1]]
-    found = baselines(held_out("train.jsonl").documents(), asked)
+    found = baselines(held_out("train.jsonl", (conversation() for _ in range(150))).documents(), asked)
     assert found["unsafe"]["TF-IDF"]["auc"] > 0.99
     assert found["unsafe"]["length"]["auc"] < 0.65
     assert found["interesting"]["length"]["auc"] > 0.95
     low, high = found["interesting"]["TF-IDF"]["auc_interval"]
     assert 0.5 < low < high
+    few = [line(said, unsafe=said == "kill", interesting=said == "kill") for said in ("kill", "walk")]
+    with pytest.raises(UserError, match="TF-IDF cannot learn the ratings of"):
+        baselines(held_out("few.jsonl", few).documents(), asked)
 
 
 def test_diagrams_show_each_bin_and_fit_a_terminal(tmp_path):
@@ -184,5 +207,5 @@ def test_diagrams_show_each_bin_and_fit_a_terminal(tmp_path):
     bins = part["calibrated"]["reliability"]
     assert [int(line.split()[-1].replace(",", "")) for line in lines] == [each.ratings for each in bins if each.ratings]
     assert all(len(line) <= 94 and line.count("|") == 1 for line in lines)
-    draw({"attributes": {"unsafe": part}}, tmp_path / "unsafe.svg")
-    assert "<svg" in (tmp_path / "unsafe.svg").read_text()
+    draw({"attributes": {"unsafe": part}}, tmp_path / "new" / "unsafe.svg")
+    assert "<svg" in (tmp_path / "new" / "unsafe.svg").read_text()
