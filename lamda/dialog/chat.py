@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.text import Text
 
 from lamda.config.errors import UserError
-from lamda.console import visible
+from lamda.console import one_line, visible
 from lamda.dialog.conversation import Conversation, Message, to_line
 from lamda.dialog.options import add_options, calibrated, reply_options_of, toolset_of, usable_tools
+from lamda.durable import append_line
 from lamda.inference.command import add_sampling_options
 
 if TYPE_CHECKING:
@@ -62,8 +63,10 @@ def main(argv: list[str]) -> int:
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    chat = Chat(speaker, system=options.system and options.system.encode(errors="replace").decode())
-    if sys.stdin.isatty() and sys.stdout.isatty():
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    system = options.system and options.system.encode(errors="replace").decode()
+    chat = Chat(speaker, system=system, shown=visible if is_terminal else one_line)
+    if is_terminal:
         candidates = f"{reply_options.candidates} candidates per reply"
         mode = candidates if speaker.is_tuned else "pre-trained only, it continues lines"
         tools = ", ".join(tool.name for tool in toolset.tools) if toolset else "no tools"
@@ -77,8 +80,9 @@ def main(argv: list[str]) -> int:
 class Chat:
     """A conversation and its commands. messages: the context of the next reply. reply: the last one, for /why."""
 
-    def __init__(self, speaker: Speaker, *, system: str | None = None) -> None:
-        self._speaker = speaker
+    def __init__(self, speaker: Speaker, *, system: str | None = None, shown: Callable[[str], str] = visible) -> None:
+        """shown: makes a reply's text safe to print."""
+        self._speaker, self._shown = speaker, shown
         self._first = [Message("system", system)] if system else []
         self.messages = [*self._first]
         self.reply: Reply | None = None
@@ -102,7 +106,7 @@ class Chat:
 
             def write(text: str) -> None:
                 written.append(text)
-                print(visible(text), end="", flush=True)
+                print(self._shown(text), end="", flush=True)
 
             with nullcontext() if self._speaker.streams() else busy():
                 self.reply = self._speaker.reply(messages, on_text=write)
@@ -173,10 +177,9 @@ def _save(messages: Sequence[Message], name: str) -> str:
     if not name:
         return "give a file: /save FILE"
     try:
-        with Path(name).expanduser().open("ab") as file:
-            file.write(to_line(Conversation(tuple(messages))))
-    except OSError as error:
-        return visible(f"{name}: cannot be written ({error.strerror})")
+        append_line(Path(name).expanduser(), to_line(Conversation(tuple(messages))).decode().rstrip("\n"))
+    except (OSError, RuntimeError, ValueError) as error:  # also a home of nobody, and a name with a null character
+        return visible(f"{name}: cannot be written ({getattr(error, 'strerror', None) or error})")
     return visible(f"{name}: added a conversation of {len(messages)} messages")
 
 

@@ -108,7 +108,7 @@ def _problems(entry: object, before: list[Message]) -> list[str]:
     role, to, labels = entry.get("role"), entry.get("to", "user"), entry.get("labels", {})
     if role not in ROLES:
         problems.append(f"role is {role!r}, not one of {', '.join(ROLES)}")
-    if not _is_text(entry.get("content")):
+    if not is_text(entry.get("content")):
         problems.append("content is not text")
     if to not in get_args(Addressee) or (to == "TS" and role != "assistant"):
         problems.append(f"to is {to!r}; an assistant's message is to 'user' or to 'TS', others have no such key")
@@ -116,7 +116,7 @@ def _problems(entry: object, before: list[Message]) -> list[str]:
         problems.append("a tool's message follows no query (no message to 'TS' before it)")
     problems += _label_problems(labels, role)
     knowledge = entry.get("knowledge", [])
-    if not (isinstance(knowledge, list) and all(map(_is_text, knowledge))):
+    if not (isinstance(knowledge, list) and all(map(is_text, knowledge))):
         problems.append("knowledge is not a list of texts")
     return problems
 
@@ -134,7 +134,7 @@ def _label_problems(labels: object, role: object) -> list[str]:
     return problems
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
     """Whether it is a string that UTF-8 can encode (without lone surrogates)."""
     try:
         return isinstance(value, str) and value.encode() is not None

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 from lamda.config.errors import UserError
 from lamda.data.tokenizer import Tokenizer
 from lamda.dialog.calibration import Calibration
-from lamda.dialog.conversation import Message
+from lamda.dialog.conversation import Message, is_text
 from lamda.dialog.encoding import Context, Encoding
 from lamda.dialog.ranking import Scored, drop_reason, judge, rank_by_attributes, rank_by_likelihood
 from lamda.dialog.research import MAX_QUERIES, ToolCall, research, sources
@@ -49,6 +49,7 @@ class ReplyOptions:
             (not 0 <= self.threshold <= 1, f"the threshold is {self.threshold}: give a probability, 0 to 1"),
             (self.max_queries < 0, f"the number of queries is {self.max_queries}: give 0 or more"),
             (not self.refusal.strip(), "the refusal is empty: give a text"),
+            (not is_text(self.refusal), "the refusal is not valid UTF-8: give text in UTF-8"),
         )
         problems = [message for is_wrong, message in checks if is_wrong]
         if problems:

@@ -19,6 +19,10 @@ PENALTIES = (1e-2, 1e2)
 """The smallest and the largest repetition penalty, for the same reason."""
 
 
+LONGEST = 1_000_000
+"""The largest `max_new_tokens`: each has a random number, drawn at the start."""
+
+
 class NotFiniteError(RunError):
     """The logits of the model are NaN or infinite, so no token can be chosen or scored."""
 
@@ -52,6 +56,7 @@ class Sampling:
     def __post_init__(self) -> None:
         wrong = (
             (self.max_new_tokens < 1, f"max_new_tokens is {self.max_new_tokens}: give at least 1"),
+            (self.max_new_tokens > LONGEST, f"max_new_tokens is {self.max_new_tokens}: give at most {LONGEST:,}"),
             (
                 self.temperature != 0 and not TEMPERATURES[0] <= self.temperature <= TEMPERATURES[1],
                 f"temperature is {self.temperature}: give 0 (likeliest), or {TEMPERATURES[0]:g} to {TEMPERATURES[1]:g}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -48,21 +49,30 @@ def piped(run, text, *options):
 def test_through_a_pipe_every_line_is_answered_and_commands_work(run, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     saved = tmp_path / "talk.jsonl"
+    saved.write_text('{"cut')  # by a full disk, say
     lines = ["/why", "the of and", "/why", f"/save {saved}", "to in", f"/save {saved}", "/save", "/nonsense"]
-    lines += ["/reset", f"/save {saved}"]
+    lines += ["/save ~nobody-of-this-name/a", "/save a\0b", "/reset", f"/save {saved}"]
     code, out, errors = piped(run, "\n".join([*lines, "/quit", "never read"]) + "\n", "--system", "be brief")
     assert (code, errors) == (0, "")
     assert out.startswith("there is no reply yet\n")
     assert out.endswith("(new conversation)\nthere is no reply yet\n")
     assert "give a file: /save FILE" in out
+    assert out.count("cannot be written (") == 2
     assert out.count("sensible 0.") == 3
     assert "#1" in out
     assert "there is no command /nonsense" in out
-    first, second = (parse_conversation(json.loads(line)) for line in saved.read_text().splitlines())
+    first, second = (parse_conversation(json.loads(line)) for line in saved.read_text().splitlines()[1:])
     assert [message.role for message in first.messages] == ["system", "user", "assistant"]
     assert second.messages[: len(first.messages)] == first.messages
     assert [message.content for message in second.messages if message.role == "user"] == ["the of and", "to in"]
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before  # nothing is kept in the run
+
+
+def test_through_a_pipe_a_reply_of_two_lines_is_one(run, monkeypatch, capsys):
+    monkeypatch.setattr("lamda.dialog.speaker.Speaker.reply", lambda *_, **__: Reply("the\nof", ()))
+    monkeypatch.setattr("sys.stdin", io.StringIO("and\n"))
+    assert main(["chat", str(run), "--threshold", "1"]) == 0
+    assert capsys.readouterr().out == "the\\nof\n"
 
 
 @pytest.fixture
@@ -125,6 +135,8 @@ def test_forced_tools_are_used_by_a_model_that_was_not_taught(run, tmp_path):
         (["--tools", "oracle"], "there is no tool 'oracle'"),
         (["--candidates", "0"], "give at least 1"),
         (["--temperature", "-1"], "temperature"),
+        (["--max-new-tokens", str(10**12)], "at most 1,000,000"),
+        (["--refusal", "no\udcff"], "the refusal is not valid UTF-8"),
     ],
 )
 def test_what_cannot_be_is_said_before_the_model_is_loaded(tmp_path, capsys, options, message):
