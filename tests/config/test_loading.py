@@ -48,7 +48,7 @@ def test_every_shipped_config_of_fine_tuning_is_valid(path):
 
 
 def test_the_shipped_configs_hold_the_papers_batch_and_steps():
-    assert {path.stem for path in SHIPPED} >= {"tiny", "lamda_110m", "lamda_2b", "lamda_8b", "lamda_137b"}
+    assert {path.stem for path in SHIPPED} >= {"tiny", "small", "lamda_110m", "lamda_2b", "lamda_8b", "lamda_137b"}
     papers_steps = {"2b": 501_000, "8b": 521_000, "137b": 3_000_000}
     for size, steps in papers_steps.items():
         config = values("--config", REPOSITORY / f"configs/lamda_{size}.yaml")
