@@ -36,7 +36,8 @@ function itemOf(conversation, { isCurrent, open, refresh }) {
   if (isCurrent) title.setAttribute("aria-current", "true");
   title.addEventListener("click", async () => {
     find("history").close();
-    open((await store.load(conversation.id)) ?? conversation); // its stopped reply may have been stored since
+    const stored = await store.load(conversation.id).catch(() => null); // a stopped reply may have come since
+    open(stored ?? conversation);
   });
   const remove = button("delete", "Delete", `Delete: ${name}`);
   remove.addEventListener("click", async () => {
